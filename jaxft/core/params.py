@@ -1,0 +1,96 @@
+"""Parameters are one flat dict of dotted paths; NNX modules only describe structure."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from flax import nnx
+
+from jaxft.core.errors import UserError
+
+Params = dict[str, jax.Array]
+Module = TypeVar("Module", bound=nnx.Module)
+
+# The matrices of a model by leaf name: what decays, what a low-rank update may join.
+MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
+
+
+class Leaf(NamedTuple):
+    """What a module says about one parameter.
+
+    `axes` are logical names, one a dim ("layers" first on a stacked leaf); `inputs` counts the
+    contracting dims of a kernel (after "layers"), 0 for anything that is not multiplied from there.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[str | None, ...]
+    inputs: int = 0
+
+    @property
+    def stacked(self) -> bool:
+        return bool(self.axes) and self.axes[0] == "layers"
+
+
+def dotted(key_path: tuple) -> str:
+    """A pytree key path as `layers.self_attn.q_proj.kernel` (NNX's inner `value` is dropped)."""
+    names = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in key_path]
+    return ".".join(names[:-1] if names[-1] == "value" else names)
+
+
+def describe(module: nnx.Module) -> dict[str, Leaf]:
+    """Every parameter of a module (concrete or abstract) by path."""
+    described = {}
+    for names, param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        axes, shape = tuple(param.get_metadata()["axes"]), tuple(param.shape)
+        axes = ("layers",) * (len(shape) - len(axes)) + axes
+        inputs = param.get_metadata().get("inputs", 0)
+        described[".".join(map(str, names))] = Leaf(shape, param.dtype, axes, inputs)
+    return described
+
+
+def flatten(module: nnx.Module) -> Params:
+    """The module's arrays as a flat dict."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(module)
+    return {dotted(path): leaf for path, leaf in leaves}
+
+
+def bind(template: Module, params: Mapping[str, Any]) -> Module:
+    """A module shaped as `template` that holds `params`; costs Python only, so call it in a trace."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
+    return treedef.unflatten([params[dotted(path)] for path, _ in leaves])
+
+
+def select(pattern: str, paths: Mapping[str, Any]) -> set[str]:
+    """The paths that a regex matches whole; matching nothing is an error that lists the paths."""
+    try:
+        chosen = {path for path in paths if re.fullmatch(pattern, path)}
+    except re.error as error:
+        raise UserError(f"trainable={pattern!r} is not a regular expression: {error}") from None
+    if not chosen:
+        some = ", ".join(sorted(paths)[:8])
+        raise UserError(f"trainable={pattern!r} matches no parameter; paths look like: {some}")
+    return chosen
+
+
+def trainable_table(leaves: Mapping[str, Leaf], chosen: set[str]) -> str:
+    """A text table of what trains: leaf counts and parameter counts, trained against all."""
+    total = sum(_size(leaf) for leaf in leaves.values())
+    trained = sum(_size(leaves[path]) for path in chosen)
+    lines = [
+        f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)"
+        f" in {len(chosen)} of {len(leaves)} arrays"
+    ]
+    shown = sorted(chosen)[:12]
+    lines += [f"  {path:<48} {'x'.join(map(str, leaves[path].shape))}" for path in shown]
+    if len(chosen) > len(shown):
+        lines.append(f"  … and {len(chosen) - len(shown)} more")
+    return "\n".join(lines)
+
+
+def _size(leaf: Leaf) -> int:
+    size = 1
+    for dim in leaf.shape:
+        size *= dim
+    return size

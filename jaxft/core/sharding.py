@@ -1,0 +1,99 @@
+"""One table from logical axes to mesh axes; the strategy is the mesh shape."""
+
+from collections.abc import Mapping
+from math import prod
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxft.core.errors import UserError
+from jaxft.core.params import Leaf
+
+AXES = ("data", "fsdp", "tensor")
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "length": None,
+    "layers": None,
+    "head_dim": None,
+    "norm": None,
+    "lora": None,
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices; -1 takes what the others leave."""
+    sizes, count = [data, fsdp, tensor], jax.device_count()
+    asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh {asked}: sizes are at least 1, and at most one may be -1 (the rest)")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(1, count // prod(size for size in sizes if size != -1))
+    if prod(sizes) != count:
+        raise UserError(
+            f"mesh {asked} needs {prod(sizes)} devices, but {count} are here"
+            f" ({jax.default_backend()}); set one of mesh.data, mesh.fsdp, mesh.tensor to -1"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The mesh axes of a parameter or activation with these logical axes."""
+    return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation to its sharding; a dim that does not divide stays whole.
+
+    Without this at block ends XLA un-shards the batch. Outside a mesh (a notebook) it does nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    names = [
+        axis if axis and x.shape[dim] % _ways(RULES[axis], mesh.shape) == 0 else None
+        for dim, axis in enumerate(axes)
+    ]
+    return jax.lax.with_sharding_constraint(x, spec(tuple(names)))
+
+
+def shardings(leaves: Mapping[str, Leaf], mesh: Mesh) -> dict[str, NamedSharding]:
+    """A sharding for every parameter; dims that do not divide raise once, with the whole list."""
+    bad = [line for path, leaf in leaves.items() for line in _indivisible(path, leaf, mesh)]
+    if bad:
+        raise UserError(f"mesh {dict(mesh.shape)} does not fit this model: " + "; ".join(bad))
+    return {path: NamedSharding(mesh, spec(leaf.axes)) for path, leaf in leaves.items()}
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Dim 0 over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """How many parts the global batch is cut into."""
+    return _ways(RULES["batch"], mesh.shape)
+
+
+def _ways(rule: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> int:
+    names = (rule,) if isinstance(rule, str) else rule or ()
+    return prod(sizes[name] for name in names)
+
+
+def _indivisible(path: str, leaf: Leaf, mesh: Mesh) -> list[str]:
+    lines = []
+    for dim, axis in enumerate(leaf.axes):
+        rule = RULES[axis] if axis else None
+        if leaf.shape[dim] % _ways(rule, mesh.shape):
+            lines.append(
+                f"{path}: dim {dim} of {leaf.shape} is not divisible by"
+                f" {rule}={_ways(rule, mesh.shape)}"
+            )
+    return lines

@@ -1,0 +1,94 @@
+"""The only projection of the project, with the slot that a LoRA adapter fits in."""
+
+from math import prod
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+class Adapter(NamedTuple):
+    """How an adapter acts: scale (alpha / r), dropout on its input, and its own RNG stream."""
+
+    scale: float
+    dropout: float = 0.0
+    stream: int = 0
+
+
+class Linear(nnx.Module):
+    """y = x W + b over the trailing `in_shape` dims; with an adapter also + scale * (x A) B.
+
+    Shapes: x (..., *in_shape) -> (..., *out_shape). `axes` are the logical axes of both.
+    LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        *,
+        key: PRNGKeyArray,
+        bias: bool = False,
+        std: float = 0.02,
+    ):
+        shape = (*in_shape, *out_shape)
+        self.kernel = nnx.Param(
+            std * jax.random.normal(key, shape), axes=axes, inputs=len(in_shape)
+        )
+        out_axes = axes[len(in_shape) :]
+        self.bias = nnx.data(nnx.Param(jnp.zeros(out_shape), axes=out_axes) if bias else None)
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.adapter = Adapter(1.0)
+        self.inputs = len(in_shape)
+
+    def __call__(
+        self, x: Float[Array, "..."], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "..."]:
+        """`key` turns the adapter's dropout on (training); without it the call is deterministic."""
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.inputs)
+        if self.lora_a is not None:
+            y = y + self._adapted(x, key)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        return y
+
+    def _adapted(self, x: Array, key: PRNGKeyArray | None) -> Array:
+        if key is not None and self.adapter.dropout > 0:
+            keep = 1.0 - self.adapter.dropout
+            mask = jax.random.bernoulli(jax.random.fold_in(key, self.adapter.stream), keep, x.shape)
+            x = jnp.where(mask, x / keep, 0).astype(x.dtype)
+        low = jnp.tensordot(x, self.lora_a[...].astype(x.dtype), self.inputs)
+        return self.adapter.scale * jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)
+
+
+class Embedding(nnx.Module):
+    """A table of row vectors: token ids (...) -> (..., D)."""
+
+    def __init__(self, rows: int, dim: int, *, key: PRNGKeyArray, std: float = 0.02):
+        table = std * jax.random.normal(key, (rows, dim))
+        self.embedding = nnx.Param(table, axes=("vocab", "embed"))
+
+    def __call__(self, ids: Array, dtype: jnp.dtype | None = None) -> Array:
+        table = self.embedding[...]
+        return gather_rows(table if dtype is None else table.astype(dtype), ids)
+
+
+def gather_rows(table: Array, ids: Array) -> Array:
+    """table[ids] with the table made whole over its columns first.
+
+    Indexing a table sharded over both dims makes XLA rematerialise it ("Involuntary full
+    rematerialization"); gathering it once is one all-gather.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        table = jax.lax.with_sharding_constraint(table, jax.sharding.PartitionSpec())
+    return table[ids]
+
+
+def fan_in(kernel_shape: tuple[int, ...], inputs: int) -> int:
+    """The number of inputs that one output sums over."""
+    return prod(kernel_shape[:inputs])
