@@ -1,0 +1,308 @@
+"""Safetensors on disk: checked, one tensor in memory at a time, read and written in shards."""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxft.core.errors import UserError
+
+STEMS = ("model", "diffusion_pytorch_model")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+MAX_HEADER_BYTES = 100_000_000
+DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Info = tuple[tuple[int, ...], np.dtype]
+
+
+class Tensors(Protocol):
+    """A checkpoint under Hugging Face keys; `read` holds one tensor, never the whole."""
+
+    def keys(self) -> Sequence[str]: ...
+    def info(self, key: str) -> Info: ...
+    def read(self, key: str) -> np.ndarray: ...
+
+
+class _Place(NamedTuple):
+    """Where one tensor lies: absolute byte offset in its file."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+
+
+class TensorFiles:
+    """The tensors of one or more safetensors files as one mapping from key to array."""
+
+    def __init__(self, places: Mapping[str, _Place]):
+        self._places = dict(places)
+
+    @classmethod
+    def open(cls, where: str | Path | Sequence[str | Path]) -> "TensorFiles":
+        """Opens a folder (single file or index), one file, or a list of files.
+
+        Every file is checked whole before the first tensor is read. Raises UserError naming the
+        file for anything truncated, corrupt, ambiguous or pickled.
+        """
+        if not isinstance(where, str | Path):
+            return cls(_merge([Path(file) for file in where]))
+        path = Path(where)
+        return cls(_open_folder(path) if path.is_dir() else _header(path))
+
+    def keys(self) -> Sequence[str]:
+        return list(self._places)
+
+    def info(self, key: str) -> Info:
+        """(shape, dtype) from the header alone."""
+        place = self._places[key]
+        return place.shape, place.dtype
+
+    def read(self, key: str) -> np.ndarray:
+        """A fresh array of the tensor; plain reads, so that no mapped page counts as memory."""
+        place = self._places[key]
+        array = np.empty(place.shape, place.dtype)
+        with place.file.open("rb") as file:
+            file.seek(place.offset)
+            if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
+                raise UserError(f"{place.file}: ends inside tensor {key!r}; copy the file again")
+        return array
+
+
+def _open_folder(folder: Path) -> dict[str, _Place]:
+    for stem in STEMS:
+        for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+            path = folder / name
+            if path.exists():
+                return _header(path) if path.suffix == ".safetensors" else _open_index(path)
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise _pickle_error(pickles[0])
+    raise UserError(
+        f"{folder}: found neither model.safetensors nor model.safetensors.index.json; "
+        "give a folder saved by save_pretrained"
+    )
+
+
+def _pickle_error(path: Path) -> UserError:
+    return UserError(
+        f"{path}: pickle files can run code and are refused; convert it once where PyTorch is "
+        f"installed: `import torch, safetensors.torch as st; st.save_file(torch.load("
+        f"{path.name!r}, weights_only=True), 'model.safetensors', {{'format': 'pt'}})`"
+    )
+
+
+def _merge(files: Sequence[Path]) -> dict[str, _Place]:
+    places: dict[str, _Place] = {}
+    for file in files:
+        for key, place in _header(file).items():
+            if key in places:
+                raise UserError(f"{file}: tensor {key!r} is also in {places[key].file.name}")
+            places[key] = place
+    return places
+
+
+def _open_index(index: Path) -> dict[str, _Place]:
+    """Reads `*.safetensors.index.json`; the index and the shards must agree on every tensor."""
+    if index.stat().st_size > MAX_HEADER_BYTES:
+        raise UserError(f"{index}: larger than {MAX_HEADER_BYTES} bytes, not a weight index")
+    content = _json(index.read_bytes(), index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: expected an object 'weight_map' from tensor to shard name")
+    names = set()
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not _is_inside(index.parent, name):
+            raise UserError(f"{index}: tensor {key!r} names {name!r}; expected a file beside it")
+        names.add(name)
+    missing = sorted(name for name in names if not (index.parent / name).is_file())
+    if missing:
+        raise UserError(f"{index}: missing shards {_some(missing)}; download them again")
+    shards = index.parent.glob(f"{index.name.removesuffix('.safetensors.index.json')}-*")
+    extra = {path.name for path in shards if re.search(r"-\d+-of-\d+\.safetensors$", path.name)}
+    if extra - names:
+        raise UserError(f"{index}: shards not in the index: {_some(sorted(extra - names))}")
+    places = _merge([index.parent / name for name in sorted(names)])
+    wrong = sorted(
+        key
+        for key in weight_map.keys() | places.keys()
+        if key not in places or places[key].file.name != weight_map.get(key)
+    )
+    if wrong:
+        raise UserError(f"{index}: index and shards disagree about tensors {_some(wrong)}")
+    return places
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """A plain file name of the folder; links may lead only into a hub cache's own blobs."""
+    if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+        return False
+    allowed = [folder.resolve()]
+    if folder.absolute().parent.name == "snapshots":
+        allowed.append(folder.absolute().parents[1].resolve() / "blobs")
+    return (folder / name).resolve().parent in allowed
+
+
+def _header(file: Path) -> dict[str, _Place]:
+    """Checks one file with the safetensors library, then reads where each tensor lies.
+
+    The library accepts two hostile cases, refused here: duplicate keys, and shapes whose product
+    is 0 but whose strides overflow.
+    """
+    if file.suffix in PICKLES:
+        raise _pickle_error(file)
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if size > min(MAX_HEADER_BYTES, file.stat().st_size - 8):
+                raise UserError(f"{file}: not a safetensors file, or cut short; copy it again")
+            with safe_open(file, "np"):
+                header = _json(stream.read(size), file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error})") from error
+    header.pop("__metadata__", None)
+    return {key: _place(file, key, entry, 8 + size) for key, entry in header.items()}
+
+
+def _place(file: Path, key: str, entry: dict, start: int) -> _Place:
+    shape = tuple(entry["shape"])
+    if entry["dtype"] not in DTYPES:
+        expected = ", ".join(DTYPES)
+        raise UserError(f"{file}: {key!r} has dtype {entry['dtype']}; expected one of {expected}")
+    dtype = DTYPES[entry["dtype"]]
+    if math.prod(max(dim, 1) for dim in shape) * dtype.itemsize >= 2**62:
+        raise UserError(f"{file}: tensor {key!r} has an impossible shape {shape}")
+    return _Place(file, shape, dtype, start + entry["data_offsets"][0])
+
+
+def _json(text: bytes, file: Path) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise UserError(f"{file}: key {twice!r} appears twice; the file is not trustworthy")
+        return result
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: invalid JSON ({error})") from error
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def write_sharded(
+    folder: Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    infos: Mapping[str, Info],
+    max_shard_bytes: int = 5 * 10**9,
+    stem: str = "model",
+) -> list[Path]:
+    """Writes `{stem}.safetensors`, or numbered shards and their index, as transformers names them.
+
+    `infos` (shape and dtype of every tensor) fixes the layout, so `tensors` may come in any order
+    and only one is held at a time. Returns the weight files. Raises ValueError when a tensor is
+    missing, repeated, unknown or not as announced. The caller owns temporary names and renaming.
+    """
+    shards = _split(infos, max_shard_bytes)
+    files = [folder / f"{stem}.safetensors"]
+    if len(shards) > 1:
+        count = len(shards)
+        files = [folder / f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    places: dict[str, _Place] = {}
+    for file, keys in zip(files, shards, strict=True):
+        places |= _write_header(file, {key: infos[key] for key in keys})
+    for key, value in tensors:
+        if key not in places:
+            raise ValueError(f"tensor {key!r} was not announced or came twice")
+        place, array = places.pop(key), np.asarray(value, order="C")
+        if (array.shape, array.dtype) != (place.shape, place.dtype):
+            expected = f"{place.shape} {place.dtype}"
+            raise ValueError(f"{key!r} is {array.shape} {array.dtype}; expected {expected}")
+        with place.file.open("r+b") as stream:
+            stream.seek(place.offset)
+            stream.write(array.reshape(-1).view(np.uint8).data)
+    if places:
+        raise ValueError(f"tensors never written: {_some(sorted(places))}")
+    for file in files:  # a rename must not reach the disk before the bytes
+        with file.open("r+b") as stream:
+            os.fsync(stream.fileno())
+    if len(shards) > 1:
+        weight_map = {
+            key: file.name for file, keys in zip(files, shards, strict=True) for key in sorted(keys)
+        }
+        total = sum(_nbytes(info) for info in infos.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return files
+
+
+def _nbytes(info: Info) -> int:
+    return math.prod(info[0]) * np.dtype(info[1]).itemsize
+
+
+def _split(infos: Mapping[str, Info], max_shard_bytes: int) -> list[list[str]]:
+    """Fills shards in the given order; a tensor above the limit gets a shard of its own."""
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for key, info in infos.items():
+        size = _nbytes(info)
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(key)
+        room -= size
+    return shards
+
+
+def _write_header(file: Path, infos: Mapping[str, Info]) -> dict[str, _Place]:
+    """Writes the header and reserves the data; wide dtypes first keeps every tensor aligned."""
+    spans: dict[str, tuple[int, int]] = {}
+    end = 0
+    for key in sorted(infos, key=lambda key: -np.dtype(infos[key][1]).itemsize):
+        spans[key] = (end, end + _nbytes(infos[key]))
+        end = spans[key][1]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for key, span in spans.items():
+        shape, dtype = infos[key]
+        name = DTYPE_NAMES[np.dtype(dtype)]
+        header[key] = {"dtype": name, "shape": list(shape), "data_offsets": span}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(start + end)
+    return {
+        key: _Place(file, tuple(infos[key][0]), np.dtype(infos[key][1]), start + begin)
+        for key, (begin, _) in spans.items()
+    }
