@@ -1,3 +1,3 @@
-"""jaxft: fine-tune Stable Diffusion, LLaMA-family and image-token models in JAX, back to PyTorch."""
+"""jaxft: fine-tune diffusion, LLaMA-family and image-token models in JAX, back to PyTorch."""
 
 __version__ = "0.1.0"

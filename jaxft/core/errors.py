@@ -1,4 +1,4 @@
-"""The one exception for everything a user can cause: its text is one line that says how to mend it."""
+"""The one exception for everything that a user can cause; its text is one line."""
 
 
 class UserError(ValueError):

@@ -57,7 +57,7 @@ def flatten(module: nnx.Module) -> Params:
 
 
 def bind(template: Module, params: Mapping[str, Any]) -> Module:
-    """A module shaped as `template` that holds `params`; costs Python only, so call it in a trace."""
+    """A module shaped as `template` that holds `params`; pure Python, so call it in a trace."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
     return treedef.unflatten([params[dotted(path)] for path, _ in leaves])
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from math import prod
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxft.core.errors import UserError
@@ -75,6 +76,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Dim 0 over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of a global batch that this process's devices hold."""
+    index_map = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    bounds = [index[0].indices(batch_size)[:2] for index in index_map.values() if index]
+    return slice(min(low for low, _ in bounds), max(high for _, high in bounds))
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict:
+    """This process's rows of a host batch as global arrays of `batch_size` rows."""
+    sharding, first = batch_sharding(mesh), local_rows(mesh, batch_size).start
+
+    def place(rows: np.ndarray) -> jax.Array:
+        def window(index: tuple[slice, ...]) -> np.ndarray:
+            low, high, _ = index[0].indices(batch_size)
+            return rows[low - first : high - first]
+
+        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, window)
+
+    return {name: place(rows) for name, rows in batch.items()}
 
 
 def batch_ways(mesh: Mesh) -> int:

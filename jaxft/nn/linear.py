@@ -1,6 +1,5 @@
 """The only projection of the project, with the slot that a LoRA adapter fits in."""
 
-from math import prod
 from typing import NamedTuple
 
 import jax
@@ -46,23 +45,31 @@ class Linear(nnx.Module):
         self.inputs = len(in_shape)
 
     def __call__(
-        self, x: Float[Array, "..."], key: PRNGKeyArray | None = None
+        self, x: Float[Array, "..."], keys: PRNGKeyArray | None = None
     ) -> Float[Array, "..."]:
-        """`key` turns the adapter's dropout on (training); without it the call is deterministic."""
+        """`keys`, one a row of x, turn the adapter's dropout on; without them there is none."""
         y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.inputs)
         if self.lora_a is not None:
-            y = y + self._adapted(x, key)
+            y = y + self._adapted(x, keys)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y
 
-    def _adapted(self, x: Array, key: PRNGKeyArray | None) -> Array:
-        if key is not None and self.adapter.dropout > 0:
-            keep = 1.0 - self.adapter.dropout
-            mask = jax.random.bernoulli(jax.random.fold_in(key, self.adapter.stream), keep, x.shape)
-            x = jnp.where(mask, x / keep, 0).astype(x.dtype)
+    def _adapted(self, x: Array, keys: PRNGKeyArray | None) -> Array:
+        if keys is not None and self.adapter.dropout > 0:
+            x = dropout(x, keys, self.adapter)
         low = jnp.tensordot(x, self.lora_a[...].astype(x.dtype), self.inputs)
         return self.adapter.scale * jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)
+
+
+def dropout(x: Array, keys: PRNGKeyArray, adapter: Adapter) -> Array:
+    """Inverted dropout whose mask depends on a row's own key only, not on its batch or mesh."""
+    keep = 1.0 - adapter.dropout
+
+    def kept(key: PRNGKeyArray) -> Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, adapter.stream), keep, x.shape[1:])
+
+    return jnp.where(jax.vmap(kept)(keys), x / keep, 0).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -88,7 +95,3 @@ def gather_rows(table: Array, ids: Array) -> Array:
         table = jax.lax.with_sharding_constraint(table, jax.sharding.PartitionSpec())
     return table[ids]
 
-
-def fan_in(kernel_shape: tuple[int, ...], inputs: int) -> int:
-    """The number of inputs that one output sums over."""
-    return prod(kernel_shape[:inputs])

@@ -133,7 +133,7 @@ def _solve(groups: list[list[str]], shape: tuple[int, ...], sizes: Sizes) -> dic
         if len(unknown) > 1 or length % known or (not unknown and length != known):
             raise ValueError(f"{length} does not split into {' x '.join(group) or 1}")
         dims.update({name: sizes[name] for name in group if name in sizes})
-        dims.update({name: length // known for name in unknown})
+        dims.update(dict.fromkeys(unknown, length // known))
     return dims
 
 

@@ -1,0 +1,149 @@
+"""The jitted training step: sums over micro-batches and the mesh, one division, one update."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jaxft.core import optim
+from jaxft.core.params import Leaf, Params, bind
+from jaxft.core.sharding import constrain, replicated
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+class State(NamedTuple):
+    """What training changes: optimiser step count, trained fp32 masters, moments, EMA or {}."""
+
+    step: jax.Array
+    params: Params
+    opt: Any
+    ema: Params
+
+
+class Loss(Protocol):
+    """A task's loss as an unreduced sum and its weight, with further sums to report.
+
+    `keys` holds one PRNG key a row, from (seed, step, sample id): results do not depend on
+    the mesh or on how the batch is cut.
+    """
+
+    def __call__(
+        self, model: Any, batch: Batch, keys: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], Metrics]: ...
+
+
+class StepSpec(NamedTuple):
+    """The parts of a run's config that the step is compiled for."""
+
+    micro_batches: int
+    compute_dtype: Any
+    ema: float
+    seed: int
+
+
+def init_state(tx: optax.GradientTransformation, params: Params, ema: float) -> State:
+    """The state before step 0."""
+    average = {path: jnp.copy(x).astype(jnp.float32) for path, x in params.items()} if ema else {}
+    return State(jnp.zeros((), jnp.int32), params, tx.init(params), average)
+
+
+def state_shardings(
+    tx: optax.GradientTransformation,
+    leaves: Mapping[str, Leaf],
+    shardings: Mapping[str, NamedSharding],
+    ema: float,
+    mesh: Mesh,
+) -> State:
+    """Shardings of `init_state`'s result; moments and average lie as their parameters do."""
+    whole = replicated(mesh)
+    opt = optim.state_shardings(tx, leaves, shardings, whole)
+    own = {path: shardings[path] for path in leaves}
+    return State(whole, own, opt, own if ema else {})
+
+
+def cast(params: Mapping[str, jax.Array], dtype: Any) -> Params:
+    """Parameters in the compute dtype; the masters stay as they are."""
+    return {path: x.astype(dtype) for path, x in params.items()}
+
+
+def make_step(
+    template: nnx.Module,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    spec: StepSpec,
+    shardings: State,
+    mesh: Mesh,
+) -> Any:
+    """`step(state, frozen, batch) -> state, metrics`, jitted; `state` is donated.
+
+    Metrics are fp32 scalars: `loss` (sum / weight over the whole global batch), `grad_norm`
+    (before clipping), `lr`, `weight`, and the task's sums divided by the weight.
+    """
+
+    def gradients(params: Params, frozen: Params, batch: Batch, keys: jax.Array) -> tuple:
+        def objective(trained: Params) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+            model = bind(template, cast({**frozen, **trained}, spec.compute_dtype))
+            (total, weight), metrics = loss(model, batch, keys)
+            return total, (weight, metrics)
+
+        (total, aux), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return grads, total, *aux
+
+    def train_step(state: State, frozen: Params, batch: Batch) -> tuple[State, Metrics]:
+        keys = sample_keys(spec.seed, state.step, batch["sample_ids"])
+        run = partial(gradients, state.params, frozen)
+        sums = _accumulate(run, batch, keys, spec.micro_batches)
+        grads, total, weight, metrics = sums
+        divisor = jnp.maximum(weight, 1e-8)
+        grads = jax.tree.map(lambda g: g / divisor, grads)
+        updates, opt = tx.update(grads, state.opt, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        ema = optim.ema_update(state.ema, params, state.step, spec.ema) if spec.ema else {}
+        report = {
+            "loss": total / divisor,
+            "grad_norm": optax.global_norm(grads),
+            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "weight": weight,
+            **{name: value / divisor for name, value in metrics.items()},
+        }
+        return State(state.step + 1, params, opt, ema), report
+
+    # Inputs come as they were placed; outputs are named, else the second step compiles again.
+    return jax.jit(
+        train_step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0
+    )
+
+
+def sample_keys(seed: int, step: jax.Array | int, sample_ids: jax.Array) -> jax.Array:
+    """One PRNG key a row: (seed, step, sample id)."""
+    base = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda sample: jax.random.fold_in(base, sample))(sample_ids)
+
+
+def _accumulate(run: Callable, batch: Batch, keys: jax.Array, parts: int) -> Any:
+    """Sum `run` over `parts` micro-batches with one scan."""
+    if parts == 1:
+        return run(batch, keys)
+    cut = partial(_cut, parts=parts)
+    pieces = (jax.tree.map(cut, dict(batch)), _cut(keys, parts))
+    first = jax.tree.map(lambda x: x[0], pieces)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run, *first))
+
+    def body(sums: Any, piece: tuple) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, run(*piece)), None
+
+    return jax.lax.scan(body, zeros, pieces)[0]
+
+
+def _cut(x: jax.Array, parts: int) -> jax.Array:
+    """(B, …) as (parts, B / parts, …), each part spread over the mesh as the whole was."""
+    pieces = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    return constrain(pieces, None, "batch", *(None,) * (x.ndim - 1))

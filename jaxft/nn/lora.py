@@ -1,0 +1,68 @@
+"""Low-rank adapters: add them to the projections that a regex names, and merge them."""
+
+import re
+from collections.abc import Mapping
+from math import prod, sqrt
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+
+from jaxft.core.config import Lora
+from jaxft.core.errors import UserError
+from jaxft.nn.linear import Adapter, Linear
+
+
+def scale(cfg: Lora) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
+    return cfg.alpha / (sqrt(cfg.rank) if cfg.rslora else cfg.rank)
+
+
+def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
+    """Give every projection whose path `cfg.targets` matches whole an adapter; rank 0 adds none.
+
+    A starts Kaiming-uniform (a = sqrt 5) and B zero, as PEFT's do; both are fp32 and keep the
+    leading "layers" dim of their kernel. Zero matches raise, listing all projections.
+    """
+    if cfg.rank == 0:
+        return
+    linears = projections(model)
+    chosen = [path for path in linears if re.fullmatch(cfg.targets, path)]
+    if not chosen:
+        raise UserError(
+            f"lora.targets={cfg.targets!r} matches no projection; there are: {', '.join(linears)}"
+        )
+    for path in chosen:
+        _attach(linears[path], cfg, jax.random.fold_in(key, crc32(path.encode())), path)
+
+
+def projections(model: nnx.Module) -> dict[str, Linear]:
+    """Every Linear by dotted path."""
+    found = nnx.iter_modules(model)
+    return {".".join(map(str, path)): m for path, m in sorted(found) if isinstance(m, Linear)}
+
+
+def _attach(linear: Linear, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
+    axes = linear.kernel.get_metadata()["axes"]
+    shape, n = linear.kernel.shape, linear.inputs
+    lead = shape[: len(shape) - len(axes)]
+    ins, outs = shape[len(lead) : len(lead) + n], shape[len(lead) + n :]
+    bound = 1 / sqrt(prod(ins))
+    a = jax.random.uniform(key, (*lead, *ins, cfg.rank), minval=-bound, maxval=bound)
+    linear.lora_a = nnx.data(nnx.Param(a, axes=(*axes[:n], "lora"), inputs=n))
+    b = jnp.zeros((*lead, cfg.rank, *outs))
+    linear.lora_b = nnx.data(nnx.Param(b, axes=("lora", *axes[n:]), inputs=1))
+    linear.adapter = Adapter(scale(cfg), cfg.dropout, crc32(path.encode()))
+
+
+def adapted(paths: Mapping) -> list[str]:
+    """The projections that carry an adapter, from parameter paths."""
+    return [path.removesuffix(".lora_a") for path in paths if path.endswith(".lora_a")]
+
+
+def delta(a: np.ndarray, b: np.ndarray, factor: float) -> np.ndarray:
+    """factor * A B of one layer in fp32, shaped as its kernel."""
+    return factor * np.tensordot(a.astype(np.float32), b.astype(np.float32), 1)

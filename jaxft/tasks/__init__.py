@@ -1,0 +1,82 @@
+"""What a task is: everything family-specific, nothing about devices, optimisers or checkpoints."""
+
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxft.core.config import Config
+from jaxft.core.errors import UserError
+from jaxft.core.params import Params
+from jaxft.core.step import Batch, Metrics
+from jaxft.weights.transfer import Part
+
+TASKS = {"llm": "jaxft.tasks.llm:LLM"}
+
+
+class Report(NamedTuple):
+    """An evaluation: named numbers, and a few rows to look at under their headers."""
+
+    metrics: dict[str, float]
+    headers: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+
+
+class Task(Protocol):
+    """One family of models on one kind of data."""
+
+    Options: type  # frozen dataclass of the keys that only this task knows
+    cfg: Config  # as given, or with what the model's folder decides (an adapter's own rank)
+    parts: tuple[Part, ...]  # where the parameters come from and go to
+    template: nnx.Module  # abstract: shapes, no memory
+
+    def build(self, key: jax.Array) -> nnx.Module:
+        """All modules that the step touches, frozen ones and adapters too."""
+        ...
+
+    def initial(self) -> dict[str, np.ndarray]:
+        """Arrays by path that replace what `build` would draw (an imported adapter)."""
+        ...
+
+    def n_examples(self) -> int:
+        """The size of the training set, for durations in epochs."""
+        ...
+
+    def train_batches(self, start_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
+        """Host batches from a global step on; batch k depends on (seed, k) alone."""
+        ...
+
+    def loss(
+        self, model: Any, batch: Batch, keys: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
+        """An unreduced sum and its weight, and further sums to report."""
+        ...
+
+    def evaluate(self, params: Params, mesh: Mesh) -> Report:
+        """Metrics over the whole evaluation set."""
+        ...
+
+    def sample(self, params: Params) -> str:
+        """A look at what the model makes now, as text."""
+        ...
+
+    def flops(self, trainable: bool) -> float:
+        """FLOPs of one training step; `trainable` says that the base is trained, not adapters."""
+        ...
+
+    def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
+        """Everything beside the weights that an export holds, by name."""
+        ...
+
+
+def task_class(name: str) -> Any:
+    """The class of a task, imported only when it is asked for."""
+    if name not in TASKS:
+        raise UserError(f"config key task={name!r} is not known; it is one of {', '.join(TASKS)}")
+    module, _, attribute = TASKS[name].partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,172 @@
+"""LoRA adapters in PEFT's layout, derived from the weight table, both ways."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.core.config import Lora
+from jaxft.core.errors import UserError
+from jaxft.core.params import Leaf
+from jaxft.weights.rules import Entry, to_jax, to_torch
+from jaxft.weights.tensor_files import TensorFiles, write_sharded
+from jaxft.weights.transfer import Part
+
+PREFIX = "base_model.model."
+STEM = "adapter_model"
+
+
+class Slot(NamedTuple):
+    """One adapted projection of one layer: torch module name, jaxft paths, both layouts."""
+
+    module: str
+    path: str
+    layer: int | None
+    layout_a: str
+    layout_b: str
+
+    def sides(self) -> tuple[tuple[str, str, str], ...]:
+        """(PEFT's letter, jaxft's leaf name, layout) of both factors."""
+        return ("A", "lora_a", self.layout_a), ("B", "lora_b", self.layout_b)
+
+
+def slots(part: Part, leaves: Mapping[str, Leaf]) -> list[Slot]:
+    """Where each adapter of a model lives on both sides."""
+    found = []
+    for entry in part.entries(leaves):
+        linear = entry.path.removesuffix(".kernel")
+        if linear + ".lora_a" not in leaves:
+            continue
+        layout_a, layout_b = _layouts(entry, leaves[entry.path])
+        for i, key in enumerate(entry.keys):
+            layer = i if entry.stacked else None
+            found.append(Slot(key.removesuffix(".weight"), linear, layer, layout_a, layout_b))
+    return found
+
+
+def write(
+    folder: Path,
+    part: Part,
+    leaves: Mapping[str, Leaf],
+    arrays: Mapping[str, Any],
+    cfg: Lora,
+    base: str,
+) -> None:
+    """adapter_model.safetensors and adapter_config.json as PEFT 0.18+ reads them.
+
+    `arrays` holds the fp32 `….lora_a` / `….lora_b` parameters by path.
+    """
+    tensors = {}
+    for slot in slots(part, leaves):
+        for letter, leaf, layout in (
+            ("A", "lora_a", slot.layout_a),
+            ("B", "lora_b", slot.layout_b),
+        ):
+            array = np.asarray(arrays[f"{slot.path}.{leaf}"])
+            array = array if slot.layer is None else array[slot.layer]
+            key = f"{PREFIX}{slot.module}.lora_{letter}.weight"
+            tensors[key] = to_torch(array.astype(np.float32), layout, part.sizes)
+    infos = {key: (array.shape, array.dtype) for key, array in tensors.items()}
+    write_sharded(folder, tensors.items(), infos, stem=STEM)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": cfg.rank,
+        "lora_alpha": cfg.alpha,
+        "lora_dropout": cfg.dropout,
+        "use_rslora": cfg.rslora,
+        "target_modules": _targets(part, leaves),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+class PeftAdapter(NamedTuple):
+    """A PEFT folder as read: its LoRA settings, its base model, its tensors."""
+
+    name: str
+    base: str
+    lora: Lora
+    tensors: TensorFiles
+
+
+def read(folder: Path, targets: str) -> PeftAdapter:
+    """Open a PEFT folder; `targets` is the path regex that its modules are said with in jaxft."""
+    file = folder / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not a readable PEFT adapter config: {error}") from None
+    unsupported = [
+        key
+        for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "bias")
+        if config.get(key) not in (None, False, {}, [], "none")
+    ]
+    if config.get("peft_type") != "LORA" or unsupported:
+        what = ", ".join(unsupported) or f"peft_type={config.get('peft_type')}"
+        raise UserError(f"{file}: {what} is not supported; plain LoRA adapters are")
+    lora = Lora(
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
+        targets=targets,
+        rslora=bool(config.get("use_rslora", False)),
+        dropout=float(config.get("lora_dropout", 0.0)),
+    )
+    tensors = TensorFiles.open(folder / f"{STEM}.safetensors")
+    return PeftAdapter(str(folder), config["base_model_name_or_path"], lora, tensors)
+
+
+def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
+    """The adapter's arrays by jaxft path; every tensor must have its place."""
+    arrays = {
+        path: np.zeros(leaf.shape, np.float32)
+        for path, leaf in leaves.items()
+        if path.endswith((".lora_a", ".lora_b"))
+    }
+    wanted = {
+        f"{PREFIX}{slot.module}.lora_{letter}.weight": (slot, leaf, layout)
+        for slot in slots(part, leaves)
+        for letter, leaf, layout in slot.sides()
+    }
+    have = set(adapter.tensors.keys())
+    if have != set(wanted):
+        odd = sorted(have ^ set(wanted))[:8]
+        raise UserError(f"{adapter.name} does not fit lora.targets; not on both sides: {odd}")
+    for key, (slot, leaf, layout) in wanted.items():
+        array = to_jax(adapter.tensors.read(key), layout, part.sizes)
+        arrays[f"{slot.path}.{leaf}"][... if slot.layer is None else slot.layer] = array
+    return arrays
+
+
+def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str]:
+    """The kernel's layout "out in -> in out" cut into those of A [r, in] and B [out, r]."""
+    left, right = entry.layout.split("->")
+    out_group, in_group = _split(left)
+    names = right.split()
+    ins, outs = names[: leaf.inputs], names[leaf.inputs :]
+    return f"r {in_group} -> {' '.join(ins)} r", f"{out_group} r -> r {' '.join(outs)}"
+
+
+def _split(left: str) -> tuple[str, str]:
+    """The two groups of a matrix's torch side, such as "(n h)" and "d"."""
+    left = left.strip()
+    cut = left.index(")") + 1 if left.startswith("(") else left.index(" ")
+    return left[:cut].strip(), left[cut:].strip()
+
+
+def _targets(part: Part, leaves: Mapping[str, Leaf]) -> list[str]:
+    """Module names for PEFT: short suffixes, or full names where a suffix would hit others."""
+    modules = {slot.module for slot in slots(part, leaves)}
+    keys = [key for entry in part.entries(leaves) for key in entry.keys]
+    others = {key.removesuffix(".weight") for key in keys} - modules
+    short = {module.rsplit(".", 1)[-1] for module in modules}
+    clash = any(other.rsplit(".", 1)[-1] in short for other in others)
+    return sorted(modules if clash else short)
