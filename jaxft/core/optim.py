@@ -1,0 +1,271 @@
+"""What turns gradients into updates: schedules, optimisers on optax, their shardings, the EMA."""
+
+from collections.abc import Callable, Hashable, Mapping
+from math import log, prod, sqrt
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from optax import contrib
+
+from jaxft.core.errors import UserError
+from jaxft.core.params import MATRICES, Leaf, Params
+
+EPS = 1e-8
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
+
+
+def schedule(name: str, lr: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """The learning rate of optimiser step k = 0, 1, ...
+
+    Warm-up is lr * (k + 1) / warmup_steps, so that step 0 already moves. Then `constant` stays,
+    `cosine` falls to lr / 10 and `linear` to 0 at k = total_steps; `wsd` (warm-up, stable, decay;
+    MiniCPM, arXiv 2404.06395) stays until the last fifth of all steps and falls linearly to 0.
+
+    Raises: UserError for an unknown name or a warm-up that leaves no step.
+    """
+    if not 0 <= warmup_steps < total_steps:
+        raise UserError(
+            f"warmup_steps={warmup_steps} must be at least 0 and less than"
+            f" total_steps={total_steps}; lower the warm-up or train longer"
+        )
+    after = _after_warmup(name, lr, warmup_steps, total_steps)
+    if not warmup_steps:
+        return after
+    return optax.join_schedules([lambda k: lr * (k + 1) / warmup_steps, after], [warmup_steps])
+
+
+def _after_warmup(name: str, lr: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    rest = total_steps - warmup_steps
+    match name:
+        case "constant":
+            return optax.constant_schedule(lr)
+        case "cosine":
+            return optax.cosine_decay_schedule(lr, rest, alpha=0.1)
+        case "linear":
+            return optax.linear_schedule(lr, 0.0, rest)
+        case "wsd":
+            decay = min(rest, max(1, total_steps // 5))
+            return optax.linear_schedule(lr, 0.0, decay, transition_begin=rest - decay)
+    raise UserError(f"schedule={name!r} is not known; choose one of {', '.join(SCHEDULES)}")
+
+
+def make_optimizer(
+    name: str,
+    learning_rate: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    clip: float,
+    leaves: Mapping[str, Leaf],
+) -> optax.GradientTransformation:
+    """Clip by global norm (0: never), the named direction, decoupled decay of matrices, -lr.
+
+    `adamw` (arXiv 1711.05101) is torch.optim.AdamW; `lion` is arXiv 2302.06675. `adafactor`
+    (arXiv 1804.04235) takes steps of the size `lr`, without momentum and without the scale of the
+    parameter, so b1 and b2 are not used. `muon` (Keller Jordan) orthogonalises what the hidden
+    matrices and LoRA receive, at AdamW's size of step (arXiv 2502.16982), so that one `lr` serves;
+    embeddings, output heads, norms and biases get AdamW, the only ones that b1 and b2 concern.
+
+    Everything is kept and computed in fp32, whatever the parameters are. `leaves` describes at
+    least the parameters that are optimised. Adafactor and Muon see a stacked kernel as the
+    separate (in, out) matrices of its layers.
+
+    Raises: UserError for an unknown name.
+    """
+
+    def decays(params: Params) -> dict[str, bool]:
+        return {path: _name(path) in MATRICES for path in params}
+
+    steps = [
+        _direction(name, b1, b2, leaves),
+        optax.add_decayed_weights(weight_decay, mask=decays),
+        optax.scale_by_learning_rate(learning_rate),
+    ]
+    if clip:
+        steps.insert(0, optax.clip_by_global_norm(clip))
+    return _in_float32(optax.chain(*steps))
+
+
+def _direction(
+    name: str, b1: float, b2: float, leaves: Mapping[str, Leaf]
+) -> optax.GradientTransformation:
+    match name:
+        case "adamw":
+            return _adam(b1, b2)
+        case "lion":
+            return optax.scale_by_lion(b1, b2)
+        case "adafactor":
+            return _adafactor(leaves)
+        case "muon":
+            return _muon(b1, b2, leaves)
+    raise UserError(f"optimizer={name!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
+
+
+def state_shardings(
+    tx: optax.GradientTransformation,
+    leaves: Mapping[str, Leaf],
+    param_shardings: Mapping[str, NamedSharding],
+    replicated: NamedSharding,
+) -> Any:
+    """Shardings in the form of `tx.init(params)`, for its and the step's `out_shardings`.
+
+    A state array whose key path names a parameter and that has its shape is laid out like it; in
+    Adafactor's (layers, in, out) shape by the first axis of each group; all else is replicated.
+    Needed because jit lays out an optimiser state replicated, and optax.tree_map_params cannot
+    read Muon's. `leaves` are the optimised parameters only.
+    """
+
+    def place(key_path: tuple, state: jax.ShapeDtypeStruct) -> NamedSharding:
+        names = [key.key for key in key_path if isinstance(key, jax.tree_util.DictKey)]
+        path = next((name for name in names if name in leaves), None)
+        if path is None:
+            return replicated
+        leaf, sharding = leaves[path], param_shardings[path]
+        if state.shape == leaf.shape:
+            return sharding
+        if state.shape == _grouped_shape(path, leaf):
+            return _grouped_sharding(path, leaf, sharding)
+        return replicated
+
+    params = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
+
+
+def ema_update(ema: Params, params: Params, step: jax.Array | int, decay: float) -> Params:
+    """The moving average after step = 0, 1, ... in fp32; `params` are those after that step.
+
+    The rate of step n > 0 is min(decay, (1 + n) / (10 + n)), and 0 at first: diffusers' EMAModel.
+    """
+    n = jnp.asarray(step, jnp.float32)
+    # 1 - rate directly: fp32 has four digits left of 1 - 0.9999.
+    taken = jnp.where(n > 0, jnp.maximum(1 - decay, 9 / (10 + n)), 1.0)
+    return jax.tree.map(lambda e, p: e - taken * (e - p.astype(jnp.float32)), ema, params)
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """optax gives moments the dtype of the parameters; bf16 moments lose small gradients."""
+
+    def init(params: Any) -> Any:
+        return tx.init(optax.tree.cast(params, jnp.float32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, params = (optax.tree.cast(tree, jnp.float32) for tree in (updates, params))
+        return tx.update(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _adam(b1: float, b2: float) -> optax.GradientTransformation:
+    """optax's Adam, but for its 1 - b**t in fp32: at b2 = 0.999 its first steps are 7e-6 off."""
+
+    def debias(moment: Any, b: float, count: Any) -> Any:
+        scale = -jnp.expm1(count * log(b)) if b else 1.0
+        return jax.tree.map(lambda m: m / scale, moment)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        m_hat, v_hat = debias(mu, b1, count), debias(nu, b2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + EPS), m_hat, v_hat)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam(b1, b2).init, update)
+
+
+def _muon(b1: float, b2: float, leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:
+    def hidden(path: str) -> bool:
+        matrix = _name(path) in MATRICES and _name(path) != "embedding"
+        return matrix and "vocab" not in leaves[path].axes
+
+    def dims(path: str) -> contrib.MuonDimensionNumbers:
+        reduction, output = _groups(path, leaves[path])[-2:]
+        return contrib.MuonDimensionNumbers(reduction, output)
+
+    def like_adam(path: str, update: jax.Array) -> jax.Array:
+        fan_in, fan_out = _grouped_shape(path, leaves[path])[-2:]
+        return update * (0.2 * sqrt(max(fan_in, fan_out)))
+
+    # Two of optax's calls map over what the partition leaves of the dict: masked entries stay.
+    muon = optax.chain(
+        contrib.scale_by_muon(weight_dimension_numbers=lambda u: _by_path(lambda p, _: dims(p), u)),
+        optax.stateless(lambda updates, _: _by_path(like_adam, updates)),
+    )
+    return optax.partition(
+        {"muon": muon, "adam": _adam(b1, b2)},
+        lambda params: {path: "muon" if hidden(path) else "adam" for path in params},
+    )
+
+
+def _adafactor(leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:
+    """Second moments factored by matrix, and each matrix's update clipped to a mean square of 1."""
+    matrix = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    stacks = {path: _stack(path, leaf) for path, leaf in leaves.items()}
+    layers = optax.GradientTransformation(jax.vmap(matrix.init), jax.vmap(matrix.update))
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        stack: _on_groups(matrix if stack == "single" else layers, leaves)
+        for stack in set(stacks.values())
+    }
+    return optax.partition(transforms, lambda params: {path: stacks[path] for path in params})
+
+
+def _stack(path: str, leaf: Leaf) -> str:
+    """vmap needs arrays of one length, and stacks of a UNet differ in theirs."""
+    return f"stack_{_grouped_shape(path, leaf)[0]}" if leaf.stacked else "single"
+
+
+def _on_groups(
+    tx: optax.GradientTransformation, leaves: Mapping[str, Leaf]
+) -> optax.GradientTransformation:
+    """`tx` on (layers?, in, out) matrices and (layers?, size) vectors instead of the arrays."""
+
+    def group(tree: Any) -> Any:
+        return _by_path(lambda path, x: x.reshape(_grouped_shape(path, leaves[path])), tree)
+
+    def init(params: Any) -> Any:
+        return tx.init(group(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = tx.update(group(updates), state, group(params))
+        return _by_path(lambda path, x: x.reshape(leaves[path].shape), updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _by_path(function: Callable[[str, jax.Array], Any], tree: Any) -> Any:
+    """Map over a flat dict; what optax.partition masked has no arrays and stays."""
+    return jax.tree_util.tree_map_with_path(lambda keys, x: function(keys[0].key, x), tree)
+
+
+def _groups(path: str, leaf: Leaf) -> list[tuple[int, ...]]:
+    """The dims that torch has as one: layers (if stacked), then in and out, or all of a vector."""
+    dims = tuple(range(len(leaf.shape)))
+    stack = leaf.axes.count("layers")
+    name = _name(path)
+    inputs = 1 if name == "embedding" else leaf.inputs
+    if name in MATRICES and not inputs:
+        raise ValueError(f"{path}: inputs=0, but a {name} has at least 1 input dim; set `inputs`")
+    split = stack + inputs
+    groups = [dims[stack:split], dims[split:]] if inputs else [dims[stack:]]
+    return [dims[:stack], *groups] if stack else groups
+
+
+def _grouped_shape(path: str, leaf: Leaf) -> tuple[int, ...]:
+    return tuple(prod(leaf.shape[dim] for dim in group) for group in _groups(path, leaf))
+
+
+def _grouped_sharding(path: str, leaf: Leaf, sharding: NamedSharding) -> NamedSharding:
+    # Merged dims are laid out by the outermost one; what an inner one says does not fit a block.
+    axes = dict(enumerate(sharding.spec))
+    merged = [axes.get(group[0]) if group else None for group in _groups(path, leaf)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*merged))
