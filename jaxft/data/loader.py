@@ -1,0 +1,116 @@
+"""Batches addressed by the global step: batch k depends on the seed and k alone."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from jaxft.core.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+class Examples(Protocol):
+    """A random-access dataset; indexing must be safe in threads."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Collate(Protocol):
+    """Stacks examples to `batch_rows` rows; missing rows are padding with weight 0."""
+
+    def __call__(self, examples: Sequence[Any], *, batch_rows: int) -> Batch: ...
+
+
+def train_loader(
+    dataset: Examples,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    collate_fn: Collate,
+    rows: slice | None = None,
+    threads: int = 2,
+) -> grain.DatasetIterator:
+    """Endless host batches from step `start_step` on, read ahead in threads.
+
+    Batch k holds samples k*B .. (k+1)*B-1 of an endless stream in which every epoch is a new
+    permutation of the dataset; `rows` is this process's slice of those B (all by default). Each
+    batch carries sample_ids int32 [rows], the indices into the dataset. Starting at a step costs
+    the same as starting at 0. Raises UserError if the dataset is smaller than a batch.
+    """
+    if len(dataset) < batch_size:
+        raise UserError(
+            f"{dataset!r} has {len(dataset)} examples, {batch_size - len(dataset)} fewer than one "
+            f"batch: batch_size={batch_size} must be at most {len(dataset)}, or add data"
+        )
+    order = grain.MapDataset.source(range(len(dataset))).seed(seed).shuffle().repeat()
+    batches = _Batches(dataset, order, batch_size, _checked(rows, batch_size), collate_fn)
+    iterator = _read_ahead(batches, threads)
+    iterator.set_state({"next_index": start_step})
+    return iterator
+
+
+def eval_batches(
+    dataset: Examples,
+    batch_size: int,
+    collate_fn: Collate,
+    rows: slice | None = None,
+    threads: int = 2,
+) -> grain.DatasetIterator:
+    """The whole dataset once, in order, as ceil(n / batch_size) batches of one shape.
+
+    The last batch is padded by `collate_fn`; its padding rows have weight 0 and sample id -1.
+    Every process gets the same number of batches.
+    """
+    order = range(len(dataset))
+    batches = _Batches(dataset, order, batch_size, _checked(rows, batch_size), collate_fn)
+    return _read_ahead(batches, threads)
+
+
+def steps_per_epoch(n_examples: int, batch_size: int, epochs: float = 1) -> int:
+    """Steps after which `epochs` passes over the examples are complete: ceil(epochs * n / B)."""
+    return math.ceil(Fraction(str(epochs)) * n_examples / batch_size)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Batch k as a pure function of k; `order` maps a place in the sample stream to an index."""
+
+    dataset: Examples
+    order: Examples
+    batch_size: int
+    rows: slice
+    collate_fn: Collate
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        first = index * self.batch_size
+        places = range(first + self.rows.start, first + self.rows.stop)
+        ids = [int(self.order[place]) for place in places if place < len(self.order)]
+        batch = self.collate_fn([self.dataset[i] for i in ids], batch_rows=len(places))
+        sample_ids = np.full(len(places), -1, np.int32)
+        sample_ids[: len(ids)] = ids
+        return {**batch, "sample_ids": sample_ids}
+
+
+def _checked(rows: slice | None, batch_size: int) -> slice:
+    if rows is None:
+        return slice(0, batch_size)
+    if rows.step not in (None, 1) or not 0 <= rows.start < rows.stop <= batch_size:
+        raise ValueError(f"rows={rows} must be a slice start:stop within batch_size={batch_size}")
+    return rows
+
+
+def _read_ahead(batches: _Batches, threads: int) -> grain.DatasetIterator:
+    # Threads, never worker processes: those outlive a trainer that is killed.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
