@@ -1,0 +1,164 @@
+"""The house rules as tests: layout, import direction, sizes, what may be imported where."""
+
+import ast
+import importlib.util
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "jaxft"
+FILES = sorted(PACKAGE.rglob("*.py"))
+ORDER = ["core", "weights", "nn", "models", "tasks", "commands"]
+LOOPS = {"train"}  # the train loop may be longer than other functions
+ORACLES = {"torch", "diffusers", "peft"}
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else "commands"
+
+
+def imports(path: Path) -> list[str]:
+    """Every module that a file imports, inside functions too."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    tree = ast.parse(path.read_text())
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def length(node: ast.FunctionDef) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+def may_import(importer: str, imported: str) -> bool:
+    if imported == "data":
+        return importer in ("data", "tasks", "commands")
+    if importer == "data":
+        return imported == "core"
+    return ORDER.index(imported) <= ORDER.index(importer)
+
+
+def test_rooms_are_the_ones_of_the_design():
+    rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and not p.name.startswith("__")}
+    assert rooms == {"core", "weights", "nn", "models", "tasks", "data", "demo"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_import_direction(path):
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "jaxft" or len(parts) < 2:
+            continue
+        target = parts[1] if (PACKAGE / parts[1]).is_dir() else "commands"
+        if path.name == "__init__.py" and room(path) == "commands":
+            continue  # jaxft.load reaches down lazily
+        assert may_import(room(path), target), f"{path} imports {name}"
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_import_cycles():
+    graph = {}
+    known = {module_of(path) for path in FILES}
+    for path in FILES:
+        found = set()
+        for name in imports(path):
+            found |= {n for n in (name, name.rpartition(".")[0]) if n in known}
+        # `from jaxft import run` names the package too, which imports nothing eagerly.
+        graph[module_of(path)] = found - {module_of(path), "jaxft"}
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        for child in graph[module]:
+            visit(child, (*trail, module))
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_sizes_and_docstrings(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 450, f"{path}: split by idea"
+    assert ast.get_docstring(ast.parse(text)), f"{path} says not what the room is for"
+    for node in functions(path):
+        assert length(node) <= (120 if node.name in LOOPS else 60), f"{path}:{node.name}"
+
+
+def test_median_function_length():
+    lengths = [length(node) for path in FILES for node in functions(path)]
+    assert statistics.median(lengths) <= 14
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_oracles_stay_out_of_the_run_time(path):
+    if path.name == "verify.py":
+        return
+    for name in imports(path):
+        assert name.split(".")[0] not in ORACLES | {"tensorflow"}, f"{path} imports {name}"
+        if name.split(".")[0] == "transformers":
+            assert name == "transformers.AutoTokenizer", f"{path} imports {name}"
+        assert name.split(".")[0] not in {"tests", "tools", "configs"}, f"{path} imports {name}"
+
+
+def test_no_inheritance_beyond_modules_and_records():
+    allowed = {"Module", "NamedTuple", "Protocol", "ValueError", "Generic"}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                for base in node.bases:
+                    name = ast.unparse(base).split("[")[0].rpartition(".")[2]
+                    assert name in allowed, f"{path}: class {node.name}({name})"
+
+
+def test_no_keyword_pass_through():
+    for path in FILES:
+        for node in functions(path):
+            assert node.args.kwarg is None, f"{path}:{node.name} takes **{node.args.kwarg}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
+def test_configs_stay_within_the_leaf_budget(path):
+    spec = importlib.util.spec_from_file_location("config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    from jaxft.core.config import flatten_config
+
+    assert len(flatten_config(module.get_config().to_dict())) <= 40
+    assert module.__doc__ and "python -m jaxft" in module.__doc__
+
+
+def test_importing_jaxft_and_the_config_room_is_light():
+    code = (
+        "import sys, jaxft, jaxft.train, jaxft.core.config;"
+        "print([m for m in ('jax', 'flax', 'transformers', 'torch') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert shown.stdout.strip() == "[]", shown.stdout + shown.stderr
+
+
+def test_every_module_has_its_test_file():
+    """One to one: tests/test_<module>.py, or tests/parity/ for a model."""
+    tested = {p.stem for p in (ROOT / "tests").rglob("test_*.py")}
+    room_names = {"sources": ("data_sources", "sources")}
+    for path in FILES:
+        if path.name == "__init__.py":
+            continue
+        names = room_names.get(path.stem, (path.stem,))
+        assert any(f"test_{name}" in tested for name in names), f"no test file for {path}"
