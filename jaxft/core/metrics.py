@@ -1,0 +1,274 @@
+"""Where numbers of a run go: metrics.jsonl, TensorBoard, and one line of progress for a person."""
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import UInt8
+from tensorboardX import SummaryWriter
+
+# Dense bf16 TFLOP/s of one device, by a word of jax's `device_kind` (vendors' data sheets).
+GPU_PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+TPU_PEAKS = {
+    "TPU v5": 459,
+    "TPU v5p": 459,
+    "TPU v5 lite": 197,
+    "TPU v5e": 197,
+    "TPU v6 lite": 918,
+    "TPU v6e": 918,
+}
+
+
+def peak_tflops(device_kind: str) -> float | None:
+    """Dense bf16 peak of one device; None where no figure is known, slower variants included."""
+    words = set(re.split(r"[^A-Za-z0-9]+", device_kind))
+    if words & {"PCIe", "PCIE", "NVL", "MIG"}:
+        return None
+    known = [peak for name, peak in GPU_PEAKS.items() if name in words]
+    return known[0] if known else TPU_PEAKS.get(device_kind)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Turns what happened between two log lines into rates, over all `devices` together."""
+
+    device_kind: str
+    devices: int
+    unit: str = "tokens"
+
+    def rates(
+        self, count: float, seconds: float, data_wait: float = 0.0, flops: float = 0.0
+    ) -> dict[str, float]:
+        """Rates of `count` units and `flops` done by all devices in `seconds` of wall time.
+
+        `data_wait` is the part of `seconds` spent waiting for a batch. With `flops` comes `mfu`
+        (a share of the peak) on a device of known peak, `gflops_per_s` on any other.
+        """
+        rates = {
+            f"{self.unit}_per_s": count / seconds,
+            "data_wait_share": data_wait / seconds,
+        }
+        if not flops:
+            return rates
+        peak = peak_tflops(self.device_kind)
+        if peak is None:
+            return rates | {"gflops_per_s": flops / seconds / 1e9}
+        return rates | {"mfu": flops / seconds / (peak * 1e12 * self.devices)}
+
+
+class MetricWriter:
+    """Writes a run's records, and shows them; on any process but the primary it does nothing.
+
+    A record is one JSON object a line of `workdir/metrics.jsonl`, flushed at once, `step` first;
+    a number that is not finite is null, for JSON has no NaN. Resuming from `resume_step` first
+    drops later records and a line torn by a kill, and hides later TensorBoard events.
+    """
+
+    def __init__(
+        self, workdir: Path | str, total_steps: int, resume_step: int = 0, *, primary: bool = True
+    ) -> None:
+        self._primary = primary
+        if not primary:
+            return
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        _truncate(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=resume_step + 1, flush_secs=10
+        )
+        self._progress = _Progress(total_steps, sys.stdout.isatty())
+
+    def write(self, step: int, record: Mapping[str, Any], *, shown: bool = True) -> None:
+        """A train record: numbers (arrays of one value too) and strings by name.
+
+        `shown` False keeps it from the lines of a redirected run; a live bar shows every record.
+        """
+        if self._primary:
+            record = self._record(step, record, "")
+            self._progress.train(step, record, shown)
+
+    def write_eval(self, step: int, record: Mapping[str, Any]) -> None:
+        """An evaluation's record; each key gets the prefix `eval_`."""
+        if self._primary:
+            record = self._record(step, record, "eval_")
+            self._progress.note(f"eval at step {step} | " + _pairs(record))
+
+    def note(self, text: str) -> None:
+        """A line for the person who watches; it is not kept."""
+        if self._primary:
+            self._progress.note(text)
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W C"]) -> None:
+        """A picture for TensorBoard."""
+        if self._primary:
+            self._events.add_image(name, image, step, dataformats="HWC")
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A text (Markdown) for TensorBoard."""
+        if self._primary:
+            self._events.add_text(name, text, step)
+
+    def close(self) -> None:
+        """Flush all and end the progress line."""
+        if self._primary:
+            self._progress.end()
+            self._file.close()
+            self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _record(self, step: int, record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        plain = {prefix + key: _plain(value) for key, value in record.items()}
+        self._file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
+        self._file.flush()
+        group = "eval" if prefix else "train"
+        for key, value in plain.items():
+            if isinstance(value, int | float):
+                self._events.add_scalar(f"{group}/{key.removeprefix(prefix)}", value, step)
+        return plain
+
+
+class _Progress:
+    """One live line on a terminal, redrawn with a carriage return; elsewhere a line a record."""
+
+    def __init__(self, total_steps: int, live: bool) -> None:
+        self._total, self._live, self._drawn = total_steps, live, ""
+        self._first: tuple[int, float] | None = None
+
+    def train(self, step: int, record: Mapping[str, Any], shown: bool) -> None:
+        line = " | ".join([f"step {step}/{self._total}", *_headline(record), *self._eta(step)])
+        if not self._live:
+            if shown:
+                print(line, flush=True)
+            return
+        done = round(20 * min(1.0, step / max(1, self._total)))
+        self._draw(f"[{'#' * done}{'.' * (20 - done)}] {line}")
+
+    def note(self, text: str) -> None:
+        drawn = self._drawn
+        if drawn:
+            self._draw("")
+            sys.stdout.write("\r")
+        print(text, flush=True)
+        if drawn:
+            self._draw(drawn)
+
+    def end(self) -> None:
+        if self._drawn:
+            print(flush=True)
+            self._drawn = ""
+
+    def _draw(self, line: str) -> None:
+        line = line[: shutil.get_terminal_size().columns - 1]
+        sys.stdout.write("\r" + line.ljust(len(self._drawn)))
+        sys.stdout.flush()
+        self._drawn = line
+
+    def _eta(self, step: int) -> list[str]:
+        """Time left; measured from the first record on, for before it the step was compiled."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = step, now
+        first_step, first_time = self._first
+        if step <= first_step:
+            return []
+        left = (now - first_time) / (step - first_step) * max(0, self._total - step)
+        return [f"ETA {_duration(left)}"]
+
+
+def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
+    """A text table: the first column to the left, numbers (4 significant digits) to the right."""
+    cells = [list(headers), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if (step := _step_of(line)) is not None and step <= last_step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a whole record, None of a torn one."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value: strings, flags, ints as they are, other numbers as finite floats or null."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    number = np.asarray(value).item()
+    return number if isinstance(number, bool | int) or math.isfinite(number) else None
+
+
+def _headline(record: Mapping[str, Any]) -> list[str]:
+    """What one wants to see while waiting, of what the record has."""
+    parts = []
+    if "loss" in record:
+        parts.append(f"loss {_cell(record['loss'])}")
+    for key, value in record.items():
+        if key.endswith("_per_s") and key != "gflops_per_s" and value is not None:
+            parts.append(f"{_short(value)} {key.removesuffix('_per_s')}/s")
+    for key, form in (
+        ("mfu", lambda x: f"MFU {x:.1%}"),
+        ("gflops_per_s", lambda x: f"{_short(x)} GFLOP/s"),
+        ("data_wait_share", lambda x: f"data wait {x:.1%}"),
+    ):
+        if record.get(key) is not None:
+            parts.append(form(record[key]))
+    return parts
+
+
+def _pairs(record: Mapping[str, Any]) -> str:
+    return " | ".join(
+        f"{key.removeprefix('eval_')} {_cell(value)}" for key, value in record.items()
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{secs:02}s"
