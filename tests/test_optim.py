@@ -1,5 +1,7 @@
 """Schedules, the four optimisers against torch and the papers, their shardings, the average."""
 
+from functools import partial
+
 import diffusers.training_utils
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,8 @@ LEAVES = {
 }
 DECAYED = {path for path in LEAVES if path.split(".")[-1] not in ("bias", "scale")}
 LR = 1e-2
+# The compiler's own optimisations are most of the time of these tests.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def arrays(seed: int, leaves: dict[str, Leaf] = LEAVES) -> dict[str, np.ndarray]:
@@ -46,7 +50,7 @@ def run(tx, params, grads) -> dict[str, np.ndarray]:
     params = jax.tree.map(jnp.asarray, params)
     state = tx.init(params)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -334,7 +338,9 @@ def test_t16_a_sharded_step_is_the_unsharded_step(name):
         return optax.apply_updates(params, updates), state
 
     grads = jax.device_put(jax.tree.map(jnp.asarray, arrays(1, leaves)), specs)
-    after, state = jax.jit(step, out_shardings=(specs, out))(grads, state, params)
+    after, state = jax.jit(step, out_shardings=(specs, out), compiler_options=QUICK)(
+        grads, state, params
+    )
     assert jax.tree.map(lambda x: x.sharding, state) == out
     for path, want in alone.items():
         np.testing.assert_allclose(after[path], want, rtol=1e-4, atol=1e-6, err_msg=path)
