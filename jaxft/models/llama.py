@@ -1,0 +1,358 @@
+"""LLaMA-family causal language models: Llama, Mistral, Qwen 2, Qwen 3 and SmolLM 3."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxft.core.sharding import constrain
+from jaxft.models.llama_config import LlamaConfig
+from jaxft.nn import rope
+from jaxft.nn.attention import attention
+from jaxft.nn.linear import Embedding, Linear
+from jaxft.nn.norm import RMSNorm
+from jaxft.weights.rules import Rule
+
+UNLIMITED = 2**30  # the window of a full-attention layer among windowed ones
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers (L, B, S, K, H), the slots' segments (0 = empty or padding),
+    and the slot that the next token goes to."""
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    segments: Int[Array, "B S"]
+    index: Int[Array, ""]
+
+
+def init_cache(cfg: LlamaConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache for `length` slots a row, padding included."""
+    shape = (cfg.num_layers, batch, length, cfg.num_kv_heads, cfg.head_dim)
+    segments = jnp.zeros((batch, length), jnp.int32)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segments, jnp.int32(0))
+
+
+class Context(NamedTuple):
+    """What every layer of one call shares."""
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+    q_segments: Int[Array, "B T"] | None
+    kv_segments: Int[Array, "B S"] | None
+    index: Int[Array, ""] | None
+
+
+class Layer(NamedTuple):
+    """What differs from layer to layer; None where all layers agree."""
+
+    index: Int[Array, ""]
+    rotates: Array | bool
+    window: Array | int | None
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions (Qwen 3 norms each head too)."""
+
+    def __init__(self, cfg: LlamaConfig, *, key: PRNGKeyArray):
+        d, h, std = (cfg.hidden_size,), cfg.head_dim, cfg.initializer_range
+        keys = jax.random.split(key, 4)
+        q_shape, kv_shape = (cfg.num_heads, h), (cfg.num_kv_heads, h)
+        axes, bias = ("embed", "heads", "head_dim"), cfg.qkv_bias
+        self.q_proj = Linear(d, q_shape, axes, key=keys[0], bias=bias, std=std)
+        self.k_proj = Linear(d, kv_shape, axes, key=keys[1], bias=bias, std=std)
+        self.v_proj = Linear(d, kv_shape, axes, key=keys[2], bias=bias, std=std)
+        axes = ("heads", "head_dim", "embed")
+        self.o_proj = Linear(q_shape, d, axes, key=keys[3], bias=cfg.o_bias, std=std)
+        norm = RMSNorm(h, eps=cfg.rms_norm_eps) if cfg.qk_norm else None
+        self.q_norm = nnx.data(norm)
+        self.k_norm = nnx.data(RMSNorm(h, eps=cfg.rms_norm_eps) if cfg.qk_norm else None)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        layer: Layer,
+        context: Context,
+        cache: tuple[Array, Array] | None,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        q, k, v = self.q_proj(x, key), self.k_proj(x, key), self.v_proj(x, key)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if layer.rotates is not False:
+            cos, sin = _unless_fixed(layer.rotates, context)
+            q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        slots = None
+        if cache is not None:
+            cache, k, v = _remember(cache, k, v, layer.index, context.index)
+            slots = context.index + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        out = attention(
+            q,
+            k,
+            v,
+            causal=True,
+            q_positions=slots,
+            q_segments=context.q_segments,
+            kv_segments=context.kv_segments,
+            window=layer.window,
+        )
+        return self.o_proj(out, key), cache
+
+
+def _unless_fixed(rotates: Array | bool, context: Context) -> tuple[Array, Array]:
+    """The layer's cos and sin: the identity where a traced `rotates` is false."""
+    if rotates is True:
+        return context.cos, context.sin
+    return jnp.where(rotates, context.cos, 1.0), jnp.where(rotates, context.sin, 0.0)
+
+
+def _remember(
+    cache: tuple[Array, Array], k: Array, v: Array, layer: Array, index: Array | None
+) -> tuple[tuple[Array, Array], Array, Array]:
+    """Write this call's k and v in place (only T slots move) and read the layer's whole history."""
+    start = (layer, 0, index, 0, 0)
+    written = tuple(
+        jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], start)
+        for old, new in zip(cache, (k, v), strict=True)
+    )
+    k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(k.dtype) for a in written)
+    return (written[0], written[1]), k, v
+
+
+class MLP(nnx.Module):
+    """down(silu(gate x) * up x): SwiGLU, Shazeer 2020, arXiv:2002.05202."""
+
+    def __init__(self, cfg: LlamaConfig, *, key: PRNGKeyArray):
+        d, f = (cfg.hidden_size,), (cfg.intermediate_size,)
+        gate, up, down = jax.random.split(key, 3)
+        bias, std = cfg.mlp_bias, cfg.initializer_range
+        self.gate_proj = Linear(d, f, ("embed", "mlp"), key=gate, bias=bias, std=std)
+        self.up_proj = Linear(d, f, ("embed", "mlp"), key=up, bias=bias, std=std)
+        self.down_proj = Linear(f, d, ("mlp", "embed"), key=down, bias=bias, std=std)
+
+    def __call__(self, x: Float[Array, "B T D"], key: PRNGKeyArray | None) -> Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x, key)) * self.up_proj(x, key), key)
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, cfg: LlamaConfig, *, key: PRNGKeyArray):
+        first, second = jax.random.split(key)
+        self.input_layernorm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg, key=first)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
+        self.mlp = MLP(cfg, key=second)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        layer: Layer,
+        context: Context,
+        cache: tuple[Array, Array] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        x = checkpoint_name(x, "block_input")
+        if key is not None:
+            key = jax.random.fold_in(key, layer.index)
+        attended, cache = self.self_attn(self.input_layernorm(x), layer, context, cache, key)
+        x = x + attended
+        x = x + self.mlp(self.post_attention_layernorm(x), key)
+        return constrain(x, "batch", "length", None), cache
+
+
+class Llama(nnx.Module):
+    """Token ids to logits. Layers are one stacked Block (leaves (L, ...)) run by a scan.
+
+    Calling the model gives fp32 logits (B, T, V) for notebooks; training goes through `hidden` and
+    `head`, so that the logits never exist whole.
+    """
+
+    def __init__(self, cfg: LlamaConfig, *, key: PRNGKeyArray):
+        embed, layers, head = jax.random.split(key, 3)
+        d, v, std = cfg.hidden_size, cfg.vocab_size, cfg.initializer_range
+        self.cfg = cfg
+        self.embed_tokens = Embedding(v, d, key=embed, std=std)
+        keys = jax.random.split(layers, cfg.num_layers)
+        self.layers = jax.vmap(lambda key: Block(cfg, key=key))(keys)
+        self.norm = RMSNorm(d, eps=cfg.rms_norm_eps)
+        untied = None if cfg.tied else Linear((d,), (v,), ("embed", "vocab"), key=head, std=std)
+        self.lm_head = nnx.data(untied)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        hidden, _ = self.hidden(tokens, positions, segment_ids)
+        return self.logits(hidden)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        embeds: Float[Array, "B T D"] | None = None,
+        cache: Cache | None = None,
+        key: PRNGKeyArray | None = None,
+        remat: str = "none",
+        unroll: int = 1,
+        dtype: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """The final norm's output (B, T, D) in `dtype`, and the cache with these tokens in it.
+
+        positions: what rotates, default 0, 1, ... (with a cache: the count of real tokens before).
+        segment_ids: tokens see their own segment only; 0 is padding; default one segment.
+        embeds: in place of tokens. key: turns adapter dropout on. remat: a key of REMAT.
+        """
+        if (tokens is None) == (embeds is None):
+            raise ValueError("hidden() takes either tokens or embeds")
+        x = embeds if tokens is None else self.embed_tokens(tokens, dtype)
+        x = constrain(x if dtype is None else x.astype(dtype), "batch", "length", None)
+        q_segments, kv_segments, cache = _place(cache, segment_ids, x.shape)
+        if positions is None:
+            positions = _count(kv_segments, cache, x.shape[1])
+        index = None if cache is None else cache.index
+        angles = rope.cos_sin(positions, *self.cfg.rope)
+        context = Context(*angles, q_segments, kv_segments, index)
+        x, cache = self._scan(x, context, cache, key, remat, unroll)
+        return self.norm(x), cache
+
+    def _scan(
+        self,
+        x: Array,
+        context: Context,
+        cache: Cache | None,
+        key: PRNGKeyArray | None,
+        remat: str,
+        unroll: int,
+    ) -> tuple[Array, Cache | None]:
+        same, varying = _per_layer_inputs(self.cfg)
+
+        def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
+            block, arrays = xs
+            return block(carry[0], same._replace(**arrays), context, carry[1], key), None
+
+        memory = None if cache is None else (cache.k, cache.v)
+        body = _rematted(body, remat, unroll)
+        (x, memory), _ = jax.lax.scan(body, (x, memory), (self.layers, varying), unroll=unroll)
+        if cache is None or memory is None:
+            return x, None
+        return x, cache._replace(k=memory[0], v=memory[1], index=cache.index + x.shape[1])
+
+    def head(self) -> tuple[Array, bool]:
+        """The output matrix and whether it is vocab-first: a tied table (V, D), a kernel (D, V)."""
+        if self.lm_head is None:
+            return self.embed_tokens.embedding[...], True
+        kernel = self.lm_head.kernel[...]
+        if self.lm_head.lora_a is not None and self.lm_head.lora_b is not None:
+            low = self.lm_head.lora_a[...] @ self.lm_head.lora_b[...]
+            kernel = kernel + (self.lm_head.adapter.scale * low).astype(kernel.dtype)
+        return kernel, False
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """fp32 logits; the product takes its inputs in hidden's dtype and sums in fp32."""
+        matrix, vocab_first = self.head()
+        spec = "btd,vd->btv" if vocab_first else "btd,dv->btv"
+        matrix = matrix.astype(hidden.dtype)
+        return jnp.einsum(spec, hidden, matrix, preferred_element_type=jnp.float32)
+
+
+def _place(
+    cache: Cache | None, segment_ids: Array | None, shape: tuple[int, ...]
+) -> tuple[Array | None, Array | None, Cache | None]:
+    """Segments of the queries and of all keys: this call's own, or with a cache every slot's."""
+    if cache is None:
+        return segment_ids, segment_ids, None
+    new = jnp.ones(shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    segments = jax.lax.dynamic_update_slice(cache.segments, new, (0, cache.index))
+    return new, segments, cache._replace(segments=segments)
+
+
+def _count(segments: Array | None, cache: Cache | None, length: int) -> Array:
+    """Default positions: 0, 1, ...; after a cache, how many real tokens the row already has."""
+    if cache is None or segments is None:
+        return jnp.arange(length, dtype=jnp.int32)[None]
+    counted = jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32) - 1
+    return jax.lax.dynamic_slice_in_dim(counted, cache.index, length, axis=1)
+
+
+def _per_layer_inputs(cfg: LlamaConfig) -> tuple[Layer, dict[str, Array]]:
+    """What all layers share, and arrays (L,) to scan over for what they do not."""
+    varying = {"index": jnp.arange(cfg.num_layers, dtype=jnp.int32)}
+    if len(set(cfg.rotary)) > 1:
+        varying["rotates"] = jnp.array(cfg.rotary)
+    if len(set(cfg.windows)) > 1:
+        windows = [UNLIMITED if window is None else window for window in cfg.windows]
+        varying["window"] = jnp.array(windows, jnp.int32)
+    return Layer(varying["index"][0], cfg.rotary[0], cfg.windows[0]), varying
+
+
+REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def _rematted(body: Any, remat: str, unroll: int) -> Any:
+    """`body` that keeps for the backward pass only what the policy names."""
+    if remat == "none":
+        return body
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r} is not one of none, {', '.join(REMAT)}")
+    # Within one iteration XLA would merge the recomputation away; a loop keeps them apart.
+    return jax.checkpoint(body, policy=REMAT[remat], prevent_cse=unroll != 1)
+
+
+def flops_per_token(cfg: LlamaConfig, seq_len: int) -> float:
+    """Forward matmul FLOPs of one token in a row of `seq_len`: 2 a weight, attention causal.
+
+    A token sees (seq_len + 1) / 2 keys on average, at most its layer's window.
+    """
+    d, n, k, h = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    weights = d * h * (2 * n + 2 * k) + 3 * d * cfg.intermediate_size
+    seen = 0.0
+    for window in cfg.windows:
+        w = min(window or seq_len, seq_len)
+        seen += w - w * (w - 1) / (2 * seq_len)
+    return 2.0 * (cfg.num_layers * weights + d * cfg.vocab_size) + 4.0 * n * h * seen
+
+
+def sizes(cfg: LlamaConfig) -> dict[str, int]:
+    """The dims that RULES' layouts name."""
+    return {"n": cfg.num_heads, "k": cfg.num_kv_heads, "h": cfg.head_dim}
+
+
+def ignore(cfg: LlamaConfig) -> tuple[str, ...]:
+    """Tensors that old files hold but no model reads."""
+    return (r".*rotary_emb\.inv_freq", *((r"lm_head\.weight",) if cfg.tied else ()))
+
+
+_T, _J = "model.layers.{i}.self_attn.", "layers.self_attn."
+RULES = (
+    Rule("model.embed_tokens.weight", "embed_tokens.embedding"),
+    Rule("model.layers.{i}.{p}norm.weight", "layers.{p}norm.scale"),
+    Rule(_T + "q_proj.weight", _J + "q_proj.kernel", "(n h) d -> d n h"),
+    Rule(_T + "k_proj.weight", _J + "k_proj.kernel", "(k h) d -> d k h"),
+    Rule(_T + "v_proj.weight", _J + "v_proj.kernel", "(k h) d -> d k h"),
+    Rule(_T + "o_proj.weight", _J + "o_proj.kernel", "d (n h) -> n h d"),
+    Rule(_T + "q_proj.bias", _J + "q_proj.bias", "(n h) -> n h"),
+    Rule(_T + "k_proj.bias", _J + "k_proj.bias", "(k h) -> k h"),
+    Rule(_T + "v_proj.bias", _J + "v_proj.bias", "(k h) -> k h"),
+    Rule(_T + "o_proj.bias", _J + "o_proj.bias"),
+    Rule("model.layers.{i}.mlp.{p}_proj.weight", "layers.mlp.{p}_proj.kernel", "f d -> d f"),
+    Rule("model.layers.{i}.mlp.{p}_proj.bias", "layers.mlp.{p}_proj.bias"),
+    Rule("model.norm.weight", "norm.scale"),
+    Rule("lm_head.weight", "lm_head.kernel", "v d -> d v"),
+)
