@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices and exact fp32 matmuls for every test, set before jax starts."""
+"""Eight virtual CPU devices and exact fp32 matmuls for every test, and small real-format models."""
 
 import os
 
@@ -8,3 +8,115 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # commands do not re-exec
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LINES = [
+    "a small brown animal that lives in trees",
+    "the act of giving something away",
+    "a tall plant with a hard stem, found in warm countries of the south; it bears fruit",
+    "water",
+    "a person who makes bread and cakes and sells them in a shop in the morning",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A byte-level BPE tokenizer of 320 tokens with <s>, </s> and <pad>, as a folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(LINES * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_folder(tmp_path_factory, tokenizer_folder):
+    """`make_folder(tied=…, dtype=…, shard=…)`: a tiny random Llama as transformers saves it."""
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(tied=False, dtype="float32", shard="1GB", **changes):
+        torch.manual_seed(0)
+        shape = dict(
+            vocab_size=320,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+            initializer_range=0.2,
+        )
+        config = LlamaConfig(**{**shape, **changes}, tie_word_embeddings=tied)
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+        folder = tmp_path_factory.mktemp("model")
+        model.save_pretrained(folder, max_shard_size=shard)
+        for file in Path(tokenizer_folder).iterdir():
+            shutil.copy(file, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def records_file(tmp_path_factory):
+    """Forty prompt / completion records of very unequal lengths."""
+    file = tmp_path_factory.mktemp("data") / "records.jsonl"
+    rows = [
+        {"prompt": f"{i}: {LINES[i % 5]}", "completion": " " + LINES[(i * 3 + 1) % 5][: 3 + i]}
+        for i in range(40)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def make_config(records_file):
+    """`make_config(folder, {"optim.lr": 1e-3})`: configs/llm.py pointed at a small model."""
+    from jaxft.core.config import load_config
+
+    def make(folder, changes=None):
+        config = load_config(str(ROOT / "configs" / "llm.py"))
+        small = {
+            "model": str(folder),
+            "data.train": f"jsonl:{records_file}",
+            "data.eval": f"jsonl:{records_file}",
+            "seq_len": 48,
+            "total": "10_steps",
+            "mesh.fsdp": 8,
+        }
+        for key, value in {**small, **(changes or {})}.items():
+            *sections, leaf = key.split(".")
+            node = config
+            for section in sections:
+                node = node[section]
+            assert leaf in node, key
+            node[leaf] = value
+        return config
+
+    return make

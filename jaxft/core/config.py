@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -162,7 +163,7 @@ def load_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> dict[st
     module_spec.loader.exec_module(module)
     config = module.get_config().to_dict()
     for key, text in overrides:
-        _override(config, key, text)
+        override(config, key, text)
     return config
 
 
@@ -218,7 +219,40 @@ def steps(duration: str, batch_size: int, examples: int, key: str) -> int:
     return -(-count * (examples if unit == "epochs" else 1) // batch_size)
 
 
-def _override(config: dict[str, Any], key: str, text: str) -> None:
+def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Make the folder, refuse one of another config, and keep this config in it."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be written ({error}); choose another") from None
+    file = workdir / "config.json"
+    if file.exists():
+        old = read_config_file(workdir)
+        if differing := differing_keys(old, config):
+            raise UserError(
+                f"workdir {workdir} belongs to another config ({'; '.join(differing)});"
+                " choose another --workdir, or give the same keys to resume"
+            )
+    else:
+        file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_config_file(workdir: Path) -> dict[str, Any]:
+    """The resolved config of a run folder."""
+    file = workdir / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is not a run folder: it has no config.json") from None
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from None
+
+
+def override(config: dict[str, Any], key: str, text: str) -> None:
+    """Set one leaf of a config; its type is that of the value that is there."""
     *sections, leaf = key.split(".")
     node: Any = config
     for section in sections:

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,19 @@ def restart_with_huge_pages() -> None:
     os.environ["GLIBC_TUNABLES"] = f"{tunables}:{HUGE_PAGES}".lstrip(":")
     if platform.libc_ver()[0] == "glibc":
         os.execv(sys.executable, sys.orig_argv[:1] + sys.orig_argv[1:])
+
+
+def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Run a command: 0 when it is done, 2 with one line on stderr for a user's mistake."""
+    try:
+        main(argv)
+    except UserError as error:
+        print(f"jaxft: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxft: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    return 0
 
 
 def start() -> None:

@@ -43,6 +43,14 @@ class Task(Protocol):
         """Arrays by path that replace what `build` would draw (an imported adapter)."""
         ...
 
+    def describe(self) -> str:
+        """One line on the model and the data."""
+        ...
+
+    def data_report(self) -> dict[str, int]:
+        """Counts of the training data: records, rows, what was cut or dropped."""
+        ...
+
     def n_examples(self) -> int:
         """The size of the training set, for durations in epochs."""
         ...
@@ -65,8 +73,14 @@ class Task(Protocol):
         """A look at what the model makes now, as text."""
         ...
 
-    def flops(self, trainable: bool) -> float:
-        """FLOPs of one training step; `trainable` says that the base is trained, not adapters."""
+    def complete(
+        self, params: Params, prompts: list[str], max_new: int, how: Any, seed: int
+    ) -> list[str]:
+        """What follows each prompt (`how` is a `jaxft.nn.sampling.Sampling`)."""
+        ...
+
+    def flops_per_token(self, chosen: set[str]) -> float:
+        """Model FLOPs of a training step a token, given what trains (never rematerialisation)."""
         ...
 
     def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:

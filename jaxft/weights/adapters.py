@@ -98,8 +98,14 @@ class PeftAdapter(NamedTuple):
     tensors: TensorFiles
 
 
+def find(spec: str, targets: str) -> PeftAdapter | None:
+    """The adapter, if `spec` is a PEFT folder; `targets` is its modules said as jaxft's regex."""
+    folder = Path(spec).expanduser()
+    return read(folder, targets) if (folder / "adapter_config.json").is_file() else None
+
+
 def read(folder: Path, targets: str) -> PeftAdapter:
-    """Open a PEFT folder; `targets` is the path regex that its modules are said with in jaxft."""
+    """Open a PEFT folder. Raises UserError for what plain LoRA does not cover (DoRA, patterns)."""
     file = folder / "adapter_config.json"
     try:
         config = json.loads(file.read_text())

@@ -52,9 +52,13 @@ class Part(NamedTuple):
 
 
 def load(
-    part: Part, leaves: Mapping[str, Leaf], shardings: Mapping[str, NamedSharding], dtype: Any
+    part: Part,
+    leaves: Mapping[str, Leaf],
+    shardings: Mapping[str, NamedSharding],
+    dtype: Any,
+    wanted: set[str],
 ) -> Params:
-    """Import a part's tensors as sharded parameters in `dtype`.
+    """Import the `wanted` parameters of a part, sharded, in `dtype`.
 
     Host memory beside the parameters: one tensor. A stacked parameter is filled layer by layer
     in a donated buffer, so that its arrays are XLA's own and can be donated by the step.
@@ -62,6 +66,8 @@ def load(
     assert part.tensors is not None
     params: Params = {}
     for entry in part.entries(leaves):
+        if entry.path not in wanted:
+            continue
         target = shardings[entry.path]
         params[entry.path] = _load_entry(entry, part, leaves[entry.path].shape, dtype, target)
     return params

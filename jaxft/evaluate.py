@@ -1,0 +1,38 @@
+"""Measure a run: `python -m jaxft.evaluate --workdir DIR [--step N] [--config.data.eval=SPEC]`."""
+
+import json
+import sys
+from pathlib import Path
+
+from jaxft.core import config as configs
+from jaxft.core import runtime
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the metrics of a checkpoint, or with --config those of the model before training."""
+    return runtime.command(_main, sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: list[str]) -> None:
+    arguments = configs.parse_arguments(argv, ("config", "workdir", "step"))
+    runtime.restart_with_huge_pages()
+    import jax
+
+    from jaxft.core.metrics import table
+    from jaxft.run import open_any
+
+    run, params, step = open_any(arguments)
+    with jax.set_mesh(run.mesh):
+        report = run.task.evaluate(params, run.mesh)
+    rows = [(name, f"{value:.6g}") for name, value in report.metrics.items()]
+    print(table(rows, ("metric", f"step {step}")))
+    if report.rows:
+        print(table(report.rows, report.headers))
+    if "workdir" in arguments.options:
+        file = Path(arguments.options["workdir"]) / f"evaluation-{step}.json"
+        file.write_text(json.dumps({"step": step, **report.metrics}, indent=2) + "\n")
+        print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""From logits to the next token: greedy, temperature, top-k, top-p."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+class Sampling(NamedTuple):
+    """temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def pick(logits: Float[Array, "B V"], keys: PRNGKeyArray, how: Sampling) -> Int[Array, " B"]:
+    """One token id a row from fp32 logits; `keys` holds one PRNG key a row.
+
+    Filters follow transformers' warpers: temperature first, then top-k (ties of the kth stay),
+    then top-p (Holtzman et al. 2020, arXiv:1904.09751; the first token past the mass stays).
+    """
+    if how.temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    logits = logits.astype(jnp.float32) / how.temperature
+    if how.top_k:
+        kth = jax.lax.top_k(logits, min(how.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if how.top_p < 1:
+        logits = _nucleus(logits, how.top_p)
+    return jax.vmap(jax.random.categorical)(keys, logits)
+
+
+def _nucleus(logits: Array, mass: float) -> Array:
+    """Keep the most likely tokens until their probability passes `mass`."""
+    ordered = jnp.sort(logits, axis=-1)[:, ::-1]
+    before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
+    least = jnp.min(jnp.where(before < mass, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < least, -jnp.inf, logits)

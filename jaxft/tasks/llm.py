@@ -1,0 +1,358 @@
+"""Causal language models of the LLaMA family: text, prompt and completion, classification."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxft.core import runtime
+from jaxft.core.config import Config
+from jaxft.core.errors import UserError
+from jaxft.core.params import Params, bind, describe
+from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
+from jaxft.core.step import Batch, Metrics, cast
+from jaxft.data import text
+from jaxft.data.loader import eval_batches, train_loader
+from jaxft.models import llama
+from jaxft.models.decode import generate
+from jaxft.models.llama import Llama, LlamaConfig
+from jaxft.nn import lora
+from jaxft.nn.cross_entropy import linear_cross_entropy
+from jaxft.nn.sampling import Sampling
+from jaxft.tasks import Report
+from jaxft.weights import adapters
+from jaxft.weights.sources import open_source
+from jaxft.weights.transfer import Part
+
+EXPORT_KINDS = ("merged", "adapter", "none")
+SHOWN = 5  # rows of predictions in a report
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """seq_len in tokens; `template` turns {"text", "label"} records into prompt and completion."""
+
+    seq_len: int
+    template: str
+    eval_examples: int
+
+
+class LLM:
+    """Fine-tuning a causal language model; see `jaxft.tasks.Task`."""
+
+    Options = Options
+
+    def __init__(self, cfg: Config):
+        if cfg.export.kind not in EXPORT_KINDS:
+            raise UserError(
+                f"export.kind={cfg.export.kind!r} is not one of {', '.join(EXPORT_KINDS)}"
+            )
+        self.adapter = adapters.find(cfg.model, cfg.lora.targets)
+        if self.adapter:
+            cfg = dataclasses.replace(cfg, lora=self.adapter.lora)
+        base = self.adapter.base if self.adapter else cfg.model
+        self.source = open_source(base, weights=cfg.init == "pretrained")
+        self.cfg, self.options = cfg, Options(**cfg.own)
+        self.model_cfg = LlamaConfig.from_hf(self.source.config)
+        self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
+        self.remat = runtime.resolve_remat(cfg.remat)
+        self.template = jax.eval_shape(self.build, jax.random.key(0))
+        self.parts = (self._part(),)
+        self.tokenizer = load_tokenizer(self.source.tokenizer_dir())
+        self.train_set = self._read(cfg.data.train)
+        self.eval_set = self._read(cfg.data.eval) if cfg.data.eval else None
+        sets = [data for data in (self.train_set, self.eval_set) if data]
+        longest = max(data.report["longest_trained"] for data in sets)
+        self._trained_width = min(longest, self.options.seq_len)
+
+    def build(self, key: jax.Array) -> nnx.Module:
+        model = Llama(self.model_cfg, key=key)
+        lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
+        return model
+
+    def initial(self) -> dict[str, np.ndarray]:
+        if not self.adapter:
+            return {}
+        return adapters.load(self.adapter, self.parts[0], describe(self.template))
+
+    def describe(self) -> str:
+        report = self.train_set.report
+        cut = f", {report['truncated']} truncated to seq_len" if report["truncated"] else ""
+        dropped = report["empty"] + report["untrained"]
+        lost = f", {dropped} dropped (nothing to train in them)" if dropped else ""
+        return (
+            f"{self.source.config.get('model_type')}; {self.cfg.data.train}:"
+            f" {len(self.train_set)} sequences of at most {self.options.seq_len} tokens,"
+            f" {report['trained_tokens']} trained tokens{cut}{lost}"
+        )
+
+    def data_report(self) -> dict[str, int]:
+        return self.train_set.report
+
+    def n_examples(self) -> int:
+        return len(self.train_set)
+
+    def train_batches(self, start_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
+        return train_loader(
+            self.train_set,
+            batch_size=self.cfg.batch_size,
+            seed=self.cfg.seed,
+            start_step=start_step,
+            collate_fn=self._collate,
+            rows=rows,
+        )
+
+    def loss(
+        self, model: Llama, batch: Batch, keys: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
+        hidden = self._hidden(model, batch["tokens"], keys if self.cfg.lora.dropout else None)
+        total, sums = self._cross_entropy(model, hidden, batch)
+        return (total, sums["weight"]), {"token_accuracy": sums["correct"]}
+
+    def flops_per_token(self, chosen: set[str]) -> float:
+        """Forward and both halves of the backward pass; a frozen base has only one of them."""
+        passes = 2 if all(".lora_" in path for path in chosen) else 3
+        return passes * llama.flops_per_token(self.model_cfg, self.options.seq_len)
+
+    def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
+        config = llama.complete_config(self.source.config, dtype or self.source.dtype)
+        text_form = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        return {**self.source.side_files, "config.json": text_form.encode()}
+
+    # ---- evaluation -----------------------------------------------------------------------
+
+    def evaluate(self, params: Params, mesh: Mesh) -> Report:
+        if self.eval_set is None:
+            return Report({})
+        chosen = _subset(len(self.eval_set), self.options.eval_examples, self.cfg.seed)
+        view = _View(self.eval_set, chosen)
+        labels = tuple(sorted({*self.train_set.labels, *self.eval_set.labels}))
+        sums, guesses = self._run_evaluation(params, mesh, view, labels)
+        metrics = _language_metrics(sums, int(self.eval_set.n_bytes[chosen].sum()))
+        if not labels:
+            return Report(metrics)
+        records = [self.eval_set.records[int(self.eval_set.record_ids[i])] for i in chosen]
+        named = [labels[guess] for guess in guesses]
+        right = [name == record["label"] for name, record in zip(named, records, strict=True)]
+        metrics["accuracy"] = float(np.mean(right))
+        rows = [
+            (record["text"], record["label"], name)
+            for record, name in zip(records[:SHOWN], named, strict=False)
+        ]
+        return Report(metrics, ("text", "label", "predicted"), tuple(rows))
+
+    def _run_evaluation(
+        self, params: Params, mesh: Mesh, view: "_View", labels: tuple[str, ...]
+    ) -> tuple[dict[str, float], list[int]]:
+        """Sums over the set and, for classification, the best label of every row."""
+        size = 4 * self.cfg.batch_size // self.cfg.micro_batches
+        candidates = self._candidates(labels) if labels else []
+        single = all(len(ids) == 1 for ids in candidates)
+        label_ids = np.concatenate(candidates) if candidates and single else np.zeros(1, np.int32)
+        sums: dict[str, float] = {}
+        guesses: list[int] = []
+        for batch in eval_batches(view, size, self._collate, local_rows(mesh, size)):
+            part, best = self._score(params, place_batch(batch, mesh, size), label_ids)
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            guesses += np.asarray(best).tolist()
+        if candidates and not single:
+            rows = (view[i] for i in range(len(view)))
+            guesses = [self._best_label(params, mesh, row, candidates) for row in rows]
+        return sums, guesses[: len(view)]
+
+    @partial(jax.jit, static_argnums=0)
+    def _score(self, params: Params, batch: Batch, label_ids: jax.Array) -> tuple[Metrics, Any]:
+        """Sums of a batch, and the likeliest of `label_ids` at each row's first trained target."""
+        model = bind(self.template, cast(params, self.dtype))
+        hidden = self._hidden(model, batch["tokens"], None)
+        total, sums = self._cross_entropy(model, hidden, batch)
+        first = jnp.argmax(batch["weights"] > 0, axis=1)
+        at_label = jnp.take_along_axis(hidden, first[:, None, None], axis=1)
+        best = jnp.argmax(model.logits(at_label)[:, 0, label_ids], axis=-1)
+        sums = {"nll": total, "weight": sums["weight"], "correct": sums["correct"]}
+        return sums, constrain(best, None)
+
+    def _candidates(self, labels: tuple[str, ...]) -> list[np.ndarray]:
+        assert self.eval_set is not None
+        record = self.eval_set.records[int(self.eval_set.record_ids[0])]
+        prompt = text.render(record, ("text", "label"), self.options.template, "data.eval")[0]
+        return text.label_candidates(self.tokenizer, prompt, labels, self.options.template)
+
+    def _best_label(
+        self, params: Params, mesh: Mesh, example: text.Example, candidates: list[np.ndarray]
+    ) -> int:
+        """The label of the lowest total loss after a row's prompt, where labels are many tokens."""
+        prompt = example.tokens[: int(np.argmax(example.weights > 0))]
+        rows = []
+        for ids in candidates:
+            tokens = np.concatenate([prompt, ids])[-self.options.seq_len - 1 :]
+            weights = (np.arange(len(tokens)) >= len(tokens) - len(ids)).astype(np.float32)
+            rows.append(text.Example(tokens, weights))
+        ways = batch_ways(mesh)
+        size = -(-len(rows) // ways) * ways
+        batch = place_batch(self._collate(rows, batch_rows=size), mesh, size)
+        return int(np.argmin(np.asarray(self._row_loss(params, batch))[: len(rows)]))
+
+    @partial(jax.jit, static_argnums=0)
+    def _row_loss(self, params: Params, batch: Batch) -> jax.Array:
+        """Summed loss of each row."""
+        model = bind(self.template, cast(params, self.dtype))
+        hidden, targets, weights = self._trained_only(
+            self._hidden(model, batch["tokens"], None), batch
+        )
+        nll = -jax.nn.log_softmax(model.logits(hidden))
+        picked = jnp.take_along_axis(nll, targets[..., None], axis=-1)[..., 0]
+        return constrain(jnp.sum(picked * weights, axis=1), None)
+
+    # ---- sampling -------------------------------------------------------------------------
+
+    def sample(self, params: Params) -> str:
+        data = self.eval_set or self.train_set
+        if data.labels:
+            return ""
+        prompts = [_prompt(data[i]) for i in range(min(SHOWN, len(data)))]
+        texts = self._continue(params, prompts, 48, Sampling(), 0)
+        pairs = zip(prompts, texts, strict=True)
+        return "\n".join(f"{self.tokenizer.decode(ids)!r} -> {made!r}" for ids, made in pairs)
+
+    def complete(
+        self, params: Params, prompts: list[str], max_new: int, how: Sampling, seed: int
+    ) -> list[str]:
+        """Continuations in one batch, each up to an end-of-sequence id or `max_new` tokens."""
+        ids = [text.prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
+        return self._continue(params, ids, max_new, how, seed)
+
+    def _continue(
+        self, params: Params, prompts: list[np.ndarray], max_new: int, how: Sampling, seed: int
+    ) -> list[str]:
+        width = max(len(ids) for ids in prompts)
+        tokens = np.zeros((len(prompts), width), np.int32)
+        segments = np.zeros_like(tokens)
+        for row, ids in enumerate(prompts):
+            tokens[row, width - len(ids) :], segments[row, width - len(ids) :] = ids, 1
+        keys = jax.random.split(jax.random.key(seed), len(prompts))
+        made, lengths = self._generate(params, tokens, segments, keys, max_new, how)
+        stops = set(self.stop_ids())
+        pairs = zip(np.asarray(made), np.asarray(lengths), strict=True)
+        rows = [row[:n].tolist() for row, n in pairs]
+        kept = [ids[:-1] if ids and ids[-1] in stops else ids for ids in rows]
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in kept]
+
+    @partial(jax.jit, static_argnums=(0, 5, 6))
+    def _generate(
+        self, params: Params, tokens: Any, segments: Any, keys: Any, max_new: int, how: Sampling
+    ) -> tuple[jax.Array, jax.Array]:
+        model = bind(self.template, cast(params, self.dtype))
+        stop_ids = self.stop_ids()
+        return generate(
+            model, tokens, segments, keys,
+            max_new=max_new, stop_ids=stop_ids, how=how, dtype=self.dtype,
+        )  # fmt: skip
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text: the generation config's, the config's, the tokenizer's."""
+        ids = {self.tokenizer.eos_token_id}
+        for config in (self.source.generation_config, self.source.config):
+            value = config.get("eos_token_id")
+            ids |= set(value if isinstance(value, list) else [value])
+        return tuple(sorted(ids - {None}))
+
+    # ---- shared pieces --------------------------------------------------------------------
+
+    def _part(self) -> Part:
+        cfg = self.model_cfg
+        rules, sizes = llama.RULES, llama.sizes(cfg)
+        drop = ("lm_head.weight",) if cfg.tied else ()
+        ignore = llama.ignore(cfg)
+        return Part("", self.source.name, self.source.tensors, rules, sizes, ignore, drop)
+
+    def _read(self, spec: str) -> text.TextDataset:
+        seq_len, template = self.options.seq_len, self.options.template
+        return text.load_text(spec, self.tokenizer, seq_len=seq_len, template=template)
+
+    def _collate(self, examples: Any, *, batch_rows: int) -> dict[str, np.ndarray]:
+        return text.collate(examples, self.options.seq_len, batch_rows)
+
+    def _hidden(self, model: Llama, tokens: jax.Array, keys: jax.Array | None) -> jax.Array:
+        # Rows are padded on the right: under a causal mask no real token can see the padding, so
+        # no segment mask is needed and the fastest causal kernel serves.
+        return model.hidden(tokens, key=keys, remat=self.remat, dtype=self.dtype)[0]
+
+    def _cross_entropy(self, model: Llama, hidden: jax.Array, batch: Batch) -> tuple:
+        hidden, targets, weights = self._trained_only(hidden, batch)
+        head, vocab_first = model.head()
+        return linear_cross_entropy(hidden, head, targets, weights, vocab_first=vocab_first)
+
+    def _trained_only(self, hidden: jax.Array, batch: Batch) -> tuple:
+        """(hidden, targets, weights) without the positions that no row trains.
+
+        Where only a completion is trained, this spares the head most of its work.
+        """
+        if 2 * self._trained_width > self.options.seq_len:
+            return hidden, batch["targets"], batch["weights"]
+        places = jax.lax.top_k(batch["weights"], self._trained_width)[1]
+        kept = [jnp.take_along_axis(batch[name], places, axis=1) for name in ("targets", "weights")]
+        return jnp.take_along_axis(hidden, places[..., None], axis=1), *kept
+
+
+class _View:
+    """Some examples of a dataset, in a given order."""
+
+    def __init__(self, data: text.TextDataset, ids: np.ndarray):
+        self.data, self.ids = data, ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> text.Example:
+        return self.data[int(self.ids[index])]
+
+
+def load_tokenizer(folder: Path | str) -> Any:
+    """The tokenizer of a Hugging Face folder; never runs the folder's code."""
+    from transformers import AutoTokenizer  # seconds to import: only once it is needed
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{folder} has no tokenizer that transformers can read ({reason}); copy tokenizer.json"
+            " and tokenizer_config.json of the model into it"
+        ) from None
+
+
+def _subset(size: int, limit: int, seed: int) -> np.ndarray:
+    """`limit` random indices in order (all with limit 0), the same on every run of a seed."""
+    if not limit or limit >= size:
+        return np.arange(size)
+    return np.sort(np.random.default_rng(seed).permutation(size)[:limit])
+
+
+def _prompt(example: text.Example) -> np.ndarray:
+    """What a row's first trained token is predicted from, or its first 32 tokens if that is all."""
+    first = int(np.argmax(example.weights > 0))
+    return example.tokens[: first if first > 1 else min(32, len(example.tokens) - 1)]
+
+
+def _language_metrics(sums: dict[str, float], n_bytes: int) -> dict[str, float]:
+    """Mean loss and what follows from it, over all trained tokens of the set."""
+    weight = max(sums["weight"], 1.0)
+    loss = sums["nll"] / weight
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": sums["nll"] / math.log(2) / max(n_bytes, 1),
+        "token_accuracy": sums["correct"] / weight,
+        "tokens": sums["weight"],
+    }

@@ -1,0 +1,91 @@
+"""The loop: `python -m jaxft.train --config configs/llm.py [--workdir DIR] [--config.KEY=…]`."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from jaxft.core import config as configs
+from jaxft.core import runtime
+from jaxft.core.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, or resume, or say that the run is finished; 0 when done, 2 for a user's mistake."""
+    return runtime.command(_main, sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: list[str]) -> None:
+    options, overrides = configs.parse_arguments(argv, ("config", "workdir"))
+    if "config" not in options:
+        raise UserError("--config is missing: python -m jaxft.train --config configs/llm.py")
+    config = configs.load_config(options["config"], overrides)
+    configs.read_config(config)
+    workdir = Path(options.get("workdir", f"runs/{Path(options['config']).stem}"))
+    configs.claim_workdir(workdir, config)
+    # jax and the weights come only now that the config and the folder are known to be sound.
+    runtime.restart_with_huge_pages()
+    train(config, workdir)
+
+
+def train(config: dict[str, Any], workdir: Path) -> None:
+    """Run the training that a config describes in a claimed `workdir`, then export."""
+    import jax
+
+    from jaxft import run as runs
+    from jaxft.core.checkpoint import Checkpoints
+    from jaxft.core.sharding import local_rows, place_batch
+    from jaxft.export import export_folder
+    from jaxft.watch import Watch
+
+    began = time.perf_counter()
+    run = runs.open_run(config)
+    cfg, task, mesh = run.cfg, run.task, run.mesh
+    plan, every = runs.make_plan(run), runs.periods(run)
+    saved = Checkpoints(workdir)
+    start = saved.latest() or 0
+    if start >= plan.total > 0 and (cfg.export.kind == "none" or (workdir / "export").exists()):
+        print(f"{workdir} is finished: {start} of {plan.total} steps; nothing to do")
+        return
+    print(runs.summary(run, plan), flush=True)
+    with jax.set_mesh(mesh):
+        state, frozen = runs.start_state(run, plan, saved, start)
+        step_fn = runs.make_step(run, plan)
+        batches = task.train_batches(start, local_rows(mesh, cfg.batch_size))
+        watch = Watch(run, workdir, plan.total, start)
+        if start == 0:
+            watch.keep_before(watch.evaluate(0, runs.model_params(frozen, state)))
+        for step in range(start, plan.total):
+            if step > start and _due(step, every.eval):
+                watch.evaluate(step, runs.model_params(frozen, state))
+            if step > start and _due(step, every.sample):
+                watch.note(task.sample(runs.model_params(frozen, state)))
+            if step > start and _due(step, every.save):
+                saved.save(step, state, config, {"next_step": step})
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - asked
+            placed = place_batch(batch, mesh, cfg.batch_size)
+            if step == start:
+                step_fn = runs.compile_step(step_fn, state, frozen, placed)
+                watch.start_clock()
+            state, sums = step_fn(state, frozen, placed)
+            # Its numbers are fetched one step late, so that the device never waits for the host.
+            watch.train(step + 1, sums, batch, waited, _due(step + 1, every.log))
+        watch.flush()
+        if plan.total > start:
+            saved.save(plan.total, state, config, {"next_step": plan.total})
+        saved.close()
+        params = runs.model_params(frozen, state)
+        after = watch.evaluate(plan.total, params) if plan.total else None
+        if cfg.export.kind != "none":
+            export_folder(run, params, workdir / "export", cfg.export.kind, cfg.export.dtype)
+        watch.close(after, params, time.perf_counter() - began)
+
+
+def _due(step: int, period: int) -> bool:
+    return period > 0 and step % period == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""What a person sees of a run: records of every step, evaluations, and the table at the end."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxft.core import runtime
+from jaxft.core.errors import UserError
+from jaxft.core.metrics import MetricWriter, Throughput, table
+from jaxft.core.params import Params
+from jaxft.run import Run
+from jaxft.tasks import Report
+
+BEFORE = "before.json"  # the evaluation before step 0; a resumed run still shows it at the end
+
+
+class _Pending(NamedTuple):
+    """A dispatched step whose numbers are still on the device."""
+
+    step: int
+    sums: dict[str, Any]
+    tokens: int
+    waited: float
+    shown: bool
+
+
+class Watch:
+    """Writes and shows what a run does; holds no part of its state."""
+
+    def __init__(self, run: Run, workdir: Path, total: int, start: int):
+        self.run, self.workdir = run, workdir
+        primary = jax.process_index() == 0
+        self.writer = MetricWriter(workdir, total, start, primary=primary)
+        self.throughput = Throughput(jax.devices()[0].device_kind, jax.device_count())
+        self.flops_per_token = run.task.flops_per_token(run.chosen)
+        self.pending: _Pending | None = None
+        self.last = time.perf_counter()
+        data = {"train": run.cfg.data.train, "eval": run.cfg.data.eval, **run.task.data_report()}
+        manifest = runtime.manifest(run.mesh, data)
+        (workdir / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+    def start_clock(self) -> None:
+        """The next step's time begins now (after a compilation)."""
+        self.last = time.perf_counter()
+
+    def train(
+        self,
+        step: int,
+        sums: dict[str, Any],
+        batch: dict[str, np.ndarray],
+        waited: float,
+        shown: bool,
+    ) -> None:
+        """Take a step that was just dispatched, and write the one before it."""
+        tokens = int(batch["segment_ids"].sum()) * jax.process_count()
+        self.flush()
+        self.pending = _Pending(step, sums, tokens, waited, shown)
+
+    def flush(self) -> None:
+        """Write the step whose numbers were not yet read; this waits for it to finish."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        sums = {name: float(value) for name, value in pending.sums.items()}
+        now = time.perf_counter()
+        flops = self.flops_per_token * pending.tokens
+        rates = self.throughput.rates(pending.tokens, now - self.last, pending.waited, flops)
+        self.last = now
+        if not math.isfinite(sums["loss"]):
+            raise UserError(
+                f"loss is {sums['loss']} at step {pending.step}; nothing after the last checkpoint"
+                " is kept: lower optim.lr or lengthen optim.warmup, in another --workdir"
+            )
+        self.writer.write(pending.step, sums | rates, shown=pending.shown)
+
+    def evaluate(self, step: int, params: Params) -> Report:
+        """Measure the model before `step`'s update and write it."""
+        self.flush()
+        report = self.run.task.evaluate(params, self.run.mesh)
+        if report.metrics:
+            self.writer.write_eval(step, report.metrics)
+        self.last = time.perf_counter()
+        return report
+
+    def keep_before(self, report: Report) -> None:
+        """Remember the evaluation before training, for a table that compares."""
+        (self.workdir / BEFORE).write_text(json.dumps(report._asdict(), indent=2) + "\n")
+
+    def note(self, text: str) -> None:
+        if text:
+            self.writer.note(text)
+
+    def close(self, after: Report | None, params: Params, seconds: float) -> None:
+        """The last word: before and after, a few rows, where the export lies."""
+        file = self.workdir / BEFORE
+        before = Report(**json.loads(file.read_text())) if file.exists() else Report({})
+        self.note(_comparison(before, after or before))
+        if after is not None:
+            self.note(self.run.task.sample(params))
+        if self.run.cfg.export.kind != "none":
+            self.note(f"export ({self.run.cfg.export.kind}): {self.workdir / 'export'}")
+        self.note(f"done in {seconds / 60:.1f} minutes")
+        self.writer.close()
+
+
+def _comparison(before: Report, after: Report) -> str:
+    """Metrics before and after, then the shown rows with both predictions."""
+    rows = [(name, before.metrics.get(name), value) for name, value in after.metrics.items()]
+    parts = [table(rows, ("metric", "before", "after"))] if rows else []
+    if after.rows:
+        headers = (*after.headers[:-1], f"{after.headers[-1]} before", "after")
+        earlier = before.rows or after.rows
+        both = [
+            (*(_clip(str(cell)) for cell in new[:-1]), old[-1], new[-1])
+            for old, new in zip(earlier, after.rows, strict=True)
+        ]
+        parts.append(table(both, headers))
+    return "\n\n".join(parts)
+
+
+def _clip(text: str, width: int = 60) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
