@@ -72,7 +72,10 @@ def test_default_theta_is_the_callers():
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'.*default, linear, llama3"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "'dynamic'.*default, linear, llama3",
+        ),
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "all layers"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),

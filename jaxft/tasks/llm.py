@@ -30,7 +30,7 @@ from jaxft.nn.cross_entropy import linear_cross_entropy
 from jaxft.nn.sampling import Sampling
 from jaxft.tasks import Report
 from jaxft.weights import adapters
-from jaxft.weights.sources import open_source
+from jaxft.weights.sources import export_config, open_source
 from jaxft.weights.transfer import Part
 
 EXPORT_KINDS = ("merged", "adapter", "none")
@@ -124,9 +124,11 @@ class LLM:
         return passes * llama.flops_per_token(self.model_cfg, self.options.seq_len)
 
     def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
-        config = llama.complete_config(self.source.config, dtype or self.source.dtype)
-        text_form = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        return {**self.source.side_files, "config.json": text_form.encode()}
+        config = export_config(self.source.config, dtype)
+        if config == self.source.config:
+            return dict(self.source.side_files)
+        written = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        return {**self.source.side_files, "config.json": written.encode()}
 
     # ---- evaluation -----------------------------------------------------------------------
 

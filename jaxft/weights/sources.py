@@ -50,6 +50,15 @@ class Source:
             sizes[dtype.name] = sizes.get(dtype.name, 0) + math.prod(shape)
         return max(sizes, key=lambda name: sizes[name], default="float32")
 
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, or nothing where there is none or it cannot be read."""
+        content = self.side_files.get("generation_config.json", b"{}")
+        try:
+            return json.loads(content if isinstance(content, bytes) else content.read_bytes())
+        except (OSError, ValueError):
+            return {}  # an export copies it as it is; it must never stop one
+
     def tokenizer_dir(self) -> Path:
         """A folder for AutoTokenizer.from_pretrained; a temporary one for what is in no folder."""
         if not TOKENIZER_FILES & self.side_files.keys():
@@ -71,6 +80,27 @@ def config_dtype(config: Mapping[str, Any]) -> str | None:
     """The dtype named by config.json: `dtype` since transformers 5, `torch_dtype` before."""
     name = config.get("dtype") or config.get("torch_dtype")
     return name.removeprefix("torch.") if isinstance(name, str) else None
+
+
+def export_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """config.json for an export: every field as it was, plus the other generation's dialect.
+
+    transformers 4 reads rope_theta, rope_scaling and torch_dtype, transformers 5 rope_parameters
+    and dtype; each silently takes its default where its own key is absent. `dtype` None keeps it.
+    """
+    out = dict(config)
+    rope, theta = config.get("rope_parameters"), config.get("rope_theta")
+    if rope and "rope_type" in rope and theta is None:
+        out["rope_theta"] = rope.get("rope_theta", 10000.0)
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        out.setdefault("rope_scaling", None if rope["rope_type"] == "default" else scaling)
+    if theta is not None and not rope:
+        scaling = dict(config.get("rope_scaling") or {})
+        kind = scaling.pop("type", None)
+        out["rope_parameters"] = {"rope_type": kind or "default", "rope_theta": theta, **scaling}
+    if dtype or config_dtype(config):
+        out["dtype"] = out["torch_dtype"] = dtype or config_dtype(config)
+    return out
 
 
 def open_source(spec: str, weights: bool = True) -> Source:
