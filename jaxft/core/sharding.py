@@ -41,6 +41,11 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def one_device_mesh() -> Mesh:
+    """The first device alone, for work in a notebook."""
+    return jax.make_mesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """The mesh axes of a parameter or activation with these logical axes."""
     return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))

@@ -1,9 +1,7 @@
 """Batches addressed by the global step: batch k depends on the seed and k alone."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, Protocol
 
 import grain
@@ -72,11 +70,6 @@ def eval_batches(
     order = range(len(dataset))
     batches = _Batches(dataset, order, batch_size, _checked(rows, batch_size), collate_fn)
     return _read_ahead(batches, threads)
-
-
-def steps_per_epoch(n_examples: int, batch_size: int, epochs: float = 1) -> int:
-    """Steps after which `epochs` passes over the examples are complete: ceil(epochs * n / B)."""
-    return math.ceil(Fraction(str(epochs)) * n_examples / batch_size)
 
 
 @dataclass(frozen=True)

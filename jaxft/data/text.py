@@ -212,8 +212,8 @@ class TextDataset:
     records: the source; record_ids int32 [n]: the record each example comes from.
     n_bytes int64 [n]: UTF-8 bytes of the trained text of each example (for bits per byte).
     labels: the sorted labels of {"text", "label"} records, else ().
-    report: counts of records, examples, tokens, trained_tokens, longest_trained (the most trained
-    tokens in one example), and of records that were truncated, split into windows, dropped as empty or dropped as untrained.
+    report: counts of records, examples, tokens, trained_tokens, longest_trained (the most in one
+    example), and of records truncated, split into windows, dropped as empty, dropped as untrained.
     """
 
     def __init__(

@@ -18,7 +18,14 @@ from jaxft.core import runtime
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params, bind, describe
-from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
+from jaxft.core.sharding import (
+    batch_ways,
+    constrain,
+    local_rows,
+    one_device_mesh,
+    place_batch,
+    shardings,
+)
 from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data import text
 from jaxft.data.loader import eval_batches, train_loader
@@ -29,8 +36,8 @@ from jaxft.nn import lora
 from jaxft.nn.cross_entropy import linear_cross_entropy
 from jaxft.nn.sampling import Sampling
 from jaxft.tasks import Report
-from jaxft.weights import adapters
-from jaxft.weights.sources import export_config, open_source
+from jaxft.weights import adapters, transfer
+from jaxft.weights.sources import Source, export_config, open_source
 from jaxft.weights.transfer import Part
 
 EXPORT_KINDS = ("merged", "adapter", "none")
@@ -66,7 +73,7 @@ class LLM:
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.remat = runtime.resolve_remat(cfg.remat)
         self.template = jax.eval_shape(self.build, jax.random.key(0))
-        self.parts = (self._part(),)
+        self.parts = (model_part(self.source, self.model_cfg),)
         self.tokenizer = load_tokenizer(self.source.tokenizer_dir())
         self.train_set = self._read(cfg.data.train)
         self.eval_set = self._read(cfg.data.eval) if cfg.data.eval else None
@@ -271,13 +278,6 @@ class LLM:
 
     # ---- shared pieces --------------------------------------------------------------------
 
-    def _part(self) -> Part:
-        cfg = self.model_cfg
-        rules, sizes = llama.RULES, llama.sizes(cfg)
-        drop = ("lm_head.weight",) if cfg.tied else ()
-        ignore = llama.ignore(cfg)
-        return Part("", self.source.name, self.source.tensors, rules, sizes, ignore, drop)
-
     def _read(self, spec: str) -> text.TextDataset:
         seq_len, template = self.options.seq_len, self.options.template
         return text.load_text(spec, self.tokenizer, seq_len=seq_len, template=template)
@@ -305,6 +305,24 @@ class LLM:
         places = jax.lax.top_k(batch["weights"], self._trained_width)[1]
         kept = [jnp.take_along_axis(batch[name], places, axis=1) for name in ("targets", "weights")]
         return jnp.take_along_axis(hidden, places[..., None], axis=1), *kept
+
+
+def model_part(source: Source, cfg: LlamaConfig) -> Part:
+    """Where the model's parameters come from and go to."""
+    drop = ("lm_head.weight",) if cfg.tied else ()
+    rules, sizes = llama.RULES, llama.sizes(cfg)
+    return Part("", source.name, source.tensors, rules, sizes, llama.ignore(cfg), drop)
+
+
+def load(spec: str, dtype: str) -> Llama:
+    """The model of a folder, file, `pip:PACKAGE` or hub id, whole on the first device."""
+    source = open_source(spec)
+    cfg = LlamaConfig.from_hf(source.config)
+    template = jax.eval_shape(lambda key: Llama(cfg, key=key), jax.random.key(0))
+    leaves, mesh = describe(template), one_device_mesh()
+    places = shardings(leaves, mesh)
+    params = transfer.load(model_part(source, cfg), leaves, places, dtype, set(leaves))
+    return bind(template, params)
 
 
 class _View:
