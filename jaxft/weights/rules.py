@@ -61,7 +61,9 @@ def plan(
             problems.append(f"{'unexpected' if not targets else 'ambiguous'} tensor {key}")
             continue
         path, index, layout = targets[0]
-        found.setdefault(path, {})[index] = (key, layout)
+        first, _ = found.setdefault(path, {}).setdefault(index, (key, layout))
+        if first != key:
+            problems.append(f"tensors {first} and {key} are the same parameter {path}")
     entries = []
     for path, leaf in leaves.items():
         entry = _entry(path, leaf, found.get(path, {}), rules, problems)
