@@ -112,6 +112,16 @@ CHOICES = {
     "remat": ("auto", "none", "dots", "full", "offload"),
     "export.dtype": ("source", "float32", "bfloat16"),
 }
+AT_LEAST = {
+    "batch_size": 1,
+    "micro_batches": 1,
+    "lora.rank": 0,
+    "optim.lr": 0,
+    "optim.clip": 0,
+    "optim.weight_decay": 0,
+}
+BELOW_ONE = ("lora.dropout", "optim.b1", "optim.b2", "optim.ema")
+DURATIONS = ("total", "optim.warmup", "every.log", "every.eval", "every.save", "every.sample")
 
 
 class Arguments(NamedTuple):
@@ -158,9 +168,12 @@ def load_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> dict[st
         here = sorted(f"configs/{p.name}" for p in (PACKAGE / "configs").glob("*.py"))
         raise UserError(f"config file {path} does not exist; shipped: {', '.join(here) or 'none'}")
     module_spec = importlib.util.spec_from_file_location("jaxft_config", file)
-    assert module_spec and module_spec.loader
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"config file {file} is not Python; it must be a .py with get_config()")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config file {file} defines no get_config(); copy one from configs/")
     config = module.get_config().to_dict()
     for key, text in overrides:
         override(config, key, text)
@@ -220,7 +233,10 @@ def steps(duration: str, batch_size: int, examples: int, key: str) -> int:
 
 
 def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Make the folder, refuse one of another config, and keep this config in it."""
+    """Make the folder, refuse one where another config ran, and keep this config in it.
+
+    A config that got no further than its own config.json (a wrong model path) holds nothing.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe-{os.getpid()}"
@@ -229,15 +245,15 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written ({error}); choose another") from None
     file = workdir / "config.json"
-    if file.exists():
+    if file.exists() and any(entry != file for entry in workdir.iterdir()):
         old = read_config_file(workdir)
         if differing := differing_keys(old, config):
             raise UserError(
                 f"workdir {workdir} belongs to another config ({'; '.join(differing)});"
                 " choose another --workdir, or give the same keys to resume"
             )
-    else:
-        file.write_text(json.dumps(config, indent=2) + "\n")
+        return
+    file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def read_config_file(workdir: Path) -> dict[str, Any]:
@@ -325,9 +341,14 @@ def _check_choices(cfg: Config) -> None:
         if leaves[key] not in choices:
             hint = _near(str(leaves[key]), choices, "it is one of")
             raise UserError(f"config key {key}={leaves[key]!r} is not known; {hint}")
-    for key in ("batch_size", "micro_batches"):
-        if leaves[key] < 1:
-            raise UserError(f"config key {key}={leaves[key]} must be at least 1")
+    for key, least in AT_LEAST.items():
+        if leaves[key] < least:
+            raise UserError(f"config key {key}={leaves[key]} must be at least {least}")
+    for key in BELOW_ONE:
+        if not 0 <= leaves[key] < 1:
+            raise UserError(f"config key {key}={leaves[key]} must be at least 0 and below 1")
+    for key in DURATIONS:
+        steps(leaves[key], 1, 1, key)
     if cfg.batch_size % cfg.micro_batches:
         raise UserError(
             f"batch_size={cfg.batch_size} does not split into micro_batches={cfg.micro_batches}"
