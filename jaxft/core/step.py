@@ -117,9 +117,7 @@ def make_step(
         return State(state.step + 1, params, opt, ema), report
 
     # Inputs come as they were placed; outputs are named, else the second step compiles again.
-    return jax.jit(
-        train_step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0
-    )
+    return jax.jit(train_step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
 
 
 def sample_keys(seed: int, step: jax.Array | int, sample_ids: jax.Array) -> jax.Array:

@@ -94,4 +94,3 @@ def gather_rows(table: Array, ids: Array) -> Array:
     if not mesh.empty and mesh.size > 1:
         table = jax.lax.with_sharding_constraint(table, jax.sharding.PartitionSpec())
     return table[ids]
-
