@@ -21,3 +21,38 @@ class RMSNorm(nnx.Module):
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
         return self.scale[...].astype(x.dtype) * normed
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last dim, all of it in fp32."""
+
+    def __init__(self, dim: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((dim,)), axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros((dim,)), axes=("norm",))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        normed = _standardised(x.astype(jnp.float32), (-1,), self.eps)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """As LayerNorm, over the pixels and the channels of each group (Wu & He, arXiv:1803.08494)."""
+
+    def __init__(self, channels: int, *, groups: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((channels,)), axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros((channels,)), axes=("norm",))
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        b, c = x.shape[0], x.shape[-1]
+        grouped = x.astype(jnp.float32).reshape(b, -1, self.groups, c // self.groups)
+        normed = _standardised(grouped, (1, 3), self.eps).reshape(x.shape)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+def _standardised(x: Array, over: tuple[int, ...], eps: float) -> Array:
+    """Zero mean, unit variance in two passes: E[x^2] - E[x]^2 cancels where the mean is big."""
+    centred = x - jnp.mean(x, axis=over, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=over, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + eps)

@@ -1,0 +1,167 @@
+"""Convolutions over NHWC images, with the LoRA slot, and the blocks that UNets and VAEs share."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxft.nn.linear import Adapter, Linear, dropout
+from jaxft.nn.norm import GroupNorm
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+# Logical axes of a kernel (y, x, in, out): one channel dim over fsdp, or none where it is 3 or 4.
+SHARDED = (None, None, None, "embed")
+WHOLE = (None, None, None, None)
+
+# What a stride-2 convolution pads: the UNet's on all sides, the VAE's bottom and right alone.
+ALL_SIDES: Padding = ((1, 1), (1, 1))
+BOTTOM_RIGHT: Padding = ((0, 1), (0, 1))
+
+
+class Conv(nnx.Module):
+    """y = x * W + b (cross-correlation); with an adapter also + scale * (x * A) B.
+
+    Shapes: x (B, Y, X, in) -> (B, Y', X', out). `padding` is ((top, bottom), (left, right)), or one
+    number for all sides. The adapter's A is a convolution of the same size, stride and padding to
+    r channels, its B a 1x1 one, as PEFT and kohya have it. Initialised as torch's Conv2d, but for
+    the bias, which is zero.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int,
+        *,
+        key: PRNGKeyArray,
+        stride: int = 1,
+        padding: int | Padding = 0,
+        bias: bool = True,
+        axes: tuple[str | None, ...] = SHARDED,
+    ):
+        shape = (size, size, in_channels, out_channels)
+        bound = (size * size * in_channels) ** -0.5
+        kernel = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        self.inputs = 3
+        self.kernel = nnx.Param(kernel, axes=axes, inputs=self.inputs)
+        zeros = jnp.zeros((out_channels,))
+        self.bias = nnx.data(nnx.Param(zeros, axes=(None,)) if bias else None)
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.adapter = Adapter(1.0)
+        self.stride = stride
+        self.padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+
+    def __call__(
+        self, x: Float[Array, "B Y X C"], keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "B Y2 X2 F"]:
+        """`keys`, one a row of x, turn the adapter's dropout on; without them there is none."""
+        y = self._convolved(x, self.kernel[...])
+        if self.lora_a is not None:
+            y = y + self._adapted(x, keys)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        return y
+
+    def _convolved(self, x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(x.dtype),
+            (self.stride, self.stride),
+            self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    def _adapted(self, x: Array, keys: PRNGKeyArray | None) -> Array:
+        if keys is not None and self.adapter.dropout > 0:
+            x = dropout(x, keys, self.adapter)
+        low = self._convolved(x, self.lora_a[...])
+        return self.adapter.scale * jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)
+
+
+class Downsample(nnx.Module):
+    """Half the size by a 3x3 convolution of stride 2; ALL_SIDES rounds up, BOTTOM_RIGHT down."""
+
+    def __init__(self, channels: int, padding: Padding, *, key: PRNGKeyArray):
+        self.conv = Conv(channels, channels, 3, key=key, stride=2, padding=padding)
+
+    def __call__(
+        self, x: Float[Array, "B Y X C"], keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "B Y2 X2 C"]:
+        return self.conv(x, keys)
+
+
+class Upsample(nnx.Module):
+    """Twice the size by repetition, cut to `size` (Y, X) where that is odd; then a 3x3 conv."""
+
+    def __init__(self, channels: int, *, key: PRNGKeyArray):
+        self.conv = Conv(channels, channels, 3, key=key, padding=1)
+
+    def __call__(
+        self,
+        x: Float[Array, "B Y X C"],
+        size: tuple[int, int] | None = None,
+        keys: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B Y2 X2 C"]:
+        x = upsample_nearest(x)
+        return self.conv(x if size is None else x[:, : size[0], : size[1]], keys)
+
+
+def upsample_nearest(x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 C"]:
+    """Every pixel twice in both directions."""
+    b, y, width, c = x.shape
+    twice = jnp.broadcast_to(x[:, :, None, :, None], (b, y, 2, width, 2, c))
+    return twice.reshape(b, 2 * y, 2 * width, c)
+
+
+class ResnetBlock(nnx.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))) + time))); a 1x1 conv on x where the widths differ.
+
+    `time_dim` is the width of the time embedding that __call__ takes; None (the VAE's) is none.
+    diffusers' ResnetBlock2D, whose names it carries.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        key: PRNGKeyArray,
+        groups: int,
+        eps: float,
+        time_dim: int | None = None,
+    ):
+        keys = jax.random.split(key, 4)
+        self.norm1 = GroupNorm(in_channels, groups=groups, eps=eps)
+        self.conv1 = Conv(in_channels, out_channels, 3, key=keys[0], padding=1)
+        time = None if time_dim is None else dense(time_dim, out_channels, key=keys[1])
+        self.time_emb_proj = nnx.data(time)
+        self.norm2 = GroupNorm(out_channels, groups=groups, eps=eps)
+        self.conv2 = Conv(out_channels, out_channels, 3, key=keys[2], padding=1)
+        same = in_channels == out_channels
+        self.conv_shortcut = nnx.data(
+            None if same else Conv(in_channels, out_channels, 1, key=keys[3])
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B Y X C"],
+        time: Float[Array, "B D"] | None = None,
+        keys: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B Y X F"]:
+        h = self.conv1(jax.nn.silu(self.norm1(x)), keys)
+        if self.time_emb_proj is not None and time is not None:
+            h = h + self.time_emb_proj(jax.nn.silu(time), keys)[:, None, None]
+        h = self.conv2(jax.nn.silu(self.norm2(h)), keys)
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x, keys)) + h
+
+
+def dense(inputs: int, outputs: int, *, key: PRNGKeyArray, bias: bool = True) -> Linear:
+    """A plain (in) -> (out) projection, fsdp over its input, with the spread of torch's Linear."""
+    return Linear((inputs,), (outputs,), ("embed", "mlp"), key=key, bias=bias, std=spread(inputs))
+
+
+def spread(inputs: int) -> float:
+    """The standard deviation of torch's initial weights, uniform within 1 / sqrt(inputs)."""
+    return (3 * inputs) ** -0.5
