@@ -243,7 +243,9 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be written ({error}); choose another") from None
+        raise UserError(
+            f"workdir {workdir} cannot be written ({error}); choose another --workdir"
+        ) from None
     file = workdir / "config.json"
     if file.exists() and any(entry != file for entry in workdir.iterdir()):
         old = read_config_file(workdir)

@@ -50,11 +50,12 @@ def start() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # without any plugin jax only asserts
         asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = (str(error).splitlines() or ["no plugin for it is installed"])[0]
         raise UserError(
             f"JAX_PLATFORMS={asked!r} asks for a device that is not usable here"
-            f" ({str(error).splitlines()[0]}); install jaxft[cuda] or jaxft[tpu] on a machine that"
+            f" ({reason}); install jaxft[cuda] or jaxft[tpu] on a machine that"
             " has one, or unset JAX_PLATFORMS"
         ) from None
 

@@ -95,7 +95,8 @@ def make_step(
             return total, (weight, metrics)
 
         (total, aux), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        return grads, total, *aux
+        # Sums over micro-batches are fp32 even where the masters are bf16.
+        return cast(grads, jnp.float32), total, *aux
 
     def train_step(state: State, frozen: Params, batch: Batch) -> tuple[State, Metrics]:
         keys = sample_keys(spec.seed, state.step, batch["sample_ids"])
@@ -109,7 +110,7 @@ def make_step(
         ema = optim.ema_update(state.ema, params, state.step, spec.ema) if spec.ema else {}
         report = {
             "loss": total / divisor,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "weight": weight,
             **{name: value / divisor for name, value in metrics.items()},
