@@ -43,7 +43,7 @@ class Context(NamedTuple):
     sin: Float[Array, "B T half"]
     q_segments: Int[Array, "B T"] | None
     kv_segments: Int[Array, "B S"] | None
-    index: Int[Array, ""] | None
+    index: Int[Array, ""]
 
 
 class Layer(NamedTuple):
@@ -67,8 +67,7 @@ class Attention(nnx.Module):
         self.v_proj = Linear(d, kv_shape, axes, key=keys[2], bias=bias, std=std)
         axes = ("heads", "head_dim", "embed")
         self.o_proj = Linear(q_shape, d, axes, key=keys[3], bias=cfg.o_bias, std=std)
-        norm = RMSNorm(h, eps=cfg.rms_norm_eps) if cfg.qk_norm else None
-        self.q_norm = nnx.data(norm)
+        self.q_norm = nnx.data(RMSNorm(h, eps=cfg.rms_norm_eps) if cfg.qk_norm else None)
         self.k_norm = nnx.data(RMSNorm(h, eps=cfg.rms_norm_eps) if cfg.qk_norm else None)
 
     def __call__(
@@ -110,7 +109,7 @@ def _unless_fixed(rotates: Array | bool, context: Context) -> tuple[Array, Array
 
 
 def _remember(
-    cache: tuple[Array, Array], k: Array, v: Array, layer: Array, index: Array | None
+    cache: tuple[Array, Array], k: Array, v: Array, layer: Array, index: Array
 ) -> tuple[tuple[Array, Array], Array, Array]:
     """Write this call's k and v in place (only T slots move) and read the layer's whole history."""
     start = (layer, 0, index, 0, 0)
@@ -208,20 +207,26 @@ class Llama(nnx.Module):
 
         positions: what rotates, default 0, 1, ... (with a cache: the count of real tokens before).
         segment_ids: tokens see their own segment only; 0 is padding; default one segment.
-        embeds: in place of tokens. key: turns adapter dropout on. remat: a key of REMAT.
+        embeds: in place of tokens. key: turns adapter dropout on. remat: none, or a key of REMAT
+        (ValueError else). unroll: layers an iteration of the scan.
         """
-        if (tokens is None) == (embeds is None):
-            raise ValueError("hidden() takes either tokens or embeds")
-        x = embeds if tokens is None else self.embed_tokens(tokens, dtype)
-        x = constrain(x if dtype is None else x.astype(dtype), "batch", "length", None)
+        x = self._embed(tokens, embeds, dtype)
         q_segments, kv_segments, cache = _place(cache, segment_ids, x.shape)
         if positions is None:
             positions = _count(kv_segments, cache, x.shape[1])
-        index = None if cache is None else cache.index
-        angles = rope.cos_sin(positions, *self.cfg.rope)
+        index = jnp.int32(0) if cache is None else cache.index
+        angles = rope.cos_sin(positions, jnp.array(self.cfg.rope.inv_freq), self.cfg.rope.scale)
         context = Context(*angles, q_segments, kv_segments, index)
         x, cache = self._scan(x, context, cache, key, remat, unroll)
         return self.norm(x), cache
+
+    def _embed(self, tokens: Array | None, embeds: Array | None, dtype: Any) -> Array:
+        if tokens is not None and embeds is None:
+            embeds = self.embed_tokens(tokens, dtype)
+        elif tokens is not None or embeds is None:
+            raise ValueError("hidden() takes either tokens or embeds")
+        x = embeds if dtype is None else embeds.astype(dtype)
+        return constrain(x, "batch", "length", None)
 
     def _scan(
         self,

@@ -42,7 +42,7 @@ def attention(
     segment 0: its rows are finite, and mean nothing. `window` may be traced (one a scanned layer).
     N is a multiple of K (grouped-query attention); `scale` defaults to 1 / sqrt(H).
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if q_segments is not None and kv_segments is None:
         kv_segments = q_segments
     if window is not None and not causal:
