@@ -45,8 +45,9 @@ class Checkpoints:
         )
         restored = self.manager.restore(step, args=args)
         # Orbax's buffers cannot be donated; copies of our own can (jax-ml/jax#18617).
-        owned = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(restored["state"])
-        return owned, restored["data"]
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        own = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=places)
+        return own(restored["state"]), restored["data"]
 
     def config(self, step: int) -> dict:
         """The resolved config that was saved with a step."""
