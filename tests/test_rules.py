@@ -1,5 +1,7 @@
 """The weight table: bijections, stacking, placeholders, and every offender in one error."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,7 +27,7 @@ def layouts(draw):
     names = draw(st.permutations("abcde"))[: draw(st.integers(1, 5))]
     lengths = {name: draw(st.integers(1, 4)) for name in names}
     cuts = sorted({0, len(names), *draw(st.lists(st.integers(0, len(names)), max_size=3))})
-    groups = [names[low:high] for low, high in zip(cuts, cuts[1:], strict=False)]
+    groups = [names[low:high] for low, high in pairwise(cuts)]
     groups = [group for group in groups if group]
     # At most one name of a group may be left to its length; a literal 1 may stand anywhere.
     open_names = {draw(st.sampled_from(group)) for group in groups}
