@@ -33,8 +33,8 @@ def pick(logits: Float[Array, "B V"], keys: PRNGKeyArray, how: Sampling) -> Int[
 
 
 def _nucleus(logits: Array, mass: float) -> Array:
-    """Keep the most likely tokens until their probability passes `mass`."""
+    """Keep the most likely tokens until their probability passes `mass`, one at least."""
     ordered = jnp.sort(logits, axis=-1)[:, ::-1]
     before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
-    least = jnp.min(jnp.where(before < mass, ordered, jnp.inf), axis=-1, keepdims=True)
+    least = jnp.min(jnp.where(before < mass, ordered, ordered[:, :1]), axis=-1, keepdims=True)
     return jnp.where(logits < least, -jnp.inf, logits)
