@@ -20,11 +20,10 @@ def restart_with_huge_pages() -> None:
     glibc reads its tunables before Python starts, so setting them here needs a fresh process.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform != "linux" or "glibc.malloc.hugetlb" in tunables:
+    if platform.libc_ver()[0] != "glibc" or "glibc.malloc.hugetlb" in tunables:
         return
     os.environ["GLIBC_TUNABLES"] = f"{tunables}:{HUGE_PAGES}".lstrip(":")
-    if platform.libc_ver()[0] == "glibc":
-        os.execv(sys.executable, sys.orig_argv[:1] + sys.orig_argv[1:])
+    os.execv(sys.executable, sys.orig_argv)
 
 
 def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
