@@ -13,6 +13,9 @@ from jaxft.core.sharding import batch_sharding, make_mesh, spec
 from jaxft.nn.cross_entropy import linear_cross_entropy
 
 B, T, D, V = 8, 13, 16, 24
+# The compiler's own optimisations are most of the time of these tests.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def dense(hidden, head, targets, weights, *, vocab_first, z_loss=0.0):
@@ -45,8 +48,8 @@ def test_t12_equals_the_dense_formula(vocab_first, z_loss, chunk):
     ours = partial(linear_cross_entropy, vocab_first=vocab_first, chunk=chunk, z_loss=z_loss)
     theirs = partial(dense, vocab_first=vocab_first, z_loss=z_loss)
     grad = partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-    (total, metrics), grads = jax.jit(grad(ours))(hidden, head, targets, weights)
-    (want, hits), wanted = grad(theirs)(hidden, head, targets, weights)
+    (total, metrics), grads = jit(grad(ours))(hidden, head, targets, weights)
+    (want, hits), wanted = jit(grad(theirs))(hidden, head, targets, weights)
     assert abs(total / want - 1) < 1e-6
     assert metrics["correct"] == pytest.approx(float(hits), rel=1e-6) and hits > 0
     assert metrics["weight"] == pytest.approx(float(weights.sum()), rel=1e-6)
@@ -61,7 +64,7 @@ def test_t12_equals_the_dense_formula(vocab_first, z_loss, chunk):
 def test_t9_meshes_agree_with_one_device(vocab_first, shape):
     arrays = data(vocab_first)
     loss = partial(linear_cross_entropy, vocab_first=vocab_first, chunk=4, z_loss=1e-2)
-    grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    grad = jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (want, wanted_metrics), wanted = grad(*arrays)
     mesh = make_mesh(*shape)
     with jax.set_mesh(mesh):
@@ -80,11 +83,9 @@ def test_rows_that_do_not_divide_over_the_mesh_are_padded():
         x[:3] if x.ndim != 2 or len(x) == B else x for x in data(True)
     )
     loss = partial(linear_cross_entropy, vocab_first=True)
-    want, wanted = jax.value_and_grad(lambda h: loss(h, head, targets, weights)[0])(hidden)
+    want, wanted = jit(jax.value_and_grad(lambda h: loss(h, head, targets, weights)[0]))(hidden)
     with jax.set_mesh(make_mesh(2, 2, 2)):
-        got, grads = jax.jit(jax.value_and_grad(lambda h: loss(h, head, targets, weights)[0]))(
-            hidden
-        )
+        got, grads = jit(jax.value_and_grad(lambda h: loss(h, head, targets, weights)[0]))(hidden)
     assert abs(got / want - 1) < 1e-6
     assert relative(grads, wanted) < 1e-5
 
@@ -96,7 +97,7 @@ def test_one_gather_and_one_reduction_of_the_head():
     with jax.set_mesh(mesh):
         rows, head = batch_sharding(mesh), NamedSharding(mesh, spec(("embed", "vocab")))
         placed = jax.device_put(data(False), (rows, head, rows, rows))
-        step = jax.jit(jax.grad(lambda h, w, *a: loss(h, w, *a)[0], argnums=(0, 1)))
+        step = jit(jax.grad(lambda h, w, *a: loss(h, w, *a)[0], argnums=(0, 1)))
         text = step.lower(*placed).compile().as_text()
     whole = rf"f32\[{D},{V // 2}\]"
     assert len(re.findall(rf"= {whole}\S* all-gather\(", text)) == 1
@@ -108,9 +109,8 @@ def test_one_gather_and_one_reduction_of_the_head():
 def test_all_weights_zero_is_zero_and_finite():
     hidden, head, targets, weights = data(True)
     loss = partial(linear_cross_entropy, vocab_first=True, z_loss=0.1)
-    (total, metrics), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-        hidden, head, targets, 0 * weights
-    )
+    grad = jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (total, metrics), grads = grad(hidden, head, targets, 0 * weights)
     assert total == metrics["weight"] == metrics["correct"] == 0
     assert all(np.all(np.asarray(g) == 0) for g in grads)
 
@@ -119,7 +119,7 @@ def test_a_tie_is_won_by_the_first_id_as_in_argmax():
     hidden, weights = jnp.zeros((1, 2, D)), jnp.ones((1, 2))
     loss = partial(linear_cross_entropy, vocab_first=True)
     with jax.set_mesh(make_mesh(1, 1, 8)):
-        _, metrics = jax.jit(loss)(hidden, jnp.ones((V, D)), jnp.array([[0, V - 1]]), weights)
+        _, metrics = jit(loss)(hidden, jnp.ones((V, D)), jnp.array([[0, V - 1]]), weights)
     assert metrics["correct"] == 1
 
 
@@ -141,9 +141,8 @@ def test_bf16_activations_keep_an_fp32_loss_and_fp32_head_gradients():
     hidden, head, targets, weights = data(True)
     low = jnp.asarray(hidden, jnp.bfloat16)
     loss = partial(linear_cross_entropy, vocab_first=True)
-    (total, _), (dx, dw) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-        low, head, targets, weights
-    )
+    grad = jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (total, _), (dx, dw) = grad(low, head, targets, weights)
     rounded = np.asarray(jnp.asarray(head, jnp.bfloat16).astype(jnp.float32))
     want, _ = dense(low.astype(jnp.float32), rounded, targets, weights, vocab_first=True)
     assert abs(total / want - 1) < 1e-6
@@ -162,7 +161,7 @@ def test_t12_fp32_logits_of_a_large_vocabulary_never_exist_whole(shape):
         s((rows, length), jnp.float32),
     )
     loss = partial(linear_cross_entropy, vocab_first=True)
-    step = jax.jit(jax.grad(lambda h, w, *a: loss(h, w, *a)[0], argnums=(0, 1)))
+    step = jit(jax.grad(lambda h, w, *a: loss(h, w, *a)[0], argnums=(0, 1)))
     if shape is None:
         compiled = step.lower(*args).compile()
     else:

@@ -281,7 +281,7 @@ def test_t31_rules_give_every_tensor_back_bitwise():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_t23_tied_head_follows_the_config(tied):
+def test_tied_head_follows_the_config(tied):
     cfg = LlamaConfig.from_hf({**TINY, "model_type": "llama", "tie_word_embeddings": tied})
     model = jax.jit(lambda: Llama(cfg, key=jax.random.key(0)), compiler_options=QUICK)()
     matrix, vocab_first = model.head()
