@@ -1,0 +1,449 @@
+"""The parity certificate against PyTorch: `python -m jaxft.verify DIR [--out FILE] [--long N]`."""
+
+import hashlib
+import json
+import math
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxft.core import runtime
+from jaxft.core.config import parse_arguments
+from jaxft.core.errors import UserError
+from jaxft.core.metrics import table
+from jaxft.core.params import Leaf, Params, bind, describe
+from jaxft.core.sharding import one_device_mesh, shardings
+from jaxft.models.llama import Llama, LlamaConfig
+from jaxft.nn import lora
+from jaxft.nn.cross_entropy import linear_cross_entropy
+from jaxft.tasks.llm import load_tokenizer, model_part
+from jaxft.weights import adapters, transfer
+from jaxft.weights.rules import Entry, to_torch
+from jaxft.weights.sources import TOKENIZER_FILES, Source, open_source
+from jaxft.weights.tensor_files import write_sharded
+from jaxft.weights.transfer import Part
+
+ROW = 64  # positions compared in each case
+SMALL = 200_000_000  # up to so many parameters a row of full length is run too
+LOGITS, KL, LOSS, GRADIENTS = 1e-4, 1e-6, 1e-5, 1e-3
+# Below this share of the whole gradient's norm a tensor's own norm is fp32's rounding (a key bias
+# without positions has the gradient 0): its error is then measured against this share.
+ROUNDING_FLOOR = 1e-4
+TEXT = (
+    "The committee met on a Tuesday in 1987, above the harbour, and heard 3 reports: on the tides,"
+    " on the price of rope (it had doubled), and one, written by hand, on what the town would do if"
+    " the ferry stopped. Nobody asked who had written it; everybody knew. "
+)
+
+
+class Check(NamedTuple):
+    """One figure of a certificate; it passes at or below its bound (None: shown, not judged)."""
+
+    name: str
+    figure: float
+    bound: float | None
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.bound is None or self.figure <= self.bound
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, which has no NaN: a figure that is not finite is null."""
+        figure = self.figure if math.isfinite(self.figure) else None
+        return {**self._asdict(), "figure": figure, "passed": self.passed}
+
+
+class Case(NamedTuple):
+    """Rows of tokens at positions start, start + 1, …; the last ROW positions are compared."""
+
+    tokens: Int[np.ndarray, "B T"]
+    start: int
+
+    @property
+    def positions(self) -> Int[np.ndarray, "B T"]:
+        count = np.arange(self.start, self.start + self.tokens.shape[1], dtype=np.int32)
+        return np.broadcast_to(count, self.tokens.shape)
+
+
+class Subject(NamedTuple):
+    """The model under test, opened but not loaded."""
+
+    source: Source
+    part: Part
+    adapter: adapters.PeftAdapter | None
+    template: Llama
+    leaves: dict[str, Leaf]
+
+    @property
+    def size(self) -> int:
+        return sum(math.prod(leaf.shape) for leaf in self.leaves.values())
+
+    @property
+    def trained(self) -> set[str]:
+        """The adapters where there are some, else everything: the gradients training computes."""
+        return {path for path in self.leaves if ".lora_" in path} or set(self.leaves)
+
+
+class Oracle(NamedTuple):
+    """What stock transformers (and PEFT) make of the same folder; gradients by torch key."""
+
+    logits: dict[str, Float[np.ndarray, "B T V"]]
+    loss: float
+    gradients: dict[str, np.ndarray]
+    report: Mapping[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Certify a folder; 0 when every check passes, 1 when one does not, 2 for a user's mistake."""
+    passed: list[bool] = []
+
+    def run(words: list[str]) -> None:
+        passed.append(_main(words))
+
+    return runtime.command(run, sys.argv[1:] if argv is None else argv) or int(not all(passed))
+
+
+def _main(argv: list[str]) -> bool:
+    if not argv or argv[0].startswith("--"):
+        raise UserError("name a model folder first: python -m jaxft.verify DIR [--out FILE]")
+    spec, (options, _) = argv[0], parse_arguments(argv[1:], ("out", "long"))
+    if not (far := options.get("long", "4096")).isdigit():
+        raise UserError(f"--long={far!r} must be a position, such as 4096")
+    folder = Path(spec) if Path(spec).is_dir() else Path.cwd()
+    out = Path(options.get("out", folder / "parity.json"))
+    certificate, checks = certify(spec, int(far))
+    try:
+        out.write_text(json.dumps(certificate, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {out} ({error.strerror}); give another --out=FILE") from None
+    _show(checks, out)
+    return all(check.passed for check in checks)
+
+
+def certify(spec: str, far: int = 4096) -> tuple[dict[str, Any], list[Check]]:
+    """(certificate, checks) of the model that `spec` names; `far` is the first far position.
+
+    `spec` is a Hugging Face or PEFT folder, or what else names a model. Both sides run in fp32;
+    one of the two models is in memory at a time. Raises UserError for what cannot be compared.
+    """
+    subject = open_subject(spec)
+    oracles = ("torch", "peft") if subject.adapter else ("torch",)
+    if missing := [name for name in oracles if find_spec(name) is None]:
+        raise UserError(f"verify needs {' and '.join(missing)}: pip install 'jaxft[verify]'")
+    runtime.start()
+    cases = make_cases(subject, far)
+    oracle = _ask_transformers(subject, cases)
+    # "highest" keeps a GPU from multiplying fp32 in TF32.
+    with jax.default_matmul_precision("highest"):
+        params = _load(subject)
+        checks = [*_loading(oracle), *_logits(subject, params, cases, oracle)]
+        checks += _gradients(subject, params, cases["near"].tokens, oracle)
+        trip, digest = _round_trip(subject, params)
+    checks.append(trip)
+    certificate = {
+        "model": spec,
+        "model_type": subject.source.config.get("model_type"),
+        "parameters": subject.size,
+        "passed": all(check.passed for check in checks),
+        "checks": [check.record() for check in checks],
+        "cases": {
+            name: {"shape": case.tokens.shape, "positions": [case.start, int(case.positions.max())]}
+            for name, case in cases.items()
+        },
+        "weights_sha256": digest,
+        "oracles": {name: version(name) for name in oracles},
+        **runtime.manifest(one_device_mesh(), {}),
+    }
+    return certificate, checks
+
+
+def open_subject(spec: str) -> Subject:
+    """Open a model or a PEFT folder on its base; every tensor is accounted for before one is read.
+
+    The adapted projections are those that the adapter has tensors for.
+    """
+    adapter = adapters.find(spec, "")
+    source = open_source(adapter.base if adapter else spec)
+    cfg = LlamaConfig.from_hf(source.config)
+    part = model_part(source, cfg)
+    template = jax.eval_shape(lambda key: Llama(cfg, key=key), jax.random.key(0))
+    entries = part.entries(describe(template))
+    if adapter:
+        adapter = adapter._replace(lora=replace(adapter.lora, targets=_targets(adapter, entries)))
+
+        def build(key: jax.Array) -> Llama:
+            model = Llama(cfg, key=key)
+            lora.add(model, adapter.lora, key)
+            return model
+
+        template = jax.eval_shape(build, jax.random.key(0))
+    return Subject(source, part, adapter, template, describe(template))
+
+
+def _targets(adapter: adapters.PeftAdapter, entries: list[Entry]) -> str:
+    """A regex of the projections that a PEFT folder holds tensors for."""
+    have = set(adapter.tensors.keys())
+    name = "{}{}.lora_A.weight"
+    hit = [
+        re.escape(entry.path.removesuffix(".kernel"))
+        for entry in entries
+        if any(name.format(adapters.PREFIX, k.removesuffix(".weight")) in have for k in entry.keys)
+    ]
+    return "|".join(hit)
+
+
+def make_cases(subject: Subject, far: int) -> dict[str, Case]:
+    """Fixed rows near (position 0 on) and far, and for a small model one long row up to there."""
+    cfg, rng = subject.template.cfg, np.random.default_rng(0)
+    tokens = _random_row(rng, cfg, ROW)
+    if TOKENIZER_FILES & subject.source.side_files.keys():
+        tokens = np.concatenate([tokens, _text_row(subject.source, cfg)])
+    cases = {"near": Case(tokens, 0)}
+    start = min(far, cfg.max_positions - ROW)
+    if start > 0:
+        cases["far"] = Case(tokens, start)
+        if subject.size <= SMALL:
+            cases["long"] = Case(_random_row(rng, cfg, start + ROW), 0)
+    return cases
+
+
+def _random_row(rng: np.random.Generator, cfg: LlamaConfig, length: int) -> Int[np.ndarray, "B T"]:
+    """Any ids but the pad token's: transformers gives its embedding no gradient even where the id
+    is a token of the text, jaxft masks by spans alone."""
+    after = rng.integers(1, cfg.vocab_size, (1, length), np.int32)
+    return (after + (cfg.pad_id or 0)) % cfg.vocab_size
+
+
+def _text_row(source: Source, cfg: LlamaConfig) -> Int[np.ndarray, "B T"]:
+    ids = load_tokenizer(source.tokenizer_dir())(TEXT * 2, add_special_tokens=False)["input_ids"]
+    if max(ids) >= cfg.vocab_size:
+        raise UserError(
+            f"{source.name}: the tokenizer gives id {max(ids)}, but config.json says"
+            f" vocab_size={cfg.vocab_size}; put the model's own tokenizer there"
+        )
+    return np.array([ids[:ROW]], np.int32)
+
+
+# ---- the oracle ---------------------------------------------------------------------------
+
+
+def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
+    """Load the folder with stock transformers on the CPU in fp32, and ask it for everything."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _hf_folder(subject.source) as folder:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+    model, report = loaded
+    if subject.adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, subject.adapter.name, is_trainable=True)
+    model.eval()
+    logits = {}
+    for name, case in cases.items():
+        tokens, positions = (
+            torch.from_numpy(x.astype(np.int64)) for x in (case[0], case.positions)
+        )
+        with torch.no_grad():
+            made = model(tokens, position_ids=positions, use_cache=False, logits_to_keep=ROW)
+        logits[name] = made.logits.numpy()
+    tokens = torch.from_numpy(cases["near"].tokens.astype(np.int64))
+    loss = model(tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    gradients = {
+        re.sub(r"(\.lora_[AB])\.default\.", r"\1.", key): parameter.grad.numpy()
+        for key, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return Oracle(logits, loss.item(), gradients, report)
+
+
+@contextmanager
+def _hf_folder(source: Source) -> Iterator[Path]:
+    """The folder that transformers reads: the model's own, or a copy of what is in no folder."""
+    if source.folder is not None:
+        yield source.folder
+        return
+    assert source.tensors is not None
+    tensors = source.tensors
+    with tempfile.TemporaryDirectory(prefix="jaxft-verify-") as name:
+        keys = tensors.keys()
+        infos = {key: tensors.info(key) for key in keys}
+        write_sharded(Path(name), ((key, tensors.read(key)) for key in infos), infos)
+        for file, content in source.side_files.items():
+            made = content if isinstance(content, bytes) else content.read_bytes()
+            (Path(name) / file).write_bytes(made)
+        yield Path(name)
+
+
+# ---- the checks ---------------------------------------------------------------------------
+
+
+def _loading(oracle: Oracle) -> list[Check]:
+    found = {kind: sorted(oracle.report[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
+    return [
+        Check(f"{kind} keys in transformers", len(keys), 0, ", ".join(keys[:4]))
+        for kind, keys in found.items()
+    ]
+
+
+def _load(subject: Subject) -> Params:
+    """jaxft's parameters in fp32 on the first device."""
+    leaves, part, adapter = subject.leaves, subject.part, subject.adapter
+    places = shardings(leaves, one_device_mesh())
+    params = transfer.load(part, leaves, places, jnp.float32, set(leaves))
+    if adapter:
+        arrays = adapters.load(adapter, part, leaves)
+        params |= {path: jax.device_put(array, places[path]) for path, array in arrays.items()}
+    return params
+
+
+def _logits(
+    subject: Subject, params: Params, cases: Mapping[str, Case], oracle: Oracle
+) -> list[Check]:
+    @jax.jit
+    def call(params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        model = bind(subject.template, params)
+        hidden, _ = model.hidden(tokens, positions)
+        return model.logits(hidden[:, -ROW:])
+
+    checks = []
+    for name, case in cases.items():
+        ours = np.asarray(call(params, case.tokens, case.positions), np.float64)
+        checks += compare_logits(name, ours, oracle.logits[name].astype(np.float64))
+    return checks
+
+
+def compare_logits(
+    name: str, ours: Float[np.ndarray, "B T V"], theirs: Float[np.ndarray, "B T V"]
+) -> list[Check]:
+    """Largest difference (also relative to the largest logit), KL and top-1 of fp64 logits.
+
+    KL(theirs || ours) is summed over the vocabulary and maximised over positions. Two choices that
+    the oracle itself holds for equal within the bound are no disagreement.
+    """
+    apart = float(np.abs(ours - theirs).max())
+    p, q = _log_softmax(theirs), _log_softmax(ours)
+    divergence = float((np.exp(p) * (p - q)).sum(-1).max())
+    chosen = np.take_along_axis(theirs, ours.argmax(-1)[..., None], -1)[..., 0]
+    lost = theirs.max(-1) - chosen
+    agreement = float((theirs.argmax(-1) == ours.argmax(-1)).mean())
+    return [
+        Check(f"{name} logits, max abs", apart, LOGITS),
+        Check(f"{name} logits, max relative", apart / float(np.abs(theirs).max()), None),
+        Check(f"{name} KL, max over positions", max(divergence, 0.0), KL),
+        Check(
+            f"{name} top-1 disagreements",
+            int((lost > 2 * LOGITS).sum()) if np.isfinite(ours).all() else math.nan,
+            0,
+            f"{agreement:.1%} of {lost.size} agree",
+        ),
+    ]
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _gradients(
+    subject: Subject, params: Params, tokens: Int[np.ndarray, "B T"], oracle: Oracle
+) -> list[Check]:
+    """The loss as training computes it, and its gradient tensor by tensor."""
+    frozen = {path: x for path, x in params.items() if path not in subject.trained}
+    weights = jnp.ones(tokens.shape).at[:, -1].set(0)  # nothing follows the last token
+
+    @jax.jit
+    def objective(trained: Params, frozen: Params) -> jax.Array:
+        model = bind(subject.template, {**frozen, **trained})
+        hidden, _ = model.hidden(jnp.asarray(tokens))
+        head, vocab_first = model.head()
+        targets = jnp.roll(tokens, -1, axis=1)
+        total, sums = linear_cross_entropy(hidden, head, targets, weights, vocab_first=vocab_first)
+        return total / sums["weight"]
+
+    trained = {path: params[path] for path in subject.trained}
+    loss, grads = jax.value_and_grad(objective)(trained, frozen)
+    floor = ROUNDING_FLOOR * math.hypot(*map(np.linalg.norm, oracle.gradients.values()))
+    errors = dict.fromkeys(oracle.gradients, math.inf)  # what only one side has stays infinite
+    for key, ours in torch_keyed(subject, grads):
+        theirs = oracle.gradients.get(key)
+        error = math.nan
+        if theirs is not None and theirs.shape == ours.shape:
+            error = float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), floor))
+        errors[key] = math.inf if math.isnan(error) else error
+    worst = max(errors, key=lambda key: errors[key])
+    return [
+        Check("loss, abs", abs(float(loss) - oracle.loss), LOSS, f"{oracle.loss:.6f}"),
+        Check("gradients, worst relative", errors[worst], GRADIENTS, worst),
+    ]
+
+
+def torch_keyed(
+    subject: Subject, arrays: Mapping[str, jax.Array]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays by jaxft path as tensors by torch key, through the rules, one at a time."""
+    part, leaves = subject.part, subject.leaves
+    for entry in part.entries(leaves):
+        for i, key in enumerate(entry.keys if entry.path in arrays else ()):
+            array = np.asarray(arrays[entry.path][i] if entry.stacked else arrays[entry.path])
+            yield key, to_torch(array, entry.layout, part.sizes)
+    for slot in adapters.slots(part, leaves):
+        for letter, leaf, layout in slot.sides():
+            array = np.asarray(arrays[f"{slot.path}.{leaf}"])
+            array = array if slot.layer is None else array[slot.layer]
+            key = f"{adapters.PREFIX}{slot.module}.lora_{letter}.weight"
+            yield key, to_torch(array, layout, part.sizes)
+
+
+def _round_trip(subject: Subject, params: Params) -> tuple[Check, str]:
+    """Export what was imported, in memory, against the source's bytes; and a digest of those."""
+    part = subject.part
+    assert part.tensors is not None
+    own = {path: x for path, x in params.items() if ".lora_" not in path}
+    digest, differing, count = hashlib.sha256(), [], 0
+    for key, array in transfer.export(part, subject.leaves, own, {}, None).tensors:
+        tensor = part.tensors.read(key)
+        content = tensor.tobytes()
+        digest.update(key.encode() + content)
+        count += 1
+        if (array.dtype, array.shape) != (tensor.dtype, tensor.shape) or array.tobytes() != content:
+            differing.append(key)
+    note = f"of {count}" + "".join(f"; {key}" for key in differing[:4])
+    return Check("round trip, differing tensors", len(differing), 0, note), digest.hexdigest()
+
+
+def _show(checks: list[Check], out: Path) -> None:
+    rows = [
+        (
+            check.name,
+            f"{check.figure:.3g}",
+            "" if check.bound is None else f"{check.bound:g}",
+            ("pass" if check.passed else "FAIL") if check.bound is not None else "",
+            check.note,
+        )
+        for check in checks
+    ]
+    print(table(rows, ("check", "figure", "bound", "", "")))
+    failed = sum(not check.passed for check in checks)
+    print(f"{'PASSED' if not failed else f'FAILED {failed} checks'}; written to {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
