@@ -156,7 +156,8 @@ def _info(
 ) -> tuple[tuple[int, ...], np.dtype]:
     if part.tensors is not None:
         shape, own = part.tensors.info(key)
-        return tuple(shape), np.dtype(dtype or own)
+        given = dtype if jnp.issubdtype(own, jnp.floating) else None  # index buffers stay integers
+        return tuple(shape), np.dtype(given or own)
     assert owner is not None
     entry, leaf = owner[0], leaves[owner[0].path]
     one = np.broadcast_to(np.int8(0), leaf.shape[1:] if entry.stacked else leaf.shape)
