@@ -30,7 +30,12 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
     if cfg.rank == 0:
         return
     linears = projections(model)
-    chosen = [path for path in linears if re.fullmatch(cfg.targets, path)]
+    try:
+        chosen = [path for path in linears if re.fullmatch(cfg.targets, path)]
+    except re.error as error:
+        raise UserError(
+            f"lora.targets={cfg.targets!r} is not a regular expression: {error}"
+        ) from None
     if not chosen:
         raise UserError(
             f"lora.targets={cfg.targets!r} matches no projection; there are: {', '.join(linears)}"
