@@ -92,7 +92,8 @@ def test_start_turns_the_compile_cache_on_and_keeps_the_users(tmp_path):
 def test_huge_pages_restart_the_process_once_with_its_arguments():
     code = (
         "import os, sys; from jaxft.core import runtime; print('start', flush=True);"
-        "runtime.restart_with_huge_pages(); print(os.environ['GLIBC_TUNABLES'], sys.flags.utf8_mode)"
+        "runtime.restart_with_huge_pages();"
+        "print(os.environ['GLIBC_TUNABLES'], sys.flags.utf8_mode)"
     )
     env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     done = subprocess.run(
