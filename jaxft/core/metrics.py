@@ -70,7 +70,8 @@ class MetricWriter:
 
     A record is one JSON object a line of `workdir/metrics.jsonl`, flushed at once, `step` first;
     a number that is not finite is null, for JSON has no NaN. Resuming from `resume_step` first
-    drops later records and a line torn by a kill, and hides later TensorBoard events.
+    drops what the run will write again (later records, a line torn by a kill, the evaluations at
+    the run's two ends) and hides later TensorBoard events.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class MetricWriter:
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
-        _truncate(path, resume_step)
+        _truncate(path, resume_step, total_steps)
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=resume_step + 1, flush_secs=10
@@ -205,22 +206,25 @@ def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
     )
 
 
-def _truncate(path: Path, last_step: int) -> None:
+def _truncate(path: Path, last_step: int, total_steps: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line for line in lines if (step := _step_of(line)) is not None and step <= last_step]
+    kept = [line for line in lines if _is_kept(line, last_step, total_steps)]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)
 
 
-def _step_of(line: str) -> int | None:
-    """The step of a whole record, None of a torn one."""
+def _is_kept(line: str, last_step: int, total_steps: int) -> bool:
+    """Whether a record is whole and of the past that a resumed run does not live again."""
     try:
-        return json.loads(line)["step"]
+        record = json.loads(line)
+        step = record["step"]
     except (ValueError, KeyError, TypeError):
-        return None
+        return False
+    repeated = last_step in (0, total_steps) and any(key.startswith("eval_") for key in record)
+    return step < last_step if repeated else step <= last_step
 
 
 def _plain(value: Any) -> Any:
