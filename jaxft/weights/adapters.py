@@ -14,8 +14,27 @@ from jaxft.weights.rules import Entry, to_jax, to_torch
 from jaxft.weights.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.transfer import Part
 
+BASE = "base_model_name_or_path"
 PREFIX = "base_model.model."
 STEM = "adapter_model"
+UNSUPPORTED = (  # fields of PEFT's LoraConfig that make more of it than W + scale * A B
+    "use_dora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base too
 
 
 class Slot(NamedTuple):
@@ -60,10 +79,7 @@ def write(
     """
     tensors = {}
     for slot in slots(part, leaves):
-        for letter, leaf, layout in (
-            ("A", "lora_a", slot.layout_a),
-            ("B", "lora_b", slot.layout_b),
-        ):
+        for letter, leaf, layout in slot.sides():
             array = np.asarray(arrays[f"{slot.path}.{leaf}"])
             array = array if slot.layer is None else array[slot.layer]
             key = f"{PREFIX}{slot.module}.lora_{letter}.weight"
@@ -73,7 +89,7 @@ def write(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        BASE: base,
         "r": cfg.rank,
         "lora_alpha": cfg.alpha,
         "lora_dropout": cfg.dropout,
@@ -111,14 +127,15 @@ def read(folder: Path, targets: str) -> PeftAdapter:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is not a readable PEFT adapter config: {error}") from None
-    unsupported = [
-        key
-        for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "bias")
-        if config.get(key) not in (None, False, {}, [], "none")
-    ]
+    plain = (None, False, {}, [], "none")
+    unsupported = [key for key in UNSUPPORTED if config.get(key) not in plain]
+    if config.get("init_lora_weights") not in PLAIN_STARTS:
+        unsupported.append(f"init_lora_weights={config['init_lora_weights']}")
     if config.get("peft_type") != "LORA" or unsupported:
         what = ", ".join(unsupported) or f"peft_type={config.get('peft_type')}"
         raise UserError(f"{file}: {what} is not supported; plain LoRA adapters are")
+    if gone := [key for key in ("r", "lora_alpha", BASE) if not config.get(key)]:
+        raise UserError(f"{file} does not say {', '.join(gone)}; add them to the file")
     lora = Lora(
         rank=config["r"],
         alpha=float(config["lora_alpha"]),
@@ -127,7 +144,7 @@ def read(folder: Path, targets: str) -> PeftAdapter:
         dropout=float(config.get("lora_dropout", 0.0)),
     )
     tensors = TensorFiles.open(folder / f"{STEM}.safetensors")
-    return PeftAdapter(str(folder), config["base_model_name_or_path"], lora, tensors)
+    return PeftAdapter(str(folder), config[BASE], lora, tensors)
 
 
 def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
@@ -147,8 +164,14 @@ def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[s
         odd = sorted(have ^ set(wanted))[:8]
         raise UserError(f"{adapter.name} does not fit lora.targets; not on both sides: {odd}")
     for key, (slot, leaf, layout) in wanted.items():
-        array = to_jax(adapter.tensors.read(key), layout, part.sizes)
-        arrays[f"{slot.path}.{leaf}"][... if slot.layer is None else slot.layer] = array
+        path, layer = f"{slot.path}.{leaf}", ... if slot.layer is None else slot.layer
+        want, got = arrays[path][layer].shape, adapter.tensors.info(key)[0]
+        if to_torch(np.broadcast_to(np.int8(0), want), layout, part.sizes).shape != got:
+            raise UserError(
+                f"{adapter.name}: tensor {key} {got} does not fit rank {adapter.lora.rank} on this"
+                " base model; give the base that the adapter was trained on"
+            )
+        arrays[path][layer] = to_jax(adapter.tensors.read(key), layout, part.sizes)
     return arrays
 
 
