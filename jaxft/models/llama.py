@@ -76,9 +76,9 @@ class Attention(nnx.Module):
         layer: Layer,
         context: Context,
         cache: tuple[Array, Array] | None,
-        key: PRNGKeyArray | None,
+        keys: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
-        q, k, v = self.q_proj(x, key), self.k_proj(x, key), self.v_proj(x, key)
+        q, k, v = self.q_proj(x, keys), self.k_proj(x, keys), self.v_proj(x, keys)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if layer.rotates is not False:
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
             kv_segments=context.kv_segments,
             window=layer.window,
         )
-        return self.o_proj(out, key), cache
+        return self.o_proj(out, keys), cache
 
 
 def _unless_fixed(rotates: Array | bool, context: Context) -> tuple[Array, Array]:
@@ -132,8 +132,8 @@ class MLP(nnx.Module):
         self.up_proj = Linear(d, f, ("embed", "mlp"), key=up, bias=bias, std=std)
         self.down_proj = Linear(f, d, ("mlp", "embed"), key=down, bias=bias, std=std)
 
-    def __call__(self, x: Float[Array, "B T D"], key: PRNGKeyArray | None) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x, key)) * self.up_proj(x, key), key)
+    def __call__(self, x: Float[Array, "B T D"], keys: PRNGKeyArray | None) -> Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x, keys)) * self.up_proj(x, keys), keys)
 
 
 class Block(nnx.Module):
@@ -152,14 +152,14 @@ class Block(nnx.Module):
         layer: Layer,
         context: Context,
         cache: tuple[Array, Array] | None = None,
-        key: PRNGKeyArray | None = None,
+        keys: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         x = checkpoint_name(x, "block_input")
-        if key is not None:
-            key = jax.random.fold_in(key, layer.index)
-        attended, cache = self.self_attn(self.input_layernorm(x), layer, context, cache, key)
+        if keys is not None:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer.index)
+        attended, cache = self.self_attn(self.input_layernorm(x), layer, context, cache, keys)
         x = x + attended
-        x = x + self.mlp(self.post_attention_layernorm(x), key)
+        x = x + self.mlp(self.post_attention_layernorm(x), keys)
         return constrain(x, "batch", "length", None), cache
 
 
@@ -198,7 +198,7 @@ class Llama(nnx.Module):
         *,
         embeds: Float[Array, "B T D"] | None = None,
         cache: Cache | None = None,
-        key: PRNGKeyArray | None = None,
+        keys: PRNGKeyArray | None = None,
         remat: str = "none",
         unroll: int = 1,
         dtype: Any = None,
@@ -207,8 +207,8 @@ class Llama(nnx.Module):
 
         positions: what rotates, default 0, 1, ... (with a cache: the count of real tokens before).
         segment_ids: tokens see their own segment only; 0 is padding; default one segment.
-        embeds: in place of tokens. key: turns adapter dropout on. remat: none, or a key of REMAT
-        (ValueError else). unroll: layers an iteration of the scan.
+        embeds: in place of tokens. keys: one a row, turn adapter dropout on. remat: none, or a key
+        of REMAT (ValueError else). unroll: layers an iteration of the scan.
         """
         x = self._embed(tokens, embeds, dtype)
         q_segments, kv_segments, cache = _place(cache, segment_ids, x.shape)
@@ -217,7 +217,7 @@ class Llama(nnx.Module):
         index = jnp.int32(0) if cache is None else cache.index
         angles = rope.cos_sin(positions, jnp.array(self.cfg.rope.inv_freq), self.cfg.rope.scale)
         context = Context(*angles, q_segments, kv_segments, index)
-        x, cache = self._scan(x, context, cache, key, remat, unroll)
+        x, cache = self._scan(x, context, cache, keys, remat, unroll)
         return self.norm(x), cache
 
     def _embed(self, tokens: Array | None, embeds: Array | None, dtype: Any) -> Array:
@@ -233,7 +233,7 @@ class Llama(nnx.Module):
         x: Array,
         context: Context,
         cache: Cache | None,
-        key: PRNGKeyArray | None,
+        keys: PRNGKeyArray | None,
         remat: str,
         unroll: int,
     ) -> tuple[Array, Cache | None]:
@@ -241,7 +241,7 @@ class Llama(nnx.Module):
 
         def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
             block, arrays = xs
-            return block(carry[0], same._replace(**arrays), context, carry[1], key), None
+            return block(carry[0], same._replace(**arrays), context, carry[1], keys), None
 
         memory = None if cache is None else (cache.k, cache.v)
         body = _rematted(body, remat, unroll)

@@ -288,7 +288,7 @@ class LLM:
     def _hidden(self, model: Llama, tokens: jax.Array, keys: jax.Array | None) -> jax.Array:
         # Rows are padded on the right: under a causal mask no real token can see the padding, so
         # no segment mask is needed and the fastest causal kernel serves.
-        return model.hidden(tokens, key=keys, remat=self.remat, dtype=self.dtype)[0]
+        return model.hidden(tokens, keys=keys, remat=self.remat, dtype=self.dtype)[0]
 
     def _cross_entropy(self, model: Llama, hidden: jax.Array, batch: Batch) -> tuple:
         hidden, targets, weights = self._trained_only(hidden, batch)
