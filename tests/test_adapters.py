@@ -122,8 +122,9 @@ def test_our_config_is_what_peft_writes(written, attention, folder, tmp_path):
     assert {k: sorted(v) if isinstance(v, list) else v for k, v in ours.items()} == {
         k: sorted(theirs[k]) if isinstance(theirs[k], list) else theirs[k] for k in ours
     }
-    (tensors,)
-    saved = TensorFiles.open(saved / "adapter_model.safetensors")
+    tensors, saved = (
+        TensorFiles.open(where / "adapter_model.safetensors") for where in (written, tmp_path)
+    )
     assert sorted(tensors.keys()) == sorted(saved.keys())
     for key in list(saved.keys()):
         np.testing.assert_array_equal(tensors.read(key), saved.read(key))
