@@ -1,0 +1,348 @@
+"""AutoencoderKL: images to latents and back, of SD 1.x, 2.x, SDXL and the 16-channel models."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxft.core.errors import UserError
+from jaxft.core.sharding import constrain
+from jaxft.nn.attention import attention
+from jaxft.nn.conv import BOTTOM_RIGHT, WHOLE, Conv, Downsample, ResnetBlock, Upsample, dense
+from jaxft.nn.norm import GroupNorm
+from jaxft.weights.rules import Rule
+
+FILE = "vae/config.json"
+EPS = 1e-6  # of every norm; no config.json says it
+
+# What diffusers' AutoencoderKL assumes where a config.json has no such key.
+DEFAULTS: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "act_fn": "silu",
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "force_upcast": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """One autoencoder, and how its latents become the diffusion model's (`scale`, `unscale`)."""
+
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    widths: tuple[int, ...]
+    layers: int
+    groups: int
+    mid_attention: bool
+    quant_conv: bool
+    post_quant_conv: bool
+    force_upcast: bool  # fp16 overflows; bf16 does not
+    scaling_factor: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], where: str = FILE) -> "VAEConfig":
+        """Read a config.json; UserError where it asks for what is not supported."""
+        get = {key: config.get(key, default) for key, default in DEFAULTS.items()}
+        _check(get, where)
+        mean, channels = get["latents_mean"], get["latent_channels"]
+        if mean is None:
+            mean = (get["shift_factor"] or 0.0,)
+        return cls(
+            in_channels=get["in_channels"],
+            out_channels=get["out_channels"],
+            latent_channels=channels,
+            widths=tuple(get["block_out_channels"]),
+            layers=get["layers_per_block"],
+            groups=get["norm_num_groups"],
+            mid_attention=get["mid_block_add_attention"],
+            quant_conv=get["use_quant_conv"],
+            post_quant_conv=get["use_post_quant_conv"],
+            force_upcast=get["force_upcast"],
+            scaling_factor=get["scaling_factor"],
+            mean=tuple(mean),
+            std=tuple(get["latents_std"] or (1.0,)),
+        )
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, in each direction."""
+        return 2 ** (len(self.widths) - 1)
+
+    def scale(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """The VAE's latents as the diffusion model sees them: (z - mean) scaling_factor / std."""
+        mean, std = jnp.array(self.mean, latents.dtype), jnp.array(self.std, latents.dtype)
+        return (latents - mean) * (self.scaling_factor / std)
+
+    def unscale(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """The inverse of `scale`, for decoding."""
+        mean, std = jnp.array(self.mean, latents.dtype), jnp.array(self.std, latents.dtype)
+        return latents * (std / self.scaling_factor) + mean
+
+
+def _check(get: Mapping[str, Any], where: str) -> None:
+    """Refuse what would silently compute something else."""
+    levels = len(get["block_out_channels"])
+    for key, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
+        if tuple(get[f"{key}_block_types"]) != (kind,) * levels:
+            raise UserError(
+                f"{where}: {key}_block_types={list(get[f'{key}_block_types'])} is not supported;"
+                f" it has to be {kind} for each of the {levels} block_out_channels"
+            )
+    if get["act_fn"] not in ("silu", "swish"):
+        raise UserError(f"{where}: act_fn={get['act_fn']!r} is not supported; it has to be silu")
+    for width in get["block_out_channels"]:
+        if width % get["norm_num_groups"]:
+            raise UserError(
+                f"{where}: block_out_channels has {width}, which norm_num_groups="
+                f"{get['norm_num_groups']} does not divide"
+            )
+    if get["shift_factor"] and get["latents_mean"]:
+        raise UserError(f"{where}: shift_factor and latents_mean are both set; keep one of them")
+    for key in ("latents_mean", "latents_std"):
+        if get[key] and len(get[key]) != get["latent_channels"]:
+            raise UserError(
+                f"{where}: {key} has {len(get[key])} numbers for"
+                f" latent_channels={get['latent_channels']}"
+            )
+
+
+class Moments(NamedTuple):
+    """The posterior of one image: its mode is `mean`. This is what a cache holds, in fp32."""
+
+    mean: Float[Array, "B Y X C"]
+    logvar: Float[Array, "B Y X C"]
+
+
+def sample(moments: Moments, keys: PRNGKeyArray) -> Float[Array, "B Y X C"]:
+    """mean + std * noise; `keys` one a row, so that a row's draw is its own (unscaled latents)."""
+    shape = moments.mean.shape[1:]
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+    return moments.mean + jnp.exp(0.5 * moments.logvar) * noise
+
+
+class Attention(nnx.Module):
+    """x + attention over all pixels, one head as wide as x."""
+
+    def __init__(self, width: int, groups: int, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 4)
+        self.group_norm = GroupNorm(width, groups=groups, eps=EPS)
+        self.to_q = dense(width, width, key=keys[0])
+        self.to_k = dense(width, width, key=keys[1])
+        self.to_v = dense(width, width, key=keys[2])
+        self.to_out = dense(width, width, key=keys[3])
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        batch, _, _, width = x.shape
+        pixels = self.group_norm(x).reshape(batch, -1, 1, width)
+        q, k, v = self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)
+        return x + self.to_out(attention(q, k, v, causal=False)).reshape(x.shape)
+
+
+class MidBlock(nnx.Module):
+    """Two resnets, and between them attention where the config asks for it."""
+
+    def __init__(self, cfg: VAEConfig, *, key: PRNGKeyArray):
+        first, second, third = jax.random.split(key, 3)
+        width = cfg.widths[-1]
+        self.resnets = nnx.List([_resnet(cfg, width, width, key=k) for k in (first, second)])
+        attentions = [Attention(width, cfg.groups, key=third)] if cfg.mid_attention else []
+        self.attentions = nnx.List(attentions)
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        x = self.resnets[0](x)
+        for layer in self.attentions:
+            x = layer(x)
+        return _pinned(self.resnets[1](x))
+
+
+class DownBlock(nnx.Module):
+    """Resnets, then half the size except on the last level."""
+
+    def __init__(self, cfg: VAEConfig, level: int, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, cfg.layers + 1)
+        before, width = cfg.widths[max(level - 1, 0)], cfg.widths[level]
+        inputs = [before] + [width] * (cfg.layers - 1)
+        self.resnets = nnx.List(
+            [_resnet(cfg, one, width, key=k) for one, k in zip(inputs, keys[:-1], strict=True)]
+        )
+        last = level == len(cfg.widths) - 1
+        down = [] if last else [Downsample(width, BOTTOM_RIGHT, key=keys[-1])]
+        self.downsamplers = nnx.List(down)
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return _pinned(x)
+
+
+class UpBlock(nnx.Module):
+    """One resnet more than on the way down, then twice the size except on the first level."""
+
+    def __init__(self, cfg: VAEConfig, level: int, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, cfg.layers + 2)
+        before, width = cfg.widths[min(level + 1, len(cfg.widths) - 1)], cfg.widths[level]
+        inputs = [before] + [width] * cfg.layers
+        self.resnets = nnx.List(
+            [_resnet(cfg, one, width, key=k) for one, k in zip(inputs, keys[:-1], strict=True)]
+        )
+        self.upsamplers = nnx.List([] if level == 0 else [Upsample(width, key=keys[-1])])
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return _pinned(x)
+
+
+class Encoder(nnx.Module):
+    """Images to both moments before the quant convolution."""
+
+    def __init__(self, cfg: VAEConfig, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, len(cfg.widths) + 3)
+        first, last = cfg.widths[0], cfg.widths[-1]
+        self.conv_in = Conv(cfg.in_channels, first, 3, key=keys[0], padding=1)
+        levels = range(len(cfg.widths))
+        self.down_blocks = nnx.List([DownBlock(cfg, i, key=keys[i + 3]) for i in levels])
+        self.mid_block = MidBlock(cfg, key=keys[1])
+        self.conv_norm_out = GroupNorm(last, groups=cfg.groups, eps=EPS)
+        outputs = 2 * cfg.latent_channels
+        self.conv_out = Conv(last, outputs, 3, key=keys[2], padding=1, axes=WHOLE)
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        x = _pinned(self.conv_in(x))
+        for block in (*self.down_blocks, self.mid_block):
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nnx.Module):
+    """Latents after the post-quant convolution to images."""
+
+    def __init__(self, cfg: VAEConfig, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, len(cfg.widths) + 3)
+        first, last = cfg.widths[0], cfg.widths[-1]
+        self.conv_in = Conv(cfg.latent_channels, last, 3, key=keys[0], padding=1)
+        self.mid_block = MidBlock(cfg, key=keys[1])
+        levels = reversed(range(len(cfg.widths)))
+        self.up_blocks = nnx.List([UpBlock(cfg, i, key=keys[i + 3]) for i in levels])
+        self.conv_norm_out = GroupNorm(first, groups=cfg.groups, eps=EPS)
+        self.conv_out = Conv(first, cfg.out_channels, 3, key=keys[2], padding=1, axes=WHOLE)
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        x = _pinned(self.conv_in(x))
+        for block in (self.mid_block, *self.up_blocks):
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class VAE(nnx.Module):
+    """The whole autoencoder; it computes in the dtype of its input."""
+
+    def __init__(self, cfg: VAEConfig, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 4)
+        self.cfg = cfg
+        self.encoder = Encoder(cfg, key=keys[0])
+        self.decoder = Decoder(cfg, key=keys[1])
+        both, one = 2 * cfg.latent_channels, cfg.latent_channels
+        quant = Conv(both, both, 1, key=keys[2], axes=WHOLE) if cfg.quant_conv else None
+        self.quant_conv = nnx.data(quant)
+        post = Conv(one, one, 1, key=keys[3], axes=WHOLE) if cfg.post_quant_conv else None
+        self.post_quant_conv = nnx.data(post)
+
+    def encode(self, images: Float[Array, "B Y X C"]) -> Moments:
+        """Images (B, Y, X, 3) within [-1, 1] to fp32 moments, `cfg.factor` times smaller."""
+        x = self.encoder(images)
+        x = x if self.quant_conv is None else self.quant_conv(x)
+        mean, logvar = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return Moments(mean, jnp.clip(logvar, -30.0, 20.0))
+
+    def decode(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        """Unscaled latents (`cfg.unscale`) to images, mostly within [-1, 1]."""
+        x = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
+        return self.decoder(x)
+
+
+def _resnet(cfg: VAEConfig, inputs: int, outputs: int, *, key: PRNGKeyArray) -> ResnetBlock:
+    return ResnetBlock(inputs, outputs, key=key, groups=cfg.groups, eps=EPS)
+
+
+def _pinned(x: Array) -> Array:
+    return constrain(x, "batch", None, None, None)
+
+
+def sizes(cfg: VAEConfig) -> dict[str, int]:
+    """The dims that RULES' layouts name: none."""
+    return {}
+
+
+_CONV, _DENSE, _DENSE_OF_CONV = "o i y x -> y x i o", "o i -> i o", "o i 1 1 -> i o"
+# How diffusers before 0.12 called the attention's projections; the hub's SD 1 and 2 still do.
+_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out"}
+RULES = (
+    Rule("{p}.to_out.0.weight", "{p}.to_out.kernel", _DENSE),
+    Rule("{p}.to_out.0.bias", "{p}.to_out.bias"),
+    Rule("{p}.to_{pq}.weight", "{p}.to_{pq}.kernel", _DENSE),
+    *(Rule(f"{{p}}.{old}.weight", f"{{p}}.{new}.kernel", _DENSE) for old, new in _OLD.items()),
+    Rule("{p}_conv.weight", "{p}_conv.kernel", _CONV),
+    Rule("{p}.conv.weight", "{p}.conv.kernel", _CONV),
+    Rule("{p}.conv{m}.weight", "{p}.conv{m}.kernel", _CONV),
+    Rule("{p}.conv_{pq}.weight", "{p}.conv_{pq}.kernel", _CONV),
+    Rule("{p}.weight", "{p}.scale"),
+    Rule("{p}.bias", "{p}.bias"),
+    *(Rule(f"{{p}}.{old}.bias", f"{{p}}.{new}.bias") for old, new in _OLD.items()),
+)
+
+
+def single_file_rules(cfg: VAEConfig) -> tuple[Rule, ...]:
+    """The table for LDM's layout, as single files have it after `first_stage_model.`.
+
+    Its attention is of 1x1 convolutions, and its decoder counts the levels from the image.
+    """
+    top = len(cfg.widths) - 1
+    mid, attn = "{p}.mid.", "{p}.mid_block.attentions.0."
+    blocks = [(f"{mid}block_{i + 1}", f"{{p}}.mid_block.resnets.{i}") for i in range(2)]
+    blocks.append(("encoder.down.{m}.block.{n}", "encoder.down_blocks.{m}.resnets.{n}"))
+    convs = [("{p}_conv", "{p}_conv"), ("{p}.conv_in", "{p}.conv_in"), ("{p}.conv_out",) * 2]
+    convs.append(
+        ("encoder.down.{m}.downsample.conv", "encoder.down_blocks.{m}.downsamplers.0.conv")
+    )
+    for i in range(top + 1):
+        up, ours = f"decoder.up.{i}.", f"decoder.up_blocks.{top - i}."
+        blocks.append((up + "block.{n}", ours + "resnets.{n}"))
+        convs.append((up + "upsample.conv", ours + "upsamplers.0.conv"))
+    for theirs, ours in blocks:
+        convs.append((theirs + ".conv{k}", ours + ".conv{k}"))
+        convs.append((theirs + ".nin_shortcut", ours + ".conv_shortcut"))
+    norms = [(theirs + ".norm{k}", ours + ".norm{k}") for theirs, ours in blocks]
+    norms += [("{p}.norm_out", "{p}.conv_norm_out"), (mid + "attn_1.norm", attn + "group_norm")]
+    names = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out"}
+    dense = [(f"{mid}attn_1.{old}", attn + new) for old, new in names.items()]
+    kinds = ((convs, "kernel", _CONV), (dense, "kernel", _DENSE_OF_CONV), (norms, "scale", ""))
+    return tuple(
+        rule
+        for stems, leaf, layout in kinds
+        for theirs, ours in stems
+        for rule in (
+            Rule(theirs + ".weight", f"{ours}.{leaf}", layout),
+            Rule(theirs + ".bias", ours + ".bias"),
+        )
+    )
