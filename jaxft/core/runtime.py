@@ -45,7 +45,8 @@ def start() -> None:
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxft" / "xla"
-    if not jax.config.jax_compilation_cache_dir and os.access(_existing(cache), os.W_OK):
+    chosen = jax.config.values["jax_compilation_cache_dir"]
+    if not chosen and os.access(_existing(cache), os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(cache))
     try:
         jax.devices()

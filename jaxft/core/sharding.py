@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import jax
 import numpy as np
@@ -95,7 +96,7 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) ->
     sharding, first = batch_sharding(mesh), local_rows(mesh, batch_size).start
 
     def place(rows: np.ndarray) -> jax.Array:
-        def window(index: tuple[slice, ...]) -> np.ndarray:
+        def window(index: Any) -> np.ndarray:
             low, high, _ = index[0].indices(batch_size)
             return rows[low - first : high - first]
 

@@ -19,12 +19,15 @@ Metrics = dict[str, jax.Array]
 
 
 class State(NamedTuple):
-    """What training changes: optimiser step count, trained fp32 masters, moments, EMA or {}."""
+    """What training changes: optimiser step count, trained fp32 masters, moments, EMA or {}.
 
-    step: jax.Array
-    params: Params
+    The same tuple holds arrays, their shapes or their shardings; the dicts are by path.
+    """
+
+    step: Any
+    params: dict[str, Any]
     opt: Any
-    ema: Params
+    ema: dict[str, Any]
 
 
 class Loss(Protocol):

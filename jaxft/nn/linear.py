@@ -39,8 +39,8 @@ class Linear(nnx.Module):
         )
         out_axes = axes[len(in_shape) :]
         self.bias = nnx.data(nnx.Param(jnp.zeros(out_shape), axes=out_axes) if bias else None)
-        self.lora_a = nnx.data(None)
-        self.lora_b = nnx.data(None)
+        self.lora_a: nnx.Param | None = nnx.data(None)
+        self.lora_b: nnx.Param | None = nnx.data(None)
         self.adapter = Adapter(1.0)
         self.inputs = len(in_shape)
 
@@ -49,17 +49,17 @@ class Linear(nnx.Module):
     ) -> Float[Array, "..."]:
         """`keys`, one a row of x, turn the adapter's dropout on; without them there is none."""
         y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.inputs)
-        if self.lora_a is not None:
-            y = y + self._adapted(x, keys)
+        if self.lora_a is not None and self.lora_b is not None:
+            y = y + self._adapted(x, keys, self.lora_a[...], self.lora_b[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y
 
-    def _adapted(self, x: Array, keys: PRNGKeyArray | None) -> Array:
+    def _adapted(self, x: Array, keys: PRNGKeyArray | None, a: Array, b: Array) -> Array:
         if keys is not None and self.adapter.dropout > 0:
             x = dropout(x, keys, self.adapter)
-        low = jnp.tensordot(x, self.lora_a[...].astype(x.dtype), self.inputs)
-        return self.adapter.scale * jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)
+        low = jnp.tensordot(x, a.astype(x.dtype), self.inputs)
+        return self.adapter.scale * jnp.tensordot(low, b.astype(x.dtype), 1)
 
 
 def dropout(x: Array, keys: PRNGKeyArray, adapter: Adapter) -> Array:
