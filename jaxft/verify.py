@@ -229,12 +229,12 @@ def _random_row(rng: np.random.Generator, cfg: LlamaConfig, length: int) -> Int[
 
 def _text_row(source: Source, cfg: LlamaConfig) -> Int[np.ndarray, "B T"]:
     ids = load_tokenizer(source.tokenizer_dir())(TEXT * 2, add_special_tokens=False)["input_ids"]
-    if max(ids) >= cfg.vocab_size:
+    if not ids or max(ids) >= cfg.vocab_size:
         raise UserError(
-            f"{source.name}: the tokenizer gives id {max(ids)}, but config.json says"
+            f"{source.name}: the tokenizer gives ids up to {max(ids, default=None)}, config.json"
             f" vocab_size={cfg.vocab_size}; put the model's own tokenizer there"
         )
-    return np.array([ids[:ROW]], np.int32)
+    return np.resize(np.array([ids], np.int32), (1, ROW))
 
 
 # ---- the oracle ---------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _hf_folder(subject.source) as folder:
+    with hf_folder(subject.source) as folder:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
@@ -275,7 +275,7 @@ def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
 
 
 @contextmanager
-def _hf_folder(source: Source) -> Iterator[Path]:
+def hf_folder(source: Source) -> Iterator[Path]:
     """The folder that transformers reads: the model's own, or a copy of what is in no folder."""
     if source.folder is not None:
         yield source.folder
