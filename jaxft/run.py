@@ -171,19 +171,37 @@ def make_step(run: Run, plan: Plan) -> Any:
     return step.make_step(task.template, task.loss, plan.tx, plan.schedule, spec, shards, run.mesh)
 
 
-def compile_step(step_fn: Any, state: State, frozen: Params, batch: Any) -> Any:
-    """Compile ahead of the first step, and say how long it took and what memory it will need."""
-    began = time.perf_counter()
-    compiled = step_fn.lower(state, frozen, batch).compile()
-    seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
-    if memory is not None:
-        held, more = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        print(
-            f"compiled the step in {seconds:.1f} s; a device holds {held / 2**30:.2f} GiB of"
-            f" parameters, state and batch and needs {more / 2**30:.2f} GiB more in a step",
-            flush=True,
-        )
-    return compiled
+class Compiled:
+    """A jitted step compiled ahead of its first call, once for each shape of batch."""
+
+    def __init__(self, step_fn: Any):
+        self.step_fn = step_fn
+        self.by_shape: dict[Any, Any] = {}
+
+    def __call__(self, state: State, frozen: Params, batch: dict[str, jax.Array]) -> Any:
+        return self.by_shape[_shape(batch)](state, frozen, batch)
+
+    def prepare(self, state: State, frozen: Params, batch: dict[str, jax.Array]) -> bool:
+        """Compile for a new shape, and say how long it took and what memory it needs."""
+        if _shape(batch) in self.by_shape:
+            return False
+        began = time.perf_counter()
+        compiled = self.step_fn.lower(state, frozen, batch).compile()
+        seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
+        if memory is not None:
+            held, more = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+            print(
+                f"compiled the step for {_shape(batch)[0]} in {seconds:.1f} s; a device holds"
+                f" {held / 2**30:.2f} GiB of parameters, state and batch, and a step needs"
+                f" {more / 2**30:.2f} GiB more",
+                flush=True,
+            )
+        self.by_shape[_shape(batch)] = compiled
+        return True
+
+
+def _shape(batch: dict[str, jax.Array]) -> tuple:
+    return tuple(batch[name].shape for name in sorted(batch, reverse=True))
 
 
 class Periods(NamedTuple):

@@ -50,7 +50,7 @@ def train(config: dict[str, Any], workdir: Path) -> None:
     print(runs.summary(run, plan), flush=True)
     with jax.set_mesh(mesh):
         state, frozen = runs.start_state(run, plan, saved, start)
-        step_fn = runs.make_step(run, plan)
+        step_fn = runs.Compiled(runs.make_step(run, plan))
         batches = task.train_batches(start, local_rows(mesh, cfg.batch_size))
         watch = Watch(run, workdir, plan.total, start)
         if start == 0:
@@ -65,9 +65,8 @@ def train(config: dict[str, Any], workdir: Path) -> None:
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
-            placed = place_batch(batch, mesh, cfg.batch_size)
-            if step == start:
-                step_fn = runs.compile_step(step_fn, state, frozen, placed)
+            placed = place_batch(batch, mesh)
+            if step_fn.prepare(state, frozen, placed):
                 watch.start_clock()
             state, sums = step_fn(state, frozen, placed)
             # Its numbers are fetched one step late, so that the device never waits for the host.

@@ -105,7 +105,7 @@ def test_a_placed_batch_is_the_host_batch(sizes):
         "sample_ids": np.arange(16, dtype=np.int32)[::-1],
     }
     assert sharding.local_rows(mesh, 16) == slice(0, 16)
-    placed = sharding.place_batch(batch, mesh, 16)
+    placed = sharding.place_batch(batch, mesh)
     ways = sharding.batch_ways(mesh)
     assert ways == sizes[0] * sizes[1]
     for name, rows in batch.items():

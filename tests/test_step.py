@@ -106,7 +106,7 @@ class Rig:
         arguments = (
             self.state,
             self.frozen,
-            sharding.place_batch(batch or host_batch(), self.mesh, ROWS),
+            sharding.place_batch(batch or host_batch(), self.mesh),
         )
         with jax.set_mesh(self.mesh):
             if self.compiled is None:

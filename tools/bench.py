@@ -238,7 +238,7 @@ def jaxft_contestant(args: argparse.Namespace, folder: Path, rank: int) -> tuple
         params = runs.load_params(run)
         frozen = {path: x for path, x in params.items() if path not in run.chosen}
         state = runs.fresh_state(run, plan.tx, {path: params[path] for path in run.chosen})
-        placed = place_batch(batch, run.mesh, args.batch)
+        placed = place_batch(batch, run.mesh)
         began = time.perf_counter()
         compiled = runs.make_step(run, plan).lower(state, frozen, placed).compile()
         compile_s = time.perf_counter() - began

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any
 
 import jax
 import numpy as np
@@ -91,16 +90,20 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
     return slice(min(low for low, _ in bounds), max(high for _, high in bounds))
 
 
-def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict:
-    """This process's rows of a host batch as global arrays of `batch_size` rows."""
-    sharding, first = batch_sharding(mesh), local_rows(mesh, batch_size).start
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict:
+    """This process's rows of a host batch as arrays of the global batch."""
+    sharding, ways = batch_sharding(mesh), batch_ways(mesh)
+    own = local_rows(mesh, ways)
 
     def place(rows: np.ndarray) -> jax.Array:
-        def window(index: Any) -> np.ndarray:
-            low, high, _ = index[0].indices(batch_size)
+        size = len(rows) * ways // (own.stop - own.start)
+        first = own.start * size // ways
+
+        def window(index: tuple[slice, ...]) -> np.ndarray:
+            low, high, _ = index[0].indices(size)
             return rows[low - first : high - first]
 
-        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, window)
+        return jax.make_array_from_callback((size, *rows.shape[1:]), sharding, window)
 
     return {name: place(rows) for name, rows in batch.items()}
 

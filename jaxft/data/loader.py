@@ -21,9 +21,18 @@ class Examples(Protocol):
 
 
 class Collate(Protocol):
-    """Stacks examples to `batch_rows` rows; missing rows are padding with weight 0."""
+    """Stacks examples to `batch_rows` rows; missing rows are padding with weight 0.
+
+    With a layout it gets the examples of each row as a list.
+    """
 
     def __call__(self, examples: Sequence[Any], *, batch_rows: int) -> Batch: ...
+
+
+class Layout(Protocol):
+    """Which of a batch's samples (by place) share which row, the same on every process."""
+
+    def __call__(self, sample_ids: Sequence[int]) -> list[list[int]]: ...
 
 
 def train_loader(
@@ -34,14 +43,16 @@ def train_loader(
     start_step: int,
     collate_fn: Collate,
     rows: slice | None = None,
+    layout: Layout | None = None,
     threads: int = 2,
 ) -> grain.DatasetIterator:
     """Endless host batches from step `start_step` on, read ahead in threads.
 
     Batch k holds samples k*B .. (k+1)*B-1 of an endless stream in which every epoch is a new
-    permutation of the dataset; `rows` is this process's slice of those B (all by default). Each
-    batch carries sample_ids int32 [rows], the indices into the dataset. Starting at a step costs
-    the same as starting at 0. Raises UserError if the dataset is smaller than a batch.
+    permutation of the dataset; `rows` is this process's slice of those B (all by default). With a
+    `layout` samples share rows, and the process gets the same share of what rows there are. Each
+    batch carries sample_ids int32 [rows], the index of a row's first sample. Starting at a step
+    costs the same as starting at 0. Raises UserError if the dataset is smaller than a batch.
     """
     if len(dataset) < batch_size:
         raise UserError(
@@ -49,7 +60,7 @@ def train_loader(
             f"batch: batch_size={batch_size} must be at most {len(dataset)}, or add data"
         )
     order = grain.MapDataset.source(range(len(dataset))).seed(seed).shuffle().repeat()
-    batches = _Batches(dataset, order, batch_size, _checked(rows, batch_size), collate_fn)
+    batches = _Batches(dataset, order, batch_size, _checked(rows, batch_size), collate_fn, layout)
     iterator = _read_ahead(batches, threads)
     iterator.set_state({"next_index": start_step})
     return iterator
@@ -81,11 +92,14 @@ class _Batches:
     batch_size: int
     rows: slice
     collate_fn: Collate
+    layout: Layout | None = None
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
+        if self.layout is not None:
+            return self._laid_out(index, self.layout)
         first = index * self.batch_size
         places = range(first + self.rows.start, first + self.rows.stop)
         ids = [int(self.order[place]) for place in places if place < len(self.order)]
@@ -93,6 +107,19 @@ class _Batches:
         sample_ids = np.full(len(places), -1, np.int32)
         sample_ids[: len(ids)] = ids
         return {**batch, "sample_ids": sample_ids}
+
+    def _laid_out(self, index: int, layout: Layout) -> Batch:
+        first = index * self.batch_size
+        ids = [int(self.order[place]) for place in range(first, first + self.batch_size)]
+        groups = layout(ids)
+        own = slice(
+            self.rows.start * len(groups) // self.batch_size,
+            self.rows.stop * len(groups) // self.batch_size,
+        )
+        rows = [[self.dataset[ids[place]] for place in group] for group in groups[own]]
+        firsts = [ids[group[0]] if group else -1 for group in groups[own]]
+        batch = self.collate_fn(rows, batch_rows=len(rows))
+        return {**batch, "sample_ids": np.asarray(firsts, np.int32)}
 
 
 def _checked(rows: slice | None, batch_size: int) -> slice:

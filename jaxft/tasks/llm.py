@@ -29,6 +29,7 @@ from jaxft.core.sharding import (
 from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data import text
 from jaxft.data.loader import eval_batches, train_loader
+from jaxft.data.packing import Packing, make_packing
 from jaxft.models import llama
 from jaxft.models.decode import generate
 from jaxft.models.llama import Llama, LlamaConfig
@@ -46,9 +47,11 @@ SHOWN = 5  # rows of predictions in a report
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """seq_len in tokens; `template` turns {"text", "label"} records into prompt and completion."""
+    """seq_len in tokens; `pack` lets short examples of a batch share rows (the sums stay the same);
+    `template` turns {"text", "label"} records into prompt and completion."""
 
     seq_len: int
+    pack: bool
     template: str
     eval_examples: int
 
@@ -79,6 +82,9 @@ class LLM:
         self.eval_set = self._read(cfg.data.eval) if cfg.data.eval else None
         sets = [data for data in (self.train_set, self.eval_set) if data]
         longest = max(data.report["longest_trained"] for data in sets)
+        self.packing = self._pack() if self.options.pack else None
+        if self.packing:
+            longest *= self.packing.per_row
         self._trained_width = min(longest, self.options.seq_len)
 
     def build(self, key: jax.Array) -> nnx.Module:
@@ -96,9 +102,10 @@ class LLM:
         cut = f", {report['truncated']} truncated to seq_len" if report["truncated"] else ""
         dropped = report["empty"] + report["untrained"]
         lost = f", {dropped} dropped (nothing to train in them)" if dropped else ""
+        rows = f", {self.cfg.batch_size} packed in {self.packing.rows} rows" if self.packing else ""
         return (
             f"{self.source.config.get('model_type')}; {self.cfg.data.train}:"
-            f" {len(self.train_set)} sequences of at most {self.options.seq_len} tokens,"
+            f" {len(self.train_set)} sequences of at most {self.options.seq_len} tokens{rows},"
             f" {report['trained_tokens']} trained tokens{cut}{lost}"
         )
 
@@ -114,14 +121,15 @@ class LLM:
             batch_size=self.cfg.batch_size,
             seed=self.cfg.seed,
             start_step=start_step,
-            collate_fn=self._collate,
+            collate_fn=self._collate_rows if self.packing else self._collate,
             rows=rows,
+            layout=self._layout if self.packing else None,
         )
 
     def loss(
         self, model: Llama, batch: Batch, keys: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
-        hidden = self._hidden(model, batch["tokens"], keys if self.cfg.lora.dropout else None)
+        hidden = self._hidden(model, batch, keys if self.cfg.lora.dropout else None)
         total, sums = self._cross_entropy(model, hidden, batch)
         return (total, sums["weight"]), {"token_accuracy": sums["correct"]}
 
@@ -170,7 +178,7 @@ class LLM:
         sums: dict[str, float] = {}
         guesses: list[int] = []
         for batch in eval_batches(view, size, self._collate, local_rows(mesh, size)):
-            part, best = self._score(params, place_batch(batch, mesh, size), label_ids)
+            part, best = self._score(params, place_batch(batch, mesh), label_ids)
             for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             guesses += np.asarray(best).tolist()
@@ -183,7 +191,7 @@ class LLM:
     def _score(self, params: Params, batch: Batch, label_ids: jax.Array) -> tuple[Metrics, Any]:
         """Sums of a batch, and the likeliest of `label_ids` at each row's first trained target."""
         model = bind(self.template, cast(params, self.dtype))
-        hidden = self._hidden(model, batch["tokens"], None)
+        hidden = self._hidden(model, batch, None)
         total, sums = self._cross_entropy(model, hidden, batch)
         first = jnp.argmax(batch["weights"] > 0, axis=1)
         at_label = jnp.take_along_axis(hidden, first[:, None, None], axis=1)
@@ -209,16 +217,14 @@ class LLM:
             rows.append(text.Example(tokens, weights))
         ways = batch_ways(mesh)
         size = -(-len(rows) // ways) * ways
-        batch = place_batch(self._collate(rows, batch_rows=size), mesh, size)
+        batch = place_batch(self._collate(rows, batch_rows=size), mesh)
         return int(np.argmin(np.asarray(self._row_loss(params, batch))[: len(rows)]))
 
     @partial(jax.jit, static_argnums=0)
     def _row_loss(self, params: Params, batch: Batch) -> jax.Array:
         """Summed loss of each row."""
         model = bind(self.template, cast(params, self.dtype))
-        hidden, targets, weights = self._trained_only(
-            self._hidden(model, batch["tokens"], None), batch
-        )
+        hidden, targets, weights = self._trained_only(self._hidden(model, batch, None), batch)
         nll = -jax.nn.log_softmax(model.logits(hidden))
         picked = jnp.take_along_axis(nll, targets[..., None], axis=-1)[..., 0]
         return constrain(jnp.sum(picked * weights, axis=1), None)
@@ -285,10 +291,36 @@ class LLM:
     def _collate(self, examples: Any, *, batch_rows: int) -> dict[str, np.ndarray]:
         return text.collate(examples, self.options.seq_len, batch_rows)
 
-    def _hidden(self, model: Llama, tokens: jax.Array, keys: jax.Array | None) -> jax.Array:
-        # Rows are padded on the right: under a causal mask no real token can see the padding, so
-        # no segment mask is needed and the fastest causal kernel serves.
-        return model.hidden(tokens, keys=keys, remat=self.remat, dtype=self.dtype)[0]
+    def _collate_rows(self, examples: Any, *, batch_rows: int) -> dict[str, np.ndarray]:
+        return text.collate_rows(examples, self.options.seq_len, batch_rows)
+
+    def _pack(self) -> Packing | None:
+        """How examples share rows; None where sharing saves nothing."""
+        mesh = self.cfg.mesh
+        ways = jax.device_count() // max(mesh.tensor, 1)
+        packing = make_packing(
+            self.train_set.inputs,
+            len(self.train_set),
+            self.cfg.batch_size,
+            self.cfg.micro_batches * ways,
+            self.options.seq_len,
+        )
+        return packing if packing.per_row > 1 else None
+
+    def _layout(self, sample_ids: Any) -> list[list[int]]:
+        assert self.packing is not None
+        return self.packing.groups([self.train_set.inputs(i) for i in sample_ids])
+
+    def _hidden(self, model: Llama, batch: Batch, keys: jax.Array | None) -> jax.Array:
+        """The model's last hidden states.
+
+        A row of one example is padded on the right: under a causal mask no real token sees the
+        padding, so it needs no segments, and the fastest causal kernel serves.
+        """
+        places = (batch["positions"], batch["segment_ids"]) if self.packing else (None, None)
+        return model.hidden(
+            batch["tokens"], *places, keys=keys, remat=self.remat, dtype=self.dtype
+        )[0]
 
     def _cross_entropy(self, model: Llama, hidden: jax.Array, batch: Batch) -> tuple:
         hidden, targets, weights = self._trained_only(hidden, batch)

@@ -35,7 +35,7 @@ def jax_steps(config, tmp_path, steps=STEPS):
         for _ in range(steps):
             batch = next(stream)
             batches.append(batch)
-            placed = place_batch(batch, run.mesh, run.cfg.batch_size)
+            placed = place_batch(batch, run.mesh)
             state, sums = step_fn(state, frozen, placed)
             losses.append(float(sums["loss"]))
         after = exported(run, {**frozen, **state.params})
