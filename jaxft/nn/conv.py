@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.nn.linear import Adapter, Linear, dropout
@@ -57,9 +58,10 @@ class Conv(nnx.Module):
         self, x: Float[Array, "B Y X C"], keys: PRNGKeyArray | None = None
     ) -> Float[Array, "B Y2 X2 F"]:
         """`keys`, one a row of x, turn the adapter's dropout on; without them there is none."""
-        y = self._convolved(x, self.kernel[...])
-        if self.lora_a is not None:
-            y = y + self._adapted(x, keys)
+        # By this name a remat policy can keep what no policy for matrix products would.
+        y = checkpoint_name(self._convolved(x, self.kernel[...]), "conv")
+        if self.lora_a is not None and self.lora_b is not None:
+            y = y + self._adapted(x, self.lora_a[...], self.lora_b[...], keys)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y
@@ -73,11 +75,10 @@ class Conv(nnx.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
-    def _adapted(self, x: Array, keys: PRNGKeyArray | None) -> Array:
+    def _adapted(self, x: Array, a: Array, b: Array, keys: PRNGKeyArray | None) -> Array:
         if keys is not None and self.adapter.dropout > 0:
             x = dropout(x, keys, self.adapter)
-        low = self._convolved(x, self.lora_a[...])
-        return self.adapter.scale * jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)
+        return self.adapter.scale * jnp.tensordot(self._convolved(x, a), b.astype(x.dtype), 1)
 
 
 class Downsample(nnx.Module):

@@ -1,0 +1,163 @@
+"""What a Stable Diffusion unet/config.json says, as one frozen dataclass."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.core.errors import UserError
+
+# What diffusers' UNet2DConditionModel assumes where a config.json has no such key.
+DEFAULTS: dict[str, Any] = {
+    "sample_size": None,
+    "in_channels": 4,
+    "out_channels": 4,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "cross_attention_dim": 1280,
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 8,
+    "use_linear_projection": False,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
+    "time_embedding_dim": None,
+}
+# Keys whose other values no layer here computes, with what is computed (the default first).
+ONLY: dict[str, tuple] = {
+    "_class_name": ("UNet2DConditionModel",),
+    "center_input_sample": (False,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "only_cross_attention": (False,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "dropout": (0,),
+    "act_fn": ("silu", "swish"),
+    "reverse_transformer_layers_per_block": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "num_attention_heads": (None,),
+    "dual_cross_attention": (False,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "upcast_attention": (False, True),  # logits and softmax are fp32 for everyone
+    "resnet_time_scale_shift": ("default",),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+    "class_embeddings_concat": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "cross_attention_norm": (None,),
+    "addition_embed_type": (None, "text_time"),
+}
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """One UNet; tuples have an entry a level, the widest images first.
+
+    `heads` is what the file calls attention_head_dim. `added_time_dim` and `added_dim` are SDXL's
+    width of one embedded time id and of all that joins the time embedding, None elsewhere.
+    """
+
+    in_channels: int
+    out_channels: int
+    channels: tuple[int, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    depths: tuple[int, ...]
+    context_dims: tuple[int, ...]
+    down_attends: tuple[bool, ...]
+    up_attends: tuple[bool, ...]
+    linear_projection: bool
+    groups: int
+    eps: float
+    time_dim: int
+    cos_first: bool
+    freq_shift: float
+    added_time_dim: int | None
+    added_dim: int | None
+    sample_size: int | None
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "UNetConfig":
+        """Read a unet/config.json; absent keys take the defaults of diffusers' class.
+
+        Raises UserError for values that no layer here computes and for widths that do not divide.
+        """
+        for key, values in ONLY.items():
+            if config.get(key, values[0]) not in values:
+                raise _unsupported(key, config[key], " or ".join(map(repr, values)))
+        c = {**DEFAULTS, **config}
+        channels = tuple(c["block_out_channels"])
+        added = c["addition_embed_type"] is not None
+        cfg = cls(
+            in_channels=c["in_channels"],
+            out_channels=c["out_channels"],
+            channels=channels,
+            layers=_per_level("layers_per_block", c, channels),
+            heads=_per_level("attention_head_dim", c, channels),
+            depths=_per_level("transformer_layers_per_block", c, channels),
+            context_dims=_per_level("cross_attention_dim", c, channels),
+            down_attends=_attends("down_block_types", c, channels),
+            up_attends=_attends("up_block_types", c, channels),
+            linear_projection=bool(c["use_linear_projection"]),
+            groups=c["norm_num_groups"],
+            eps=c["norm_eps"],
+            time_dim=c["time_embedding_dim"] or 4 * channels[0],
+            cos_first=c["flip_sin_to_cos"],
+            freq_shift=c["freq_shift"],
+            added_time_dim=c["addition_time_embed_dim"] if added else None,
+            added_dim=c["projection_class_embeddings_input_dim"] if added else None,
+            sample_size=c["sample_size"],
+        )
+        _check_widths(cfg)
+        return cfg
+
+
+def _unsupported(key: str, value: Any, expected: str) -> UserError:
+    return UserError(f"unet/config.json: {key}={value!r} is not supported; expected {expected}")
+
+
+def _per_level(key: str, c: Mapping[str, Any], channels: tuple[int, ...]) -> tuple[int, ...]:
+    """One int for all levels, or a list with one a level."""
+    value = c[key]
+    values = (value,) * len(channels) if isinstance(value, int) else tuple(value or ())
+    if len(values) != len(channels) or any(type(one) is not int or one < 1 for one in values):
+        raise _unsupported(key, value, f"one integer, or {len(channels)} in a list")
+    return values
+
+
+def _attends(key: str, c: Mapping[str, Any], channels: tuple[int, ...]) -> tuple[bool, ...]:
+    plain = "DownBlock2D" if key.startswith("down") else "UpBlock2D"
+    names = tuple(c[key])
+    if len(names) != len(channels) or not set(names) <= {plain, "CrossAttn" + plain}:
+        raise _unsupported(key, names, f"{len(channels)} of {plain} and CrossAttn{plain}")
+    return tuple(name != plain for name in names)
+
+
+def _check_widths(cfg: UNetConfig) -> None:
+    for level, width in enumerate(cfg.channels):
+        if not cfg.groups or width % cfg.groups:
+            expected = f"a divisor of block_out_channels={cfg.channels}"
+            raise _unsupported("norm_num_groups", cfg.groups, expected)
+        if width % cfg.heads[level]:
+            expected = f"numbers of heads that divide block_out_channels={cfg.channels}"
+            raise _unsupported("attention_head_dim", cfg.heads, expected)
+    if (cfg.added_time_dim is None) != (cfg.added_dim is None):
+        raise _unsupported(
+            "addition_embed_type",
+            "text_time",
+            "addition_time_embed_dim and projection_class_embeddings_input_dim beside it",
+        )

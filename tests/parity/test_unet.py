@@ -1,0 +1,482 @@
+"""The UNets of SD 1.5, 2.1 and SDXL against diffusers: outputs, gradients and weights, fp32."""
+
+import inspect
+from functools import cache
+from operator import itemgetter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import FeedForward
+from diffusers.models.embeddings import get_timestep_embedding
+from flax import nnx
+
+from jaxft.core import params as P
+from jaxft.core.errors import UserError
+from jaxft.core.sharding import make_mesh, shardings
+from jaxft.models import unet
+from jaxft.models.unet import Added, UNet
+from jaxft.models.unet_config import DEFAULTS, ONLY, UNetConfig
+from jaxft.nn.linear import Adapter
+from jaxft.nn.norm import GroupNorm
+from jaxft.weights import rules
+
+# The compiler's own optimisations are most of the time of these tests.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+SDXL_LEVELS = {
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "addition_embed_type": "text_time",
+    "use_linear_projection": True,
+}
+# The published files, short as they are, and the numbers of their tensors and parameters.
+FULL = {
+    "sd15": ({"cross_attention_dim": 768}, 686, 859_520_964),
+    "sd21": (
+        {
+            "cross_attention_dim": 1024,
+            "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True,
+            "upcast_attention": True,
+            "num_class_embeds": None,
+        },
+        686,
+        865_910_724,
+    ),
+    "sdxl": (
+        {
+            **SDXL_LEVELS,
+            "cross_attention_dim": 2048,
+            "attention_head_dim": [5, 10, 20],
+            "block_out_channels": [320, 640, 1280],
+            "transformer_layers_per_block": [1, 2, 10],
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        1680,
+        2_567_463_684,
+    ),
+}
+SMALL = {
+    "cross_attention_dim": 24,
+    "block_out_channels": [64, 128],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+TINY = {  # one level, attention in the middle alone
+    **SMALL,
+    "block_out_channels": [64],
+    "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+}
+SHRUNK = {
+    "sd15": SMALL,
+    "sd21": {
+        **SMALL,
+        "attention_head_dim": [1, 2],
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+    "sdxl": {
+        **SMALL,
+        **SDXL_LEVELS,
+        "down_block_types": SDXL_LEVELS["down_block_types"][:2],
+        "up_block_types": SDXL_LEVELS["up_block_types"][1:],
+        "attention_head_dim": [2, 4],
+        "transformer_layers_per_block": [1, 2],
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 16 + 6 * 8,
+    },
+}
+
+
+def make_torch(config):
+    """diffusers' random UNet, its norms and biases moved off one and zero."""
+    torch.manual_seed(0)
+    theirs = UNet2DConditionModel(**config).eval()
+    with torch.no_grad():
+        for tensor in theirs.parameters():
+            if tensor.ndim == 1:
+                tensor.add_(0.1 * torch.randn_like(tensor))
+    return theirs
+
+
+@cache
+def template(cfg):
+    return jax.eval_shape(lambda: UNet(cfg, key=jax.random.key(0)))
+
+
+def to_params(cfg, state):
+    """A torch state dict as parameters, through the weight table."""
+    shapes = {key: tensor.shape for key, tensor in state.items()}
+    params = {}
+    for entry in rules.plan(unet.rules(cfg), P.describe(template(cfg)), shapes, {}):
+        parts = [rules.to_jax(state[key], entry.layout, {}) for key in entry.keys]
+        params[entry.path] = np.stack(parts) if entry.stacked else parts[0]
+    return params
+
+
+def to_state(cfg, params):
+    """Parameters (or their gradients) under the torch names, from the parameters alone."""
+    state = {}
+    for entry in rules.expected(unet.rules(cfg), P.describe(template(cfg))):
+        array = np.asarray(params[entry.path])
+        parts = array if entry.stacked else [array]
+        for key, part in zip(entry.keys, parts, strict=True):
+            state[key] = rules.to_torch(part, entry.layout, {})
+    return state
+
+
+def numpy_state(theirs):
+    return {key: tensor.numpy() for key, tensor in theirs.state_dict().items()}
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def make_inputs(cfg, size=(8, 8), batch=2):
+    latents = random(batch, *size, cfg.in_channels, seed=1)
+    timesteps = np.array([999, 1, 500][:batch], np.int32)
+    context = random(batch, 7, cfg.context_dims[0], seed=2)
+    added = None
+    if cfg.added_dim is not None:
+        ids = np.array([[1024, 768, 0, 128, 512, 640]] * batch, np.float32)
+        added = Added(random(batch, cfg.added_dim - 6 * cfg.added_time_dim, seed=3), ids)
+    return latents, timesteps, context, added
+
+
+def run_torch(theirs, latents, timesteps, context, added):
+    """NCHW inside, NHWC outside; keeps the graph."""
+    more = None
+    if added is not None:
+        text, ids = map(torch.from_numpy, added)
+        more = {"text_embeds": text, "time_ids": ids}
+    image = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy())
+    out = theirs(
+        image, torch.from_numpy(timesteps), torch.from_numpy(context), None, None, None, None, more
+    )
+    return out.sample.permute(0, 2, 3, 1)
+
+
+def run_ours(cfg, params, inputs, **how):
+    """Compiled without the compiler's optimisations."""
+
+    def forward(params, inputs):
+        return P.bind(template(cfg), params)(*inputs, **how)
+
+    return np.asarray(jax.jit(forward).lower(params, inputs).compile(QUICK)(params, inputs))
+
+
+def worst(ours, theirs):
+    theirs = np.asarray(theirs)
+    return np.abs(np.asarray(ours, np.float32) - theirs).max() / np.abs(theirs).max()
+
+
+@cache
+def trained(name):
+    """One forward and backward pass of ours: output and gradients under the torch names."""
+    cfg = UNetConfig.from_hf(SHRUNK[name])
+    params = to_params(cfg, numpy_state(make_torch(SHRUNK[name])))
+    inputs = make_inputs(cfg)
+    cotangent = random(*inputs[0].shape[:3], cfg.out_channels, seed=9)
+
+    def loss(params, inputs):
+        out = P.bind(template(cfg), params)(*inputs)
+        return (out * cotangent).sum(), out
+
+    step = jax.jit(jax.grad(loss, has_aux=True)).lower(params, inputs).compile(QUICK)
+    grads, out = step(params, inputs)
+    return np.asarray(out), to_state(cfg, grads)
+
+
+@cache
+def reference(name):
+    cfg, theirs = UNetConfig.from_hf(SHRUNK[name]), make_torch(SHRUNK[name])
+    inputs = make_inputs(cfg)
+    out = run_torch(theirs, *inputs)
+    (out * torch.from_numpy(random(*out.shape, seed=9))).sum().backward()
+    return out.detach().numpy(), {k: t.grad.numpy() for k, t in theirs.named_parameters()}
+
+
+@pytest.mark.parametrize("name", SHRUNK)
+def test_forward_is_diffusers(name):
+    assert worst(trained(name)[0], reference(name)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("name", SHRUNK)
+def test_gradients_are_diffusers_tensor_by_tensor(name):
+    ours, theirs = trained(name)[1], reference(name)[1]
+    assert ours.keys() == theirs.keys()
+    errors = {key: worst(ours[key], theirs[key]) for key in theirs}
+    bad = {key: error for key, error in errors.items() if not error < 1e-3}
+    assert not bad
+
+
+def test_remat_changes_no_gradient_and_saves_memory():
+    cfg = UNetConfig.from_hf({**TINY, "transformer_layers_per_block": 3})
+    block = jax.jit(lambda: unet.MidBlock(cfg, key=jax.random.key(0)))()
+    x, time, context = random(1, 8, 8, 64), random(1, cfg.time_dim), random(1, 7, 24)
+    grads, memory = {}, {}
+    for remat in ("none", *unet.REMAT):
+
+        def loss(block, remat=remat):
+            shared = unet.Shared(time, context, None, unet._runner(remat))
+            return jnp.square(block(x, shared)).sum()
+
+        step = jax.jit(jax.grad(loss)).lower(block).compile(QUICK)
+        memory[remat] = step.memory_analysis().temp_size_in_bytes
+        grads[remat] = P.flatten(step(block))
+    for remat in unet.REMAT:
+        assert max(worst(grads[remat][p], grads["none"][p]) for p in grads["none"]) < 1e-4
+    assert memory["none"] > 1.3 * memory["dots"] > 1.5 * memory["full"]
+
+
+@pytest.mark.parametrize("name", SHRUNK)
+def test_d19_round_trip_is_bitwise_and_every_tensor_has_one_place(name):
+    state, cfg = numpy_state(make_torch(SHRUNK[name])), UNetConfig.from_hf(SHRUNK[name])
+    back = to_state(cfg, to_params(cfg, state))
+    assert back.keys() == state.keys()
+    assert all(back[key].tobytes() == state[key].tobytes() for key in state)
+    assert all(back[key].shape == state[key].shape for key in state)
+
+
+def test_d19_unknown_missing_and_misshaped_tensors_are_all_named():
+    cfg, state = UNetConfig.from_hf(SMALL), numpy_state(make_torch(SMALL))
+    del state["mid_block.resnets.0.conv1.weight"]
+    state["mid_block.odd.weight"] = np.zeros(3)
+    state["conv_in.weight"] = state["conv_in.weight"][:, :3]
+    with pytest.raises(UserError) as error:
+        to_params(cfg, state)
+    text = str(error.value)
+    assert "missing tensor mid_block.resnets.0.conv1.weight" in text
+    assert "unexpected tensor mid_block.odd.weight" in text and "tensor conv_in.weight" in text
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_d19_published_sizes_fit_without_a_byte_allocated(name):
+    config, tensors, parameters = FULL[name]
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel(**config)
+    shapes = {key: tuple(tensor.shape) for key, tensor in theirs.state_dict().items()}
+    cfg = UNetConfig.from_hf(config)
+    leaves = P.describe(template(cfg))
+    entries = rules.plan(unet.rules(cfg), leaves, shapes, {})
+    assert sum(len(entry.keys) for entry in entries) == len(shapes) == tensors
+    assert sum(int(np.prod(leaf.shape)) for leaf in leaves.values()) == parameters
+    assert entries == rules.expected(unet.rules(cfg), leaves)
+
+
+@pytest.mark.parametrize("channels", [8, 9])
+def test_inpainting_and_edit_models_have_wider_inputs(channels):
+    check_forward({**TINY, "in_channels": channels})
+
+
+def check_forward(config, size=(8, 8), batch=2):
+    cfg, theirs = UNetConfig.from_hf(config), make_torch(config)
+    inputs = make_inputs(cfg, size, batch)
+    ours = run_ours(cfg, to_params(cfg, numpy_state(theirs)), inputs)
+    with torch.no_grad():
+        assert worst(ours, run_torch(theirs, *inputs)) < 1e-5
+
+
+def test_d09_d18_odd_latents_round_up_on_the_way_down_and_are_cut_on_the_way_up():
+    plain = {"down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3}
+    check_forward({**SMALL, **plain, "block_out_channels": [32, 64, 64]}, size=(9, 14))
+
+
+def test_d12_attention_head_dim_is_the_number_of_heads():
+    published = {name: UNetConfig.from_hf(config) for name, (config, _, _) in FULL.items()}
+    assert published["sd15"].heads == (8, 8, 8, 8)
+    assert published["sd21"].heads == (5, 10, 20, 20)
+    for name in ("sd21", "sdxl"):
+        cfg = published[name]
+        assert {c // n for c, n in zip(cfg.channels, cfg.heads, strict=True)} == {64}
+
+
+def test_d12_absent_keys_take_the_class_defaults():
+    cfg = UNetConfig.from_hf({})
+    assert cfg.channels == (320, 640, 1280, 1280) and cfg.layers == (2, 2, 2, 2)
+    assert cfg.context_dims == (1280,) * 4 and cfg.depths == (1,) * 4
+    assert not cfg.linear_projection and cfg.time_dim == 1280 and cfg.added_dim is None
+
+
+def test_d12_every_key_of_diffusers_is_read_or_refused_and_defaults_agree():
+    known = {**DEFAULTS, **{key: values[0] for key, values in ONLY.items()}}
+    signature = inspect.signature(UNet2DConditionModel.__init__).parameters
+    for key, parameter in signature.items():
+        if key in ("self", "addition_embed_type_num_heads"):  # of addition_embed_type "text" only
+            continue
+        assert known[key] == parameter.default, key
+
+
+def test_d13_epsilons_differ_from_norm_to_norm():
+    model = template(UNetConfig.from_hf(SHRUNK["sdxl"]))
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        if hasattr(module, "eps"):
+            found[".".join(map(str, path))] = module.eps
+    wide = [p for p in found if p.endswith(("attentions.0.norm", "attentions.1.norm"))]
+    assert len(wide) == 4 and all(found.pop(path) == 1e-6 for path in wide)
+    assert len(found) > 20 and set(found.values()) == {1e-5}
+
+
+def test_d14_geglu_takes_the_value_first_and_the_exact_gelu():
+    torch.manual_seed(0)
+    theirs = FeedForward(8)
+    with torch.no_grad():
+        theirs.net[0].proj.weight.mul_(8)  # gates of several units: there tanh is off
+    state = numpy_state(theirs)
+    names = {"proj": "net.0.proj", "out": "net.2"}
+    params = {f"{ours}.kernel": state[f"{name}.weight"].T for ours, name in names.items()}
+    params |= {f"{ours}.bias": state[f"{name}.bias"] for ours, name in names.items()}
+    ours = P.bind(jax.eval_shape(lambda: unet.FeedForward(8, key=jax.random.key(0))), params)
+    x = random(4, 5, 8)
+    with torch.no_grad():
+        out = theirs(torch.from_numpy(x)).numpy()
+    assert worst(ours(x, None), out) < 1e-6
+    value, gate = np.split(np.asarray(ours.proj(x)), 2, -1)
+    assert worst(ours.out(value * jax.nn.gelu(gate)), out) > 1e-5
+    assert worst(ours.out(gate * jax.nn.gelu(value, approximate=False)), out) > 0.1
+
+
+def test_d15_timesteps_and_time_ids_have_cosines_first_and_the_text_comes_before_the_ids():
+    cfg = UNetConfig.from_hf(SHRUNK["sdxl"])
+    params = to_params(cfg, numpy_state(make_torch(SHRUNK["sdxl"])))
+    model = P.bind(template(cfg), params)
+    _, timesteps, _, added = make_inputs(cfg)
+
+    def sinusoid(numbers, dim):
+        return get_timestep_embedding(torch.from_numpy(numbers), dim, True, 0).numpy()
+
+    ids = sinusoid(added.time_ids.reshape(-1), cfg.added_time_dim).reshape(2, -1)
+    both = np.concatenate([added.text_embeds, ids], -1)
+    want = model.time_embedding(sinusoid(timesteps, 64)) + model.add_embedding(both)
+    assert worst(model._time(timesteps, added, jnp.float32, None), want) < 1e-5
+    assert worst(model._time(timesteps, added, jnp.bfloat16, None), want) < 2e-2
+
+
+def test_d15_added_conditions_are_asked_for_and_refused():
+    for name, given in (("sdxl", False), ("sd15", True)):
+        cfg = UNetConfig.from_hf(SHRUNK[name])
+        inputs = make_inputs(UNetConfig.from_hf(SHRUNK["sdxl"] if given else SHRUNK[name]))
+        added = inputs[3] if given else None
+        with pytest.raises(ValueError, match="addition_embed_type"):
+            template(cfg)(*make_inputs(cfg)[:3], added)
+
+
+def test_d16_linear_and_conv_projections_differ_in_the_rank_of_the_key_alone():
+    conv, linear = (UNetConfig.from_hf({**SMALL, "use_linear_projection": f}) for f in (0, 1))
+    state = numpy_state(make_torch(SMALL))
+    flat = {k: v[..., 0, 0] if ".proj_" in k and v.ndim == 4 else v for k, v in state.items()}
+    ours, other = to_params(conv, state), to_params(linear, flat)
+    assert all((ours[path] == other[path]).all() for path in ours)
+    assert sum(flat[key].ndim != state[key].ndim for key in state) == 2 * 4
+    with pytest.raises(UserError, match="proj_in"):
+        to_params(linear, state)
+
+
+def test_d16_queries_keys_and_values_have_no_bias_and_outputs_have():
+    paths = P.describe(template(UNetConfig.from_hf(SHRUNK["sdxl"])))
+    biased = {path.rsplit(".", 2)[1] for path in paths if ".attn" in path and "bias" in path}
+    assert biased == {"to_out"}
+
+
+def test_d17_attention_logits_and_softmax_are_fp32_in_bf16():
+    eye = np.eye(32, dtype=np.float32)
+    params = {"to_q.kernel": 4 * eye, "to_k.kernel": 4 * eye, "to_v.kernel": eye}
+    params |= {"to_out.kernel": eye, "to_out.bias": 0 * eye[0]}  # logits of a hundred
+    module = P.bind(
+        jax.eval_shape(lambda: unet.Attention(32, 32, 1, key=jax.random.key(0))), params
+    )
+    x = random(1, 64, 32).astype(jnp.bfloat16).astype(np.float32)
+    exact, half = module(x, x, None), module(jnp.bfloat16(x), jnp.bfloat16(x), None)
+    assert half.dtype == jnp.bfloat16
+    assert worst(half, exact) < 1e-2
+
+
+def test_d20_norms_have_norm_num_groups_groups_that_divide():
+    model = template(UNetConfig.from_hf(FULL["sd15"][0]))
+    groups = {m.groups for _, m in nnx.iter_modules(model) if isinstance(m, GroupNorm)}
+    assert groups == {32}
+    with pytest.raises(UserError, match=r"norm_num_groups=48.*block_out_channels=\(64, 128\)"):
+        UNetConfig.from_hf({**SMALL, "norm_num_groups": 48})
+
+
+BAD = {
+    "resnet_time_scale_shift": "scale_shift",
+    "addition_embed_type": "text_image",
+    "class_embed_type": "timestep",
+    "num_attention_heads": 8,
+    "mid_block_type": None,
+    "time_cond_proj_dim": 256,
+    "attention_head_dim": [8],
+    "cross_attention_dim": "768",
+    "down_block_types": ["AttnDownBlock2D", "DownBlock2D"],
+    "transformer_layers_per_block": [[1], [2]],
+    "_class_name": "UNet3DConditionModel",
+}
+
+
+@pytest.mark.parametrize("key", BAD)
+def test_unsupported_values_are_refused_by_name(key):
+    with pytest.raises(UserError, match=rf"unet/config.json: {key}=.*expected") as error:
+        UNetConfig.from_hf({**SMALL, key: BAD[key]})
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_remat_is_refused():
+    cfg = UNetConfig.from_hf(SMALL)
+    with pytest.raises(ValueError, match="none, dots, full"):
+        template(cfg)(*make_inputs(cfg), remat="offload")
+
+
+def test_bf16_stays_near_fp32_and_sharded_rows_equal_one_device():
+    cfg = UNetConfig.from_hf(TINY)
+    params = to_params(cfg, numpy_state(make_torch(TINY)))
+    inputs = make_inputs(cfg)
+    alone = run_ours(cfg, params, inputs)
+    assert worst(run_ours(cfg, params, inputs, dtype=jnp.bfloat16), alone) < 5e-2
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings(P.describe(template(cfg)), mesh))
+        assert worst(run_ours(cfg, placed, inputs), alone) < 1e-5
+
+
+def test_adapter_dropout_is_keyed_by_row_and_by_block():
+    cfg = UNetConfig.from_hf({**TINY, "transformer_layers_per_block": 2})
+
+    @jax.jit
+    def with_adapter():
+        model = unet.Transformer2D(cfg, 0, key=jax.random.key(0))
+        proj = model.transformer_blocks.ff.proj
+        proj.lora_a = nnx.data(nnx.Param(jnp.ones((2, 64, 2)), axes=("embed", "lora")))
+        proj.lora_b = nnx.data(nnx.Param(jnp.ones((2, 2, 512)), axes=("lora", "mlp")))
+        proj.adapter = Adapter(1.0, 0.5, 7)
+        return model
+
+    @jax.jit
+    def block_by_block(model, keys):
+        tokens = model.proj_in(model.norm(x).reshape(2, 16, 64))
+        for i in range(2):
+            block = jax.tree.map(itemgetter(i), model.transformer_blocks)
+            row_keys = jnp.stack([jax.random.fold_in(key, i) for key in keys])
+            tokens = block(tokens, context, row_keys)
+        return x + model.proj_out(tokens).reshape(x.shape)
+
+    model, keys = with_adapter(), jax.random.split(jax.random.key(1), 2)
+    x, context = (np.repeat(a, 2, 0) for a in (random(1, 4, 4, 64), random(1, 7, 24)))
+    run = jax.jit(lambda keys: model(x, unet.Shared(x, context, keys, unet._runner("none"))))
+    first, second = run(keys)
+    assert worst(first, second) > 1e-3
+    assert worst(run(keys), block_by_block(model, keys)) < 1e-5
+    np.testing.assert_array_equal(run(keys[::-1])[1], first)
+
+
+@pytest.mark.slow
+def test_full_size_sd15_is_diffusers():
+    check_forward(FULL["sd15"][0], size=(32, 32), batch=1)
