@@ -95,7 +95,7 @@ def records_file(tmp_path_factory):
     return file
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config(records_file):
     """`make_config(folder, {"optim.lr": 1e-3})`: configs/llm.py pointed at a small model."""
     from jaxft.core.config import load_config

@@ -12,7 +12,14 @@ from jaxft.core.sharding import local_rows, place_batch
 from jaxft.weights import transfer
 
 STEPS, LR, DECAY = 10, 1e-3, 0.1
-FULL = {"lora.rank": 0, "optim.lr": LR, "optim.weight_decay": DECAY, "optim.warmup": "3_steps"}
+COMMON = {
+    "lora.rank": 0,
+    "batch_size": 16,
+    "optim.lr": LR,
+    "optim.weight_decay": DECAY,
+    "optim.warmup": "3_steps",
+    "optim.schedule": "constant",
+}
 MESHES = {
     "1": (1, 1, 1),
     "data8": (8, 1, 1),
@@ -22,7 +29,7 @@ MESHES = {
 
 
 def jax_steps(config, tmp_path, steps=STEPS):
-    """(batches, losses, torch-keyed parameters before, after)."""
+    """(rows of each batch, losses, torch-keyed parameters before, after)."""
     run = runs.open_run(config)
     plan = runs.make_plan(run)
     saved = Checkpoints(tmp_path / "run")
@@ -31,16 +38,16 @@ def jax_steps(config, tmp_path, steps=STEPS):
         before = exported(run, {**frozen, **state.params})
         step_fn = runs.make_step(run, plan)
         stream = run.task.train_batches(0, local_rows(run.mesh, run.cfg.batch_size))
-        batches, losses = [], []
+        rows, losses = [], []
         for _ in range(steps):
             batch = next(stream)
-            batches.append(batch)
+            rows.append(len(batch["tokens"]))
             placed = place_batch(batch, run.mesh)
             state, sums = step_fn(state, frozen, placed)
             losses.append(float(sums["loss"]))
         after = exported(run, {**frozen, **state.params})
-    assert step_fn._cache_size() == 1, "the step compiled more than once"
-    return batches, losses, before, after
+    assert step_fn._cache_size() == len(set(rows)), "the step compiled more than once a shape"
+    return rows, losses, before, after
 
 
 def exported(run, params):
@@ -92,32 +99,38 @@ def folder(make_folder):
 
 
 @pytest.fixture(scope="module")
-def oracle():
-    """Losses and weights of the torch loop, kept from the first case: all draw the same batches."""
-    return {}
+def oracle(make_config, folder):
+    """Losses and weights of the torch loop over the batches that every case draws."""
+    run = runs.open_run(make_config(folder, {**COMMON, "pack": False}))
+    stream = run.task.train_batches(0, slice(0, 16))
+    batches = [next(stream) for _ in range(STEPS)]
+    lengths = [batch["weights"].sum(1) for batch in batches]
+    assert max(map(np.max, lengths)) > 3 * min(map(np.min, lengths)), "rows are to be unequal"
+    return torch_steps(folder, batches)
 
 
-CASES = [(mesh, 1) for mesh in MESHES] + [("1", 2), ("1", 4), ("2x2x2", 2), ("2x2x2", 4)]
+CASES = [(mesh, 1, False) for mesh in MESHES]
+CASES += [("1", 2, False), ("1", 4, False), ("2x2x2", 2, False), ("2x2x2", 4, False)]
+CASES += [("1", 1, True), ("2x2x2", 1, True)]
 
 
-@pytest.mark.parametrize(("mesh", "micro"), CASES)
-def test_t09_ten_steps_equal_torch(make_config, folder, oracle, tmp_path, monkeypatch, mesh, micro):
+@pytest.mark.parametrize(("mesh", "micro", "pack"), CASES)
+def test_t09_ten_steps_equal_torch(
+    make_config, folder, oracle, tmp_path, monkeypatch, mesh, micro, pack
+):
+    """Also with micro-batches of unequal lengths, and with rows packed (T10: nothing leaks)."""
     if mesh == "1":
         monkeypatch.setattr(jax, "device_count", lambda *_: 1)
     data, fsdp, tensor = MESHES[mesh]
     changes = {
-        **FULL,
-        "optim.schedule": "constant",
-        "batch_size": 16,
+        **COMMON,
+        "pack": pack,
         "micro_batches": micro,
         "mesh.data": data,
         "mesh.fsdp": fsdp,
         "mesh.tensor": tensor,
     }
-    batches, losses, before, after = jax_steps(make_config(folder, changes), tmp_path)
-    lengths = [batch["weights"].sum(1) for batch in batches]
-    assert max(map(np.max, lengths)) > 3 * min(map(np.min, lengths)), "rows are to be unequal"
-    if not oracle:
-        oracle["losses"], oracle["after"] = torch_steps(folder, batches)
-    np.testing.assert_allclose(losses, oracle["losses"], rtol=1e-5)
-    assert_same_updates(before, after, oracle["after"])
+    rows, losses, before, after = jax_steps(make_config(folder, changes), tmp_path)
+    assert (max(rows) < 16) == pack, "packed rows are fewer than examples"
+    np.testing.assert_allclose(losses, oracle[0], rtol=1e-5)
+    assert_same_updates(before, after, oracle[1])

@@ -1,0 +1,127 @@
+"""evaluate, sample, export: of a finished run, of its steps, of an untrained model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import LlamaForCausalLM
+
+import jaxft
+from jaxft import evaluate, export, sample, train
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ["--config", str(ROOT / "configs" / "llm.py")]
+
+
+@pytest.fixture(scope="module")
+def finished(make_folder, records_file, tmp_path_factory):
+    """(workdir, its flags) of a LoRA run of 4 steps with a checkpoint every 2."""
+    work = tmp_path_factory.mktemp("runs") / "run"
+    changes = {
+        "model": make_folder(tied=True),
+        "data.train": f"jsonl:{records_file}",
+        "data.eval": f"jsonl:{records_file}",
+        "seq_len": 48,
+        "total": "4_steps",
+        "every.save": "2_steps",
+        "optim.lr": 0.01,
+    }
+    flags = [f"--config.{key}={value}" for key, value in changes.items()]
+    assert train.main([*CONFIG, "--workdir", str(work), *flags]) == 0
+    return work, flags
+
+
+def test_evaluate_repeats_the_figures_of_the_run(finished, capsys):
+    work, flags = finished
+    assert evaluate.main(["--workdir", str(work)]) == 0
+    lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    again = json.loads((work / "evaluation-4.json").read_text())
+    assert again["loss"] == lines[-1]["eval_loss"]
+    assert evaluate.main([*CONFIG, *flags]) == 0
+    assert f"{lines[0]['eval_loss']:.6g}" in capsys.readouterr().out
+
+
+def test_evaluate_names_the_steps_there_are(finished, capsys):
+    work, _ = finished
+    assert evaluate.main(["--workdir", str(work), "--step=3"]) == 2
+    assert "2, 4" in capsys.readouterr().err
+
+
+def test_export_of_an_earlier_step_in_another_dtype(finished, tmp_path):
+    work, _ = finished
+    for step, out in ((2, "two"), (4, "four")):
+        arguments = ["--workdir", str(work), "--step", str(step), "--out", str(tmp_path / out)]
+        assert export.main([*arguments, "--dtype=bfloat16"]) == 0
+    two, four = (load_file(tmp_path / out / "model.safetensors") for out in ("two", "four"))
+    key = "model.layers.0.self_attn.q_proj.weight"
+    assert two[key].dtype.name == "bfloat16" and not np.array_equal(two[key], four[key])
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_t21_adapter_and_merged_exports_agree_in_torch(finished, tmp_path):
+    from peft import PeftModel
+
+    work, flags = finished
+    out = tmp_path / "adapter"
+    arguments = ["--workdir", str(work), "--out", str(out), "--kind=adapter"]
+    assert export.main(arguments) == 0
+    base = flags[0].partition("=")[2]
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        plain = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+        untouched = plain(tokens).logits
+        adapted = PeftModel.from_pretrained(plain, out)(tokens).logits
+        merged = LlamaForCausalLM.from_pretrained(work / "export", dtype=torch.float32)
+        torch.testing.assert_close(merged(tokens).logits, adapted, rtol=1e-4, atol=1e-4)
+    assert (adapted - untouched).abs().max() > 1e-2
+    ours = jaxft.load(str(work / "export"))(tokens.numpy())
+    np.testing.assert_allclose(ours, adapted.numpy(), atol=1e-4)
+
+
+def test_t27_sample_equals_generate_for_a_batch_of_unequal_prompts(finished, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    work, _ = finished
+    prompts = ["a small", "water", "the act of giving something away to"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts) + "\n")
+    assert sample.main(["--workdir", str(work), f"--prompts={file}", "--max_new=12"]) == 0
+    shown = capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(work / "export", padding_side="left")
+    model = LlamaForCausalLM.from_pretrained(work / "export", dtype=torch.float32)
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    made = model.generate(**batch, max_new_tokens=12, do_sample=False)
+    for prompt, ids in zip(prompts, made[:, batch["input_ids"].shape[1] :], strict=True):
+        assert prompt + tokenizer.decode(ids, skip_special_tokens=True) in shown
+
+
+def test_sampling_is_repeatable_by_its_seed(finished, capsys):
+    work, _ = finished
+    texts = []
+    for seed in (0, 0, 1):
+        arguments = ["--workdir", str(work), "--prompt=a", "--temperature=2", f"--seed={seed}"]
+        assert sample.main(arguments) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "words"),
+    [
+        (sample, ["--prompt=a"], "--workdir"),
+        (sample, ["--workdir=x"], "--prompt"),
+        (sample, ["--workdir=x", "--prompt=a", "--max_new=many"], "max_new"),
+        (sample, ["--workdir=/no/such", "--prompt=a"], "/no/such"),
+        (export, [], "--workdir"),
+        (export, ["--workdir=/no/such", "--kind=whole"], "merged"),
+        (export, ["--workdir=/no/such"], "/no/such"),
+        (evaluate, ["--workdr=/no/such"], "workdir"),
+    ],
+)
+def test_mistakes_are_one_line(command, arguments, words, capsys):
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and words in error[0]
