@@ -15,7 +15,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> None:
     arguments = configs.parse_arguments(argv, ("config", "workdir", "step"))
-    runtime.restart_with_huge_pages()
     import jax
 
     from jaxft.core.metrics import table
@@ -35,4 +34,5 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    runtime.restart_with_huge_pages()
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,14 +241,21 @@ def summary(run: Run, plan: Plan) -> str:
 
 
 def restore_run(
-    workdir: Path, at: int | None, config: Mapping[str, Any] | None = None
+    workdir: Path, at: int | None, overrides: Iterable[tuple[str, str]] = ()
 ) -> tuple[Run, Params, int]:
-    """(run, all parameters, step) of a run folder; the latest step unless one is named."""
-    run = open_run(config or configs.read_config_file(workdir))
+    """(run, all parameters, step) of a run folder; the latest step unless one is named.
+
+    Overrides change how the model is looked at (`data.eval`), never what it was trained on.
+    """
+    configs.read_config_file(workdir)  # says it, if this is no run folder
     saved = Checkpoints(workdir)
     at = saved.latest() if at is None else at
     if at is None:
         raise UserError(f"{workdir} has no checkpoint yet; train first")
+    config = saved.config(at)
+    for key, value in overrides:
+        configs.override(config, key, value)
+    run = open_run(config)
     with jax.set_mesh(run.mesh):
         state, _ = saved.restore(at, abstract_state(run, make_plan(run).tx))
         params = model_params(load_params(run, set(run.leaves) - run.chosen), state)
@@ -257,17 +264,10 @@ def restore_run(
 
 
 def open_any(arguments: Arguments) -> tuple[Run, Params, int]:
-    """(run, parameters, step) of `--workdir` at `--step`, or of `--config` before training.
-
-    Overrides change where a run folder's model is looked at (`--config.data.eval=…`), never what
-    it was trained on.
-    """
+    """(run, parameters, step) of `--workdir` at `--step`, or of `--config` before training."""
     options, overrides = arguments
     if "workdir" in options:
-        config = configs.read_config_file(Path(options["workdir"]))
-        for key, value in overrides:
-            configs.override(config, key, value)
-        return restore_run(Path(options["workdir"]), step_option(options), config)
+        return restore_run(Path(options["workdir"]), step_option(options), overrides)
     if "config" not in options:
         raise UserError("give --workdir=DIR (a run folder) or --config=FILE (an untrained model)")
     run = open_run(configs.load_config(options["config"], overrides))

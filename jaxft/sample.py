@@ -21,7 +21,6 @@ def _main(argv: list[str]) -> None:
     prompts = _prompts(arguments.options)
     number = {name: _number(arguments.options, name, NUMBERS[name], float) for name in NUMBERS}
     count = {name: _number(arguments.options, name, COUNTS[name], int) for name in COUNTS}
-    runtime.restart_with_huge_pages()
     import jax
 
     from jaxft.nn.sampling import Sampling
@@ -58,4 +57,5 @@ def _number(options: dict[str, str], name: str, default: float, kind: type) -> f
 
 
 if __name__ == "__main__":
+    runtime.restart_with_huge_pages()
     sys.exit(main())

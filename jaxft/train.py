@@ -8,6 +8,7 @@ from typing import Any
 from jaxft.core import config as configs
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
+from jaxft.tasks import check_task
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,10 +22,10 @@ def _main(argv: list[str]) -> None:
         raise UserError("--config is missing: python -m jaxft.train --config configs/llm.py")
     config = configs.load_config(options["config"], overrides)
     configs.read_config(config)
+    check_task(config["task"])
     workdir = Path(options.get("workdir", f"runs/{Path(options['config']).stem}"))
     configs.claim_workdir(workdir, config)
     # jax and the weights come only now that the config and the folder are known to be sound.
-    runtime.restart_with_huge_pages()
     train(config, workdir)
 
 
@@ -87,4 +88,5 @@ def _due(step: int, period: int) -> bool:
 
 
 if __name__ == "__main__":
+    runtime.restart_with_huge_pages()
     sys.exit(main())

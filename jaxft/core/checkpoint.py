@@ -36,9 +36,7 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict]:
         """(state, data position); `abstract` gives shapes, dtypes and today's shardings."""
-        if step not in self.manager.all_steps():
-            have = ", ".join(map(str, self.manager.all_steps())) or "none"
-            raise UserError(f"{self.folder} has no checkpoint of step {step}; there are: {have}")
+        self._check(step)
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract),  # type: ignore[call-arg]
             data=ocp.args.JsonRestore(),  # type: ignore[call-arg]
@@ -51,8 +49,14 @@ class Checkpoints:
 
     def config(self, step: int) -> dict:
         """The resolved config that was saved with a step."""
+        self._check(step)
         args = ocp.args.Composite(config=ocp.args.JsonRestore())  # type: ignore[call-arg]
         return self.manager.restore(step, args=args)["config"]
+
+    def _check(self, step: int) -> None:
+        if step not in self.manager.all_steps():
+            have = ", ".join(map(str, self.manager.all_steps())) or "none"
+            raise UserError(f"{self.folder} has no checkpoint of step {step}; there are: {have}")
 
     def wait(self) -> None:
         """Block until every save is on disk, and raise what went wrong in the background."""

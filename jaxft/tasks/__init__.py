@@ -1,20 +1,25 @@
 """What a task is: everything family-specific, nothing about devices, optimisers or checkpoints."""
 
-from collections.abc import Iterator
+from __future__ import annotations  # what follows is only named in annotations
+
 from importlib import import_module
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import jax
-import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
-
-from jaxft.core.config import Config
 from jaxft.core.errors import UserError
-from jaxft.core.params import Params
-from jaxft.core.step import Batch, Metrics
-from jaxft.weights.transfer import Part
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import jax
+    import numpy as np
+    from flax import nnx
+    from jax.sharding import Mesh
+
+    from jaxft.core.config import Config
+    from jaxft.core.params import Params
+    from jaxft.core.step import Batch, Metrics
+    from jaxft.weights.transfer import Part
 
 TASKS = {"llm": "jaxft.tasks.llm:LLM"}
 
@@ -88,9 +93,14 @@ class Task(Protocol):
         ...
 
 
-def task_class(name: str) -> Any:
-    """The class of a task, imported only when it is asked for."""
+def check_task(name: Any) -> None:
+    """Raise UserError for a task that there is not, without importing any."""
     if name not in TASKS:
         raise UserError(f"config key task={name!r} is not known; it is one of {', '.join(TASKS)}")
+
+
+def task_class(name: str) -> Any:
+    """The class of a task, imported only when it is asked for."""
+    check_task(name)
     module, _, attribute = TASKS[name].partition(":")
     return getattr(import_module(module), attribute)
