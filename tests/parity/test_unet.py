@@ -1,6 +1,5 @@
 """The UNets of SD 1.5, 2.1 and SDXL against diffusers: outputs, gradients and weights, fp32."""
 
-import inspect
 from functools import cache
 from operator import itemgetter
 
@@ -19,7 +18,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.sharding import make_mesh, shardings
 from jaxft.models import unet
 from jaxft.models.unet import Added, UNet
-from jaxft.models.unet_config import DEFAULTS, ONLY, UNetConfig
+from jaxft.models.unet_config import UNetConfig
 from jaxft.nn.linear import Adapter
 from jaxft.nn.norm import GroupNorm
 from jaxft.weights import rules
@@ -289,31 +288,6 @@ def test_d09_d18_odd_latents_round_up_on_the_way_down_and_are_cut_on_the_way_up(
     check_forward({**SMALL, **plain, "block_out_channels": [32, 64, 64]}, size=(9, 14))
 
 
-def test_d12_attention_head_dim_is_the_number_of_heads():
-    published = {name: UNetConfig.from_hf(config) for name, (config, _, _) in FULL.items()}
-    assert published["sd15"].heads == (8, 8, 8, 8)
-    assert published["sd21"].heads == (5, 10, 20, 20)
-    for name in ("sd21", "sdxl"):
-        cfg = published[name]
-        assert {c // n for c, n in zip(cfg.channels, cfg.heads, strict=True)} == {64}
-
-
-def test_d12_absent_keys_take_the_class_defaults():
-    cfg = UNetConfig.from_hf({})
-    assert cfg.channels == (320, 640, 1280, 1280) and cfg.layers == (2, 2, 2, 2)
-    assert cfg.context_dims == (1280,) * 4 and cfg.depths == (1,) * 4
-    assert not cfg.linear_projection and cfg.time_dim == 1280 and cfg.added_dim is None
-
-
-def test_d12_every_key_of_diffusers_is_read_or_refused_and_defaults_agree():
-    known = {**DEFAULTS, **{key: values[0] for key, values in ONLY.items()}}
-    signature = inspect.signature(UNet2DConditionModel.__init__).parameters
-    for key, parameter in signature.items():
-        if key in ("self", "addition_embed_type_num_heads"):  # of addition_embed_type "text" only
-            continue
-        assert known[key] == parameter.default, key
-
-
 def test_d13_epsilons_differ_from_norm_to_norm():
     model = template(UNetConfig.from_hf(SHRUNK["sdxl"]))
     found = {}
@@ -399,34 +373,10 @@ def test_d17_attention_logits_and_softmax_are_fp32_in_bf16():
     assert worst(half, exact) < 1e-2
 
 
-def test_d20_norms_have_norm_num_groups_groups_that_divide():
+def test_d20_norms_have_norm_num_groups_groups():
     model = template(UNetConfig.from_hf(FULL["sd15"][0]))
     groups = {m.groups for _, m in nnx.iter_modules(model) if isinstance(m, GroupNorm)}
     assert groups == {32}
-    with pytest.raises(UserError, match=r"norm_num_groups=48.*block_out_channels=\(64, 128\)"):
-        UNetConfig.from_hf({**SMALL, "norm_num_groups": 48})
-
-
-BAD = {
-    "resnet_time_scale_shift": "scale_shift",
-    "addition_embed_type": "text_image",
-    "class_embed_type": "timestep",
-    "num_attention_heads": 8,
-    "mid_block_type": None,
-    "time_cond_proj_dim": 256,
-    "attention_head_dim": [8],
-    "cross_attention_dim": "768",
-    "down_block_types": ["AttnDownBlock2D", "DownBlock2D"],
-    "transformer_layers_per_block": [[1], [2]],
-    "_class_name": "UNet3DConditionModel",
-}
-
-
-@pytest.mark.parametrize("key", BAD)
-def test_unsupported_values_are_refused_by_name(key):
-    with pytest.raises(UserError, match=rf"unet/config.json: {key}=.*expected") as error:
-        UNetConfig.from_hf({**SMALL, key: BAD[key]})
-    assert "\n" not in str(error.value)
 
 
 def test_unknown_remat_is_refused():
