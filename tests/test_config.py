@@ -21,6 +21,7 @@ LLM = str(ROOT / "configs" / "llm.py")
 @dataclass(frozen=True)
 class Own:
     seq_len: int
+    pack: bool
     template: str
     eval_examples: int
 
