@@ -216,6 +216,7 @@ def jaxft_contestant(args: argparse.Namespace, folder: Path, rank: int) -> tuple
         "data.train": "demo:novel/train",
         "data.eval": "",
         "seq_len": args.seq,
+        "pack": False,
         "batch_size": args.batch,
         "lora.rank": rank,
         "optim.lr": STILL,
