@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Bytes of fp32 scores that one query block may make: on CPU they have to stay in its cache.
-CPU_SCORES, ACCELERATOR_SCORES = 2**21, 2**28
+# Bytes of fp32 scores that one query block may make; on CPU fewer, larger blocks measured best.
+CPU_SCORES, ACCELERATOR_SCORES = 2**24, 2**28
 SMALLEST_BLOCK = 16
 MASKED = -1e30  # finite, so that a row with nothing to see stays finite
 

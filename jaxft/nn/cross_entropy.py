@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxft.core.sharding import AXES, spec
 
 # Bytes of one chunk's fp32 logits on one device.
-CPU_LOGITS, ACCELERATOR_LOGITS = 2**24, 2**29
+CPU_LOGITS, ACCELERATOR_LOGITS = 2**26, 2**29
 
 
 class How(NamedTuple):
