@@ -208,7 +208,7 @@ def copied(written, tmp_path, changes):
         ({"peft_type": "IA3"}, "peft_type=IA3"),
     ],
 )
-def test_what_plain_lora_does_not_cover_is_refused(written, tmp_path, changes, named):
+def test_t22_t23_what_plain_lora_does_not_cover_is_refused(written, tmp_path, changes, named):
     with pytest.raises(UserError, match=rf"adapter_config\.json: {named} is not supported"):
         adapters.read(copied(written, tmp_path, changes), ATTENTION)
 

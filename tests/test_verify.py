@@ -43,8 +43,8 @@ def failures(checks):
 def test_t31_a_sound_folder_passes(folder, out, capsys):
     code, checks, content = certificate(folder, out)
     assert code == 0 and content["passed"] and not failures(checks)
-    assert content["cases"]["near"] == {"shape": [2, 64], "positions": [0, 63]}
-    assert content["cases"]["far"] == {"shape": [2, 64], "positions": [192, 255]}
+    assert content["cases"]["near"] == {"shape": [1, 64], "positions": [0, 63]}
+    assert content["cases"]["far"] == {"shape": [1, 64], "positions": [192, 255]}
     assert content["cases"]["long"] == {"shape": [1, 256], "positions": [0, 255]}
     assert checks["round trip, differing tensors"]["note"] == "of 20"
     assert checks["gradients, worst relative"]["figure"] > 0
