@@ -1,11 +1,13 @@
 """Let a model write: `python -m jaxft.sample --workdir DIR --prompt TEXT [--temperature 0.7 …]`."""
 
 import sys
+from typing import TypeVar
 
 from jaxft.core import config as configs
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
 
+Number = TypeVar("Number", int, float)
 NUMBERS = {"temperature": 0.0, "top_p": 1.0}
 COUNTS = {"max_new": 64, "top_k": 0, "seed": 0, "copies": 1}
 
@@ -49,7 +51,7 @@ def _prompts(options: dict[str, str]) -> list[str]:
     return [options["prompt"]]
 
 
-def _number(options: dict[str, str], name: str, default: float, kind: type) -> float:
+def _number(options: dict[str, str], name: str, default: Number, kind: type[Number]) -> Number:
     try:
         return kind(options.get(name, default))
     except ValueError:

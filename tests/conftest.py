@@ -59,19 +59,19 @@ def make_folder(tmp_path_factory, tokenizer_folder):
 
     def make(tied=False, dtype="float32", shard="1GB", **changes):
         torch.manual_seed(0)
-        shape = dict(
-            vocab_size=320,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=2,
-            initializer_range=0.2,
-        )
+        shape = {
+            "vocab_size": 320,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+            "initializer_range": 0.2,
+        }
         config = LlamaConfig(**{**shape, **changes}, tie_word_embeddings=tied)
         model = LlamaForCausalLM(config).to(getattr(torch, dtype))
         folder = tmp_path_factory.mktemp("model")

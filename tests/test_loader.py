@@ -80,9 +80,7 @@ def test_t28_disjoint_rows_unite_to_the_global_batch(n, batch_size, data):
 @FEW
 @given(st.integers(5, 40), st.integers(1, 5), st.integers(0, 1000))
 def test_t28_every_epoch_is_a_new_permutation(n, batch_size, seed):
-    stream = ids(
-        load(n, -(-3 * n // batch_size), batch_size=batch_size, seed=seed)
-    )
+    stream = ids(load(n, -(-3 * n // batch_size), batch_size=batch_size, seed=seed))
     epochs = stream[: 3 * n].reshape(3, n)
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import jax
 import numpy as np
@@ -99,7 +100,7 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict:
         size = len(rows) * ways // (own.stop - own.start)
         first = own.start * size // ways
 
-        def window(index: tuple[slice, ...]) -> np.ndarray:
+        def window(index: Any) -> np.ndarray:
             low, high, _ = index[0].indices(size)
             return rows[low - first : high - first]
 

@@ -392,7 +392,7 @@ def collate_rows(
     if n_rows < len(rows):
         raise ValueError(f"batch_rows={n_rows} is fewer than the {len(rows)} examples")
     names = ("tokens", "targets", "segment_ids", "positions")
-    batch = {name: np.zeros((n_rows, seq_len), np.int32) for name in names}
+    batch: dict[str, np.ndarray] = {n: np.zeros((n_rows, seq_len), np.int32) for n in names}
     batch["weights"] = np.zeros((n_rows, seq_len), np.float32)
     for row, examples in enumerate(rows):
         start = 0

@@ -1,7 +1,7 @@
 """The only projection of the project, with the slot that a LoRA adapter fits in."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class Linear(nnx.Module):
         self, x: Float[Array, "..."], keys: PRNGKeyArray | None = None
     ) -> Float[Array, "..."]:
         """`keys`, one a row of x, turn the adapter's dropout on; without them there is none."""
-        y = contract(x, self.kernel[...].astype(x.dtype), self.inputs)
+        y: Array = contract(x, self.kernel[...].astype(x.dtype), self.inputs)
         if self.lora_a is not None and self.lora_b is not None:
             y = y + self._adapted(x, keys, self.lora_a[...], self.lora_b[...])
         if self.bias is not None:
@@ -64,7 +64,7 @@ class Linear(nnx.Module):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def contract(x: Array, kernel: Array, inputs: int) -> Array:
+def contract(x: Array, kernel: Array, inputs: int) -> Any:
     """tensordot(x, kernel, inputs), with gradients whose operands XLA:CPU writes in one piece.
 
     Left alone it fuses the activation's derivative into a transposing copy for the kernel's

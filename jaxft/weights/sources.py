@@ -154,7 +154,8 @@ def _side_files(folder: Path) -> dict[str, Path | bytes]:
     return {
         name: path
         for name, path in sorted(found.items())
-        if path.is_file() and not name.endswith(".index.json")
+        # parity.json speaks of these weights, not of what training makes of them.
+        if path.is_file() and not name.endswith(".index.json") and name != "parity.json"
     }
 
 
