@@ -25,7 +25,6 @@ class _Pending(NamedTuple):
     step: int
     sums: dict[str, Any]
     tokens: int
-    waited: float
     shown: bool
 
 
@@ -58,18 +57,21 @@ class Watch:
     ) -> None:
         """Take a step that was just dispatched, and write the one before it."""
         tokens = int(batch["segment_ids"].sum()) * jax.process_count()
-        self.flush()
-        self.pending = _Pending(step, sums, tokens, waited, shown)
+        self.flush(waited)
+        self.pending = _Pending(step, sums, tokens, shown)
 
-    def flush(self) -> None:
-        """Write the step whose numbers were not yet read; this waits for it to finish."""
+    def flush(self, waited: float = 0.0) -> None:
+        """Write the step whose numbers were not yet read; this waits for it to finish.
+
+        `waited` is the time spent since the last flush on the next step's batch.
+        """
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
         sums = {name: float(value) for name, value in pending.sums.items()}
         now = time.perf_counter()
         flops = self.flops_per_token * pending.tokens
-        rates = self.throughput.rates(pending.tokens, now - self.last, pending.waited, flops)
+        rates = self.throughput.rates(pending.tokens, now - self.last, waited, flops)
         self.last = now
         if not math.isfinite(sums["loss"]):
             raise UserError(
