@@ -52,6 +52,19 @@ def test_t31_a_sound_folder_passes(folder, out, capsys):
     assert "PASSED" in capsys.readouterr().out
 
 
+def test_t06_both_sides_multiply_at_the_highest_precision(folder, out, monkeypatch):
+    seen, compare = [], verify._gradients
+
+    def watched(*arguments):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return compare(*arguments)
+
+    monkeypatch.setattr(verify, "_gradients", watched)
+    with jax.default_matmul_precision("bfloat16"):  # as TF32 would be on a GPU
+        certificate(folder, out)
+    assert seen == ["highest"]
+
+
 def test_t31_an_export_passes_with_its_weights(folder, make_config, tmp_path, out):
     run = runs.open_run(make_config(folder, {"lora.rank": 0}))
     with jax.set_mesh(run.mesh):
