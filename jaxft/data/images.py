@@ -1,0 +1,259 @@
+"""From an image file's bytes to pixels of one size, with what determines them as a key."""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+
+from jaxft.core.errors import UserError
+from jaxft.data.buckets import Size, assign, make_buckets
+from jaxft.data.image_sources import Records
+
+CROP_RULE = "cover, lanczos, centre; 1"  # a part of every key: change it when `fit` changes
+_ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")  # MPO and TIFF hold further pictures, no frames
+_ORIENTATION = 0x0112
+_HEAD = 1 << 16
+
+
+class Fitted(NamedTuple):
+    """Pixels uint8 [h, w, 3] and, each as (height, width), what SDXL is told about them.
+
+    original: the picture's size; crop: (top, left) of the crop in the resized picture;
+    target: (h, w).
+    """
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    original: Size
+    crop: Size
+    target: Size
+
+
+class ImageExample(NamedTuple):
+    """One picture to train on; `key` is a hash of everything that determines the pixels."""
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    caption: str
+    time_ids: Float[np.ndarray, "6"]
+    key: str
+
+
+def decode(content: bytes, name: str) -> Image.Image:
+    """The upright RGB picture: alpha over white, 16 bits scaled to 8, CMYK and grey converted.
+
+    Raises UserError naming the picture where it is corrupt, truncated, animated, no image or
+    larger than Pillow's limit against decompression bombs.
+    """
+    try:
+        with Image.open(BytesIO(content)) as image:
+            _refuse_animated(image, name)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image), name)
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises many kinds; each becomes one line
+        raise _unreadable(content, name, error) from error
+
+
+def _refuse_animated(image: Image.Image, name: str) -> None:
+    if image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False):
+        raise UserError(f"{name}: the image is animated: expected a still picture")
+
+
+def _unreadable(content: bytes, name: str, error: Exception) -> UserError:
+    if not content:
+        return UserError(f"{name}: the image file is empty (0 bytes)")
+    if isinstance(error, Image.DecompressionBombError):
+        return UserError(f"{name}: the image is too large: {error}")
+    reason = next(iter(str(error).replace("<_io.BytesIO object", "<").splitlines()), "")
+    if isinstance(error, Image.UnidentifiedImageError):
+        reason = f"starts with {content[:12]!r}"
+    return UserError(
+        f"{name}: cannot decode the image ({type(error).__name__}: {reason}): "
+        "expected a whole PNG, JPEG, WebP or other image file"
+    )
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F":
+        raise UserError(f"{name}: float pixels have no known range: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError(f"{name}: 32-bit pixels have no known range: save it with 16 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return image.convert("RGB")
+
+
+def original_size(head: bytes, name: str) -> Size:
+    """(height, width) of the upright picture from its header alone; errors as `decode`."""
+    try:
+        with Image.open(BytesIO(head)) as image:
+            _refuse_animated(image, name)
+            if image.format == "TIFF":  # whether the size is turned depends on Pillow's version
+                image.load()
+                return image.height, image.width
+            # Pillow would decode a whole PNG to look for EXIF behind the pixels.
+            known = image.format != "PNG" or "exif" in image.info
+            turned = known and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises many kinds; each becomes one line
+        raise _unreadable(head, name, error) from error
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def fit(image: Image.Image, size: Size, flip: bool = False) -> Fitted:
+    """Resize to cover `size` (h, w) with an antialiased Lanczos filter and crop the centre.
+
+    The mirror comes before the crop, as in diffusers, so that the crop's place stays true.
+    """
+    (h, w), (height, width) = size, (image.height, image.width)
+    scale = max(h / height, w / width)
+    rows, columns = max(h, round(height * scale)), max(w, round(width * scale))
+    top, left = (rows - h) // 2, (columns - w) // 2
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    # Resizing the crop's box alone gives the same pixels, and a panorama never grows large.
+    y, x = height / rows, width / columns
+    box = (left * x, top * y, (left + w) * x, (top + h) * y)
+    pixels = np.asarray(image.resize((w, h), Image.Resampling.LANCZOS, box=box))
+    return Fitted(pixels, (height, width), (top, left), size)
+
+
+def time_ids(fitted: Fitted) -> Float[np.ndarray, "6"]:
+    """SDXL's conditioning: original height, width, crop top, left, target height, width."""
+    return np.asarray((*fitted.original, *fitted.crop, *fitted.target), np.float32)
+
+
+def to_float(pixels: UInt8[np.ndarray, "*b h w 3"]) -> Float[np.ndarray, "*b h w 3"]:
+    """Pixels 0..255 as float32 in [-1, 1]."""
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class _Captions:
+    """The captions of an ImageSet by example, read without the pictures."""
+
+    records: Records
+    n: int
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> str:
+        return self.records.caption(index % len(self.records))
+
+
+class ImageSet:
+    """Pictures of a set fitted to their bucket's size; indexing is safe in threads.
+
+    With `use_buckets` every picture's header is read at once; without, all are cropped to the
+    square `resolution`. With `flips` example n + i is the mirrored variant of example i.
+    captions[i]: the caption alone. bucket_of int32 [examples]: index into `sizes`, the (h, w)
+    of the buckets in use.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        resolution: int,
+        multiple: int,
+        use_buckets: bool,
+        flips: bool = False,
+    ):
+        self.records = records
+        self._copies = 2 if flips else 1
+        buckets = make_buckets(resolution, multiple)
+        self.sizes: tuple[Size, ...] = ((resolution, resolution),)
+        places = np.zeros(len(records), np.int32)
+        if use_buckets:
+            chosen = [assign((int(h), int(w)), buckets) for h, w in self.originals]
+            used, places = np.unique(chosen, return_inverse=True)
+            self.sizes = tuple(buckets[bucket] for bucket in used)
+        self.bucket_of = np.tile(places.astype(np.int32), self._copies)
+        self.captions = _Captions(records, len(self))
+
+    def __len__(self) -> int:
+        return self._copies * len(self.records)
+
+    def __getitem__(self, index: int) -> ImageExample:
+        name, caption, content = self.records[index % len(self.records)]
+        fitted = fit(decode(content, name), self._size(index), self._flipped(index))
+        return ImageExample(fitted.pixels, caption, time_ids(fitted), self._key(index, content))
+
+    def __repr__(self) -> str:
+        return f"ImageSet({self.records!r}, {len(self)} examples)"
+
+    def key(self, index: int) -> str:
+        """The example's key, from its bytes without decoding them."""
+        return self._key(index, self.records[index % len(self.records)].content)
+
+    @cached_property
+    def originals(self) -> np.ndarray:
+        """int32 [images, 2]: height and width of every upright picture, from the headers."""
+        with ThreadPoolExecutor(8) as pool:
+            sizes = list(pool.map(self._original, range(len(self.records))))
+        return np.asarray(sizes, np.int32).reshape(-1, 2)
+
+    @cached_property
+    def report(self) -> dict[str, int]:
+        """Counts of images, of those cropped, of those smaller than their target, and by bucket."""
+        targets = np.asarray(self.sizes)[self.bucket_of[: len(self.records)]]
+        scale = (targets / self.originals).max(axis=1)
+        covered = np.maximum(targets, np.round(self.originals * scale[:, None]))
+        counts = {
+            "images": len(self.records),
+            "cropped": int((covered > targets).any(axis=1).sum()),
+            "smaller_than_target": int((self.originals < targets).any(axis=1).sum()),
+        }
+        per_bucket = np.bincount(self.bucket_of, minlength=len(self.sizes)) // self._copies
+        names = [f"bucket_{h}x{w}" for h, w in self.sizes]
+        return counts | dict(zip(names, per_bucket.tolist(), strict=True))
+
+    def _original(self, index: int) -> Size:
+        name, head = self.records.name(index), self.records.head(index, _HEAD)
+        try:
+            return original_size(head, name)
+        except UserError:  # some formats tell their size further behind
+            return original_size(self.records[index].content, name)
+
+    def _size(self, index: int) -> Size:
+        return self.sizes[self.bucket_of[index]]
+
+    def _flipped(self, index: int) -> bool:
+        return index >= len(self.records)
+
+    def _key(self, index: int, content: bytes) -> str:
+        rule = f"|{self._size(index)}|{CROP_RULE}|{self._flipped(index)}"
+        return hashlib.sha256(hashlib.sha256(content).digest() + rule.encode()).hexdigest()
+
+
+def collate(
+    examples: Sequence[ImageExample], *, batch_rows: int, size: Size | None = None
+) -> dict[str, np.ndarray]:
+    """pixels uint8 [B, h, w, 3], time_ids float32 [B, 6] and weights float32 [B].
+
+    Rows past `examples` are padding with weight 0. Raises ValueError where sizes are mixed.
+    """
+    h, w = size or examples[0].pixels.shape[:2]
+    batch = {
+        "pixels": np.zeros((batch_rows, h, w, 3), np.uint8),
+        "time_ids": np.zeros((batch_rows, 6), np.float32),
+        "weights": np.zeros(batch_rows, np.float32),
+    }
+    for row, example in enumerate(examples):
+        batch["pixels"][row] = example.pixels
+        batch["time_ids"][row] = example.time_ids
+        batch["weights"][row] = 1
+    return batch

@@ -1,0 +1,255 @@
+"""Images: decoded upright and whole, resized without aliasing, keyed by all that counts."""
+
+import json
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxft.core.errors import UserError
+from jaxft.data.image_sources import open_images
+from jaxft.data.images import (
+    ImageSet,
+    collate,
+    decode,
+    fit,
+    original_size,
+    time_ids,
+    to_float,
+)
+
+
+def encoded(image, format="PNG", **options):
+    buffer = BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def noise(h, w, channels=3, seed=0):
+    shape = (h, w, channels) if channels > 1 else (h, w)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def pixels_of(content):
+    return np.asarray(decode(content, "a.png"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "JPEG"])
+def test_t31_exif_orientation_is_applied(orientation, format):
+    image = Image.fromarray(np.zeros((16, 32, 3), np.uint8))
+    image.paste((255, 0, 0), (0, 0, 16, 8))  # the stored top left
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(image, format, exif=exif)
+    pixels = pixels_of(content)
+    assert (
+        pixels.shape[:2]
+        == original_size(content, "a")
+        == ((16, 32) if orientation < 5 else (32, 16))
+    )
+    red = pixels[..., 0] > 127
+    corner = {
+        1: (0, 0),
+        2: (0, 1),
+        3: (1, 1),
+        4: (1, 0),
+        5: (0, 0),
+        6: (0, 1),
+        7: (1, 1),
+        8: (1, 0),
+    }
+    row, column = corner[orientation]
+    h, w = red.shape
+    assert red[
+        row * h // 2 : row * h // 2 + h // 2, column * w // 2 : column * w // 2 + w // 2
+    ].all()
+    assert red.sum() == h * w // 4
+
+
+def test_t31_alpha_is_composited_on_white():
+    rgba = np.zeros((1, 3, 4), np.uint8)
+    rgba[0, :, 0], rgba[0, :, 3] = 200, (0, 255, 51)
+    expected = [[255] * 3, [200, 0, 0], [244, 204, 204]]
+    np.testing.assert_array_equal(pixels_of(encoded(Image.fromarray(rgba)))[0], expected)
+
+
+def test_t31_transparent_palettes_and_grey_with_alpha_are_white():
+    palette = Image.fromarray(np.asarray([[0, 1]], np.uint8), "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    content = encoded(palette, transparency=0)
+    np.testing.assert_array_equal(pixels_of(content)[0], [[255] * 3, [40, 50, 60]])
+    grey = Image.fromarray(np.asarray([[[7, 0], [7, 255]]], np.uint8), "LA")
+    np.testing.assert_array_equal(pixels_of(encoded(grey))[0], [[255] * 3, [7] * 3])
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_t31_sixteen_bits_are_scaled_not_clipped(format):
+    values = np.asarray([[0, 257, 32768, 65535]], np.uint16)
+    pixels = pixels_of(encoded(Image.fromarray(values), format))
+    np.testing.assert_array_equal(pixels[0], np.asarray([0, 1, 128, 255])[:, None].repeat(3, 1))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr"])
+def test_t31_other_modes_become_rgb(mode):
+    image = Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode)
+    format = "JPEG" if mode == "YCbCr" else "TIFF" if mode == "CMYK" else "PNG"
+    pixels = pixels_of(encoded(image, format))
+    assert pixels.shape == (8, 8, 3) and (pixels > 250).all()
+
+
+def test_t31_cmyk_jpeg_keeps_its_colour():
+    content = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)
+    red = pixels_of(content)[4, 4]
+    assert red[0] > 240 and red[1] < 15 and red[2] < 15
+
+
+GIF = [Image.fromarray(noise(4, 4, seed=i)) for i in range(2)]
+WHOLE = encoded(Image.fromarray(noise(64, 64)))
+BAD = {
+    "empty": (b"", "empty"),
+    "html": (b"<html><body>404</body></html>", "starts with b'<html"),
+    "truncated png": (WHOLE[: len(WHOLE) // 2], "cannot decode"),
+    "truncated jpeg": (encoded(Image.fromarray(noise(64, 64)), "JPEG")[:1500], "truncated"),
+    "flipped byte": (WHOLE[:200] + b"\x00" * 64 + WHOLE[264:], "cannot decode"),
+    "animated": (encoded(GIF[0], "GIF", save_all=True, append_images=GIF[1:]), "animated"),
+    "float": (encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"), "float pixels"),
+    "32 bits": (encoded(Image.fromarray(np.full((2, 2), 70000, np.int32)), "TIFF"), "32-bit"),
+}
+
+
+@pytest.mark.parametrize("content, words", BAD.values(), ids=BAD)
+def test_t31_bad_images_are_one_line_naming_the_image(content, words):
+    with pytest.raises(UserError, match=words) as caught:
+        decode(content, "folder/cat.png")
+    assert str(caught.value).startswith("folder/cat.png: ") and "\n" not in str(caught.value)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded():
+    content = bytearray(encoded(Image.new("1", (20000, 10))))
+    content[16:24] = (20000).to_bytes(4, "big") * 2
+    import zlib
+
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    for read in (decode, original_size):
+        with pytest.raises(UserError, match=r"^bomb\.png: the image is too large"):
+            read(bytes(content), "bomb.png")
+
+
+def test_t31_downscaling_is_antialiased():
+    stripes = Image.fromarray(np.tile(np.asarray([[0], [255]], np.uint8), (64, 128)).T[:128])
+    small = fit(stripes.convert("RGB"), (16, 16)).pixels
+    inner = small[:, 2:-2].astype(int)
+    assert abs(inner - 127).max() <= 2  # sampling without a filter gives 0 or 255
+
+
+def test_fitting_a_crop_equals_resizing_all_and_cropping():
+    image = Image.fromarray(noise(45, 133))
+    fitted = fit(image, (24, 32))
+    whole = np.asarray(image.resize((71, 24), Image.Resampling.LANCZOS))
+    assert fitted.crop == (0, 19) and fitted.original == (45, 133) and fitted.target == (24, 32)
+    assert np.abs(fitted.pixels.astype(int) - whole[:, 19 : 19 + 32]).max() <= 1
+
+
+@pytest.mark.parametrize("h, w", [(64, 64), (1, 1), (3, 1000), (1000, 3), (65, 64), (17, 31)])
+def test_every_picture_fills_its_target(h, w):
+    fitted = fit(Image.new("RGB", (w, h), (9, 8, 7)), (16, 24))
+    assert fitted.pixels.shape == (16, 24, 3) and fitted.pixels.dtype == np.uint8
+    assert (fitted.pixels == (9, 8, 7)).all() and min(fitted.crop) >= 0
+
+
+def test_a_picture_of_the_target_size_is_unchanged():
+    image = noise(16, 24)
+    np.testing.assert_array_equal(fit(Image.fromarray(image), (16, 24)).pixels, image)
+
+
+def test_t28_time_ids_are_original_crop_target_and_the_flip_comes_before_the_crop():
+    image = Image.fromarray(noise(16, 27))
+    plain, mirrored = fit(image, (16, 16)), fit(image, (16, 16), flip=True)
+    np.testing.assert_array_equal(time_ids(plain), [16, 27, 0, 5, 16, 16])
+    assert time_ids(mirrored).tolist() == time_ids(plain).tolist()
+    assert time_ids(plain).dtype == np.float32
+    stored = np.asarray(image)
+    np.testing.assert_array_equal(plain.pixels, stored[:, 5:21])
+    np.testing.assert_array_equal(mirrored.pixels, stored[:, ::-1][:, 5:21])
+
+
+def test_to_float_spans_minus_one_to_one():
+    values = to_float(np.asarray([[[0, 255, 127]]], np.uint8))
+    assert values.dtype == np.float32 and values.ravel()[:2].tolist() == [-1, 1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = []
+    for i, (h, w) in enumerate([(64, 64), (40, 80), (80, 40), (30, 30), (64, 65)]):
+        Image.fromarray(noise(h, w, seed=i)).save(tmp_path / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+def image_set(folder, *, buckets=True, resolution=64, flips=False):
+    return ImageSet(open_images(f"folder:{folder}"), resolution, 8, buckets, flips)
+
+
+def test_examples_have_their_buckets_size(folder):
+    images = image_set(folder)
+    assert set(images.sizes) == {(64, 64), (48, 80), (80, 48)}
+    assert [images.sizes[b] for b in images.bucket_of] == [
+        (64, 64), (48, 80), (80, 48), (64, 64), (64, 64)
+    ]  # fmt: skip
+    for i, bucket in enumerate(images.bucket_of):
+        assert images[i].pixels.shape[:2] == images.sizes[bucket]
+        assert images[i].caption == images.captions[i] == f"picture {i}"
+        assert images[i].time_ids[4:].tolist() == list(images.sizes[bucket])
+    assert images.report == {
+        "images": 5, "cropped": 3, "smaller_than_target": 3,
+        "bucket_48x80": 1, "bucket_64x64": 3, "bucket_80x48": 1,
+    }  # fmt: skip
+
+
+def test_without_buckets_all_are_squares_and_no_header_is_read(folder, monkeypatch):
+    monkeypatch.setattr("jaxft.data.images.original_size", None)
+    images = image_set(folder, buckets=False)
+    assert images.sizes == ((64, 64),) and images.bucket_of.tolist() == [0] * 5
+    assert {images[i].pixels.shape for i in range(5)} == {(64, 64, 3)}
+    monkeypatch.undo()
+    assert images.report == {
+        "images": 5, "cropped": 3, "smaller_than_target": 3, "bucket_64x64": 5
+    }  # fmt: skip
+
+
+def test_flips_are_the_second_half(folder):
+    plain, flipped = image_set(folder), image_set(folder, flips=True)
+    assert len(plain) == 5 and len(flipped) == len(flipped.captions) == 10
+    assert flipped.bucket_of.tolist() == plain.bucket_of.tolist() * 2
+    np.testing.assert_array_equal(flipped[0].pixels[:, ::-1], flipped[5].pixels)
+    assert flipped.captions[7] == flipped[7].caption == "picture 2"
+    assert [flipped[i].key for i in range(5)] == [plain[i].key for i in range(5)]
+    assert flipped.report == plain.report
+
+
+def test_the_key_changes_with_all_that_determines_the_pixels(folder):
+    images = image_set(folder, flips=True)
+    keys = [images.key(i) for i in range(10)]
+    assert len(set(keys)) == 10 and keys == [images[i].key for i in range(10)]
+    assert image_set(folder, resolution=32).key(0) != keys[0]
+    assert image_set(folder, buckets=False).key(1) != keys[1]
+    assert image_set(folder, buckets=False).key(0) == keys[0]  # the same pixels
+    content = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(content + b"\0")
+    assert images.key(0) != keys[0]
+    (folder / "copy.png").write_bytes(content)
+    lines = '{"file_name": "copy.png", "text": "another caption"}'
+    (folder / "metadata.jsonl").write_text(lines)
+    assert image_set(folder, buckets=False).key(0) == keys[0]  # one entry for equal pictures
+
+
+def test_collate_pads_with_weight_zero(folder):
+    images = image_set(folder, buckets=False)
+    batch = collate([images[0], images[1]], batch_rows=3)
+    assert batch["pixels"].shape == (3, 64, 64, 3) and batch["pixels"].dtype == np.uint8
+    assert batch["weights"].tolist() == [1, 1, 0] and batch["time_ids"].shape == (3, 6)
+    np.testing.assert_array_equal(batch["pixels"][1], images[1].pixels)
