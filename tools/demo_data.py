@@ -70,9 +70,13 @@ def fetch(file_name: str, folder: Path) -> Path:
 
 def tar_files(path: Path, prefix: str) -> dict[str, bytes]:
     """The files of a .tgz whose names start with `prefix`, read without unpacking to disk."""
+    found = {}
     with tarfile.open(path) as tar:
-        members = [m for m in tar if m.isfile() and m.name.startswith(prefix)]
-        return {m.name.removeprefix(prefix): tar.extractfile(m).read() for m in members}
+        for member in tar:
+            stream = tar.extractfile(member) if member.name.startswith(prefix) else None
+            if stream is not None:  # None for folders
+                found[member.name.removeprefix(prefix)] = stream.read()
+    return found
 
 
 def emoji_of(style: str, packages: Path) -> list[Emoji]:

