@@ -29,6 +29,14 @@ class Collate(Protocol):
     def __call__(self, examples: Sequence[Any], *, batch_rows: int) -> Batch: ...
 
 
+class Batches(Protocol):
+    """Batch k as a pure function of k; indexing must be safe in threads."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
 class Layout(Protocol):
     """Which of a batch's samples (by place) share which row, the same on every process."""
 
@@ -60,8 +68,10 @@ def train_loader(
             f"batch: batch_size={batch_size} must be at most {len(dataset)}, or add data"
         )
     order = grain.MapDataset.source(range(len(dataset))).seed(seed).shuffle().repeat()
-    batches = _Batches(dataset, order, batch_size, _checked(rows, batch_size), collate_fn, layout)
-    iterator = _read_ahead(batches, threads)
+    batches = _Batches(
+        dataset, order, batch_size, checked_rows(rows, batch_size), collate_fn, layout
+    )
+    iterator = read_ahead(batches, threads)
     iterator.set_state({"next_index": start_step})
     return iterator
 
@@ -79,8 +89,8 @@ def eval_batches(
     Every process gets the same number of batches.
     """
     order = range(len(dataset))
-    batches = _Batches(dataset, order, batch_size, _checked(rows, batch_size), collate_fn)
-    return _read_ahead(batches, threads)
+    batches = _Batches(dataset, order, batch_size, checked_rows(rows, batch_size), collate_fn)
+    return read_ahead(batches, threads)
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,8 @@ class _Batches:
         return {**batch, "sample_ids": np.asarray(firsts, np.int32)}
 
 
-def _checked(rows: slice | None, batch_size: int) -> slice:
+def checked_rows(rows: slice | None, batch_size: int) -> slice:
+    """A process's slice of the batch, all of it by default; ValueError where it is none."""
     if rows is None:
         return slice(0, batch_size)
     if rows.step not in (None, 1) or not 0 <= rows.start < rows.stop <= batch_size:
@@ -130,7 +141,8 @@ def _checked(rows: slice | None, batch_size: int) -> slice:
     return rows
 
 
-def _read_ahead(batches: _Batches, threads: int) -> grain.DatasetIterator:
+def read_ahead(batches: Batches, threads: int) -> grain.DatasetIterator:
+    """The batches in order, up to 2 * `threads` of them ahead of the one that is used."""
     # Threads, never worker processes: those outlive a trainer that is killed.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
