@@ -1,9 +1,17 @@
 """Aspect-ratio buckets: which picture sizes exist, and batches of one size each."""
 
 import math
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import grain
+import numpy as np
+from jaxtyping import Int
 
 from jaxft.core.errors import UserError
+from jaxft.data.loader import Batch, Collate, Examples, checked_rows, read_ahead
 
 Size = tuple[int, int]  # height, width
 
@@ -32,3 +40,86 @@ def assign(original_size: Size, buckets: Sequence[Size]) -> int:
     ratio = math.log(original_size[0] / original_size[1])
     distances = [abs(math.log(h / w) - ratio) for h, w in buckets]
     return min(range(len(buckets)), key=distances.__getitem__)
+
+
+class BucketBatches:
+    """Which examples each batch holds: always of one bucket, for ever, from (seed, k) alone.
+
+    Every epoch is a new permutation inside the buckets and of the batches. A bucket's last batch
+    is filled up with the bucket's first examples of the epoch, so that all batches have one size.
+
+    bucket_of: int [n], the bucket of each example. batches: the number of them in an epoch.
+    repeated: how many places of an epoch hold an example for the second time or more.
+    short: the examples of each bucket that has fewer than a batch, by bucket.
+    Raises UserError for a dataset smaller than a batch.
+    """
+
+    def __init__(self, bucket_of: Int[np.ndarray, " n"], batch_size: int, seed: int):
+        n = len(bucket_of)
+        if batch_size < 1 or n < batch_size:
+            raise UserError(
+                f"the dataset has {n} images, {batch_size - n} fewer than one batch: "
+                f"batch_size={batch_size} must be from 1 to {n}, or add images"
+                if n
+                else "the dataset has 0 images: expected at least one batch of them"
+            )
+        self.batch_size, self._seed = batch_size, seed
+        self._members = [np.flatnonzero(bucket_of == bucket) for bucket in np.unique(bucket_of)]
+        self.batches = sum(-(-len(ids) // batch_size) for ids in self._members)
+        self.repeated = self.batches * batch_size - n
+        self.short = {
+            int(bucket_of[ids[0]]): len(ids) for ids in self._members if len(ids) < batch_size
+        }
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)  # threads may straddle two
+
+    def plan(self, k: int) -> Int[np.ndarray, " batch_size"]:
+        """The int32 ids of batch k's examples."""
+        epoch, place = divmod(k, self.batches)
+        return self._epoch(epoch)[place]
+
+    def _make_epoch(self, epoch: int) -> Int[np.ndarray, "batches batch_size"]:
+        rng = np.random.default_rng([self._seed, epoch])
+        rows = []
+        for ids in self._members:
+            count = -(-len(ids) // self.batch_size)
+            order = np.resize(rng.permutation(ids), (count, self.batch_size))  # repeats from start
+            rows.append(order.astype(np.int32))
+        return rng.permutation(np.concatenate(rows))
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """Batch k by its plan, this process's rows of it."""
+
+    dataset: Examples
+    plan: BucketBatches
+    rows: slice
+    collate_fn: Collate
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Batch:
+        ids = self.plan.plan(index)[self.rows]
+        batch = self.collate_fn([self.dataset[int(i)] for i in ids], batch_rows=len(ids))
+        return {**batch, "sample_ids": ids.astype(np.int32)}
+
+
+def bucket_loader(
+    dataset: Examples,
+    plan: BucketBatches,
+    *,
+    start_step: int,
+    collate_fn: Collate,
+    rows: slice | None = None,
+    threads: int = 2,
+) -> grain.DatasetIterator:
+    """Endless host batches of one bucket each from step `start_step` on, read ahead in threads.
+
+    As `train_loader`: `rows` is this process's slice of every batch, sample_ids int32 [rows] tell
+    the examples, and starting late costs nothing.
+    """
+    rows = checked_rows(rows, plan.batch_size)
+    iterator = read_ahead(_Planned(dataset, plan, rows, collate_fn), threads)
+    iterator.set_state({"next_index": start_step})
+    return iterator
