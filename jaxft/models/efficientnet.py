@@ -1,0 +1,186 @@
+"""EfficientNet-Lite0, a small frozen ImageNet network: features for image metrics and losses."""
+
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxft.nn.conv import WHOLE
+from jaxft.weights.rules import Rule
+
+EPS = 1e-3  # of every norm, as TensorFlow's EfficientNets have it
+IMAGE_SIZE = 224  # what it was trained on
+STEM, HEAD = 32, 1280
+
+
+class Stage(NamedTuple):
+    """Blocks of one width: how many, kernel size, first stride, expansion, channels out."""
+
+    blocks: int
+    size: int
+    stride: int
+    expansion: int
+    width: int
+
+
+# Tan & Le 2019, arXiv:1905.11946, table 1; "lite" has no squeeze-and-excitation, and ReLU6.
+STAGES = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(2, 3, 2, 6, 24),
+    Stage(2, 5, 2, 6, 40),
+    Stage(3, 3, 2, 6, 80),
+    Stage(3, 5, 1, 6, 112),
+    Stage(4, 5, 2, 6, 192),
+    Stage(1, 3, 1, 6, 320),
+)
+# The last block at each resolution (1/2, 1/4, ... 1/32 of the image) and its channels.
+TAPS = {0: 16, 2: 24, 4: 40, 10: 112, 15: 320}
+
+
+class SameConv(nnx.Module):
+    """A convolution without bias, padded as TensorFlow's "same"; `groups` = inputs is depthwise.
+
+    Whole on every device and without a LoRA slot: it is never trained.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        key: PRNGKeyArray,
+        stride: int = 1,
+        groups: int = 1,
+    ):
+        shape = (size, size, inputs // groups, outputs)
+        std = (2 / (size * size * inputs // groups)) ** 0.5
+        kernel = std * jax.random.normal(key, shape)
+        self.kernel = nnx.Param(kernel, axes=WHOLE, inputs=3)
+        self.stride, self.groups = stride, groups
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        return jax.lax.conv_general_dilated(
+            x,
+            self.kernel[...].astype(x.dtype),
+            (self.stride, self.stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+
+
+class FrozenNorm(nnx.Module):
+    """Batch norm with its stored statistics: (x - mean) / sqrt(var + EPS) * scale + bias.
+
+    Ioffe & Szegedy 2015, arXiv:1502.03167, inference form; the two factors are made in fp32.
+    """
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones((channels,)), axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros((channels,)), axes=("norm",))
+        self.mean = nnx.Param(jnp.zeros((channels,)), axes=("norm",))
+        self.var = nnx.Param(jnp.ones((channels,)), axes=("norm",))
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        wide = [p[...].astype(jnp.float32) for p in (self.scale, self.bias, self.mean, self.var)]
+        scale, bias, mean, var = wide
+        factor = scale * jax.lax.rsqrt(var + EPS)
+        return x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """Widen, convolve each channel, narrow; plus x where neither size nor width changes."""
+
+    def __init__(self, inputs: int, stage: Stage, stride: int, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 3)
+        wide = inputs * stage.expansion
+        expands = stage.expansion > 1
+        self.expand_conv = nnx.data(SameConv(inputs, wide, 1, key=keys[0]) if expands else None)
+        self.bn0 = nnx.data(FrozenNorm(wide) if expands else None)
+        self.depthwise_conv = SameConv(
+            wide, wide, stage.size, key=keys[1], stride=stride, groups=wide
+        )
+        self.bn1 = FrozenNorm(wide)
+        self.project_conv = SameConv(wide, stage.width, 1, key=keys[2])
+        self.bn2 = FrozenNorm(stage.width)
+        self.residual = stride == 1 and inputs == stage.width
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        y = x
+        if self.expand_conv is not None and self.bn0 is not None:
+            y = jax.nn.relu6(self.bn0(self.expand_conv(y)))
+        y = jax.nn.relu6(self.bn1(self.depthwise_conv(y)))
+        y = self.bn2(self.project_conv(y))
+        return x + y if self.residual else y
+
+
+class EfficientNetLite0(nnx.Module):
+    """The whole network without its classifier; it computes in the dtype of its input.
+
+    Images are (B, Y, X, 3) within [-1, 1], of any size.
+    """
+
+    name: ClassVar[str] = "effnet-lite0"
+
+    def __init__(self, *, key: PRNGKeyArray):
+        keys = iter(jax.random.split(key, 2 + sum(stage.blocks for stage in STAGES)))
+        self.conv_stem = SameConv(3, STEM, 3, key=next(keys), stride=2)
+        self.bn0 = FrozenNorm(STEM)
+        blocks, width = [], STEM
+        for stage in STAGES:
+            for i in range(stage.blocks):
+                stride = stage.stride if i == 0 else 1
+                blocks.append(Block(width, stage, stride, key=next(keys)))
+                width = stage.width
+        self.blocks = nnx.List(blocks)
+        self.conv_head = SameConv(width, HEAD, 1, key=next(keys))
+        self.bn1 = FrozenNorm(HEAD)
+
+    def stages(self, images: Float[Array, "B Y X C"]) -> tuple[Float[Array, "B _ _ _"], ...]:
+        """The last block's output at each of five resolutions, 1/2 to 1/32; nothing is resized."""
+        x = (images * 127.5 + 0.5) / 128  # [-1, 1] to 0...255, then (x - 127) / 128
+        x = jax.nn.relu6(self.bn0(self.conv_stem(x)))
+        found = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in TAPS:
+                found.append(x)
+        return tuple(found)
+
+    def heads(self) -> tuple[Float[Array, "C"], ...]:
+        """The weight of each channel of each stage in a perceptual distance: their mean."""
+        return tuple(jnp.full((width,), 1 / width) for width in TAPS.values())
+
+    def features(self, images: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        """The map before the classifier's pooling, 1/32 of the image, 1280 channels."""
+        return jax.nn.relu6(self.bn1(self.conv_head(self.stages(images)[-1])))
+
+    def pooled(self, images: Float[Array, "B Y X C"]) -> Float[Array, "B F"]:
+        """(B, 1280) features of images `resized` to what the network was trained on."""
+        return jnp.mean(self.features(resized(images)), axis=(1, 2))
+
+
+def resized(images: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 C"]:
+    """Images at 224x224: bilinear with half-pixel centres, antialiased where that shrinks them.
+
+    torch's interpolate(antialias=True), without its rounding of bytes to whole grey levels. Sides
+    that differ are squeezed, not cropped.
+    """
+    size = (images.shape[0], IMAGE_SIZE, IMAGE_SIZE, images.shape[-1])
+    return jax.image.resize(images, size, "bilinear", antialias=True)
+
+
+_CONV = "o i y x -> y x i o"
+_NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+RULES = (
+    Rule("_conv_{pq}.weight", "conv_{pq}.kernel", _CONV),
+    Rule("_blocks.{n}._{pq}_conv.weight", "blocks.{n}.{pq}_conv.kernel", _CONV),
+    *(Rule(f"_bn{{k}}.{old}", f"bn{{k}}.{new}") for old, new in _NORM.items()),
+    *(Rule(f"_blocks.{{n}}._bn{{k}}.{old}", f"blocks.{{n}}.bn{{k}}.{new}")
+      for old, new in _NORM.items()),
+)  # fmt: skip
+SIZES: dict[str, int] = {}  # the layouts name no dim
+IGNORE = (r"_fc\..*", r".*\.num_batches_tracked")  # the classifier, and what only training needs
