@@ -1,12 +1,16 @@
 """Where pictures come from: one spec string names one random-access set of captioned images."""
 
-from collections.abc import Sequence
+import glob
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from jaxft.core.errors import UserError
-from jaxft.data.sources import DEMO_FOLDER, JsonlRecords
+from jaxft.data.image_tables import open_table
+from jaxft.data.sources import _TFDS_SPEC, DEMO_FOLDER, JsonlRecords
 
 SCHEMES = "folder:PATH, wds:TARS, hf:PATH, tfds:NAME[:SPLIT][@DATA_DIR] or demo:emoji/train"
 CAPTION_KEYS = ("text", "caption")
@@ -79,6 +83,12 @@ def open_images(spec: str, captions: bool = True) -> Records:
             names = " or ".join(f"demo:{name}" for name in DEMO_SETS)
             raise UserError(f"unknown demo images {spec!r}: expected {names}")
         source = _open_folder(spec, DEMO_FOLDER / rest, captions)
+    elif scheme == "wds" and rest:
+        source = _open_tars(spec, rest, captions)
+    elif scheme == "hf" and rest:
+        source = _open_tables(spec, Path(rest).expanduser(), captions)
+    elif scheme == "tfds" and rest:
+        source = _open_tfds(spec, rest, captions)
     else:
         hint = f"; did you mean folder:{spec}?" if Path(spec).expanduser().is_dir() else ""
         raise UserError(f"unknown image source {spec!r}: expected {SCHEMES}{hint}")
@@ -93,7 +103,7 @@ def caption_of(record: dict[str, Any], where: str, captions: bool) -> str:
         value = record.get(key)
         if isinstance(value, str) and (value.strip() or not captions):
             return value.strip()
-        if value is not None:
+        if value is not None and (captions or not isinstance(value, str)):
             found = f"found {str(value)[:40]!r}"
             raise UserError(f"{where}: caption {key!r} must be a text that is not empty, {found}")
     if captions:
@@ -174,3 +184,177 @@ def _caption_beside(path: Path, captions: bool) -> str:
     if captions and not text:
         raise UserError(f"{beside} is empty: expected the caption of {path.name}")
     return text
+
+
+class _Member(NamedTuple):
+    """A picture in a tar: (first byte, size) of it and of its caption, whose name may be ""."""
+
+    tar: Path
+    name: str
+    image: tuple[int, int]
+    caption_name: str
+    caption: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Tars:
+    """Members of webdataset tars, read in place by offset."""
+
+    members: Sequence[_Member]
+    captions: bool
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def name(self, index: int, /) -> str:
+        member = self.members[index]
+        return f"{member.tar}:{member.name}"
+
+    def caption(self, index: int, /) -> str:
+        member = self.members[index]
+        if not member.caption_name:
+            return ""
+        where = f"{member.tar}:{member.caption_name}"
+        try:
+            text = _read_span(member.tar, *member.caption).decode().removeprefix("\ufeff").strip()
+            record = json.loads(text) if member.caption_name.endswith(".json") else {"text": text}
+        except ValueError as error:
+            raise UserError(f"{where}: the caption is unreadable ({error})") from None
+        if not isinstance(record, dict):
+            raise UserError(f'{where}: expected a JSON object such as {{"caption": "..."}}')
+        return caption_of(record, where, self.captions)
+
+    def content(self, index: int, limit: int, /) -> bytes:
+        tar, (start, size) = self.members[index].tar, self.members[index].image
+        return _read_span(tar, start, size if limit < 0 else min(size, limit))
+
+
+def _read_span(path: Path, start: int, size: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            data = file.read(size)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    if len(data) < size:
+        raise UserError(f"{path} ends at byte {start + len(data)}: it was cut since it was opened")
+    return data
+
+
+def _open_tars(spec: str, pattern: str, captions: bool) -> _Tars:
+    paths = [Path(p) for p in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))]
+    if not paths:
+        raise UserError(f"no file matches {pattern} ({spec}): expected tars such as shard-*.tar")
+    members = [m for path in paths for m in _index_tar(path, captions)]
+    return _Tars(members, captions)
+
+
+def _index_tar(path: Path, captions: bool) -> Iterator[_Member]:
+    """Group a tar's members by their path up to the first dot of the file name."""
+    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                folder, slash, file = info.name.rpartition("/")
+                stem, _, suffix = file.partition(".")
+                if info.isreg() and stem:
+                    groups.setdefault(f"{folder}{slash}{stem}", {})[suffix.lower()] = info
+            end = tar.offset
+        # A damaged header ends the loop above like the end of the tar, which is a block of zeros.
+        if any(_read_span(path, end, min(tarfile.BLOCKSIZE, path.stat().st_size - end))):
+            raise tarfile.ReadError(f"no member and no end at byte {end}")
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(
+            f"cannot read {path} as an uncompressed tar: {error}: expected whole files; make or "
+            "fetch it again"
+        ) from None
+    for group in groups.values():
+        if member := _member(path, group, captions):
+            yield member
+
+
+def _member(path: Path, group: dict[str, tarfile.TarInfo], captions: bool) -> _Member | None:
+    """The picture of a group and its caption; None where the group has no picture."""
+    suffixes = sorted((suffix.count("."), suffix) for suffix in group)
+    images = [s for _, s in suffixes if f".{s}".endswith(SUFFIXES)]
+    if not images:
+        return None
+    image = group[images[0]]
+    text = next((group[s] for s in ("txt", "json") if s in group), None)
+    if text is None and captions:
+        raise UserError(
+            f"{path}:{image.name} has no caption: expected a .txt or .json member of its name"
+        )
+    span = (text.offset_data, text.size) if text else (0, 0)
+    name = text.name if text else ""
+    return _Member(path, image.name, (image.offset_data, image.size), name, span)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a table: image(i) is bytes or {"bytes", "path"}, text(i) the caption."""
+
+    spec: str
+    folder: Path
+    n: int
+    image: Callable[[int], Any]
+    text: Callable[[int], Any]
+    captions: bool
+
+    def __len__(self) -> int:
+        return self.n
+
+    def name(self, index: int, /) -> str:
+        return f"{self.spec} row {index}"
+
+    def caption(self, index: int, /) -> str:
+        return caption_of({"text": self.text(index)}, self.name(index), self.captions)
+
+    def content(self, index: int, limit: int, /) -> bytes:
+        value = self.image(index)
+        if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
+            return _Files([self.folder / value["path"]], [""]).content(0, limit)
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(content, bytes):
+            raise UserError(f"{self.name(index)}: the image is missing: expected its bytes")
+        return content
+
+
+def _open_tables(spec: str, path: Path, captions: bool) -> _Rows:
+    table = open_table(spec, path, CAPTION_KEYS if captions else ())
+    folder = path if path.is_dir() else path.parent
+    return _Rows(spec, folder, len(table), table.image, table.text, captions)
+
+
+def _open_tfds(spec: str, rest: str, captions: bool) -> _Rows:
+    """A TFDS split, its pictures left encoded: TFDS would drop their orientation."""
+    match = _TFDS_SPEC.fullmatch(rest)
+    if match is None:
+        raise UserError(f"cannot read {spec!r}: expected tfds:NAME[:SPLIT][@DATA_DIR]")
+    try:
+        import tensorflow_datasets as tfds
+
+        where: Any = {"split": match["split"] or "train", "data_dir": match["folder"]}
+        probe: Any = tfds.data_source(match["name"], **where)
+        features: Any = probe.dataset_info.features
+        images = [key for key, f in features.items() if isinstance(f, tfds.features.Image)]
+        if not images:
+            raise UserError(f"no image among its features {', '.join(features)}")
+        skip = {images[0]: tfds.decode.SkipDecoding()}  # type: ignore[call-arg]
+        source: Any = tfds.data_source(match["name"], **where, decoders=skip)
+    except Exception as error:  # TFDS raises many kinds; each becomes one line
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")
+        raise UserError(
+            f"cannot open {spec!r}: {type(error).__name__}: {reason}; expected a prepared TFDS "
+            "dataset of images in array_record or parquet format, and one of its splits"
+        ) from error
+    key = next((k for k in (*CAPTION_KEYS, "label") if k in features), None)
+    named = getattr(features[key], "int2str", None) if key else None
+
+    def text(index: int) -> Any:
+        value = source[index][key] if key else None
+        if isinstance(value, bytes):
+            return value.decode(errors="replace")
+        return named(int(value)) if named and value is not None else value
+
+    return _Rows(spec, Path(), len(source), lambda i: source[i][images[0]], text, captions)
