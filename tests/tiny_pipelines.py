@@ -34,8 +34,8 @@ LEVELS = {
         "transformer_layers_per_block": (1, 2),
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 4,
-        "projection_class_embeddings_input_dim": 40,
-        "cross_attention_dim": 32,
+        "projection_class_embeddings_input_dim": 44,
+        "cross_attention_dim": 40,
         "use_linear_projection": True,
     },
 }
@@ -104,7 +104,8 @@ def make_pipeline(work, family="sd", prediction="epsilon", text=None, **unet):
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    second = text_encoder(vocab, CLIPTextModelWithProjection, hidden_act="gelu")
+    wider = {"hidden_act": "gelu", "hidden_size": 24, "projection_dim": 20}
+    second = text_encoder(vocab, CLIPTextModelWithProjection, **wider)
     scheduler = EulerDiscreteScheduler(**BETAS, prediction_type=prediction)
     return StableDiffusionXLPipeline(
         **parts, text_encoder_2=second, tokenizer_2=tokenizer, scheduler=scheduler

@@ -300,13 +300,12 @@ def must_rewrite(pipeline: Pipeline) -> frozenset[str]:
     return frozenset(
         name
         for name, source in pipeline.components.items()
-        if (name in TEXT_ENCODERS and _lacks_prefix(source.tensors)) or _lacks_format(source)
+        if _lacks_prefix(source.tensors) or _lacks_format(source)
     )
 
 
 def _lacks_prefix(tensors: Tensors | None) -> bool:
-    names = [] if tensors is None else tensors.keys()
-    return bool(names) and not any(key.startswith(LEGACY) for key in names)
+    return tensors is not None and "embeddings.token_embedding.weight" in tensors.keys()  # noqa: SIM118
 
 
 def _lacks_format(source: Source) -> bool:
@@ -336,7 +335,7 @@ class Renamed:
 
 
 def legacy_part(one: Part) -> Part:
-    """The text encoder's Part with every key as transformers 4 has it, whoever saved the source."""
+    """A Part whose text encoder has the keys of transformers 4, whoever saved it; others as is."""
     if one.tensors is None or not _lacks_prefix(one.tensors):
         return one
     names = one.tensors.keys()
