@@ -1,6 +1,8 @@
 """Images: decoded upright and whole, resized without aliasing, keyed by all that counts."""
 
 import json
+import struct
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -13,6 +15,7 @@ from jaxft.data.images import (
     ImageSet,
     collate,
     decode,
+    drop_bad,
     fit,
     original_size,
     time_ids,
@@ -113,7 +116,9 @@ BAD = {
     "truncated png": (WHOLE[: len(WHOLE) // 2], "cannot decode"),
     "truncated jpeg": (encoded(Image.fromarray(noise(64, 64)), "JPEG")[:1500], "truncated"),
     "flipped byte": (WHOLE[:200] + b"\x00" * 64 + WHOLE[264:], "cannot decode"),
-    "animated": (encoded(GIF[0], "GIF", save_all=True, append_images=GIF[1:]), "animated"),
+    "gif": (encoded(GIF[0], "GIF", save_all=True, append_images=GIF[1:]), "animated"),
+    "apng": (encoded(GIF[0], "PNG", save_all=True, append_images=GIF[1:]), "animated"),
+    "webp": (encoded(GIF[0], "WEBP", save_all=True, append_images=GIF[1:]), "animated"),
     "float": (encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"), "float pixels"),
     "32 bits": (encoded(Image.fromarray(np.full((2, 2), 70000, np.int32)), "TIFF"), "32-bit"),
 }
@@ -126,11 +131,26 @@ def test_t31_bad_images_are_one_line_naming_the_image(content, words):
     assert str(caught.value).startswith("folder/cat.png: ") and "\n" not in str(caught.value)
 
 
+def test_t31_two_pictures_in_one_file_give_the_first():
+    pictures = [Image.fromarray(noise(16, 16, seed=i)) for i in range(2)]  # as phones write
+    content = encoded(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
+    np.testing.assert_array_equal(pixels_of(content), pixels_of(encoded(pictures[0], "JPEG")))
+
+
+def test_t31_sixteen_bit_colours_with_alpha_are_scaled():
+    row = b"\0" + struct.pack(">8H", 0, 32768, 65535, 65535, 9, 9, 9, 0)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 6, 0, 0, 0))]
+    chunks += [(b"IDAT", zlib.compress(row)), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks:
+        content += struct.pack(">I", len(data)) + kind + data
+        content += struct.pack(">I", zlib.crc32(kind + data))
+    np.testing.assert_array_equal(pixels_of(content)[0], [[0, 128, 255], [255] * 3])
+
+
 def test_a_decompression_bomb_is_refused_before_it_is_decoded():
     content = bytearray(encoded(Image.new("1", (20000, 10))))
     content[16:24] = (20000).to_bytes(4, "big") * 2
-    import zlib
-
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     for read in (decode, original_size):
         with pytest.raises(UserError, match=r"^bomb\.png: the image is too large"):
@@ -253,3 +273,26 @@ def test_collate_pads_with_weight_zero(folder):
     assert batch["pixels"].shape == (3, 64, 64, 3) and batch["pixels"].dtype == np.uint8
     assert batch["weights"].tolist() == [1, 1, 0] and batch["time_ids"].shape == (3, 6)
     np.testing.assert_array_equal(batch["pixels"][1], images[1].pixels)
+
+
+def test_a_size_behind_a_long_header_is_found(folder):
+    picture = Image.fromarray(noise(40, 80))
+    content = encoded(picture, "JPEG", icc_profile=bytes(200_000))
+    (folder / "0.png").write_bytes(content)
+    assert image_set(folder).originals[0].tolist() == [40, 80]
+
+
+def test_bad_pictures_are_left_out_and_listed(folder, tmp_path):
+    whole = open_images(f"folder:{folder}")
+    assert len(drop_bad(whole, tmp_path / "bad.jsonl")) == 5
+    assert not (tmp_path / "bad.jsonl").exists()
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:-100])
+    kept = drop_bad(whole, tmp_path / "bad.jsonl", limit=0.2)
+    assert [kept.caption(i) for i in range(4)] == [f"picture {i}" for i in (0, 2, 3, 4)]
+    assert [kept[i] for i in range(4)] == [whole[i] for i in (0, 2, 3, 4)]
+    images = ImageSet(kept, 64, 8, True)
+    assert len(images) == 4 and images[1].pixels.shape == (80, 48, 3)
+    line = json.loads((tmp_path / "bad.jsonl").read_text())
+    assert line["name"] == str(folder / "1.png") and "cannot decode" in line["error"]
+    with pytest.raises(UserError, match=r"1 of 5 images of .* more than 1%.*1\.png: cannot decode"):
+        drop_bad(whole, None)

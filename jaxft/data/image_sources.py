@@ -64,8 +64,32 @@ class Records:
         """At least the first `limit` bytes of the picture's file, if it is that long."""
         return self.source.content(index, limit)
 
+    def keep(self, indices: Sequence[int]) -> "Records":
+        """The records of these indices, in their order."""
+        return Records(self.spec, _Kept(self.source, indices))
+
     def __repr__(self) -> str:
         return f"Records({self.spec!r}, {len(self)} images)"
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Some of a source's pictures."""
+
+    source: Source
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int, /) -> str:
+        return self.source.name(self.indices[index])
+
+    def caption(self, index: int, /) -> str:
+        return self.source.caption(self.indices[index])
+
+    def content(self, index: int, limit: int, /) -> bytes:
+        return self.source.content(self.indices[index], limit)
 
 
 def open_images(spec: str, captions: bool = True) -> Records:

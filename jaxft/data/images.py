@@ -1,11 +1,13 @@
 """From an image file's bytes to pixels of one size, with what determines them as a key."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ from jaxft.core.errors import UserError
 from jaxft.data.buckets import Size, assign, make_buckets
 from jaxft.data.image_sources import Records
 
-CROP_RULE = "cover, lanczos, centre; 1"  # a part of every key: change it when `fit` changes
+PIXEL_RULE = "cover, lanczos, centre; 1"  # in every key: change it when `decode` or `fit` change
 _ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")  # MPO and TIFF hold further pictures, no frames
 _ORIENTATION = 0x0112
 _HEAD = 1 << 16
@@ -111,6 +113,37 @@ def original_size(head: bytes, name: str) -> Size:
     except Exception as error:  # Pillow raises many kinds; each becomes one line
         raise _unreadable(head, name, error) from error
     return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def drop_bad(
+    records: Records, report: Path | None, limit: float = 0.01, threads: int = 4
+) -> Records:
+    """The pictures that decode; each of the others is a {"name", "error"} line of `report`.
+
+    Decodes every picture once, the same way on every host; one of them writes the report. Raises
+    UserError, which counts the bad ones and names the first, above a fraction of `limit`.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        errors = list(pool.map(lambda index: _error(records, index), range(len(records))))
+    bad = [(records.name(index), error) for index, error in enumerate(errors) if error]
+    if report is not None and bad:
+        lines = (json.dumps({"name": name, "error": error}) + "\n" for name, error in bad)
+        report.write_text("".join(lines))
+    if len(bad) > limit * len(records):
+        raise UserError(
+            f"{len(bad)} of {len(records)} images of {records.spec!r} are bad, more than "
+            f"{limit:.0%}: repair or remove them; the first: {bad[0][1]}"
+        )
+    return records.keep([index for index, error in enumerate(errors) if not error])
+
+
+def _error(records: Records, index: int) -> str:
+    try:
+        record = records[index]
+        decode(record.content, record.name)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def fit(image: Image.Image, size: Size, flip: bool = False) -> Fitted:
@@ -235,7 +268,7 @@ class ImageSet:
         return index >= len(self.records)
 
     def _key(self, index: int, content: bytes) -> str:
-        rule = f"|{self._size(index)}|{CROP_RULE}|{self._flipped(index)}"
+        rule = f"|{self._size(index)}|{PIXEL_RULE}|{self._flipped(index)}"
         return hashlib.sha256(hashlib.sha256(content).digest() + rule.encode()).hexdigest()
 
 
