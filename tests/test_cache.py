@@ -43,15 +43,17 @@ def test_arrays_come_back_bit_for_bit_before_and_after_reopening(tmp_path):
     for i in range(5):
         cache.put(f"k{i}", arrays(i, size=i + 1))
     cache.put("odd", odd)
+    cache.put("nothing", {"none": np.zeros((0, 3), np.float32)})
     cache.put("bits", with_bits)
     for store in (cache, None):
         if store is None:
             cache.flush()
             store = ArrayCache(tmp_path, "vae 1")
-        assert len(store) == 7 and "k4" in store and "k5" not in store
+        assert len(store) == 8 and "k4" in store and "k5" not in store
         for i in range(5):
             assert_same(store.get(f"k{i}"), arrays(i, size=i + 1))
         assert_same(store.get("odd"), odd)
+        assert store.get("nothing")["none"].shape == (0, 3)
         assert_same(store.get("bits"), with_bits)
         with pytest.raises(KeyError):
             store.get("k5")
@@ -230,6 +232,18 @@ def test_damaged_data_and_nan_are_refused(tmp_path):
     path.write_bytes(b"\xff" + path.read_bytes()[1:])
     with pytest.raises(UserError, match=r"host-00000-00000\.bin is damaged at byte 0: delete"):
         ArrayCache(tmp_path, "n").get("k")
+    path.unlink()  # as the message says
+    again = ArrayCache(tmp_path, "n")
+    assert len(again) == 0
+    again.put("k", arrays(2))
+    again.close()
+    assert_same(ArrayCache(tmp_path, "n").get("k"), arrays(2))
+
+
+def test_a_cache_of_nothing_but_empty_arrays_reads(tmp_path):
+    cache = ArrayCache(tmp_path, "n")
+    cache.put("k", {"none": np.zeros(0, np.float32)})
+    assert cache.get("k")["none"].shape == (0,)
 
 
 BUCKETS = np.arange(9) % 2

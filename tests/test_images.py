@@ -273,6 +273,12 @@ def test_collate_pads_with_weight_zero(folder):
     assert batch["pixels"].shape == (3, 64, 64, 3) and batch["pixels"].dtype == np.uint8
     assert batch["weights"].tolist() == [1, 1, 0] and batch["time_ids"].shape == (3, 6)
     np.testing.assert_array_equal(batch["pixels"][1], images[1].pixels)
+    empty = collate([], batch_rows=2, size=images.sizes[0])
+    assert empty["pixels"].shape == (2, 64, 64, 3) and not empty["weights"].any()
+    with pytest.raises(ValueError, match="pass size"):
+        collate([], batch_rows=2)
+    with pytest.raises(ValueError, match="broadcast"):
+        collate([images[0], image_set(folder)[1]], batch_rows=2)
 
 
 def test_a_size_behind_a_long_header_is_found(folder):

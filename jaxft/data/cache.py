@@ -88,7 +88,7 @@ class ArrayCache:
         self._writer: _Writer | None = None
         with self._disk_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.refresh()
+        self.refresh()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -107,7 +107,8 @@ class ArrayCache:
         entry = self._entries[key]
         shard = self._shards[entry.shard]
         size = sum(_n_bytes(dtype, shape) for _, dtype, shape in entry.layout)
-        data = self._mapped(shard, entry.offset + size)[entry.offset : entry.offset + size]
+        stop = entry.offset + size
+        data = self._mapped(shard, stop)[entry.offset : stop] if size else b""
         if zlib.crc32(data) != entry.checksum:
             raise UserError(f"{shard.data} is damaged at byte {entry.offset}: delete the file")
         arrays, start = {}, 0
@@ -152,7 +153,7 @@ class ArrayCache:
 
     def refresh(self) -> None:
         """Read what other processes have added since."""
-        with self._lock:
+        with self._lock, self._disk_errors():
             known = {shard.index: shard for shard in self._shards}
             for path in sorted(self.folder.glob("host-*.jsonl")):
                 if path not in known:

@@ -277,8 +277,11 @@ def collate(
 ) -> dict[str, np.ndarray]:
     """pixels uint8 [B, h, w, 3], time_ids float32 [B, 6] and weights float32 [B].
 
-    Rows past `examples` are padding with weight 0. Raises ValueError where sizes are mixed.
+    Rows past `examples` are padding with weight 0. Without `size` it is the first example's.
+    Raises ValueError where sizes are mixed, or where nothing tells the size.
     """
+    if size is None and not examples:
+        raise ValueError("no example tells the size of an empty batch: pass size=(h, w)")
     h, w = size or examples[0].pixels.shape[:2]
     batch = {
         "pixels": np.zeros((batch_rows, h, w, 3), np.uint8),
