@@ -31,12 +31,14 @@ def _main(argv: list[str]) -> None:
     options, _ = configs.parse_arguments(argv, ("workdir", "step", "out", "kind", "dtype"))
     if "workdir" not in options:
         raise UserError("--workdir is missing: python -m jaxft.export --workdir DIR")
-    dtypes, kinds = configs.CHOICES["export.dtype"], ("merged", "adapter")
-    if options.get("kind", "merged") not in kinds or options.get("dtype", "source") not in dtypes:
-        raise UserError(f"--kind is one of {', '.join(kinds)}; --dtype of {', '.join(dtypes)}")
+    dtypes = configs.CHOICES["export.dtype"]
+    if options.get("dtype", "source") not in dtypes:
+        raise UserError(f"--dtype={options['dtype']!r} is not one of {', '.join(dtypes)}")
     workdir = Path(options["workdir"])
     run, params, step = runs.restore_run(workdir, runs.step_option(options))
     kind = options.get("kind", run.cfg.export.kind)
+    if kind not in (kinds := [kind for kind in run.task.EXPORT_KINDS if kind != "none"]):
+        raise UserError(f"--kind={kind!r} is not one of {', '.join(kinds)}")
     out = Path(options.get("out", workdir / "export"))
     with jax.set_mesh(run.mesh):
         export_folder(run, params, out, kind, options.get("dtype", run.cfg.export.dtype))
@@ -46,9 +48,10 @@ def _main(argv: list[str]) -> None:
 def export_folder(
     run: Run, params: Mapping[str, jax.Array], out: Path, kind: str, dtype: str
 ) -> None:
-    """Write a Hugging Face folder ("merged") or a PEFT folder ("adapter") and rename it in place.
+    """Write what `kind` names and rename it in place.
 
-    `params` holds at least what was trained. Nothing stands under `out` until all is written.
+    "merged" and "folder" are a Hugging Face folder, "adapter" a PEFT folder. `params` holds at
+    least what was trained. Nothing stands under `out` until all is written.
     """
     if kind == "adapter" and not run.cfg.lora.rank:
         raise UserError("export.kind='adapter' needs lora.rank > 0; use export.kind='merged'")
@@ -57,9 +60,11 @@ def export_folder(
         shutil.rmtree(stale)
     temporary.mkdir(parents=True)
     write = _write_adapter if kind == "adapter" else _write_merged
-    for part in run.task.parts:
+    rewritten = [part for part in run.task.parts if not part.aid and _touched(run, part, dtype)]
+    for part in rewritten:
         write(run, part, params, temporary, dtype)
-    for name, content in run.task.side_files(None if dtype == "source" else dtype).items():
+    stated = None if dtype == "source" else dtype
+    for name, content in run.task.side_files(stated, {part.prefix for part in rewritten}).items():
         if kind == "adapter" and name in ("config.json", "generation_config.json"):
             continue
         _copy(content, temporary / name)
@@ -73,7 +78,14 @@ def _write_merged(run: Run, part: Part, params: Mapping, folder: Path, dtype: st
     whole = part.tensors is None
     trained = {p: params[p] for p in run.leaves if whole or p in run.chosen}
     made = transfer.export(part, run.leaves, trained, _deltas(run, params), np_dtype)
-    write_sharded(folder, made.tensors, made.infos)
+    (folder / part.folder).mkdir(exist_ok=True)
+    write_sharded(folder / part.folder, made.tensors, made.infos, stem=part.stem)
+
+
+def _touched(run: Run, part: Part, dtype: str) -> bool:
+    """Whether a part's files differ from the source's; the others are copied as they are."""
+    trained = any(path.startswith(part.prefix) for path in run.chosen)
+    return trained or part.tensors is None or dtype != "source" or not part.prefix
 
 
 def _deltas(run: Run, params: Mapping) -> dict[str, Callable[[int], np.ndarray]]:

@@ -55,11 +55,15 @@ def open_run(config: Mapping[str, Any]) -> Run:
     runtime.start()
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     _check_batch(cfg, mesh)
+    if cfg.export.kind not in (kinds := cls.EXPORT_KINDS):
+        raise UserError(f"export.kind={cfg.export.kind!r} is not one of {', '.join(kinds)}")
     task: Task = cls(cfg)
     leaves = describe(task.template)
     pattern = task.cfg.trainable or (ADAPTERS if task.cfg.lora.rank else ".*")
     shardings = sharding.shardings(leaves, mesh)
-    return Run(task.cfg, task, mesh, leaves, shardings, select(pattern, leaves))
+    aids = tuple(part.prefix for part in task.parts if part.aid)
+    can_train = {path: leaf for path, leaf in leaves.items() if not path.startswith(aids)}
+    return Run(task.cfg, task, mesh, leaves, shardings, select(pattern, can_train))
 
 
 def make_plan(run: Run) -> Plan:
@@ -90,8 +94,8 @@ def load_params(run: Run, wanted: set[str] | None = None) -> Params:
     dtype = runtime.resolve_dtype(run.cfg.param_dtype)
     wanted = set(run.leaves) if wanted is None else wanted
     params: Params = {}
-    if run.cfg.init == "pretrained":
-        for part in run.task.parts:
+    for part in run.task.parts:
+        if part.aid or run.cfg.init == "pretrained":
             params |= transfer.load(part, run.leaves, run.shardings, dtype, wanted)
     missing = wanted - params.keys()
     if missing:

@@ -1,40 +1,61 @@
-"""Let a model write: `python -m jaxft.sample --workdir DIR --prompt TEXT [--temperature 0.7 …]`."""
+"""Let a model write or draw: `python -m jaxft.sample --workdir DIR --prompt TEXT [--seed 1 …]`."""
 
 import sys
-from typing import TypeVar
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from jaxft.core import config as configs
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
+from jaxft.core.pictures import grid
 
-Number = TypeVar("Number", int, float)
-NUMBERS = {"temperature": 0.0, "top_p": 1.0}
-COUNTS = {"max_new": 64, "top_k": 0, "seed": 0, "copies": 1}
+NUMBERS = {"temperature": float, "top_p": float, "guidance": float}
+COUNTS = {"max_new": int, "top_k": int, "steps": int, "seed": int, "copies": int}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Continue a prompt, or every line of a file of prompts in one batch."""
+    """Continue or draw a prompt, or every line of a file of prompts in one batch.
+
+    Pictures go to `--out` (a folder; samples/ of the run unless given), and all of them to a grid.
+    """
     return runtime.command(_main, sys.argv[1:] if argv is None else argv)
 
 
 def _main(argv: list[str]) -> None:
-    allowed = ("config", "workdir", "step", "prompt", "prompts", *NUMBERS, *COUNTS)
-    arguments = configs.parse_arguments(argv, allowed)
-    prompts = _prompts(arguments.options)
-    number = {name: _number(arguments.options, name, NUMBERS[name], float) for name in NUMBERS}
-    count = {name: _number(arguments.options, name, COUNTS[name], int) for name in COUNTS}
+    plain = ("config", "workdir", "step", "prompt", "prompts", "out", "sampler")
+    arguments = configs.parse_arguments(argv, (*plain, *NUMBERS, *COUNTS))
+    options = arguments.options
+    prompts = _prompts(options)
+    kinds = {**NUMBERS, **COUNTS}
+    asked: dict = {n: _number(options, n, kind) for n, kind in kinds.items() if n in options}
+    repeated = [prompt for prompt in prompts for _ in range(asked.pop("copies", 1))]
     import jax
 
-    from jaxft.nn.sampling import Sampling
     from jaxft.run import open_any
+    from jaxft.tasks import Request
 
+    request = Request(sampler=options.get("sampler"))._replace(**asked)
     run, params, _ = open_any(arguments)
-    how = Sampling(number["temperature"], count["top_k"], number["top_p"])
-    repeated = [prompt for prompt in prompts for _ in range(count["copies"])]
     with jax.set_mesh(run.mesh):
-        texts = run.task.complete(params, repeated, count["max_new"], how, count["seed"])
-    for prompt, text in zip(repeated, texts, strict=True):
-        print(f"{prompt}{text}")
+        made = run.task.complete(params, repeated, request)
+    out = Path(options.get("out", Path(options.get("workdir", ".")) / "samples"))
+    for text in filter(None, (look.text for look in made)):
+        print(text)
+    _save([picture for look in made for picture in look.pictures.values()], out)
+
+
+def _save(pictures: list[np.ndarray], out: Path) -> None:
+    if not pictures:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(out / f"sample-{i:03}.png")
+    across = min(len(pictures), 8)
+    rows = [pictures[i : i + across] for i in range(0, len(pictures), across)]
+    Image.fromarray(grid(rows)).save(out / "grid.png")
+    print(f"{len(pictures)} pictures and grid.png in {out}")
 
 
 def _prompts(options: dict[str, str]) -> list[str]:
@@ -51,9 +72,9 @@ def _prompts(options: dict[str, str]) -> list[str]:
     return [options["prompt"]]
 
 
-def _number(options: dict[str, str], name: str, default: Number, kind: type[Number]) -> Number:
+def _number(options: dict[str, str], name: str, kind: type) -> int | float:
     try:
-        return kind(options.get(name, default))
+        return kind(options[name])
     except ValueError:
         raise UserError(f"--{name}={options[name]!r} must be {kind.__name__}") from None
 

@@ -54,21 +54,21 @@ def train(config: dict[str, Any], workdir: Path) -> None:
         step_fn = runs.Compiled(runs.make_step(run, plan))
         batches = task.train_batches(start, local_rows(mesh, cfg.batch_size))
         watch = Watch(run, workdir, plan.total, start)
+        for batch in task.shapes(local_rows(mesh, cfg.batch_size)) if start < plan.total else ():
+            step_fn.prepare(state, frozen, place_batch(batch, mesh))
         if start == 0:
             watch.keep_before(watch.evaluate(0, runs.model_params(frozen, state)))
         for step in range(start, plan.total):
             if step > start and _due(step, every.eval):
                 watch.evaluate(step, runs.model_params(frozen, state))
             if step > start and _due(step, every.sample):
-                watch.note(task.sample(runs.model_params(frozen, state)))
+                watch.look(step, runs.model_params(frozen, state))
             if step > start and _due(step, every.save):
                 saved.save(step, state, config, {"next_step": step})
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
             placed = place_batch(batch, mesh)
-            if step_fn.prepare(state, frozen, placed):
-                watch.start_clock()
             state, sums = step_fn(state, frozen, placed)
             # Its numbers are fetched one step late, so that the device never waits for the host.
             watch.train(step + 1, sums, batch, waited, _due(step + 1, every.log))
@@ -80,7 +80,7 @@ def train(config: dict[str, Any], workdir: Path) -> None:
         after = watch.evaluate(plan.total, params) if plan.total else None
         if cfg.export.kind != "none":
             export_folder(run, params, workdir / "export", cfg.export.kind, cfg.export.dtype)
-        watch.close(after, params, time.perf_counter() - began)
+        watch.close(plan.total, after, params, time.perf_counter() - began)
 
 
 def _due(step: int, period: int) -> bool:

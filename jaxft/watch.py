@@ -3,11 +3,13 @@
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from PIL import Image
 
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
@@ -24,7 +26,7 @@ class _Pending(NamedTuple):
 
     step: int
     sums: dict[str, Any]
-    tokens: int
+    units: int
     shown: bool
 
 
@@ -33,10 +35,12 @@ class Watch:
 
     def __init__(self, run: Run, workdir: Path, total: int, start: int):
         self.run, self.workdir = run, workdir
-        primary = jax.process_index() == 0
-        self.writer = MetricWriter(workdir, total, start, primary=primary)
-        self.throughput = Throughput(jax.devices()[0].device_kind, jax.device_count())
-        self.flops_per_token = run.task.flops_per_token(run.chosen)
+        self.primary = jax.process_index() == 0
+        self.writer = MetricWriter(workdir, total, start, primary=self.primary)
+        self.throughput = Throughput(
+            jax.devices()[0].device_kind, jax.device_count(), run.task.unit
+        )
+        self.flops_per_unit = run.task.flops_per_unit(run.chosen)
         self.pending: _Pending | None = None
         self.last = time.perf_counter()
         data = {"train": run.cfg.data.train, "eval": run.cfg.data.eval, **run.task.data_report()}
@@ -56,9 +60,9 @@ class Watch:
         shown: bool,
     ) -> None:
         """Take a step that was just dispatched, and write the one before it."""
-        tokens = int(batch["segment_ids"].sum()) * jax.process_count()
+        units = self.run.task.units(batch) * jax.process_count()
         self.flush(waited)
-        self.pending = _Pending(step, sums, tokens, shown)
+        self.pending = _Pending(step, sums, units, shown)
 
     def flush(self, waited: float = 0.0) -> None:
         """Write the step whose numbers were not yet read; this waits for it to finish.
@@ -70,8 +74,8 @@ class Watch:
         pending, self.pending = self.pending, None
         sums = {name: float(value) for name, value in pending.sums.items()}
         now = time.perf_counter()
-        flops = self.flops_per_token * pending.tokens
-        rates = self.throughput.rates(pending.tokens, now - self.last, waited, flops)
+        flops = self.flops_per_unit * pending.units
+        rates = self.throughput.rates(pending.units, now - self.last, waited, flops)
         self.last = now
         if not math.isfinite(sums["loss"]):
             raise UserError(
@@ -86,24 +90,45 @@ class Watch:
         report = self.run.task.evaluate(params, self.run.mesh)
         if report.metrics:
             self.writer.write_eval(step, report.metrics)
+        self.pictures(step, report.pictures)
         self.last = time.perf_counter()
         return report
 
     def keep_before(self, report: Report) -> None:
         """Remember the evaluation before training, for a table that compares."""
-        (self.workdir / BEFORE).write_text(json.dumps(report._asdict(), indent=2) + "\n")
+        (self.workdir / BEFORE).write_text(
+            json.dumps(report._replace(pictures={})._asdict(), indent=2) + "\n"
+        )
+
+    def look(self, step: int, params: Params) -> None:
+        """Show what the model makes before `step`'s update."""
+        self.flush()
+        seen = self.run.task.sample(params)
+        self.note(seen.text)
+        self.pictures(step, seen.pictures)
+        self.last = time.perf_counter()
+
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Keep pictures as samples/NAME-STEP.png and in TensorBoard."""
+        if pictures and self.primary:
+            (self.workdir / "samples").mkdir(exist_ok=True)
+        for name, picture in pictures.items() if self.primary else ():
+            file = self.workdir / "samples" / f"{name}-{step:06}.png"
+            Image.fromarray(picture).save(file)
+            self.writer.image(step, name, picture)
+            self.note(f"{name}: {file}")
 
     def note(self, text: str) -> None:
         if text:
             self.writer.note(text)
 
-    def close(self, after: Report | None, params: Params, seconds: float) -> None:
+    def close(self, step: int, after: Report | None, params: Params, seconds: float) -> None:
         """The last word: before and after, a few rows, where the export lies."""
         file = self.workdir / BEFORE
         before = Report(**json.loads(file.read_text())) if file.exists() else Report({})
         self.note(_comparison(before, after or before))
         if after is not None:
-            self.note(self.run.task.sample(params))
+            self.look(step, params)
         if self.run.cfg.export.kind != "none":
             self.note(f"export ({self.run.cfg.export.kind}): {self.workdir / 'export'}")
         self.note(f"done in {seconds / 60:.1f} minutes")

@@ -40,7 +40,7 @@ TEMPLATE = jax.eval_shape(Net, jax.random.key(0))
 LEAVES = describe(TEMPLATE)
 
 
-def loss(model, batch, keys, rate=0.0):
+def loss(model, batch, keys, step=0, rate=0.0):
     error = jnp.square(model(batch["x"], keys, rate) - batch["y"]).mean(-1)
     weight = batch["weight"]
     sums = {"doubled": 2 * jnp.sum(error * weight)}
@@ -245,7 +245,7 @@ def test_t01_gradients_are_summed_in_fp32_whatever_the_dtypes(param_dtype):
     params = {"up.kernel": jnp.full((DIM, 16), 0.5, param_dtype)}
     frozen = {"up.bias": jnp.zeros(16), "down.kernel": jnp.zeros((16, DIM))}
 
-    def linear(model, batch, keys):
+    def linear(model, batch, keys, step):
         del keys
         total = jnp.sum(model.up.kernel[...].astype(jnp.float32)[0, 0] * batch["weight"])
         return (total, jnp.sum(batch["weight"])), {}

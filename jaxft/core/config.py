@@ -32,9 +32,9 @@ class Data:
 class Lora:
     """rank 0 is off; `targets` is a regex over the paths of projections."""
 
-    rank: int
-    alpha: float
-    targets: str
+    rank: int = 0
+    alpha: float = 1.0
+    targets: str = ""
     rslora: bool = False
     dropout: float = 0.0
 
@@ -79,7 +79,7 @@ class Export:
     dtype: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that every task needs; `own` holds the task's further keys."""
 
@@ -95,7 +95,7 @@ class Config:
     param_dtype: str
     remat: str
     data: Data
-    lora: Lora
+    lora: Lora = Lora()
     optim: Optim
     mesh: MeshShape
     every: Every
@@ -187,11 +187,12 @@ def read_config(config: Mapping[str, Any], own: type | None = None) -> Config:
     """
     shared = {f.name for f in dataclasses.fields(Config)} - {"own"}
     ours = {f.name for f in dataclasses.fields(own)} if own else set(config) - shared
-    _check_keys(set(config), shared | ours, shared | ours, "")
+    needed = (_needed(Config) - {"own"}) | (_needed(own) if own else set())
+    _check_keys(set(config), shared | ours, needed, "")
     values: dict[str, Any] = {k: v for k, v in config.items() if k in ours}
     if own:
         values = _flat(_build(own, values, ""))
-    cfg = _build(Config, {**{k: config[k] for k in shared}, "own": values}, "")
+    cfg = _build(Config, {**{k: config[k] for k in shared & set(config)}, "own": values}, "")
     _check_choices(cfg)
     return cfg
 
@@ -303,14 +304,18 @@ def _typed(key: str, value: Any, kind: type) -> Any:
     return value
 
 
-def _build(schema: type[Schema], values: Mapping[str, Any], prefix: str) -> Schema:
-    fields = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
-    needed = {
-        name
-        for name, f in fields.items()
+def _needed(schema: type) -> set[str]:
+    """The fields that a config has to give."""
+    return {
+        f.name
+        for f in dataclasses.fields(schema)
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
-    _check_keys(set(values), set(fields), needed, prefix)
+
+
+def _build(schema: type[Schema], values: Mapping[str, Any], prefix: str) -> Schema:
+    fields = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    _check_keys(set(values), set(fields), _needed(schema), prefix)
     built: dict[str, Any] = {}
     for name, value in values.items():
         kind: Any = fields[name].type

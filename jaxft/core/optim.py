@@ -14,6 +14,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import MATRICES, Leaf, Params
 
 EPS = 1e-8
+ADVERSARY = "discriminator."  # the paths of a second player
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 
@@ -65,6 +66,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Clip by global norm (0: never), the named direction, decoupled decay of matrices, -lr.
 
+    An adversary is clipped on its own.
+
     `adamw` (arXiv 1711.05101) is torch.optim.AdamW; `lion` is arXiv 2302.06675. `adafactor`
     (arXiv 1804.04235) takes steps of the size `lr`, without momentum and without the scale of the
     parameter, so b1 and b2 are not used. `muon` (Keller Jordan) orthogonalises what the hidden
@@ -87,8 +90,26 @@ def make_optimizer(
         optax.scale_by_learning_rate(learning_rate),
     ]
     if clip:
-        steps.insert(0, optax.clip_by_global_norm(clip))
+        steps.insert(0, _clipped(clip))
     return _in_float32(optax.chain(*steps))
+
+
+def _clipped(clip: float) -> optax.GradientTransformation:
+    """By the global norm; an adversary's gradients are another player's, with a norm of their own.
+
+    optax.partition would wrap states; a norm has none, so each player's share is enough.
+    """
+    one = optax.clip_by_global_norm(clip)
+
+    def update(grads: Any, params: Any = None) -> Any:
+        del params
+        players = ({}, {})
+        for path, grad in grads.items():
+            players[path.startswith(ADVERSARY)][path] = grad
+        shares: list[Any] = [one.update(p, optax.EmptyState())[0] for p in players if p]
+        return {path: grad for share in shares for path, grad in share.items()}
+
+    return optax.stateless(update)
 
 
 def _direction(

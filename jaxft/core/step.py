@@ -34,11 +34,11 @@ class Loss(Protocol):
     """A task's loss as an unreduced sum and its weight, with further sums to report.
 
     `keys` holds one PRNG key a row, from (seed, step, sample id): results do not depend on
-    the mesh or on how the batch is cut.
+    the mesh or on how the batch is cut. `step` counts updates from 0, for what starts late.
     """
 
     def __call__(
-        self, model: Any, batch: Batch, keys: jax.Array
+        self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]: ...
 
 
@@ -91,19 +91,19 @@ def make_step(
     (before clipping), `lr`, `weight`, and the task's sums divided by the weight.
     """
 
-    def gradients(params: Params, frozen: Params, batch: Batch, keys: jax.Array) -> tuple:
+    def gradients(state: State, frozen: Params, batch: Batch, keys: jax.Array) -> tuple:
         def objective(trained: Params) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
             model = bind(template, cast({**frozen, **trained}, spec.compute_dtype))
-            (total, weight), metrics = loss(model, batch, keys)
+            (total, weight), metrics = loss(model, batch, keys, state.step)
             return total, (weight, metrics)
 
-        (total, aux), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        (total, aux), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         # Sums over micro-batches are fp32 even where the masters are bf16.
         return cast(grads, jnp.float32), total, *aux
 
     def train_step(state: State, frozen: Params, batch: Batch) -> tuple[State, Metrics]:
         keys = sample_keys(spec.seed, state.step, batch["sample_ids"])
-        run = partial(gradients, state.params, frozen)
+        run = partial(gradients, state, frozen)
         sums = _accumulate(run, batch, keys, spec.micro_batches)
         grads, total, weight, metrics = sums
         divisor = jnp.maximum(weight, 1e-8)

@@ -132,6 +132,27 @@ class _Batches:
         return {**batch, "sample_ids": np.asarray(firsts, np.int32)}
 
 
+class Subset:
+    """Some examples of a dataset, in the order of `ids`."""
+
+    def __init__(self, data: Examples, ids: np.ndarray):
+        self.data, self.ids = data, ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[int(self.ids[index])]
+
+
+def subset(data: Examples, limit: int, seed: int) -> Subset:
+    """`limit` random examples in order (all with limit 0), the same on every run of a seed."""
+    ids = np.arange(len(data))
+    if 0 < limit < len(data):
+        ids = np.sort(np.random.default_rng(seed).permutation(len(data))[:limit])
+    return Subset(data, ids)
+
+
 def checked_rows(rows: slice | None, batch_size: int) -> slice:
     """A process's slice of the batch, all of it by default; ValueError where it is none."""
     if rows is None:

@@ -1,8 +1,9 @@
 """AutoencoderKL: images to latents and back, of SD 1.x, 2.x, SDXL and the 16-channel models."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import zip_longest
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,35 @@ DEFAULTS: dict[str, Any] = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
+
+
+class Levels(Protocol):
+    """What an encoder and its decoder are made of; a VQ tokenizer's config says it too.
+
+    `down_attends` and `up_attends` say in the order of the blocks which have attention after each
+    resnet; `moments` is how many channels the encoder makes.
+    """
+
+    @property
+    def in_channels(self) -> int: ...
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def latent_channels(self) -> int: ...
+    @property
+    def moments(self) -> int: ...
+    @property
+    def widths(self) -> tuple[int, ...]: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def mid_attention(self) -> bool: ...
+    @property
+    def down_attends(self) -> tuple[bool, ...]: ...
+    @property
+    def up_attends(self) -> tuple[bool, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -87,6 +117,21 @@ class VAEConfig:
     def factor(self) -> int:
         """Pixels a latent, in each direction."""
         return 2 ** (len(self.widths) - 1)
+
+    @property
+    def moments(self) -> int:
+        """Mean and log variance of each latent channel."""
+        return 2 * self.latent_channels
+
+    @property
+    def down_attends(self) -> tuple[bool, ...]:
+        """Only the middle has attention."""
+        return (False,) * len(self.widths)
+
+    @property
+    def up_attends(self) -> tuple[bool, ...]:
+        """As `down_attends`."""
+        return self.down_attends
 
     def scale(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         """The VAE's latents as the diffusion model sees them: (z - mean) scaling_factor / std."""
@@ -161,7 +206,7 @@ class Attention(nnx.Module):
 class MidBlock(nnx.Module):
     """Two resnets, and between them attention where the config asks for it."""
 
-    def __init__(self, cfg: VAEConfig, *, key: PRNGKeyArray):
+    def __init__(self, cfg: Levels, *, key: PRNGKeyArray):
         first, second, third = jax.random.split(key, 3)
         width = cfg.widths[-1]
         self.resnets = nnx.List([_resnet(cfg, width, width, key=k) for k in (first, second)])
@@ -169,54 +214,58 @@ class MidBlock(nnx.Module):
         self.attentions = nnx.List(attentions)
 
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
-        x = self.resnets[0](x)
-        for layer in self.attentions:
-            x = layer(x)
-        return _pinned(self.resnets[1](x))
+        return _pinned(_in_turn(self.resnets, self.attentions, x))
 
 
 class DownBlock(nnx.Module):
-    """Resnets, then half the size except on the last level."""
+    """Resnets, each with attention where the level attends; half the size but on the last."""
 
-    def __init__(self, cfg: VAEConfig, level: int, *, key: PRNGKeyArray):
-        keys = jax.random.split(key, cfg.layers + 1)
+    def __init__(self, cfg: Levels, level: int, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 2 * cfg.layers + 1)
         before, width = cfg.widths[max(level - 1, 0)], cfg.widths[level]
         inputs = [before] + [width] * (cfg.layers - 1)
         self.resnets = nnx.List(
-            [_resnet(cfg, one, width, key=k) for one, k in zip(inputs, keys[:-1], strict=True)]
+            [_resnet(cfg, one, width, key=k) for one, k in zip(inputs, keys, strict=False)]
         )
+        rest = keys[cfg.layers + 1 :] if cfg.down_attends[level] else ()
+        self.attentions = nnx.List([Attention(width, cfg.groups, key=k) for k in rest])
         last = level == len(cfg.widths) - 1
-        down = [] if last else [Downsample(width, BOTTOM_RIGHT, key=keys[-1])]
+        down = [] if last else [Downsample(width, BOTTOM_RIGHT, key=keys[cfg.layers])]
         self.downsamplers = nnx.List(down)
 
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
-        for layer in (*self.resnets, *self.downsamplers):
+        x = _in_turn(self.resnets, self.attentions, x)
+        for layer in self.downsamplers:
             x = layer(x)
         return _pinned(x)
 
 
 class UpBlock(nnx.Module):
-    """One resnet more than on the way down, then twice the size except on the first level."""
+    """As DownBlock with one resnet more; then twice the size except on the first level."""
 
-    def __init__(self, cfg: VAEConfig, level: int, *, key: PRNGKeyArray):
-        keys = jax.random.split(key, cfg.layers + 2)
+    def __init__(self, cfg: Levels, level: int, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 2 * cfg.layers + 3)
         before, width = cfg.widths[min(level + 1, len(cfg.widths) - 1)], cfg.widths[level]
         inputs = [before] + [width] * cfg.layers
         self.resnets = nnx.List(
-            [_resnet(cfg, one, width, key=k) for one, k in zip(inputs, keys[:-1], strict=True)]
+            [_resnet(cfg, one, width, key=k) for one, k in zip(inputs, keys, strict=False)]
         )
-        self.upsamplers = nnx.List([] if level == 0 else [Upsample(width, key=keys[-1])])
+        rest = keys[cfg.layers + 2 :] if cfg.up_attends[-1 - level] else ()
+        self.attentions = nnx.List([Attention(width, cfg.groups, key=k) for k in rest])
+        up = [] if level == 0 else [Upsample(width, key=keys[cfg.layers + 1])]
+        self.upsamplers = nnx.List(up)
 
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
-        for layer in (*self.resnets, *self.upsamplers):
+        x = _in_turn(self.resnets, self.attentions, x)
+        for layer in self.upsamplers:
             x = layer(x)
         return _pinned(x)
 
 
 class Encoder(nnx.Module):
-    """Images to both moments before the quant convolution."""
+    """Images to what the quant convolution takes: both moments, or a VQ tokenizer's latents."""
 
-    def __init__(self, cfg: VAEConfig, *, key: PRNGKeyArray):
+    def __init__(self, cfg: Levels, *, key: PRNGKeyArray):
         keys = jax.random.split(key, len(cfg.widths) + 3)
         first, last = cfg.widths[0], cfg.widths[-1]
         self.conv_in = Conv(cfg.in_channels, first, 3, key=keys[0], padding=1)
@@ -224,8 +273,7 @@ class Encoder(nnx.Module):
         self.down_blocks = nnx.List([DownBlock(cfg, i, key=keys[i + 3]) for i in levels])
         self.mid_block = MidBlock(cfg, key=keys[1])
         self.conv_norm_out = GroupNorm(last, groups=cfg.groups, eps=EPS)
-        outputs = 2 * cfg.latent_channels
-        self.conv_out = Conv(last, outputs, 3, key=keys[2], padding=1, axes=WHOLE)
+        self.conv_out = Conv(last, cfg.moments, 3, key=keys[2], padding=1, axes=WHOLE)
 
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
         x = _pinned(self.conv_in(x))
@@ -237,7 +285,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents after the post-quant convolution to images."""
 
-    def __init__(self, cfg: VAEConfig, *, key: PRNGKeyArray):
+    def __init__(self, cfg: Levels, *, key: PRNGKeyArray):
         keys = jax.random.split(key, len(cfg.widths) + 3)
         first, last = cfg.widths[0], cfg.widths[-1]
         self.conv_in = Conv(cfg.latent_channels, last, 3, key=keys[0], padding=1)
@@ -248,10 +296,14 @@ class Decoder(nnx.Module):
         self.conv_out = Conv(first, cfg.out_channels, 3, key=keys[2], padding=1, axes=WHOLE)
 
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        return self.conv_out(self.features(x))
+
+    def features(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        """What the last convolution, `conv_out`, makes the image from."""
         x = _pinned(self.conv_in(x))
         for block in (self.mid_block, *self.up_blocks):
             x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return jax.nn.silu(self.conv_norm_out(x))
 
 
 class VAE(nnx.Module):
@@ -277,12 +329,26 @@ class VAE(nnx.Module):
 
     def decode(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
         """Unscaled latents (`cfg.unscale`) to images, mostly within [-1, 1]."""
+        return self.decoder.conv_out(self.features(latents))
+
+    def features(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        """What `decoder.conv_out` makes the image from."""
         x = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
-        return self.decoder(x)
+        return self.decoder.features(x)
 
 
-def _resnet(cfg: VAEConfig, inputs: int, outputs: int, *, key: PRNGKeyArray) -> ResnetBlock:
+def _resnet(cfg: Levels, inputs: int, outputs: int, *, key: PRNGKeyArray) -> ResnetBlock:
     return ResnetBlock(inputs, outputs, key=key, groups=cfg.groups, eps=EPS)
+
+
+def _in_turn(
+    resnets: Iterable[ResnetBlock], attentions: Iterable[Attention], x: Float[Array, "B Y X C"]
+) -> Float[Array, "B Y X F"]:
+    """After each resnet its attention, if there is one."""
+    for resnet, attend in zip_longest(resnets, attentions):
+        x = resnet(x)
+        x = x if attend is None else attend(x)
+    return x
 
 
 def _pinned(x: Array) -> Array:
@@ -312,30 +378,38 @@ RULES = (
 )
 
 
-def single_file_rules(cfg: VAEConfig) -> tuple[Rule, ...]:
-    """The table for LDM's layout, as single files have it after `first_stage_model.`.
+def single_file_rules(cfg: Levels) -> tuple[Rule, ...]:
+    """The table for LDM's layout, as single files have it after `first_stage_model.`."""
+    return ldm_rules(tuple(reversed(range(len(cfg.widths)))))
 
-    Its attention is of 1x1 convolutions, and its decoder counts the levels from the image.
+
+def ldm_rules(up: tuple[int, ...]) -> tuple[Rule, ...]:
+    """The table for names of taming-transformers, where up block i is called `decoder.up.{up[i]}`.
+
+    Attention is of 1x1 convolutions there. Taming and LDM count the levels from the image.
     """
-    top = len(cfg.widths) - 1
-    mid, attn = "{p}.mid.", "{p}.mid_block.attentions.0."
+    mid = "{p}.mid."
+    attns = [(f"{mid}attn_1", "{p}.mid_block.attentions.0")]
+    attns.append(("encoder.down.{m}.attn.{n}", "encoder.down_blocks.{m}.attentions.{n}"))
     blocks = [(f"{mid}block_{i + 1}", f"{{p}}.mid_block.resnets.{i}") for i in range(2)]
     blocks.append(("encoder.down.{m}.block.{n}", "encoder.down_blocks.{m}.resnets.{n}"))
     convs = [("{p}_conv", "{p}_conv"), ("{p}.conv_in", "{p}.conv_in"), ("{p}.conv_out",) * 2]
     convs.append(
         ("encoder.down.{m}.downsample.conv", "encoder.down_blocks.{m}.downsamplers.0.conv")
     )
-    for i in range(top + 1):
-        up, ours = f"decoder.up.{i}.", f"decoder.up_blocks.{top - i}."
-        blocks.append((up + "block.{n}", ours + "resnets.{n}"))
-        convs.append((up + "upsample.conv", ours + "upsamplers.0.conv"))
+    for i, level in enumerate(up):
+        theirs, ours = f"decoder.up.{level}.", f"decoder.up_blocks.{i}."
+        blocks.append((theirs + "block.{n}", ours + "resnets.{n}"))
+        attns.append((theirs + "attn.{n}", ours + "attentions.{n}"))
+        convs.append((theirs + "upsample.conv", ours + "upsamplers.0.conv"))
     for theirs, ours in blocks:
         convs.append((theirs + ".conv{k}", ours + ".conv{k}"))
         convs.append((theirs + ".nin_shortcut", ours + ".conv_shortcut"))
     norms = [(theirs + ".norm{k}", ours + ".norm{k}") for theirs, ours in blocks]
-    norms += [("{p}.norm_out", "{p}.conv_norm_out"), (mid + "attn_1.norm", attn + "group_norm")]
+    norms += [("{p}.norm_out", "{p}.conv_norm_out")]
+    norms += [(f"{theirs}.norm", f"{ours}.group_norm") for theirs, ours in attns]
     names = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out"}
-    dense = [(f"{mid}attn_1.{old}", attn + new) for old, new in names.items()]
+    dense = [(f"{theirs}.{a}", f"{ours}.{b}") for theirs, ours in attns for a, b in names.items()]
     kinds = ((convs, "kernel", _CONV), (dense, "kernel", _DENSE_OF_CONV), (norms, "scale", ""))
     return tuple(
         rule

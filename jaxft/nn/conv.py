@@ -59,14 +59,15 @@ class Conv(nnx.Module):
     ) -> Float[Array, "B Y2 X2 F"]:
         """`keys`, one a row of x, turn the adapter's dropout on; without them there is none."""
         # By this name a remat policy can keep what no policy for matrix products would.
-        y = checkpoint_name(self._convolved(x, self.kernel[...]), "conv")
+        y = checkpoint_name(self.convolve(x, self.kernel[...]), "conv")
         if self.lora_a is not None and self.lora_b is not None:
             y = y + self._adapted(x, self.lora_a[...], self.lora_b[...], keys)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y
 
-    def _convolved(self, x: Array, kernel: Array) -> Array:
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        """x with another kernel, at this layer's stride and padding; no bias."""
         return jax.lax.conv_general_dilated(
             x,
             kernel.astype(x.dtype),
@@ -78,7 +79,7 @@ class Conv(nnx.Module):
     def _adapted(self, x: Array, a: Array, b: Array, keys: PRNGKeyArray | None) -> Array:
         if keys is not None and self.adapter.dropout > 0:
             x = dropout(x, keys, self.adapter)
-        return self.adapter.scale * jnp.tensordot(self._convolved(x, a), b.astype(x.dtype), 1)
+        return self.adapter.scale * jnp.tensordot(self.convolve(x, a), b.astype(x.dtype), 1)
 
 
 class Downsample(nnx.Module):

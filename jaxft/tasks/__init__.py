@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from jaxft.core.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import jax
@@ -21,21 +21,47 @@ if TYPE_CHECKING:
     from jaxft.core.step import Batch, Metrics
     from jaxft.weights.transfer import Part
 
-TASKS = {"llm": "jaxft.tasks.llm:LLM"}
+TASKS = {
+    "llm": "jaxft.tasks.llm:LLM",
+    "autoencoder": "jaxft.tasks.autoencoder:Autoencoder",
+}
 
 
 class Report(NamedTuple):
-    """An evaluation: named numbers, and a few rows to look at under their headers."""
+    """An evaluation: named numbers, a few rows to look at under their headers, and pictures."""
 
     metrics: dict[str, float]
     headers: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
+    pictures: Mapping[str, np.ndarray] = {}
+
+
+class Look(NamedTuple):
+    """What a model makes: a text, and pictures uint8 (Y, X, 3) by name."""
+
+    text: str = ""
+    pictures: Mapping[str, np.ndarray] = {}
+
+
+class Request(NamedTuple):
+    """How to make what is asked for; a task reads what it knows, None is its config's own."""
+
+    seed: int = 0
+    max_new: int = 64
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
 
 
 class Task(Protocol):
     """One family of models on one kind of data."""
 
     Options: type  # frozen dataclass of the keys that only this task knows
+    EXPORT_KINDS: tuple[str, ...]  # what `export.kind` can be, "none" too
+    unit: str  # what throughput counts: "tokens", "images"
     cfg: Config  # as given, or with what the model's folder decides (an adapter's own rank)
     parts: tuple[Part, ...]  # where the parameters come from and go to
     template: nnx.Module  # abstract: shapes, no memory
@@ -64,8 +90,12 @@ class Task(Protocol):
         """Host batches from a global step on; batch k depends on (seed, k) alone."""
         ...
 
+    def shapes(self, rows: slice) -> Iterator[dict[str, np.ndarray]]:
+        """One batch of every shape that training will meet, so that all compile before step 0."""
+        ...
+
     def loss(
-        self, model: Any, batch: Batch, keys: jax.Array
+        self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
         """An unreduced sum and its weight, and further sums to report."""
         ...
@@ -74,22 +104,27 @@ class Task(Protocol):
         """Metrics over the whole evaluation set."""
         ...
 
-    def sample(self, params: Params) -> str:
-        """A look at what the model makes now, as text."""
+    def sample(self, params: Params) -> Look:
+        """A look at what the model makes now."""
         ...
 
-    def complete(
-        self, params: Params, prompts: list[str], max_new: int, how: Any, seed: int
-    ) -> list[str]:
-        """What follows each prompt (`how` is a `jaxft.nn.sampling.Sampling`)."""
+    def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
+        """What the model makes of each prompt."""
         ...
 
-    def flops_per_token(self, chosen: set[str]) -> float:
-        """Model FLOPs of a training step a token, given what trains (never rematerialisation)."""
+    def units(self, batch: Mapping[str, np.ndarray]) -> int:
+        """How many of `unit` this host's batch holds."""
         ...
 
-    def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
-        """Everything beside the weights that an export holds, by name."""
+    def flops_per_unit(self, chosen: set[str]) -> float:
+        """Model FLOPs of a training step a unit, given what trains (never rematerialisation)."""
+        ...
+
+    def side_files(self, dtype: str | None, rewritten: set[str]) -> dict[str, Path | bytes]:
+        """Everything that an export holds beside the weights of the parts that it rewrites.
+
+        `rewritten` are those parts' prefixes; `dtype` is None where each tensor keeps its own.
+        """
         ...
 
 

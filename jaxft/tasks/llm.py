@@ -1,9 +1,10 @@
 """Causal language models of the LLaMA family: text, prompt and completion, classification."""
 
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from jaxft.core.sharding import (
 )
 from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data import text
-from jaxft.data.loader import eval_batches, train_loader
+from jaxft.data.loader import Subset, eval_batches, subset, train_loader
 from jaxft.data.packing import Packing, make_packing
 from jaxft.models import llama
 from jaxft.models.decode import generate
@@ -36,12 +37,11 @@ from jaxft.models.llama import Llama, LlamaConfig
 from jaxft.nn import lora
 from jaxft.nn.cross_entropy import linear_cross_entropy
 from jaxft.nn.sampling import Sampling
-from jaxft.tasks import Report
+from jaxft.tasks import Look, Report, Request
 from jaxft.weights import adapters, transfer
 from jaxft.weights.sources import Source, export_config, open_source
 from jaxft.weights.transfer import Part
 
-EXPORT_KINDS = ("merged", "adapter", "none")
 SHOWN = 5  # rows of predictions in a report
 
 
@@ -60,12 +60,10 @@ class LLM:
     """Fine-tuning a causal language model; see `jaxft.tasks.Task`."""
 
     Options = Options
+    EXPORT_KINDS = ("merged", "adapter", "none")
+    unit = "tokens"
 
     def __init__(self, cfg: Config):
-        if cfg.export.kind not in EXPORT_KINDS:
-            raise UserError(
-                f"export.kind={cfg.export.kind!r} is not one of {', '.join(EXPORT_KINDS)}"
-            )
         self.adapter = adapters.find(cfg.model, cfg.lora.targets)
         if self.adapter:
             cfg = dataclasses.replace(cfg, lora=self.adapter.lora)
@@ -127,18 +125,24 @@ class LLM:
         )
 
     def loss(
-        self, model: Llama, batch: Batch, keys: jax.Array
+        self, model: Llama, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
         hidden = self._hidden(model, batch, keys if self.cfg.lora.dropout else None)
         total, sums = self._cross_entropy(model, hidden, batch)
         return (total, sums["weight"]), {"token_accuracy": sums["correct"]}
 
-    def flops_per_token(self, chosen: set[str]) -> float:
+    def shapes(self, rows: slice) -> Iterator[dict[str, np.ndarray]]:
+        return itertools.islice(self.train_batches(0, rows), 1)
+
+    def units(self, batch: Mapping[str, np.ndarray]) -> int:
+        return int(batch["segment_ids"].sum())
+
+    def flops_per_unit(self, chosen: set[str]) -> float:
         """Forward and both halves of the backward pass; a frozen base has only one of them."""
         passes = 2 if all(".lora_" in path for path in chosen) else 3
         return passes * llama.flops_per_token(self.model_cfg, self.options.seq_len)
 
-    def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
+    def side_files(self, dtype: str | None, rewritten: set[str]) -> dict[str, Path | bytes]:
         config = export_config(self.source.config, dtype)
         if config == self.source.config:
             return dict(self.source.side_files)
@@ -150,8 +154,8 @@ class LLM:
     def evaluate(self, params: Params, mesh: Mesh) -> Report:
         if self.eval_set is None:
             return Report({})
-        chosen = _subset(len(self.eval_set), self.options.eval_examples, self.cfg.seed)
-        view = _View(self.eval_set, chosen)
+        view = subset(self.eval_set, self.options.eval_examples, self.cfg.seed)
+        chosen = view.ids
         labels = tuple(sorted({*self.train_set.labels, *self.eval_set.labels}))
         sums, guesses = self._run_evaluation(params, mesh, view, labels)
         metrics = _language_metrics(sums, int(self.eval_set.n_bytes[chosen].sum()))
@@ -168,7 +172,7 @@ class LLM:
         return Report(metrics, ("text", "label", "predicted"), tuple(rows))
 
     def _run_evaluation(
-        self, params: Params, mesh: Mesh, view: "_View", labels: tuple[str, ...]
+        self, params: Params, mesh: Mesh, view: Subset, labels: tuple[str, ...]
     ) -> tuple[dict[str, float], list[int]]:
         """Sums over the set and, for classification, the best label of every row."""
         size = 4 * self.cfg.batch_size // self.cfg.micro_batches
@@ -231,21 +235,22 @@ class LLM:
 
     # ---- sampling -------------------------------------------------------------------------
 
-    def sample(self, params: Params) -> str:
+    def sample(self, params: Params) -> Look:
         data = self.eval_set or self.train_set
         if data.labels:
-            return ""
+            return Look()
         prompts = [_prompt(data[i]) for i in range(min(SHOWN, len(data)))]
         texts = self._continue(params, prompts, 48, Sampling(), 0)
         pairs = zip(prompts, texts, strict=True)
-        return "\n".join(f"{self.tokenizer.decode(ids)!r} -> {made!r}" for ids, made in pairs)
+        return Look("\n".join(f"{self.tokenizer.decode(ids)!r} -> {made!r}" for ids, made in pairs))
 
-    def complete(
-        self, params: Params, prompts: list[str], max_new: int, how: Sampling, seed: int
-    ) -> list[str]:
+    def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
         """Continuations in one batch, each up to an end-of-sequence id or `max_new` tokens."""
         ids = [text.prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
-        return self._continue(params, ids, max_new, how, seed)
+        top_p = 1.0 if request.top_p is None else request.top_p
+        how = Sampling(request.temperature or 0.0, request.top_k or 0, top_p)
+        made = self._continue(params, ids, request.max_new, how, request.seed)
+        return [Look(prompt + text) for prompt, text in zip(prompts, made, strict=True)]
 
     def _continue(
         self, params: Params, prompts: list[np.ndarray], max_new: int, how: Sampling, seed: int
@@ -357,19 +362,6 @@ def load(spec: str, dtype: str) -> Llama:
     return bind(template, params)
 
 
-class _View:
-    """Some examples of a dataset, in a given order."""
-
-    def __init__(self, data: text.TextDataset, ids: np.ndarray):
-        self.data, self.ids = data, ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> text.Example:
-        return self.data[int(self.ids[index])]
-
-
 def load_tokenizer(folder: Path | str) -> Any:
     """The tokenizer of a Hugging Face folder; never runs the folder's code."""
     from transformers import AutoTokenizer  # seconds to import: only once it is needed
@@ -382,13 +374,6 @@ def load_tokenizer(folder: Path | str) -> Any:
             f"{folder} has no tokenizer that transformers can read ({reason}); copy tokenizer.json"
             " and tokenizer_config.json of the model into it"
         ) from None
-
-
-def _subset(size: int, limit: int, seed: int) -> np.ndarray:
-    """`limit` random indices in order (all with limit 0), the same on every run of a seed."""
-    if not limit or limit >= size:
-        return np.arange(size)
-    return np.sort(np.random.default_rng(seed).permutation(size)[:limit])
 
 
 def _prompt(example: text.Example) -> np.ndarray:

@@ -25,7 +25,11 @@ class Tensors(Protocol):
 
 
 class Part(NamedTuple):
-    """One component of a model: its parameters' prefix, and the checkpoint that fills them."""
+    """One component of a model: its parameters' prefix, and the checkpoint that fills them.
+
+    `folder` and `stem` say where an export writes it. An aid (a network that only measures) is
+    loaded whatever `init` says, and never exported.
+    """
 
     prefix: str
     name: str
@@ -34,6 +38,9 @@ class Part(NamedTuple):
     sizes: Sizes
     ignore: tuple[str, ...] = ()  # tensors that make no parameter; an export copies them
     drop: tuple[str, ...] = ()  # tensors that make none and that training would leave stale
+    folder: str = ""
+    stem: str = "model"
+    aid: bool = False
 
     def entries(self, leaves: Mapping[str, Leaf]) -> list[Entry]:
         """The plan for this part's own (non-adapter) parameters, paths with the prefix."""

@@ -1,0 +1,53 @@
+"""Adversarial training as one function of the parameters: no second step, no second gradient."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+MOST = 1e4  # of the adaptive weight
+
+
+class Pull(NamedTuple):
+    """A loss of images: its sum over the batch, and its gradient with respect to them."""
+
+    value: Float[Array, ""]
+    gradient: Float[Array, "B Y X C"]
+
+
+def pull(loss: Callable[[Array], Array], images: Float[Array, "B Y X C"]) -> Pull:
+    """The loss at fixed images; nothing flows back through it (`steer` does that)."""
+    return Pull(*jax.value_and_grad(loss)(jax.lax.stop_gradient(images)))
+
+
+def steer(images: Float[Array, "B Y X C"], gradient: Float[Array, "B Y X C"]) -> Float[Array, ""]:
+    """0, with `gradient` as its derivative with respect to `images`.
+
+    Several losses of one image thus cost one backward pass through what made it, and may be
+    weighed by their own gradients first.
+    """
+    product = jnp.sum(images.astype(jnp.float32) * jax.lax.stop_gradient(gradient))
+    return product - jax.lax.stop_gradient(product)
+
+
+def adaptive_weight(
+    last: Callable[[Array], Array], kernel: Array, rec: Pull, adv: Pull, rows: Array
+) -> Float[Array, ""]:
+    """|d rec / d kernel| / |d adv / d kernel| within [0, 1e4]: Esser et al. 2021, eq. 7.
+
+    `last` makes the images from the last layer's kernel; `rows` makes means of the sums, to which
+    taming-transformers adds its 1e-4. A constant: nothing flows back through it.
+    """
+    back = jax.vjp(last, jax.lax.stop_gradient(kernel))[1]
+    rec_norm, adv_norm = (
+        jnp.linalg.norm(back(one.gradient)[0].astype(jnp.float32)) / rows for one in (rec, adv)
+    )
+    return jax.lax.stop_gradient(jnp.clip(rec_norm / (adv_norm + 1e-4), 0.0, MOST))
+
+
+def hinge(real: Float[Array, "B Y X"], fake: Float[Array, "B Y X"]) -> Float[Array, "B"]:
+    """The discriminator's loss of each row: Lim & Ye 2017, arXiv:1705.02894, halved as taming's."""
+    terms = jnp.stack([jax.nn.relu(1.0 - real), jax.nn.relu(1.0 + fake)])
+    return 0.5 * jnp.sum(jnp.mean(terms, axis=(2, 3)), axis=0)
