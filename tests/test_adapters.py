@@ -13,11 +13,12 @@ from transformers import LlamaForCausalLM
 from jaxft.core import sharding
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
-from jaxft.core.params import bind, describe
+from jaxft.core.params import Leaf, bind, describe
 from jaxft.models import llama
 from jaxft.models.llama import Llama, LlamaConfig
 from jaxft.nn import lora
 from jaxft.weights import adapters, transfer
+from jaxft.weights.rules import Entry
 from jaxft.weights.sources import open_source
 from jaxft.weights.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.transfer import Part
@@ -274,3 +275,18 @@ def test_names_are_full_where_a_short_one_would_hit_others(folder):
     assert adapters._targets(part, down.leaves) == [
         f"model.layers.{i}.mlp.down_proj" for i in range(2)
     ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "inputs", "layouts"),
+    [
+        ("(n h) d -> d n h", 1, ("r d -> d r", "(n h) r -> r n h")),
+        ("d (n h) -> n h d", 2, ("r (n h) -> n h r", "d r -> r d")),
+        ("o i y x -> y x i o", 3, ("r i y x -> y x i r", "o r 1 1 -> r o")),
+        ("o i 1 1 -> i o", 1, ("r i 1 1 -> i r", "o r 1 1 -> r o")),
+    ],
+)
+def test_a_kernels_layout_gives_those_of_both_factors(layout, inputs, layouts):
+    """Of torch's convolutions, 1x1 ones too, B is a 1x1 convolution."""
+    entry = Entry("p.kernel", ("p.weight",), layout, False)
+    assert adapters._layouts(entry, Leaf((), np.float32, (), inputs)) == layouts

@@ -10,6 +10,7 @@ from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import bind, describe, flatten
 from jaxft.nn import lora
+from jaxft.nn.conv import Conv
 from jaxft.nn.linear import Linear
 
 CFG = Lora(rank=4, alpha=8.0, targets=r".*\.(q|o)_proj")
@@ -123,3 +124,41 @@ def test_a_delta_merged_acts_as_the_adapter(name, rslora):
     merged = np.tensordot(x, np.asarray(adapted.kernel[...]) + update, adapted.inputs)
     np.testing.assert_allclose(adapted(x), merged, atol=1e-4)
     assert np.abs(np.tensordot(x, update, adapted.inputs)).max() > 1
+
+
+class Picture(nnx.Module):
+    def __init__(self, key):
+        self.blocks = nnx.List([Conv(6, 8, 3, key=key, stride=2, padding=1) for _ in range(2)])
+
+
+def test_convolutions_get_a_factor_of_their_size_and_a_1x1():
+    model = Picture(jax.random.key(0))
+    lora.add(model, Lora(4, 8.0, r"blocks\.1"), jax.random.key(1))
+    leaves = describe(model)
+    assert lora.adapted(leaves) == ["blocks.1"]
+    a, b = (leaves[f"blocks.1.lora_{side}"] for side in "ab")
+    assert (a.shape, a.axes, a.inputs) == ((3, 3, 6, 4), (None, None, None, "lora"), 3)
+    assert (b.shape, b.axes, b.inputs) == ((4, 8), ("lora", "embed"), 1)
+    values, bound = np.asarray(flatten(model)["blocks.1.lora_a"]), 1 / (9 * 6) ** 0.5
+    assert 0.9 * bound < np.abs(values).max() <= bound
+
+
+def test_a_convolutions_delta_merged_acts_as_the_adapter():
+    model = Picture(jax.random.key(0))
+    lora.add(model, Lora(4, 8.0, ".*"), jax.random.key(1))
+    rng = np.random.default_rng(0)
+    params = {
+        path: jnp.asarray(rng.normal(size=x.shape), jnp.float32) if "lora_b" in path else x
+        for path, x in flatten(model).items()
+    }
+    x = jnp.asarray(rng.normal(size=(2, 5, 5, 6)), jnp.float32)
+    adapted = bind(model, params).blocks[0](x)
+    update = lora.delta(*(np.asarray(params[f"blocks.0.lora_{side}"]) for side in "ab"), 2.0)
+    params["blocks.0.kernel"] = params["blocks.0.kernel"] + update
+    params["blocks.0.lora_b"] = jnp.zeros_like(params["blocks.0.lora_b"])
+    np.testing.assert_allclose(bind(model, params).blocks[0](x), adapted, atol=1e-4)
+
+
+def test_the_list_of_projections_counts_alike_ones_once():
+    with pytest.raises(UserError, match=r"there are: blocks\.N$"):
+        lora.add(Picture(jax.random.key(0)), Lora(4, 8.0, "x"), jax.random.key(1))

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from math import prod, sqrt
+from typing import Any
 from zlib import crc32
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
+from jaxft.nn.conv import Conv
 from jaxft.nn.linear import Adapter, Linear
 
 
@@ -37,20 +39,21 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
             f"lora.targets={cfg.targets!r} is not a regular expression: {error}"
         ) from None
     if not chosen:
+        alike = sorted({re.sub(r"\.\d+(?=\.|$)", ".N", path) for path in linears})
         raise UserError(
-            f"lora.targets={cfg.targets!r} matches no projection; there are: {', '.join(linears)}"
+            f"lora.targets={cfg.targets!r} matches no projection; there are: {', '.join(alike)}"
         )
     for path in chosen:
         _attach(linears[path], cfg, jax.random.fold_in(key, crc32(path.encode())), path)
 
 
-def projections(model: nnx.Module) -> dict[str, Linear]:
-    """Every Linear by dotted path."""
-    found = nnx.iter_modules(model)
-    return {".".join(map(str, path)): m for path, m in sorted(found) if isinstance(m, Linear)}
+def projections(model: nnx.Module) -> dict[str, Linear | Conv]:
+    """Every Linear and Conv by dotted path."""
+    found = sorted((".".join(map(str, path)), m) for path, m in nnx.iter_modules(model))
+    return {path: m for path, m in found if isinstance(m, Linear | Conv)}
 
 
-def _attach(linear: Linear, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
+def _attach(linear: Any, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
     axes = linear.kernel.get_metadata()["axes"]
     shape, n = linear.kernel.shape, linear.inputs
     lead = shape[: len(shape) - len(axes)]
@@ -69,5 +72,5 @@ def adapted(paths: Mapping) -> list[str]:
 
 
 def delta(a: np.ndarray, b: np.ndarray, factor: float) -> np.ndarray:
-    """factor * A B of one layer in fp32, shaped as its kernel."""
+    """factor * A B of one layer in fp32, shaped as its kernel (a convolution's too)."""
     return factor * np.tensordot(a.astype(np.float32), b.astype(np.float32), 1)

@@ -1,6 +1,7 @@
 """LoRA adapters in PEFT's layout, derived from the weight table, both ways."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,19 +177,16 @@ def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[s
 
 
 def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str]:
-    """The kernel's layout "out in -> in out" cut into those of A [r, in] and B [out, r]."""
+    """The kernel's layout "out in -> in out" cut into those of A [r, in] and B [out, r].
+
+    A convolution's kernel (4 dims in torch, 1x1 ones too) has an A of its own size, a 1x1 B.
+    """
     left, right = entry.layout.split("->")
-    out_group, in_group = _split(left)
-    names = right.split()
+    out_group, *in_groups = re.findall(r"\([^)]*\)|\S+", left)
+    names, ones = right.split(), " 1 1" if len(in_groups) == 3 else ""
     ins, outs = names[: leaf.inputs], names[leaf.inputs :]
-    return f"r {in_group} -> {' '.join(ins)} r", f"{out_group} r -> r {' '.join(outs)}"
-
-
-def _split(left: str) -> tuple[str, str]:
-    """The two groups of a matrix's torch side, such as "(n h)" and "d"."""
-    left = left.strip()
-    cut = left.index(")") + 1 if left.startswith("(") else left.index(" ")
-    return left[:cut].strip(), left[cut:].strip()
+    layout_a = f"r {' '.join(in_groups)} -> {' '.join(ins)} r"
+    return layout_a, f"{out_group} r{ones} -> r {' '.join(outs)}"
 
 
 def _targets(part: Part, leaves: Mapping[str, Leaf]) -> list[str]:

@@ -288,9 +288,10 @@ def _weight_pattern(infix: str) -> str:
 
 
 def part(pipeline: Pipeline, name: str, table: tuple, ignore: tuple[str, ...] = ()) -> Part:
-    """The Part of a component, prefix `name.`; `table` is its (rules, sizes)."""
+    """The Part of a component, prefix `name.`, folder `name`; `table` is its (rules, sizes)."""
     source, (rules, sizes) = pipeline.components[name], table
-    return Part(f"{name}.", source.name, source.tensors, rules, sizes, ignore)
+    stem = STEMS[0] if name in TEXT_ENCODERS else STEMS[1]
+    return Part(f"{name}.", source.name, source.tensors, rules, sizes, ignore, (), name, stem)
 
 
 def must_rewrite(pipeline: Pipeline) -> frozenset[str]:

@@ -65,7 +65,7 @@ class AsDiffusers:
             inner = key.removeprefix(layout.prefix)
             if inner == key or re.fullmatch(layout.ignore, inner):
                 continue
-            name = _renamed(inner, back)
+            name = renamed(inner, back)
             match = re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name) if layout.fused else None
             for third, letter in enumerate("qkv") if match else ():
                 assert match is not None
@@ -95,8 +95,8 @@ class AsDiffusers:
         return np.ascontiguousarray(arrow) if place.arrow else array
 
 
-def _renamed(key: str, names: Mapping[str, str]) -> str:
-    """The key with its longest known beginning (of whole parts) replaced."""
+def renamed(key: str, names: Mapping[str, str]) -> str:
+    """The key with its longest known beginning (of whole dotted parts) replaced."""
     parts = key.split(".")
     for n in range(len(parts), 0, -1):
         if (new := names.get(".".join(parts[:n]))) is not None:
@@ -275,7 +275,7 @@ def _ldm_tensors(export: Export, layout: Layout) -> Iterator[tuple[str, np.ndarr
 
 
 def _to_ldm(key: str, layout: Layout) -> _Slice:
-    name = _renamed(key, layout.names)
+    name = renamed(key, layout.names)
     left, right = (layout.arrows.get(key) or "->").split("->")
     arrow = f"{right} -> {left}" if key in layout.arrows else ""
     match = re.fullmatch(r"(.+)\.([qkv])_proj\.(weight|bias)", name) if layout.fused else None
