@@ -51,6 +51,7 @@ def train(config: dict[str, Any], workdir: Path) -> None:
     print(runs.summary(run, plan), flush=True)
     with jax.set_mesh(mesh):
         state, frozen = runs.start_state(run, plan, saved, start)
+        task.prepare(runs.model_params(frozen, state), run.chosen)
         step_fn = runs.Compiled(runs.make_step(run, plan))
         batches = task.train_batches(start, local_rows(mesh, cfg.batch_size))
         watch = Watch(run, workdir, plan.total, start)

@@ -49,9 +49,9 @@ class Optim:
     warmup: str
     weight_decay: float
     clip: float
-    b1: float
-    b2: float
     ema: float
+    b1: float = 0.9
+    b2: float = 0.999
 
 
 @dataclasses.dataclass(frozen=True)

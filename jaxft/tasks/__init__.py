@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TASKS = {
     "llm": "jaxft.tasks.llm:LLM",
     "autoencoder": "jaxft.tasks.autoencoder:Autoencoder",
+    "diffusion": "jaxft.tasks.diffusion:Diffusion",
 }
 
 
@@ -84,6 +85,10 @@ class Task(Protocol):
 
     def n_examples(self) -> int:
         """The size of the training set, for durations in epochs."""
+        ...
+
+    def prepare(self, params: Params, trained: set[str]) -> None:
+        """What is made once before the first batch (caches), by the parameters as they start."""
         ...
 
     def train_batches(self, start_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 
 from jaxft.core import runtime
 from jaxft.core.config import Config
-from jaxft.core.errors import UserError
 from jaxft.core.params import Params, bind, describe
 from jaxft.core.sharding import (
     batch_ways,
@@ -38,6 +37,7 @@ from jaxft.nn import lora
 from jaxft.nn.cross_entropy import linear_cross_entropy
 from jaxft.nn.sampling import Sampling
 from jaxft.tasks import Look, Report, Request
+from jaxft.tasks.tokens import load_tokenizer
 from jaxft.weights import adapters, transfer
 from jaxft.weights.sources import Source, export_config, open_source
 from jaxft.weights.transfer import Part
@@ -112,6 +112,9 @@ class LLM:
 
     def n_examples(self) -> int:
         return len(self.train_set)
+
+    def prepare(self, params: Params, trained: set[str]) -> None:
+        pass
 
     def train_batches(self, start_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
         return train_loader(
@@ -360,20 +363,6 @@ def load(spec: str, dtype: str) -> Llama:
     places = shardings(leaves, mesh)
     params = transfer.load(model_part(source, cfg), leaves, places, dtype, set(leaves))
     return bind(template, params)
-
-
-def load_tokenizer(folder: Path | str) -> Any:
-    """The tokenizer of a Hugging Face folder; never runs the folder's code."""
-    from transformers import AutoTokenizer  # seconds to import: only once it is needed
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{folder} has no tokenizer that transformers can read ({reason}); copy tokenizer.json"
-            " and tokenizer_config.json of the model into it"
-        ) from None
 
 
 def _prompt(example: text.Example) -> np.ndarray:

@@ -1,0 +1,51 @@
+"""Fine-tune Stable Diffusion 1.x, 2.x or XL; as it stands, the demo pipeline on another style.
+
+    python -m jaxft.train --config configs/diffusion.py --workdir runs/diffusion
+
+LoRA on a pipeline and pictures of your own (a folder with metadata.jsonl, or captions in .txt):
+
+    python -m jaxft.train --config configs/diffusion.py --workdir runs/mine --config.model=PATH \
+        --config.data.train=folder:images --config.data.eval=folder:held-out \
+        --config.resolution=512 --config.buckets=True --config.lora.rank=16 \
+        --config.total=2000_steps
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            task="diffusion",
+            model="demo:emoji-sd",  # a diffusers folder, a single .safetensors, or a hub id
+            init="pretrained",
+            seed=0,
+            total="300_steps",
+            batch_size=16,
+            micro_batches=1,
+            resolution=64,
+            buckets=False,  # keep aspect ratios instead of cropping to squares
+            data=dict(train="demo:emoji/train", eval="demo:emoji/valid"),
+            cache="runs/cache",  # moments and embeddings, by content; "" computes them every step
+            caption_dropout=0.1,
+            min_snr_gamma=5.0,  # 0 is off
+            sample=dict(prompts=(), steps=20, guidance=3.0),
+            trainable=r"unet\..*",  # empty: the adapters when lora.rank > 0, else everything
+            lora=dict(rank=0, alpha=16.0, targets=r"unet\..*\.attn[12]\.to_(q|k|v|out)"),
+            optim=dict(
+                name="adamw",
+                lr=2e-4,
+                schedule="cosine",
+                warmup="10_steps",
+                weight_decay=0.0,
+                clip=1.0,
+                ema=0.0,
+            ),
+            compute_dtype="auto",
+            param_dtype="float32",
+            remat="auto",
+            mesh=dict(data=1, fsdp=-1, tensor=1),
+            every=dict(log="10_steps", eval="0_steps", save="100_steps", sample="0_steps"),
+            export=dict(kind="folder", dtype="source"),
+        )
+    )

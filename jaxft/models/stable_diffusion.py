@@ -1,0 +1,204 @@
+"""Stable Diffusion as a whole: captions to embeddings, predictions, pictures from noise."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxft.core.errors import UserError
+from jaxft.models import clip, unet, vae
+from jaxft.models.clip import CLIPText, CLIPTextConfig
+from jaxft.models.unet import Added, UNet
+from jaxft.models.unet_config import UNetConfig
+from jaxft.models.vae import VAE, VAEConfig
+from jaxft.nn.diffusion import ZERO_SNR, Schedule
+from jaxft.nn.samplers import Sampler, denoise, guide
+from jaxft.weights.pipeline import TEXT_ENCODERS, Pipeline, legacy_part, part
+from jaxft.weights.transfer import Part
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The configs of a pipeline's networks, its noise schedule, and what a dropped caption is.
+
+    `zero_null`: a null caption is zeros (SDXL's pipeline), not the embedding of "". `scheduler`
+    holds the keys of scheduler_config.json that differ from the folder's.
+    """
+
+    unet: UNetConfig
+    vae: VAEConfig
+    texts: tuple[CLIPTextConfig, ...]
+    schedule: Schedule
+    sdxl: bool
+    zero_null: bool
+    scheduler: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def multiple(self) -> int:
+        """What both sides of a picture have to be a multiple of, in pixels."""
+        return self.vae.factor * 2 ** (len(self.unet.channels) - 1)
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, prediction: str = "", zero_snr: bool = False):
+        """Read every config.json; `prediction` and `zero_snr` replace the folder's own.
+
+        UserError where the components do not fit each other.
+        """
+        changes = _changes(pipeline.scheduler, prediction, zero_snr)
+        sdxl = pipeline.family == "sdxl"
+        # StableDiffusionPipeline corrects these two of old folders; SDXL's does not.
+        forced = {} if sdxl else {"steps_offset": 1, "clip_sample": False}
+        names = [name for name in TEXT_ENCODERS if name in pipeline.components]
+        configs = {name: source.config for name, source in pipeline.components.items()}
+        cfg = cls(
+            unet=UNetConfig.from_hf(configs["unet"]),
+            vae=VAEConfig.from_hf(configs["vae"]),
+            texts=tuple(
+                CLIPTextConfig.from_hf(configs[name], pipeline.projects(name)) for name in names
+            ),
+            schedule=Schedule.from_hf({**pipeline.scheduler, **changes, **forced}),
+            sdxl=sdxl,
+            zero_null=sdxl and bool(pipeline.index.get("force_zeros_for_empty_prompt", True)),
+            scheduler=tuple(changes.items()),
+        )
+        _check_fit(cfg, pipeline.name)
+        return cfg
+
+
+def _changes(scheduler: dict[str, Any], prediction: str, zero_snr: bool) -> dict[str, Any]:
+    changes: dict[str, Any] = {"prediction_type": prediction} if prediction else {}
+    if zero_snr:
+        changes |= ZERO_SNR if prediction != "epsilon" else {"rescale_betas_zero_snr": True}
+    old = {"prediction_type": "epsilon", **scheduler}
+    return {key: value for key, value in changes.items() if old.get(key) != value}
+
+
+def _check_fit(cfg: PipelineConfig, name: str) -> None:
+    width = sum(text.hidden_size for text in cfg.texts)
+    if set(cfg.unet.context_dims) != {width}:
+        raise UserError(
+            f"{name}: unet/config.json has cross_attention_dim={sorted(set(cfg.unet.context_dims))}"
+            f" but the text encoders give {width}; the folder mixes two models"
+        )
+    if cfg.unet.out_channels != cfg.vae.latent_channels:
+        raise UserError(
+            f"{name}: the UNet makes {cfg.unet.out_channels} channels, the VAE has"
+            f" latent_channels={cfg.vae.latent_channels}; the folder mixes two models"
+        )
+    if (cfg.unet.added_dim is not None) != cfg.sdxl:
+        raise UserError(
+            f"{name}: model_index.json names {'an' if cfg.sdxl else 'no'} SDXL pipeline, which does"
+            " not fit addition_embed_type of unet/config.json"
+        )
+
+
+class Text(NamedTuple):
+    """What the UNet is told of a caption; `pooled` is SDXL's."""
+
+    context: Float[Array, "B T D"]
+    pooled: Float[Array, "B P"] | None
+
+
+class StableDiffusion(nnx.Module):
+    """UNet, VAE and text encoders under the names of their folders."""
+
+    def __init__(self, cfg: PipelineConfig, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 4)
+        self.unet = UNet(cfg.unet, key=keys[0])
+        self.vae = VAE(cfg.vae, key=keys[1])
+        self.text_encoder = CLIPText(cfg.texts[0], key=keys[2])
+        second = CLIPText(cfg.texts[1], key=keys[3]) if len(cfg.texts) > 1 else None
+        self.text_encoder_2 = nnx.data(second)
+
+    def encode_text(
+        self, ids: Int[Array, "B E T"], *, dtype: Any, keys: PRNGKeyArray | None = None
+    ) -> Text:
+        """Embeddings of captions, tokenised for each of the E encoders.
+
+        SD 1.x and 2.x: the last state after the final norm. SDXL: both encoders' last but one
+        before it, side by side, and the second one's projected end token.
+        """
+        if self.text_encoder_2 is None:
+            return Text(self.text_encoder(ids[:, 0], keys=keys, dtype=dtype).normed, None)
+        first = self.text_encoder(ids[:, 0], skip=1, keys=keys, dtype=dtype)
+        second = self.text_encoder_2(ids[:, 1], skip=1, keys=keys, dtype=dtype)
+        return Text(jnp.concatenate([first.hidden, second.hidden], axis=-1), second.pooled)
+
+    def predict(
+        self,
+        latents: Float[Array, "B Y X C"],
+        timesteps: Array,
+        text: Text,
+        time_ids: Float[Array, "B 6"],
+        *,
+        dtype: Any,
+        keys: PRNGKeyArray | None = None,
+        remat: str = "none",
+    ) -> Float[Array, "B Y X C"]:
+        """What the UNet says of noisy, scaled latents."""
+        added = None if text.pooled is None else Added(text.pooled, time_ids)
+        return self.unet(
+            latents, timesteps, text.context, added, dtype=dtype, keys=keys, remat=remat
+        )
+
+
+def drop_captions(text: Text, null: Text, dropped: Array) -> Text:
+    """`null` (of one row, or as many) in the rows that `dropped` (B,) names."""
+    context = jnp.where(dropped[:, None, None], null.context.astype(text.context.dtype), text[0])
+    if text.pooled is None or null.pooled is None:
+        return Text(context, None)
+    pooled = jnp.where(dropped[:, None], null.pooled.astype(text.pooled.dtype), text.pooled)
+    return Text(context, pooled)
+
+
+def zeroed(text: Text) -> Text:
+    """SDXL's null caption."""
+    return jax.tree.map(jnp.zeros_like, text)
+
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance: its scale, and how much of its contrast is undone."""
+
+    scale: Any
+    rescale: Any = 0.0
+
+
+def generate(
+    model: StableDiffusion,
+    cfg: PipelineConfig,
+    text: Text,
+    null: Text,
+    noise: Float[Array, "B Y X C"],
+    sampler: Sampler,
+    guidance: Guidance,
+    dtype: Any,
+) -> Float[Array, "B Y2 X2 3"]:
+    """Pictures within [-1, 1] from unit noise; caption and null go through the UNet together."""
+    rows, y, x, _ = noise.shape
+    factor = cfg.vae.factor
+    size = jnp.array([y * factor, x * factor, 0, 0, y * factor, x * factor], jnp.float32)
+    ids = jnp.broadcast_to(size, (2 * rows, 6))
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), null, text)
+
+    def predict(latents: Array, t: Array) -> Array:
+        twice = jnp.concatenate([latents, latents])
+        times = jnp.broadcast_to(t, (2 * rows,))
+        out = model.predict(twice, times, both, ids, dtype=dtype)
+        return guide(out[:rows], out[rows:], guidance.scale, guidance.rescale)
+
+    latents = denoise(predict, noise, sampler)
+    images = model.vae.decode(cfg.vae.unscale(latents).astype(dtype))
+    return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
+
+
+def parts(pipeline: Pipeline, cfg: PipelineConfig) -> tuple[Part, ...]:
+    """Where each component's parameters come from and go to."""
+    tables = {"unet": (unet.rules(cfg.unet), {}), "vae": (vae.RULES, vae.sizes(cfg.vae))}
+    found = [part(pipeline, name, table) for name, table in tables.items()]
+    for name, text in zip(TEXT_ENCODERS, cfg.texts, strict=False):
+        table = (clip.RULES, clip.sizes(text))
+        found.append(legacy_part(part(pipeline, name, table, clip.ignore(text))))
+    return tuple(found)

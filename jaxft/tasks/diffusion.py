@@ -1,0 +1,418 @@
+"""Stable Diffusion: fine-tuning UNet and text encoders on captioned pictures, whole or by LoRA."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxft.core import runtime
+from jaxft.core.config import Config
+from jaxft.core.errors import UserError
+from jaxft.core.params import Params, bind
+from jaxft.core.pictures import grid
+from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
+from jaxft.core.step import Batch, Metrics, cast
+from jaxft.data.buckets import BucketBatches, bucket_loader
+from jaxft.data.cache import ArrayCache
+from jaxft.data.image_sources import open_images
+from jaxft.data.images import ImageSet
+from jaxft.data.loader import eval_batches, subset
+from jaxft.models import stable_diffusion, vae
+from jaxft.models.ldm import open_model
+from jaxft.models.stable_diffusion import (
+    Guidance,
+    PipelineConfig,
+    StableDiffusion,
+    Text,
+    drop_captions,
+    zeroed,
+)
+from jaxft.models.vae import Moments
+from jaxft.nn import diffusion as noise_algebra
+from jaxft.nn import lora
+from jaxft.nn.samplers import SAMPLERS
+from jaxft.tasks import Look, Report, Request
+from jaxft.tasks.kid_lite0 import KidLite0
+from jaxft.tasks.latents import (
+    Encoders,
+    Rows,
+    Share,
+    Stores,
+    collate,
+    fingerprint,
+    store_moments,
+    store_texts,
+    to_float,
+)
+from jaxft.tasks.tokens import load_tokenizer
+from jaxft.weights.pipeline import Changes, pipeline_files
+
+BINS = 8  # timesteps at which validation measures, equally far apart
+SHOWN = 8  # rows of a picture grid
+CELL = 96  # least pixels of a cell in it
+CACHED_AT_ONCE = 16  # pictures or captions that are encoded together
+# Streams of a row's own key.
+LATENT, NOISE, TIME, DROP, OFFSET, ADAPTER = range(6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prior:
+    """Prior preservation (DreamBooth): pictures of the class, and the weight of their loss."""
+
+    data: str = ""
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What is drawn to be looked at; without prompts, held-out captions."""
+
+    prompts: tuple
+    steps: int
+    guidance: float
+    sampler: str = "dpm++"
+    rescale: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`cache` is a folder for moments and embeddings ("" is none); `buckets` keeps aspect ratios;
+    `prediction` "" is the folder's own; `eval_generated` pictures are drawn for kid-lite0."""
+
+    resolution: int
+    buckets: bool
+    cache: str
+    caption_dropout: float
+    min_snr_gamma: float
+    sample: Sample
+    flip: bool = False
+    prediction: str = ""
+    zero_snr: bool = False
+    noise_offset: float = 0.0
+    eval_examples: int = 0
+    eval_generated: int = 128
+    prior: Prior = Prior()
+
+
+class Diffusion:
+    """Fine-tuning Stable Diffusion; see `jaxft.tasks.Task`."""
+
+    Options = Options
+    EXPORT_KINDS = ("folder", "none")
+    unit = "images"
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.options = cfg, Options(**cfg.own)
+        options = self.options
+        self.pipeline = open_model(cfg.model, weights=cfg.init == "pretrained")
+        self.model_cfg = PipelineConfig.of(self.pipeline, options.prediction, options.zero_snr)
+        _check(options, self.model_cfg)
+        self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
+        self.remat = runtime.resolve_remat(cfg.remat)
+        self.template = jax.eval_shape(self.build, jax.random.key(0))
+        self.parts = stable_diffusion.parts(self.pipeline, self.model_cfg)
+        names = ("tokenizer", "tokenizer_2")[: len(self.model_cfg.texts)]
+        self.tokenizers = [load_tokenizer(self.pipeline.tokenizer_dir(name)) for name in names]
+        self.train_set = Rows(self._shares(), self._tokenize)
+        held_out = [Share(self._read(cfg.data.eval, False, False))] if cfg.data.eval else []
+        self.eval_set = Rows(held_out, self._tokenize) if held_out else None
+        self.kid = KidLite0() if options.eval_generated else None
+        self._before: np.ndarray | None = None
+
+    def build(self, key: jax.Array) -> nnx.Module:
+        model = StableDiffusion(self.model_cfg, key=key)
+        lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
+        return model
+
+    def initial(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def describe(self) -> str:
+        cfg, report = self.model_cfg, self.data_report()
+        kind = "Stable Diffusion XL" if cfg.sdxl else "Stable Diffusion"
+        sizes = ", ".join(f"{h}x{w}" for h, w in self.train_set.sizes)
+        small = report["smaller_than_target"]
+        return (
+            f"{kind}, {cfg.schedule.prediction}{', zero terminal SNR' * cfg.schedule.zero_snr};"
+            f" {self.cfg.data.train}: {report['images']} images at {sizes}"
+            f" ({report['cropped']} cropped{f', {small} enlarged' if small else ''})"
+        )
+
+    def data_report(self) -> dict[str, int]:
+        total: dict[str, int] = {}
+        for share in self.train_set.shares:
+            for name, count in share.images.report.items():
+                total[name] = total.get(name, 0) + count
+        return total
+
+    def n_examples(self) -> int:
+        return len(self.train_set)
+
+    def units(self, batch: Mapping[str, np.ndarray]) -> int:
+        return len(batch["weights"])
+
+    def flops_per_unit(self, chosen: set[str]) -> float:
+        return 0.0
+
+    def side_files(self, dtype: str | None, rewritten: set[str]) -> dict[str, Path | bytes]:
+        names = frozenset(prefix.removesuffix(".") for prefix in rewritten)
+        return dict(pipeline_files(self.pipeline, Changes(names, dict(self.model_cfg.scheduler))))
+
+    # ---- batches --------------------------------------------------------------------------
+
+    def prepare(self, params: Params, trained: set[str]) -> None:
+        """Store the moments of all pictures and, while no text encoder trains, all embeddings."""
+        if not self.options.cache:
+            return
+        local = Encoders(self.template, self.dtype, params)
+        folder = Path(self.options.cache).expanduser()
+        what = (str(self.dtype), self.model_cfg.vae)
+        name = fingerprint(local.params, ("vae.encoder.", "vae.quant_conv."), "moments", *what)
+        moments, texts = ArrayCache(folder, name, jax.process_index()), None
+        sets = [rows for rows in (self.train_set, self.eval_set) if rows]
+        for images in (share.images for rows in sets for share in rows.shares):
+            _tell("moments", store_moments(moments, images, local.moments, CACHED_AT_ONCE))
+        if not any(path.startswith("text_encoder") for path in trained):
+            ids = tuple(str(t.name_or_path) for t in self.tokenizers)
+            name = fingerprint(local.params, ("text_encoder",), "texts", str(self.dtype), ids)
+            texts = ArrayCache(folder, name, jax.process_index())
+            captions = [rows.caption(i) for rows in sets for i in range(len(rows))]
+            made = store_texts(texts, captions, self._tokenize, local.texts, CACHED_AT_ONCE)
+            _tell("embeddings", made)
+        for rows in sets:
+            rows.use(Stores(moments, texts))
+
+    def train_batches(self, start_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
+        plan = BucketBatches(self.train_set.bucket_of, self.cfg.batch_size, self.cfg.seed)
+        return bucket_loader(
+            self.train_set, plan, start_step=start_step, collate_fn=collate, rows=rows
+        )
+
+    def shapes(self, rows: slice) -> Iterator[dict[str, np.ndarray]]:
+        for bucket in range(len(self.train_set.sizes)):
+            members = np.flatnonzero(self.train_set.bucket_of == bucket)
+            ids = np.resize(members, self.cfg.batch_size)[rows]
+            batch = collate([self.train_set[int(i)] for i in ids], batch_rows=len(ids))
+            yield {**batch, "sample_ids": ids.astype(np.int32)}
+
+    # ---- the loss -------------------------------------------------------------------------
+
+    def loss(
+        self, model: StableDiffusion, batch: Batch, keys: jax.Array, step: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
+        """The squared error of the prediction, each row by its min-SNR and prior weight."""
+        schedule, options = self.model_cfg.schedule, self.options
+        latents = self._latents(model, batch, _stream(keys, LATENT))
+        noise = _normal(_stream(keys, NOISE), latents.shape[1:])
+        if options.noise_offset:
+            noise = noise_algebra.offset_noise(_stream(keys, OFFSET), noise, options.noise_offset)
+        t = noise_algebra.draw_timesteps(_stream(keys, TIME), schedule)
+        dropped = jax.vmap(jax.random.uniform)(_stream(keys, DROP)) < options.caption_dropout
+        adapter = _stream(keys, ADAPTER) if self.cfg.lora.dropout else None
+        text = drop_captions(self._text(model, batch, adapter), self._null(model), dropped)
+        errors = self._errors(model, batch, latents, noise, t, text, adapter)
+        if options.min_snr_gamma:
+            errors *= noise_algebra.min_snr_weights(schedule, t, options.min_snr_gamma)
+        return (jnp.sum(errors * batch["weights"]), jnp.sum(batch["weights"])), {}
+
+    def _errors(
+        self,
+        model: StableDiffusion,
+        batch: Batch,
+        latents: jax.Array,
+        noise: jax.Array,
+        t: jax.Array,
+        text: Text,
+        keys: jax.Array | None,
+    ) -> jax.Array:
+        """Each row's own mean squared error at timestep `t`."""
+        schedule = self.model_cfg.schedule
+        noisy = noise_algebra.add_noise(schedule, latents, noise, t)
+        out = model.predict(
+            noisy, t, text, batch["time_ids"], dtype=self.dtype, keys=keys, remat=self.remat
+        )
+        return noise_algebra.squared_error(out, noise_algebra.target(schedule, latents, noise, t))
+
+    def _latents(self, model: StableDiffusion, batch: Batch, keys: Any) -> jax.Array:
+        """Scaled latents, fp32: drawn where there are `keys`, else the posterior's mode."""
+        if "mean" in batch:
+            moments = Moments(batch["mean"], batch["logvar"])
+        else:
+            moments = model.vae.encode(to_float(batch["pixels"]).astype(self.dtype))
+        drawn = moments.mean if keys is None else vae.sample(moments, keys)
+        return self.model_cfg.vae.scale(drawn.astype(jnp.float32))
+
+    def _text(self, model: StableDiffusion, batch: Batch, keys: Any) -> Text:
+        if "context" in batch:
+            return Text(batch["context"], batch.get("pooled"))
+        return model.encode_text(batch["ids"], dtype=self.dtype, keys=keys)
+
+    def _null(self, model: StableDiffusion) -> Text:
+        """The null caption of one row, by the text encoders as they are now."""
+        empty = jnp.asarray(self._tokenize(""))[None]
+        made = model.encode_text(empty, dtype=self.dtype)
+        return zeroed(made) if self.model_cfg.zero_null else made
+
+    # ---- looking --------------------------------------------------------------------------
+
+    def evaluate(self, params: Params, mesh: Mesh) -> Report:
+        """Errors at fixed timesteps and noise, and pictures of held-out captions."""
+        if self.eval_set is None:
+            return Report({})
+        data = subset(self.eval_set, self.options.eval_examples, self.cfg.seed)
+        size = max(self.cfg.batch_size // self.cfg.micro_batches, batch_ways(mesh))
+        sums = np.zeros(BINS)
+        for batch in eval_batches(data, size, collate, local_rows(mesh, size)):
+            sums += np.asarray(self._bins(params, place_batch(batch, mesh)))
+        errors = sums / len(data)
+        metrics = {"loss": float(np.mean(errors))}
+        metrics |= {f"loss_t{t}": float(e) for t, e in zip(self._times(), errors, strict=True)}
+        if not self.options.eval_generated:
+            return Report(metrics)
+        chosen = subset(self.eval_set, self.options.eval_generated, self.cfg.seed).ids
+        made = self._draw(params, [self.eval_set.caption(int(i)) for i in chosen], Request())
+        images = self.eval_set.shares[0].images
+        wanted = np.stack([images[int(i)].pixels for i in chosen])
+        if self.kid:
+            metrics["kid-lite0"] = self.kid(wanted, made)
+        return Report(metrics, pictures={"held-out": self._compared(chosen, wanted, made)})
+
+    def _compared(self, chosen: np.ndarray, wanted: np.ndarray, made: np.ndarray) -> np.ndarray:
+        """caption, target, before, now: before is the first evaluation of this process."""
+        assert self.eval_set is not None
+        if self._before is None:
+            self._before = made
+        shown = np.linspace(0, len(chosen) - 1, min(SHOWN, len(chosen))).astype(int)
+        rows = [(wanted[i], self._before[i], made[i]) for i in shown]
+        captions = [self.eval_set.caption(int(chosen[i])) for i in shown]
+        return grid(rows, captions, ("target", "before", "now"), CELL)
+
+    def _times(self) -> np.ndarray:
+        steps = self.model_cfg.schedule.train_steps
+        return ((np.arange(BINS) + 0.5) * steps / BINS).astype(np.int32)
+
+    @partial(jax.jit, static_argnums=0)
+    def _bins(self, params: Params, batch: Batch) -> jax.Array:
+        """Summed errors at each of BINS timesteps; a row's noise is its own on every run."""
+        model = bind(self.template, cast(params, self.dtype))
+        latents = self._latents(model, batch, None)
+        text, rows = self._text(model, batch, None), batch["weights"]
+        base = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(batch["sample_ids"])
+
+        def at(number_and_time: tuple[jax.Array, jax.Array]) -> jax.Array:
+            number, time = number_and_time
+            noise = _normal(_stream(base, number), latents.shape[1:])
+            t = jnp.broadcast_to(time, rows.shape)
+            errors = self._errors(model, batch, latents, noise, t, text, None)
+            return jnp.sum(errors * (rows > 0))
+
+        return jax.lax.map(at, (jnp.arange(BINS), jnp.asarray(self._times())))
+
+    def sample(self, params: Params) -> Look:
+        prompts = list(self.options.sample.prompts)
+        if not prompts and self.eval_set is None:
+            prompts = sorted({self.train_set.caption(i) for i in range(len(self.train_set))})
+        if not prompts:
+            return Look()  # an evaluation shows held-out captions
+        prompts = prompts[: 2 * SHOWN]
+        made = self._draw(params, prompts, Request())
+        return Look(pictures={"prompts": grid([[one] for one in made], prompts, (), CELL)})
+
+    def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
+        return [Look(pictures={"made": one}) for one in self._draw(params, prompts, request)]
+
+    def _draw(self, params: Params, prompts: list[str], request: Request) -> np.ndarray:
+        """Pictures uint8 (N, Y, X, 3); each one's noise depends on the seed and its place alone."""
+        size = CACHED_AT_ONCE
+        ids = np.stack([self._tokenize(prompt) for prompt in prompts])
+        made = []
+        for first in range(0, len(ids), size):
+            rows = np.resize(ids[first : first + size], (size, *ids.shape[1:]))
+            places = np.arange(first, first + size)
+            out = self._generate(params, rows, places, request)
+            made.append(np.asarray(out))
+        return np.concatenate(made)[: len(ids)]
+
+    @partial(jax.jit, static_argnums=(0, 4))
+    def _generate(self, params: Params, ids: Any, places: Any, request: Request) -> jax.Array:
+        cfg, options = self.model_cfg, self.options.sample
+        model = bind(self.template, cast(params, self.dtype))
+        text = model.encode_text(ids, dtype=self.dtype)
+        null = jax.tree.map(lambda x: jnp.repeat(x, len(ids), axis=0), self._null(model))
+        side = self.options.resolution // cfg.vae.factor
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(request.seed)))(places)
+        noise = _normal(keys, (side, side, cfg.unet.out_channels))
+        make = SAMPLERS[request.sampler or options.sampler]
+        scale = options.guidance if request.guidance is None else request.guidance
+        images = stable_diffusion.generate(
+            model, cfg, text, null, noise, make(cfg.schedule, request.steps or options.steps),
+            Guidance(scale, options.rescale), self.dtype,
+        )  # fmt: skip
+        pixels = jnp.round((images + 1.0) * 127.5).astype(jnp.uint8)
+        return constrain(pixels, None, None, None, None)
+
+    # ---- shared pieces --------------------------------------------------------------------
+
+    def _shares(self) -> list[Share]:
+        """The training pictures, and as often as they are fewer than the prior's, repeated."""
+        options = self.options
+        own = self._read(self.cfg.data.train, options.buckets, options.flip)
+        if not options.prior.data:
+            return [Share(own)]
+        prior = self._read(options.prior.data, options.buckets, options.flip)
+        repeats = max(1, round(len(prior) / len(own)))
+        return [Share(own, repeats), Share(prior, 1, options.prior.weight)]
+
+    def _read(self, spec: str, buckets: bool, flip: bool) -> ImageSet:
+        multiple = self.model_cfg.multiple
+        return ImageSet(open_images(spec), self.options.resolution, multiple, buckets, flip)
+
+    def _tokenize(self, caption: str) -> np.ndarray:
+        """(E, T) ids for each text encoder, padded as its own tokenizer does."""
+        rows = [
+            tokenizer(
+                caption, padding="max_length", truncation=True, max_length=text.max_positions
+            ).input_ids
+            for tokenizer, text in zip(self.tokenizers, self.model_cfg.texts, strict=True)
+        ]
+        return np.asarray(rows, np.int32)
+
+
+def _stream(keys: jax.Array, number: Any) -> jax.Array:
+    """Another key for each row, for another purpose."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+def _normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+
+def _tell(what: str, made: Iterator[tuple[int, int]]) -> None:
+    """One line when a cache grew."""
+    done = total = 0
+    for done, total in made:
+        if done % (64 * CACHED_AT_ONCE) == 0:
+            print(f"caching {what}: {done} of {total}", flush=True)
+    if total:
+        print(f"cached {what} of {done}", flush=True)
+
+
+def _check(options: Options, cfg: PipelineConfig) -> None:
+    if options.sample.sampler not in SAMPLERS:
+        known = ", ".join(SAMPLERS)
+        raise UserError(f"sample.sampler={options.sample.sampler!r} is not one of {known}")
+    if not 0 <= options.caption_dropout < 1:
+        raise UserError(f"caption_dropout={options.caption_dropout} must be at least 0 and below 1")
+    if cfg.unet.in_channels != cfg.vae.latent_channels:
+        raise UserError(
+            f"unet/config.json: in_channels={cfg.unet.in_channels}, but a text-to-image UNet takes"
+            f" the VAE's {cfg.vae.latent_channels}; inpainting and InstructPix2Pix models are not"
+            " supported yet"
+        )
