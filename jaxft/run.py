@@ -20,6 +20,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf, Params, describe, flatten, select, trainable_table
 from jaxft.core.step import State, StepSpec, init_state, state_shardings
 from jaxft.tasks import Task, task_class
+from jaxft.tasks.options import OPTIONS
 from jaxft.weights import transfer
 
 ADAPTERS = r".*\.lora_[ab]"
@@ -274,7 +275,7 @@ def open_any(arguments: Arguments) -> tuple[Run, Params, int]:
         return restore_run(Path(options["workdir"]), step_option(options), overrides)
     if "config" not in options:
         raise UserError("give --workdir=DIR (a run folder) or --config=FILE (an untrained model)")
-    run = open_run(configs.load_config(options["config"], overrides))
+    run = open_run(configs.load_config(options["config"], overrides, OPTIONS))
     with jax.set_mesh(run.mesh):
         return run, load_params(run), 0
 

@@ -9,6 +9,7 @@ from jaxft.core import config as configs
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
 from jaxft.tasks import check_task
+from jaxft.tasks.options import OPTIONS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,9 +21,9 @@ def _main(argv: list[str]) -> None:
     options, overrides = configs.parse_arguments(argv, ("config", "workdir"))
     if "config" not in options:
         raise UserError("--config is missing: python -m jaxft.train --config configs/llm.py")
-    config = configs.load_config(options["config"], overrides)
-    configs.read_config(config)
-    check_task(config["task"])
+    config = configs.load_config(options["config"], overrides, OPTIONS)
+    check_task(config.get("task"))
+    configs.read_config(config, OPTIONS[config["task"]])
     workdir = Path(options.get("workdir", f"runs/{Path(options['config']).stem}"))
     configs.claim_workdir(workdir, config)
     # jax and the weights come only now that the config and the folder are known to be sound.

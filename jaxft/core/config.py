@@ -124,6 +124,9 @@ BELOW_ONE = ("lora.dropout", "optim.b1", "optim.b2", "optim.ema")
 DURATIONS = ("total", "optim.warmup", "every.log", "every.eval", "every.save", "every.sample")
 
 
+MAPPING: Mapping[str, type] = {}
+
+
 class Arguments(NamedTuple):
     """A command line: its plain options and its `--config.…` overrides, in order."""
 
@@ -155,11 +158,14 @@ def parse_arguments(argv: Iterable[str], allowed: Iterable[str]) -> Arguments:
     return Arguments(options, overrides)
 
 
-def load_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
+def load_config(
+    path: str, overrides: Iterable[tuple[str, str]] = (), options: Mapping[str, type] = MAPPING
+) -> dict[str, Any]:
     """The config file's `get_config()` with overrides applied, as plain nested dicts.
 
     A path that does not exist is looked up beside the installed package, so that
-    `configs/llm.py` works from a wheel too.
+    `configs/llm.py` works from a wheel too. What the file leaves out gets its default, of the
+    task's own keys by `options` (task name to dataclass), so that it can be overridden too.
     """
     file = Path(path)
     if not file.is_file():
@@ -175,6 +181,8 @@ def load_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> dict[st
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {file} defines no get_config(); copy one from configs/")
     config = module.get_config().to_dict()
+    for schema in filter(None, (Config, options.get(str(config.get("task"))))):
+        _complete(config, schema)
     for key, text in overrides:
         override(config, key, text)
     return config
@@ -302,6 +310,19 @@ def _typed(key: str, value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise UserError(f"config key {key}={value!r} must be {kind.__name__}")
     return value
+
+
+def _complete(config: dict[str, Any], schema: type) -> None:
+    """Put in the defaults of what a config leaves out, sections too."""
+    for f in dataclasses.fields(schema):
+        kind: Any = f.type
+        if dataclasses.is_dataclass(kind):
+            if f.name not in config and f.default is not dataclasses.MISSING:
+                config[f.name] = {}
+            if isinstance(config.get(f.name), dict):
+                _complete(config[f.name], kind)  # type: ignore[arg-type]
+        elif f.default is not dataclasses.MISSING:
+            config.setdefault(f.name, f.default)
 
 
 def _needed(schema: type) -> set[str]:

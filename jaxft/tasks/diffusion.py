@@ -1,6 +1,5 @@
 """Stable Diffusion: fine-tuning UNet and text encoders on captioned pictures, whole or by LoRA."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -51,6 +50,7 @@ from jaxft.tasks.latents import (
     store_texts,
     to_float,
 )
+from jaxft.tasks.options import DiffusionOptions
 from jaxft.tasks.tokens import load_tokenizer
 from jaxft.weights.pipeline import Changes, pipeline_files
 
@@ -62,54 +62,15 @@ CACHED_AT_ONCE = 16  # pictures or captions that are encoded together
 LATENT, NOISE, TIME, DROP, OFFSET, ADAPTER = range(6)
 
 
-@dataclasses.dataclass(frozen=True)
-class Prior:
-    """Prior preservation (DreamBooth): pictures of the class, and the weight of their loss."""
-
-    data: str = ""
-    weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """What is drawn to be looked at; without prompts, held-out captions."""
-
-    prompts: tuple
-    steps: int
-    guidance: float
-    sampler: str = "dpm++"
-    rescale: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """`cache` is a folder for moments and embeddings ("" is none); `buckets` keeps aspect ratios;
-    `prediction` "" is the folder's own; `eval_generated` pictures are drawn for kid-lite0."""
-
-    resolution: int
-    buckets: bool
-    cache: str
-    caption_dropout: float
-    min_snr_gamma: float
-    sample: Sample
-    flip: bool = False
-    prediction: str = ""
-    zero_snr: bool = False
-    noise_offset: float = 0.0
-    eval_examples: int = 0
-    eval_generated: int = 128
-    prior: Prior = Prior()
-
-
 class Diffusion:
     """Fine-tuning Stable Diffusion; see `jaxft.tasks.Task`."""
 
-    Options = Options
+    Options = DiffusionOptions
     EXPORT_KINDS = ("folder", "none")
     unit = "images"
 
     def __init__(self, cfg: Config):
-        self.cfg, self.options = cfg, Options(**cfg.own)
+        self.cfg, self.options = cfg, DiffusionOptions(**cfg.own)
         options = self.options
         self.pipeline = open_model(cfg.model, weights=cfg.init == "pretrained")
         self.model_cfg = PipelineConfig.of(self.pipeline, options.prediction, options.zero_snr)
@@ -404,7 +365,7 @@ def _tell(what: str, made: Iterator[tuple[int, int]]) -> None:
         print(f"cached {what} of {done}", flush=True)
 
 
-def _check(options: Options, cfg: PipelineConfig) -> None:
+def _check(options: DiffusionOptions, cfg: PipelineConfig) -> None:
     if options.sample.sampler not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise UserError(f"sample.sampler={options.sample.sampler!r} is not one of {known}")

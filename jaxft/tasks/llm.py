@@ -37,6 +37,7 @@ from jaxft.nn import lora
 from jaxft.nn.cross_entropy import linear_cross_entropy
 from jaxft.nn.sampling import Sampling
 from jaxft.tasks import Look, Report, Request
+from jaxft.tasks.options import LLMOptions
 from jaxft.tasks.tokens import load_tokenizer
 from jaxft.weights import adapters, transfer
 from jaxft.weights.sources import Source, export_config, open_source
@@ -45,21 +46,10 @@ from jaxft.weights.transfer import Part
 SHOWN = 5  # rows of predictions in a report
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """seq_len in tokens; `pack` lets short examples of a batch share rows (the sums stay the same);
-    `template` turns {"text", "label"} records into prompt and completion."""
-
-    seq_len: int
-    pack: bool
-    template: str
-    eval_examples: int
-
-
 class LLM:
     """Fine-tuning a causal language model; see `jaxft.tasks.Task`."""
 
-    Options = Options
+    Options = LLMOptions
     EXPORT_KINDS = ("merged", "adapter", "none")
     unit = "tokens"
 
@@ -69,7 +59,7 @@ class LLM:
             cfg = dataclasses.replace(cfg, lora=self.adapter.lora)
         base = self.adapter.base if self.adapter else cfg.model
         self.source = open_source(base, weights=cfg.init == "pretrained")
-        self.cfg, self.options = cfg, Options(**cfg.own)
+        self.cfg, self.options = cfg, LLMOptions(**cfg.own)
         self.model_cfg = LlamaConfig.from_hf(self.source.config)
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.remat = runtime.resolve_remat(cfg.remat)
