@@ -13,6 +13,7 @@ import huggingface_hub
 import numpy as np
 from safetensors import safe_open
 
+from jaxft.core.config import PACKAGE
 from jaxft.core.errors import UserError
 from jaxft.weights.sources import SIDE_FILES, Source
 from jaxft.weights.tensor_files import PICKLES, STEMS, Info, TensorFiles, Tensors
@@ -213,6 +214,8 @@ def _names(index: Mapping[str, Any], key: str) -> bool:
 def _locate(spec: str, file: str, weights: bool, variant: str | None) -> Path:
     if spec.startswith("pip:"):
         return _in_package(spec.removeprefix("pip:"), file)
+    if spec.startswith("demo:"):
+        return demo_folder(spec)
     path = Path(spec).expanduser()
     if path.is_dir():
         return path
@@ -223,6 +226,15 @@ def _locate(spec: str, file: str, weights: bool, variant: str | None) -> Path:
             "or a hub id org/name"
         )
     return _from_hub(hub[1], hub[2].strip("/"), weights, variant)
+
+
+def demo_folder(spec: str) -> Path:
+    """`demo:NAME`: what ships with jaxft under demo/NAME."""
+    folder = PACKAGE / "demo" / spec.removeprefix("demo:")
+    if folder.is_dir():
+        return folder
+    found = sorted(path.parent.name for path in folder.parent.glob("*/model_index.json"))
+    raise UserError(f"model {spec!r}: there is no such demo model; there is {', '.join(found)}")
 
 
 def _in_package(package: str, file: str) -> Path:

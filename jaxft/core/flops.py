@@ -1,0 +1,47 @@
+"""Model FLOPs by reading a traced function: two for each multiply-add of a product or convolution."""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import jax
+
+
+def count(function: Callable[..., Any], *args: Any) -> float:
+    """FLOPs of one call on abstract or concrete arguments; nothing runs.
+
+    Only matrix products and convolutions count, as in torch's FlopCounterMode and in every
+    published MFU. A scan counts as often as it runs; a `while` loop once.
+    """
+    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _of_jaxpr(jaxpr: Any) -> float:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return 2.0 * prod(equation.outvars[0].aval.shape) * prod(left[dim] for dim in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * prod(equation.outvars[0].aval.shape) * prod(kernel) / outputs
+    if name == "cond":
+        return max(_of_jaxpr(branch.jaxpr) for branch in params["branches"])
+    times = params["length"] if name == "scan" else 1
+    return times * sum(_of_jaxpr(inner) for inner in _inner(params))
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    """The jaxprs that an equation calls, whatever it names them."""
+    found = []
+    for value in params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            jaxpr = getattr(one, "jaxpr", one)
+            if hasattr(jaxpr, "eqns"):
+                found.append(jaxpr)
+    return found
