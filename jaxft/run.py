@@ -238,7 +238,7 @@ def summary(run: Run, plan: Plan) -> str:
         f"devices {runtime.describe_devices()}, mesh {dict(run.mesh.shape)};"
         f" compute {runtime.resolve_dtype(cfg.compute_dtype)}, parameters {cfg.param_dtype},"
         f" remat {runtime.resolve_remat(cfg.remat)}",
-        f"{plan.total} steps of {cfg.batch_size} sequences{micro}, {cfg.optim.name} at"
+        f"{plan.total} steps of {cfg.batch_size} examples{micro}, {cfg.optim.name} at"
         f" {cfg.optim.lr:g} ({cfg.optim.schedule})",
         trainable_table(run.leaves, run.chosen),
     ]

@@ -1,4 +1,4 @@
-"""Model FLOPs by reading a traced function: two for each multiply-add of a product or convolution."""
+"""Model FLOPs by reading a traced function: two for each multiply-add."""
 
 from collections.abc import Callable
 from math import prod

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxft.core import runtime
+from jaxft.core import flops, runtime
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params, bind
@@ -120,7 +120,19 @@ class Diffusion:
         return len(batch["weights"])
 
     def flops_per_unit(self, chosen: set[str]) -> float:
-        return 0.0
+        """The UNet's, forward and both halves of backward; adapters have only one of these."""
+        cfg, side = self.model_cfg, self.options.resolution // self.model_cfg.vae.factor
+        latents = jax.ShapeDtypeStruct((1, side, side, cfg.unet.in_channels), self.dtype)
+        ids = jax.ShapeDtypeStruct((1, *self._tokenize("").shape), np.int32)
+        times = jax.ShapeDtypeStruct((1, 6), np.float32)
+
+        def forward(model: StableDiffusion, latents: Any, text: Text, times: Any) -> jax.Array:
+            return model.predict(latents, times[:, 0], text, times, dtype=self.dtype)
+
+        encode = partial(StableDiffusion.encode_text, dtype=self.dtype)
+        text = jax.eval_shape(encode, self.template, ids)
+        passes = 2 if all(".lora_" in path for path in chosen) else 3
+        return passes * flops.count(forward, self.template, latents, text, times)
 
     def side_files(self, dtype: str | None, rewritten: set[str]) -> dict[str, Path | bytes]:
         names = frozenset(prefix.removesuffix(".") for prefix in rewritten)
