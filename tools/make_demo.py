@@ -4,6 +4,8 @@
     python tools/make_demo.py emoji     [--out jaxft/demo] [--packages DIR]
     python tools/make_demo.py tokenizer [--out jaxft/demo] [--packages DIR]
     python tools/make_demo.py data      --out DIR          [--packages DIR]
+    python tools/make_demo.py weights   --data DIR/google --runs DIR
+    python tools/make_demo.py efficientnet [--out jaxft/demo]
 
 Texts and the tokenizer come out byte for byte; images pixel for pixel, and byte for byte under
 Pillow 13.0, since the compressor is Pillow's.
@@ -26,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 from demo_data import write_emoji, write_google, write_tokenizer
+from demo_weights import write_weights
 
 PACKAGES = ("wordnet-base", "r-cran-janeaustenr")
 SEED = 0
@@ -145,6 +148,12 @@ def packaged(args: argparse.Namespace, write: Callable[[Path, Path], None], name
         write(packages, args.out / name)
 
 
+def efficientnet(args: argparse.Namespace) -> None:
+    from demo_efficientnet import write_efficientnet  # imports torch
+
+    write_efficientnet(args.out / "efficientnet-lite0")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rebuild jaxft/demo from public packages.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -165,7 +174,14 @@ def main() -> None:
         command.add_argument("--out", type=Path, default=demo, required=name == "data")
         command.set_defaults(run=partial(packaged, write=writer, name=folder))
 
-    # `weights`, which trains the demo weights on what `data` writes, gets its parser here.
+    command = commands.add_parser("weights", help="ships: emoji-sd/, trained on what `data` wrote")
+    command.add_argument("--data", type=Path, required=True, help="the google/ folder of `data`")
+    command.add_argument("--runs", type=Path, required=True, help="where the runs are kept")
+    command.set_defaults(run=lambda args: write_weights(args.data, args.runs))
+
+    command = commands.add_parser("efficientnet", help="ships: efficientnet-lite0/")
+    command.add_argument("--out", type=Path, default=demo)
+    command.set_defaults(run=efficientnet)
 
     args = parser.parse_args()
     args.run(args)

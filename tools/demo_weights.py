@@ -1,0 +1,199 @@
+"""Train the demo weights from nothing by jaxft's own commands, on what `make_demo.py data` wrote.
+
+Each stage is one run of `python -m jaxft.train` in OUT; a stage that was stopped goes on. Two CPU
+cores need about half an hour for the autoencoder and an hour for the pipeline.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DEMO = Path(__file__).resolve().parent.parent / "jaxft" / "demo"
+VERSION = "0.31.0"  # the oldest diffusers that the folders are for
+
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": VERSION,
+    "act_fn": "silu",
+    "block_out_channels": [16, 32, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "force_upcast": False,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "out_channels": 3,
+    "sample_size": 64,
+    "scaling_factor": 1.0,  # until its latents are measured
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+}
+UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": VERSION,
+    "act_fn": "silu",
+    "attention_head_dim": 4,
+    "block_out_channels": [32, 96, 160],
+    "cross_attention_dim": 192,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "in_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 16,
+    "out_channels": 4,
+    "sample_size": 16,
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+}
+TEXT = {
+    "architectures": ["CLIPTextModel"],
+    "bos_token_id": 4094,
+    "eos_token_id": 4095,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 24,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 6,
+    "num_hidden_layers": 2,
+    "pad_token_id": 4095,
+    "projection_dim": 192,
+    "torch_dtype": "float32",
+    "vocab_size": 4096,
+}
+SCHEDULER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "_diffusers_version": VERSION,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "steps_offset": 1,
+    "timestep_spacing": "linspace",
+}
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": VERSION,
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+VAE_RUN = {
+    "trainable": r"vae\..*",
+    "total": "1500_steps",
+    "batch_size": 8,
+    "loss.l1": 0.5,
+    "loss.l2": 2.0,
+    "loss.perceptual": 0.0,
+    "optim.lr": 3e-3,
+    "optim.warmup": "30_steps",
+}
+SD_RUN = {
+    "trainable": r"(unet|text_encoder)\..*",
+    "total": "2000_steps",
+    "batch_size": 32,
+    "optim.lr": 1.5e-3,
+    "optim.warmup": "100_steps",
+    "optim.schedule": "wsd",
+    "optim.ema": 0.999,
+    "every.eval": "1000_steps",
+    "every.save": "250_steps",
+}
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# emoji-sd: a toy Stable Diffusion for demos and tests
+
+64x64 emoji from captions such as "red heart". {size:.1f} M parameters, trained from nothing by
+jaxft (`tools/make_demo.py weights`) on 1,705 captioned images of Google's Noto emoji (Apache-2.0),
+within two hours on two CPU cores. It knows nothing but emoji, and not all of them well: it is here
+so that fine-tuning can be tried at once. Load it with
+`StableDiffusionPipeline.from_pretrained(...)`.
+"""
+
+
+def write_weights(data: Path, out: Path, demo: Path = DEMO) -> None:
+    """All stages, into `out`; the pipeline then replaces `demo`/emoji-sd, in bfloat16."""
+    sets = {"data.train": f"folder:{data / 'train'}", "data.eval": f"folder:{data / 'valid'}"}
+    blank = out / "blank"
+    _write_configs(blank)
+    fresh = {"init": "random", "model": blank}
+    vae = _train("autoencoder", out / "vae", {**sets, **VAE_RUN, **fresh})
+    untrained = {"trainable": ".*", "total": "0_steps", "data.eval": "", "cache": ""}
+    started = _train("diffusion", out / "random", {**sets, **fresh, **untrained})
+    begin = out / "begin"
+    shutil.copytree(started, begin, dirs_exist_ok=True)
+    shutil.copytree(vae, begin / "vae", dirs_exist_ok=True)
+    _measure_latents(begin / "vae", data / "train")
+    keys = {**sets, **SD_RUN, "model": begin, "cache": out / "cache", "export.dtype": "bfloat16"}
+    done = _train("diffusion", out / "sd", keys)
+    shutil.rmtree(demo / "emoji-sd", ignore_errors=True)
+    shutil.copytree(done, demo / "emoji-sd")
+    size = sum(path.stat().st_size for path in done.rglob("*.safetensors")) / 2e6
+    (demo / "emoji-sd" / "README.md").write_text(CARD.format(size=size))
+
+
+def _write_configs(folder: Path) -> None:
+    """A pipeline folder without weights."""
+    configs: dict[str, Mapping[str, Any]] = {
+        "model_index.json": INDEX,
+        "scheduler/scheduler_config.json": SCHEDULER,
+        "text_encoder/config.json": TEXT,
+        "unet/config.json": UNET,
+        "vae/config.json": VAE,
+    }
+    for name, config in configs.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copytree(DEMO / "tokenizer-clip-4k", folder / "tokenizer", dirs_exist_ok=True)
+
+
+def _train(task: str, workdir: Path, keys: Mapping[str, Any]) -> Path:
+    """One run to its end; the folder that it exports."""
+    flags = [f"--config.{key}={value}" for key, value in keys.items()]
+    command = [sys.executable, "-m", "jaxft.train", "--config", f"configs/{task}.py"]
+    subprocess.run(
+        [*command, "--workdir", str(workdir), *flags], check=True, cwd=DEMO.parent.parent
+    )
+    return workdir / "export"
+
+
+def _measure_latents(folder: Path, images: Path) -> None:
+    """Set scaling_factor to one over the deviation of the latents of 512 images."""
+    import jax
+
+    from jaxft.core.params import bind, describe
+    from jaxft.core.sharding import one_device_mesh, shardings
+    from jaxft.data.image_sources import open_images
+    from jaxft.data.images import ImageSet, to_float
+    from jaxft.models import vae
+    from jaxft.weights.pipeline import open_component
+    from jaxft.weights.transfer import Part, load
+
+    source = open_component(str(folder), "vae")
+    cfg = vae.VAEConfig.from_hf(source.config)
+    template = jax.eval_shape(lambda key: vae.VAE(cfg, key=key), jax.random.key(0))
+    leaves, mesh = describe(template), one_device_mesh()
+    part = Part("", str(folder), source.tensors, vae.RULES, vae.sizes(cfg))
+    params = load(part, leaves, shardings(leaves, mesh), np.float32, set(leaves))
+    encode = jax.jit(lambda params, x: bind(template, params).encode(x))
+    pictures = ImageSet(open_images(f"folder:{images}"), 64, cfg.factor, False)
+    chosen = range(0, 3 * 512, 3)
+    made = [encode(params, to_float(pictures[i].pixels[None])) for i in chosen]
+    variance = np.var([m.mean for m in made]) + np.mean([np.exp(m.logvar) for m in made])
+    config = {**source.config, "scaling_factor": round(float(variance) ** -0.5, 5)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
