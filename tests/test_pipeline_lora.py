@@ -251,13 +251,13 @@ def test_we_read_what_diffusers_saves(models, tmp_path, stated):
     assert any("conv1" in path for path in arrays) and any("fc1" in path for path in arrays)
 
 
-def rewritten(file, out, change):
+def rewritten(file, out, change, metadata=None):
     """The same file with its {key: array} changed."""
     tensors = TensorFiles.open(file)
     arrays = change({key: tensors.read(key) for key in list(tensors.keys())})
     infos = {key: (array.shape, array.dtype) for key, array in arrays.items()}
     out.mkdir(exist_ok=True)
-    write_sharded(out, arrays.items(), infos, stem="pytorch_lora_weights")
+    write_sharded(out, arrays.items(), infos, stem="pytorch_lora_weights", metadata=metadata)
     return out
 
 
@@ -311,6 +311,9 @@ def test_projections_that_no_reader_finds_are_refused_before_training(models):
     wanted = r"text_encoder_2\.text_projection, unet\.add_embedding\.linear_1, .*linear_2"
     with pytest.raises(UserError, match=wanted):
         pipeline_lora.check(wide.parts, wide.leaves)
+    without = {path: leaf for path, leaf in ours.leaves.items() if ".lora_" not in path}
+    with pytest.raises(UserError, match=r"lora.* needs lora\.rank > 0"):
+        pipeline_lora.check(ours.parts, without)
     pipeline_lora.check(ours.parts, ours.leaves)
 
 
@@ -329,6 +332,7 @@ def test_patterns_of_ranks_are_refused(models, tmp_path):
     ours = models["sd"]
     file = ours.write("peft", tmp_path)
     stated = {"unet.r": 4, "unet.lora_alpha": 4, "unet.rank_pattern": {"to_q": 2}}
-    pipeline_lora.stamp(file, {"lora_adapter_metadata": json.dumps(stated)})
+    more = {"lora_adapter_metadata": json.dumps(stated)}
+    folder = rewritten(file, tmp_path / "stated", lambda arrays: arrays, more)
     with pytest.raises(UserError, match="unet has ranks or alphas of several sizes"):
-        ours.read(file)
+        ours.read(folder)

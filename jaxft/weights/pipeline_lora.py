@@ -13,7 +13,7 @@ from jaxft.core.params import Leaf
 from jaxft.weights.adapters import Slot, slots
 from jaxft.weights.pipeline import LEGACY, legacy_part
 from jaxft.weights.rules import rearranged_shape, to_jax, to_torch
-from jaxft.weights.single_file import Layout, renamed, stamp
+from jaxft.weights.single_file import Layout, renamed
 from jaxft.weights.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.transfer import Part
 
@@ -66,8 +66,13 @@ def sites(parts: Sequence[Part], leaves: Mapping[str, Leaf]) -> list[Site]:
 
 
 def check(parts: Sequence[Part], leaves: Mapping[str, Leaf]) -> None:
-    """UserError where an adapter sits on a projection that readers of LoRA files leave out."""
-    if odd := sorted(site.name for site in sites(parts, leaves) if site.name in UNREAD):
+    """UserError where there is no adapter, or one that readers of LoRA files leave out."""
+    found = sites(parts, leaves)
+    if not found:
+        raise UserError(
+            "export.kind='lora' needs lora.rank > 0; use export.kind='folder' or 'single_file'"
+        )
+    if odd := sorted(site.name for site in found if site.name in UNREAD):
         raise UserError(
             f"lora.targets matches {', '.join(odd)}, which diffusers does not read from LoRA files;"
             " leave them out, as (?!.*(add_embedding|text_projection)).* does"
@@ -114,9 +119,7 @@ def write_kohya(
         stem = prefix + site.slot.module.replace(".", "_")
         tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = a, b
         tensors[f"{stem}.alpha"] = np.array(scale * len(a), np.float32)
-    file = _write(folder, f"{name}.kohya", tensors)
-    stamp(file, metadata)
-    return file
+    return _write(folder, f"{name}.kohya", tensors, metadata)
 
 
 def metadata(kind: str, name: str, base: str, rank: int, alpha: float) -> dict[str, str]:
@@ -133,9 +136,14 @@ def metadata(kind: str, name: str, base: str, rank: int, alpha: float) -> dict[s
     }
 
 
-def _write(folder: Path, stem: str, tensors: Mapping[str, np.ndarray]) -> Path:
+def _write(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     infos = {key: (array.shape, array.dtype) for key, array in tensors.items()}
-    return write_sharded(folder, tensors.items(), infos, stem=stem)[0]
+    return write_sharded(folder, tensors.items(), infos, stem=stem, metadata=metadata)[0]
 
 
 # ---- reading ----------------------------------------------------------------------------------

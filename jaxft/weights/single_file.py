@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -238,8 +237,7 @@ def write(
         yield from ((name, empty) for name in markers)
 
     everything = sum(prod(shape) * 8 for shape, _ in infos.values())
-    write_sharded(file.parent, tensors(), infos, everything + 1, file.stem)
-    stamp(file, metadata or {})
+    write_sharded(file.parent, tensors(), infos, everything + 1, file.stem, metadata)
     return file
 
 
@@ -313,21 +311,6 @@ def modelspec(
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.prediction_type": "v" if v else "epsilon",
     }
-
-
-def stamp(file: Path, metadata: Mapping[str, str]) -> None:
-    """Add metadata to a safetensors file's header; its data is copied as it is."""
-    if not metadata:
-        return
-    whole = file.with_name(file.name + ".stamped")
-    with file.open("rb") as old, whole.open("wb") as new:
-        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
-        header["__metadata__"] = {**header.get("__metadata__", {}), **metadata}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        new.write(len(text).to_bytes(8, "little") + text)
-        shutil.copyfileobj(old, new, 2**24)
-    whole.replace(file)
 
 
 def _dump(config: Mapping[str, Any]) -> bytes:

@@ -226,12 +226,14 @@ def write_sharded(
     infos: Mapping[str, Info],
     max_shard_bytes: int = 5 * 10**9,
     stem: str = "model",
+    metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Writes `{stem}.safetensors`, or numbered shards and their index, as transformers names them.
 
     `infos` (shape and dtype of every tensor) fixes the layout, so `tensors` may come in any order
-    and only one is held at a time. Returns the weight files. Raises ValueError when a tensor is
-    missing, repeated, unknown or not as announced. The caller owns temporary names and renaming.
+    and only one is held at a time. `metadata` joins {"format": "pt"} in every header. Returns the
+    weight files. Raises ValueError when a tensor is missing, repeated, unknown or not as announced.
+    The caller owns temporary names and renaming.
     """
     shards = _split(infos, max_shard_bytes)
     files = [folder / f"{stem}.safetensors"]
@@ -240,7 +242,7 @@ def write_sharded(
         files = [folder / f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     places: dict[str, _Place] = {}
     for file, keys in zip(files, shards, strict=True):
-        places |= _write_header(file, {key: infos[key] for key in keys})
+        places |= _write_header(file, {key: infos[key] for key in keys}, metadata or {})
     for key, value in tensors:
         if key not in places:
             raise ValueError(f"tensor {key!r} was not announced or came twice")
@@ -284,14 +286,16 @@ def _split(infos: Mapping[str, Info], max_shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _write_header(file: Path, infos: Mapping[str, Info]) -> dict[str, _Place]:
+def _write_header(
+    file: Path, infos: Mapping[str, Info], metadata: Mapping[str, str]
+) -> dict[str, _Place]:
     """Writes the header and reserves the data; wide dtypes first keeps every tensor aligned."""
     spans: dict[str, tuple[int, int]] = {}
     end = 0
     for key in sorted(infos, key=lambda key: -np.dtype(infos[key][1]).itemsize):
         spans[key] = (end, end + _nbytes(infos[key]))
         end = spans[key][1]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     for key, span in spans.items():
         shape, dtype = infos[key]
         name = DTYPE_NAMES[np.dtype(dtype)]
