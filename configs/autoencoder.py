@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
                 l1=1.0,
                 l2=0.0,
                 perceptual=0.5,
-                kl=1e-6,
+                kl=1e-6,  # of a VAE; a VQ tokenizer has commitment=0.25 and revive=0.0
                 adversarial=0.0,
                 adversarial_start="0_steps",
             ),

@@ -11,13 +11,14 @@ from jaxft.nn.norm import GroupNorm
 WIDTHS = (64, 128, 256, 512)  # pix2pix's three strided layers and one more
 GROUPS = 32
 STD = 0.02
+LEAST = 32  # pixels a side, of which two logits a side are left
 
 
 class PatchGAN(nnx.Module):
     """Isola et al. 2017, arXiv:1611.07004, as taming-transformers trains autoencoders against it.
 
     Group norm stands where taming has batch norm: rows stay independent, so that a result depends
-    neither on the mesh nor on micro-batches. Images have to be at least 32 pixels a side.
+    neither on the mesh nor on micro-batches. Images have to be at least LEAST pixels a side.
     """
 
     def __init__(self, *, key: PRNGKeyArray):

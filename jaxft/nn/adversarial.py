@@ -11,15 +11,26 @@ MOST = 1e4  # of the adaptive weight
 
 
 class Pull(NamedTuple):
-    """A loss of images: its sum over the batch, and its gradient with respect to them."""
+    """A loss of images as sums over the batch, and its gradient with respect to the images."""
 
-    value: Float[Array, ""]
+    terms: dict[str, Float[Array, ""]]
     gradient: Float[Array, "B Y X C"]
 
+    @property
+    def value(self) -> Float[Array, ""]:
+        """The whole loss."""
+        return sum(self.terms.values(), start=jnp.zeros(()))
 
-def pull(loss: Callable[[Array], Array], images: Float[Array, "B Y X C"]) -> Pull:
+
+def pull(loss: Callable[[Array], dict[str, Array]], images: Float[Array, "B Y X C"]) -> Pull:
     """The loss at fixed images; nothing flows back through it (`steer` does that)."""
-    return Pull(*jax.value_and_grad(loss)(jax.lax.stop_gradient(images)))
+
+    def total(y: Array) -> tuple[Array, dict[str, Array]]:
+        terms = loss(y)
+        return sum(terms.values(), start=jnp.zeros(())), terms
+
+    gradient, terms = jax.grad(total, has_aux=True)(jax.lax.stop_gradient(images))
+    return Pull(terms, gradient)
 
 
 def steer(images: Float[Array, "B Y X C"], gradient: Float[Array, "B Y X C"]) -> Float[Array, ""]:
@@ -33,16 +44,21 @@ def steer(images: Float[Array, "B Y X C"], gradient: Float[Array, "B Y X C"]) ->
 
 
 def adaptive_weight(
-    last: Callable[[Array], Array], kernel: Array, rec: Pull, adv: Pull, rows: Array
+    last: Callable[[Array], Array],
+    kernel: Array,
+    rec: Float[Array, "B Y X C"],
+    adv: Float[Array, "B Y X C"],
+    rows: Float[Array, ""],
 ) -> Float[Array, ""]:
     """|d rec / d kernel| / |d adv / d kernel| within [0, 1e4]: Esser et al. 2021, eq. 7.
 
-    `last` makes the images from the last layer's kernel; `rows` makes means of the sums, to which
+    `last` makes the images from the last layer's kernel; `rec` and `adv` are both losses'
+    gradients with respect to the images, as sums of which `rows` makes means: to those
     taming-transformers adds its 1e-4. A constant: nothing flows back through it.
     """
     back = jax.vjp(last, jax.lax.stop_gradient(kernel))[1]
     rec_norm, adv_norm = (
-        jnp.linalg.norm(back(one.gradient)[0].astype(jnp.float32)) / rows for one in (rec, adv)
+        jnp.linalg.norm(back(gradient)[0].astype(jnp.float32)) / rows for gradient in (rec, adv)
     )
     return jax.lax.stop_gradient(jnp.clip(rec_norm / (adv_norm + 1e-4), 0.0, MOST))
 

@@ -1,12 +1,12 @@
-"""Autoencoders: reconstruction, perceptual and adversarial losses for a diffusion model's VAE."""
+"""Autoencoders: reconstruction, perceptual and adversarial losses for a VAE or VQ tokenizer."""
 
 import dataclasses
 import itertools
-import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,102 +25,70 @@ from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data.image_sources import open_images
 from jaxft.data.images import ImageSet, collate
 from jaxft.data.loader import eval_batches, subset, train_loader
-from jaxft.models import perceptual, vae
-from jaxft.models.discriminator import PatchGAN
-from jaxft.models.vae import VAE, VAEConfig
-from jaxft.nn.adversarial import adaptive_weight, hinge, pull, steer
+from jaxft.models import perceptual
+from jaxft.models.discriminator import LEAST, PatchGAN
+from jaxft.models.vqgan import codebook_usage
+from jaxft.nn.adversarial import Pull, adaptive_weight, hinge, pull, steer
 from jaxft.nn.image_metrics import psnr, ssim
 from jaxft.tasks import Look, Report, Request
+from jaxft.tasks.codec import CODEBOOK, Codec, Made, open_codec, side_files
 from jaxft.tasks.kid_lite0 import KidLite0
+from jaxft.tasks.options import AutoencoderOptions, Losses
 from jaxft.weights.pipeline import open_component
-from jaxft.weights.sources import export_config
-from jaxft.weights.transfer import Part
 
 SHOWN = 8  # rows of a picture grid
 CELL = 96  # least pixels of a cell in it
 
 
-@dataclasses.dataclass(frozen=True)
-class Losses:
-    """Weights of the terms: means over pixels of |x - y| and (x - y)^2, the perceptual distance,
-    KL (a sum over the latents, as in diffusers' training), and the adversarial term, whose weight
-    multiplies the adaptive one, from `adversarial_start` on."""
-
-    l1: float
-    l2: float
-    perceptual: float
-    kl: float
-    adversarial: float
-    adversarial_start: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """`resolution` in pixels a side; `perceptual` is the network that measures."""
-
-    resolution: int
-    eval_examples: int
-    perceptual: str
-    loss: Losses
-
-
 class Trainee(nnx.Module):
     """The autoencoder, the discriminator (None without an adversarial loss) and the aids."""
 
-    def __init__(self, cfg: VAEConfig, losses: Losses, measure: Any, *, key: jax.Array):
+    def __init__(self, codec: Codec, losses: Losses, measure: Any, *, key: jax.Array):
         first, second, third = jax.random.split(key, 3)
-        self.vae = VAE(cfg, key=first)
+        self.vae = codec.module(codec.cfg, key=first)
         self.discriminator = nnx.data(PatchGAN(key=second) if losses.adversarial else None)
         self.perceptual = measure.module(key=third)
-
-
-class Made(NamedTuple):
-    """A reconstruction on its way: what the last layer sees, and the latents' own loss a row."""
-
-    features: jax.Array
-    images: jax.Array
-    latent: jax.Array
 
 
 class Autoencoder:
     """Fine-tuning an autoencoder, or training one from nothing; see `jaxft.tasks.Task`."""
 
-    Options = Options
+    Options = AutoencoderOptions
     EXPORT_KINDS = ("folder", "none")
     unit = "images"
 
     def __init__(self, cfg: Config):
-        self.cfg, self.options = cfg, Options(**cfg.own)
+        self.cfg, self.options = cfg, AutoencoderOptions(**cfg.own)
         self.losses = self.options.loss
         self.source = open_component(cfg.model, "vae", weights=cfg.init == "pretrained")
-        self.model_cfg = VAEConfig.from_hf(self.source.config, f"{cfg.model}/config.json")
+        self.codec = open_codec(self.source.config, f"{cfg.model}/config.json")
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
+        self._check()
         self.measure = perceptual.open_perceptual(self.options.perceptual)
         self.template = jax.eval_shape(self.build, jax.random.key(0))
-        own = Part(
-            "vae.", cfg.model, self.source.tensors, vae.RULES, vae.sizes(self.model_cfg),
-            stem="diffusion_pytorch_model",
-        )  # fmt: skip
-        self.parts = (own, self.measure.part()._replace(aid=True))
+        self.parts = (self.codec.part(self.source), self.measure.part()._replace(aid=True))
         self.train_set = self._read(cfg.data.train, flips=True)
         self.eval_set = self._read(cfg.data.eval, flips=False) if cfg.data.eval else None
         self.start = self._adversarial_start()
         self.kid = KidLite0()
 
     def build(self, key: jax.Array) -> nnx.Module:
-        return Trainee(self.model_cfg, self.losses, self.measure, key=key)
+        return Trainee(self.codec, self.losses, self.measure, key=key)
 
     def initial(self) -> dict[str, np.ndarray]:
         return {}
 
     def describe(self) -> str:
-        terms = {k: v for k, v in dataclasses.asdict(self.losses).items() if isinstance(v, float)}
-        used = " + ".join(f"{weight:g} {name}" for name, weight in terms.items() if weight)
+        weights = {k: v for k, v in dataclasses.asdict(self.losses).items() if isinstance(v, float)}
+        for other in ("commitment", "revive") if not self.codec.codes else ("kl",):
+            weights.pop(other)
+        used = " + ".join(f"{weight:g} {name}" for name, weight in weights.items() if weight)
+        cfg, codes = self.codec.cfg, self.codec.codes
         return (
-            f"AutoencoderKL of {self.model_cfg.factor} pixels a latent,"
-            f" {self.model_cfg.latent_channels} channels; {self.cfg.data.train}:"
-            f" {len(self.train_set.records)} images, mirrored too; loss {used}"
-            f" ({self.measure.name})"
+            f"{self.codec.kind} of {cfg.factor} pixels a latent, "
+            + (f"{codes} codes" if codes else f"{cfg.latent_channels} channels")
+            + f"; {self.cfg.data.train}: {len(self.train_set.records)} images, mirrored too;"
+            f" loss {used} ({self.measure.name})"
         )
 
     def data_report(self) -> dict[str, int]:
@@ -128,6 +96,9 @@ class Autoencoder:
 
     def n_examples(self) -> int:
         return len(self.train_set)
+
+    def prepare(self, params: Params, trained: set[str]) -> None:
+        """Nothing: every step reads the images themselves."""
 
     def train_batches(self, start_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
         return train_loader(
@@ -149,11 +120,10 @@ class Autoencoder:
         return 0.0
 
     def side_files(self, dtype: str | None, rewritten: set[str]) -> dict[str, Path | bytes]:
-        if "vae." not in rewritten:
-            return dict(self.source.side_files)
-        config = export_config(self.source.config, dtype)
-        config.setdefault("_class_name", "AutoencoderKL")
-        return {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+        return side_files(self.codec, self.source, dtype, "vae." in rewritten)
+
+    def exported(self, params: Params) -> Params:
+        return self.codec.exported(params)
 
     # ---- the loss -------------------------------------------------------------------------
 
@@ -167,63 +137,64 @@ class Autoencoder:
         """
         rows = batch["weights"]
         images = to_float(batch["pixels"]).astype(self.dtype)
-        made = self._reconstruct(model, images, keys)
-        terms = {k: rows @ v for k, v in self._terms(model, images, made.images).items()}
-        rec = pull(lambda y: rows @ sum(self._terms(model, images, y).values()), made.images)
-        value, gradient = rec.value + rows @ made.latent, rec.gradient
-        terms["latent"] = rows @ made.latent
-        judged = jnp.zeros(())
+        made = self.codec.reconstruct(model.vae, images, keys)
+        rec = pull(partial(self._terms, model, rows, images), made.images)
+        latent = self._latent(made, rows)
+        moving = sum(latent.values(), start=jnp.zeros(()))
+        value, gradient, terms = rec.value + moving, rec.gradient, {**rec.terms, **latent}
         if model.discriminator is not None:
-            active = (step >= self.start).astype(jnp.float32)
-            adv, weight, judged = self._adversarial(model, images, made, rec, rows)
-            factor, judged = active * self.losses.adversarial * weight, active * judged
+            adv, factor, judged = self._adversarial(model, images, made, rec, rows, step)
             value, gradient = value + factor * adv.value, gradient + factor * adv.gradient
-            terms |= {"adversarial": adv.value, "adaptive_weight": weight * jnp.sum(rows)}
-            terms["discriminator"] = judged
-        moved = steer(made.images, gradient) + rows @ made.latent + judged
+            terms |= {**adv.terms, "discriminator": judged, "factor": factor * jnp.sum(rows)}
+            moving = moving + judged
+        moving = moving + steer(made.images, gradient)
         # What moves the parameters, under the value that a reader expects.
-        total = moved + jax.lax.stop_gradient(value - moved)
+        total = moving + jax.lax.stop_gradient(value - moving)
         return (total, jnp.sum(rows)), jax.lax.stop_gradient(terms)
 
-    def _reconstruct(self, model: Trainee, images: jax.Array, keys: jax.Array | None) -> Made:
-        """`keys` draw the latents; without them they are the posterior's mode."""
-        moments = model.vae.encode(images)
-        latents = moments.mean if keys is None else vae.sample(moments, keys)
-        features = model.vae.features(latents.astype(self.dtype))
-        kl = 0.5 * jnp.sum(
-            jnp.square(moments.mean) + jnp.exp(moments.logvar) - 1.0 - moments.logvar,
-            axis=(1, 2, 3),
-        )
-        return Made(features, model.vae.decoder.conv_out(features), self.losses.kl * kl)
-
-    def _terms(self, model: Trainee, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
-        """The weighted reconstruction terms of each row."""
+    def _terms(
+        self, model: Trainee, rows: jax.Array, x: jax.Array, y: jax.Array
+    ) -> dict[str, jax.Array]:
+        """The weighted reconstruction terms of a batch, as sums over its rows."""
         difference = y.astype(jnp.float32) - x.astype(jnp.float32)
-        terms = {}
+        terms, over = {}, (1, 2, 3)
         if self.losses.l1:
-            terms["l1"] = self.losses.l1 * jnp.mean(jnp.abs(difference), axis=(1, 2, 3))
+            terms["l1"] = self.losses.l1 * rows @ jnp.mean(jnp.abs(difference), axis=over)
         if self.losses.l2:
-            terms["l2"] = self.losses.l2 * jnp.mean(jnp.square(difference), axis=(1, 2, 3))
+            terms["l2"] = self.losses.l2 * rows @ jnp.mean(jnp.square(difference), axis=over)
         if self.losses.perceptual:
             distance = perceptual.distance(model.perceptual, x, y)
-            terms["perceptual"] = self.losses.perceptual * distance
+            terms["perceptual"] = self.losses.perceptual * rows @ distance
         return terms
 
+    def _latent(self, made: Made, rows: jax.Array) -> dict[str, jax.Array]:
+        """The weighted terms of the latents, likewise; what weighs nothing is never computed."""
+        weights = self.losses.latent()
+        return {k: weights[k] * rows @ v for k, v in made.latent.items() if weights[k]}
+
     def _adversarial(
-        self, model: Trainee, images: jax.Array, made: Made, rec: Any, rows: jax.Array
-    ) -> tuple[Any, jax.Array, jax.Array]:
-        """The generator's pull, its adaptive weight, and the discriminator's own loss."""
+        self,
+        model: Trainee,
+        images: jax.Array,
+        made: Made,
+        rec: Pull,
+        rows: jax.Array,
+        step: jax.Array,
+    ) -> tuple[Pull, jax.Array, jax.Array]:
+        """The generator's pull, its factor (adaptive, 0 at first), the discriminator's own loss."""
         judge = model.discriminator
         assert judge is not None
         fixed = jax.lax.stop_gradient(judge)
-        adv = pull(lambda y: -jnp.sum(rows * jnp.mean(fixed(y), axis=(1, 2))), made.images)
-        last = model.vae.decoder.conv_out
-        features = jax.lax.stop_gradient(made.features)
-        weight = adaptive_weight(
-            partial(last.convolve, features), last.kernel[...], rec, adv, jnp.sum(rows)
+        adv = pull(
+            lambda y: {"adversarial": -jnp.sum(rows * jnp.mean(fixed(y), axis=(1, 2)))}, made.images
         )
+        last = model.vae.decoder.conv_out
+        make = partial(last.convolve, jax.lax.stop_gradient(made.features))
+        weight = adaptive_weight(make, last.kernel[...], rec.gradient, adv.gradient, jnp.sum(rows))
+        active = (step >= self.start).astype(jnp.float32)
         fake = judge(jax.lax.stop_gradient(made.images))
-        return adv, weight, jnp.sum(rows * hinge(judge(images), fake))
+        judged = active * jnp.sum(rows * hinge(judge(images), fake))
+        return adv, active * self.losses.adversarial * weight, judged
 
     # ---- looking --------------------------------------------------------------------------
 
@@ -241,15 +212,35 @@ class Autoencoder:
         names = ("psnr", "ssim", "l1", self.measure.name)
         metrics = {name: float(np.mean(whole[name])) for name in names}
         metrics["kid-lite0"] = self.kid(whole["target"], whole["made"])
+        if self.codec.codes:
+            metrics |= self._usage(whole["codes"])
         return Report(metrics, pictures={"reconstructions": _worst_first(whole, self.measure.name)})
+
+    def _usage(self, codes: np.ndarray) -> dict[str, float]:
+        """How much of the codebook the images use; says it where part of it is dead."""
+        counts = np.bincount(codes.ravel(), minlength=self.codec.codes)
+        usage = codebook_usage(jnp.asarray(counts))
+        dead = int(np.sum(counts == 0))
+        if dead and jax.process_index() == 0:
+            asked = "" if self.losses.revive else "; loss.revive=1.0 pulls them back in training"
+            print(
+                f"{dead} of {self.codec.codes} codes are dead: none of {codes.size} latents of"
+                f" {len(codes)} images chose them{asked}",
+                flush=True,
+            )
+        return {
+            "codebook_used": float(usage.used),
+            "codebook_perplexity": float(usage.perplexity),
+            "dead_codes": float(dead),
+        }
 
     @partial(jax.jit, static_argnums=0)
     def _measure(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         """Numbers and pictures of each row, on every process."""
         model = bind(self.template, cast(params, self.dtype))
         x = to_float(batch["pixels"])
-        y = self._reconstruct(model, x.astype(self.dtype), None).images.astype(jnp.float32)
-        y = jnp.clip(y, -1.0, 1.0)
+        made = self.codec.reconstruct(model.vae, x.astype(self.dtype), None)
+        y = jnp.clip(made.images.astype(jnp.float32), -1.0, 1.0)
         found = {
             "psnr": psnr(x, y),
             "ssim": ssim(x, y),
@@ -258,6 +249,8 @@ class Autoencoder:
             "target": batch["pixels"],
             "made": jnp.round((y + 1.0) * 127.5).astype(jnp.uint8),
         }
+        if made.codes is not None:
+            found["codes"] = made.codes
         return {name: constrain(value, *(None,) * value.ndim) for name, value in found.items()}
 
     def sample(self, params: Params) -> Look:
@@ -273,7 +266,35 @@ class Autoencoder:
 
     def _read(self, spec: str, flips: bool) -> ImageSet:
         records = open_images(spec, captions=False)
-        return ImageSet(records, self.options.resolution, self.model_cfg.factor, False, flips)
+        return ImageSet(records, self.options.resolution, self.codec.cfg.factor, False, flips)
+
+    def _check(self) -> None:
+        """Refuse losses that could not do what they are asked for."""
+        losses, trainable = self.losses, self.cfg.trainable or ".*"
+        if not (losses.l1 or losses.l2 or losses.perceptual):
+            raise UserError(
+                "loss.l1=0.0, loss.l2=0.0 and loss.perceptual=0.0 leave no image to aim at; set one"
+            )
+        if losses.adversarial and self.options.resolution < LEAST:
+            raise UserError(
+                f"resolution={self.options.resolution} is too small for the discriminator, which"
+                f" judges at least {LEAST} pixels a side; raise it or set loss.adversarial=0.0"
+            )
+        if losses.adversarial and not re.fullmatch(trainable, "discriminator.conv_out.kernel"):
+            raise UserError(
+                f"loss.adversarial={losses.adversarial:g} needs a discriminator that trains, but"
+                rf" trainable={trainable!r} leaves it out; add |discriminator\..*"
+            )
+        if losses.revive and not (self.codec.codes and re.fullmatch(trainable, CODEBOOK)):
+            raise UserError(
+                f"loss.revive={losses.revive:g} needs a codebook that trains, but"
+                + (
+                    f" trainable={trainable!r} leaves out {CODEBOOK}; "
+                    if self.codec.codes
+                    else f" {self.cfg.model} has none; "
+                )
+                + "set loss.revive=0.0"
+            )
 
     def _adversarial_start(self) -> int:
         cfg = self.cfg
