@@ -6,7 +6,8 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,11 +16,30 @@ from jaxft import run as runs
 from jaxft.core import config as configs
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
+from jaxft.models import ldm
 from jaxft.nn import lora
 from jaxft.run import ADAPTERS, Run
-from jaxft.weights import adapters, transfer
-from jaxft.weights.tensor_files import write_sharded
+from jaxft.weights import adapters, pipeline_lora, single_file, transfer
+from jaxft.weights.pipeline import OPTIONAL
+from jaxft.weights.tensor_files import STEMS, write_sharded
 from jaxft.weights.transfer import Part
+
+# Where transformers and diffusers split.
+SHARD_BYTES: dict[str, int] = {STEMS[0]: 5 * 10**9, STEMS[1]: 10**10}
+
+
+class Job(NamedTuple):
+    """An export under way: of what, under which name, in which dtype, into which folder."""
+
+    run: Run
+    params: Mapping[str, jax.Array]
+    name: str
+    dtype: str
+    folder: Path
+
+    @property
+    def parts(self) -> list[Part]:
+        return [part for part in self.run.task.parts if not part.aid]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,42 +70,73 @@ def export_folder(
 ) -> None:
     """Write what `kind` names and rename it in place.
 
-    "merged" and "folder" are a Hugging Face folder, "adapter" a PEFT folder. `params` holds at
-    least what was trained. Nothing stands under `out` until all is written.
+    "merged" and "folder" are a Hugging Face folder, adapters merged; "adapter" is a PEFT folder;
+    "single_file" NAME.safetensors in LDM's layout, with its configs and tokenizers; "lora" a LoRA
+    in diffusers' format and in kohya's; "all" the folder, the single file in it, and under lora/
+    the LoRA, where there is one. `params` holds at least what was trained. Nothing stands under
+    `out` until all is written. NAME is the run folder's.
     """
-    if kind == "adapter" and not run.cfg.lora.rank:
-        raise UserError("export.kind='adapter' needs lora.rank > 0; use export.kind='merged'")
+    _check_adapter(run, kind)
     temporary = out.with_name(f"{out.name}.partial-{os.getpid()}")
     for stale in out.parent.glob(f"{out.name}.partial-*"):
         shutil.rmtree(stale)
     temporary.mkdir(parents=True)
-    write = _write_adapter if kind == "adapter" else _write_merged
-    rewritten = [part for part in run.task.parts if not part.aid and _touched(run, part, dtype)]
-    for part in rewritten:
-        write(run, part, params, temporary, dtype)
-    stated = None if dtype == "source" else dtype
-    for name, content in run.task.side_files(stated, {part.prefix for part in rewritten}).items():
-        if kind == "adapter" and name in ("config.json", "generation_config.json"):
-            continue
-        _copy(content, temporary / name)
+    place = out.absolute()
+    name = place.parent.name if place.name == "export" else place.name
+    WRITERS[kind](Job(run, params, name, dtype, temporary))
     if out.exists():
         shutil.rmtree(out)
     temporary.rename(out)
 
 
-def _write_merged(run: Run, part: Part, params: Mapping, folder: Path, dtype: str) -> None:
-    np_dtype = None if dtype == "source" else np.dtype(runtime.resolve_dtype(dtype))
-    whole = part.tensors is None
-    trained = {p: params[p] for p in run.leaves if whole or p in run.chosen}
-    made = transfer.export(part, run.leaves, trained, _deltas(run, params), np_dtype)
-    (folder / part.folder).mkdir(exist_ok=True)
-    write_sharded(folder / part.folder, made.tensors, made.infos, stem=part.stem)
+def _check_adapter(run: Run, kind: str) -> None:
+    if kind not in ("adapter", "lora"):
+        return
+    instead = run.task.EXPORT_KINDS[0]
+    if not run.cfg.lora.rank:
+        raise UserError(f"export.kind={kind!r} needs lora.rank > 0; use export.kind={instead!r}")
+    if more := sorted(path for path in run.chosen if not re.fullmatch(ADAPTERS, path)):
+        raise UserError(
+            f"export.kind={kind!r} would leave out {more[0]} and {len(more) - 1} more that train"
+            f" beside the adapters; use export.kind={instead!r}"
+        )
+
+
+# ---- folders ----------------------------------------------------------------------------------
+
+
+def _write_folder(job: Job) -> None:
+    touched = {part.prefix for part in job.parts if _touched(job.run, part, job.dtype)}
+    files = _side_files(job, touched)
+    for part in job.parts:
+        if part.prefix in touched or not _has_weights(files, part.folder):
+            made, folder = _merged(job, part), job.folder / part.folder
+            folder.mkdir(exist_ok=True)
+            write_sharded(folder, made.tensors, made.infos, SHARD_BYTES[part.stem], part.stem)
+    _copy(files, job.folder)
 
 
 def _touched(run: Run, part: Part, dtype: str) -> bool:
     """Whether a part's files differ from the source's; the others are copied as they are."""
     trained = any(path.startswith(part.prefix) for path in run.chosen)
     return trained or part.tensors is None or dtype != "source" or not part.prefix
+
+
+def _side_files(job: Job, touched: set[str]) -> dict[str, Path | bytes]:
+    return job.run.task.side_files(None if job.dtype == "source" else job.dtype, touched)
+
+
+def _has_weights(files: Mapping[str, Any], folder: str) -> bool:
+    """Whether a copy serves; a part that is read in another layout has none that would."""
+    paths = map(PurePath, files)
+    return any(p.parent == PurePath(folder) and p.suffix == ".safetensors" for p in paths)
+
+
+def _merged(job: Job, part: Part) -> transfer.Export:
+    run, whole = job.run, part.tensors is None
+    np_dtype = None if job.dtype == "source" else np.dtype(runtime.resolve_dtype(job.dtype))
+    trained = {p: job.params[p] for p in run.leaves if whole or p in run.chosen}
+    return transfer.export(part, run.leaves, trained, _deltas(run, job.params), np_dtype)
 
 
 def _deltas(run: Run, params: Mapping) -> dict[str, Callable[[int], np.ndarray]]:
@@ -103,17 +154,96 @@ def _layer_delta(a: np.ndarray, b: np.ndarray, factor: float, stacked: bool, i: 
     return lora.delta(a[i], b[i], factor) if stacked else lora.delta(a, b, factor)
 
 
-def _write_adapter(run: Run, part: Part, params: Mapping, folder: Path, dtype: str) -> None:
-    arrays = {p: transfer.to_host(params[p]) for p in run.leaves if re.fullmatch(ADAPTERS, p)}
-    adapters.write(folder, part, run.leaves, arrays, run.cfg.lora, run.cfg.model)
+# ---- adapters ---------------------------------------------------------------------------------
 
 
-def _copy(content: Path | bytes, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, bytes):
-        target.write_bytes(content)
-    else:
-        shutil.copyfile(content, target)
+def _write_adapter(job: Job) -> None:
+    run = job.run
+    for part in job.parts:
+        adapters.write(job.folder, part, run.leaves, _adapters(job), run.cfg.lora, run.cfg.model)
+    files = _side_files(job, {part.prefix for part in job.parts})
+    base = ("config.json", "generation_config.json")
+    _copy({name: content for name, content in files.items() if name not in base}, job.folder)
+
+
+def _adapters(job: Job) -> dict[str, np.ndarray]:
+    paths = [path for path in job.run.leaves if re.fullmatch(ADAPTERS, path)]
+    return {path: transfer.to_host(job.params[path]) for path in paths}
+
+
+def _write_lora(job: Job) -> None:
+    leaves, cfg, task = job.run.leaves, job.run.cfg, _pipeline_task(job.run)
+    pipeline_lora.check(job.parts, leaves)
+    arrays, scale, kind = _adapters(job), lora.scale(cfg.lora), ldm.kind(task.pipeline)
+    pipeline_lora.write_peft(job.folder, job.parts, leaves, arrays, scale)
+    rank, alpha = cfg.lora.rank, scale * cfg.lora.rank
+    stated = pipeline_lora.metadata(kind, job.name, cfg.model, rank, alpha)
+    stated |= _modelspec(job, "lora")
+    pipeline_lora.write_kohya(job.folder, job.name, job.parts, leaves, arrays, scale, stated)
+
+
+# ---- single files -----------------------------------------------------------------------------
+
+
+def _write_single_file(job: Job) -> None:
+    """The weights in one file, and beside it the configs that diffusers and jaxft read it with."""
+    _write_ldm(job)
+    files = _side_files(job, {part.prefix for part in job.parts})
+    left_out = ("README.md", *(f"{name}/" for name in OPTIONAL))
+    kept = {name: content for name, content in files.items() if not name.startswith(left_out)}
+    _copy(kept, job.folder)
+
+
+def _write_ldm(job: Job) -> None:
+    task = _pipeline_task(job.run)
+    layouts, parts = ldm.layouts(task.pipeline), {}
+    for part in job.parts:
+        parts[part.folder] = _merged(job, part), layouts[part.folder]
+    file, markers = job.folder / f"{job.name}.safetensors", single_file.markers(_scheduler(task))
+    single_file.write(file, parts, markers, _modelspec(job))
+
+
+def _write_all(job: Job) -> None:
+    _write_folder(job)
+    _write_ldm(job)
+    if job.run.cfg.lora.rank:  # a folder of its own: these are merged in what lies above
+        (job.folder / "lora").mkdir()
+        _write_lora(job._replace(folder=job.folder / "lora"))
+
+
+def _modelspec(job: Job, adapter: str = "") -> dict[str, str]:
+    task = _pipeline_task(job.run)
+    kind, size = ldm.kind(task.pipeline), task.options.resolution
+    return single_file.modelspec(kind, job.name, size, _scheduler(task), adapter)
+
+
+def _scheduler(task: Any) -> dict[str, Any]:
+    return {**task.pipeline.scheduler, **dict(task.model_cfg.scheduler)}
+
+
+def _pipeline_task(run: Run) -> Any:
+    """The task as the one that has a `pipeline`: no other offers these kinds."""
+    return run.task
+
+
+WRITERS = {
+    "merged": _write_folder,
+    "folder": _write_folder,
+    "adapter": _write_adapter,
+    "single_file": _write_single_file,
+    "lora": _write_lora,
+    "all": _write_all,
+}
+
+
+def _copy(files: Mapping[str, Path | bytes], folder: Path) -> None:
+    for name, content in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        else:
+            shutil.copyfile(content, target)
 
 
 if __name__ == "__main__":

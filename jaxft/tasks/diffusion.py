@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxft.core import flops, runtime
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
-from jaxft.core.params import Params, bind
+from jaxft.core.params import Params, bind, describe
 from jaxft.core.pictures import grid
 from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
 from jaxft.core.step import Batch, Metrics, cast
@@ -52,6 +52,7 @@ from jaxft.tasks.latents import (
 )
 from jaxft.tasks.options import DiffusionOptions
 from jaxft.tasks.tokens import load_tokenizer
+from jaxft.weights import pipeline_lora
 from jaxft.weights.pipeline import Changes, pipeline_files
 
 BINS = 8  # timesteps at which validation measures, equally far apart
@@ -66,7 +67,7 @@ class Diffusion:
     """Fine-tuning Stable Diffusion; see `jaxft.tasks.Task`."""
 
     Options = DiffusionOptions
-    EXPORT_KINDS = ("folder", "none")
+    EXPORT_KINDS = ("folder", "single_file", "lora", "all", "none")
     unit = "images"
 
     def __init__(self, cfg: Config):
@@ -79,6 +80,8 @@ class Diffusion:
         self.remat = runtime.resolve_remat(cfg.remat)
         self.template = jax.eval_shape(self.build, jax.random.key(0))
         self.parts = stable_diffusion.parts(self.pipeline, self.model_cfg)
+        if cfg.export.kind == "lora" or (cfg.export.kind == "all" and cfg.lora.rank):
+            pipeline_lora.check(self.parts, describe(self.template))
         names = ("tokenizer", "tokenizer_2")[: len(self.model_cfg.texts)]
         self.tokenizers = [load_tokenizer(self.pipeline.tokenizer_dir(name)) for name in names]
         self.train_set = Rows(self._shares(), self._tokenize)
