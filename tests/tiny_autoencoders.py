@@ -89,7 +89,7 @@ def changes_of(model, images, changes=()):
         "batch_size": 8,
         "trainable": ".*",
         "loss.perceptual": 0.0,
-        "mesh.fsdp": 8,
+        "mesh.fsdp": 1,
     }
     return {**small, **dict(changes)}
 

@@ -242,16 +242,15 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda *_: 1)
 
 
-ALONE = {**COMMON, "mesh.fsdp": 1}
 CASES = {
-    "start": {**ALONE, "loss.adversarial": 0.5, "loss.l2": 0.3},
+    "start": {**COMMON, "loss.adversarial": 0.5, "loss.l2": 0.3},
     "middle": {
-        **ALONE,
+        **COMMON,
         "loss.adversarial": 0.5,
         "loss.adversarial_start": "2_steps",
         "micro_batches": 2,
     },
-    "perceptual": {**ALONE, "loss.adversarial": 0.5, "loss.perceptual": 0.5},
+    "perceptual": {**COMMON, "loss.adversarial": 0.5, "loss.perceptual": 0.5},
 }
 
 
@@ -275,6 +274,6 @@ def test_eight_devices_equal_torch_too(work, images, tmp_path):
 def test_vq_updates_equal_torch(work, images, one_device, tmp_path, cls):
     """LlamaGen's losses of the codes, and its unit lengths in a Janus folder."""
     make = make_vqmodel if cls is VQModel else make_janus
-    changes = {**ALONE, "resolution": 16, "loss.commitment": BETA}
+    changes = {**COMMON, "resolution": 16, "loss.commitment": BETA}
     config = make_config(make(work / cls.__name__), images, changes)
     compare(config, TorchVQ(cls, config["model"]), tmp_path)
