@@ -15,6 +15,7 @@ from jaxft import verify
 from jaxft.export import export_folder
 from jaxft.models import llama
 from jaxft.nn import rope
+from jaxft.verify import llm, report
 from jaxft.weights import transfer
 from jaxft.weights.rules import Rule
 
@@ -53,13 +54,13 @@ def test_t31_a_sound_folder_passes(folder, out, capsys):
 
 
 def test_t06_both_sides_multiply_at_the_highest_precision(folder, out, monkeypatch):
-    seen, compare = [], verify._gradients
+    seen, compare = [], llm._gradients
 
     def watched(*arguments):
         seen.append(jax.config.jax_default_matmul_precision)
         return compare(*arguments)
 
-    monkeypatch.setattr(verify, "_gradients", watched)
+    monkeypatch.setattr(llm, "_gradients", watched)
     with jax.default_matmul_precision("bfloat16"):  # as TF32 would be on a GPU
         certificate(folder, out)
     assert seen == ["highest"]
@@ -71,13 +72,17 @@ def test_t31_an_export_passes_with_its_weights(folder, make_config, tmp_path, ou
         export_folder(run, runs.load_params(run), tmp_path / "export", "merged", "source")
     code, checks, content = certificate(tmp_path / "export", out)
     assert code == 0 and not failures(checks)
-    _, digest = verify._round_trip(*loaded(folder))
+    _, digest = round_trip(*loaded(folder))
     assert content["weights_sha256"] == digest
 
 
 def loaded(folder):
-    subject = verify.open_subject(str(folder))
-    return subject, verify._load(subject)
+    subject = llm.open_subject(str(folder))
+    return subject, llm._load(subject)
+
+
+def round_trip(subject, params):
+    return report.round_trip(llm.TRIP, subject.part, subject.leaves, params)
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +110,8 @@ def test_t21_an_adapter_folder_passes_beside_peft(adapter, out):
 
 
 def test_an_adapter_of_another_scale_fails(adapter, out, monkeypatch):
-    monkeypatch.setattr(verify.lora, "scale", lambda cfg: cfg.alpha)  # not alpha / rank
-    subject = verify.open_subject(str(adapter))
+    monkeypatch.setattr(llm.lora, "scale", lambda cfg: cfg.alpha)  # not alpha / rank
+    subject = llm.open_subject(str(adapter))
     assert subject.template.layers.self_attn.q_proj.adapter.scale == 8.0
     code, checks, _ = certificate(adapter, out)
     assert code == 1
@@ -155,20 +160,20 @@ def test_t31_a_round_trip_that_loses_one_bit_fails(folder, monkeypatch):
         return host
 
     monkeypatch.setattr(transfer, "to_host", flipped)
-    check, _ = verify._round_trip(subject, params)
+    check, _ = round_trip(subject, params)
     assert not check.passed and check.figure == 5 and "norm.weight" in check.note
 
 
 def test_missing_and_unexpected_keys_fail():
-    oracle = verify.Oracle({}, 0.0, {}, {"missing_keys": {"a", "b"}, "unexpected_keys": set()})
-    missing, unexpected = verify._loading(oracle)
+    found = {"missing_keys": {"a", "b"}, "unexpected_keys": set()}
+    missing, unexpected = report.loading("transformers", found)
     assert not missing.passed and missing.note == "a, b" and unexpected.passed
 
 
 def test_compare_logits_sums_kl_over_the_vocabulary_and_takes_the_worst_position():
     theirs = np.log(np.array([[[0.5, 0.25, 0.25], [0.2, 0.3, 0.5]]]))
     ours = np.log(np.array([[[0.5, 0.25, 0.25], [0.4, 0.3, 0.3]]]))
-    found = verify.compare_logits("x", ours + 3.0, theirs)
+    found = llm.compare_logits("x", ours + 3.0, theirs)
     by_name = {check.name: check.figure for check in found}
     want = 0.2 * np.log(0.2 / 0.4) + 0.5 * np.log(0.5 / 0.3)
     assert by_name["x KL, max over positions"] == pytest.approx(want)
@@ -178,9 +183,9 @@ def test_compare_logits_sums_kl_over_the_vocabulary_and_takes_the_worst_position
 
 def test_a_tie_is_no_disagreement_and_nan_fails_everything():
     theirs = np.array([[[1.0, 1.0 + 1e-7, 0.0]]])
-    tie = verify.compare_logits("x", np.array([[[1.0 + 1e-7, 1.0, 0.0]]]), theirs)
+    tie = llm.compare_logits("x", np.array([[[1.0 + 1e-7, 1.0, 0.0]]]), theirs)
     assert all(check.passed for check in tie)
-    nan = verify.compare_logits("x", np.full((1, 1, 3), np.nan), theirs)
+    nan = llm.compare_logits("x", np.full((1, 1, 3), np.nan), theirs)
     assert not any(check.passed for check in nan if check.bound is not None)
     assert nan[0].record()["figure"] is None
 

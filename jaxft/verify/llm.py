@@ -1,17 +1,12 @@
-"""The parity certificate against PyTorch: `python -m jaxft.verify DIR [--out FILE] [--long N]`."""
+"""Language models against transformers and PEFT: logits near and far, the loss, gradients."""
 
-import hashlib
-import json
 import math
 import re
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,53 +15,37 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxft.core import runtime
-from jaxft.core.config import parse_arguments
 from jaxft.core.errors import UserError
-from jaxft.core.metrics import table
 from jaxft.core.params import Leaf, Params, bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
 from jaxft.models.llama import Llama, LlamaConfig
 from jaxft.nn import lora
 from jaxft.nn.cross_entropy import linear_cross_entropy
 from jaxft.tasks.llm import load_tokenizer, model_part
+from jaxft.verify.report import (
+    PLAIN_DOTS,
+    Check,
+    certificate,
+    loading,
+    round_trip,
+    start,
+    worst_gradient,
+)
 from jaxft.weights import adapters, transfer
 from jaxft.weights.rules import Entry, to_torch
 from jaxft.weights.sources import TOKENIZER_FILES, Source, open_source
 from jaxft.weights.tensor_files import write_sharded
 from jaxft.weights.transfer import Part
 
-# XLA:CPU's fused matmuls round a quarter more than torch's; its plain ones as torch's do.
-PLAIN_DOTS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+TRIP = "round trip, differing tensors"
 ROW = 64  # positions compared in each case
 SMALL = 200_000_000  # up to so many parameters a row of full length is run too
-LOGITS, KL, LOSS, GRADIENTS = 1e-4, 1e-6, 1e-5, 1e-3
-# Below this share of the whole gradient's norm a tensor's own norm is fp32's rounding (a key bias
-# without positions has the gradient 0): its error is then measured against this share.
-ROUNDING_FLOOR = 1e-4
+LOGITS, KL, LOSS = 1e-4, 1e-6, 1e-5
 TEXT = (
     "The committee met on a Tuesday in 1987, above the harbour, and heard 3 reports: on the tides,"
     " on the price of rope (it had doubled), and one, written by hand, on what the town would do if"
     " the ferry stopped. Nobody asked who had written it; everybody knew. "
 )
-
-
-class Check(NamedTuple):
-    """One figure of a certificate; it passes at or below its bound (None: shown, not judged)."""
-
-    name: str
-    figure: float
-    bound: float | None
-    note: str = ""
-
-    @property
-    def passed(self) -> bool:
-        return self.bound is None or self.figure <= self.bound
-
-    def record(self) -> dict[str, Any]:
-        """As JSON, which has no NaN: a figure that is not finite is null."""
-        figure = self.figure if math.isfinite(self.figure) else None
-        return {**self._asdict(), "figure": figure, "passed": self.passed}
 
 
 class Case(NamedTuple):
@@ -109,33 +88,6 @@ class Oracle(NamedTuple):
     report: Mapping[str, Any]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Certify a folder; 0 when every check passes, 1 when one does not, 2 for a user's mistake."""
-    passed: list[bool] = []
-
-    def run(words: list[str]) -> None:
-        passed.append(_main(words))
-
-    return runtime.command(run, sys.argv[1:] if argv is None else argv) or int(not all(passed))
-
-
-def _main(argv: list[str]) -> bool:
-    if not argv or argv[0].startswith("--"):
-        raise UserError("name a model folder first: python -m jaxft.verify DIR [--out FILE]")
-    spec, (options, _) = argv[0], parse_arguments(argv[1:], ("out", "long"))
-    if not (far := options.get("long", "4096")).isdigit():
-        raise UserError(f"--long={far!r} must be a position, such as 4096")
-    folder = Path(spec) if Path(spec).is_dir() else Path.cwd()
-    out = Path(options.get("out", folder / "parity.json"))
-    certificate, checks = certify(spec, int(far))
-    try:
-        out.write_text(json.dumps(certificate, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {out} ({error.strerror}); give another --out=FILE") from None
-    _show(checks, out)
-    return all(check.passed for check in checks)
-
-
 def certify(spec: str, far: int = 4096) -> tuple[dict[str, Any], list[Check]]:
     """(certificate, checks) of the model that `spec` names; `far` is the first far position.
 
@@ -144,33 +96,27 @@ def certify(spec: str, far: int = 4096) -> tuple[dict[str, Any], list[Check]]:
     """
     subject = open_subject(spec)
     oracles = ("torch", "peft") if subject.adapter else ("torch",)
-    if missing := [name for name in oracles if find_spec(name) is None]:
-        raise UserError(f"verify needs {' and '.join(missing)}: pip install 'jaxft[verify]'")
-    runtime.start()
+    start(oracles)
     cases = make_cases(subject, far)
     oracle = _ask_transformers(subject, cases)
     # "highest" keeps a GPU from multiplying fp32 in TF32.
     with jax.default_matmul_precision("highest"):
         params = _load(subject)
-        checks = [*_loading(oracle), *_logits(subject, params, cases, oracle)]
+        checks = [*loading("transformers", oracle.report)]
+        checks += _logits(subject, params, cases, oracle)
         checks += _gradients(subject, params, cases["near"].tokens, oracle)
-        trip, digest = _round_trip(subject, params)
+        trip, digest = round_trip(TRIP, subject.part, subject.leaves, params)
     checks.append(trip)
-    certificate = {
-        "model": spec,
+    about = {
         "model_type": subject.source.config.get("model_type"),
         "parameters": subject.size,
-        "passed": all(check.passed for check in checks),
-        "checks": [check.record() for check in checks],
         "cases": {
             name: {"shape": case.tokens.shape, "positions": [case.start, int(case.positions.max())]}
             for name, case in cases.items()
         },
         "weights_sha256": digest,
-        "oracles": {name: version(name) for name in oracles},
-        **runtime.manifest(one_device_mesh(), {}),
     }
-    return certificate, checks
+    return certificate(spec, checks, oracles, about), checks
 
 
 def open_subject(spec: str) -> Subject:
@@ -298,14 +244,6 @@ def hf_folder(source: Source) -> Iterator[Path]:
 # ---- the checks ---------------------------------------------------------------------------
 
 
-def _loading(oracle: Oracle) -> list[Check]:
-    found = {kind: sorted(oracle.report[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
-    return [
-        Check(f"{kind} keys in transformers", len(keys), 0, ", ".join(keys[:4]))
-        for kind, keys in found.items()
-    ]
-
-
 def _load(subject: Subject) -> Params:
     """jaxft's parameters in fp32 on the first device."""
     leaves, part, adapter = subject.leaves, subject.part, subject.adapter
@@ -383,19 +321,10 @@ def _gradients(
 
     trained = {path: params[path] for path in subject.trained}
     loss, grads = jax.value_and_grad(objective)(trained, frozen)
-    floor = ROUNDING_FLOOR * math.hypot(*map(np.linalg.norm, oracle.gradients.values()))
-    errors = dict.fromkeys(oracle.gradients, math.inf)  # what only one side has stays infinite
-    for key, ours in torch_keyed(subject, grads):
-        theirs = oracle.gradients.get(key)
-        error = math.nan
-        if theirs is not None and theirs.shape == ours.shape:
-            error = float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), floor))
-        errors[key] = math.inf if math.isnan(error) else error
-    worst = max(errors, key=lambda key: errors[key])
-    return [
-        Check("loss, abs", abs(float(loss) - oracle.loss), LOSS, f"{oracle.loss:.6f}"),
-        Check("gradients, worst relative", errors[worst], GRADIENTS, worst),
-    ]
+    worst = worst_gradient(
+        "gradients, worst relative", torch_keyed(subject, grads), oracle.gradients
+    )
+    return [Check("loss, abs", abs(float(loss) - oracle.loss), LOSS, f"{oracle.loss:.6f}"), worst]
 
 
 def torch_keyed(
@@ -413,38 +342,3 @@ def torch_keyed(
             array = array if slot.layer is None else array[slot.layer]
             key = f"{adapters.PREFIX}{slot.module}.lora_{letter}.weight"
             yield key, to_torch(array, layout, part.sizes)
-
-
-def _round_trip(subject: Subject, params: Params) -> tuple[Check, str]:
-    """Export what was imported, in memory, against the source's bytes; and a digest of those."""
-    part, digest, differing, count = subject.part, hashlib.sha256(), [], 0
-    assert part.tensors is not None
-    own = {path: x for path, x in params.items() if ".lora_" not in path}
-    for key, array in transfer.export(part, subject.leaves, own, {}, None).tensors:
-        tensor, count = part.tensors.read(key), count + 1
-        content = tensor.tobytes()
-        digest.update(key.encode() + content)
-        if (array.dtype, array.shape) != (tensor.dtype, tensor.shape) or array.tobytes() != content:
-            differing.append(key)
-    note = f"of {count}" + "".join(f"; {key}" for key in differing[:4])
-    return Check("round trip, differing tensors", len(differing), 0, note), digest.hexdigest()
-
-
-def _show(checks: list[Check], out: Path) -> None:
-    rows = [
-        (
-            check.name,
-            f"{check.figure:.3g}",
-            "" if check.bound is None else f"{check.bound:g}",
-            ("pass" if check.passed else "FAIL") if check.bound is not None else "",
-            check.note,
-        )
-        for check in checks
-    ]
-    print(table(rows, ("check", "figure", "bound", "", "")))
-    failed = sum(not check.passed for check in checks)
-    print(f"{'PASSED' if not failed else f'FAILED {failed} checks'}; written to {out}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

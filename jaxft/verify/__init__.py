@@ -1,0 +1,46 @@
+"""The parity certificate against PyTorch: `python -m jaxft.verify DIR [--out FILE] [--long N]`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxft.core import runtime
+from jaxft.core.config import parse_arguments
+from jaxft.core.errors import UserError
+from jaxft.verify import llm
+from jaxft.verify.llm import hf_folder
+from jaxft.verify.report import Check, show, write
+
+__all__ = ["certify", "hf_folder", "main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Certify a folder; 0 when every check passes, 1 when one does not, 2 for a user's mistake."""
+    passed: list[bool] = []
+
+    def run(words: list[str]) -> None:
+        passed.append(_main(words))
+
+    return runtime.command(run, sys.argv[1:] if argv is None else argv) or int(not all(passed))
+
+
+def _main(argv: list[str]) -> bool:
+    if not argv or argv[0].startswith("--"):
+        raise UserError("name a model folder first: python -m jaxft.verify DIR [--out FILE]")
+    spec, (options, _) = argv[0], parse_arguments(argv[1:], ("out", "long"))
+    if not (far := options.get("long", "4096")).isdigit():
+        raise UserError(f"--long={far!r} must be a position, such as 4096")
+    folder = Path(spec) if Path(spec).is_dir() else Path.cwd()
+    out = Path(options.get("out", folder / "parity.json"))
+    certificate, checks = certify(spec, int(far))
+    write(out, certificate)
+    show(checks, out)
+    return all(check.passed for check in checks)
+
+
+def certify(spec: str, far: int = 4096) -> tuple[dict[str, Any], list[Check]]:
+    """(certificate, checks) of the model that `spec` names; `far` is a language model's.
+
+    Raises UserError for what cannot be compared.
+    """
+    return llm.certify(spec, far)

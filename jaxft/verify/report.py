@@ -1,0 +1,133 @@
+"""What every certificate is made of: figures with bounds, the round trip's bytes, the file."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.core import runtime
+from jaxft.core.errors import UserError
+from jaxft.core.metrics import table
+from jaxft.core.params import Leaf, Params
+from jaxft.core.sharding import one_device_mesh
+from jaxft.weights import transfer
+from jaxft.weights.transfer import Part
+
+# XLA:CPU's fused matmuls round a quarter more than torch's; its plain ones as torch's do.
+PLAIN_DOTS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+GRADIENTS = 1e-3
+# Below this share of the whole gradient's norm a tensor's own norm is fp32's rounding (a key bias
+# without positions has the gradient 0): its error is then measured against this share.
+ROUNDING_FLOOR = 1e-4
+
+
+class Check(NamedTuple):
+    """One figure of a certificate; it passes at or below its bound (None: shown, not judged)."""
+
+    name: str
+    figure: float
+    bound: float | None
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.bound is None or self.figure <= self.bound
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, which has no NaN: a figure that is not finite is null."""
+        figure = self.figure if math.isfinite(self.figure) else None
+        return {**self._asdict(), "figure": figure, "passed": self.passed}
+
+
+def start(oracles: Iterable[str]) -> None:
+    """Find the devices; UserError where a package to compare with is not installed."""
+    if missing := [name for name in oracles if find_spec(name) is None]:
+        raise UserError(f"verify needs {' and '.join(missing)}: pip install 'jaxft[verify]'")
+    runtime.start()
+
+
+def certificate(
+    spec: str, checks: list[Check], oracles: Iterable[str], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of parity.json: verdict, figures and bounds, what was compared with what."""
+    return {
+        "model": spec,
+        "passed": all(check.passed for check in checks),
+        "checks": [check.record() for check in checks],
+        **about,
+        "oracles": {name: version(name) for name in oracles},
+        **runtime.manifest(one_device_mesh(), {}),
+    }
+
+
+def loading(name: str, report: Mapping[str, Any]) -> list[Check]:
+    """The keys that `name` (a stock library) missed or did not expect in the folder."""
+    found = {kind: sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
+    return [
+        Check(f"{kind} keys in {name}", len(keys), 0, ", ".join(keys[:4]))
+        for kind, keys in found.items()
+    ]
+
+
+def worst_gradient(
+    name: str, ours: Iterable[tuple[str, np.ndarray]], theirs: Mapping[str, np.ndarray]
+) -> Check:
+    """The largest |ours - theirs| / |theirs| of all tensors; what only one side has is infinite."""
+    floor = ROUNDING_FLOOR * math.hypot(*map(np.linalg.norm, theirs.values()))
+    errors = dict.fromkeys(theirs, math.inf)
+    for key, own in ours:
+        wanted, error = theirs.get(key), math.nan
+        if wanted is not None and wanted.shape == own.shape:
+            error = float(np.linalg.norm(own - wanted) / max(np.linalg.norm(wanted), floor))
+        errors[key] = math.inf if math.isnan(error) else error
+    worst = max(errors, key=lambda key: errors[key])
+    return Check(name, errors[worst], GRADIENTS, worst)
+
+
+def round_trip(
+    name: str, part: Part, leaves: Mapping[str, Leaf], params: Params
+) -> tuple[Check, str]:
+    """Export what was imported, in memory, against the source's bytes; and a digest of those."""
+    digest, differing, count = hashlib.sha256(), [], 0
+    assert part.tensors is not None
+    own = {path: x for path, x in params.items() if ".lora_" not in path}
+    for key, array in transfer.export(part, leaves, own, {}, None).tensors:
+        tensor, count = part.tensors.read(key), count + 1
+        content = tensor.tobytes()
+        digest.update(key.encode() + content)
+        if (array.dtype, array.shape) != (tensor.dtype, tensor.shape) or array.tobytes() != content:
+            differing.append(key)
+    note = f"of {count}" + "".join(f"; {key}" for key in differing[:4])
+    return Check(name, len(differing), 0, note), digest.hexdigest()
+
+
+def write(out: Path, content: Mapping[str, Any]) -> None:
+    """Write parity.json."""
+    try:
+        out.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {out} ({error.strerror}); give another --out=FILE") from None
+
+
+def show(checks: list[Check], out: Path) -> None:
+    """Print every figure, and what failed."""
+    rows = [
+        (
+            check.name,
+            f"{check.figure:.3g}",
+            "" if check.bound is None else f"{check.bound:g}",
+            ("pass" if check.passed else "FAIL") if check.bound is not None else "",
+            check.note,
+        )
+        for check in checks
+    ]
+    print(table(rows, ("check", "figure", "bound", "", "")))
+    failed = [check.name for check in checks if not check.passed]
+    verdict = f"FAILED {len(failed)} checks ({'; '.join(failed[:6])})" if failed else "PASSED"
+    print(f"{verdict}; written to {out}")
