@@ -120,10 +120,10 @@ pipeline_tag: text-to-image
 # emoji-sd: a toy Stable Diffusion for demos and tests
 
 64x64 emoji from captions such as "red heart". {size:.1f} M parameters, trained from nothing by
-jaxft (`tools/make_demo.py weights`) on captioned images of Google's Noto emoji (Apache-2.0), first on
-all 1,705, then on the 528 that the fine-tuning set beside it draws in another style; two hours on two
-CPU cores. It knows nothing but these, and not all of them well: it is here so that fine-tuning can be
-tried at once. Load it with
+jaxft (`tools/make_demo.py weights`) on captioned images of Google's Noto emoji (Apache-2.0): first
+on all 1,705, then on the 528 that the fine-tuning set beside it draws in another style; two hours
+on two CPU cores. It knows nothing but these, and not all of them well: it is here so that
+fine-tuning can be tried at once. Load it with
 `StableDiffusionPipeline.from_pretrained(...)`.
 """
 
