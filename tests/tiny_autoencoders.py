@@ -10,8 +10,9 @@ from tiny_pipelines import shaken
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from jaxft.core.config import load_config
+from jaxft.tasks.options import OPTIONS
 
-ROOT = Path(__file__).resolve().parent.parent
+CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "autoencoder.py")
 SIZE = 32
 
 
@@ -95,12 +96,5 @@ def changes_of(model, images, changes=()):
 
 
 def make_config(model, images, changes=()):
-    config = load_config(str(ROOT / "configs" / "autoencoder.py"))
-    for key, value in changes_of(model, images, changes).items():
-        *sections, leaf = key.split(".")
-        node = config
-        for section in sections:
-            node = node[section]
-        assert leaf in node, key
-        node[leaf] = value
-    return config
+    keys = changes_of(model, images, changes).items()
+    return load_config(CONFIG, [(key, str(value)) for key, value in keys], OPTIONS)
