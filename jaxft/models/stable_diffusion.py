@@ -14,7 +14,7 @@ from jaxft.models.clip import CLIPText, CLIPTextConfig
 from jaxft.models.unet import Added, UNet
 from jaxft.models.unet_config import UNetConfig
 from jaxft.models.vae import VAE, VAEConfig
-from jaxft.nn.diffusion import ZERO_SNR, Schedule
+from jaxft.nn.diffusion import CHOICES, ZERO_SNR, Schedule
 from jaxft.nn.samplers import Sampler, denoise, guide
 from jaxft.weights.pipeline import TEXT_ENCODERS, Pipeline, legacy_part, part
 from jaxft.weights.transfer import Part
@@ -47,7 +47,7 @@ class PipelineConfig:
 
         UserError where the components do not fit each other.
         """
-        changes = _changes(pipeline.scheduler, prediction, zero_snr)
+        changes = _changes(pipeline, prediction, zero_snr)
         sdxl = pipeline.family == "sdxl"
         # StableDiffusionPipeline corrects these two of old folders; SDXL's does not.
         forced = {} if sdxl else {"steps_offset": 1, "clip_sample": False}
@@ -68,11 +68,20 @@ class PipelineConfig:
         return cfg
 
 
-def _changes(scheduler: dict[str, Any], prediction: str, zero_snr: bool) -> dict[str, Any]:
+def _changes(pipeline: Pipeline, prediction: str, zero_snr: bool) -> dict[str, Any]:
+    """The keys of the folder's scheduler_config.json that the run's own two options change."""
+    known = CHOICES["prediction_type"]
+    if prediction and prediction not in known:
+        raise UserError(f"prediction={prediction!r} is not one of {', '.join(known)}, or empty")
+    old = {"prediction_type": "epsilon", **pipeline.scheduler}
     changes: dict[str, Any] = {"prediction_type": prediction} if prediction else {}
+    if zero_snr and (prediction or old["prediction_type"]) == "epsilon":
+        raise UserError(
+            f"zero_snr=True cannot train the epsilon prediction of {pipeline.name} (at SNR 0"
+            " nothing is left to predict x0 from); set prediction=v_prediction"
+        )
     if zero_snr:
-        changes |= ZERO_SNR if prediction != "epsilon" else {"rescale_betas_zero_snr": True}
-    old = {"prediction_type": "epsilon", **scheduler}
+        changes |= ZERO_SNR
     return {key: value for key, value in changes.items() if old.get(key) != value}
 
 
