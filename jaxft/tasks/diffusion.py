@@ -21,7 +21,7 @@ from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data.buckets import BucketBatches, bucket_loader
 from jaxft.data.cache import ArrayCache
 from jaxft.data.image_sources import open_images
-from jaxft.data.images import ImageSet
+from jaxft.data.images import ImageSet, drop_bad
 from jaxft.data.loader import eval_batches, subset
 from jaxft.models import stable_diffusion, vae
 from jaxft.models.ldm import open_model
@@ -84,10 +84,11 @@ class Diffusion:
             pipeline_lora.check(self.parts, describe(self.template))
         names = ("tokenizer", "tokenizer_2")[: len(self.model_cfg.texts)]
         self.tokenizers = [load_tokenizer(self.pipeline.tokenizer_dir(name)) for name in names]
+        self.bad = 0  # pictures that were left out
         self.train_set = Rows(self._shares(), self._tokenize)
         held_out = [Share(self._read(cfg.data.eval, False, False))] if cfg.data.eval else []
         self.eval_set = Rows(held_out, self._tokenize) if held_out else None
-        self.kid = KidLite0() if options.eval_generated else None
+        self.kid = KidLite0() if options.eval_generated and self.eval_set else None
         self._before: np.ndarray | None = None
 
     def build(self, key: jax.Array) -> nnx.Module:
@@ -102,15 +103,22 @@ class Diffusion:
         cfg, report = self.model_cfg, self.data_report()
         kind = "Stable Diffusion XL" if cfg.sdxl else "Stable Diffusion"
         sizes = ", ".join(f"{h}x{w}" for h, w in self.train_set.sizes)
-        small = report["smaller_than_target"]
+        small, batch = report["smaller_than_target"], self.cfg.batch_size
+        counts = np.bincount(self.train_set.bucket_of)
+        short = [
+            f"; bucket {h}x{w} has {n} images, fewer than batch_size={batch}: repeated"
+            for (h, w), n in zip(self.train_set.sizes, counts, strict=True)
+            if n < batch <= len(self.train_set)
+        ]
         return (
             f"{kind}, {cfg.schedule.prediction}{', zero terminal SNR' * cfg.schedule.zero_snr};"
             f" {self.cfg.data.train}: {report['images']} images at {sizes}"
             f" ({report['cropped']} cropped{f', {small} enlarged' if small else ''})"
+            + "".join(short)
         )
 
     def data_report(self) -> dict[str, int]:
-        total: dict[str, int] = {}
+        total = {"bad": self.bad}
         for share in self.train_set.shares:
             for name, count in share.images.report.items():
                 total[name] = total.get(name, 0) + count
@@ -145,6 +153,11 @@ class Diffusion:
 
     def prepare(self, params: Params, trained: set[str]) -> None:
         """Store the moments of all pictures and, while no text encoder trains, all embeddings."""
+        if any(path.startswith("vae.") for path in trained):
+            raise UserError(
+                f"trainable={self.cfg.trainable!r} trains the VAE, which the noise's error would"
+                r" only spoil; take unet\..* or (unet|text_encoder.*)\..*, or task=autoencoder"
+            )
         if not self.options.cache:
             return
         local = Encoders(self.template, self.dtype, params)
@@ -156,8 +169,7 @@ class Diffusion:
         for images in (share.images for rows in sets for share in rows.shares):
             _tell("moments", store_moments(moments, images, local.moments, CACHED_AT_ONCE))
         if not any(path.startswith("text_encoder") for path in trained):
-            ids = tuple(str(t.name_or_path) for t in self.tokenizers)
-            name = fingerprint(local.params, ("text_encoder",), "texts", str(self.dtype), ids)
+            name = fingerprint(local.params, ("text_encoder",), "texts", str(self.dtype))
             texts = ArrayCache(folder, name, jax.process_index())
             captions = [rows.caption(i) for rows in sets for i in range(len(rows))]
             made = store_texts(texts, captions, self._tokenize, local.texts, CACHED_AT_ONCE)
@@ -244,8 +256,8 @@ class Diffusion:
             return Report({})
         data = subset(self.eval_set, self.options.eval_examples, self.cfg.seed)
         size = max(self.cfg.batch_size // self.cfg.micro_batches, batch_ways(mesh))
-        sums = np.zeros(BINS)
-        for batch in eval_batches(data, size, collate, local_rows(mesh, size)):
+        sums, padded = np.zeros(BINS), partial(collate, filler=data[0])
+        for batch in eval_batches(data, size, padded, local_rows(mesh, size)):
             sums += np.asarray(self._bins(params, place_batch(batch, mesh)))
         errors = sums / len(data)
         metrics = {"loss": float(np.mean(errors))}
@@ -305,8 +317,13 @@ class Diffusion:
         return [Look(pictures={"made": one}) for one in self._draw(params, prompts, request)]
 
     def _draw(self, params: Params, prompts: list[str], request: Request) -> np.ndarray:
-        """Pictures uint8 (N, Y, X, 3); each one's noise depends on the seed and its place alone."""
-        size = CACHED_AT_ONCE
+        """Pictures uint8 (N, Y, X, 3); each one's noise depends on the seed and its place alone.
+
+        Always as many at a time as a micro-batch has: others beside it would round it otherwise.
+        """
+        if request.sampler is not None:
+            _check_sampler("--sampler", request.sampler)
+        size = self.cfg.batch_size // self.cfg.micro_batches
         ids = np.stack([self._tokenize(prompt) for prompt in prompts])
         made = []
         for first in range(0, len(ids), size):
@@ -348,7 +365,12 @@ class Diffusion:
 
     def _read(self, spec: str, buckets: bool, flip: bool) -> ImageSet:
         multiple = self.model_cfg.multiple
-        return ImageSet(open_images(spec), self.options.resolution, multiple, buckets, flip)
+        records = open_images(spec)
+        good = drop_bad(records, None)
+        if len(good) < len(records):
+            print(f"left out {len(records) - len(good)} bad images of {spec}", flush=True)
+        self.bad += len(records) - len(good)
+        return ImageSet(good, self.options.resolution, multiple, buckets, flip)
 
     def _tokenize(self, caption: str) -> np.ndarray:
         """(E, T) ids for each text encoder, padded as its own tokenizer does."""
@@ -381,9 +403,7 @@ def _tell(what: str, made: Iterator[tuple[int, int]]) -> None:
 
 
 def _check(options: DiffusionOptions, cfg: PipelineConfig) -> None:
-    if options.sample.sampler not in SAMPLERS:
-        known = ", ".join(SAMPLERS)
-        raise UserError(f"sample.sampler={options.sample.sampler!r} is not one of {known}")
+    _check_sampler("sample.sampler", options.sample.sampler)
     if not 0 <= options.caption_dropout < 1:
         raise UserError(f"caption_dropout={options.caption_dropout} must be at least 0 and below 1")
     if cfg.unet.in_channels != cfg.vae.latent_channels:
@@ -392,3 +412,8 @@ def _check(options: DiffusionOptions, cfg: PipelineConfig) -> None:
             f" the VAE's {cfg.vae.latent_channels}; inpainting and InstructPix2Pix models are not"
             " supported yet"
         )
+
+
+def _check_sampler(key: str, name: str) -> None:
+    if name not in SAMPLERS:
+        raise UserError(f"{key}={name!r} is not one of {', '.join(SAMPLERS)}")

@@ -1,6 +1,7 @@
 """Rows to train a diffusion model on: pictures or their cached moments, captions or embeddings."""
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from jaxft.core.params import Params, bind, describe
 from jaxft.core.sharding import one_device_mesh
 from jaxft.core.step import cast
 from jaxft.data.buckets import Size
-from jaxft.data.cache import ArrayCache, example_keys, fill
+from jaxft.data.cache import ArrayCache, example_keys, fill, missing
 from jaxft.data.images import ImageSet
 from jaxft.weights.transfer import to_host
 
@@ -29,7 +30,7 @@ class Share(NamedTuple):
 
 
 class Stores(NamedTuple):
-    """What was computed once: moments by picture, embeddings by caption; None is not cached."""
+    """What was computed once: moments by picture, embeddings by ids; None is not cached."""
 
     moments: ArrayCache | None = None
     texts: ArrayCache | None = None
@@ -82,16 +83,20 @@ class Rows:
         caption = self.shares[share].images.captions[place]
         if self.stores.texts is None:
             return row | {"ids": self.tokenize(caption)}
-        return row | self.stores.texts.get(caption_key(caption))
+        return row | self.stores.texts.get(ids_key(self.tokenize(caption)))
 
 
-def collate(examples: Sequence[Row], *, batch_rows: int) -> dict[str, np.ndarray]:
-    """Rows stacked; those missing at the end repeat the first one with weight 0."""
-    batch = {name: np.stack([row[name] for row in examples]) for name in examples[0]}
-    short = batch_rows - len(examples)
-    if short:
-        batch = {k: np.concatenate([v, np.repeat(v[:1], short, axis=0)]) for k, v in batch.items()}
-        batch["weights"][len(examples) :] = 0
+def collate(
+    examples: Sequence[Row], *, batch_rows: int, filler: Row | None = None
+) -> dict[str, np.ndarray]:
+    """Rows stacked; those missing at the end are the `filler` (the first row) with weight 0.
+
+    A host whose share of a last batch is empty has a filler alone.
+    """
+    filler = examples[0] if filler is None else filler
+    rows = [*examples, *[filler] * (batch_rows - len(examples))]
+    batch = {name: np.stack([row[name] for row in rows]) for name in filler}
+    batch["weights"][len(examples) :] = 0
     return batch
 
 
@@ -144,8 +149,9 @@ def to_float(pixels: jax.Array) -> jax.Array:
     return jnp.asarray(pixels, jnp.float32) / 127.5 - 1.0
 
 
-def caption_key(caption: str) -> str:
-    return hashlib.sha256(caption.encode()).hexdigest()
+def ids_key(ids: np.ndarray) -> str:
+    """What determines an embedding beside the weights, whichever tokenizer made the ids."""
+    return hashlib.sha256(ids.tobytes()).hexdigest()
 
 
 def fingerprint(params: Params, prefixes: Sequence[str], *more: Any) -> str:
@@ -174,6 +180,7 @@ def store_moments(
     keys, buckets = example_keys(images), images.bucket_of
     host, hosts = jax.process_index(), jax.process_count()
     yield from fill(cache, images, keys, compute, batch, bucket_of=buckets, host=host, hosts=hosts)
+    _wait_for_others(cache, keys)
 
 
 def store_texts(
@@ -185,14 +192,22 @@ def store_texts(
 ) -> Iterator[tuple[int, int]]:
     """Embeddings of every caption that has none yet."""
 
-    def compute(chosen: list[str]) -> list[Row]:
-        made = encode(_filled(np.stack([tokenize(caption) for caption in chosen]), batch))
+    def compute(chosen: list[np.ndarray]) -> list[Row]:
+        made = encode(_filled(np.stack(chosen), batch))
         return [{name: made[name][i] for name in made} for i in range(len(chosen))]
 
-    distinct = sorted(set(captions))
-    keys = [caption_key(caption) for caption in distinct]
+    ids = [tokenize(caption) for caption in sorted(set(captions))]
+    keys = [ids_key(one) for one in ids]
     host, hosts = jax.process_index(), jax.process_count()
-    yield from fill(cache, distinct, keys, compute, batch, host=host, hosts=hosts)
+    yield from fill(cache, ids, keys, compute, batch, host=host, hosts=hosts)
+    _wait_for_others(cache, keys)
+
+
+def _wait_for_others(cache: ArrayCache, keys: Sequence[str]) -> None:
+    """Until the shares of all hosts are there: by looking, as a collective would time out."""
+    while jax.process_count() > 1 and missing(cache, keys):
+        time.sleep(1.0)
+        cache.refresh()
 
 
 def _filled(rows: np.ndarray, count: int) -> np.ndarray:
