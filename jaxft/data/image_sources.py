@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxft.core.errors import UserError
 from jaxft.data.image_tables import open_table
-from jaxft.data.sources import _TFDS_SPEC, DEMO_FOLDER, JsonlRecords
+from jaxft.data.sources import DEMO_FOLDER, JsonlRecords, tfds_arguments
 
 SCHEMES = "folder:PATH, wds:TARS, hf:PATH, tfds:NAME[:SPLIT][@DATA_DIR] or demo:emoji/train"
 CAPTION_KEYS = ("text", "caption")
@@ -352,20 +352,15 @@ def _open_tables(spec: str, path: Path, captions: bool) -> _Rows:
 
 def _open_tfds(spec: str, rest: str, captions: bool) -> _Rows:
     """A TFDS split, its pictures left encoded: TFDS would drop their orientation."""
-    match = _TFDS_SPEC.fullmatch(rest)
-    if match is None:
-        raise UserError(f"cannot read {spec!r}: expected tfds:NAME[:SPLIT][@DATA_DIR]")
+    tfds, name, where = tfds_arguments(spec, rest)
     try:
-        import tensorflow_datasets as tfds
-
-        where: Any = {"split": match["split"] or "train", "data_dir": match["folder"]}
-        probe: Any = tfds.data_source(match["name"], **where)
+        probe: Any = tfds.data_source(name, **where)
         features: Any = probe.dataset_info.features
         images = [key for key, f in features.items() if isinstance(f, tfds.features.Image)]
         if not images:
             raise UserError(f"no image among its features {', '.join(features)}")
-        skip = {images[0]: tfds.decode.SkipDecoding()}  # type: ignore[call-arg]
-        source: Any = tfds.data_source(match["name"], **where, decoders=skip)
+        skip = {images[0]: tfds.decode.SkipDecoding()}
+        source: Any = tfds.data_source(name, **where, decoders=skip)
     except Exception as error:  # TFDS raises many kinds; each becomes one line
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise UserError(

@@ -217,20 +217,23 @@ class TfdsRecords:
         return f"{self._spec} record {index}"
 
 
-def _open_tfds(spec: str, rest: str) -> Records:
+def tfds_arguments(spec: str, rest: str) -> tuple[Any, str, dict[str, Any]]:
+    """The TFDS package, a dataset's name, and the further arguments of `tfds.data_source`."""
     match = _TFDS_SPEC.fullmatch(rest)
     if match is None:
         raise UserError(f"cannot read {spec!r}: expected tfds:NAME[:SPLIT][@DATA_DIR]")
     try:
         import tensorflow_datasets as tfds
     except ImportError:
-        raise UserError(
-            f"{spec!r} needs tensorflow-datasets: pip install tensorflow-datasets"
-        ) from None
+        raise UserError(f'{spec!r} needs tensorflow-datasets: pip install "jaxft[data]"') from None
+    where = {"split": match["split"] or "train", "data_dir": match["folder"]}
+    return tfds, match["name"], where
+
+
+def _open_tfds(spec: str, rest: str) -> Records:
+    tfds, name, where = tfds_arguments(spec, rest)
     try:
-        source: Any = tfds.data_source(
-            match["name"], split=match["split"] or "train", data_dir=match["folder"]
-        )
+        source: Any = tfds.data_source(name, **where)
     except Exception as error:  # TFDS raises many kinds; each becomes one line
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise UserError(
