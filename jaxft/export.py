@@ -83,7 +83,8 @@ def export_folder(
     temporary.mkdir(parents=True)
     place = out.absolute()
     name = place.parent.name if place.name == "export" else place.name
-    WRITERS[kind](Job(run, params, name, dtype, temporary))
+    made = run.task.exported(dict(params))
+    WRITERS[kind](Job(run, made, name, dtype, temporary))
     if out.exists():
         shutil.rmtree(out)
     temporary.rename(out)

@@ -25,6 +25,7 @@ TASKS = {
     "llm": "jaxft.tasks.llm:LLM",
     "autoencoder": "jaxft.tasks.autoencoder:Autoencoder",
     "diffusion": "jaxft.tasks.diffusion:Diffusion",
+    "image_tokens": "jaxft.tasks.image_tokens:ImageTokens",
 }
 
 
@@ -123,6 +124,10 @@ class Task(Protocol):
 
     def flops_per_unit(self, chosen: set[str]) -> float:
         """Model FLOPs of a training step a unit, given what trains (never rematerialisation)."""
+        ...
+
+    def exported(self, params: Params) -> Params:
+        """The parameters as an export writes them; most tasks' are what they are."""
         ...
 
     def side_files(self, dtype: str | None, rewritten: set[str]) -> dict[str, Path | bytes]:

@@ -145,6 +145,9 @@ class Diffusion:
         passes = 2 if all(".lora_" in path for path in chosen) else 3
         return passes * flops.count(forward, self.template, latents, text, times)
 
+    def exported(self, params: Params) -> Params:
+        return params
+
     def side_files(self, dtype: str | None, rewritten: set[str]) -> dict[str, Path | bytes]:
         names = frozenset(prefix.removesuffix(".") for prefix in rewritten)
         return dict(pipeline_files(self.pipeline, Changes(names, dict(self.model_cfg.scheduler))))

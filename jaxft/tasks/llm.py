@@ -135,6 +135,9 @@ class LLM:
         passes = 2 if all(".lora_" in path for path in chosen) else 3
         return passes * llama.flops_per_token(self.model_cfg, self.options.seq_len)
 
+    def exported(self, params: Params) -> Params:
+        return params
+
     def side_files(self, dtype: str | None, rewritten: set[str]) -> dict[str, Path | bytes]:
         config = export_config(self.source.config, dtype)
         if config == self.source.config:
