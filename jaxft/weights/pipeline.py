@@ -364,8 +364,8 @@ def pipeline_files(pipeline: Pipeline, changes: Changes = UNCHANGED) -> Files:
     """
     rewritten = changes.rewritten | must_rewrite(pipeline)
     files = dict(pipeline.files)
-    files[INDEX] = _index_bytes(pipeline, files)
     files[SCHEDULER] = _edited(files.get(SCHEDULER), pipeline.scheduler, changes.scheduler)
+    files[INDEX] = _index_bytes(pipeline, files)
     for name, source in pipeline.components.items():
         for file, content in source.side_files.items():
             if file == "config.json":
