@@ -205,9 +205,11 @@ class Diffusion:
         if options.noise_offset:
             noise = noise_algebra.offset_noise(_stream(keys, OFFSET), noise, options.noise_offset)
         t = noise_algebra.draw_timesteps(_stream(keys, TIME), schedule)
-        dropped = jax.vmap(jax.random.uniform)(_stream(keys, DROP)) < options.caption_dropout
         adapter = _stream(keys, ADAPTER) if self.cfg.lora.dropout else None
-        text = drop_captions(self._text(model, batch, adapter), self._null(model), dropped)
+        text = self._text(model, batch, adapter)
+        if options.caption_dropout:
+            dropped = jax.vmap(jax.random.uniform)(_stream(keys, DROP)) < options.caption_dropout
+            text = drop_captions(text, self._null(model), dropped)
         errors = self._errors(model, batch, latents, noise, t, text, adapter)
         if options.min_snr_gamma:
             errors *= noise_algebra.min_snr_weights(schedule, t, options.min_snr_gamma)
