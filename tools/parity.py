@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import DOCS, SHAPES, machine, machine_line, make_random
+from bench_llm import SHAPES, make_random
+from benching import DOCS, machine, machine_line
 
 from jaxft.verify import certify
 
