@@ -1,0 +1,88 @@
+"""The guided sampler against stock transformers' generate, code for code."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from jaxft.core.sharding import one_device_mesh
+from jaxft.models.image_decode import generate_codes
+from jaxft.nn.sampling import Sampling
+from jaxft.tasks.image_layout import extended, left_padded, null_prompt
+from jaxft.tasks.llm import load
+
+TEXT, CODES, COUNT = 320, 24, 20
+GREEDY = Sampling()
+LAYOUT = extended(TEXT, CODES, (4, 5), "")
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [20, 21, 22], [30, 31, 32, 33]]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def folder(request, make_folder):
+    changes = {"vocab_size": LAYOUT.vocab_size, "initializer_range": 0.3}
+    return make_folder(tied=request.param, **changes)
+
+
+def ours(folder, guidance, how=GREEDY, seed=0, prompts=PROMPTS):
+    model = load(str(folder), "float32")
+    null = [null_prompt(LAYOUT)] * len(prompts)
+    tokens, mask = left_padded(LAYOUT, prompts + null)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(prompts)))
+    with jax.set_mesh(one_device_mesh()):
+        made = jax.jit(
+            lambda model, scale: generate_codes(
+                model, tokens, mask, keys, offset=LAYOUT.image_offset, codes=CODES, count=COUNT,
+                guidance=scale, how=how, dtype=jnp.float32,
+            )
+        )(model, guidance)  # fmt: skip
+    return np.asarray(made)
+
+
+def stock(folder, guidance):
+    """transformers alone: generate with guidance, negative prompts, and text suppressed."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    width = max(map(len, PROMPTS)) + 1
+    rows = [[*ids, LAYOUT.boi] for ids in PROMPTS]
+    tokens = torch.tensor([[LAYOUT.pad] * (width - len(ids)) + ids for ids in rows])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows])
+    made = model.generate(
+        tokens,
+        attention_mask=mask,
+        max_new_tokens=COUNT,
+        do_sample=False,
+        guidance_scale=guidance,
+        negative_prompt_ids=torch.tensor([[LAYOUT.null, LAYOUT.boi]] * len(rows)),
+        negative_prompt_attention_mask=torch.ones(len(rows), 2, dtype=torch.long),
+        suppress_tokens=list(range(LAYOUT.image_offset)),
+        pad_token_id=LAYOUT.pad,
+    )
+    return made[:, width:].numpy() - LAYOUT.image_offset
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_greedy_codes_equal_stock_generate(folder, guidance):
+    """P4, prompts of unequal lengths padded on the left."""
+    expected = stock(folder, guidance)
+    assert expected.shape == (len(PROMPTS), COUNT) and expected.min() >= 0
+    assert len({tuple(row) for row in expected}) == len(PROMPTS), "rows are to differ"
+    np.testing.assert_array_equal(ours(folder, guidance), expected)
+
+
+def test_guidance_moves_what_is_drawn(folder):
+    assert (ours(folder, 1.0) != ours(folder, 6.0)).any()
+
+
+def test_guidance_of_zero_draws_without_the_caption(folder):
+    made = ours(folder, 0.0)
+    assert (made == made[0]).all()
+
+
+def test_draws_depend_on_the_row_alone(folder):
+    """Hot sampling: every row the same beside others, another seed another image."""
+    how = Sampling(1.0, 12, 0.9)
+    all_rows = ours(folder, 2.0, how)
+    np.testing.assert_array_equal(ours(folder, 2.0, how, prompts=PROMPTS[:2]), all_rows[:2])
+    assert (ours(folder, 2.0, how, seed=1) != all_rows).mean() > 0.3
+    assert all_rows.min() >= 0 and all_rows.max() < CODES
