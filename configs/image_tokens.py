@@ -1,0 +1,54 @@
+"""Fine-tune an image-token model (DALL-E style); as it stands, the demo model on emoji.
+
+    python -m jaxft.train --config configs/image_tokens.py --workdir runs/image_tokens
+
+A text model of your own that learns to speak the codes of a VQ tokenizer, on your own pictures (a
+folder with metadata.jsonl, or captions in .txt):
+
+    python -m jaxft.train --config configs/image_tokens.py --workdir runs/mine --config.model=PATH \
+        --config.graft=VQ_FOLDER --config.data.train=folder:images --config.data.eval=folder:held \
+        --config.resolution=128 --config.optim.lr=1e-4 --config.total=20000_steps
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            task="image_tokens",
+            model="demo:emoji-tokens",  # a causal language model's folder
+            init="pretrained",
+            seed=0,
+            total="300_steps",
+            batch_size=16,
+            micro_batches=1,
+            resolution=64,
+            tokenizer="",  # another VQ folder than the model's vq/, of the same codes
+            graft="",  # a VQ folder: `model` is a text model that learns its codes
+            data=dict(train="demo:emoji/train", eval="demo:emoji/valid"),
+            cache="runs/cache",  # the pictures' codes, by content and tokenizer
+            caption_dropout=0.1,
+            # Means over a row's codes and over its prompt; DALL-E took 7/8 and 1/8.
+            loss=dict(image_weight=1.0, text_weight=0.0),
+            sample=dict(prompts=(), guidance=3.0, temperature=1.0, top_k=0),
+            trainable="",  # empty: the adapters when lora.rank > 0, else everything
+            optim=dict(
+                name="adamw",
+                lr=3e-4,
+                schedule="cosine",
+                warmup="10_steps",
+                weight_decay=0.05,
+                clip=1.0,
+                b1=0.9,
+                b2=0.95,
+                ema=0.0,
+            ),
+            compute_dtype="auto",
+            param_dtype="float32",
+            remat="auto",
+            mesh=dict(data=1, fsdp=-1, tensor=1),
+            every=dict(log="10_steps", eval="0_steps", save="100_steps", sample="0_steps"),
+            export=dict(kind="folder", dtype="source"),
+        )
+    )

@@ -1,0 +1,38 @@
+"""A text model's checkpoint with more vocabulary than its files hold."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.weights.tensor_files import Tensors
+
+
+class Grafted(NamedTuple):
+    """The tensors of `base`, of which `tables` (V, D) have `rows` more rows.
+
+    A new row is drawn from N(mean, std) of the table's own rows, each column by itself, so that
+    the model starts with states of a size that it knows. The same seed draws the same rows at
+    every reading.
+    """
+
+    base: Tensors
+    tables: tuple[str, ...]
+    rows: int
+    seed: int
+
+    def keys(self) -> Any:
+        return self.base.keys()
+
+    def info(self, key: str) -> tuple[tuple[int, ...], Any]:
+        shape, dtype = self.base.info(key)
+        return ((shape[0] + self.rows, *shape[1:]) if key in self.tables else shape), dtype
+
+    def read(self, key: str) -> np.ndarray:
+        table = self.base.read(key)
+        if key not in self.tables:
+            return table
+        own = table.astype(np.float32)
+        random = np.random.default_rng((self.seed, self.tables.index(key)))
+        drawn = random.standard_normal((self.rows, own.shape[1]), np.float32)
+        added = own.mean(axis=0) + own.std(axis=0) * drawn
+        return np.concatenate([table, added.astype(table.dtype)])
