@@ -1,5 +1,7 @@
 """The parity certificate against PyTorch: `python -m jaxft.verify DIR [--out FILE] [--long N]`."""
 
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,9 +9,11 @@ from typing import Any
 from jaxft.core import runtime
 from jaxft.core.config import parse_arguments
 from jaxft.core.errors import UserError
-from jaxft.verify import llm
+from jaxft.models.ldm import SINGLE
+from jaxft.verify import autoencoder, diffusion, llm
 from jaxft.verify.llm import hf_folder
 from jaxft.verify.report import Check, show, write
+from jaxft.weights.pipeline import INDEX, demo_folder, open_pipeline
 
 __all__ = ["certify", "hf_folder", "main"]
 
@@ -41,6 +45,34 @@ def _main(argv: list[str]) -> bool:
 def certify(spec: str, far: int = 4096) -> tuple[dict[str, Any], list[Check]]:
     """(certificate, checks) of the model that `spec` names; `far` is a language model's.
 
+    What the folder holds says what it is: a pipeline, an autoencoder, else a language model.
     Raises UserError for what cannot be compared.
     """
+    if _is_pipeline(spec):
+        return diffusion.certify(spec)
+    if autoencoder.is_autoencoder(_config(spec)):
+        return autoencoder.certify(spec)
     return llm.certify(spec, far)
+
+
+def _is_pipeline(spec: str) -> bool:
+    path = demo_folder(spec) if spec.startswith("demo:") else Path(spec).expanduser()
+    if path.exists():
+        alone = path.suffix in SINGLE and not (path.parent / "config.json").is_file()
+        return alone or (path / INDEX).is_file()
+    if not spec.startswith("pip:") and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec):
+        return False
+    try:
+        open_pipeline(spec, weights=False)
+    except UserError:
+        return False
+    return True
+
+
+def _config(spec: str) -> dict[str, Any]:
+    """config.json of a folder; nothing where there is none that can be read."""
+    try:
+        content = json.loads((Path(spec).expanduser() / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,127 @@
+"""Autoencoders against diffusers' AutoencoderKL and VQModel and transformers' JanusVQVAE."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxft.models import vae, vqgan
+from jaxft.models.vae import VAE, VAEConfig
+from jaxft.models.vq_config import JANUS, VQConfig
+from jaxft.models.vqgan import UNIT, VQModel
+from jaxft.verify.component import Subject, channels_first, channels_last, check, normal
+from jaxft.verify.report import Check, certificate, start
+from jaxft.weights.pipeline import open_component
+from jaxft.weights.sources import Source
+from jaxft.weights.transfer import Part
+
+KL = "AutoencoderKL"
+ROWS, GRID = 2, (8, 6)  # pictures, and the latents of each: a transpose would show
+
+
+def is_autoencoder(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of a kind that this file compares."""
+    return config.get("model_type") == JANUS or config.get("_class_name") in (KL, "VQModel")
+
+
+def certify(spec: str) -> tuple[dict[str, Any], list[Check]]:
+    """(certificate, checks) of an autoencoder's folder, both sides in fp32."""
+    source = open_component(spec, "vae")
+    if source.config.get("_class_name") == KL:
+        cfg = VAEConfig.from_hf(source.config, f"{spec}/config.json")
+        part = Part("vae.", source.name, source.tensors, vae.RULES, vae.sizes(cfg))
+        subject = vae_subject(source, part, cfg)
+    else:
+        subject = _vq_subject(source, VQConfig.from_hf(source.config, f"{spec}/config.json"))
+    janus = source.config.get("model_type") == JANUS
+    oracles = ("torch", "transformers" if janus else "diffusers")
+    start(oracles)
+    with jax.default_matmul_precision("highest"):
+        found = check(subject)
+    about = {"components": {subject.name: found.about}}
+    return certificate(spec, found.checks, oracles, about), found.checks
+
+
+def vae_subject(source: Source, part: Part, cfg: VAEConfig) -> Subject:
+    """AutoencoderKL: moments of pictures, and pictures of latents that are not theirs."""
+    images = _images(cfg.factor)
+    latents = np.asarray(cfg.unscale(jnp.asarray(normal(1, ROWS, *GRID, cfg.latent_channels))))
+
+    def theirs(model: Any) -> dict[str, Any]:
+        found = model.encode(channels_first(images)).latent_dist
+        back = model.decode(channels_first(latents)).sample
+        outputs = {"mean": found.mean, "logvar": found.logvar, "pictures": back}
+        return {name: channels_last(one) for name, one in outputs.items()}
+
+    def ours(model: VAE) -> dict[str, jax.Array]:
+        found = model.encode(jnp.asarray(images))
+        back = model.decode(jnp.asarray(latents))
+        return {"mean": found.mean, "logvar": found.logvar, "pictures": back}
+
+    template = jax.eval_shape(lambda: VAE(cfg, key=jax.random.key(0)))
+    return Subject("vae", source, part, template, ("diffusers", KL), theirs, ours)
+
+
+def _vq_subject(source: Source, cfg: VQConfig) -> Subject:
+    """A VQ tokenizer: latents and codes of pictures, and pictures of other codes."""
+    stem = "model" if cfg.kind == JANUS else "diffusion_pytorch_model"
+    rules = vqgan.rules(cfg)
+    part = Part("vae.", source.name, source.tensors, rules, {}, vqgan.IGNORE, stem=stem)
+    images = _images(cfg.factor)
+    codes = np.random.default_rng(1).integers(0, cfg.codes, (ROWS, *GRID), np.int32)
+
+    def theirs(model: Any) -> dict[str, Any]:
+        latents = model.quant_conv(model.encoder(channels_first(images)))
+        found = _their_codes(model, latents.detach(), cfg)
+        back = channels_last(_their_pictures(model, codes, cfg))
+        return {"latents": channels_last(latents), "codes": found, "pictures": back}
+
+    def ours(model: VQModel) -> dict[str, jax.Array]:
+        x = jnp.asarray(images)
+        latents = model.quant_conv(model.encoder(x))
+        back = model.decode_codes(jnp.asarray(codes))
+        return {"latents": latents, "codes": model.encode(x).codes, "pictures": back}
+
+    template = jax.eval_shape(lambda: VQModel(cfg, key=jax.random.key(0)))
+    stock = ("transformers", "JanusVQVAE") if cfg.kind == JANUS else ("diffusers", "VQModel")
+    return Subject("tokenizer", source, part, template, stock, theirs, ours)
+
+
+def _their_codes(model: Any, latents: Any, cfg: VQConfig) -> Any:
+    """The codes of latents (B, C, Y, X) as the stock class finds them.
+
+    It compares the codebook's rows as they are stored. Where the model's own search is by
+    direction and they have not unit length (an export writes them so), that is what is asked for.
+    """
+    import torch
+
+    table = model.quantize.embedding.weight.detach()
+    if cfg.l2 and bool(((table.norm(dim=-1) - 1).abs() >= UNIT).any()):
+        z = torch.nn.functional.normalize(channels_last(latents).flatten(0, 2), dim=-1)
+        found = torch.cdist(z, torch.nn.functional.normalize(table, dim=-1)).argmin(-1)
+    else:
+        found = model.quantize(latents)[2]
+        found = found[2] if isinstance(found, tuple) else found
+    return found.view(ROWS, *GRID).int()
+
+
+def _their_pictures(model: Any, codes: np.ndarray, cfg: VQConfig) -> Any:
+    import torch
+
+    flat = torch.from_numpy(codes).long()
+    if cfg.kind == JANUS:
+        model.quantize.quant_state_dims = list(GRID)  # it takes every picture for a square
+        return model.decode(flat.flatten(1))
+    model.register_to_config(lookup_from_codebook=True)
+    shape = (ROWS, *GRID, cfg.code_dim)
+    return model.decode(flat.flatten(), force_not_quantize=True, shape=shape).sample
+
+
+def _images(factor: int) -> Float[np.ndarray, "B Y X C"]:
+    """Noise over a ramp along one diagonal: no flip and no transpose of it is itself."""
+    height, width = (side * factor for side in GRID)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (ROWS, height, width, 3))
+    return (noise + (y + 2 * x)[..., None] / 3 - 0.5).astype(np.float32)

@@ -1,0 +1,225 @@
+"""One network beside its stock twin: the same inputs, outputs, gradients and bytes."""
+
+import importlib
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxft.core.params import Leaf, Params, bind, describe
+from jaxft.core.sharding import one_device_mesh, shardings
+from jaxft.verify.report import PLAIN_DOTS, Check, loading, round_trip, worst_gradient
+from jaxft.weights import transfer
+from jaxft.weights.rules import plan, to_torch
+from jaxft.weights.sources import Source
+from jaxft.weights.tensor_files import write_sharded
+from jaxft.weights.transfer import Part
+
+FORWARD = 1e-5
+# What is called once costs more to compile than to run.
+ONCE = {
+    **PLAIN_DOTS,
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+
+class Subject(NamedTuple):
+    """A network under test, opened but not loaded.
+
+    `stock` names the library and class that it is compared with. `theirs(stock model)` and
+    `ours(module)` give the same outputs by name, pictures with their channels last; what is of
+    integers has to be equal. `template` is the abstract module, without the part's prefix.
+    """
+
+    name: str
+    source: Source
+    part: Part
+    template: Any
+    stock: tuple[str, str]
+    theirs: Callable[[Any], dict[str, Any]]
+    ours: Callable[[Any], dict[str, jax.Array]]
+
+    @property
+    def leaves(self) -> dict[str, Leaf]:
+        own = describe(self.template)
+        return {self.part.prefix + path: leaf for path, leaf in own.items()}
+
+    @property
+    def size(self) -> int:
+        return sum(math.prod(leaf.shape) for leaf in describe(self.template).values())
+
+
+class Oracle(NamedTuple):
+    """What the stock model makes; gradients by torch key of the outputs' sum along `ways`."""
+
+    outputs: dict[str, np.ndarray]
+    ways: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]
+    report: Mapping[str, Any]
+
+
+class Result(NamedTuple):
+    """A component's figures, and the digest of its weights."""
+
+    checks: list[Check]
+    about: dict[str, Any]
+
+
+def check(subject: Subject) -> Result:
+    """Every figure of one network; one of the two models is in memory at a time."""
+    oracle = ask(subject)
+    params = load(subject.part, subject.leaves)
+    checks = [*loading(f"stock {subject.name}", oracle.report)]
+    checks += compare(subject, params, oracle)
+    name = f"{subject.name} round trip, differing tensors"
+    trip, digest = round_trip(name, subject.part, subject.leaves, params)
+    about = {"parameters": subject.size, "weights_sha256": digest}
+    return Result([*checks, trip], about)
+
+
+def ask(subject: Subject) -> Oracle:
+    """Load the stock model on the CPU in fp32; outputs and gradients of it."""
+    import torch
+
+    model, report = open_stock(subject)
+    # transformers' swish writes over what autograd saved.
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        made = subject.theirs(model)
+        outputs = {name: out.detach().numpy() for name, out in made.items()}
+        ways = _ways(outputs)
+        total = sum((made[name] * torch.from_numpy(way)).sum() for name, way in ways.items())
+        assert isinstance(total, torch.Tensor)
+        total.backward()
+    gradients = {
+        key: np.zeros(tuple(one.shape), np.float32) if one.grad is None else one.grad.numpy()
+        for key, one in model.named_parameters()
+    }
+    return Oracle(outputs, ways, gradients, report)
+
+
+def _ways(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A random direction for each output, so that each has a like share of the gradient."""
+    rng, ways = np.random.default_rng(9), {}
+    for name, out in outputs.items():
+        if np.issubdtype(out.dtype, np.floating):
+            scale = math.sqrt(out.size) * max(float(np.abs(out).max()), 1e-6)
+            ways[name] = rng.standard_normal(out.shape, np.float32) / np.float32(scale)
+    return ways
+
+
+def open_stock(subject: Subject) -> tuple[Any, Mapping[str, Any]]:
+    """The stock model and what it says of its loading."""
+    import torch
+
+    library, name = subject.stock
+    dtype = "torch_dtype" if library == "diffusers" else "dtype"
+    with _stock_folder(subject.source, subject.part.stem) as folder:
+        model, report = stock_class(library, name).from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, **{dtype: torch.float32}
+        )
+    return model.eval(), report
+
+
+def stock_class(library: str, name: str) -> Any:
+    """A class of an optional package."""
+    return getattr(importlib.import_module(library), name)
+
+
+@contextmanager
+def _stock_folder(source: Source, stem: str) -> Iterator[Path]:
+    """The component's files under their plain names; a copy of what lies inside a single file."""
+    with tempfile.TemporaryDirectory(prefix="jaxft-verify-") as name:
+        folder = Path(name)
+        for file, content in source.side_files.items():
+            if isinstance(content, bytes):
+                (folder / file).write_bytes(content)
+            else:
+                (folder / file).symlink_to(content.resolve())
+        if not any(file.endswith(".safetensors") for file in source.side_files):
+            tensors = source.tensors
+            assert tensors is not None
+            infos = {key: tensors.info(key) for key in tensors.keys()}  # noqa: SIM118
+            write_sharded(folder, ((k, tensors.read(k)) for k in infos), infos, stem=stem)
+        yield folder
+
+
+def load(part: Part, leaves: Mapping[str, Leaf]) -> Params:
+    """A part's parameters in fp32 on the first device."""
+    own = {path: leaf for path, leaf in leaves.items() if path.startswith(part.prefix)}
+    places = shardings(own, one_device_mesh())
+    return transfer.load(part, own, places, jnp.float32, set(own))
+
+
+def compare(subject: Subject, params: Params, oracle: Oracle) -> list[Check]:
+    """Outputs and gradients against the oracle's."""
+    prefix = subject.part.prefix
+
+    @partial(jax.jit, compiler_options=ONCE)
+    def call(params: Params, ways: dict[str, Any]) -> tuple[Params, dict[str, jax.Array]]:
+        def objective(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+            own = {path.removeprefix(prefix): x for path, x in params.items()}
+            made = subject.ours(bind(subject.template, own))
+            return sum((jnp.vdot(way, made[k]) for k, way in ways.items()), jnp.zeros(())), made
+
+        return jax.grad(objective, has_aux=True)(params)
+
+    grads, made = call(params, oracle.ways)
+    checks = [
+        compare_output(f"{subject.name} {name}", np.asarray(made[name]), wanted)
+        for name, wanted in oracle.outputs.items()
+    ]
+    name = f"{subject.name} gradients, worst relative"
+    return [*checks, worst_gradient(name, _torch_keyed(subject, grads, oracle), oracle.gradients)]
+
+
+def compare_output(
+    name: str, ours: np.ndarray, theirs: np.ndarray, bound: float = FORWARD, note: str = ""
+) -> Check:
+    """Largest difference relative to the largest value; of integers, how many differ."""
+    if not np.issubdtype(theirs.dtype, np.floating):
+        count = int((ours != theirs).sum()) if ours.shape == theirs.shape else theirs.size
+        return Check(f"{name}, differing", count, 0, f"of {theirs.size}")
+    if ours.shape != theirs.shape:
+        note = f"shape {ours.shape}, not {theirs.shape}"
+        return Check(f"{name}, max relative", math.inf, bound, note)
+    wide = theirs.astype(np.float64)
+    apart = float(np.abs(ours - wide).max() / max(np.abs(wide).max(), 1e-30))
+    return Check(f"{name}, max relative", apart, bound, note)
+
+
+def _torch_keyed(
+    subject: Subject, grads: Params, oracle: Oracle
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Our gradients by the stock model's own keys, which a file's may be older than."""
+    part, own = subject.part, describe(subject.template)
+    shapes = {key: tuple(one.shape) for key, one in oracle.gradients.items()}
+    for entry in plan(part.rules, own, shapes, part.sizes, (), f"stock {subject.name}"):
+        for i, key in enumerate(entry.keys):
+            array = np.asarray(grads[part.prefix + entry.path])
+            yield key, to_torch(array[i] if entry.stacked else array, entry.layout, part.sizes)
+
+
+def channels_first(x: Float[np.ndarray, "B Y X C"]) -> Any:
+    """A torch tensor (B, C, Y, X)."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def channels_last(x: Any) -> Any:
+    """A torch tensor (B, Y, X, C)."""
+    return x.permute(0, 2, 3, 1)
+
+
+def normal(seed: int, *shape: int) -> Float[np.ndarray, "..."]:
+    """Unit normal numbers, fp32."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
