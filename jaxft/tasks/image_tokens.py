@@ -245,8 +245,10 @@ class ImageTokens:
         back = self.model.vq.decode(np.stack([rows.stored(int(i))["codes"] for i in chosen]))
         usage = codebook_usage(jnp.bincount(codes.ravel(), length=self.layout.codes))
         far = nearest(self.train_set, codes.reshape(len(codes), -1))
+        with jax.set_mesh(self.model.vq.mesh):
+            distance = self.kid(wanted, made)
         metrics = {
-            "kid-lite0": self.kid(wanted, made),
+            "kid-lite0": distance,
             "codebook_used": float(usage.used),
             "codebook_perplexity": float(usage.perplexity),
             "train_distance_least": float(far.min()),
