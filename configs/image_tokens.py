@@ -29,8 +29,6 @@ def get_config() -> ConfigDict:
             data=dict(train="demo:emoji/train", eval="demo:emoji/valid"),
             cache="runs/cache",  # the pictures' codes, by content and tokenizer
             caption_dropout=0.1,
-            # Means over a row's codes and over its prompt; DALL-E took 7/8 and 1/8.
-            loss=dict(image_weight=1.0, text_weight=0.0),
             sample=dict(prompts=(), guidance=3.0, temperature=1.0, top_k=0),
             trainable="",  # empty: the adapters when lora.rank > 0, else everything
             optim=dict(
