@@ -1,6 +1,6 @@
-"""Fine-tune an image-token model (DALL-E style); as it stands, the demo model on emoji.
+"""Fine-tune an image-token model (DALL-E style). No demo model ships yet: give it --config.model.
 
-    python -m jaxft.train --config configs/image_tokens.py --workdir runs/image_tokens
+    python -m jaxft.train --config configs/image_tokens.py --workdir runs/mine --config.model=FOLDER
 
 A text model of your own that learns to speak the codes of a VQ tokenizer, on your own pictures (a
 folder with metadata.jsonl, or captions in .txt):
@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         dict(
             task="image_tokens",
-            model="demo:emoji-tokens",  # a causal language model's folder
+            model="",  # a causal language model's folder
             init="pretrained",
             seed=0,
             total="300_steps",
