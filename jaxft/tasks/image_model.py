@@ -47,7 +47,7 @@ def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) 
     _check_kind(spec, source)
     found = source.side_files.get(FILE)
     _check_keys(spec, options, found is not None)
-    vq = ImageTokenizer(options.graft or options.tokenizer or str(source.folder))
+    vq = ImageTokenizer(options.graft or options.tokenizer or _own_vq(spec, source))
     tokenizer = load_tokenizer(source.tokenizer_dir())
     if found is None:
         source, layout = _grafted(source, options, vq, seed)
@@ -60,6 +60,12 @@ def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) 
     _check_fit(layout, cfg, vq, options, where)
     check_tokenizer(layout, tokenizer, where)
     return ImageModel(source, cfg, layout, vq, tokenizer)
+
+
+def _own_vq(spec: str, source: Source) -> str:
+    if source.folder is None or not (source.folder / "vq" / "config.json").is_file():
+        raise UserError(f"{spec} has no vq/config.json beside {FILE}; give tokenizer=VQ_FOLDER")
+    return str(source.folder / "vq")
 
 
 def _grafted(
