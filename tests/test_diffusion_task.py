@@ -1,0 +1,361 @@
+"""The diffusion task: cached rows, buckets, evaluation, the command, and what a user gets wrong."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_diffusion import flags_of, make_config, make_pictures
+from tiny_pipelines import make_pipeline
+
+from jaxft import run as runs
+from jaxft import train
+from jaxft.core.checkpoint import Checkpoints
+from jaxft.core.errors import UserError
+from jaxft.core.params import bind
+from jaxft.core.step import sample_keys
+from jaxft.tasks import Request
+from jaxft.tasks.latents import Encoders
+
+NO_TARGETS = {"lora.rank": 2, "lora.targets": "nothing", "trainable": ""}
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = ((24, 20), (16, 32))
+# The compiler's own optimisations are most of the time of these tests.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+FLAGS = " ".join(f"--{key}={str(value).lower()}" for key, value in QUICK.items())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    work = tmp_path_factory.mktemp("pipeline")
+    make_pipeline(work, "sdxl").save_pretrained(work / "folder")
+    return work / "folder"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The same of Stable Diffusion 1."""
+    work = tmp_path_factory.mktemp("pipeline")
+    make_pipeline(work, "sd").save_pretrained(work / "folder")
+    return work / "folder"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"), 12, SIZES)
+
+
+@pytest.fixture(scope="module")
+def opened(folder, pictures):
+    """`opened(changes)`: (run, its parameters) on one device; parameters are read once."""
+    kept = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda *_: 1)
+
+        def make(changes):
+            run = runs.open_run(make_config(folder, pictures, changes))
+            if not kept:
+                with jax.set_mesh(run.mesh):
+                    kept.update(runs.load_params(run))
+            return run, dict(kept)
+
+        yield make
+
+
+def loss_of(run, params, batch):
+    keys = sample_keys(0, 0, batch["sample_ids"])
+
+    def loss(params, batch):
+        total, weight = run.task.loss(bind(run.task.template, params), batch, keys, 0)[0]
+        return total / weight
+
+    with jax.set_mesh(run.mesh):
+        compiled = jax.jit(loss).lower(params, batch).compile(compiler_options=QUICK)
+        return float(compiled(params, batch))
+
+
+@pytest.fixture(scope="module")
+def both(opened, tmp_path_factory):
+    """(run without a cache, run with one, parameters, the cache's folder)."""
+    cache = tmp_path_factory.mktemp("cache")
+    changes = {"buckets": True, "flip": True, "batch_size": 4}
+    (without, params), (within, _) = (opened({**changes, "cache": c}) for c in ("", cache))
+    within.task.prepare(params, within.chosen)
+    return without, within, params, cache
+
+
+def test_cached_rows_equal_uncached_rows(both):
+    without, within, params, _ = both
+    rows = slice(0, 4)
+    pairs = list(zip(without.task.shapes(rows), within.task.shapes(rows), strict=True))
+    assert len(pairs) == 2, "a bucket for each shape of picture"
+    encoders = Encoders(within.task.template, within.task.dtype, params)
+    for computed, stored in pairs:
+        assert computed.keys() - stored.keys() == {"pixels", "ids"}
+        assert stored.keys() - computed.keys() == {"mean", "logvar", "context", "pooled"}
+        for name in computed.keys() & stored.keys():
+            assert np.array_equal(computed[name], stored[name]), name
+        sixteen = np.resize(computed["pixels"], (16, *computed["pixels"].shape[1:]))
+        moments = encoders.moments(sixteen)
+        for name in ("mean", "logvar"):
+            assert np.array_equal(moments[name][:4], stored[name]), name
+    losses = [loss_of(run, params, batch) for run, batch in zip(both, pairs[0], strict=False)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+
+def test_time_ids_tell_original_crop_and_bucket(both):
+    """A mirrored picture is mirrored before the crop, so its crop is as true."""
+    seen = set()
+    for step, batch in zip(range(8), both[0].task.train_batches(0, slice(0, 4)), strict=False):
+        sizes = {SIZES[i % 12 % 2] for i in batch["sample_ids"]}
+        assert len(sizes) == 1, f"batch {step} mixes buckets"
+        original, target = np.array(sizes.pop()), np.array(batch["pixels"].shape[1:3])
+        scaled = np.round(original * (target / original).max())
+        wanted = [*original, *((scaled - target) // 2), *target]
+        assert np.array_equal(batch["time_ids"], np.tile(wanted, (4, 1)))
+        seen |= set(batch["sample_ids"].tolist())
+    assert len(seen) == 24, "mirrored ones too"
+
+
+def test_embeddings_are_not_stored_while_a_text_encoder_trains(opened, tmp_path):
+    run, params = opened({"cache": tmp_path, "trainable": "unet.*|text_encoder.*"})
+    run.task.prepare(params, run.chosen)
+    assert "ids" in run.task.train_set[0] and "mean" in run.task.train_set[0]
+
+
+def test_only_what_makes_moments_names_their_cache(both, opened):
+    _, _, params, cache = both
+
+    def folders(changed):
+        run, _ = opened({"buckets": True, "flip": True, "cache": cache})
+        run.task.prepare(changed, run.chosen)
+        return set(os.listdir(cache))
+
+    before = folders(params)
+    decoder = next(path for path in params if path.startswith("vae.decoder."))
+    assert folders({**params, decoder: params[decoder] + 1}) == before
+    encoder = next(path for path in params if path.startswith("vae.encoder."))
+    assert len(folders({**params, encoder: params[encoder] + 1}) - before) == 1
+
+
+def test_the_vae_does_not_train(opened):
+    run, params = opened({"trainable": ""})
+    with pytest.raises(UserError, match="trains the VAE"):
+        run.task.prepare(params, run.chosen)
+
+
+def test_prior_pictures_have_their_weight(opened, tmp_path):
+    prior = make_pictures(tmp_path / "prior", 24, seed=1)
+    run, params = opened({"prior.data": prior, "prior.weight": 0.25, "eval_examples": 1})
+    task = run.task
+    assert task.n_examples() == 48, "own pictures twice, as often as the prior's"
+    rows = [task.train_set[i] for i in (0, 1, 30, 31)]
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    batch["sample_ids"] = np.arange(4, dtype=np.int32)
+    both = loss_of(run, params, batch)
+    weights = np.array([1, 1, 0.25, 0.25], np.float32)
+    assert np.array_equal(batch["weights"], weights)
+    parts = [
+        loss_of(run, params, {**batch, "weights": np.array(w, np.float32)})
+        for w in ((1, 1, 0, 0), (0, 0, 1, 1))
+    ]
+    np.testing.assert_allclose(both, (2 * parts[0] + 0.5 * parts[1]) / 2.5, rtol=1e-5)
+
+
+def test_evaluations_are_repeatable(opened):
+    reports = []
+    for size in (8, 8, 4):
+        run, params = opened({"batch_size": size, "eval_examples": 10})
+        with jax.set_mesh(run.mesh):
+            reports.append(run.task.evaluate(params, run.mesh).metrics)
+    assert reports[0] == reports[1], "bitwise"
+    times = [int(name.removeprefix("loss_t")) for name in reports[0] if "loss_t" in name]
+    assert times == [62, 187, 312, 437, 562, 687, 812, 937]
+    mean = np.mean([reports[0][f"loss_t{t}"] for t in times])
+    np.testing.assert_allclose(reports[0]["loss"], mean, rtol=1e-6)
+    for name, value in reports[0].items():
+        np.testing.assert_allclose(reports[2][name], value, rtol=1e-5)
+
+
+# ---- the command --------------------------------------------------------------------------
+
+
+def environment():
+    return {**os.environ, "XLA_FLAGS": FLAGS}
+
+
+def start(arguments, log):
+    command = [sys.executable, "-m", "jaxft.train", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment())
+
+
+def kill_after(process, workdir, step):
+    """SIGKILL as soon as metrics.jsonl has that step; False if the run was over before."""
+    file = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        if file.exists() and f'"step": {step},' in file.read_text():
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.fixture(scope="module")
+def finished(plain, pictures, tmp_path_factory):
+    """(folder with a `whole` run and a `broken` one that was killed and resumed, output)."""
+    work = tmp_path_factory.mktemp("runs")
+    changes = {
+        "total": "8_steps",
+        "batch_size": 4,
+        "every.save": "2_steps",
+        "every.eval": "4_steps",
+        "buckets": True,
+        "flip": True,
+        "optim.ema": 0.9,
+        "optim.lr": 1e-2,
+        "eval_examples": 4,
+        "eval_generated": 2,
+        "trainable": r"unet\.(up_blocks\.1|conv_out)\..*",
+    }
+    shown = {}
+    for name in ("whole", "broken"):
+        arguments = flags_of(plain, pictures, {**changes, "cache": work / f"cache-{name}"})
+        arguments += ["--workdir", str(work / name)]
+        with (work / f"{name}.log").open("w") as log:
+            if name == "broken":
+                assert kill_after(start(arguments, log), work / name, 5), "it was over before"
+            assert start(arguments, log).wait() == 0, (work / f"{name}.log").read_text()
+        shown[name] = (work / f"{name}.log").read_text()
+    return work, shown
+
+
+def restored(workdir):
+    run = runs.open_run(json.loads((workdir / "config.json").read_text()))
+    with jax.set_mesh(run.mesh):
+        state, _ = Checkpoints(workdir).restore(8, runs.abstract_state(run, runs.make_plan(run).tx))
+        return run, jax.tree.map(np.asarray, state)
+
+
+def test_a_killed_run_resumes_bitwise(finished):
+    work, shown = finished
+    assert "resumed from step 4" in shown["broken"] or "resumed from step 2" in shown["broken"]
+    records = []
+    for name in ("whole", "broken"):
+        lines = [json.loads(x) for x in (work / name / "metrics.jsonl").read_text().splitlines()]
+        records.append(
+            [{k: v for k, v in r.items() if "per_s" not in k and "wait" not in k} for r in lines]
+        )
+    assert records[0] == records[1]
+    (_, whole), (_, broken) = (restored(work / name) for name in ("whole", "broken"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole, broken))
+
+
+def test_average_weights_and_start_all_differ(finished, opened):
+    run, state = restored(finished[0] / "whole")
+    with jax.set_mesh(run.mesh):
+        start = runs.load_params(run, run.chosen)
+    for path in run.chosen:
+        weights, average = state.params[path], state.ema[path]
+        assert not np.array_equal(weights, average), path
+        assert not np.array_equal(average, start[path]), path
+
+
+def test_every_bucket_is_compiled_before_step_0(finished):
+    shown = finished[1]["whole"]
+    compiled = [m.start() for m in re.finditer("compiled the step for", shown)]
+    assert len(compiled) == 2 and max(compiled) < shown.index("eval at step 0 ")
+    assert "Involuntary full rematerialization" not in shown
+    assert "cached moments of" in shown and "cached embeddings of" in shown
+
+
+def test_evaluations_show_before_and_now(finished):
+    work, _ = finished
+    grids = sorted((work / "whole" / "samples").glob("held-out-*.png"))
+    assert [grid.name for grid in grids] == [f"held-out-{s:06}.png" for s in (0, 4, 8)]
+    lines = [json.loads(x) for x in (work / "whole" / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "eval_loss" in line][-1]
+    assert {"eval_loss_t62", "eval_loss_t937", "eval_kid-lite0"} <= last.keys()
+
+
+def test_sampling_with_a_sampler_that_is_none(opened):
+    run, params = opened({})
+    with pytest.raises(UserError, match="--sampler='plms' is not one of ddim, euler, dpm"):
+        run.task.complete(params, ["a"], Request(sampler="plms"))
+
+
+# ---- mistakes -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fails(plain, pictures, tmp_path, capfd):
+    """`fails(words, key=value…)`: the run stops with 2 and one line that holds all words."""
+
+    def check(words, changes):
+        arguments = flags_of(plain, pictures, {"total": "1_steps", **changes})
+        assert train.main([*arguments, "--workdir", str(tmp_path / "run")]) == 2
+        error = capfd.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and error[0].startswith("jaxft: "), error
+        for word in words:
+            assert str(word) in error[0], f"{word!r} is not in {error[0]!r}"
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        (["resolution=18", "multiple of 4"], {"resolution": 18}),
+        (["24 fewer than one batch", "batch_size=36"], {"batch_size": 36}),
+        (["sample.sampler='plms'", "ddim"], {"sample.sampler": "plms"}),
+        (["prediction='sample'", "epsilon", "v_prediction"], {"prediction": "sample"}),
+        (["zero_snr", "prediction=v_prediction"], {"zero_snr": True}),
+        (["lora.targets='nothing'", "matches no projection"], NO_TARGETS),
+        (["caption_dropout=1.5"], {"caption_dropout": 1.5}),
+        (["trains the VAE"], {"trainable": r"vae\..*"}),
+        (["/no/such"], {"data.train": "folder:/no/such"}),
+        (["cache", "/proc/nowhere"], {"cache": "/proc/nowhere"}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_in_the_config(fails, words, changes):
+    fails(words, changes)
+
+
+def test_folder_without_model_index(fails, tmp_path):
+    (tmp_path / "empty").mkdir()
+    fails(["model_index.json", tmp_path / "empty"], {"model": tmp_path / "empty"})
+
+
+def test_components_of_two_models(fails, plain, tmp_path):
+    mixed = Path(shutil.copytree(plain, tmp_path / "mixed"))
+    file = mixed / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "cross_attention_dim": 24}))
+    fails([mixed, "cross_attention_dim=[24]", "16"], {"model": mixed})
+
+
+def test_folders_of_pictures(fails, tmp_path):
+    bare, mute = tmp_path / "bare", tmp_path / "mute"
+    bare.mkdir()
+    fails(["holds no image", bare], {"data.train": f"folder:{bare}"})
+    make_pictures(mute, 2)
+    (mute / "metadata.jsonl").unlink()
+    fails(["00.png has no caption"], {"data.train": f"folder:{mute}"})
+
+
+def test_bad_pictures_are_left_out_up_to_one_in_a_hundred(fails, opened, tmp_path, capfd):
+    spec = make_pictures(tmp_path / "pictures", 100)
+    (tmp_path / "pictures" / "07.png").write_bytes(b"<html>")
+    run, _ = opened({"data.train": spec})
+    assert run.task.n_examples() == 99 and run.task.data_report()["bad"] == 1
+    assert "left out 1 bad images" in capfd.readouterr().out
+    (tmp_path / "pictures" / "08.png").write_bytes(b"")
+    fails(["2 of 100 images", "07.png"], {"data.train": spec})
