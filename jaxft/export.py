@@ -54,6 +54,8 @@ def _main(argv: list[str]) -> None:
     dtypes = configs.CHOICES["export.dtype"]
     if options.get("dtype", "source") not in dtypes:
         raise UserError(f"--dtype={options['dtype']!r} is not one of {', '.join(dtypes)}")
+    if options.get("kind", "merged") not in WRITERS:
+        raise UserError(f"--kind={options['kind']!r} is not one of {', '.join(WRITERS)}")
     workdir = Path(options["workdir"])
     run, params, step = runs.restore_run(workdir, runs.step_option(options))
     kind = options.get("kind", run.cfg.export.kind)

@@ -107,6 +107,10 @@ def test_zero_steps_give_the_source_bitwise(models, images, one_device, tmp_path
     assert train.main(arguments(models[name], images, tmp_path / "run", changes)) == 0
     source, made = tensors(models[name]), tensors(tmp_path / "run" / "export")
     assert source.keys() == made.keys()
+    if name == "janus":  # transformers finds the model's own codes only by rows of unit length
+        rows = source.pop("quantize.embedding.weight")
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        np.testing.assert_allclose(made["quantize.embedding.weight"], unit, rtol=1e-6)
     assert all(made[key].tobytes() == tensor.tobytes() for key, tensor in source.items())
     before, after = (
         json.loads((folder / "config.json").read_text())

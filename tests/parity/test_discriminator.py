@@ -94,10 +94,14 @@ def test_rows_are_judged_alone(judge):
 
 
 def test_start_is_that_of_taming():
-    """Normal weights of 0.02: the first logits are near 0, where both sides of the hinge pull."""
+    """Normal weights of 0.02, so the first logits are of about 1, where the hinge still pulls.
+
+    Inside the image 0.02 sqrt(16 x 512 x 0.52) = 1.3: leaky ReLU leaves 0.52 of a unit square.
+    """
     start = P.flatten(PatchGAN(key=jax.random.key(3)))
     for path, array in start.items():
         if path.endswith("kernel"):
             assert abs(float(jnp.std(array)) / 0.02 - 1) < 0.05, path
     judge = P.bind(PatchGAN(key=jax.random.key(3)), start)
-    assert float(jnp.abs(judge(images((LEAST, LEAST)))).max()) < 1
+    logits = judge(images((LEAST, LEAST)))
+    assert 0.3 < float(jnp.sqrt(jnp.mean(jnp.square(logits)))) < 1.3
