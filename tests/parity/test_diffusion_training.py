@@ -1,0 +1,238 @@
+"""Five AdamW steps of jaxft against plain torch over diffusers, transformers and peft."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from peft import LoraConfig, inject_adapter_in_model
+from tiny_diffusion import make_config, make_pictures
+from tiny_pipelines import make_pipeline
+
+from jaxft import run as runs
+from jaxft.core.checkpoint import Checkpoints
+from jaxft.core.sharding import local_rows, place_batch
+from jaxft.core.step import sample_keys
+from jaxft.nn.diffusion import draw_timesteps, offset_noise
+from jaxft.tasks import diffusion
+from jaxft.weights import pipeline_lora, transfer
+
+# The compiler's own optimisations are most of the time of these tests.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+STEPS, LR, DECAY = 5, 1e-3, 0.1
+COMMON = {"optim.weight_decay": DECAY, "optim.lr": LR, "caption_dropout": 0.3}
+PEFT = r".*(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.0\.proj|conv1|conv_in|proj_in|upsamplers\.0\.conv)"
+CASES = {
+    # family, prediction, changes
+    "unet": ("sd", "epsilon", {"min_snr_gamma": 5.0, "noise_offset": 0.1}),
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """(torch pipeline, its folder) by (family, prediction); made once."""
+    made = {}
+
+    def get(family, prediction):
+        if (family, prediction) not in made:
+            work = tmp_path_factory.mktemp("pipeline")
+            pipe = make_pipeline(work, family, prediction)
+            pipe.save_pretrained(work / "folder")
+            made[family, prediction] = work / "folder"
+        return made[family, prediction]
+
+    return get
+
+
+def jax_steps(config, work, steps=STEPS):
+    """(run, batches, losses, parameters before, after): one compile for all steps."""
+    run = runs.open_run(config)
+    plan, saved = runs.make_plan(run), Checkpoints(work / "run")
+    with jax.set_mesh(run.mesh):
+        state, frozen = runs.start_state(run, plan, saved, 0)
+        before = {path: np.array(x) for path, x in {**frozen, **state.params}.items()}
+        stream = run.task.train_batches(0, local_rows(run.mesh, run.cfg.batch_size))
+        batches, losses = [next(stream) for _ in range(steps)], []
+        placed = [place_batch(batch, run.mesh) for batch in batches]
+        lowered = runs.make_step(run, plan).lower(state, frozen, placed[0])
+        step_fn = lowered.compile(compiler_options=QUICK)  # refuses what would need another
+        for batch in placed:
+            state, sums = step_fn(state, frozen, batch)
+            losses.append(float(sums["loss"]))
+        after = {path: np.array(x) for path, x in {**frozen, **state.params}.items()}
+    return run, batches, losses, before, after
+
+
+def named(run, params):
+    """Parameters under torch's names, `component.key`; adapters as peft calls them."""
+    made = {}
+    for part in run.task.parts:
+        plain = {p: jnp.asarray(x) for p, x in params.items() if ".lora_" not in p}
+        for key, tensor in transfer.export(part, run.leaves, plain, {}, None).tensors:
+            made[part.prefix + key.removeprefix("text_model.")] = np.array(tensor)
+    for site in pipeline_lora.sites(run.task.parts, run.leaves):
+        a, b = site.factors(params)
+        made[f"{site.name}.lora_A.default.weight"] = a
+        made[f"{site.name}.lora_B.default.weight"] = b
+    return made
+
+
+def draws(run, step, batch):
+    """What is random in a step, from the same key streams, as torch tensors."""
+    keys = sample_keys(run.cfg.seed, step, batch["sample_ids"])
+    stream, options = partial(diffusion._stream, keys), run.task.options
+    side = options.resolution // run.task.model_cfg.vae.factor
+    shape = (side, side, run.task.model_cfg.vae.latent_channels)
+    noise = diffusion._normal(stream(diffusion.NOISE), shape)
+    if options.noise_offset:
+        noise = offset_noise(stream(diffusion.OFFSET), noise, options.noise_offset)
+    uniform = jax.vmap(jax.random.uniform)(stream(diffusion.DROP))
+    return (
+        to_torch(diffusion._normal(stream(diffusion.LATENT), shape)),
+        to_torch(noise),
+        torch.tensor(np.array(draw_timesteps(stream(diffusion.TIME), run.task.model_cfg.schedule))),
+        torch.tensor(np.array(uniform < options.caption_dropout)),
+    )
+
+
+def to_torch(x):
+    return torch.tensor(np.array(x, np.float64)).permute(0, 3, 1, 2)
+
+
+class Oracle:
+    """A training of the components of a torch pipeline, as diffusers' example scripts have it.
+
+    In fp64: Adam divides by the size of a gradient, so that two fp32 loops differ in those of
+    nearly nothing.
+    """
+
+    def __init__(self, pipe, run, before):
+        self.pipe, self.run, self.xl = pipe, run, hasattr(pipe, "text_encoder_2")
+        names = ("unet", "vae", "text_encoder", "text_encoder_2")
+        self.modules = {n: getattr(pipe, n) for n in names if getattr(pipe, n, None) is not None}
+        if run.cfg.lora.rank:
+            config = LoraConfig(
+                r=run.cfg.lora.rank, lora_alpha=run.cfg.lora.alpha, target_modules=PEFT
+            )
+            inject_adapter_in_model(config, pipe.unet)
+        for module in self.modules.values():
+            module.double()
+        self.tensors = {f"{n}.{k}": p for n, m in self.modules.items() for k, p in all_of(m)}
+        with torch.no_grad():
+            for key, tensor in self.tensors.items():
+                if ".lora_" in key:
+                    tensor.copy_(torch.tensor(before[key]))
+        trained = {n.partition(".")[0] for n in run.chosen}
+        self.trained = {
+            key: tensor.requires_grad_(key.partition(".")[0] in trained)
+            for key, tensor in self.tensors.items()
+            if key.partition(".")[0] in trained and (".lora_" in key or not run.cfg.lora.rank)
+        }
+        for key, tensor in self.tensors.items():
+            tensor.requires_grad_(key in self.trained)
+        # The tables of diffusers are fp32 cumulative products; the reference is their definition.
+        self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+        self.scheduler.alphas_cumprod = torch.tensor(np.cumprod(1 - betas), dtype=torch.float64)
+
+    def encode(self, ids):
+        ids = torch.tensor(ids).long()
+        first = self.pipe.text_encoder(ids[:, 0], output_hidden_states=True)
+        if not self.xl:
+            return first.last_hidden_state, None
+        second = self.pipe.text_encoder_2(ids[:, 1], output_hidden_states=True)
+        both = [first.hidden_states[-2], second.hidden_states[-2]]
+        return torch.cat(both, dim=-1), second.text_embeds
+
+    def text(self, batch, dropped):
+        context, pooled = self.encode(batch["ids"])
+        if self.xl:
+            null, null_pooled = torch.zeros_like(context), torch.zeros_like(pooled)
+            pooled = torch.where(dropped[:, None], null_pooled, pooled)
+        else:
+            null = self.encode(self.run.task._tokenize("")[None])[0]
+        return torch.where(dropped[:, None, None], null, context), pooled
+
+    def loss(self, step, batch):
+        task = self.run.task
+        eps, noise, t, dropped = draws(self.run, step, batch)
+        posterior = self.pipe.vae.encode(to_torch(batch["pixels"]) / 127.5 - 1).latent_dist
+        latents = (posterior.mean + posterior.std * eps) * self.pipe.vae.config.scaling_factor
+        noisy = self.scheduler.add_noise(latents, noise, t)
+        context, pooled = self.text(batch, dropped)
+        added = {"text_embeds": pooled, "time_ids": torch.tensor(batch["time_ids"])}
+        out = self.pipe.unet(noisy, t, context, added_cond_kwargs=added if self.xl else None).sample
+        epsilon = task.model_cfg.schedule.prediction == "epsilon"
+        velocity = self.scheduler.get_velocity(latents, noise, t)
+        errors = ((out - (noise if epsilon else velocity)) ** 2).mean(dim=(1, 2, 3))
+        if gamma := task.options.min_snr_gamma:
+            bar = self.scheduler.alphas_cumprod[t]
+            snr = bar / (1 - bar)
+            errors = errors * (snr.clamp(max=gamma) / (snr if epsilon else snr + 1))
+        return errors.mean()
+
+    def train(self, batches):
+        flat = [p for p in self.trained.values() if p.ndim < 2]
+        groups = [
+            {"params": [p for p in self.trained.values() if p.ndim > 1], "weight_decay": DECAY},
+            {"params": flat, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=LR, betas=(0.9, 0.999))
+        losses = []
+        for step, batch in enumerate(batches):
+            loss = self.loss(step, batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses, {key: p.detach().numpy() for key, p in self.trained.items()}
+
+
+def all_of(module):
+    """Parameters under the names that jaxft exports; a peft layer's own kernel as without it."""
+    for key, tensor in module.named_parameters():
+        yield key.replace(".base_layer", "").removeprefix("text_model."), tensor
+
+
+def assert_same_updates(before, after, oracle, tolerance=1e-3):
+    """Every tensor's update equals the oracle's within `tolerance` of that update's norm."""
+    worst = 0.0
+    for key, theirs in oracle.items():
+        ours, theirs = after[key] - before[key], theirs - before[key]
+        assert np.any(theirs), f"{key} does not train"
+        error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+        worst = max(worst, error)
+        assert error < tolerance, f"{key}: update differs by {error:.1e}"
+    print(f"{len(oracle)} tensors, worst update {worst:.1e}")
+
+
+def loaded(folder, family):
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    cls = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    return cls.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_five_steps_equal_torch(pipelines, pictures, tmp_path, monkeypatch, name):
+    family, prediction, changes = CASES[name]
+    folder = pipelines(family, prediction)
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+    config = make_config(folder, pictures, {**COMMON, **changes})
+    run, batches, losses, before, after = jax_steps(config, tmp_path)
+    start, end = named(run, before), named(run, after)
+    oracle = Oracle(loaded(folder, family), run, start)
+    expected, theirs = oracle.train(batches)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert_same_updates(start, end, theirs)
+    still = start.keys() - theirs.keys()
+    assert still and all(np.array_equal(start[key], end[key]) for key in still)
