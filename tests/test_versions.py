@@ -14,6 +14,7 @@ from test_diffusion_export import (
     STEPS,
     draw_torch,
     noise,
+    quick,  # noqa: F401 (applies here too)
     train_case,
 )
 from test_pipeline import exported
