@@ -73,7 +73,8 @@ class Diffusion:
     def __init__(self, cfg: Config):
         self.cfg, self.options = cfg, DiffusionOptions(**cfg.own)
         options = self.options
-        self.pipeline = open_model(cfg.model, weights=cfg.init == "pretrained")
+        prediction = options.prediction or None
+        self.pipeline = open_model(cfg.model, cfg.init == "pretrained", prediction=prediction)
         self.model_cfg = PipelineConfig.of(self.pipeline, options.prediction, options.zero_snr)
         _check(options, self.model_cfg)
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
