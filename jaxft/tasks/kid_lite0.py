@@ -29,7 +29,8 @@ class KidLite0:
         folder = PACKAGE / "demo" / "efficientnet-lite0"
         rules, ignore = efficientnet.RULES, efficientnet.IGNORE
         part = Part("", str(folder), TensorFiles.open(folder), rules, efficientnet.SIZES, ignore)
-        places = shardings(leaves, one_device_mesh())
+        self.mesh = one_device_mesh()
+        places = shardings(leaves, self.mesh)
         self.params = transfer.load(part, leaves, places, jnp.float32, set(leaves))
 
     def __call__(
@@ -44,7 +45,9 @@ class KidLite0:
         for first in range(0, len(pictures), ROWS):
             rows = pictures[first : first + ROWS]
             padded = np.concatenate([rows, np.repeat(rows[-1:], ROWS - len(rows), axis=0)])
-            parts.append(np.asarray(self._pooled(self.params, padded))[: len(rows)])
+            with jax.set_mesh(self.mesh):  # the run's own may have many devices
+                pooled = self._pooled(self.params, padded)
+            parts.append(np.asarray(pooled)[: len(rows)])
         return np.concatenate(parts)
 
     @partial(jax.jit, static_argnums=0)
