@@ -121,9 +121,9 @@ pipeline_tag: text-to-image
 64x64 emoji from captions such as "grinning face". {size:.1f} M parameters, trained from nothing by
 jaxft (`tools/make_demo.py weights`) on captioned images of Google's Noto emoji (Apache-2.0): 750
 steps of 32 on all 1,705, then 900 on the 528 that the fine-tuning set beside it draws in another
-style; about an hour on two CPU cores. That is too little: a caption with "face" gives a yellow face,
-most others give blots that are not recognisable. It is here so that fine-tuning can be tried at
-once, not for its pictures. Load it with
+style; about an hour on two CPU cores. That is too little: a caption with "face" gives a yellow
+face, most others give blots that are not recognisable. It is here so that fine-tuning can be tried
+at once, not for its pictures. Load it with
 `StableDiffusionPipeline.from_pretrained(...)`.
 """
 
