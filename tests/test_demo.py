@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, CLIPTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "jaxft/demo"
 TOKENIZER = DEMO / "tokenizer-clip-4k"
-COUNTS = {"train": 400, "valid": 128}
+COUNTS = {"train": 192, "valid": 64}
 
 
 def bytes_in(folder: Path) -> int:
@@ -47,7 +47,7 @@ def tokenizer():
 
 def test_sizes():
     assert bytes_in(DEMO) < 40e6
-    assert bytes_in(DEMO / "emoji") < 1.6e6
+    assert bytes_in(DEMO / "emoji") < 0.8e6
     assert bytes_in(TOKENIZER) < 120e3
 
 
