@@ -18,6 +18,7 @@ from jaxft.core.params import Params
 from jaxft.run import Run
 from jaxft.tasks import Report
 
+BAD = "bad_samples.jsonl"  # the samples that were left out, one a line with its error
 BEFORE = "before.json"  # the evaluation before step 0; a resumed run still shows it at the end
 
 
@@ -46,6 +47,9 @@ class Watch:
         data = {"train": run.cfg.data.train, "eval": run.cfg.data.eval, **run.task.data_report()}
         manifest = runtime.manifest(run.mesh, data)
         (workdir / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        lines = [json.dumps(bad._asdict()) + "\n" for bad in run.task.bad_samples()]
+        if lines and self.primary:
+            (workdir / BAD).write_text("".join(lines))
 
     def start_clock(self) -> None:
         """The next step's time begins now (after a compilation)."""

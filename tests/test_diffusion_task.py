@@ -24,6 +24,7 @@ from jaxft.core.params import bind
 from jaxft.core.step import sample_keys
 from jaxft.tasks import Request
 from jaxft.tasks.latents import Encoders
+from jaxft.watch import Watch
 
 NO_TARGETS = {"lora.rank": 2, "lora.targets": "nothing", "trainable": ""}
 ROOT = Path(__file__).resolve().parent.parent
@@ -357,5 +358,8 @@ def test_bad_pictures_are_left_out_up_to_one_in_a_hundred(fails, opened, tmp_pat
     run, _ = opened({"data.train": spec})
     assert run.task.n_examples() == 99 and run.task.data_report()["bad"] == 1
     assert "left out 1 bad images" in capfd.readouterr().out
+    Watch(run, tmp_path, total=1, start=0)
+    line = json.loads((tmp_path / "bad_samples.jsonl").read_text())
+    assert line["name"].endswith("07.png") and "decode" in line["error"]
     (tmp_path / "pictures" / "08.png").write_bytes(b"")
     fails(["2 of 100 images", "07.png"], {"data.train": spec})

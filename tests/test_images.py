@@ -225,7 +225,7 @@ def test_examples_have_their_buckets_size(folder):
         assert images[i].caption == images.captions[i] == f"picture {i}"
         assert images[i].time_ids[4:].tolist() == list(images.sizes[bucket])
     assert images.report == {
-        "images": 5, "cropped": 3, "smaller_than_target": 3,
+        "images": 5, "bad": 0, "cropped": 3, "smaller_than_target": 3,
         "bucket_48x80": 1, "bucket_64x64": 3, "bucket_80x48": 1,
     }  # fmt: skip
 
@@ -237,7 +237,7 @@ def test_without_buckets_all_are_squares_and_no_header_is_read(folder, monkeypat
     assert {images[i].pixels.shape for i in range(5)} == {(64, 64, 3)}
     monkeypatch.undo()
     assert images.report == {
-        "images": 5, "cropped": 3, "smaller_than_target": 3, "bucket_64x64": 5
+        "images": 5, "bad": 0, "cropped": 3, "smaller_than_target": 3, "bucket_64x64": 5
     }  # fmt: skip
 
 
@@ -288,17 +288,15 @@ def test_a_size_behind_a_long_header_is_found(folder):
     assert image_set(folder).originals[0].tolist() == [40, 80]
 
 
-def test_bad_pictures_are_left_out_and_listed(folder, tmp_path):
+def test_bad_pictures_are_left_out_and_named(folder):
     whole = open_images(f"folder:{folder}")
-    assert len(drop_bad(whole, tmp_path / "bad.jsonl")) == 5
-    assert not (tmp_path / "bad.jsonl").exists()
+    assert drop_bad(whole) == (whole, ())
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:-100])
-    kept = drop_bad(whole, tmp_path / "bad.jsonl", limit=0.2)
+    kept, (bad,) = drop_bad(whole, limit=0.2)
     assert [kept.caption(i) for i in range(4)] == [f"picture {i}" for i in (0, 2, 3, 4)]
     assert [kept[i] for i in range(4)] == [whole[i] for i in (0, 2, 3, 4)]
+    assert bad.name == str(folder / "1.png") and "cannot decode" in bad.error
     images = ImageSet(kept, 64, 8, True)
     assert len(images) == 4 and images[1].pixels.shape == (80, 48, 3)
-    line = json.loads((tmp_path / "bad.jsonl").read_text())
-    assert line["name"] == str(folder / "1.png") and "cannot decode" in line["error"]
     with pytest.raises(UserError, match=r"1 of 5 images of .* more than 1%.*1\.png: cannot decode"):
-        drop_bad(whole, None)
+        ImageSet(whole, 64, 8, True)

@@ -1,13 +1,11 @@
 """From an image file's bytes to pixels of one size, with what determines them as a key."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -115,26 +113,32 @@ def original_size(head: bytes, name: str) -> Size:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def drop_bad(
-    records: Records, report: Path | None, limit: float = 0.01, threads: int = 4
-) -> Records:
-    """The pictures that decode; each of the others is a {"name", "error"} line of `report`.
+class Bad(NamedTuple):
+    """A sample that was left out, and why."""
 
-    Decodes every picture once, the same way on every host; one of them writes the report. Raises
-    UserError, which counts the bad ones and names the first, above a fraction of `limit`.
+    name: str
+    error: str
+
+
+def drop_bad(
+    records: Records, limit: float = 0.01, threads: int = 4
+) -> tuple[Records, tuple[Bad, ...]]:
+    """The pictures that decode, and the others; every picture is decoded once.
+
+    Raises UserError, which counts the bad ones and names the first, above a fraction of `limit`.
     """
     with ThreadPoolExecutor(threads) as pool:
         errors = list(pool.map(lambda index: _error(records, index), range(len(records))))
-    bad = [(records.name(index), error) for index, error in enumerate(errors) if error]
-    if report is not None and bad:
-        lines = (json.dumps({"name": name, "error": error}) + "\n" for name, error in bad)
-        report.write_text("".join(lines))
+    bad = tuple(Bad(records.name(i), error) for i, error in enumerate(errors) if error)
     if len(bad) > limit * len(records):
         raise UserError(
             f"{len(bad)} of {len(records)} images of {records.spec!r} are bad, more than "
-            f"{limit:.0%}: repair or remove them; the first: {bad[0][1]}"
+            f"{limit:.0%}: repair or remove them; the first: {bad[0].error}"
         )
-    return records.keep([index for index, error in enumerate(errors) if not error])
+    if not bad:
+        return records, ()
+    print(f"left out {len(bad)} bad images of {records.spec}, first: {bad[0].error}", flush=True)
+    return records.keep([i for i, error in enumerate(errors) if not error]), bad
 
 
 def _error(records: Records, index: int) -> str:
@@ -194,7 +198,7 @@ class ImageSet:
     With `use_buckets` every picture's header is read at once; without, all are cropped to the
     square `resolution`. With `flips` example n + i is the mirrored variant of example i.
     captions[i]: the caption alone. bucket_of int32 [examples]: index into `sizes`, the (h, w)
-    of the buckets in use.
+    of the buckets in use. Pictures that do not decode are left out, into `bad`.
     """
 
     def __init__(
@@ -205,7 +209,8 @@ class ImageSet:
         use_buckets: bool,
         flips: bool = False,
     ):
-        self.records = records
+        self.records, self.bad = drop_bad(records)
+        records = self.records
         self._copies = 2 if flips else 1
         buckets = make_buckets(resolution, multiple)
         self.sizes: tuple[Size, ...] = ((resolution, resolution),)
@@ -247,6 +252,7 @@ class ImageSet:
         covered = np.maximum(targets, np.round(self.originals * scale[:, None]))
         counts = {
             "images": len(self.records),
+            "bad": len(self.bad),
             "cropped": int((covered > targets).any(axis=1).sum()),
             "smaller_than_target": int((self.originals < targets).any(axis=1).sum()),
         }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxft.core.config import Config
     from jaxft.core.params import Params
     from jaxft.core.step import Batch, Metrics
+    from jaxft.data.images import Bad
     from jaxft.weights.transfer import Part
 
 TASKS = {
@@ -82,6 +83,10 @@ class Task(Protocol):
 
     def data_report(self) -> dict[str, int]:
         """Counts of the training data: records, rows, what was cut or dropped."""
+        ...
+
+    def bad_samples(self) -> tuple[Bad, ...]:
+        """What was left out of the data, training and held-out."""
         ...
 
     def n_examples(self) -> int:

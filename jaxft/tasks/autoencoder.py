@@ -23,7 +23,7 @@ from jaxft.core.pictures import grid
 from jaxft.core.sharding import constrain, local_rows, place_batch
 from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data.image_sources import open_images
-from jaxft.data.images import ImageSet, collate
+from jaxft.data.images import Bad, ImageSet, collate
 from jaxft.data.loader import eval_batches, subset, train_loader
 from jaxft.models import perceptual
 from jaxft.models.discriminator import LEAST, PatchGAN
@@ -93,6 +93,9 @@ class Autoencoder:
 
     def data_report(self) -> dict[str, int]:
         return self.train_set.report
+
+    def bad_samples(self) -> tuple[Bad, ...]:
+        return self.train_set.bad + (self.eval_set.bad if self.eval_set else ())
 
     def n_examples(self) -> int:
         return len(self.train_set)

@@ -21,7 +21,7 @@ from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data.buckets import BucketBatches, bucket_loader
 from jaxft.data.cache import ArrayCache
 from jaxft.data.image_sources import open_images
-from jaxft.data.images import ImageSet, drop_bad
+from jaxft.data.images import Bad, ImageSet
 from jaxft.data.loader import eval_batches, subset
 from jaxft.models import stable_diffusion, vae
 from jaxft.models.ldm import open_model
@@ -85,7 +85,6 @@ class Diffusion:
             pipeline_lora.check(self.parts, describe(self.template))
         names = ("tokenizer", "tokenizer_2")[: len(self.model_cfg.texts)]
         self.tokenizers = [load_tokenizer(self.pipeline.tokenizer_dir(name)) for name in names]
-        self.bad = 0  # pictures that were left out
         self.train_set = Rows(self._shares(), self._tokenize)
         held_out = [Share(self._read(cfg.data.eval, False, False))] if cfg.data.eval else []
         self.eval_set = Rows(held_out, self._tokenize) if held_out else None
@@ -119,11 +118,15 @@ class Diffusion:
         )
 
     def data_report(self) -> dict[str, int]:
-        total = {"bad": self.bad}
+        total: dict[str, int] = {}
         for share in self.train_set.shares:
             for name, count in share.images.report.items():
                 total[name] = total.get(name, 0) + count
         return total
+
+    def bad_samples(self) -> tuple[Bad, ...]:
+        sets = [rows for rows in (self.train_set, self.eval_set) if rows]
+        return tuple(bad for rows in sets for share in rows.shares for bad in share.images.bad)
 
     def n_examples(self) -> int:
         return len(self.train_set)
@@ -371,12 +374,7 @@ class Diffusion:
 
     def _read(self, spec: str, buckets: bool, flip: bool) -> ImageSet:
         multiple = self.model_cfg.multiple
-        records = open_images(spec)
-        good = drop_bad(records, None)
-        if len(good) < len(records):
-            print(f"left out {len(records) - len(good)} bad images of {spec}", flush=True)
-        self.bad += len(records) - len(good)
-        return ImageSet(good, self.options.resolution, multiple, buckets, flip)
+        return ImageSet(open_images(spec), self.options.resolution, multiple, buckets, flip)
 
     def _tokenize(self, caption: str) -> np.ndarray:
         """(E, T) ids for each text encoder, padded as its own tokenizer does."""

@@ -23,7 +23,7 @@ from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
 from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data.cache import ArrayCache
 from jaxft.data.image_sources import open_images
-from jaxft.data.images import ImageSet, drop_bad
+from jaxft.data.images import Bad, ImageSet
 from jaxft.data.loader import eval_batches, subset, train_loader
 from jaxft.models import llama
 from jaxft.models.image_decode import generate_codes
@@ -63,7 +63,6 @@ class ImageTokens:
         self.remat = runtime.resolve_remat(cfg.remat)
         self.template = jax.eval_shape(self.build, jax.random.key(0))
         self.parts = (model_part(self.model.source, self.model_cfg),)
-        self.bad = 0  # pictures that were left out
         self.train_set = self._read(cfg.data.train, self.options.flip)
         self.eval_set = self._read(cfg.data.eval, False) if cfg.data.eval else None
         self.kid = KidLite0() if self.options.eval_generated and self.eval_set else None
@@ -93,8 +92,11 @@ class ImageTokens:
         )
 
     def data_report(self) -> dict[str, int]:
-        own = {"bad": self.bad, "truncated_captions": self.train_set.cut}
-        return {**self.train_set.images.report, **own}
+        return {**self.train_set.images.report, "truncated_captions": self.train_set.cut}
+
+    def bad_samples(self) -> tuple[Bad, ...]:
+        sets = [rows.images for rows in (self.train_set, self.eval_set) if rows]
+        return tuple(bad for images in sets for bad in images.bad)
 
     def n_examples(self) -> int:
         return len(self.train_set)
@@ -312,13 +314,8 @@ class ImageTokens:
         return constrain(codes, None, None)
 
     def _read(self, spec: str, flip: bool) -> CodeRows:
-        records = open_images(spec)
-        good = drop_bad(records, None)
-        if len(good) < len(records):
-            print(f"left out {len(records) - len(good)} bad images of {spec}", flush=True)
-        self.bad += len(records) - len(good)
         factor = self.model.vq.cfg.factor
-        images = ImageSet(good, self.options.resolution, factor, False, flip)
+        images = ImageSet(open_images(spec), self.options.resolution, factor, False, flip)
         return CodeRows(images, self.layout, self.model.tokenizer)
 
 

@@ -100,6 +100,9 @@ class LLM:
     def data_report(self) -> dict[str, int]:
         return self.train_set.report
 
+    def bad_samples(self) -> tuple[()]:
+        return ()  # a bad record stops the run
+
     def n_examples(self) -> int:
         return len(self.train_set)
 
