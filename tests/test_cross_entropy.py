@@ -78,6 +78,30 @@ def test_t9_meshes_agree_with_one_device(vocab_first, shape):
     assert grads[1].sharding.is_equivalent_to(head, 2)
 
 
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_a_bias_joins_the_logits_and_gets_its_gradient(shape):
+    hidden, head, targets, weights = data(False)
+    bias = np.random.default_rng(3).normal(size=V).astype(np.float32)
+
+    def ours(hidden, head, bias):
+        loss = partial(linear_cross_entropy, vocab_first=False, chunk=4, z_loss=1e-2, bias=bias)
+        total, metrics = loss(hidden, head, targets, weights)
+        return total, metrics["correct"]
+
+    def theirs(hidden, head, bias):
+        wide = jnp.concatenate([hidden, np.ones((B, T, 1), np.float32)], -1)
+        whole = jnp.concatenate([head, bias[None]])
+        return dense(wide, whole, targets, weights, vocab_first=False, z_loss=1e-2)
+
+    (want, hits), wanted = jit(jax.value_and_grad(theirs, (1, 2), has_aux=True))(hidden, head, bias)
+    with jax.set_mesh(make_mesh(*shape)):
+        grad = jit(jax.value_and_grad(ours, (1, 2), has_aux=True))
+        (total, correct), grads = grad(hidden, head, bias)
+    assert abs(total / want - 1) < 1e-6
+    assert correct == pytest.approx(float(hits), rel=1e-6) and hits > 0
+    assert max(map(relative, grads, wanted)) < 1e-5
+
+
 def test_rows_that_do_not_divide_over_the_mesh_are_padded():
     hidden, head, targets, weights = (
         x[:3] if x.ndim != 2 or len(x) == B else x for x in data(True)

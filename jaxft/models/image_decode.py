@@ -1,23 +1,106 @@
 """Guided sampling of a fixed number of image codes, one compiled loop with a KV cache."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxft.models.llama import Cache, Llama, init_cache
+from jaxft.nn.cross_entropy import linear_cross_entropy
 from jaxft.nn.sampling import Sampling, pick
 
 
+class Speaker(Protocol):
+    """A model that continues text with codes: how codes come in, and how they come out.
+
+    In rows of tokens and in targets a code is what `Unified` or Janus calls it: its id.
+    """
+
+    @property
+    def llama(self) -> Llama:
+        """What all tokens go through."""
+        ...
+
+    def embed(
+        self, tokens: Int[Array, "B T"], images: Bool[Array, "B T"], dtype: Any
+    ) -> Float[Array, "B T D"]:
+        """The language model's input, where `images` says which tokens are codes."""
+        ...
+
+    def embed_codes(self, codes: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
+        """The language model's input of codes, counted from 0."""
+        ...
+
+    def cross_entropy(
+        self,
+        hidden: Float[Array, "B S D"],
+        targets: Int[Array, "B S"],
+        weights: Float[Array, "B S"],
+        z_loss: float,
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """`linear_cross_entropy` of the model's own head."""
+        ...
+
+    def scorer(self) -> Callable[[Float[Array, "B D"]], Float[Array, "B K"]]:
+        """From hidden states to fp32 logits of the next code, no other token among them."""
+        ...
+
+
+class Unified(NamedTuple):
+    """A language model whose vocabulary holds the codes, as ids from `offset` on."""
+
+    llama: Llama
+    offset: int
+    codes: int
+
+    def embed(
+        self, tokens: Int[Array, "B T"], images: Bool[Array, "B T"], dtype: Any
+    ) -> Float[Array, "B T D"]:
+        del images  # a code is a token like any other
+        return self.llama.embed_tokens(tokens, dtype)
+
+    def embed_codes(self, codes: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
+        return self.llama.embed_tokens(codes + self.offset, dtype)
+
+    def cross_entropy(
+        self,
+        hidden: Float[Array, "B S D"],
+        targets: Int[Array, "B S"],
+        weights: Float[Array, "B S"],
+        z_loss: float,
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Over the whole vocabulary, as the exported model has it."""
+        head, first = self.llama.head()
+        measure = partial(linear_cross_entropy, vocab_first=first, z_loss=z_loss)
+        return measure(hidden, head, targets, weights)
+
+    def scorer(self) -> Callable[[Float[Array, "B D"]], Float[Array, "B K"]]:
+        """What suppressing all other ids leaves."""
+        matrix, vocab_first = self.llama.head()
+        axis = 0 if vocab_first else 1
+        part = jax.lax.slice_in_dim(matrix, self.offset, self.offset + self.codes, axis=axis)
+        return partial(score, kernel=part.T if vocab_first else part)
+
+
+def score(
+    hidden: Float[Array, "B D"],
+    kernel: Float[Array, "D K"],
+    bias: Float[Array, "K"] | float = 0.0,
+) -> Float[Array, "B K"]:
+    """The product takes its inputs in hidden's dtype and sums in fp32."""
+    kernel = kernel.astype(hidden.dtype)
+    return jnp.einsum("bd,dk->bk", hidden, kernel, preferred_element_type=jnp.float32) + bias
+
+
 def generate_codes(
-    model: Llama,
+    speaker: Speaker,
     tokens: Int[Array, "R T"],
     mask: Int[Array, "R T"],
     keys: PRNGKeyArray,
     *,
-    offset: int,
-    codes: int,
     count: int,
     guidance: Float[Array, ""] | float,
     how: Sampling,
@@ -25,33 +108,29 @@ def generate_codes(
 ) -> Int[Array, "B S"]:
     """`count` codes a row after left-padded prompts (mask 0 on the padding) that end with BOI.
 
-    The first B rows have captions, the last B are the same without; code c has id offset + c, no
-    other id is ever drawn. Logits are u + guidance * (c - u) in fp32 (Ho & Salimans 2022,
-    arXiv:2207.12598, with 1 for no guidance), before temperature, top-k and top-p. `keys` holds
-    one PRNG key for each of the B rows.
+    The first B rows have captions, the last B are the same without. Logits are
+    u + guidance * (c - u) in fp32 (Ho & Salimans 2022, arXiv:2207.12598, with 1 for no guidance),
+    before temperature, top-k and top-p. `keys` holds one PRNG key for each of the B rows.
     """
+    llama, scores = speaker.llama, speaker.scorer()
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    cache = init_cache(model.cfg, len(tokens), tokens.shape[1] + count - 1, dtype)
-    hidden, cache = model.hidden(tokens, positions, mask, cache=cache, dtype=dtype)
-    head = _image_head(model, offset, codes)
+    cache = init_cache(llama.cfg, len(tokens), tokens.shape[1] + count - 1, dtype)
+    prompts = speaker.embed(tokens, jnp.zeros(tokens.shape, bool), dtype)
+    hidden, cache = llama.hidden(None, positions, mask, embeds=prompts, cache=cache, dtype=dtype)
     ones = jnp.ones((len(tokens), 1), jnp.int32)
 
     def choose(hidden: Array, number: Array | int) -> Array:
         """The next code of each of the B rows, from the last hidden state of all 2B."""
-        x = hidden[:, -1]
-        logits = jnp.einsum(
-            "bd,dk->bk", x, head.astype(x.dtype), preferred_element_type=jnp.float32
-        )
-        with_caption, without = jnp.split(logits, 2)
+        with_caption, without = jnp.split(scores(hidden[:, -1]), 2)
         mixed = without + guidance * (with_caption - without)
         now = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
         return pick(mixed, now, how).astype(jnp.int32)
 
     def body(carry: tuple[Cache, Array], number: Array) -> tuple[tuple[Cache, Array], Array]:
         cache, code = carry
-        token = jnp.tile(code + offset, 2)[:, None]
+        embeds = speaker.embed_codes(jnp.tile(code, 2)[:, None], dtype)
         place = positions[:, -1:] + number
-        hidden, cache = model.hidden(token, place, ones, cache=cache, dtype=dtype)
+        hidden, cache = llama.hidden(None, place, ones, embeds=embeds, cache=cache, dtype=dtype)
         assert cache is not None
         code = choose(hidden, number)
         return (cache, code), code
@@ -60,11 +139,3 @@ def generate_codes(
     first = choose(hidden, 0)
     _, rest = jax.lax.scan(body, (cache, first), jnp.arange(1, count))
     return jnp.concatenate([first[:, None], rest.T], axis=1)
-
-
-def _image_head(model: Llama, offset: int, codes: int) -> Float[Array, "D K"]:
-    """The columns of the output matrix that make codes: what suppressing all other ids leaves."""
-    matrix, vocab_first = model.head()
-    axis = 0 if vocab_first else 1
-    part = jax.lax.slice_in_dim(matrix, offset, offset + codes, axis=axis)
-    return part.T if vocab_first else part

@@ -254,11 +254,7 @@ class Llama(nnx.Module):
         """The output matrix and whether it is vocab-first: a tied table (V, D), a kernel (D, V)."""
         if self.lm_head is None:
             return self.embed_tokens.embedding[...], True
-        kernel = self.lm_head.kernel[...]
-        if self.lm_head.lora_a is not None and self.lm_head.lora_b is not None:
-            low = self.lm_head.lora_a[...] @ self.lm_head.lora_b[...]
-            kernel = kernel + (self.lm_head.adapter.scale * low).astype(kernel.dtype)
-        return kernel, False
+        return self.lm_head.merged(), False
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """fp32 logits; the product takes its inputs in hidden's dtype and sums in fp32."""

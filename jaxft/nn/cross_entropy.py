@@ -1,7 +1,7 @@
 """The one loss head of the project: projection and cross-entropy without the whole logits."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,13 @@ class How(NamedTuple):
         return "vd" if self.vocab_first else "dv"
 
 
+class Head(NamedTuple):
+    """What makes the logits; of its gradient a leaf is None where it is not asked for."""
+
+    matrix: Any
+    bias: Any = None
+
+
 class Sums(NamedTuple):
     """Weighted sums over tokens: loss (z-loss included), argmax hits, squared log-partition."""
 
@@ -46,15 +53,17 @@ def linear_cross_entropy(
     vocab_first: bool,
     chunk: int | None = None,
     z_loss: float = 0.0,
+    bias: Float[Array, "V"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """sum of weights * (-log softmax(hidden head)[targets] + z_loss * logsumexp^2), unreduced.
 
     `head` is a table (V, D) if `vocab_first`, else a kernel (D, V); it is cast to hidden's dtype,
-    and products are summed in fp32. fp32 logits exist for `chunk` time steps at once (default: what
-    fits the budget above); gradients come out of the same pass, head's only if it is trained.
-    Metrics are sums too: `weight`, `correct` (argmax hits) and, with z-loss, `z` (its part of the
-    total). Gradients do not reach `weights`. Under a mesh every device works on its rows and its
-    part of the vocabulary, with one gather of the head and one reduction of its gradient.
+    and products are summed in fp32. `bias` is added to the logits. fp32 logits exist for `chunk`
+    time steps at once (default: what fits the budget above); gradients come out of the same pass,
+    head's and bias's only if they are trained. Metrics are sums too: `weight`, `correct` (argmax
+    hits) and, with z-loss, `z` (its part of the total). Gradients do not reach `weights`. Under a
+    mesh every device works on its rows and its part of the vocabulary, with one gather of the head
+    and one reduction of its gradient.
     z-loss: Chowdhery et al. 2022, arXiv:2204.02311, section 5.
     """
     how = How(vocab_first, 0, z_loss)
@@ -75,7 +84,7 @@ def linear_cross_entropy(
         rows, vocab = len(hidden) // ways, vocab // mesh.shape["tensor"]
     how = how._replace(chunk=chunk or _chunk(rows, hidden.shape[1], vocab))
     weights = weights.astype(jnp.float32)
-    sums = _summed(how, hidden, head, targets, weights)
+    sums = _summed(how, hidden, Head(head, bias), targets, weights)
     metrics = {"weight": weights.sum(), "correct": jax.lax.stop_gradient(sums.correct)}
     if z_loss:
         metrics["z"] = z_loss * jax.lax.stop_gradient(sums.square)
@@ -97,21 +106,25 @@ def _pad(x: Array, axis: int, multiple: int) -> Array:
     return jnp.pad(x, pads) if pads[axis][1] else x
 
 
-def _plain(how: How, hidden: Array, head: Array, targets: Array, weights: Array) -> Sums:
-    return _run(how, hidden, head, targets, weights, False, False)[0]
+def _plain(how: How, hidden: Array, head: Head, targets: Array, weights: Array) -> Sums:
+    return _run(how, hidden, head, targets, weights, False, Head(False, False))[0]
 
 
 def _forward(how: How, hidden, head, targets, weights) -> tuple[Sums, tuple]:
     """Arguments say whether they are differentiated: a frozen head costs no gradient."""
-    x, w, trained = hidden.value, head.value, (hidden.perturbed, head.perturbed)
-    sums, dx, dw = _run(how, x, w, targets.value, weights.value, *trained)
-    return sums, (dx, dw)
+    bias = head.bias
+    values = Head(head.matrix.value, None if bias is None else bias.value)
+    trained = Head(head.matrix.perturbed, bias is not None and bias.perturbed)
+    sums, dx, dhead = _run(
+        how, hidden.value, values, targets.value, weights.value, hidden.perturbed, trained
+    )
+    return sums, (dx, dhead)
 
 
 def _backward(how: How, saved: tuple, cotangent: Sums) -> tuple:
     del how
-    dx, dw = (None if x is None else (x * cotangent.total).astype(x.dtype) for x in saved)
-    return dx, dw, None, None
+    dx, dhead = jax.tree.map(lambda x: (x * cotangent.total).astype(x.dtype), saved)
+    return dx, dhead, None, None
 
 
 _summed = jax.custom_vjp(_plain, nondiff_argnums=(0,))
@@ -121,22 +134,24 @@ _summed.defvjp(_forward, _backward, symbolic_zeros=True)
 def _run(
     how: How,
     hidden: Array,
-    head: Array,
+    head: Head,
     targets: Array,
     weights: Array,
     with_dx: bool,
-    with_dw: bool,
-) -> tuple[Sums, Array | None, Array | None]:
+    trained: Head,
+) -> tuple[Sums, Array | None, Head]:
     """Sums and the gradients asked for, on one device or on every device of the mesh."""
-    local = partial(_local, how, with_dx=with_dx, with_dw=with_dw)
+    local = partial(_local, how, with_dx=with_dx, trained=trained)
     if not how.batch_axes + how.vocab_axes:
         return local(hidden, head, targets, weights)
     batch = PartitionSpec(how.batch_axes)
     matrix = spec(("vocab", "embed") if how.vocab_first else ("embed", "vocab"))
-    out = (PartitionSpec(), batch if with_dx else None, matrix if with_dw else None)
+    whole = Head(matrix, None if head.bias is None else spec(("vocab",)))
+    made = Head(*(one if wanted else None for one, wanted in zip(whole, trained, strict=True)))
+    out = (PartitionSpec(), batch if with_dx else None, made)
     # Not differentiated inside (the gradients are outputs), so nothing depends on vma types.
     mapped = jax.shard_map(
-        local, in_specs=(batch, matrix, batch, batch), out_specs=out, check_vma=False
+        local, in_specs=(batch, whole, batch, batch), out_specs=out, check_vma=False
     )
     return mapped(hidden, head, targets, weights)
 
@@ -144,46 +159,51 @@ def _run(
 def _local(
     how: How,
     hidden: Array,
-    head: Array,
+    head: Head,
     targets: Array,
     weights: Array,
     *,
     with_dx: bool,
-    with_dw: bool,
-) -> tuple[Sums, Array | None, Array | None]:
+    trained: Head,
+) -> tuple[Sums, Array | None, Head]:
     """One device: its rows, its slice of the vocabulary, all of D."""
     length, embed_axis = hidden.shape[1], how.head.index("d")
-    matrix = head.astype(hidden.dtype)
+    matrix = head.matrix.astype(hidden.dtype)
     for name in how.embed_axes:
         matrix = jax.lax.all_gather(matrix, name, axis=embed_axis, tiled=True)
 
     def step(carry: tuple, x: tuple) -> tuple[tuple, Array | None]:
-        sums, dw = carry
-        new, dlogits = _chunk_sums(how, matrix, *x)
+        sums, dw, db = carry
+        new, dlogits = _chunk_sums(how, Head(matrix, head.bias), *x)
         sums = jax.tree.map(jnp.add, sums, new)
+        db = None if db is None else db + dlogits.sum((0, 1))
         dlogits = dlogits.astype(matrix.dtype)
         dx = _dx(how, dlogits, matrix) if with_dx else None
         if dw is not None:
             dw += _product(f"bcv,bcd->{how.head}", dlogits, x[0])
-        return (sums, dw), dx
+        return (sums, dw, db), dx
 
     zero = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
-    dw = jnp.zeros(matrix.shape, jnp.float32) if with_dw else None
+    dw = jnp.zeros(matrix.shape, jnp.float32) if trained.matrix else None
+    db = jnp.zeros(head.bias.shape, jnp.float32) if trained.bias else None
     chunks = tuple(_cut(_pad(x, 1, how.chunk), how.chunk) for x in (hidden, targets, weights))
-    (sums, dw), dx = jax.lax.scan(step, (zero, dw), chunks)
+    (sums, dw, db), dx = jax.lax.scan(step, (zero, dw, db), chunks)
     if dx is not None:
         dx = dx.swapaxes(0, 1).reshape(len(hidden), -1, hidden.shape[2])[:, :length]
     sums = jax.tree.map(partial(_psum, axes=how.batch_axes), sums)
     if dw is not None:
-        dw = _reduced(how, dw, embed_axis).astype(head.dtype)
-    return sums, dx, dw
+        dw = _reduced(how, dw, embed_axis).astype(head.matrix.dtype)
+    if db is not None:
+        db = _psum(db, how.batch_axes).astype(head.bias.dtype)
+    return sums, dx, Head(dw, db)
 
 
 def _chunk_sums(
-    how: How, matrix: Array, x: Array, targets: Array, weights: Array
+    how: How, head: Head, x: Array, targets: Array, weights: Array
 ) -> tuple[Sums, Array]:
     """One chunk's sums and d(total)/d(logits), (b, c, V) fp32 of the local vocabulary."""
-    logits = _product(f"bcd,{how.head}->bcv", x, matrix)
+    logits = _product(f"bcd,{how.head}->bcv", x, head.matrix)
+    logits = logits if head.bias is None else logits + head.bias.astype(jnp.float32)
     vocab = logits.shape[-1]
     local = targets - _offset(how, vocab)
     onehot = local[..., None] == jnp.arange(vocab)

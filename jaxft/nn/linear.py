@@ -28,7 +28,7 @@ class Linear(nnx.Module):
         self,
         in_shape: tuple[int, ...],
         out_shape: tuple[int, ...],
-        axes: tuple[str, ...],
+        axes: tuple[str | None, ...],
         *,
         key: PRNGKeyArray,
         bias: bool = False,
@@ -55,6 +55,14 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y
+
+    def merged(self) -> Array:
+        """The kernel with its adapter added, for what multiplies by it elsewhere."""
+        kernel: Array = self.kernel[...]
+        if self.lora_a is None or self.lora_b is None:
+            return kernel
+        low = jnp.tensordot(self.lora_a[...], self.lora_b[...], 1)
+        return kernel + (self.adapter.scale * low).astype(kernel.dtype)
 
     def _adapted(self, x: Array, keys: PRNGKeyArray | None, a: Array, b: Array) -> Array:
         if keys is not None and self.adapter.dropout > 0:

@@ -26,7 +26,7 @@ from jaxft.data.image_sources import open_images
 from jaxft.data.images import Bad, ImageSet
 from jaxft.data.loader import eval_batches, subset, train_loader
 from jaxft.models import llama
-from jaxft.models.image_decode import generate_codes
+from jaxft.models.image_decode import Unified, generate_codes
 from jaxft.models.llama import Llama
 from jaxft.models.vqgan import codebook_usage
 from jaxft.nn import lora
@@ -307,9 +307,8 @@ class ImageTokens:
     ) -> jax.Array:
         layout, model = self.layout, bind(self.template, cast(params, self.dtype))
         codes = generate_codes(
-            model, tokens, mask, keys,
-            offset=layout.image_offset, codes=layout.codes, count=layout.count,
-            guidance=guidance, how=how, dtype=self.dtype,
+            Unified(model, layout.image_offset, layout.codes), tokens, mask, keys,
+            count=layout.count, guidance=guidance, how=how, dtype=self.dtype,
         )  # fmt: skip
         return constrain(codes, None, None)
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from jaxft.core.sharding import one_device_mesh
-from jaxft.models.image_decode import generate_codes
+from jaxft.models.image_decode import Unified, generate_codes
 from jaxft.nn.sampling import Sampling
 from jaxft.tasks.image_layout import extended, left_padded, null_prompt
 from jaxft.tasks.llm import load
@@ -33,8 +33,8 @@ def ours(folder, guidance, how=GREEDY, seed=0, prompts=PROMPTS):
     with jax.set_mesh(one_device_mesh()):
         made = jax.jit(
             lambda model, scale: generate_codes(
-                model, tokens, mask, keys, offset=LAYOUT.image_offset, codes=CODES, count=COUNT,
-                guidance=scale, how=how, dtype=jnp.float32,
+                Unified(model, LAYOUT.image_offset, CODES), tokens, mask, keys,
+                count=COUNT, guidance=scale, how=how, dtype=jnp.float32,
             )
         )(model, guidance)  # fmt: skip
     return np.asarray(made)
