@@ -15,6 +15,10 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 SHARDED = (None, None, None, "embed")
 WHOLE = (None, None, None, None)
 
+# From so many channels on, XLA:CPU is faster with a matrix product than with its own convolution:
+# 1.4 times a step of a half-width SD 1.5 UNet, mostly in the gradients.
+WIDE = 64
+
 # What a stride-2 convolution pads: the UNet's on all sides, the VAE's bottom and right alone.
 ALL_SIDES: Padding = ((1, 1), (1, 1))
 BOTTOM_RIGHT: Padding = ((0, 1), (0, 1))
@@ -68,18 +72,34 @@ class Conv(nnx.Module):
 
     def convolve(self, x: Array, kernel: Array) -> Array:
         """x with another kernel, at this layer's stride and padding; no bias."""
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel.astype(x.dtype),
-            (self.stride, self.stride),
-            self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        wide = x.shape[-1] >= WIDE and jax.default_backend() == "cpu"
+        convolve = _by_columns if wide else _direct
+        return convolve(x, kernel.astype(x.dtype), self.stride, self.padding)
 
     def _adapted(self, x: Array, a: Array, b: Array, keys: PRNGKeyArray | None) -> Array:
         if keys is not None and self.adapter.dropout > 0:
             x = dropout(x, keys, self.adapter)
         return self.adapter.scale * jnp.tensordot(self.convolve(x, a), b.astype(x.dtype), 1)
+
+
+def _direct(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    strides = (stride, stride)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+
+
+def _by_columns(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    """One matrix product with what the kernel sees at each place (im2col)."""
+    size, out = kernel.shape[0], kernel.shape[-1]
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    y, width = ((side - size) // stride + 1 for side in padded.shape[1:3])
+    taps = [
+        padded[:, i : i + stride * (y - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+    columns = jnp.concatenate(taps, axis=-1)
+    return jnp.tensordot(columns, kernel.reshape(-1, out), 1)
 
 
 class Downsample(nnx.Module):
