@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from tiny_autoencoders import make_janus, make_vae, make_vqmodel
@@ -13,7 +14,9 @@ from transformers import JanusVQVAE
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import one_device_mesh, shardings
-from jaxft.tasks.codec import CODEBOOK, open_codec, side_files
+from jaxft.models import vqgan
+from jaxft.models.vqgan import Quantized
+from jaxft.tasks.codec import CODEBOOK, _stray, open_codec, side_files
 from jaxft.weights import transfer
 from jaxft.weights.pipeline import open_component
 
@@ -61,7 +64,7 @@ def test_revival_moves_unused_codes_alone_and_towards_the_latents(tmp_path):
 
     @jax.jit
     def run(table, x):
-        made = codec.reconstruct(bound(template, {**params, CODEBOOK: table}), x, None)
+        made = codec.reconstruct(bound(template, {**params, CODEBOOK: table}), x, None, "none")
         return made.latent["revive"][0], made.codes
 
     (value, codes), slope = run(start, X), jax.grad(lambda t: run(t, X)[0])(start)
@@ -72,11 +75,45 @@ def test_revival_moves_unused_codes_alone_and_towards_the_latents(tmp_path):
     assert run(start - 10 * slope, X)[0] < value
 
 
+def test_revival_brings_dead_codes_into_use(tmp_path):
+    """Half of the codebook lies in a clump where no latent comes; each step sees new latents."""
+    params, template = opened(make_vqmodel(tmp_path / "vq", codes=32))[3:]
+    keys = jax.random.split(jax.random.key(0), 600)
+    clump = 3 + 0.05 * jax.random.normal(jax.random.key(1), (16, 4))
+    start, tx = jnp.concatenate([latents(keys[0])[0, 0], clump]), optax.adam(0.02)
+
+    def look(table, z):
+        model = bound(template, {**params, CODEBOOK: table})
+        codes = model.quantize.nearest(z, l2=False)
+        return model, Quantized(codes, model.quantize(codes, unit=False), z)
+
+    def loss(table, z, revive):
+        model, found = look(table, z)
+        return vqgan.losses(z, found.quantized).codebook.mean() + revive * _stray(model, found)
+
+    @jax.jit
+    def train(revive):
+        def body(carry, key):
+            table, state = carry
+            updates, state = tx.update(jax.grad(loss)(table, latents(key), revive), state)
+            return (optax.apply_updates(table, updates), state), None
+
+        table = jax.lax.scan(body, (start, tx.init(start)), keys)[0][0]
+        return look(table, latents(keys[0]))[1].codes
+
+    used = [len(np.unique(train(revive))) for revive in (0.0, 1.0)]
+    assert used[0] <= 16 and used[1] >= 28
+
+
+def latents(key):
+    return 0.5 * jax.random.normal(key, (2, 16, 16, 4)) * jnp.array([4.0, 1.0, 1.0, 1.0])
+
+
 def test_janus_exports_find_our_codes(tmp_path):
     """transformers searches by the rows as they lie in the file: only of unit length will do."""
     source, codec, leaves, params, template = opened(make_janus(tmp_path / "janus"))
-    made = jax.jit(codec.reconstruct, compiler_options=QUICK, static_argnums=2)(
-        bound(template, params), X, None
+    made = jax.jit(codec.reconstruct, compiler_options=QUICK, static_argnums=(2, 3))(
+        bound(template, params), X, None, "none"
     )
     written = codec.exported(params)
     out = transfer.export(codec.part(source), leaves, written, {}, None)

@@ -11,7 +11,17 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxft.core.sharding import constrain
 from jaxft.models.unet_config import UNetConfig
 from jaxft.nn.attention import attention
-from jaxft.nn.conv import ALL_SIDES, WHOLE, Conv, Downsample, ResnetBlock, Upsample, dense, spread
+from jaxft.nn.conv import (
+    ALL_SIDES,
+    WHOLE,
+    Conv,
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    dense,
+    runner,
+    spread,
+)
 from jaxft.nn.diffusion import timestep_embedding
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import GroupNorm, LayerNorm
@@ -243,10 +253,10 @@ class UNet(nnx.Module):
 
         timesteps: integers or fractions of 0 ... 999. added: SDXL's, and only SDXL's. dtype: of the
         computation, default the latents'. keys: one a row, turn adapter dropout on. remat: a key of
-        REMAT, or "none". Any Y and X: levels round up, the way up cuts back.
+        conv.REMAT, or "none". Any Y and X: levels round up, the way up cuts back.
         """
         dtype = latents.dtype if dtype is None else dtype
-        run = _runner(remat)
+        run = runner(remat)
         time = self._time(timesteps, added, dtype, keys)
         shared = Shared(time, context.astype(dtype), keys, run)
         x = constrain(self.conv_in(latents.astype(dtype), keys), "batch", None, None, None)
@@ -282,26 +292,6 @@ class UNet(nnx.Module):
 
 
 # What the backward pass keeps of a resnet or transformer block beside its input.
-REMAT = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("conv"),
-    ),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def _runner(remat: str) -> Callable[..., Array]:
-    """Calls a module on activations, keeping for the backward pass what the policy names."""
-    if remat != "none" and remat not in REMAT:
-        raise ValueError(f"remat={remat!r} is not one of none, {', '.join(REMAT)} for a UNet")
-
-    def run(module: Callable[..., Array], x: Array, *rest: Any) -> Array:
-        return constrain(module(x, *rest), "batch", *[None] * (x.ndim - 1))
-
-    return run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat])
-
-
 def _resnet(cfg: UNetConfig, inputs: int, outputs: int, key: PRNGKeyArray) -> ResnetBlock:
     return ResnetBlock(
         inputs, outputs, key=key, groups=cfg.groups, eps=cfg.eps, time_dim=cfg.time_dim

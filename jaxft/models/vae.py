@@ -13,7 +13,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import constrain
 from jaxft.nn.attention import attention
-from jaxft.nn.conv import BOTTOM_RIGHT, WHOLE, Conv, Downsample, ResnetBlock, Upsample, dense
+from jaxft.nn.conv import (
+    BOTTOM_RIGHT,
+    WHOLE,
+    Conv,
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    dense,
+    runner,
+)
 from jaxft.nn.norm import GroupNorm
 from jaxft.weights.rules import Rule
 
@@ -214,7 +223,7 @@ class MidBlock(nnx.Module):
         self.attentions = nnx.List(attentions)
 
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
-        return _pinned(_in_turn(self.resnets, self.attentions, x))
+        return _in_turn(self.resnets, self.attentions, x)
 
 
 class DownBlock(nnx.Module):
@@ -237,7 +246,7 @@ class DownBlock(nnx.Module):
         x = _in_turn(self.resnets, self.attentions, x)
         for layer in self.downsamplers:
             x = layer(x)
-        return _pinned(x)
+        return x
 
 
 class UpBlock(nnx.Module):
@@ -259,7 +268,7 @@ class UpBlock(nnx.Module):
         x = _in_turn(self.resnets, self.attentions, x)
         for layer in self.upsamplers:
             x = layer(x)
-        return _pinned(x)
+        return x
 
 
 class Encoder(nnx.Module):
@@ -275,10 +284,12 @@ class Encoder(nnx.Module):
         self.conv_norm_out = GroupNorm(last, groups=cfg.groups, eps=EPS)
         self.conv_out = Conv(last, cfg.moments, 3, key=keys[2], padding=1, axes=WHOLE)
 
-    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
-        x = _pinned(self.conv_in(x))
+    def __call__(
+        self, x: Float[Array, "B Y X C"], remat: str = "none"
+    ) -> Float[Array, "B Y2 X2 F"]:
+        x, run = _pinned(self.conv_in(x)), runner(remat)
         for block in (*self.down_blocks, self.mid_block):
-            x = block(x)
+            x = run(block, x)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
@@ -298,16 +309,21 @@ class Decoder(nnx.Module):
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
         return self.conv_out(self.features(x))
 
-    def features(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+    def features(
+        self, x: Float[Array, "B Y X C"], remat: str = "none"
+    ) -> Float[Array, "B Y2 X2 F"]:
         """What the last convolution, `conv_out`, makes the image from."""
-        x = _pinned(self.conv_in(x))
+        x, run = _pinned(self.conv_in(x)), runner(remat)
         for block in (self.mid_block, *self.up_blocks):
-            x = block(x)
+            x = run(block, x)
         return jax.nn.silu(self.conv_norm_out(x))
 
 
 class VAE(nnx.Module):
-    """The whole autoencoder; it computes in the dtype of its input."""
+    """The whole autoencoder; it computes in the dtype of its input.
+
+    remat: a key of conv.REMAT, for the encoder's and the decoder's blocks, or "none".
+    """
 
     def __init__(self, cfg: VAEConfig, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 4)
@@ -320,9 +336,9 @@ class VAE(nnx.Module):
         post = Conv(one, one, 1, key=keys[3], axes=WHOLE) if cfg.post_quant_conv else None
         self.post_quant_conv = nnx.data(post)
 
-    def encode(self, images: Float[Array, "B Y X C"]) -> Moments:
+    def encode(self, images: Float[Array, "B Y X C"], remat: str = "none") -> Moments:
         """Images (B, Y, X, 3) within [-1, 1] to fp32 moments, `cfg.factor` times smaller."""
-        x = self.encoder(images)
+        x = self.encoder(images, remat)
         x = x if self.quant_conv is None else self.quant_conv(x)
         mean, logvar = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return Moments(mean, jnp.clip(logvar, -30.0, 20.0))
@@ -331,10 +347,12 @@ class VAE(nnx.Module):
         """Unscaled latents (`cfg.unscale`) to images, mostly within [-1, 1]."""
         return self.decoder.conv_out(self.features(latents))
 
-    def features(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+    def features(
+        self, latents: Float[Array, "B Y X C"], remat: str = "none"
+    ) -> Float[Array, "B Y2 X2 F"]:
         """What `decoder.conv_out` makes the image from."""
         x = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
-        return self.decoder.features(x)
+        return self.decoder.features(x, remat)
 
 
 def _resnet(cfg: Levels, inputs: int, outputs: int, *, key: PRNGKeyArray) -> ResnetBlock:

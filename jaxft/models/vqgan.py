@@ -56,7 +56,10 @@ class Codebook(nnx.Module):
 
 
 class VQModel(nnx.Module):
-    """The whole tokenizer; it computes in the dtype of its input and quantizes in fp32."""
+    """The whole tokenizer; it computes in the dtype of its input and quantizes in fp32.
+
+    remat: as the VAE's.
+    """
 
     def __init__(self, cfg: VQConfig, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 5)
@@ -68,9 +71,9 @@ class VQModel(nnx.Module):
         self.quantize = Codebook(cfg.codes, dim, key=keys[3])
         self.post_quant_conv = Conv(dim, latents, 1, key=keys[4], axes=WHOLE)
 
-    def encode(self, images: Float[Array, "B Y X C"]) -> Quantized:
+    def encode(self, images: Float[Array, "B Y X C"], remat: str = "none") -> Quantized:
         """Images (B, Y, X, 3) within [-1, 1] to codes, `cfg.factor` times smaller."""
-        z = self.quant_conv(self.encoder(images)).astype(jnp.float32)
+        z = self.quant_conv(self.encoder(images, remat)).astype(jnp.float32)
         z = normalised(z) if self.cfg.l2 else z
         codes = self.quantize.nearest(z, l2=self.cfg.l2)
         return Quantized(codes, self.quantize(codes, unit=self.cfg.unit_lookup), z)
@@ -83,9 +86,11 @@ class VQModel(nnx.Module):
         """Code vectors to images, mostly within [-1, 1]."""
         return self.decoder.conv_out(self.features(quantized))
 
-    def features(self, quantized: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+    def features(
+        self, quantized: Float[Array, "B Y X C"], remat: str = "none"
+    ) -> Float[Array, "B Y2 X2 F"]:
         """What `decoder.conv_out` makes the image from."""
-        return self.decoder.features(self.post_quant_conv(quantized))
+        return self.decoder.features(self.post_quant_conv(quantized), remat)
 
 
 def normalised(x: Float[Array, "... C"]) -> Float[Array, "... C"]:

@@ -1,11 +1,16 @@
 """Convolutions over NHWC images, with the LoRA slot, and the blocks that UNets and VAEs share."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxft.core.errors import UserError
+from jaxft.core.sharding import constrain
 from jaxft.nn.linear import Adapter, Linear, dropout
 from jaxft.nn.norm import GroupNorm
 
@@ -22,6 +27,15 @@ WIDE = 64
 # What a stride-2 convolution pads: the UNet's on all sides, the VAE's bottom and right alone.
 ALL_SIDES: Padding = ((1, 1), (1, 1))
 BOTTOM_RIGHT: Padding = ((0, 1), (0, 1))
+
+# What the backward pass finds of a block's forward pass; the rest is computed again.
+REMAT = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("conv"),
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Conv(nnx.Module):
@@ -177,6 +191,21 @@ class ResnetBlock(nnx.Module):
             h = h + self.time_emb_proj(jax.nn.silu(time), keys)[:, None, None]
         h = self.conv2(jax.nn.silu(self.norm2(h)), keys)
         return (x if self.conv_shortcut is None else self.conv_shortcut(x, keys)) + h
+
+
+def runner(remat: str) -> Callable[..., Array]:
+    """Calls a block on activations, keeping for the backward pass what `remat` names.
+
+    UserError where that is neither "none" nor of REMAT.
+    """
+    if remat != "none" and remat not in REMAT:
+        known = ", ".join(("auto", "none", *REMAT))
+        raise UserError(f"remat={remat!r} is not for convolutions; choose one of {known}")
+
+    def run(block: Callable[..., Array], x: Array, *rest: Any) -> Array:
+        return constrain(block(x, *rest), "batch", *[None] * (x.ndim - 1))
+
+    return run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat])
 
 
 def dense(inputs: int, outputs: int, *, key: PRNGKeyArray, bias: bool = True) -> Linear:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +22,14 @@ from jaxft.core.pictures import grid
 from jaxft.core.sharding import constrain, local_rows, place_batch
 from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data.image_sources import open_images
-from jaxft.data.images import Bad, ImageSet, collate
+from jaxft.data.images import Bad, ImageSet, collate, to_float
 from jaxft.data.loader import eval_batches, subset, train_loader
 from jaxft.models import perceptual
 from jaxft.models.discriminator import LEAST, PatchGAN
+from jaxft.models.perceptual import Opened
 from jaxft.models.vqgan import codebook_usage
 from jaxft.nn.adversarial import Pull, adaptive_weight, hinge, pull, steer
+from jaxft.nn.conv import runner
 from jaxft.nn.image_metrics import psnr, ssim
 from jaxft.tasks import Look, Report, Request
 from jaxft.tasks.codec import CODEBOOK, Codec, Made, open_codec, side_files
@@ -41,13 +42,13 @@ CELL = 96  # least pixels of a cell in it
 
 
 class Trainee(nnx.Module):
-    """The autoencoder, the discriminator (None without an adversarial loss) and the aids."""
+    """The autoencoder, the discriminator and the perceptual network: None where unused."""
 
-    def __init__(self, codec: Codec, losses: Losses, measure: Any, *, key: jax.Array):
+    def __init__(self, codec: Codec, losses: Losses, measure: Opened | None, *, key: jax.Array):
         first, second, third = jax.random.split(key, 3)
         self.vae = codec.module(codec.cfg, key=first)
         self.discriminator = nnx.data(PatchGAN(key=second) if losses.adversarial else None)
-        self.perceptual = measure.module(key=third)
+        self.perceptual = nnx.data(measure.module(key=third) if measure else None)
 
 
 class Autoencoder:
@@ -63,10 +64,13 @@ class Autoencoder:
         self.source = open_component(cfg.model, "vae", weights=cfg.init == "pretrained")
         self.codec = open_codec(self.source.config, f"{cfg.model}/config.json")
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
+        self.remat = runtime.resolve_remat(cfg.remat)
         self._check()
-        self.measure = perceptual.open_perceptual(self.options.perceptual)
+        measures = self.losses.perceptual or cfg.data.eval
+        self.measure = perceptual.open_perceptual(self.options.perceptual) if measures else None
         self.template = jax.eval_shape(self.build, jax.random.key(0))
-        self.parts = (self.codec.part(self.source), self.measure.part()._replace(aid=True))
+        aids = (self.measure.part()._replace(aid=True),) if self.measure else ()
+        self.parts = (self.codec.part(self.source), *aids)
         self.train_set = self._read(cfg.data.train, flips=True)
         self.eval_set = self._read(cfg.data.eval, flips=False) if cfg.data.eval else None
         self.start = self._adversarial_start()
@@ -83,12 +87,13 @@ class Autoencoder:
         for other in ("commitment", "revive") if not self.codec.codes else ("kl",):
             weights.pop(other)
         used = " + ".join(f"{weight:g} {name}" for name, weight in weights.items() if weight)
+        measure = f" ({self.measure.name})" if self.measure else ""
         cfg, codes = self.codec.cfg, self.codec.codes
         return (
             f"{self.codec.kind} of {cfg.factor} pixels a latent, "
             + (f"{codes} codes" if codes else f"{cfg.latent_channels} channels")
             + f"; {self.cfg.data.train}: {len(self.train_set.records)} images, mirrored too;"
-            f" loss {used} ({self.measure.name})"
+            f" loss {used}{measure}"
         )
 
     def data_report(self) -> dict[str, int]:
@@ -140,7 +145,7 @@ class Autoencoder:
         """
         rows = batch["weights"]
         images = to_float(batch["pixels"]).astype(self.dtype)
-        made = self.codec.reconstruct(model.vae, images, keys)
+        made = self.codec.reconstruct(model.vae, images, keys, self.remat)
         rec = pull(partial(self._terms, model, rows, images), made.images)
         latent = self._latent(made, rows)
         moving = sum(latent.values(), start=jnp.zeros(()))
@@ -166,6 +171,7 @@ class Autoencoder:
         if self.losses.l2:
             terms["l2"] = self.losses.l2 * rows @ jnp.mean(jnp.square(difference), axis=over)
         if self.losses.perceptual:
+            assert model.perceptual is not None
             distance = perceptual.distance(model.perceptual, x, y)
             terms["perceptual"] = self.losses.perceptual * rows @ distance
         return terms
@@ -202,7 +208,7 @@ class Autoencoder:
     # ---- looking --------------------------------------------------------------------------
 
     def evaluate(self, params: Params, mesh: Mesh) -> Report:
-        if self.eval_set is None:
+        if self.eval_set is None or self.measure is None:
             return Report({})
         data = subset(self.eval_set, self.options.eval_examples, self.cfg.seed)
         size = self.cfg.batch_size // self.cfg.micro_batches
@@ -240,9 +246,10 @@ class Autoencoder:
     @partial(jax.jit, static_argnums=0)
     def _measure(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         """Numbers and pictures of each row, on every process."""
+        assert self.measure is not None
         model = bind(self.template, cast(params, self.dtype))
         x = to_float(batch["pixels"])
-        made = self.codec.reconstruct(model.vae, x.astype(self.dtype), None)
+        made = self.codec.reconstruct(model.vae, x.astype(self.dtype), None, "none")
         y = jnp.clip(made.images.astype(jnp.float32), -1.0, 1.0)
         found = {
             "psnr": psnr(x, y),
@@ -272,7 +279,8 @@ class Autoencoder:
         return ImageSet(records, self.options.resolution, self.codec.cfg.factor, False, flips)
 
     def _check(self) -> None:
-        """Refuse losses that could not do what they are asked for."""
+        """Refuse what could not do as it is asked to."""
+        runner(self.remat)
         losses, trainable = self.losses, self.cfg.trainable or ".*"
         if not (losses.l1 or losses.l2 or losses.perceptual):
             raise UserError(
@@ -311,11 +319,6 @@ class Autoencoder:
 
     def _steps(self, duration: str, key: str) -> int:
         return configs.steps(duration, self.cfg.batch_size, len(self.train_set), key)
-
-
-def to_float(pixels: jax.Array) -> jax.Array:
-    """uint8 as fp32 within [-1, 1]."""
-    return pixels.astype(jnp.float32) / 127.5 - 1.0
 
 
 def _worst_first(whole: Mapping[str, np.ndarray], name: str) -> np.ndarray:

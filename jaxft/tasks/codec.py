@@ -40,8 +40,9 @@ class Made(NamedTuple):
 class Codec(NamedTuple):
     """One kind of autoencoder: what a folder of it says, and how it takes images apart.
 
-    `reconstruct(model, images, keys)`: `keys` draw what is drawn in training, one a row; without
-    them the latents are the likeliest. It computes in the dtype of the images.
+    `reconstruct(model, images, keys, remat)`: `keys` draw what is drawn in training, one a row;
+    without them the latents are the likeliest. It computes in the dtype of the images; `remat` is
+    the model's.
     """
 
     kind: str
@@ -49,7 +50,7 @@ class Codec(NamedTuple):
     module: Callable[..., VAE | VQModel]
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...]
-    reconstruct: Callable[[Any, Array, PRNGKeyArray | None], Made]
+    reconstruct: Callable[[Any, Array, PRNGKeyArray | None, str], Made]
 
     @property
     def codes(self) -> int:
@@ -110,10 +111,10 @@ def side_files(
     return {**kept, "config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 
-def _through_latents(model: VAE, images: Array, keys: PRNGKeyArray | None) -> Made:
-    moments = model.encode(images)
+def _through_latents(model: VAE, images: Array, keys: PRNGKeyArray | None, remat: str) -> Made:
+    moments = model.encode(images, remat)
     latents = moments.mean if keys is None else vae.sample(moments, keys)
-    features = model.features(latents.astype(images.dtype))
+    features = model.features(latents.astype(images.dtype), remat)
     kl = 0.5 * jnp.sum(
         jnp.square(moments.mean) + jnp.exp(moments.logvar) - 1.0 - moments.logvar,
         axis=(1, 2, 3),
@@ -121,11 +122,11 @@ def _through_latents(model: VAE, images: Array, keys: PRNGKeyArray | None) -> Ma
     return Made(features, model.decoder.conv_out(features), {"kl": kl}, None)
 
 
-def _through_codes(model: VQModel, images: Array, keys: PRNGKeyArray | None) -> Made:
+def _through_codes(model: VQModel, images: Array, keys: PRNGKeyArray | None, remat: str) -> Made:
     del keys  # a code is the nearest one, in training too
-    found = model.encode(images)
+    found = model.encode(images, remat)
     latents = vqgan.straight_through(found.z, found.quantized)
-    features = model.features(latents.astype(images.dtype))
+    features = model.features(latents.astype(images.dtype), remat)
     own = vqgan.losses(found.z, found.quantized)
     stray = jnp.broadcast_to(_stray(model, found), own.codebook.shape)
     latent = {"codebook": own.codebook, "commitment": own.commitment, "revive": stray}

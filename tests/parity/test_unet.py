@@ -19,6 +19,7 @@ from jaxft.core.sharding import make_mesh, shardings
 from jaxft.models import unet
 from jaxft.models.unet import Added, UNet
 from jaxft.models.unet_config import UNetConfig
+from jaxft.nn.conv import REMAT, runner
 from jaxft.nn.linear import Adapter
 from jaxft.nn.norm import GroupNorm
 from jaxft.weights import rules
@@ -221,16 +222,16 @@ def test_remat_changes_no_gradient_and_saves_memory():
     block = jax.jit(lambda: unet.MidBlock(cfg, key=jax.random.key(0)))()
     x, time, context = random(1, 8, 8, 64), random(1, cfg.time_dim), random(1, 7, 24)
     grads, memory = {}, {}
-    for remat in ("none", *unet.REMAT):
+    for remat in ("none", *REMAT):
 
         def loss(block, remat=remat):
-            shared = unet.Shared(time, context, None, unet._runner(remat))
+            shared = unet.Shared(time, context, None, runner(remat))
             return jnp.square(block(x, shared)).sum()
 
         step = jax.jit(jax.grad(loss)).lower(block).compile(QUICK)
         memory[remat] = step.memory_analysis().temp_size_in_bytes
         grads[remat] = P.flatten(step(block))
-    for remat in unet.REMAT:
+    for remat in REMAT:
         assert max(worst(grads[remat][p], grads["none"][p]) for p in grads["none"]) < 1e-4
     assert memory["none"] > 1.3 * memory["dots"] > 1.5 * memory["full"]
 
@@ -420,7 +421,7 @@ def test_adapter_dropout_is_keyed_by_row_and_by_block():
 
     model, keys = with_adapter(), jax.random.split(jax.random.key(1), 2)
     x, context = (np.repeat(a, 2, 0) for a in (random(1, 4, 4, 64), random(1, 7, 24)))
-    run = jax.jit(lambda keys: model(x, unet.Shared(x, context, keys, unet._runner("none"))))
+    run = jax.jit(lambda keys: model(x, unet.Shared(x, context, keys, runner("none"))))
     first, second = run(keys)
     assert worst(first, second) > 1e-3
     assert worst(run(keys), block_by_block(model, keys)) < 1e-5

@@ -14,6 +14,7 @@ from jaxft.core import params as P
 from jaxft.core.errors import UserError
 from jaxft.models import vae
 from jaxft.models.vae import VAE, Moments, VAEConfig
+from jaxft.nn.conv import REMAT
 from jaxft.weights import rules
 
 # The compiler's own optimisations are most of the time of these tests.
@@ -276,3 +277,25 @@ def test_bad_configs_name_file_and_key(change, words):
     with pytest.raises(UserError, match=words) as caught:
         VAEConfig.from_hf(config(**change), "sd/vae/config.json")
     assert str(caught.value).startswith("sd/vae/config.json")
+
+
+def test_remat_changes_no_gradient_and_holds_less():
+    cfg = VAEConfig.from_hf(config((8, 16)))
+    model = jax.jit(lambda: VAE(cfg, key=jax.random.key(0)), compiler_options=QUICK)()
+    x = jax.random.uniform(jax.random.key(1), (1, 16, 16, 3))
+
+    def loss(remat, model):
+        y = model.decoder.conv_out(model.features(model.encode(x, remat).mean, remat))
+        return jnp.sum(jnp.square(y))
+
+    grads, held = {}, {}
+    for remat in ("none", *REMAT):
+        one = partial(loss, remat)
+        back = jax.eval_shape(lambda model, one=one: jax.vjp(one, model)[1], model)
+        held[remat] = sum(leaf.size for leaf in jax.tree.leaves(back))
+        grads[remat] = P.flatten(jax.jit(jax.grad(one), compiler_options=QUICK)(model))
+    for remat in REMAT:
+        for path, slope in grads["none"].items():
+            limit = 1e-4 * float(jnp.abs(slope).max()) + 1e-6
+            np.testing.assert_allclose(grads[remat][path], slope, rtol=0, atol=limit)
+    assert held["none"] > 1.2 * held["dots"] > 1.2 * held["full"]
