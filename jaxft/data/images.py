@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -173,8 +173,8 @@ def time_ids(fitted: Fitted) -> Float[np.ndarray, "6"]:
     return np.asarray((*fitted.original, *fitted.crop, *fitted.target), np.float32)
 
 
-def to_float(pixels: UInt8[np.ndarray, "*b h w 3"]) -> Float[np.ndarray, "*b h w 3"]:
-    """Pixels 0..255 as float32 in [-1, 1]."""
+def to_float(pixels: UInt8[Any, "*b h w 3"]) -> Float[Any, "*b h w 3"]:
+    """Pixels 0..255, of numpy or within a jitted function, as float32 in [-1, 1]."""
     return pixels.astype(np.float32) / 127.5 - 1
 
 

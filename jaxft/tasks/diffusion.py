@@ -21,7 +21,7 @@ from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data.buckets import BucketBatches, bucket_loader
 from jaxft.data.cache import ArrayCache
 from jaxft.data.image_sources import open_images
-from jaxft.data.images import Bad, ImageSet
+from jaxft.data.images import Bad, ImageSet, to_float
 from jaxft.data.loader import eval_batches, subset
 from jaxft.models import stable_diffusion, vae
 from jaxft.models.ldm import open_model
@@ -48,7 +48,6 @@ from jaxft.tasks.latents import (
     fingerprint,
     store_moments,
     store_texts,
-    to_float,
 )
 from jaxft.tasks.options import DiffusionOptions
 from jaxft.tasks.tokens import load_tokenizer

@@ -14,13 +14,13 @@ from jaxft.core.params import Params, bind, describe
 from jaxft.core.pictures import grid
 from jaxft.core.sharding import one_device_mesh, shardings
 from jaxft.data.cache import ArrayCache, example_keys
-from jaxft.data.images import ImageSet
+from jaxft.data.images import ImageSet, to_float
 from jaxft.models import vqgan
 from jaxft.models.vq_config import VQConfig, check_codes
 from jaxft.models.vqgan import VQModel
 from jaxft.nn.image_metrics import psnr, ssim
 from jaxft.tasks.image_layout import ImageLayout, encode_prompt
-from jaxft.tasks.latents import Row, fingerprint, store_moments, to_float
+from jaxft.tasks.latents import Row, fingerprint, store_moments
 from jaxft.weights import transfer
 from jaxft.weights.pipeline import open_component
 from jaxft.weights.sources import SIDE_FILES

@@ -15,7 +15,7 @@ from jaxft.core.sharding import one_device_mesh
 from jaxft.core.step import cast
 from jaxft.data.buckets import Size
 from jaxft.data.cache import ArrayCache, example_keys, fill, missing
-from jaxft.data.images import ImageSet
+from jaxft.data.images import ImageSet, to_float
 from jaxft.weights.transfer import to_host
 
 Row = dict[str, np.ndarray]
@@ -142,11 +142,6 @@ class Encoders:
     @partial(jax.jit, static_argnums=0)
     def _texts(self, params: Params, ids: Any) -> Any:
         return self._bound(params).encode_text(ids, dtype=self.dtype)
-
-
-def to_float(pixels: jax.Array) -> jax.Array:
-    """uint8 as fp32 within [-1, 1]."""
-    return jnp.asarray(pixels, jnp.float32) / 127.5 - 1.0
 
 
 def ids_key(ids: np.ndarray) -> str:
