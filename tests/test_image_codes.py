@@ -85,6 +85,19 @@ def test_what_is_cached_is_not_encoded_again_and_another_tokenizer_sees_nothing(
     assert len(ArrayCache(work / "cache", other.fingerprint)) == 0
 
 
+def test_codes_stay_valid_when_the_decoder_was_trained(rows, make_rows, work, vq, monkeypatch):
+    model = VQModel.from_pretrained(work / "vq")
+    with torch.no_grad():
+        for key, tensor in model.named_parameters():
+            if key.startswith(("decoder.", "post_quant_conv.")):
+                tensor.add_(torch.randn_like(tensor))
+    model.save_pretrained(work / "tuned")
+    tuned, again = ImageTokenizer(str(work / "tuned")), make_rows(flips=True)
+    monkeypatch.setattr(ImageTokenizer, "reconstruct", lambda *_: pytest.fail("encoded again"))
+    again.cache(ArrayCache(work / "cache", tuned.fingerprint), tuned)
+    assert (again.stored(3)["codes"] == rows.stored(3)["codes"]).all()
+
+
 def test_memory_is_that_of_a_batch(make_rows, work, vq, monkeypatch):
     sizes = []
     encode = ImageTokenizer.reconstruct
