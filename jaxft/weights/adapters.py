@@ -76,9 +76,10 @@ def write(
 ) -> None:
     """adapter_model.safetensors and adapter_config.json as PEFT 0.18+ reads them.
 
-    `arrays` holds the fp32 `….lora_a` / `….lora_b` parameters by path.
+    `arrays` holds the `….lora_a` / `….lora_b` parameters by path, and what trained beside them of
+    `part.whole`: PEFT's modules_to_save.
     """
-    tensors = {}
+    tensors = _saved(part, leaves, arrays)
     for slot in slots(part, leaves):
         for letter, leaf, layout in slot.sides():
             array = np.asarray(arrays[f"{slot.path}.{leaf}"])
@@ -100,10 +101,27 @@ def write(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": [name for name in part.whole if _has(arrays, name)] or None,
         "use_dora": False,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _saved(
+    part: Part, leaves: Mapping[str, Leaf], arrays: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The tensors of modules that are given whole, under their own names."""
+    tensors = {}
+    for entry in part.entries(leaves):
+        for i, key in enumerate(entry.keys if entry.path in arrays else ()):
+            array = np.asarray(arrays[entry.path], np.float32)
+            one = array[i] if entry.stacked else array
+            tensors[f"{PREFIX}{key}"] = to_torch(one, entry.layout, part.sizes)
+    return tensors
+
+
+def _has(arrays: Mapping[str, Any], module: str) -> bool:
+    return any(path.startswith(f"{module}.") and ".lora_" not in path for path in arrays)
 
 
 class PeftAdapter(NamedTuple):
@@ -190,9 +208,13 @@ def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str]:
 
 
 def _targets(part: Part, leaves: Mapping[str, Leaf]) -> list[str]:
-    """Module names for PEFT: short suffixes, or full names where a suffix would hit others."""
+    """Module names for PEFT: short suffixes, or full names where a suffix would hit others.
+
+    Others are all of the checkpoint, those that make no parameter here too.
+    """
     modules = {slot.module for slot in slots(part, leaves)}
     keys = [key for entry in part.entries(leaves) for key in entry.keys]
+    keys += [] if part.tensors is None else list(part.tensors.keys())
     others = {key.removesuffix(".weight") for key in keys} - modules
     short = {module.rsplit(".", 1)[-1] for module in modules}
     clash = any(other.rsplit(".", 1)[-1] in short for other in others)

@@ -27,7 +27,8 @@ class Tensors(Protocol):
 class Part(NamedTuple):
     """One component of a model: its parameters' prefix, and the checkpoint that fills them.
 
-    `folder` and `stem` say where an export writes it. An aid (a network that only measures) is
+    `folder` and `stem` say where an export writes it. `whole` are modules that an adapter's file
+    may hold whole beside the adapters. An aid (a network that only measures) is
     loaded whatever `init` says, and never exported.
     """
 
@@ -41,6 +42,7 @@ class Part(NamedTuple):
     folder: str = ""
     stem: str = "model"
     aid: bool = False
+    whole: tuple[str, ...] = ()
 
     def entries(self, leaves: Mapping[str, Leaf]) -> list[Entry]:
         """The plan for this part's own (non-adapter) parameters, paths with the prefix."""
