@@ -19,7 +19,8 @@ from jaxft.core.errors import UserError
 from jaxft.models import ldm
 from jaxft.nn import lora
 from jaxft.run import ADAPTERS, Run
-from jaxft.weights import adapters, pipeline_lora, single_file, transfer
+from jaxft.weights import adapters, janus_layout, pipeline_lora, single_file, transfer
+from jaxft.weights.graft import Grafted
 from jaxft.weights.pipeline import OPTIONAL
 from jaxft.weights.tensor_files import STEMS, write_sharded
 from jaxft.weights.transfer import Part
@@ -73,10 +74,11 @@ def export_folder(
     """Write what `kind` names and rename it in place.
 
     "merged" and "folder" are a Hugging Face folder, adapters merged; "adapter" is a PEFT folder;
-    "single_file" NAME.safetensors in LDM's layout, with its configs and tokenizers; "lora" a LoRA
-    in diffusers' format and in kohya's; "all" the folder, the single file in it, and under lora/
-    the LoRA, where there is one. `params` holds at least what was trained. Nothing stands under
-    `out` until all is written. NAME is the run folder's.
+    "original" a Janus as its authors' code reads it; "single_file" NAME.safetensors in LDM's
+    layout, with its configs and tokenizers; "lora" a LoRA in diffusers' format and in kohya's;
+    "all" the folder, the single file in it, and under lora/ the LoRA, where there is one. `params`
+    holds at least what was trained. Nothing stands under `out` until all is written. NAME is the
+    run folder's.
     """
     _check_adapter(run, kind)
     temporary = out.with_name(f"{out.name}.partial-{os.getpid()}")
@@ -98,7 +100,15 @@ def _check_adapter(run: Run, kind: str) -> None:
     instead = run.task.EXPORT_KINDS[0]
     if not run.cfg.lora.rank:
         raise UserError(f"export.kind={kind!r} needs lora.rank > 0; use export.kind={instead!r}")
-    if more := sorted(path for path in run.chosen if not re.fullmatch(ADAPTERS, path)):
+    if any(isinstance(part.tensors, Grafted) for part in run.task.parts):
+        raise UserError(
+            f"export.kind={kind!r} needs a base to lie beside, but the vocabulary was grafted onto"
+            f" {run.cfg.model}; use export.kind={instead!r}"
+        )
+    kept = tuple(f"{name}." for part in run.task.parts for name in part.whole)
+    adapted = re.compile(ADAPTERS)
+    beside = {path for path in run.chosen if not adapted.fullmatch(path)}
+    if more := sorted(path for path in beside if not path.startswith(kept)):
         raise UserError(
             f"export.kind={kind!r} would leave out {more[0]} and {len(more) - 1} more that train"
             f" beside the adapters; use export.kind={instead!r}"
@@ -170,7 +180,9 @@ def _write_adapter(job: Job) -> None:
 
 
 def _adapters(job: Job) -> dict[str, np.ndarray]:
-    paths = [path for path in job.run.leaves if re.fullmatch(ADAPTERS, path)]
+    """The adapters, and what trained beside them (`_check_adapter` lets through what can go)."""
+    run = job.run
+    paths = [path for path in run.leaves if re.fullmatch(ADAPTERS, path) or path in run.chosen]
     return {path: transfer.to_host(job.params[path]) for path in paths}
 
 
@@ -229,10 +241,25 @@ def _pipeline_task(run: Run) -> Any:
     return run.task
 
 
+def _write_original(job: Job) -> None:
+    """A Janus under its authors' names."""
+    files = _image_task(job.run).original_files(None if job.dtype == "source" else job.dtype)
+    (part,) = job.parts
+    made = janus_layout.original(_merged(job, part))
+    write_sharded(job.folder, made.tensors, made.infos, SHARD_BYTES[part.stem], part.stem)
+    _copy(files, job.folder)
+
+
+def _image_task(run: Run) -> Any:
+    """The task as the one that has `original_files`: no other offers this kind."""
+    return run.task
+
+
 WRITERS = {
     "merged": _write_folder,
     "folder": _write_folder,
     "adapter": _write_adapter,
+    "original": _write_original,
     "single_file": _write_single_file,
     "lora": _write_lora,
     "all": _write_all,

@@ -13,7 +13,7 @@ from jaxft.data.cache import ArrayCache
 from jaxft.data.image_sources import open_images
 from jaxft.data.images import ImageSet
 from jaxft.tasks import image_codes
-from jaxft.tasks.image_codes import CodeRows, ImageTokenizer
+from jaxft.tasks.image_codes import CodeRows, ImageTokenizer, open_tokenizer
 from jaxft.tasks.image_layout import extended
 
 COUNT = 10
@@ -26,7 +26,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vq(work):
-    return ImageTokenizer(str(make_vqmodel(work / "vq", CODES)))
+    return open_tokenizer(str(make_vqmodel(work / "vq", CODES)))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_what_is_cached_is_not_encoded_again_and_another_tokenizer_sees_nothing(
     assert (again.stored(3)["codes"] == rows.stored(3)["codes"]).all()
     monkeypatch.undo()
     torch.manual_seed(5)
-    other = ImageTokenizer(str(make_vqmodel(work / "other", 2 * CODES)))
+    other = open_tokenizer(str(make_vqmodel(work / "other", 2 * CODES)))
     assert other.fingerprint != vq.fingerprint
     assert len(ArrayCache(work / "cache", other.fingerprint)) == 0
 
@@ -92,7 +92,7 @@ def test_codes_stay_valid_when_the_decoder_was_trained(rows, make_rows, work, vq
             if key.startswith(("decoder.", "post_quant_conv.")):
                 tensor.add_(torch.randn_like(tensor))
     model.save_pretrained(work / "tuned")
-    tuned, again = ImageTokenizer(str(work / "tuned")), make_rows(flips=True)
+    tuned, again = open_tokenizer(str(work / "tuned")), make_rows(flips=True)
     monkeypatch.setattr(ImageTokenizer, "reconstruct", lambda *_: pytest.fail("encoded again"))
     again.cache(ArrayCache(work / "cache", tuned.fingerprint), tuned)
     assert (again.stored(3)["codes"] == rows.stored(3)["codes"]).all()

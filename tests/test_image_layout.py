@@ -53,8 +53,11 @@ def test_rows_are_prompt_boi_codes(rows, data):
         ids = [SMALL.image_offset + int(code) for code in codes[row]]
         whole = [*prompt, SMALL.boi, *ids]
         tokens = np.asarray(made.tokens[row])
-        assert tokens.tolist() == whole[:-1] + [SMALL.pad] * (SMALL.length + 1 - len(whole))
+        assert tokens.tolist() == whole[:-1] + [SMALL.pad] * (layouts.row_length(SMALL) + 1 - len(whole))
         assert np.asarray(made.image_targets[row]).tolist() == ids
+        assert np.flatnonzero(made.images[row]).tolist() == [
+            len(prompt) + 1 + i for i in range(n - 1)
+        ]
         for place, target in zip(made.places[row], ids, strict=True):
             assert whole[int(place) + 1] == target, "each code is foretold from the token before"
         weights = np.asarray(made.text_weights[row])
@@ -67,7 +70,7 @@ def test_rows_are_prompt_boi_codes(rows, data):
 def test_the_null_of_training_is_the_null_of_sampling():
     captions, codes = np.full((1, 4), 3), np.zeros((1, 6), int)
     made = layouts.train_rows(SMALL, captions, np.array([4]), codes, np.array([True]))
-    tokens, mask = layouts.left_padded(SMALL, [layouts.null_prompt(SMALL)])
+    tokens, mask = layouts.left_padded(SMALL, [layouts.null_prompt(SMALL, [3] * 4)])
     prompt = tokens[0, mask[0] > 0]
     assert prompt.tolist() == [SMALL.null, SMALL.boi]
     assert np.asarray(made.tokens[0, : len(prompt)]).tolist() == prompt.tolist()

@@ -123,11 +123,6 @@ def test_a_folder_without_its_tokenizer(broken):
     fails(["vq", "tokenizer="], folder)
 
 
-def test_janus_is_refused_by_name(broken):
-    changes = {"model_type": "janus", "architectures": ["JanusForConditionalGeneration"]}
-    fails(["JanusForConditionalGeneration", "not supported yet"], broken("config.json", **changes))
-
-
 def test_a_janus_tokenizer_serves(make_folder, tmp_path):
     config = JanusVQVAEConfig(
         embed_dim=4, num_embeddings=32, latent_channels=8, base_channels=32,

@@ -17,6 +17,7 @@ SIZE = GRID * FACTOR
 WIDTH = 32
 SPECIALS = ["<bos>", "<eos>", "<unk>", "<｜▁pad▁｜>"]
 IMAGES = ["<image_placeholder>", "<begin_of_image>", "<end_of_image>", "<|User|>", "<|Assistant|>"]
+PRO_1B, PRO_7B = (24, 2048, 5632, 16), (30, 4096, 11008, 32)
 LINES = ["a red cat", "the blue house of a person", "water", "two small trees, and bread"]
 
 
@@ -27,8 +28,8 @@ def make_config(**changes):
         bos_token_id=0, eos_token_id=1, pad_token_id=3, initializer_range=0.2,
     )  # fmt: skip
     vision = JanusVisionConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=GRID * 4,
-        patch_size=4, num_image_tokens=GRID**2, projection_dim=WIDTH, mlp_ratio=2.0,
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=GRID * 16,
+        patch_size=16, num_image_tokens=GRID**2, projection_dim=WIDTH, mlp_ratio=2.0,
     )  # fmt: skip
     vq = JanusVQVAEConfig(
         embed_dim=4, num_embeddings=CODES, latent_channels=8, base_channels=32,
@@ -37,6 +38,19 @@ def make_config(**changes):
     )  # fmt: skip
     config = {"text_config": text, "vision_config": vision, "vq_config": vq, "image_token_id": 4}
     return JanusConfig(**{**config, "tie_word_embeddings": False, **changes})
+
+
+def published(layers, width, ffn, heads):
+    """The config of a release."""
+    text = LlamaConfig(
+        vocab_size=102400, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, max_position_embeddings=16384,
+    )  # fmt: skip
+    vq = JanusVQVAEConfig(projection_dim=width, image_token_embed_dim=width)
+    return JanusConfig(
+        text_config=text, vision_config=JanusVisionConfig(projection_dim=width), vq_config=vq,
+        tie_word_embeddings=False,
+    )  # fmt: skip
 
 
 def make_model(**changes):

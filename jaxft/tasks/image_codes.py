@@ -19,11 +19,11 @@ from jaxft.models import vqgan
 from jaxft.models.vq_config import VQConfig, check_codes
 from jaxft.models.vqgan import VQModel
 from jaxft.nn.image_metrics import psnr, ssim
-from jaxft.tasks.image_layout import ImageLayout, encode_prompt
+from jaxft.tasks.image_layout import Layout, encode_prompt
 from jaxft.tasks.latents import Row, fingerprint, store_moments
 from jaxft.weights import transfer
 from jaxft.weights.pipeline import open_component
-from jaxft.weights.sources import SIDE_FILES
+from jaxft.weights.sources import SIDE_FILES, Source
 from jaxft.weights.transfer import Part
 
 ROWS = 16  # pictures that are encoded or decoded together
@@ -43,15 +43,14 @@ class Reconstruction(NamedTuple):
 
 
 class ImageTokenizer:
-    """The VQ tokenizer of a folder (or of its vq/), fp32 on the first device.
+    """A VQ tokenizer, fp32 on the first device; `spec` is how messages call it.
 
     It belongs to no run's parameters: nothing of it trains, an export copies its files.
     """
 
-    def __init__(self, spec: str):
-        self.spec = spec
-        self.source = open_component(spec, "vq")
-        self.cfg = VQConfig.from_hf(self.source.config, f"{self.source.folder}/config.json")
+    def __init__(self, spec: str, source: Source):
+        self.spec, self.source = spec, source
+        self.cfg = VQConfig.from_hf(source.config, f"{source.folder}/config.json")
         self.template = jax.eval_shape(lambda k: VQModel(self.cfg, key=k), jax.random.key(0))
         leaves, rules = describe(self.template), vqgan.rules(self.cfg)
         part = Part("", spec, self.source.tensors, rules, {}, vqgan.IGNORE)
@@ -94,6 +93,11 @@ class ImageTokenizer:
         return _to_pixels(model.decode_codes(jnp.asarray(codes, jnp.int32)))
 
 
+def open_tokenizer(spec: str) -> ImageTokenizer:
+    """The tokenizer of a folder, or of its vq/."""
+    return ImageTokenizer(spec, open_component(spec, "vq"))
+
+
 def _to_pixels(images: jax.Array) -> jax.Array:
     return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
@@ -114,7 +118,7 @@ class CodeRows:
     `cut` counts the captions that were too long. Codes are there after `cache`.
     """
 
-    def __init__(self, images: ImageSet, layout: ImageLayout, tokenizer: Any):
+    def __init__(self, images: ImageSet, layout: Layout, tokenizer: Any):
         self.images, self.layout, self.tokenizer = images, layout, tokenizer
         self.store: ArrayCache | None = None
         self._keys: tuple[str, ...] = ()

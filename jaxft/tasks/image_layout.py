@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,42 @@ FILE = "imagetoken.json"
 SPECIALS = ("boi", "eoi", "null", "pad")
 CAPTION = "{caption}"
 LONGEST = 64  # tokens of a prompt, where nothing says another number
+
+
+class Layout(Protocol):
+    """What a row of either family is made of; in it code c is the token image_offset + c.
+
+    grid: rows and columns of codes, row-major. prompt: the template of a caption.
+    max_caption_tokens: of the prompt, BOI not counted. specials: the ids that mean no text.
+    """
+
+    @property
+    def boi(self) -> int: ...
+    @property
+    def pad(self) -> int: ...
+    @property
+    def image_offset(self) -> int: ...
+    @property
+    def codes(self) -> int: ...
+    @property
+    def grid(self) -> tuple[int, int]: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def max_caption_tokens(self) -> int: ...
+    @property
+    def specials(self) -> dict[str, int]: ...
+
+    def without_caption(self, captions: Array, lengths: Array) -> tuple[Array, Array]:
+        """What stands for prompts [B, C] of so many ids [B] where there is no caption."""
+        ...
+
+
+def row_length(layout: Layout) -> int:
+    """Tokens that the model sees of a training row: the last code is only a target."""
+    return layout.max_caption_tokens + layout.count
 
 
 @dataclass(frozen=True)
@@ -54,9 +90,14 @@ class ImageLayout:
         return self.image_offset + self.codes
 
     @property
-    def length(self) -> int:
-        """Tokens that the model sees of a training row: the last code is only a target."""
-        return self.max_caption_tokens + self.count
+    def specials(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in SPECIALS}
+
+    def without_caption(self, captions: Array, lengths: Array) -> tuple[Array, Array]:
+        """NULL alone."""
+        first = jnp.arange(captions.shape[1]) == 0
+        null = jnp.where(first, self.null, self.pad).astype(jnp.int32)
+        return jnp.broadcast_to(null, captions.shape), jnp.ones_like(lengths)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -86,7 +127,7 @@ def read_layout(content: bytes, where: str) -> ImageLayout:
     return layout
 
 
-def check_tokenizer(layout: ImageLayout, tokenizer: Any, where: str) -> None:
+def check_tokenizer(layout: Layout, tokenizer: Any, where: str) -> None:
     """Refuse a template that this tokenizer would tear apart, and special ids that text has."""
     if layout.prompt.count(CAPTION) != 1:
         raise UserError(f"{where}: prompt={layout.prompt!r} must contain {CAPTION} once")
@@ -97,10 +138,10 @@ def check_tokenizer(layout: ImageLayout, tokenizer: Any, where: str) -> None:
                 f"{where}: prompt={layout.prompt!r} has {special}, which is no token of the"
                 " tokenizer; add it there, or leave it out"
             )
-    for name in SPECIALS:
-        if getattr(layout, name) == tokenizer.unk_token_id:
+    for name, value in layout.specials.items():
+        if value == tokenizer.unk_token_id:
             raise UserError(
-                f"{where}: {name}={getattr(layout, name)} is the tokenizer's id of unknown tokens;"
+                f"{where}: {name}={value} is the tokenizer's id of unknown tokens;"
                 " give it an id of its own"
             )
     shortest = len(_ids(layout, tokenizer, ""))
@@ -112,7 +153,7 @@ def check_tokenizer(layout: ImageLayout, tokenizer: Any, where: str) -> None:
 
 
 def _check_ids(layout: ImageLayout, where: str) -> None:
-    ids = {name: getattr(layout, name) for name in SPECIALS}
+    ids = layout.specials
     for name, value in ids.items():
         if not layout.text_vocab <= value < layout.image_offset:
             raise UserError(
@@ -147,7 +188,7 @@ class Prompt(NamedTuple):
     cut: bool
 
 
-def encode_prompt(layout: ImageLayout, tokenizer: Any, caption: str) -> Prompt:
+def encode_prompt(layout: Layout, tokenizer: Any, caption: str) -> Prompt:
     """What the tokenizer itself makes of the filled template.
 
     Of a caption that is too long the longest beginning that fits stays: what the template puts
@@ -164,12 +205,12 @@ def encode_prompt(layout: ImageLayout, tokenizer: Any, caption: str) -> Prompt:
     return Prompt(_ids(layout, tokenizer, caption[:low]), True)
 
 
-def _ids(layout: ImageLayout, tokenizer: Any, caption: str) -> list[int]:
+def _ids(layout: Layout, tokenizer: Any, caption: str) -> list[int]:
     return list(tokenizer(layout.prompt.replace(CAPTION, caption))["input_ids"])
 
 
 def left_padded(
-    layout: ImageLayout, prompts: list[list[int]]
+    layout: Layout, prompts: list[list[int]]
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
     """Prompts with BOI as the sampler takes them: (tokens, mask), max_caption_tokens + 1 wide."""
     tokens = np.full((len(prompts), layout.max_caption_tokens + 1), layout.pad, np.int32)
@@ -180,9 +221,10 @@ def left_padded(
     return tokens, mask
 
 
-def null_prompt(layout: ImageLayout) -> list[int]:
-    """What stands for a caption where there is none."""
-    return [layout.null]
+def null_prompt(layout: Layout, ids: list[int]) -> list[int]:
+    """What stands for this prompt where there is no caption, by the rule of training."""
+    captions, lengths = layout.without_caption(jnp.array([ids]), jnp.array([len(ids)]))
+    return np.asarray(captions)[0, : int(lengths[0])].tolist()
 
 
 # ---- training rows --------------------------------------------------------------------------
@@ -193,9 +235,11 @@ class TrainRows(NamedTuple):
 
     places: where image_targets are predicted from. text_targets, text_weights: of the first
     max_caption_tokens places; the weights of a row add up to 1, or to 0 without a caption.
+    images: which of the tokens are codes.
     """
 
     tokens: Int[Array, "B T"]
+    images: Bool[Array, "B T"]
     places: Int[Array, "B S"]
     image_targets: Int[Array, "B S"]
     text_targets: Int[Array, "B C"]
@@ -203,22 +247,23 @@ class TrainRows(NamedTuple):
 
 
 def train_rows(
-    layout: ImageLayout,
+    layout: Layout,
     captions: Int[Array, "B C"],
     lengths: Int[Array, " B"],
     codes: Int[Array, "B S"],
     dropped: Bool[Array, " B"],
 ) -> TrainRows:
-    """`prompt BOI codes` of each row, `NULL BOI codes` where `dropped`; for use inside jit.
+    """`prompt BOI codes` of each row, the null for its prompt if `dropped`; for use inside jit.
 
     captions: prompts padded on the right to max_caption_tokens, `lengths` real ids each.
     """
     width, count = layout.max_caption_tokens, layout.count
-    null = jnp.full((width,), layout.pad, jnp.int32).at[0].set(null_prompt(layout)[0])
-    captions = jnp.where(dropped[:, None], null, captions.astype(jnp.int32))
-    lengths = jnp.where(dropped, 1, lengths.astype(jnp.int32))[:, None]
+    captions, lengths = jnp.asarray(captions, jnp.int32), jnp.asarray(lengths, jnp.int32)
+    null, shorter = layout.without_caption(captions, lengths)
+    captions = jnp.where(dropped[:, None], null, captions)
+    lengths = jnp.where(dropped, shorter, lengths)[:, None]
     ids = codes.astype(jnp.int32) + layout.image_offset
-    after = jnp.arange(layout.length)[None] - lengths  # 0 at BOI, k at code k - 1
+    after = jnp.arange(row_length(layout))[None] - lengths  # 0 at BOI, k at code k - 1
     image = jnp.take_along_axis(ids, jnp.clip(after - 1, 0, count - 1), axis=1)
     image = jnp.where(after == 0, layout.boi, jnp.where(after < count, image, layout.pad))
     text = jnp.pad(captions, ((0, 0), (0, count)))
@@ -226,6 +271,7 @@ def train_rows(
     spoken = (jnp.arange(width)[None] < lengths) & ~dropped[:, None]
     return TrainRows(
         tokens,
+        (after > 0) & (after < count),
         lengths + jnp.arange(count),
         ids,
         tokens[:, 1 : width + 1],

@@ -1,32 +1,110 @@
-"""An image-token model's folder: the language model at its root, vq/ and imagetoken.json beside."""
+"""An image-token model's folder, of whichever family it is; family N's whole, vq/ and all."""
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from flax import nnx
 
 from jaxft.core.errors import UserError
+from jaxft.models import llama
+from jaxft.models.image_decode import Speaker, Unified
+from jaxft.models.llama import Llama
 from jaxft.models.llama_config import LlamaConfig
-from jaxft.tasks.image_codes import ImageTokenizer
-from jaxft.tasks.image_layout import FILE, ImageLayout, check_tokenizer, extended, read_layout
-from jaxft.tasks.options import ImageTokenOptions
+from jaxft.tasks.image_codes import ImageTokenizer, open_tokenizer
+from jaxft.tasks.image_janus import is_janus, open_janus
+from jaxft.tasks.image_layout import (
+    FILE,
+    ImageLayout,
+    Layout,
+    check_tokenizer,
+    extended,
+    read_layout,
+    row_length,
+)
+from jaxft.tasks.llm import model_part
+from jaxft.tasks.options import ImageTokenOptions, TokenSample
 from jaxft.tasks.tokens import load_tokenizer
 from jaxft.weights.graft import Grafted
 from jaxft.weights.pipeline import demo_folder
 from jaxft.weights.sources import Source, export_config, open_source
+from jaxft.weights.transfer import Part
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # a row an id
-JANUS = "JanusForConditionalGeneration"
 
 
-class ImageModel(NamedTuple):
-    """What a folder holds, with the vocabulary that training sees (of a graft: the larger one)."""
+class ImageModel(Protocol):
+    """A folder of either family, opened: all that the families do not share.
+
+    `about` says in a few words where codes live and what stands for no caption.
+    """
+
+    @property
+    def source(self) -> Source: ...
+    @property
+    def cfg(self) -> LlamaConfig: ...
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def vq(self) -> ImageTokenizer: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def part(self) -> Part: ...
+    @property
+    def about(self) -> str: ...
+
+    def build(self, key: jax.Array) -> nnx.Module:
+        """The parameters that a step touches, drawn."""
+        ...
+
+    def speaker(self, model: Any) -> Speaker:
+        """What `build` made, as losses and samplers use it."""
+        ...
+
+    def flops_per_token(self) -> float:
+        """Forward, of a token in a training row."""
+        ...
+
+    def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
+        """All that an export holds beside the weights of `part`."""
+        ...
+
+    def original_files(self, dtype: str | None) -> dict[str, Path | bytes]:
+        """The same in the layout of the model's authors; UserError where that is no other."""
+        ...
+
+
+class UnifiedModel(NamedTuple):
+    """Family N: the language model at the root, vq/ and imagetoken.json beside it.
+
+    The vocabulary is the one that training sees (of a graft: the larger one).
+    """
 
     source: Source
     cfg: LlamaConfig
     layout: ImageLayout
     vq: ImageTokenizer
     tokenizer: Any
+
+    @property
+    def part(self) -> Part:
+        return model_part(self.source, self.cfg)
+
+    @property
+    def about(self) -> str:
+        return f"in one vocabulary with {self.layout.text_vocab} of text; none is NULL"
+
+    def build(self, key: jax.Array) -> nnx.Module:
+        return Llama(self.cfg, key=key)
+
+    def speaker(self, model: Any) -> Unified:
+        return Unified(model, self.layout.image_offset, self.layout.codes)
+
+    def flops_per_token(self) -> float:
+        return llama.flops_per_token(self.cfg, row_length(self.layout))
 
     def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
         """All that an export holds beside the language model's weights."""
@@ -36,18 +114,25 @@ class ImageModel(NamedTuple):
         files[FILE] = self.layout.to_json().encode()
         return {**files, **self.vq.files}
 
+    def original_files(self, dtype: str | None) -> dict[str, Path | bytes]:
+        raise UserError(
+            f"export.kind='original' is the layout of Janus's authors, and {self.source.name} is of"
+            " family N; use export.kind='folder'"
+        )
+
 
 def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) -> ImageModel:
     """The model of a folder, or with `options.graft` a text model made to speak that VQ's codes.
 
-    Raises UserError where the language model, its imagetoken.json, the VQ tokenizer and the
-    options do not fit each other.
+    A Janus is family J, all else family N. Raises UserError where the language model, its
+    imagetoken.json, the VQ tokenizer and the options do not fit each other.
     """
     source = open_source(str(demo_folder(spec)) if spec.startswith("demo:") else spec, weights)
-    _check_kind(spec, source)
+    if is_janus(source):
+        return open_janus(spec, source, options)
     found = source.side_files.get(FILE)
     _check_keys(spec, options, found is not None)
-    vq = ImageTokenizer(options.graft or options.tokenizer or _own_vq(spec, source))
+    vq = open_tokenizer(options.graft or options.tokenizer or _own_vq(spec, source))
     tokenizer = load_tokenizer(source.tokenizer_dir())
     if found is None:
         source, layout = _grafted(source, options, vq, seed)
@@ -59,7 +144,14 @@ def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) 
     cfg = LlamaConfig.from_hf(source.config)
     _check_fit(layout, cfg, vq, options, where)
     check_tokenizer(layout, tokenizer, where)
-    return ImageModel(source, cfg, layout, vq, tokenizer)
+    return UnifiedModel(source, cfg, layout, vq, tokenizer)
+
+
+def open_folder(spec: str) -> ImageModel:
+    """A folder as it is, at its own resolution."""
+    sample = TokenSample(prompts=(), guidance=1.0)
+    keys = ImageTokenOptions(resolution=0, cache="", caption_dropout=0.0, sample=sample)
+    return open_model(spec, keys, True, 0)
 
 
 def _own_vq(spec: str, source: Source) -> str:
@@ -87,16 +179,6 @@ def _changed(layout: ImageLayout, options: ImageTokenOptions) -> ImageLayout:
     return dataclasses.replace(layout, **{key: value for key, value in asked.items() if value})
 
 
-def _check_kind(spec: str, source: Source) -> None:
-    if source.config.get("model_type") == "janus" or JANUS in (
-        source.config.get("architectures") or ()
-    ):
-        raise UserError(
-            f"{spec} is a {JANUS}, whose embeddings and head of images are not supported yet;"
-            f" give a causal language model with {FILE}, or a text model and graft=VQ_FOLDER"
-        )
-
-
 def _check_keys(spec: str, options: ImageTokenOptions, has_layout: bool) -> None:
     if has_layout and options.graft:
         raise UserError(
@@ -106,6 +188,11 @@ def _check_keys(spec: str, options: ImageTokenOptions, has_layout: bool) -> None
     if not has_layout and not options.graft:
         raise UserError(
             f"{spec} has no {FILE}, so it is a text model; give graft=VQ_FOLDER to teach it images"
+        )
+    if options.graft and not options.resolution:
+        raise UserError(
+            f"resolution=0 is that of the folder, but {spec} has none before its graft; say how"
+            " many pixels a side an image is to have"
         )
     if options.graft and options.tokenizer:
         raise UserError(
@@ -138,12 +225,12 @@ def _check_fit(
             " mean something else; give the tokenizer that the model was trained with"
         )
     factor, (rows, columns) = vq.cfg.factor, layout.grid
-    if (rows * factor, columns * factor) != (options.resolution,) * 2:
+    if (rows * factor, columns * factor) != (options.resolution or rows * factor,) * 2:
         raise UserError(
             f"resolution={options.resolution} is not the {rows}x{columns} codes of {factor} pixels"
             f" each of {where}; set resolution={rows * factor}"
         )
-    if layout.length + 1 > cfg.max_positions:
+    if row_length(layout) + 1 > cfg.max_positions:
         raise UserError(
             f"{where}: max_caption_tokens={layout.max_caption_tokens} and {layout.count} codes"
             f" exceed max_position_embeddings={cfg.max_positions} of config.json; lower one"

@@ -25,20 +25,22 @@ from jaxft.data.cache import ArrayCache
 from jaxft.data.image_sources import open_images
 from jaxft.data.images import Bad, ImageSet
 from jaxft.data.loader import eval_batches, subset, train_loader
-from jaxft.models import llama
-from jaxft.models.image_decode import Unified, generate_codes
-from jaxft.models.llama import Llama
+from jaxft.models.image_decode import generate_codes
 from jaxft.models.vqgan import codebook_usage
 from jaxft.nn import lora
-from jaxft.nn.cross_entropy import linear_cross_entropy
 from jaxft.nn.sampling import Sampling
 from jaxft.tasks import Look, Report, Request
 from jaxft.tasks.image_codes import CodeRows, ceiling, code_counts, entropy, nearest
-from jaxft.tasks.image_layout import encode_prompt, left_padded, null_prompt, train_rows
+from jaxft.tasks.image_layout import (
+    encode_prompt,
+    left_padded,
+    null_prompt,
+    row_length,
+    train_rows,
+)
 from jaxft.tasks.image_model import open_model
 from jaxft.tasks.kid_lite0 import KidLite0
 from jaxft.tasks.latents import collate
-from jaxft.tasks.llm import model_part
 from jaxft.tasks.options import ImageTokenOptions
 
 SHOWN = 8  # rows of a picture grid
@@ -50,7 +52,7 @@ class ImageTokens:
     """Fine-tuning an image-token model; see `jaxft.tasks.Task`."""
 
     Options = ImageTokenOptions
-    EXPORT_KINDS = ("folder", "none")
+    EXPORT_KINDS = ("folder", "adapter", "original", "none")
     unit = "images"
 
     def __init__(self, cfg: Config):
@@ -58,11 +60,13 @@ class ImageTokens:
         _check(self.options)
         pretrained = cfg.init == "pretrained"
         self.model = open_model(cfg.model, self.options, pretrained, cfg.seed)
-        self.model_cfg, self.layout = self.model.cfg, self.model.layout
+        self.layout = self.model.layout
+        if cfg.export.kind == "original":
+            self.original_files(None)  # better now than after training
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.remat = runtime.resolve_remat(cfg.remat)
         self.template = jax.eval_shape(self.build, jax.random.key(0))
-        self.parts = (model_part(self.model.source, self.model_cfg),)
+        self.parts = (self.model.part,)
         self.train_set = self._read(cfg.data.train, self.options.flip)
         self.eval_set = self._read(cfg.data.eval, False) if cfg.data.eval else None
         self.kid = KidLite0() if self.options.eval_generated and self.eval_set else None
@@ -70,7 +74,7 @@ class ImageTokens:
         self._pictures: dict[str, np.ndarray] = {}  # for the next report
 
     def build(self, key: jax.Array) -> nnx.Module:
-        model = Llama(self.model_cfg, key=key)
+        model = self.model.build(key)
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
         return model
 
@@ -82,13 +86,12 @@ class ImageTokens:
         rows, columns = layout.grid
         kept = {k: report[k] for k in ("cropped", "smaller_than_target", "truncated_captions")}
         counted = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in kept.items() if n)
-        grafted = f", grafted onto {layout.text_vocab} of text" if self.options.graft else ""
         text = f" + {loss.text_weight:g} text" if loss.text_weight else ""
         return (
-            f"{rows}x{columns} of {layout.codes} codes{grafted}; {self.cfg.data.train}:"
+            f"{rows}x{columns} of {layout.codes} codes {self.model.about}; {self.cfg.data.train}:"
             f" {report['images']} images{', mirrored too' * self.options.flip}"
-            f"{f' ({counted})' if counted else ''}; loss {loss.image_weight:g} image{text}, over"
-            f" the whole vocabulary; a caption is {layout.prompt!r}, none is NULL"
+            f"{f' ({counted})' if counted else ''}; loss {loss.image_weight:g} image{text};"
+            f" a caption is {layout.prompt!r}"
         )
 
     def data_report(self) -> dict[str, int]:
@@ -107,14 +110,17 @@ class ImageTokens:
     def flops_per_unit(self, chosen: set[str]) -> float:
         """Forward and both halves of the backward pass; a frozen base has only one of them."""
         passes = 2 if all(".lora_" in path for path in chosen) else 3
-        length = self.layout.length
-        return passes * length * llama.flops_per_token(self.model_cfg, length)
+        return passes * row_length(self.layout) * self.model.flops_per_token()
 
     def exported(self, params: Params) -> Params:
         return params
 
     def side_files(self, dtype: str | None, rewritten: set[str]) -> dict[str, Path | bytes]:
         return self.model.side_files(dtype)
+
+    def original_files(self, dtype: str | None) -> dict[str, Path | bytes]:
+        """`side_files` for the layout of the model's authors."""
+        return self.model.original_files(dtype)
 
     # ---- batches --------------------------------------------------------------------------
 
@@ -154,7 +160,7 @@ class ImageTokens:
     # ---- the loss -------------------------------------------------------------------------
 
     def loss(
-        self, model: Llama, batch: Batch, keys: jax.Array, step: jax.Array
+        self, model: nnx.Module, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
         """Cross-entropy of codes and prompt, each a mean over its own tokens of a row.
 
@@ -166,23 +172,26 @@ class ImageTokens:
         return (total, jnp.sum(batch["weights"])), metrics
 
     def _cross_entropy(
-        self, model: Llama, batch: Batch, dropped: jax.Array, keys: jax.Array | None
+        self, model: nnx.Module, batch: Batch, dropped: jax.Array, keys: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
         """The weighted sum over rows, and its parts."""
         layout, options, weights = self.layout, self.options.loss, batch["weights"][:, None]
         rows = train_rows(layout, batch["prompt"], batch["length"], batch["codes"], dropped)
-        hidden = model.hidden(rows.tokens, keys=keys, remat=self.remat, dtype=self.dtype)[0]
-        head, vocab_first = model.head()
-        measure = partial(linear_cross_entropy, vocab_first=vocab_first, z_loss=options.z)
+        speaker = self.model.speaker(model)
+        embeds = speaker.embed(rows.tokens, rows.images, self.dtype)
+        hidden = speaker.llama.hidden(embeds=embeds, keys=keys, remat=self.remat, dtype=self.dtype)[
+            0
+        ]
         before_codes = jnp.take_along_axis(hidden, rows.places[..., None], axis=1)
         even = jnp.broadcast_to(weights / layout.count, rows.image_targets.shape)
-        image, sums = measure(before_codes, head, rows.image_targets, even)
+        image, sums = speaker.cross_entropy(before_codes, rows.image_targets, even, options.z)
         total = options.image_weight * image
         metrics = {"image_ce": image - sums.get("z", 0.0), "accuracy": sums["correct"]}
         if options.text_weight:
             before_text = hidden[:, : layout.max_caption_tokens]
             spoken = rows.text_weights * weights
-            text, text_sums = measure(before_text, head, rows.text_targets, spoken)
+            measured = speaker.cross_entropy(before_text, rows.text_targets, spoken, options.z)
+            text, text_sums = measured
             total = total + options.text_weight * text
             metrics["text_ce"] = text - text_sums.get("z", 0.0)
         return total, metrics
@@ -291,10 +300,11 @@ class ImageTokens:
         )
         guidance = options.guidance if request.guidance is None else request.guidance
         ids = [encode_prompt(layout, self.model.tokenizer, prompt).ids for prompt in prompts]
-        null, made = [null_prompt(layout)] * size, []
+        made = []
         for first in range(0, len(ids), size):
             rows = [ids[(first + i) % len(ids)] for i in range(size)]
-            tokens, mask = left_padded(layout, rows + null)
+            nulls = [null_prompt(layout, one) for one in rows]
+            tokens, mask = left_padded(layout, rows + nulls)
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(request.seed)))(
                 np.arange(first, first + size)
             )
@@ -307,14 +317,15 @@ class ImageTokens:
     ) -> jax.Array:
         layout, model = self.layout, bind(self.template, cast(params, self.dtype))
         codes = generate_codes(
-            Unified(model, layout.image_offset, layout.codes), tokens, mask, keys,
+            self.model.speaker(model), tokens, mask, keys,
             count=layout.count, guidance=guidance, how=how, dtype=self.dtype,
         )  # fmt: skip
         return constrain(codes, None, None)
 
     def _read(self, spec: str, flip: bool) -> CodeRows:
         factor = self.model.vq.cfg.factor
-        images = ImageSet(open_images(spec), self.options.resolution, factor, False, flip)
+        side = self.layout.grid[0] * factor
+        images = ImageSet(open_images(spec), side, factor, False, flip)
         return CodeRows(images, self.layout, self.model.tokenizer)
 
 

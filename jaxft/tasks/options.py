@@ -116,7 +116,7 @@ class TokenSample:
 @dataclasses.dataclass(frozen=True)
 class ImageTokenOptions:
     """`tokenizer` is another VQ folder than the model's own; `graft` the one that a text model is
-    to speak. `prompt` "" and `max_caption_tokens` 0 are the folder's own."""
+    to speak. `resolution` 0, `prompt` "" and `max_caption_tokens` 0 are the folder's own."""
 
     resolution: int
     cache: str

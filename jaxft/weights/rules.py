@@ -87,6 +87,12 @@ def expected(rules: Iterable[Rule], leaves: Mapping[str, Leaf]) -> list[Entry]:
     return [entry for entry in entries if entry]
 
 
+def renamed(table: Iterable[Rule], key: str) -> tuple[str, str] | None:
+    """(path, layout) that the first rule of a table of plain names has for a key, if one has."""
+    found = (target for rule in table if (target := _target(rule, key)))
+    return next(((path, layout) for path, _, layout in found), None)
+
+
 def to_jax(tensor: np.ndarray, layout: str, sizes: Sizes) -> np.ndarray:
     """One checkpoint tensor in jaxft's layout."""
     return rearrange(tensor, layout, sizes) if layout else tensor

@@ -27,7 +27,7 @@ def folder(request, make_folder):
 
 def ours(folder, guidance, how=GREEDY, seed=0, prompts=PROMPTS):
     model = load(str(folder), "float32")
-    null = [null_prompt(LAYOUT)] * len(prompts)
+    null = [null_prompt(LAYOUT, ids) for ids in prompts]
     tokens, mask = left_padded(LAYOUT, prompts + null)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(prompts)))
     with jax.set_mesh(one_device_mesh()):

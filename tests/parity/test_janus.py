@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_janus import CODES, GRID, make_model
-from transformers import (
-    JanusConfig as StockConfig,
-)
-from transformers import (
-    JanusForConditionalGeneration,
-    JanusVisionConfig,
-    JanusVQVAEConfig,
-    LlamaConfig,
-)
+from tiny_janus import CODES, GRID, PRO_1B, PRO_7B, make_model, published
+from transformers import JanusForConditionalGeneration
 
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
@@ -131,26 +123,14 @@ def test_p3_greedy_codes_equal_generate(pair, guidance):
     np.testing.assert_array_equal(ours(model, PROMPTS, guidance), expected)
 
 
-def full(layers, width, ffn, heads):
-    text = LlamaConfig(
-        vocab_size=102400, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
-        num_attention_heads=heads, max_position_embeddings=16384,
-    )  # fmt: skip
-    vq = JanusVQVAEConfig(projection_dim=width, image_token_embed_dim=width)
-    return StockConfig(
-        text_config=text, vision_config=JanusVisionConfig(projection_dim=width), vq_config=vq,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("shape", "tensors", "millions"),
-    [((24, 2048, 5632, 16), 964, 2076.6), ((30, 4096, 11008, 32), 1018, 7407.8)],
+    [(PRO_1B, 964, 2076.6), (PRO_7B, 1018, 7407.8)],
     ids=["1B", "7B"],
 )
 def test_published_sizes_by_shape(shape, tensors, millions):
     """Every tensor is a parameter's, the tokenizer's or carried; none is allocated."""
-    config = full(*shape)
+    config = published(*shape)
     with torch.device("meta"):
         hf = JanusForConditionalGeneration(config)
     shapes = {key: tuple(one.shape) for key, one in hf.state_dict().items()}

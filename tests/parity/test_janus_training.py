@@ -1,0 +1,181 @@
+"""A Janus in training: ten steps against a plain torch loop, adapters against PEFT."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from test_image_tokens_training import DROP, MESHES, jax_steps
+from test_training import DECAY, assert_same_updates
+from tiny_image_tokens import arguments, make_config, make_pictures
+from tiny_janus import CODES, GRID, SIZE, make_janus_model
+from transformers import JanusForConditionalGeneration
+
+from jaxft import run as runs
+from jaxft import train
+from jaxft.core.step import sample_keys
+
+STEPS, LR, SEED = 10, 1e-3, 3
+COMMON = {
+    "total": f"{STEPS}_steps",
+    "seed": SEED,
+    "resolution": SIZE,
+    "batch_size": 16,
+    "flip": True,
+    "caption_dropout": 0.3,
+    "optim.lr": LR,
+    "optim.weight_decay": DECAY,
+    "optim.warmup": "3_steps",
+    "optim.schedule": "constant",
+    "optim.b2": 0.999,
+    "data.eval": "",
+    "max_caption_tokens": 40,
+    "loss.z": 0.01,
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    work = tmp_path_factory.mktemp("janus")
+    make_pictures(work / "pictures")
+    make_janus_model(work / "model")
+    return work
+
+
+def config_of(work, changes=()):
+    changes = {**COMMON, **dict(changes)}
+    return make_config(work / "model", work / "pictures", work / "cache", changes)
+
+
+def row_loss(model, prompt, codes):
+    """One row's mean over codes of cross-entropy and z-loss, from transformers' modules."""
+    inner, codes = model.model, torch.tensor(codes.astype(np.int64))[None]
+    text = inner.language_model.embed_tokens(torch.tensor([prompt]))
+    images = model.prepare_embeddings_for_image_generation(codes[:, :-1])
+    hidden = inner.language_model(inputs_embeds=torch.cat([text, images], 1)).last_hidden_state
+    logits = inner.generation_head(hidden[:, len(prompt) - 1 :])[0]
+    return F.cross_entropy(logits, codes[0]) + 0.01 * torch.logsumexp(logits, -1).square().mean()
+
+
+def written_out(batch, dropped, boi=5, pad=3):
+    """Prompts as one would write them by hand; without a caption all but BOS and BOI is pad."""
+    for prompt, length, drop in zip(batch["prompt"], batch["length"], dropped, strict=True):
+        ids = prompt[:length].tolist()
+        assert ids[0] == 0, "BOS comes first"
+        yield [0, *([pad] * (length - 1) if drop else ids[1:]), boi]
+
+
+def torch_steps(folder, batches):
+    model = JanusForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    # Pad is what the null is made of; torch would give its row no gradient all the same.
+    model.model.language_model.embed_tokens.padding_idx = None
+    frozen = ("model.vision_model", "model.aligner", "model.vqmodel", "lm_head")
+    own = [p for name, p in model.named_parameters() if not name.startswith(frozen)]
+    groups = [
+        {"params": [p for p in own if p.ndim == 2], "weight_decay": DECAY},
+        {"params": [p for p in own if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.999), eps=1e-8)
+    losses = []
+    for k, batch in enumerate(batches):
+        keys = sample_keys(SEED, k, batch["sample_ids"])
+        streams = jax.vmap(lambda key: jax.random.fold_in(key, DROP))(keys)
+        dropped = np.asarray(jax.vmap(jax.random.uniform)(streams) < COMMON["caption_dropout"])
+        prompts = written_out(batch, dropped)
+        rows = [row_loss(model, *row) for row in zip(prompts, batch["codes"], strict=True)]
+        total = torch.stack(rows).mean()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(own, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = LR * min(1.0, (k + 1) / 3)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total.item())
+    return losses, {k: v.detach().numpy() for k, v in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def oracle(work):
+    task = runs.open_run(config_of(work)).task
+    task.prepare({}, set())
+    stream = task.train_batches(0, slice(0, 16))
+    batches = [next(stream) for _ in range(STEPS)]
+    assert batches[0]["codes"].shape == (16, GRID * GRID)
+    return torch_steps(work / "model", batches)
+
+
+@pytest.mark.parametrize(("mesh", "micro"), [("1", 1), ("2x2x2", 2)])
+def test_ten_steps_equal_torch(work, oracle, tmp_path, monkeypatch, mesh, micro):
+    """P3 in training: unequal prompts, dropped captions, z-loss, micro-batches, a mesh of 8."""
+    if mesh == "1":
+        monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+    data, fsdp, tensor = MESHES[mesh]
+    shape = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor, "micro_batches": micro}
+    losses, before, after = jax_steps(config_of(work, shape), tmp_path)
+    np.testing.assert_allclose(losses, oracle[0], rtol=1e-5)
+    carried = [key for key, array in before.items() if after[key].tobytes() == array.tobytes()]
+    blind = ("model.vision_model", "model.aligner", "model.vqmodel", "lm_head")
+    assert all(key.startswith(blind) for key in carried)
+    moved = {key: array for key, array in before.items() if key not in carried}
+    assert len(moved) == 2 * 9 + 11
+    assert_same_updates(moved, after, oracle[1])
+
+
+def drawn(model, work, captions):
+    """Codes by transformers' own generate, from the prompts as its processor would make them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(work / "model", padding_side="left")
+    texts = [f"<|User|>: {c}\n\n<|Assistant|>:<begin_of_image>" for c in captions]
+    rows = tokenizer(texts, return_tensors="pt", padding=True)
+    model.generation_config.generation_kwargs = {"boi_token_id": 5}
+    ids = {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
+    how = {"generation_mode": "image", "guidance_scale": 5, "do_sample": False}
+    return model.generate(**ids, **how).numpy()
+
+
+def test_p6_the_adapter_of_a_run_loads_in_peft_and_is_the_merged_model(work, tmp_path):
+    """LoRA on the language model alone, the heads whole: logits and greedy codes agree."""
+    changes = {
+        **COMMON,
+        "total": "3_steps",
+        "optim.lr": 0.02,
+        "batch_size": 8,
+        "lora.rank": 4,
+        "lora.alpha": 8.0,
+        "lora.targets": r"language_model\..*_proj",
+        "trainable": r".*\.lora_[ab]|generation_.*",
+        "export.kind": "adapter",
+    }
+    args = arguments(work / "model", work / "pictures", work / "cache", tmp_path / "run", changes)
+    assert train.main(args) == 0
+    folder = tmp_path / "run" / "export"
+    said = json.loads((folder / "adapter_config.json").read_text())
+    assert said["modules_to_save"] == [
+        "generation_embeddings",
+        "generation_aligner",
+        "generation_head",
+    ]
+    assert not (folder / "config.json").exists()
+    run, params, _ = runs.restore_run(tmp_path / "run", None)
+    from jaxft.export import export_folder
+
+    with jax.set_mesh(run.mesh):
+        export_folder(run, params, tmp_path / "merged", "folder", "source")
+    merged = JanusForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    base = JanusForConditionalGeneration.from_pretrained(work / "model")
+    prompt, codes = [0, 7, 20, 21, 8, 34, 5], np.arange(GRID**2) % CODES
+    with torch.no_grad():
+        start = row_loss(base, prompt, codes).item()
+        adapted = PeftModel.from_pretrained(base, folder)
+        wrapped = [name for name, _ in adapted.named_parameters() if ".lora_A." in name]
+        assert len(wrapped) == 2 * 7 and all("language_model" in name for name in wrapped)
+        one = row_loss(adapted.base_model.model, prompt, codes).item()
+        other = row_loss(merged, prompt, codes).item()
+    assert abs(one - other) < 1e-5 * other and abs(start - other) > 1e-2
+    captions = ["a red cat 0", "water"]
+    expected = drawn(merged, work, captions)
+    np.testing.assert_array_equal(drawn(adapted, work, captions), expected)
