@@ -10,7 +10,7 @@ from jaxft.core import runtime
 from jaxft.core.config import parse_arguments
 from jaxft.core.errors import UserError
 from jaxft.models.ldm import SINGLE
-from jaxft.verify import autoencoder, diffusion, llm
+from jaxft.verify import autoencoder, diffusion, image_tokens, llm
 from jaxft.verify.llm import hf_folder
 from jaxft.verify.report import Check, show, write
 from jaxft.weights.pipeline import INDEX, demo_folder, open_pipeline
@@ -45,13 +45,16 @@ def _main(argv: list[str]) -> bool:
 def certify(spec: str, far: int = 4096) -> tuple[dict[str, Any], list[Check]]:
     """(certificate, checks) of the model that `spec` names; `far` is a language model's.
 
-    What the folder holds says what it is: a pipeline, an autoencoder, else a language model.
+    What the folder holds says what it is: a pipeline, an autoencoder, an image-token model, else a
+    language model.
     Raises UserError for what cannot be compared.
     """
     if _is_pipeline(spec):
         return diffusion.certify(spec)
     if autoencoder.is_autoencoder(_config(spec)):
         return autoencoder.certify(spec)
+    if image_tokens.is_image_tokens(spec):
+        return image_tokens.certify(spec, far)
     return llm.certify(spec, far)
 
 

@@ -34,7 +34,7 @@ def certify(spec: str) -> tuple[dict[str, Any], list[Check]]:
         part = Part("vae.", source.name, source.tensors, vae.RULES, vae.sizes(cfg))
         subject = vae_subject(source, part, cfg)
     else:
-        subject = _vq_subject(source, VQConfig.from_hf(source.config, f"{spec}/config.json"))
+        subject = vq_subject(source, VQConfig.from_hf(source.config, f"{spec}/config.json"))
     janus = source.config.get("model_type") == JANUS
     oracles = ("torch", "transformers" if janus else "diffusers")
     start(oracles)
@@ -64,7 +64,7 @@ def vae_subject(source: Source, part: Part, cfg: VAEConfig) -> Subject:
     return Subject("vae", source, part, template, ("diffusers", KL), theirs, ours)
 
 
-def _vq_subject(source: Source, cfg: VQConfig) -> Subject:
+def vq_subject(source: Source, cfg: VQConfig) -> Subject:
     """A VQ tokenizer: latents and codes of pictures, and pictures of other codes."""
     stem = "model" if cfg.kind == JANUS else "diffusion_pytorch_model"
     rules = vqgan.rules(cfg)

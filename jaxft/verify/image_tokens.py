@@ -1,0 +1,253 @@
+"""Image-token folders against transformers: the tokenizer, the loss of codes, greedy codes."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from jaxft.core.params import Leaf, Params, bind, describe
+from jaxft.models.image_decode import generate_codes
+from jaxft.models.janus import KIND
+from jaxft.nn.sampling import Sampling
+from jaxft.tasks.image_janus import JanusFolder
+from jaxft.tasks.image_layout import FILE, encode_prompt, left_padded, null_prompt, train_rows
+from jaxft.tasks.image_model import ImageModel, open_folder
+from jaxft.verify import autoencoder, llm
+from jaxft.verify.component import check, load
+from jaxft.verify.report import Check, certificate, loading, round_trip, start, worst_gradient
+from jaxft.weights.rules import to_torch
+from jaxft.weights.sources import open_source
+
+CAPTIONS = ("a red apple on a table", "water", "two people and a small dog in front of a house")
+GUIDANCE, LONGEST = 3.0, 24  # codes that are drawn at most
+LOSS = 1e-5
+
+
+class Oracle(NamedTuple):
+    """What stock transformers makes of a Janus; gradients by torch key."""
+
+    loss: float
+    gradients: dict[str, np.ndarray]
+    drawn: Int[np.ndarray, "B S"]
+    report: Mapping[str, Any]
+
+
+def is_image_tokens(spec: str) -> bool:
+    """Whether `spec` is a folder of either family."""
+    folder = Path(spec).expanduser()
+    if not (folder / "config.json").is_file():
+        return False
+    config = open_source(str(folder), weights=False).config
+    return (folder / FILE).is_file() or config.get("model_type") == KIND
+
+
+def certify(spec: str, far: int) -> tuple[dict[str, Any], list[Check]]:
+    """(certificate, checks): of family N the language model's as well, `far` being its."""
+    model = open_folder(spec)
+    oracles = ("torch", "transformers")
+    start(oracles)
+    with jax.default_matmul_precision("highest"):
+        if isinstance(model, JanusFolder):
+            about, checks = _janus(model)
+        else:
+            about, checks = _unified(spec, model, far)
+    return certificate(spec, checks, oracles, about), checks
+
+
+# ---- family N -----------------------------------------------------------------------------
+
+
+def _unified(spec: str, model: ImageModel, far: int) -> tuple[dict[str, Any], list[Check]]:
+    about, checks = llm.certify(spec, far)
+    tokenizer, more = autoencoder.certify(str(Path(spec).expanduser() / "vq"))
+    leaves = _leaves(model)
+    count = min(LONGEST, model.layout.count)
+    theirs = _unified_codes(model, count)
+    drawn = _differing(_draw(model, leaves, load(model.part, leaves), count), theirs)
+    about = {"language_model": about, "tokenizer": tokenizer["components"]}
+    return about, [*checks, *more, drawn]
+
+
+def _unified_codes(model: Any, count: int) -> Int[np.ndarray, "B S"]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    layout = model.layout
+    stock: Any = AutoModelForCausalLM.from_pretrained(model.source.folder, dtype=torch.float32)
+    tokens, mask = (torch.from_numpy(x.astype(np.int64)) for x in _prompts(model))
+    made = stock.generate(
+        tokens,
+        attention_mask=mask,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        guidance_scale=GUIDANCE,
+        negative_prompt_ids=torch.tensor([[layout.null, layout.boi]] * len(tokens)),
+        suppress_tokens=list(range(layout.image_offset)),
+        pad_token_id=layout.pad,
+    )
+    return made[:, tokens.shape[1] :].numpy() - layout.image_offset
+
+
+# ---- family J -----------------------------------------------------------------------------
+
+
+def _janus(model: JanusFolder) -> tuple[dict[str, Any], list[Check]]:
+    found = check(autoencoder.vq_subject(model.vq.source, model.vq.cfg))
+    leaves, count = _leaves(model), min(LONGEST, model.layout.count)
+    rows = _rows(model)
+    oracle = _ask(model, rows, count)
+    params = load(model.part, leaves)
+    checks = [*found.checks, *loading("transformers", oracle.report)]
+    checks += _gradients(model, leaves, params, rows, oracle)
+    checks.append(_differing(_draw(model, leaves, params, count), oracle.drawn))
+    trip, digest = round_trip("round trip, differing tensors", model.part, leaves, params)
+    return {"weights_sha256": digest, "components": {"tokenizer": found.about}}, [*checks, trip]
+
+
+def _rows(model: ImageModel) -> dict[str, np.ndarray]:
+    """Prompts and codes as training batches hold them; of the last row the caption is dropped."""
+    layout = model.layout
+    prompts = [encode_prompt(layout, model.tokenizer, caption).ids for caption in CAPTIONS]
+    captions = np.full((len(prompts), layout.max_caption_tokens), layout.pad, np.int32)
+    for row, ids in enumerate(prompts):
+        captions[row, : len(ids)] = ids
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, layout.codes, (len(prompts), layout.count), np.int32)
+    dropped = np.arange(len(prompts)) == len(prompts) - 1
+    return {
+        "captions": captions,
+        "lengths": np.array([len(ids) for ids in prompts], np.int32),
+        "codes": codes,
+        "dropped": dropped,
+    }
+
+
+def _ask(model: JanusFolder, rows: Mapping[str, np.ndarray], count: int) -> Oracle:
+    """The composed loss of transformers' modules, row by row, and what `generate` draws."""
+    import torch
+    from transformers import JanusForConditionalGeneration
+
+    loaded: Any = JanusForConditionalGeneration.from_pretrained(
+        model.source.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    stock, report = loaded
+    stock.eval()
+    # torch gives the pad token's row no gradient, though the null is made of it.
+    stock.model.language_model.embed_tokens.padding_idx = None
+    losses = [_row_loss(stock, *row) for row in _written_out(model, rows)]
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    gradients = {
+        key: one.grad.numpy() for key, one in stock.named_parameters() if one.grad is not None
+    }
+    stock.model.vision_model.config.num_image_tokens = count
+    stock.generation_config.generation_kwargs = {"boi_token_id": model.layout.boi}
+    stock.generation_config.bos_token_id = model.layout.bos
+    stock.generation_config.pad_token_id = model.layout.pad
+    tokens, mask = (torch.from_numpy(x.astype(np.int64)) for x in _prompts(model))
+    how = {"generation_mode": "image", "guidance_scale": GUIDANCE, "do_sample": False}
+    drawn = stock.generate(tokens, attention_mask=mask, **how)
+    return Oracle(loss.item(), gradients, drawn.numpy(), report)
+
+
+def _written_out(
+    model: JanusFolder, rows: Mapping[str, np.ndarray]
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """(prompt with BOI, codes) of each row, by hand."""
+    layout = model.layout
+    for ids, length, codes, drop in zip(*rows.values(), strict=True):
+        prompt = ids[:length].tolist()
+        null = [token if token == layout.bos else layout.pad for token in prompt]
+        yield [*(null if drop else prompt), layout.boi], codes
+
+
+def _row_loss(stock: Any, prompt: list[int], codes: np.ndarray) -> Any:
+    import torch
+
+    inner, wanted = stock.model, torch.from_numpy(codes.astype(np.int64))
+    text = inner.language_model.embed_tokens(torch.tensor([prompt]))
+    images = stock.prepare_embeddings_for_image_generation(wanted[None, :-1])
+    hidden = inner.language_model(inputs_embeds=torch.cat([text, images], 1)).last_hidden_state
+    logits = inner.generation_head(hidden[0, len(prompt) - 1 :])
+    return torch.nn.functional.cross_entropy(logits, wanted)
+
+
+def _gradients(
+    model: JanusFolder,
+    leaves: Mapping[str, Leaf],
+    params: Params,
+    rows: Mapping[str, np.ndarray],
+    oracle: Oracle,
+) -> list[Check]:
+    template = jax.eval_shape(model.build, jax.random.key(0))
+
+    @jax.jit
+    def objective(params: Params) -> jax.Array:
+        speaker = model.speaker(bind(template, params))
+        made = train_rows(model.layout, *map(jnp.asarray, rows.values()))
+        embeds = speaker.embed(made.tokens, made.images, jnp.float32)
+        hidden = speaker.llama.hidden(embeds=embeds)[0]
+        before = jnp.take_along_axis(hidden, made.places[..., None], axis=1)
+        even = jnp.full(made.image_targets.shape, 1 / made.image_targets.size)
+        return speaker.cross_entropy(before, made.image_targets, even, 0.0)[0]
+
+    loss, grads = jax.value_and_grad(objective)(params)
+    keyed = _torch_keyed(model, leaves, grads)
+    worst = worst_gradient("gradients, worst relative", keyed, oracle.gradients)
+    return [Check("loss, abs", abs(float(loss) - oracle.loss), LOSS, f"{oracle.loss:.6f}"), worst]
+
+
+def _torch_keyed(
+    model: JanusFolder, leaves: Mapping[str, Leaf], grads: Params
+) -> Iterator[tuple[str, np.ndarray]]:
+    part = model.part
+    for entry in part.entries(leaves):
+        for i, key in enumerate(entry.keys):
+            array = np.asarray(grads[entry.path])
+            yield key, to_torch(array[i] if entry.stacked else array, entry.layout, part.sizes)
+
+
+# ---- both ---------------------------------------------------------------------------------
+
+
+def _leaves(model: ImageModel) -> dict[str, Leaf]:
+    return describe(jax.eval_shape(model.build, jax.random.key(0)))
+
+
+def _prompts(model: ImageModel) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, mask) of the captions alone, padded on the left no wider than needed."""
+    layout = model.layout
+    prompts = [encode_prompt(layout, model.tokenizer, caption).ids for caption in CAPTIONS]
+    tokens, mask = left_padded(layout, prompts)
+    width = max(map(len, prompts)) + 1
+    return tokens[:, -width:], mask[:, -width:]
+
+
+def _draw(
+    model: ImageModel, leaves: Mapping[str, Leaf], params: Params, count: int
+) -> Int[np.ndarray, "B S"]:
+    template = jax.eval_shape(model.build, jax.random.key(0))
+    prompts = [encode_prompt(model.layout, model.tokenizer, caption).ids for caption in CAPTIONS]
+    nulls = [null_prompt(model.layout, ids) for ids in prompts]
+    tokens, mask = map(jnp.asarray, left_padded(model.layout, [*prompts, *nulls]))
+    keys = jax.random.split(jax.random.key(0), len(prompts))
+
+    @jax.jit
+    def call(params: Params) -> jax.Array:
+        speaker = model.speaker(bind(template, params))
+        return generate_codes(
+            speaker, tokens, mask, keys,
+            count=count, guidance=GUIDANCE, how=Sampling(), dtype=jnp.float32,
+        )  # fmt: skip
+
+    return np.asarray(call(params))
+
+
+def _differing(ours: np.ndarray, theirs: np.ndarray) -> Check:
+    wrong = int((ours != theirs).sum()) if ours.shape == theirs.shape else theirs.size
+    return Check("greedy codes, differing", wrong, 0, f"of {theirs.size}, guidance {GUIDANCE:g}")
