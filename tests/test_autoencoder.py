@@ -1,12 +1,7 @@
 """The autoencoder task as people run it: what trains, what stays, what comes out, what is said."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -14,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
+from interrupted import kill_after, start, timeless
 from safetensors.numpy import load_file, save_file
 from tiny_autoencoders import (
     SIZE,
@@ -149,30 +145,13 @@ def test_sigkill_and_the_same_command_again_is_bitwise(models, images, tmp_path)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert train.main(arguments(models["vae"], images, whole, changes)) == 0
     again = arguments(models["vae"], images, broken, changes)
-    assert kill_after([sys.executable, "-m", "jaxft.train", *again], broken, 5)
+    assert kill_after(start(again), broken, 5)
     assert train.main(again) == 0
-    one, two = (
-        [{k: v for k, v in r.items() if "per_s" not in k and "wait" not in k} for r in records(w)]
-        for w in (whole, broken)
-    )
-    assert one == two
+    assert timeless(whole) == timeless(broken)
     a, b = (runs.restore_run(folder, None)[1] for folder in (whole, broken))
     assert any(path.startswith("discriminator.") for path in a)
     for path in a:
         assert np.asarray(a[path]).tobytes() == np.asarray(b[path]).tobytes(), path
-
-
-def kill_after(command, workdir, step):
-    """SIGKILL as soon as metrics.jsonl has that step; False if the run was over before."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=dict(os.environ))
-    file = workdir / "metrics.jsonl"
-    while process.poll() is None:
-        if file.exists() and any(f'"step": {step},' in line for line in file.open()):
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_dead_codes_are_reported(work, images, one_device, tmp_path, capsys):
@@ -187,6 +166,22 @@ def test_dead_codes_are_reported(work, images, one_device, tmp_path, capsys):
     assert "of 32 codes are dead" in shown and "loss.revive=1.0 pulls them back" in shown
     first = next(r for r in records(tmp_path / "run") if "eval_dead_codes" in r)
     assert first["eval_dead_codes"] >= 16 and first["eval_codebook_used"] <= 0.5
+
+
+def test_nothing_is_advised_to_who_revives(models, images, one_device, capsys):
+    task = runs.open_run(make_config(models["vqmodel"], images, {"loss.revive": 1.0})).task
+    found = task._usage(np.repeat(np.arange(4), 4).reshape(1, 4, 4))
+    assert found["dead_codes"] == 12 and found["codebook_used"] == 0.25
+    assert found["codebook_perplexity"] == pytest.approx(4)
+    shown = capsys.readouterr().out
+    assert "12 of 16 codes are dead" in shown and "loss.revive" not in shown
+
+
+def test_a_perceptual_network_is_read_only_where_it_measures(models, images, one_device):
+    for changes, used in (({"loss.perceptual": 0.5}, True), ({}, False)):
+        config = make_config(models["vae"], images, {**changes, "data.eval": ""})
+        leaves = runs.open_run(config).leaves
+        assert any(path.startswith("perceptual.") for path in leaves) == used
 
 
 @pytest.fixture
@@ -233,6 +228,7 @@ def test_losses_that_could_do_nothing(fails, models):
     fails(["loss.l1", "loss.l2"], {"loss.l1": 0.0})
     words = ["discriminator", "trainable", "add |discriminator"]
     fails(words, {"loss.adversarial": 0.5, "trainable": r"vae\..*"})
+    fails(["remat='offload'", "convolutions", "full"], {"remat": "offload"})
     fails(["loss.revive=1", "has none"], {"loss.revive": 1.0})
     fails(
         ["loss.revive=1", "vae.quantize.embedding"],

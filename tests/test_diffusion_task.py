@@ -4,15 +4,14 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from interrupted import kill_after, timeless
 from tiny_diffusion import flags_of, make_config, make_pictures
 from tiny_pipelines import make_pipeline
 
@@ -198,18 +197,6 @@ def start(arguments, log):
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment())
 
 
-def kill_after(process, workdir, step):
-    """SIGKILL as soon as metrics.jsonl has that step; False if the run was over before."""
-    file = workdir / "metrics.jsonl"
-    while process.poll() is None:
-        if file.exists() and f'"step": {step},' in file.read_text():
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
-        time.sleep(0.02)
-    return False
-
-
 @pytest.fixture(scope="module")
 def finished(plain, pictures, tmp_path_factory):
     """(folder with a `whole` run and a `broken` one that was killed and resumed, output)."""
@@ -249,13 +236,7 @@ def restored(workdir):
 def test_a_killed_run_resumes_bitwise(finished):
     work, shown = finished
     assert "resumed from step 4" in shown["broken"] or "resumed from step 2" in shown["broken"]
-    records = []
-    for name in ("whole", "broken"):
-        lines = [json.loads(x) for x in (work / name / "metrics.jsonl").read_text().splitlines()]
-        records.append(
-            [{k: v for k, v in r.items() if "per_s" not in k and "wait" not in k} for r in lines]
-        )
-    assert records[0] == records[1]
+    assert timeless(work / "whole") == timeless(work / "broken")
     (_, whole), (_, broken) = (restored(work / name) for name in ("whole", "broken"))
     assert jax.tree.all(jax.tree.map(np.array_equal, whole, broken))
 

@@ -2,11 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -14,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import VQModel
+from interrupted import kill_after, start, timeless
 from safetensors.numpy import load_file
 from tiny_autoencoders import make_vqmodel
 from tiny_image_tokens import CODES, GRID, SIZE, arguments, make_config, make_pictures
@@ -196,26 +192,9 @@ def test_sigkill_and_the_same_command_again_is_bitwise(trained, work, pictures):
     whole, broken = work / "whole", work / "broken"
     assert train.main(arguments(model, pictures, cache, whole, changes)) == 0
     again = arguments(model, pictures, cache, broken, changes)
-    assert kill_after([sys.executable, "-m", "jaxft.train", *again], broken, 5)
+    assert kill_after(start(again), broken, 5)
     assert train.main(again) == 0
-    one, two = (
-        [{k: v for k, v in r.items() if "per_s" not in k and "wait" not in k} for r in records(w)]
-        for w in (whole, broken)
-    )
-    assert one == two
+    assert timeless(whole) == timeless(broken)
     a, b = (runs.restore_run(folder, None)[1] for folder in (whole, broken))
     for path in a:
         assert np.asarray(a[path]).tobytes() == np.asarray(b[path]).tobytes(), path
-
-
-def kill_after(command, workdir, step):
-    """SIGKILL as soon as metrics.jsonl has that step; False if the run was over before."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=dict(os.environ))
-    file = workdir / "metrics.jsonl"
-    while process.poll() is None:
-        if file.exists() and any(f'"step": {step},' in line for line in file.open()):
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
-        time.sleep(0.02)
-    return False
