@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -10,8 +11,10 @@ from tiny_autoencoders import make_vqmodel
 from tiny_image_tokens import CODES, SIZE
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
+from jaxft import export
+from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
-from jaxft.tasks.image_model import open_model
+from jaxft.tasks.image_model import open_folder, open_model
 from jaxft.tasks.options import ImageTokenOptions, TokenSample
 
 
@@ -131,3 +134,21 @@ def test_a_janus_tokenizer_serves(make_folder, tmp_path):
     JanusVQVAE(config).save_pretrained(tmp_path / "janus")
     made = open_model(str(make_folder()), options(graft=str(tmp_path / "janus")), True, 0)
     assert made.layout.codes == 32 and made.layout.grid == (8, 8)
+
+
+def test_the_authors_layout_is_of_a_janus_alone(whole):
+    with pytest.raises(UserError, match="of family N"):
+        open_model(str(whole), options(), True, 0).original_files(None)
+
+
+def test_an_adapter_needs_a_base_that_is_there(make_folder, vq):
+    model = open_model(str(make_folder()), options(graft=str(vq)), True, 0)
+    task = SimpleNamespace(parts=(model.part,), EXPORT_KINDS=("folder",))
+    cfg = SimpleNamespace(lora=Lora(rank=1), model="x")
+    with pytest.raises(UserError, match="was grafted onto x"):
+        export._check_adapter(SimpleNamespace(task=task, cfg=cfg, chosen=set()), "adapter")
+
+
+def test_a_graft_has_no_resolution_of_its_own(make_folder, vq, whole):
+    fails(["resolution=0", "before its graft"], make_folder(), graft=str(vq), resolution=0)
+    assert open_folder(str(whole)).layout.grid == (8, 8)

@@ -16,8 +16,10 @@ from jaxft.nn.sampling import Sampling
 from jaxft.tasks.image_janus import JanusFolder
 from jaxft.tasks.image_layout import FILE, encode_prompt, left_padded, null_prompt, train_rows
 from jaxft.tasks.image_model import ImageModel, open_folder
-from jaxft.verify import autoencoder, llm
+from jaxft.verify.autoencoder import certify as certify_tokenizer
+from jaxft.verify.autoencoder import vq_subject
 from jaxft.verify.component import check, load
+from jaxft.verify.llm import certify as certify_language_model
 from jaxft.verify.report import Check, certificate, loading, round_trip, start, worst_gradient
 from jaxft.weights.rules import to_torch
 from jaxft.weights.sources import open_source
@@ -62,8 +64,8 @@ def certify(spec: str, far: int) -> tuple[dict[str, Any], list[Check]]:
 
 
 def _unified(spec: str, model: ImageModel, far: int) -> tuple[dict[str, Any], list[Check]]:
-    about, checks = llm.certify(spec, far)
-    tokenizer, more = autoencoder.certify(str(Path(spec).expanduser() / "vq"))
+    about, checks = certify_language_model(spec, far)
+    tokenizer, more = certify_tokenizer(str(Path(spec).expanduser() / "vq"))
     leaves = _leaves(model)
     count = min(LONGEST, model.layout.count)
     theirs = _unified_codes(model, count)
@@ -97,7 +99,7 @@ def _unified_codes(model: Any, count: int) -> Int[np.ndarray, "B S"]:
 
 
 def _janus(model: JanusFolder) -> tuple[dict[str, Any], list[Check]]:
-    found = check(autoencoder.vq_subject(model.vq.source, model.vq.cfg))
+    found = check(vq_subject(model.vq.source, model.vq.cfg))
     leaves, count = _leaves(model), min(LONGEST, model.layout.count)
     rows = _rows(model)
     oracle = _ask(model, rows, count)
