@@ -1,13 +1,15 @@
 """Five AdamW steps of jaxft against plain torch over diffusers, transformers and peft."""
 
+import re
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_diffusion import make_config, make_pictures
 from tiny_pipelines import make_pipeline
@@ -24,11 +26,44 @@ from jaxft.weights import pipeline_lora, transfer
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 STEPS, LR, DECAY = 5, 1e-3, 0.1
 COMMON = {"optim.weight_decay": DECAY, "optim.lr": LR, "caption_dropout": 0.3}
+ADAPT = r"unet\..*(attn[12]\.to_(q|k|v|out)|ff\.proj|conv1|conv_in|proj_in|upsamplers\.0\.conv)"
 PEFT = r".*(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.0\.proj|conv1|conv_in|proj_in|upsamplers\.0\.conv)"
+LORA = {"trainable": "", "lora.rank": 4, "lora.alpha": 6.0, "lora.targets": ADAPT}
+TEXTS = {"trainable": r"unet\..*|text_encoder.*"}
+HARD = {"min_snr_gamma": 5.0, "noise_offset": 0.1}
 CASES = {
     # family, prediction, changes
-    "unet": ("sd", "epsilon", {"min_snr_gamma": 5.0, "noise_offset": 0.1}),
+    "unet": ("sd", "epsilon", HARD),
+    "text": ("sd", "v_prediction", {"micro_batches": 2, **HARD, **TEXTS}),
+    "xl-text": ("sdxl", "epsilon", {"min_snr_gamma": 0.0, **TEXTS}),
+    "lora": ("sd", "epsilon", {**HARD, **LORA}),
+    "xl-lora": ("sdxl", "v_prediction", {"min_snr_gamma": 0.0, "micro_batches": 2, **LORA}),
 }
+MESHES = {"one": None, "data8": (8, 1, 1), "fsdp8": (1, 8, 1), "2x2x2": (2, 2, 2)}
+# A key's bias adds the same to all logits of a query, and softmax takes that out: its gradient is
+# zero, and what Adam makes of it is rounding.
+BLIND = re.compile(r"text_encoder.*\.k_proj\.bias")
+# SDXL reads the last but one layer of its first encoder.
+UNREAD = re.compile(r"text_encoder\.(encoder\.layers\.1|final_layer_norm)\..*")
+
+
+class Trained(NamedTuple):
+    """Five steps of jaxft; parameters under torch's names."""
+
+    run: Any
+    batches: list
+    losses: list
+    before: dict
+    after: dict
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """More threads would only wait for each other, so small is all of this."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +87,15 @@ def pipelines(tmp_path_factory):
     return get
 
 
-def jax_steps(config, work, steps=STEPS):
-    """(run, batches, losses, parameters before, after): one compile for all steps."""
+def jax_steps(config, work):
+    """A Trained: one compile for all steps."""
     run = runs.open_run(config)
     plan, saved = runs.make_plan(run), Checkpoints(work / "run")
     with jax.set_mesh(run.mesh):
         state, frozen = runs.start_state(run, plan, saved, 0)
         before = {path: np.array(x) for path, x in {**frozen, **state.params}.items()}
         stream = run.task.train_batches(0, local_rows(run.mesh, run.cfg.batch_size))
-        batches, losses = [next(stream) for _ in range(steps)], []
+        batches, losses = [next(stream) for _ in range(STEPS)], []
         placed = [place_batch(batch, run.mesh) for batch in batches]
         lowered = runs.make_step(run, plan).lower(state, frozen, placed[0])
         step_fn = lowered.compile(compiler_options=QUICK)  # refuses what would need another
@@ -68,7 +103,27 @@ def jax_steps(config, work, steps=STEPS):
             state, sums = step_fn(state, frozen, batch)
             losses.append(float(sums["loss"]))
         after = {path: np.array(x) for path, x in {**frozen, **state.params}.items()}
-    return run, batches, losses, before, after
+    return Trained(run, batches, losses, named(run, before), named(run, after))
+
+
+@pytest.fixture(scope="module")
+def trained(pipelines, pictures, tmp_path_factory):
+    """`trained(case, mesh)`: a Trained, made once."""
+    made = {}
+
+    def get(case, mesh):
+        family, prediction, changes = CASES[case]
+        sizes = zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), MESHES[mesh] or (), strict=False)
+        changes = {**COMMON, **changes, **dict(sizes)}
+        config = make_config(pipelines(family, prediction), pictures, changes)
+        with pytest.MonkeyPatch.context() as patch:
+            if mesh == "one":
+                patch.setattr(jax, "device_count", lambda *_: 1)
+            made[case, mesh] = jax_steps(config, tmp_path_factory.mktemp("run"))
+        assert made[case, mesh].run.mesh.size == (1 if mesh == "one" else 8)
+        return made[case, mesh]
+
+    return lambda case, mesh: made.get((case, mesh)) or get(case, mesh)
 
 
 def named(run, params):
@@ -190,6 +245,8 @@ class Oracle:
         for step, batch in enumerate(batches):
             loss = self.loss(step, batch)
             loss.backward()
+            for p in self.trained.values():  # torch would skip one that nothing reads, decay too
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -203,36 +260,52 @@ def all_of(module):
         yield key.replace(".base_layer", "").removeprefix("text_model."), tensor
 
 
-def assert_same_updates(before, after, oracle, tolerance=1e-3):
-    """Every tensor's update equals the oracle's within `tolerance` of that update's norm."""
-    worst = 0.0
-    for key, theirs in oracle.items():
-        ours, theirs = after[key] - before[key], theirs - before[key]
-        assert np.any(theirs), f"{key} does not train"
-        error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-        worst = max(worst, error)
-        assert error < tolerance, f"{key}: update differs by {error:.1e}"
-    print(f"{len(oracle)} tensors, worst update {worst:.1e}")
+def assert_same_updates(before, after, theirs, tolerance=1e-3):
+    """Every tensor's update equals the other one within `tolerance` of that update's norm.
+
+    BLIND ones, whose gradient is zero, stay below a hundredth of what Adam moves others.
+    """
+    worst = {}
+    for key in theirs:
+        ours, wanted = after[key] - before[key], theirs[key] - before[key]
+        norm, most = np.linalg.norm(wanted), STEPS * LR * np.sqrt(wanted.size)
+        if BLIND.fullmatch(key):
+            assert max(norm, np.linalg.norm(ours)) < 1e-2 * most, key
+        elif not norm:
+            assert UNREAD.fullmatch(key) and not np.any(ours), f"{key} does not train"
+        else:
+            worst[key] = np.linalg.norm(ours - wanted) / norm
+    bad = {key: f"{error:.1e}" for key, error in worst.items() if not error < tolerance}
+    assert not bad
+    print(f"{len(worst)} tensors, worst update {max(worst.values()):.1e}")
 
 
 def loaded(folder, family):
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
     cls = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
     return cls.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_five_steps_equal_torch(pipelines, pictures, tmp_path, monkeypatch, name):
-    family, prediction, changes = CASES[name]
-    folder = pipelines(family, prediction)
-    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
-    config = make_config(folder, pictures, {**COMMON, **changes})
-    run, batches, losses, before, after = jax_steps(config, tmp_path)
-    start, end = named(run, before), named(run, after)
-    oracle = Oracle(loaded(folder, family), run, start)
-    expected, theirs = oracle.train(batches)
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    assert_same_updates(start, end, theirs)
-    still = start.keys() - theirs.keys()
-    assert still and all(np.array_equal(start[key], end[key]) for key in still)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("case", "mesh"),
+    [
+        ("text", "one"),
+        ("xl-lora", "one"),
+        slow("unet", "one"),
+        slow("xl-text", "one"),
+        slow("lora", "one"),
+    ],
+)
+def test_five_steps_equal_torch(pipelines, trained, capfd, case, mesh):
+    ours = trained(case, mesh)
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    family, prediction, _ = CASES[case]
+    oracle = Oracle(loaded(pipelines(family, prediction), family), ours.run, ours.before)
+    losses, theirs = oracle.train(ours.batches)
+    np.testing.assert_allclose(ours.losses, losses, rtol=1e-5)
+    assert_same_updates(ours.before, ours.after, theirs)
+    still = ours.before.keys() - theirs.keys()
+    assert still and all(np.array_equal(ours.before[key], ours.after[key]) for key in still)
