@@ -14,6 +14,7 @@ from tiny_janus import CODES, GRID, SIZE, make_janus_model
 from transformers import AutoTokenizer, JanusForConditionalGeneration
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
+from jaxft import export as exports
 from jaxft import run as runs
 from jaxft import train
 from jaxft.core.errors import UserError
@@ -23,6 +24,8 @@ from jaxft.tasks.image_layout import encode_prompt, null_prompt
 from jaxft.tasks.image_model import open_model
 from jaxft.tasks.options import ImageTokenOptions, TokenLoss, TokenSample
 from jaxft.weights import transfer
+from jaxft.weights.janus_layout import AsTransformers
+from jaxft.weights.tensor_files import TensorFiles
 
 CODEBOOK = "model.vqmodel.quantize.embedding.weight"
 CARRIED = ("model.vision_model.", "model.aligner.", "model.vqmodel.", "lm_head.")
@@ -178,6 +181,20 @@ def test_p3_the_exported_folder_draws_the_same_without_jaxft(trained):
     cached = np.stack([rows.stored(i)["codes"] for i in range(8)])
     np.testing.assert_array_equal(found.view(8, GRID, GRID).numpy(), cached)
     assert len(np.unique(cached)) > CODES // 3
+
+
+def test_p8_a_run_exports_the_authors_layout_too(trained, tmp_path):
+    """The same tensors under their names; its config draws one size of tokenizer only."""
+    out = tmp_path / "original"
+    assert exports.main(["--workdir", str(trained), "--kind", "original", "--out", str(out)]) == 0
+    stock = load_file(trained / "export" / "model.safetensors")
+    back = AsTransformers(TensorFiles.open(out), "x")
+    assert set(back.keys()) == stock.keys()
+    assert all(back.read(key).tobytes() == tensor.tobytes() for key, tensor in stock.items())
+    assert json.loads((out / "config.json").read_text())["model_type"] == "multi_modality"
+    chat = json.loads((out / "processor_config.json").read_text())
+    assert chat["sft_format"] == "deepseek" and not (out / "generation_config.json").exists()
+    assert (out / "tokenizer.json").read_bytes() == (trained / "export/tokenizer.json").read_bytes()
 
 
 def test_it_trains_on_from_its_own_export_with_the_same_cache(work, trained, capsys):

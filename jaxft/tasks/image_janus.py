@@ -92,7 +92,7 @@ class JanusFolder(NamedTuple):
 
     @property
     def about(self) -> str:
-        return "in a table of their own; none is pad in the prompt's place"
+        return "in a table of their own; no caption is pad in its place"
 
     def build(self, key: jax.Array) -> nnx.Module:
         return Janus(self.whole, key=key)

@@ -95,7 +95,7 @@ class UnifiedModel(NamedTuple):
 
     @property
     def about(self) -> str:
-        return f"in one vocabulary with {self.layout.text_vocab} of text; none is NULL"
+        return f"in one vocabulary with {self.layout.text_vocab} of text; no caption is NULL"
 
     def build(self, key: jax.Array) -> nnx.Module:
         return Llama(self.cfg, key=key)
