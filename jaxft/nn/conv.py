@@ -88,7 +88,10 @@ class Conv(nnx.Module):
         """x with another kernel, at this layer's stride and padding; no bias."""
         wide = x.shape[-1] >= WIDE and jax.default_backend() == "cpu"
         convolve = _by_columns if wide else _direct
-        return convolve(x, kernel.astype(x.dtype), self.stride, self.padding)
+        # Gathered where it is used: left to itself XLA (jax 0.10) shards the channels over the axis
+        # that the batch lies on, and in the loop over micro-batches then mixes up the batch's rows.
+        kernel = constrain(kernel.astype(x.dtype), *WHOLE)
+        return convolve(x, kernel, self.stride, self.padding)
 
     def _adapted(self, x: Array, a: Array, b: Array, keys: PRNGKeyArray | None) -> Array:
         if keys is not None and self.adapter.dropout > 0:

@@ -292,8 +292,9 @@ def slow(*values):
 @pytest.mark.parametrize(
     ("case", "mesh"),
     [
-        ("text", "one"),
+        ("text", "2x2x2"),
         ("xl-lora", "one"),
+        slow("text", "one"),
         slow("unet", "one"),
         slow("xl-text", "one"),
         slow("lora", "one"),
@@ -309,3 +310,14 @@ def test_five_steps_equal_torch(pipelines, trained, capfd, case, mesh):
     assert_same_updates(ours.before, ours.after, theirs)
     still = ours.before.keys() - theirs.keys()
     assert still and all(np.array_equal(ours.before[key], ours.after[key]) for key in still)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data8", "fsdp8", "2x2x2"])
+def test_meshes_equal_one_device(trained, capfd, mesh):
+    alone, ours = trained("unet", "one"), trained("unet", mesh)
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    np.testing.assert_allclose(ours.losses, alone.losses, rtol=1e-5)
+    moved = {key: x for key, x in alone.after.items() if not np.array_equal(x, alone.before[key])}
+    assert moved.keys() == {key for key in alone.after if key.startswith("unet.")}
+    assert_same_updates(ours.before, ours.after, moved)
