@@ -53,7 +53,9 @@ def test_rows_are_prompt_boi_codes(rows, data):
         ids = [SMALL.image_offset + int(code) for code in codes[row]]
         whole = [*prompt, SMALL.boi, *ids]
         tokens = np.asarray(made.tokens[row])
-        assert tokens.tolist() == whole[:-1] + [SMALL.pad] * (layouts.row_length(SMALL) + 1 - len(whole))
+        assert tokens.tolist() == whole[:-1] + [SMALL.pad] * (
+            layouts.row_length(SMALL) + 1 - len(whole)
+        )
         assert np.asarray(made.image_targets[row]).tolist() == ids
         assert np.flatnonzero(made.images[row]).tolist() == [
             len(prompt) + 1 + i for i in range(n - 1)
