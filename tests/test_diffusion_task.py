@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from interrupted import kill_after, timeless
+from PIL import Image
 from tiny_diffusion import flags_of, make_config, make_pictures
 from tiny_pipelines import make_pipeline
 
@@ -30,6 +31,19 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = ((24, 20), (16, 32))
 # The compiler's own optimisations are most of the time of these tests.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+RUN = {
+    "total": "8_steps",
+    "batch_size": 4,
+    "every.save": "2_steps",
+    "every.eval": "4_steps",
+    "buckets": True,
+    "flip": True,
+    "optim.ema": 0.9,
+    "optim.lr": 1e-2,
+    "eval_examples": 4,
+    "eval_generated": 2,
+    "trainable": r"unet\.(up_blocks\.1|conv_out)\..*",
+}
 FLAGS = " ".join(f"--{key}={str(value).lower()}" for key, value in QUICK.items())
 
 
@@ -188,35 +202,23 @@ def test_evaluations_are_repeatable(opened):
 # ---- the command --------------------------------------------------------------------------
 
 
-def environment():
-    return {**os.environ, "XLA_FLAGS": FLAGS}
+def environment(devices=1):
+    count = f" --xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": FLAGS + count}
 
 
-def start(arguments, log):
+def start(arguments, log, devices=1):
     command = [sys.executable, "-m", "jaxft.train", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment())
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment(devices))
 
 
 @pytest.fixture(scope="module")
 def finished(plain, pictures, tmp_path_factory):
     """(folder with a `whole` run and a `broken` one that was killed and resumed, output)."""
     work = tmp_path_factory.mktemp("runs")
-    changes = {
-        "total": "8_steps",
-        "batch_size": 4,
-        "every.save": "2_steps",
-        "every.eval": "4_steps",
-        "buckets": True,
-        "flip": True,
-        "optim.ema": 0.9,
-        "optim.lr": 1e-2,
-        "eval_examples": 4,
-        "eval_generated": 2,
-        "trainable": r"unet\.(up_blocks\.1|conv_out)\..*",
-    }
     shown = {}
     for name in ("whole", "broken"):
-        arguments = flags_of(plain, pictures, {**changes, "cache": work / f"cache-{name}"})
+        arguments = flags_of(plain, pictures, {**RUN, "cache": work / f"cache-{name}"})
         arguments += ["--workdir", str(work / name)]
         with (work / f"{name}.log").open("w") as log:
             if name == "broken":
@@ -266,6 +268,49 @@ def test_evaluations_show_before_and_now(finished):
     lines = [json.loads(x) for x in (work / "whole" / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "eval_loss" in line][-1]
     assert {"eval_loss_t62", "eval_loss_t937", "eval_kid-lite0"} <= last.keys()
+
+
+def test_sample_draws_the_same_picture_beside_others(finished, tmp_path):
+    work, _ = finished
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red fish\ntwo birds\nthe moon\nbread\na house\n")
+    for out, asked in (("one", "--prompt=a red fish"), ("many", f"--prompts={prompts}")):
+        command = [sys.executable, "-m", "jaxft.sample", "--workdir", str(work / "whole"), asked]
+        command += ["--seed=3", f"--out={tmp_path / out}"]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, many = tmp_path / "one", tmp_path / "many"
+    assert (one / "sample-000.png").read_bytes() == (many / "sample-000.png").read_bytes()
+    assert len(list(many.glob("sample-*.png"))) == 5 and (many / "grid.png").exists()
+    assert np.asarray(Image.open(one / "sample-000.png")).shape == (16, 16, 3)
+
+
+def evaluations(workdir, step):
+    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line["step"] == step and "eval_loss" in line]
+    assert len(found) == 1
+    return {name: value for name, value in found[0].items() if name.startswith("eval_")}
+
+
+@pytest.mark.slow
+def test_eight_devices_evaluate_and_draw_as_one(finished, plain, pictures, tmp_path):
+    """Four steps on (data, fsdp, tensor) = (2, 2, 2); numbers and grids are those of `whole`."""
+    changes = {**RUN, "total": "4_steps", "cache": finished[0] / "cache-whole"}
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "sample.prompts": "('bread',)"}
+    arguments = flags_of(plain, pictures, {**changes, **mesh})
+    with (tmp_path / "log").open("w") as log:
+        done = start([*arguments, "--workdir", str(tmp_path / "run")], log, devices=8).wait()
+    shown = (tmp_path / "log").read_text()
+    assert done == 0 and "Involuntary full rematerialization" not in shown, shown
+    for step in (0, 4):
+        ours, alone = (evaluations(w, step) for w in (tmp_path / "run", finished[0] / "whole"))
+        for name in alone.keys() - {"eval_kid-lite0"}:
+            np.testing.assert_allclose(ours[name], alone[name], rtol=1e-4, err_msg=name)
+        name = f"samples/held-out-{step:06}.png"
+        ours, alone = (Image.open(w / name) for w in (tmp_path / "run", finished[0] / "whole"))
+        differs = np.abs(np.asarray(ours, int) - np.asarray(alone, int)).max()
+        assert differs <= 2, f"{name} differs by {differs}"
+    assert (tmp_path / "run" / "samples" / "prompts-000004.png").exists()
 
 
 def test_sampling_with_a_sampler_that_is_none(opened):

@@ -1,4 +1,6 @@
-"""Alternating updates against a torch loop over diffusers' autoencoders."""
+"""Alternating updates against a torch loop over diffusers' and transformers' autoencoders."""
+
+from functools import partial
 
 import jax
 import numpy as np
@@ -6,15 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, VQModel
+from safetensors.torch import load_file
 from test_discriminator import oracle as patchgan
 from test_discriminator import to_torch as judge_to_torch
-from tiny_autoencoders import make_config, make_images, make_vae, make_vqmodel
+from test_perceptual import lite0
+from tiny_autoencoders import make_config, make_images, make_janus, make_vae, make_vqmodel
+from transformers import JanusVQVAE
 
 from jaxft import run as runs
 from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.sharding import local_rows, place_batch
 from jaxft.core.step import sample_keys
 from jaxft.models import discriminator
+from jaxft.models.perceptual import DEMO_FOLDER
 from jaxft.weights import transfer
 
 # Without any optimisation a step takes longer than the compiler saves.
@@ -43,6 +49,13 @@ LATER = {
 LATE = {"vae": LATER, "vqmodel": {**LATER, "loss.commitment": BETA, "loss.revive": REVIVE}}
 MAKE = {"vae": make_vae, "vqmodel": make_vqmodel}
 INVARIANT = ("to_k.bias", ".k.bias")  # softmax does not see it: its gradient is rounding alone
+MESHES = {"data8": (8, 1), "fsdp8": (1, 8)}
+ON_EIGHT = [
+    ("vqmodel", "fsdp8"),
+    pytest.param("vae", "data8", marks=pytest.mark.slow),
+    pytest.param("vae", "fsdp8", marks=pytest.mark.slow),
+    pytest.param("vqmodel", "data8", marks=pytest.mark.slow),
+]
 
 
 def jax_steps(config, work):
@@ -87,34 +100,42 @@ class TorchKL:
 
 
 class TorchVQ:
-    """LlamaGen's quantizer and the pull on unused codes, between diffusers' VQModel's parts."""
+    """LlamaGen's quantizer between the parts of diffusers' VQModel or transformers' JanusVQVAE."""
 
-    def __init__(self, folder):
-        self.model = VQModel.from_pretrained(folder).double()
+    def __init__(self, cls, folder, revive=0.0):
+        self.model, self.l2 = cls.from_pretrained(folder).double(), cls is JanusVQVAE
+        self.revive = revive
 
     def __call__(self, x, noise):
         m = self.model
         z = m.quant_conv(m.encoder(x)).permute(0, 2, 3, 1)
         table = m.quantize.embedding.weight
+        if self.l2:
+            z, table = F.normalize(z, dim=-1), F.normalize(table, dim=-1)
         distances = torch.cdist(z.flatten(0, 2), table).detach()
         codes = distances.argmin(1).view(z.shape[:3])
         found, unused = table[codes], torch.bincount(codes.flatten(), minlength=len(table)) == 0
-        assert unused.any() and not unused.all()
+        assert unused.any() or not self.revive
         stray = table - z.detach().flatten(0, 2)[distances.argmin(0)]
         latent = {
             "codebook": (found - z.detach()).square().mean(),
             "commitment": BETA * (found.detach() - z).square().mean(),
-            "revive": REVIVE * (unused[:, None] * stray.square()).mean(),
         }
+        if self.revive:
+            latent["revive"] = self.revive * (unused[:, None] * stray.square()).mean()
         through = (z + (found - z).detach()).permute(0, 3, 1, 2)
         return m.decoder(m.post_quant_conv(through)), latent
 
 
-CODECS = {"vae": TorchKL, "vqmodel": TorchVQ}
+CODECS = {"vae": TorchKL, "vqmodel": partial(TorchVQ, VQModel, revive=REVIVE)}
 
 
 def reconstruction(losses, x, y):
     terms = {"l1": losses["l1"] * (x - y).abs().mean(), "l2": losses["l2"] * F.mse_loss(x, y)}
+    if losses["perceptual"]:
+        stored = load_file(DEMO_FOLDER / "model.safetensors")
+        w = {key: tensor.double() for key, tensor in stored.items()}
+        terms["perceptual"] = losses["perceptual"] * lite0(w, x, y).mean()
     return {name: term for name, term in terms.items() if losses[name]}
 
 
@@ -228,6 +249,14 @@ def judge_of(tensors):
     return {k.removeprefix("discriminator."): torch.tensor(v) for k, v in own.items()}
 
 
+def compare(config, codec, work):
+    batches, reports, before, after = jax_steps(config, work)
+    seen, wanted = torch_steps(config, codec, judge_of(before), batches)
+    assert_same_terms(reports, seen)
+    assert_same_updates(before, after, wanted)
+    return reports
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     return tmp_path_factory.mktemp("autoencoders")
@@ -244,6 +273,26 @@ def small_judge():
         for name, value in {"WIDTHS": WIDTHS, "GROUPS": GROUPS, "STD": STD}.items():
             patch.setattr(discriminator, name, value)
         yield
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+
+
+@pytest.mark.slow
+def test_five_alternating_updates_equal_torch(work, images, one_device, tmp_path):
+    """Perceptual and adversarial losses, and the adaptive weight of both."""
+    config = make_config(make_vae(work / "vae"), images, {**COMMON, "loss.perceptual": 0.5})
+    reports = compare(config, TorchKL(config["model"]), tmp_path)
+    assert all(report["factor"] > 0 and report["perceptual"] > 0 for report in reports)
+
+
+def test_a_janus_tokenizer_equals_torch(work, images, one_device, tmp_path):
+    """Unit lengths in the search, the decoder and the losses; unopposed."""
+    changes = {"resolution": 16, "loss.adversarial": 0.0}
+    config = make_config(make_janus(work / "janus"), images, {**COMMON, **changes})
+    compare(config, TorchVQ(JanusVQVAE, config["model"]), tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -272,3 +321,16 @@ def test_a_late_adversary_in_micro_batches_equals_torch(alone, name):
     off = [report["factor"] == report["discriminator"] == 0 for report in reports]
     assert off == [True, True, False, False, False]
     assert_same_updates(before, after, wanted)
+
+
+@pytest.mark.parametrize(("name", "mesh"), ON_EIGHT)
+def test_eight_devices_equal_one(alone, images, tmp_path, capfd, name, mesh):
+    """Rows and parameters over eight, both players of them."""
+    config, (_, wanted, start, end) = alone(name)
+    sizes = dict(zip(("mesh.data", "mesh.fsdp"), MESHES[mesh], strict=True))
+    spread = make_config(config["model"], images, {**LATE[name], **sizes})
+    _, reports, before, after = jax_steps(spread, tmp_path)
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    assert all(np.array_equal(before[key], start[key]) for key in start)
+    assert_same_terms(reports, wanted)
+    assert_same_updates(before, after, end)
