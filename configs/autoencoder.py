@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
             model="demo:emoji-sd",  # a VAE's folder, or that of a whole pipeline
             init="pretrained",
             seed=0,
-            total="300_steps",
+            total="200_steps",
             batch_size=8,
             micro_batches=1,
             resolution=64,
