@@ -70,7 +70,8 @@ class Conv(nnx.Module):
         self.lora_b = nnx.data(None)
         self.adapter = Adapter(1.0)
         self.stride = stride
-        self.padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+        sides = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
+        self.padding: Padding = sides
 
     def __call__(
         self, x: Float[Array, "B Y X C"], keys: PRNGKeyArray | None = None
