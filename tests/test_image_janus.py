@@ -24,7 +24,7 @@ from jaxft.tasks.image_layout import encode_prompt, null_prompt
 from jaxft.tasks.image_model import open_model
 from jaxft.tasks.options import ImageTokenOptions, TokenLoss, TokenSample
 from jaxft.weights import transfer
-from jaxft.weights.janus_layout import AsTransformers
+from jaxft.weights.janus_layout import transformers_keyed
 from jaxft.weights.tensor_files import TensorFiles
 
 CODEBOOK = "model.vqmodel.quantize.embedding.weight"
@@ -188,7 +188,7 @@ def test_p8_a_run_exports_the_authors_layout_too(trained, tmp_path):
     out = tmp_path / "original"
     assert exports.main(["--workdir", str(trained), "--kind", "original", "--out", str(out)]) == 0
     stock = load_file(trained / "export" / "model.safetensors")
-    back = AsTransformers(TensorFiles.open(out), "x")
+    back = transformers_keyed(TensorFiles.open(out), "x")
     assert set(back.keys()) == stock.keys()
     assert all(back.read(key).tobytes() == tensor.tobytes() for key, tensor in stock.items())
     assert json.loads((out / "config.json").read_text())["model_type"] == "multi_modality"
