@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tiny_image_tokens import arguments, make_pictures
-from tiny_janus import CODES, GRID, SIZE, make_janus_model
+from tiny_image_tokens import arguments
+from tiny_janus import CODES, GRID, SIZE, make_janus_model, make_work
 from transformers import AutoTokenizer, JanusForConditionalGeneration
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
@@ -34,10 +34,7 @@ CAPTIONS = ["a red cat 0", "water", "the blue house of a person 1"]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    work = tmp_path_factory.mktemp("janus")
-    make_pictures(work / "pictures")
-    make_janus_model(work / "model")
-    return work
+    return make_work(tmp_path_factory.mktemp("janus"))
 
 
 def options(**changes):
