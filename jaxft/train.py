@@ -66,6 +66,7 @@ def train(config: dict[str, Any], workdir: Path) -> None:
             if step > start and _due(step, every.sample):
                 watch.look(step, runs.model_params(frozen, state))
             if step > start and _due(step, every.save):
+                watch.flush()  # raises where the state is not worth keeping
                 saved.save(step, state, config, {"next_step": step})
             asked = time.perf_counter()
             batch = next(batches)

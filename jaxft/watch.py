@@ -51,10 +51,6 @@ class Watch:
         if lines and self.primary:
             (workdir / BAD).write_text("".join(lines))
 
-    def start_clock(self) -> None:
-        """The next step's time begins now (after a compilation)."""
-        self.last = time.perf_counter()
-
     def train(
         self,
         step: int,
@@ -81,10 +77,11 @@ class Watch:
         flops = self.flops_per_unit * pending.units
         rates = self.throughput.rates(pending.units, now - self.last, waited, flops)
         self.last = now
-        if not math.isfinite(sums["loss"]):
+        # A loss may be finite whose gradients are not: they have spoilt the weights already.
+        if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(sums[name])]:
             raise UserError(
-                f"loss is {sums['loss']} at step {pending.step}; nothing after the last checkpoint"
-                " is kept: lower optim.lr or lengthen optim.warmup, in another --workdir"
+                f"{bad[0]} is {sums[bad[0]]} at step {pending.step}; nothing after the last"
+                " checkpoint is kept: lower optim.lr or lengthen optim.warmup, in another --workdir"
             )
         self.writer.write(pending.step, sums | rates, shown=pending.shown)
 

@@ -162,7 +162,6 @@ def test_every_module_has_its_test_file():
         **dict.fromkeys(("evaluate", "sample", "export"), ("commands",)),
         **dict.fromkeys(("run", "watch"), ("train",)),
         **dict.fromkeys(("decode",), ("commands",)),
-        "llm": ("train",),
         "errors": ("bad_input",),
     }
     for path in FILES:

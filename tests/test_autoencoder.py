@@ -229,6 +229,7 @@ def test_losses_that_could_do_nothing(fails, models):
     words = ["discriminator", "trainable", "add |discriminator"]
     fails(words, {"loss.adversarial": 0.5, "trainable": r"vae\..*"})
     fails(["remat='offload'", "convolutions", "full"], {"remat": "offload"})
+    fails(["lora.rank=4", "lora.rank=0"], {"lora.rank": 4, "lora.targets": ".*"})
     fails(["loss.revive=1", "has none"], {"loss.revive": 1.0})
     fails(
         ["loss.revive=1", "vae.quantize.embedding"],

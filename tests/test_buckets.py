@@ -150,7 +150,16 @@ def test_rows_of_all_hosts_unite_to_the_global_batch():
 def test_batches_carry_their_sample_ids():
     for batch in load(12):
         assert batch["sample_ids"].dtype == np.int32
-        np.testing.assert_array_equal(batch["value"][:, 0], batch["sample_ids"])
+        np.testing.assert_array_equal(batch["value"][:, 0], batch["sample_ids"] % len(Sizes()))
+
+
+def test_an_example_that_fills_a_batch_up_draws_noise_of_its_own():
+    """Rows of one id have one PRNG key: the same noise and timestep again would teach nothing."""
+    repeated = 0
+    for batch in load(12):
+        repeated += len(batch["value"]) - len(np.unique(batch["value"][:, 0]))
+        assert len(np.unique(batch["sample_ids"])) == len(batch["sample_ids"])
+    assert repeated, "a bucket is to be shorter than the batch"
 
 
 def test_a_late_start_reads_no_earlier_example():

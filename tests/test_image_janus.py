@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tiny_image_tokens import arguments, make_pictures
-from tiny_janus import CODES, GRID, SIZE, make_janus_model
+from tiny_image_tokens import arguments
+from tiny_janus import CODES, GRID, SIZE, make_janus_model, make_work
 from transformers import AutoTokenizer, JanusForConditionalGeneration
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
@@ -24,7 +24,7 @@ from jaxft.tasks.image_layout import encode_prompt, null_prompt
 from jaxft.tasks.image_model import open_model
 from jaxft.tasks.options import ImageTokenOptions, TokenLoss, TokenSample
 from jaxft.weights import transfer
-from jaxft.weights.janus_layout import AsTransformers
+from jaxft.weights.janus_layout import transformers_keyed
 from jaxft.weights.tensor_files import TensorFiles
 
 CODEBOOK = "model.vqmodel.quantize.embedding.weight"
@@ -34,10 +34,7 @@ CAPTIONS = ["a red cat 0", "water", "the blue house of a person 1"]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    work = tmp_path_factory.mktemp("janus")
-    make_pictures(work / "pictures")
-    make_janus_model(work / "model")
-    return work
+    return make_work(tmp_path_factory.mktemp("janus"))
 
 
 def options(**changes):
@@ -188,7 +185,7 @@ def test_p8_a_run_exports_the_authors_layout_too(trained, tmp_path):
     out = tmp_path / "original"
     assert exports.main(["--workdir", str(trained), "--kind", "original", "--out", str(out)]) == 0
     stock = load_file(trained / "export" / "model.safetensors")
-    back = AsTransformers(TensorFiles.open(out), "x")
+    back = transformers_keyed(TensorFiles.open(out), "x")
     assert set(back.keys()) == stock.keys()
     assert all(back.read(key).tobytes() == tensor.tobytes() for key, tensor in stock.items())
     assert json.loads((out / "config.json").read_text())["model_type"] == "multi_modality"

@@ -17,7 +17,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import describe
 from jaxft.models.janus import JanusConfig
 from jaxft.weights import janus_layout, transfer
-from jaxft.weights.janus_layout import AsTransformers
+from jaxft.weights.janus_layout import transformers_keyed
 from jaxft.weights.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.transfer import Export
 
@@ -103,7 +103,7 @@ def test_p8_names_are_the_authors_and_a_bijection(work, folder):
     fused = theirs["vision_model.vision_tower.blocks.0.attn.qkv.weight"]
     np.testing.assert_array_equal(fused, np.concatenate(thirds))
     assert theirs["vision_model.vision_tower.pos_embed"].shape == (1, 36, 16)
-    back = AsTransformers(TensorFiles.open(folder), "x")
+    back = transformers_keyed(TensorFiles.open(folder), "x")
     assert set(back.keys()) == source.keys()
     for key, tensor in source.items():
         assert back.read(key).tobytes() == tensor.tobytes(), key
@@ -127,7 +127,7 @@ def test_p8_every_name_of_the_published_sizes_goes_there_and_back():
         def read(self, key):
             raise AssertionError(key)
 
-    back = AsTransformers(Headers(), "x")
+    back = transformers_keyed(Headers(), "x")
     assert {key: back.info(key) for key in back.keys()} == infos  # noqa: SIM118
 
 
@@ -168,4 +168,4 @@ def test_what_is_no_janus(folder, tmp_path):
     tensors = {"wte.weight": np.zeros(2, np.float32)}
     write_sharded(tmp_path, tensors.items(), {"wte.weight": ((2,), np.dtype(np.float32))})
     with pytest.raises(UserError, match=r"here: tensor wte\.weight is none of a Janus"):
-        AsTransformers(TensorFiles.open(tmp_path), "here")
+        transformers_keyed(TensorFiles.open(tmp_path), "here")

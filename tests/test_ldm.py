@@ -150,11 +150,11 @@ def test_the_published_sizes_round_trip_and_fill_the_models(kind):
         leaves = describe(jax.eval_shape(lambda m=model, c=cfg: m(c, key=jax.random.key(0))))
         part = transfer.Part("", name, None, rules(cfg), sizes(cfg))
         infos = transfer.export(part, leaves, {}, {}, None).infos
-        file = Shapes(single_file.ldm_infos(Export(infos, iter(())), layout))
+        file = Shapes(single_file.to_ldm(Export(infos, iter(())), layout).infos)
         if kind == "sd1" and name == "unet":
             assert len(file.infos) == 686
             assert file.infos["model.diffusion_model.output_blocks.5.2.conv.weight"]
-        back = single_file.AsDiffusers(file, layout)
+        back = single_file.as_diffusers(file, layout)
         assert {key: back.info(key) for key in back.keys()} == infos  # noqa: SIM118
         part._replace(tensors=back).entries(leaves)
 
@@ -178,7 +178,7 @@ def test_sd2_files_hold_a_layer_and_a_projection_that_nothing_reads():
     keys = ["ln_final.bias", "logit_scale", "text_projection", "attn_mask"]
     keys += [f"transformer.resblocks.{i}.attn.in_proj_bias" for i in (22, 23)]
     file = Shapes({prefix + key: ((3,), np.dtype(np.float32)) for key in keys})
-    assert single_file.AsDiffusers(file, ldm.clip_layout(cfg, prefix)).keys() == [
+    assert single_file.as_diffusers(file, ldm.clip_layout(cfg, prefix)).keys() == [
         "text_model.final_layer_norm.bias",
         *(f"text_model.encoder.layers.22.self_attn.{x}_proj.bias" for x in "qkv"),
     ]
@@ -190,7 +190,7 @@ def test_old_attention_names_become_the_same_tensors():
     info = ((512, 512), np.dtype(np.float32))
     for names in (("query", "proj_attn"), ("to_q", "to_out.0")):
         export = Export({f"{attn}{name}.weight": info for name in names}, iter(()))
-        assert single_file.ldm_infos(export, layout) == {
+        assert single_file.to_ldm(export, layout).infos == {
             f"first_stage_model.encoder.mid.attn_1.{name}.weight": ((512, 512, 1, 1), info[1])
             for name in ("q", "proj_out")
         }

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from jaxft import train
+from jaxft.core.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ["--config", str(ROOT / "configs" / "llm.py")]
@@ -129,6 +130,15 @@ def test_random_init_trains_and_exports_every_tensor(flags, model, tmp_path):
     loaded = LlamaForCausalLM.from_pretrained(work / "export", dtype=torch.float32)
     assert set(weights(work / "export")) == set(weights(model))
     assert torch.isfinite(loaded(torch.arange(8)[None]).logits).all()
+
+
+def test_a_step_that_is_not_finite_is_never_saved(flags, tmp_path, capsys):
+    """The numbers of a step come one step late, but never later than its checkpoint."""
+    changes = {"lora.rank": 0, "optim.lr": 1e30, "optim.warmup": "0_steps", "every.save": "1_steps"}
+    arguments = [*CONFIG, "--workdir", str(tmp_path / "run"), *flags(changes)]
+    assert train.main(arguments) == 2
+    assert "grad_norm is nan at step 2; nothing after" in capsys.readouterr().err
+    assert Checkpoints(tmp_path / "run").latest() in (None, 1), "step 1 may still be on its way"
 
 
 def test_classification_reports_accuracy_and_rows(flags, tmp_path, capsys):

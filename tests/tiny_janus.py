@@ -3,6 +3,7 @@
 import json
 
 import torch
+from tiny_image_tokens import make_pictures
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     JanusConfig,
@@ -99,4 +100,11 @@ def make_janus_model(folder, **changes):
     content = {"image_processor_type": "JanusImageProcessor", **colours}
     (folder / "preprocessor_config.json").write_text(json.dumps(content))
     (folder / "LICENSE").write_text("free\n")
+    return folder
+
+
+def make_work(folder):
+    """A folder with such a model and captioned pictures to train it on."""
+    make_pictures(folder / "pictures")
+    make_janus_model(folder / "model")
     return folder

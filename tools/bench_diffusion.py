@@ -12,13 +12,12 @@ from typing import Any
 
 from benching import (
     ROOT,
-    STILL_OPTIM,
     Contestant,
     compare,
     jaxft_contestants,
     machine,
     machine_line,
-    ratios,
+    open_run,
     report,
     start,
     steps_table,
@@ -125,24 +124,18 @@ def _open(
     import jax
 
     from jaxft import run as runs
-    from jaxft.core.config import load_config
     from jaxft.core.sharding import local_rows
-    from jaxft.tasks.options import OPTIONS
 
     changes = {
         "model": str(folder),
         "data.train": pictures,
-        "data.eval": "",
         "resolution": args.side * FACTOR,
         "cache": str(folder / "cache"),
         "batch_size": args.batch,
         "caption_dropout": 0.0,
         "min_snr_gamma": 0.0,
-        "export.kind": "none",
-        **STILL_OPTIM,
     }
-    given = [(key, str(value)) for key, value in changes.items()]
-    run = runs.open_run(load_config(str(ROOT / "configs" / "diffusion.py"), given, OPTIONS))
+    run = open_run("diffusion", changes)
     rows = local_rows(run.mesh, args.batch)
     batches = {UNCACHED: next(run.task.train_batches(0, rows))}
     with jax.set_mesh(run.mesh):
@@ -159,9 +152,7 @@ def _compare_steps(
     given = _first_draws(run, batches[CACHED])
     ours = jaxft_contestants(run, {"jaxft": batches[CACHED]}, params)
     del params
-    theirs = _torch_contestants(args, folder, given)
-    result = compare([*ours, *theirs], args.steps, tolerance)
-    return {**result, **ratios(result["steps"], "jaxft", [one.name for one in theirs])}
+    return compare(ours, _torch_contestants(args, folder, given), args.steps, tolerance)
 
 
 def _compare_caching(
@@ -169,8 +160,8 @@ def _compare_caching(
 ) -> dict[str, Any]:
     """jaxft's step on stored moments and embeddings, and on pixels and ids."""
     run, params, batches = _open(args, folder, pictures)
-    result = compare(jaxft_contestants(run, batches, params), args.steps, tolerance)
-    return {**result, **ratios(result["steps"], CACHED, [UNCACHED])}
+    without, within = jaxft_contestants(run, batches, params)
+    return compare([within], [without], args.steps, tolerance)
 
 
 def _first_draws(run: Any, batch: dict) -> dict[str, Any]:

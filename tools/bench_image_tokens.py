@@ -4,24 +4,21 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benching import (
-    ROOT,
-    STILL_OPTIM,
     Contestant,
     compare,
     jaxft_contestants,
     machine,
     machine_line,
-    ratios,
+    open_run,
     report,
     start,
     steps_table,
     torch_adamw,
-    torch_contestant,
+    torch_contestants,
 )
 
 STOCK = "transformers' generate"
@@ -54,10 +51,7 @@ def _codes(folder: Path) -> int:
 
 def _open(args: argparse.Namespace, folder: Path, work: Path, batch: int) -> Any:
     """The run that trains this folder's model; pictures are encoded into a cache of its own."""
-    from jaxft import run as runs
-    from jaxft.core.config import load_config
     from jaxft.models.vq_config import VQConfig
-    from jaxft.tasks.options import OPTIONS
 
     side = json.loads((folder / "imagetoken.json").read_text())
     vq = folder / "vq" / "config.json"
@@ -65,16 +59,12 @@ def _open(args: argparse.Namespace, folder: Path, work: Path, batch: int) -> Any
     changes = {
         "model": str(folder),
         "data.train": args.data,
-        "data.eval": "",
         "cache": str(work / "cache"),
         "resolution": side["grid"][0] * factor,
         "batch_size": batch,
         "caption_dropout": 0.0,
-        "export.kind": "none",
-        **STILL_OPTIM,
     }
-    given = [(key, str(value)) for key, value in changes.items()]
-    return runs.open_run(load_config(str(ROOT / "configs" / "image_tokens.py"), given, OPTIONS))
+    return open_run("image_tokens", changes)
 
 
 # ---- an image -----------------------------------------------------------------------------
@@ -100,8 +90,8 @@ def _compare_drawing(args: argparse.Namespace, folder: Path, work: Path) -> dict
     peers = [_stock(args, folder, caption, compiled=False)]
     if not args.no_compile:
         peers.append(_stock(args, folder, caption, compiled=True))
-    result = compare([Contestant("jaxft", draw), *peers], args.steps, 0.0, "checksum of codes")
-    return {**result, **ratios(result["steps"], "jaxft", [one.name for one in peers])}
+    ours = [Contestant("jaxft", draw)]
+    return compare(ours, peers, args.steps, 0.0, "checksum of codes")
 
 
 def _checksum(codes: Any) -> float:
@@ -157,9 +147,7 @@ def _compare_training(args: argparse.Namespace, folder: Path, work: Path) -> dic
     batch = next(run.task.train_batches(0, local_rows(run.mesh, args.batch)))
     ours = jaxft_contestants(run, {"jaxft": batch}, params)
     del params
-    theirs = _torch_contestants(args, folder, batch)
-    result = compare([*ours, *theirs], args.steps, 1e-4)
-    return {**result, **ratios(result["steps"], "jaxft", [one.name for one in theirs])}
+    return compare(ours, _torch_contestants(args, folder, batch), args.steps, 1e-4)
 
 
 def _torch_contestants(args: argparse.Namespace, folder: Path, batch: dict) -> list[Contestant]:
@@ -175,13 +163,8 @@ def _torch_contestants(args: argparse.Namespace, folder: Path, batch: dict) -> l
         logits = model(tokens, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def contestant(name: str, call: Callable) -> Contestant:
-        return torch_contestant(name, lambda: call(tokens, targets), optimizer, False)
-
-    made = [contestant("torch eager", loss_of)]
-    if not args.no_compile:
-        made.append(contestant("torch compile", torch.compile(loss_of)))
-    return made
+    inputs = (tokens, targets)
+    return torch_contestants(loss_of, inputs, optimizer, False, not args.no_compile)
 
 
 def _rows(folder: Path, batch: dict) -> tuple[Any, Any]:

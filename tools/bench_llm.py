@@ -3,25 +3,23 @@
 import argparse
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benching import (
-    ROOT,
-    STILL_OPTIM,
     Contestant,
     compare,
     jaxft_contestants,
     machine,
     machine_line,
-    ratios,
+    open_run,
     report,
     start,
     steps_table,
     torch_adamw,
-    torch_contestant,
+    torch_contestants,
 )
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -107,8 +105,7 @@ def make_random(folder: Path, config: dict[str, Any]) -> None:
 def _compare_steps(args: argparse.Namespace, folder: Path, rank: int) -> dict[str, Any]:
     ours, batch = _jaxft_contestants(args, folder, rank)
     theirs = _torch_contestants(args, folder, rank, batch)
-    result = compare([*ours, *theirs], args.steps, 5e-2 if args.gpu else 1e-4)
-    return {**result, **ratios(result["steps"], "jaxft", [one.name for one in theirs])}
+    return compare(ours, theirs, args.steps, 5e-2 if args.gpu else 1e-4)
 
 
 def _jaxft_contestants(
@@ -117,24 +114,17 @@ def _jaxft_contestants(
     """jaxft's step on a fixed batch, and that batch."""
     import numpy as np
 
-    from jaxft import run as runs
-    from jaxft.core.config import load_config
     from jaxft.core.sharding import local_rows
 
     changes = {
         "model": str(folder),
         "data.train": "demo:novel/train",
-        "data.eval": "",
         "seq_len": args.seq,
         "pack": False,
         "batch_size": args.batch,
         "lora.rank": rank,
-        **STILL_OPTIM,
     }
-    config = load_config(
-        str(ROOT / "configs" / "llm.py"), [(k, str(v)) for k, v in changes.items()]
-    )
-    run = runs.open_run(config)
+    run = open_run("llm", changes)
     batch = next(run.task.train_batches(0, local_rows(run.mesh, args.batch)))
     vocab = run.task.model_cfg.vocab_size
     ids = np.random.default_rng(0).integers(0, vocab, (args.batch, args.seq + 1), np.int32)
@@ -167,11 +157,7 @@ def _torch_contestants(
             logits = model(ids, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def contestant(name: str, call: Callable) -> Contestant:
-        return torch_contestant(name, lambda: call(ids, targets), optimizer, args.gpu)
-
-    compiled = contestant("torch compile", torch.compile(loss_of))
-    return [contestant("torch eager", loss_of), compiled]
+    return torch_contestants(loss_of, (ids, targets), optimizer, args.gpu)
 
 
 def _section(record: dict[str, Any]) -> str:

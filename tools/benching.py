@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +52,17 @@ def start(gpu: bool) -> None:
     from jaxft.core import runtime
 
     runtime.restart_with_huge_pages()
+
+
+def open_run(name: str, changes: Mapping[str, Any]) -> Any:
+    """The run of configs/NAME.py with these keys; no step of it moves a weight."""
+    from jaxft import run as runs
+    from jaxft.core.config import load_config
+    from jaxft.tasks.options import OPTIONS
+
+    still = {**changes, "data.eval": "", "export.kind": "none", **STILL_OPTIM}
+    given = [(key, str(value)) for key, value in still.items()]
+    return runs.open_run(load_config(str(ROOT / "configs" / f"{name}.py"), given, OPTIONS))
 
 
 def jaxft_contestants(
@@ -107,6 +119,21 @@ def torch_contestant(name: str, loss_of: Callable, optimizer: Any, gpu: bool) ->
     return Contestant(name, step)
 
 
+def torch_contestants(
+    loss_of: Callable, inputs: tuple, optimizer: Any, gpu: bool, compiled: bool = True
+) -> list[Contestant]:
+    """The plain loop's step as it is and, if `compiled`, through torch.compile."""
+    import torch
+
+    calls = {"torch eager": loss_of}
+    if compiled:
+        calls["torch compile"] = torch.compile(loss_of)
+    return [
+        torch_contestant(name, partial(call, *inputs), optimizer, gpu)
+        for name, call in calls.items()
+    ]
+
+
 def torch_adamw(model: Any) -> Any:
     """PyTorch's fastest AdamW, on what of the model trains."""
     import torch
@@ -116,11 +143,18 @@ def torch_adamw(model: Any) -> Any:
 
 
 def compare(
-    contestants: list[Contestant], rounds: int, tolerance: float, what: str = "loss"
+    ours: list[Contestant],
+    peers: list[Contestant],
+    rounds: int,
+    tolerance: float,
+    what: str = "loss",
 ) -> dict[str, Any]:
-    """Figures of every contestant's steps, and what its first step returned; these must agree."""
+    """Figures of every contestant's steps, and what its first step returned; these must agree.
+
+    The ratios are the best peer's figures over those of our first: above 1 ours is faster.
+    """
     figures, losses = {}, {}
-    for one in contestants:
+    for one in (*ours, *peers):
         began = time.perf_counter()
         losses[one.name] = one.step()
         figures[one.name] = {"first_s": one.compile_s + time.perf_counter() - began}
@@ -128,7 +162,7 @@ def compare(
     low, high = min(losses.values()), max(losses.values())
     if not high - low <= tolerance * abs(low):
         raise SystemExit(f"not the same work: {what} of the first step is {losses}")
-    for name, rows in _time_rounds(contestants, rounds).items():
+    for name, rows in _time_rounds([*ours, *peers], rounds).items():
         walls, cpus = ([row[i] for row in rows] for i in (0, 1))
         figures[name] |= {
             "median_s": statistics.median(walls),
@@ -136,13 +170,9 @@ def compare(
             "cpu_s": statistics.median(cpus),
         }
         figures[name]["compile_s"] = max(figures[name].pop("first_s") - min(walls), 0.0)
-    return {"steps": figures, "first_losses": losses}
-
-
-def ratios(steps: dict[str, dict[str, float]], ours: str, peers: list[str]) -> dict[str, float]:
-    """The best peer's figure over ours: above 1 ours is faster."""
-    best = {key: min(steps[peer][key] for peer in peers) for key in FIGURES}
-    return {f"ratio_{key}": best[key] / steps[ours][key] for key in FIGURES}
+    best = {key: min(figures[peer.name][key] for peer in peers) for key in FIGURES}
+    ratios = {f"ratio_{key}": best[key] / figures[ours[0].name][key] for key in FIGURES}
+    return {"steps": figures, "first_losses": losses, **ratios}
 
 
 def _time_rounds(contestants: list[Contestant], rounds: int) -> dict[str, list[tuple]]:

@@ -100,9 +100,19 @@ class _Planned:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> Batch:
-        ids = self.plan.plan(index)[self.rows]
+        whole = self.plan.plan(index)
+        ids = whole[self.rows]
         batch = self.collate_fn([self.dataset[int(i)] for i in ids], batch_rows=len(ids))
-        return {**batch, "sample_ids": ids.astype(np.int32)}
+        return {**batch, "sample_ids": _apart(whole, len(self.dataset))[self.rows]}
+
+
+def _apart(ids: Int[np.ndarray, " B"], n: int) -> Int[np.ndarray, " B"]:
+    """Sample ids, int32; the k-th repetition of one adds k * n, so that it draws its own noise."""
+    order = np.argsort(ids, kind="stable")
+    first = np.searchsorted(ids[order], ids[order])
+    apart = ids.astype(np.int32)
+    apart[order] += (n * (np.arange(len(ids)) - first)).astype(np.int32)
+    return apart
 
 
 def bucket_loader(
@@ -117,7 +127,8 @@ def bucket_loader(
     """Endless host batches of one bucket each from step `start_step` on, read ahead in threads.
 
     As `train_loader`: `rows` is this process's slice of every batch, sample_ids int32 [rows] tell
-    the examples, and starting late costs nothing.
+    the examples (modulo their number: no two rows of a batch share one), and starting late costs
+    nothing.
     """
     rows = checked_rows(rows, plan.batch_size)
     iterator = read_ahead(_Planned(dataset, plan, rows, collate_fn), threads)

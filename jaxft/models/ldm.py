@@ -7,7 +7,7 @@ from jaxft.models.clip import CLIPTextConfig
 from jaxft.models.unet_config import UNetConfig
 from jaxft.models.vae import VAEConfig
 from jaxft.weights.pipeline import Pipeline, open_pipeline
-from jaxft.weights.single_file import TEXT, UNET, AsDiffusers, Layout, open_single_file
+from jaxft.weights.single_file import TEXT, UNET, Layout, as_diffusers, open_single_file
 from jaxft.weights.single_file import VAE as FIRST_STAGE
 
 SINGLE = (".safetensors", ".ckpt", ".pt", ".bin")
@@ -62,7 +62,7 @@ def open_model(
     if not weights:
         return pipeline
     components = {
-        name: replace(pipeline.components[name], tensors=AsDiffusers(source.tensors, layout))
+        name: replace(pipeline.components[name], tensors=as_diffusers(source.tensors, layout))
         for name, layout in layouts(pipeline).items()
         if (source := pipeline.components[name]).tensors is not None
     }

@@ -291,7 +291,6 @@ class UNet(nnx.Module):
         return time
 
 
-# What the backward pass keeps of a resnet or transformer block beside its input.
 def _resnet(cfg: UNetConfig, inputs: int, outputs: int, key: PRNGKeyArray) -> ResnetBlock:
     return ResnetBlock(
         inputs, outputs, key=key, groups=cfg.groups, eps=cfg.eps, time_dim=cfg.time_dim

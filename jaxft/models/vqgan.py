@@ -150,11 +150,6 @@ def unit_codebook(cfg: VQConfig, table: Float[Array, "K C"]) -> Float[Array, "K 
     return normalised(table)
 
 
-def sizes(cfg: VQConfig) -> dict[str, int]:
-    """The dims that the rules' layouts name: none."""
-    return {}
-
-
 # LlamaGen's statistics of its training; taming's discriminator and perceptual network.
 IGNORE = (r"quantize\.codebook_used", r"loss\..*")
 _CODEBOOK = Rule("quantize.embedding.weight", "quantize.embedding")

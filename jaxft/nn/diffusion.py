@@ -190,32 +190,6 @@ def target(
     return at.signal * noise - at.noise * x0
 
 
-def to_x0(
-    schedule: Schedule,
-    out: Float[Array, "B Y X C"],
-    x_t: Float[Array, "B Y X C"],
-    t: Int[Array, "B"],
-) -> Float[Array, "B Y X C"]:
-    """The clean latents that a prediction implies."""
-    at = rates(schedule, t)
-    if schedule.prediction == "epsilon":
-        return (x_t - at.noise * out) / at.signal
-    return at.signal * x_t - at.noise * out
-
-
-def to_noise(
-    schedule: Schedule,
-    out: Float[Array, "B Y X C"],
-    x_t: Float[Array, "B Y X C"],
-    t: Int[Array, "B"],
-) -> Float[Array, "B Y X C"]:
-    """The noise that a prediction implies."""
-    if schedule.prediction == "epsilon":
-        return out
-    at = rates(schedule, t)
-    return at.signal * out + at.noise * x_t
-
-
 def squared_error(
     out: Float[Array, "B Y X C"], wanted: Float[Array, "B Y X C"]
 ) -> Float[Array, "B"]:
@@ -240,28 +214,10 @@ def offset_noise(
     return noise + strength * shift[:, None, None]
 
 
-class Bias(NamedTuple):
-    """Timesteps from `begin` up to but not `end` are drawn `times` as often as the others."""
-
-    begin: int
-    end: int
-    times: float
-
-
-def draw_timesteps(
-    keys: PRNGKeyArray, schedule: Schedule, bias: Bias | None = None
-) -> Int[Array, "B"]:
-    """One training timestep a key, uniform or biased; a row's depends on its own key alone."""
-    weights = np.ones(schedule.train_steps)
-    if bias is not None:
-        if not (0 <= bias.begin < bias.end <= schedule.train_steps and bias.times > 0):
-            raise UserError(
-                f"timestep bias {tuple(bias)} (begin, end, times) needs 0 <= begin < end <="
-                f" {schedule.train_steps} and times > 0"
-            )
-        weights[bias.begin : bias.end] = bias.times
+def draw_timesteps(keys: PRNGKeyArray, schedule: Schedule) -> Int[Array, "B"]:
+    """One training timestep a key, uniform; a row's depends on its own key alone."""
     # The bounds between timesteps on [0, 1), without the 1, which fp32 could round a draw to.
-    bounds = jnp.asarray((np.cumsum(weights) / weights.sum())[:-1], jnp.float32)
+    bounds = jnp.asarray(np.arange(1, schedule.train_steps) / schedule.train_steps, jnp.float32)
     draws = jax.vmap(jax.random.uniform)(keys)
     return jnp.searchsorted(bounds, draws, side="right").astype(jnp.int32)
 

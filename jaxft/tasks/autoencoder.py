@@ -282,6 +282,11 @@ class Autoencoder:
         """Refuse what could not do as it is asked to."""
         runner(self.remat)
         losses, trainable = self.losses, self.cfg.trainable or ".*"
+        if self.cfg.lora.rank:
+            raise UserError(
+                f"lora.rank={self.cfg.lora.rank}, but an autoencoder takes no adapters; set"
+                " lora.rank=0 and name what trains in trainable"
+            )
         if not (losses.l1 or losses.l2 or losses.perceptual):
             raise UserError(
                 "loss.l1=0.0, loss.l2=0.0 and loss.perceptual=0.0 leave no image to aim at; set one"

@@ -234,7 +234,7 @@ class TrainRows(NamedTuple):
     """Rows of a batch, padded on the right: a causal model's real tokens never see the padding.
 
     places: where image_targets are predicted from. text_targets, text_weights: of the first
-    max_caption_tokens places; the weights of a row add up to 1, or to 0 without a caption.
+    max_caption_tokens places; the weights of a row add up to 1, or to 0 without a prompt.
     images: which of the tokens are codes.
     """
 
@@ -275,5 +275,5 @@ def train_rows(
         lengths + jnp.arange(count),
         ids,
         tokens[:, 1 : width + 1],
-        spoken.astype(jnp.float32) / lengths,
+        spoken / jnp.maximum(lengths, 1.0),  # a prompt of no tokens has no weight, and no 0 / 0
     )

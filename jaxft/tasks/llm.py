@@ -131,7 +131,7 @@ class LLM:
         return itertools.islice(self.train_batches(0, rows), 1)
 
     def units(self, batch: Mapping[str, np.ndarray]) -> int:
-        return int(batch["segment_ids"].sum())
+        return int(np.count_nonzero(batch["segment_ids"]))  # they count up where rows are shared
 
     def flops_per_unit(self, chosen: set[str]) -> float:
         """Forward and both halves of the backward pass; a frozen base has only one of them."""

@@ -6,16 +6,15 @@ The pairs are facts of transformers' conversion script for Janus.
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from jaxft.core.errors import UserError
-from jaxft.weights.rules import Rule, rearrange, rearranged_shape, renamed
+from jaxft.weights.relaid import Place, Relaid, relaid
+from jaxft.weights.rules import Rule, renamed
 from jaxft.weights.sources import Source
-from jaxft.weights.tensor_files import Info, Tensors
+from jaxft.weights.tensor_files import Tensors
 from jaxft.weights.transfer import Export
 
 KIND, ARCHITECTURE = "multi_modality", "MultiModalityCausalLM"
@@ -59,76 +58,34 @@ WHOLE = re.compile(_BLOCK.format(**_NUMBER) + r"attn\.qkv\.(\w+)")
 DROPPED = re.compile(r"vision_model\.vision_tower\.attn_pool\..*|.*\.quantize\.codebook_used")
 
 
-class _Place(NamedTuple):
-    """Where a tensor of transformers' lies in the original: its key, layout from there, third."""
-
-    key: str
-    layout: str
-    third: int | None = None
-
-
-class AsTransformers:
+def transformers_keyed(tensors: Tensors, where: str) -> Relaid:
     """An original checkpoint under transformers' keys and shapes."""
-
-    def __init__(self, tensors: Tensors, where: str):
-        self._tensors, self._places = tensors, dict[str, _Place]()
-        for key in tensors.keys():  # noqa: SIM118 (a Tensors is no dict)
-            if DROPPED.fullmatch(key):
-                continue
-            if match := WHOLE.fullmatch(key):
-                stem = f"{_LAYER.format(m=match[1])}self_attn."
-                for third, letter in enumerate("qkv"):
-                    self._places[f"{stem}{letter}_proj.{match[2]}"] = _Place(key, "", third)
-            elif found := renamed(BACK, key):
-                self._places[found[0]] = _Place(key, found[1])
-            else:
-                raise UserError(f"{where}: tensor {key} is none of a Janus; give the folder of one")
-
-    def keys(self) -> Sequence[str]:
-        return list(self._places)
-
-    def info(self, key: str) -> Info:
-        place = self._places[key]
-        shape, dtype = self._tensors.info(place.key)
-        if place.third is not None:
-            return (shape[0] // 3, *shape[1:]), dtype
-        return rearranged_shape(shape, place.layout, {}), dtype
-
-    def read(self, key: str) -> np.ndarray:
-        place = self._places[key]
-        tensor = self._tensors.read(place.key)
-        if place.third is not None:
-            return np.split(tensor, 3)[place.third].copy()
-        return rearrange(tensor, place.layout, {}) if place.layout else tensor
+    places: dict[str, Place] = {}
+    for key in tensors.keys():  # noqa: SIM118 (a Tensors is no dict)
+        if DROPPED.fullmatch(key):
+            continue
+        if match := WHOLE.fullmatch(key):
+            stem = f"{_LAYER.format(m=match[1])}self_attn."
+            for third, letter in enumerate("qkv"):
+                places[f"{stem}{letter}_proj.{match[2]}"] = Place(key, third=third)
+        elif found := renamed(BACK, key):
+            places[found[0]] = Place(key, found[1])
+        else:
+            raise UserError(f"{where}: tensor {key} is none of a Janus; give the folder of one")
+    return Relaid(tensors, places)
 
 
 def original(made: Export) -> Export:
     """An export under transformers' keys as DeepSeek's code reads it."""
-    infos, places = {}, {}
-    for key, (shape, dtype) in made.infos.items():
-        if match := FUSED.fullmatch(key):
-            name = f"{_BLOCK.format(m=match[1])}attn.qkv.{match[3]}"
-            place = _Place(name, "", "qkv".index(match[2]))
-            shape = (3 * shape[0], *shape[1:])
-        else:
-            name, layout = renamed(TABLE, key) or (key, "")
-            place, shape = _Place(name, layout), rearranged_shape(shape, layout, {})
-        infos[place.key], places[key] = (shape, dtype), place
+    return relaid(made, {key: _to_original(key) for key in made.infos})
 
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        waiting: dict[str, dict[int, np.ndarray]] = {}
-        for key, array in made.tensors:
-            place = places[key]
-            if place.third is None:
-                yield place.key, rearrange(array, place.layout, {}) if place.layout else array
-                continue
-            thirds = waiting.setdefault(place.key, {})
-            thirds[place.third] = array
-            if len(thirds) == 3:
-                yield place.key, np.concatenate([thirds[i] for i in range(3)])
-                del waiting[place.key]
 
-    return Export(infos, tensors())
+def _to_original(key: str) -> Place:
+    if match := FUSED.fullmatch(key):
+        name = f"{_BLOCK.format(m=match[1])}attn.qkv.{match[3]}"
+        return Place(name, third="qkv".index(match[2]))
+    name, layout = renamed(TABLE, key) or (key, "")
+    return Place(name, layout)
 
 
 # ---- configs ----------------------------------------------------------------------------------
@@ -142,7 +99,7 @@ def as_transformers(source: Source) -> Source:
     side = config["vision_config"]["image_size"]
     processor = {"size": {"height": side, "width": side}, "min_size": 14}
     files["preprocessor_config.json"] = json.dumps(processor).encode()
-    tensors = None if source.tensors is None else AsTransformers(source.tensors, source.name)
+    tensors = None if source.tensors is None else transformers_keyed(source.tensors, source.name)
     return dataclasses.replace(source, config=config, tensors=tensors, side_files=files)
 
 

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,9 @@ from safetensors import safe_open
 from jaxft.core.errors import UserError
 from jaxft.weights import known_configs as known
 from jaxft.weights.pipeline import INDEX, SCHEDULER, Pipeline, open_pipeline
-from jaxft.weights.rules import rearrange, rearranged_shape
+from jaxft.weights.relaid import Place, Relaid, relaid
 from jaxft.weights.sources import Source
-from jaxft.weights.tensor_files import Info, TensorFiles, Tensors, write_sharded
+from jaxft.weights.tensor_files import TensorFiles, Tensors, write_sharded
 from jaxft.weights.transfer import Export
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -45,53 +46,22 @@ class Layout(NamedTuple):
     ignore: str = r"(?!)"
 
 
-class _Slice(NamedTuple):
-    """Where one of diffusers' tensors lies: LDM's key, its layout, and which third of it."""
-
-    key: str
-    arrow: str
-    third: int | None
-
-
-class AsDiffusers:
+def as_diffusers(tensors: Tensors, layout: Layout) -> Relaid:
     """One component of a single file under diffusers' keys and shapes."""
-
-    def __init__(self, tensors: Tensors, layout: Layout):
-        self._tensors = tensors
-        back = {ldm: name for name, ldm in layout.names.items()}
-        self._places: dict[str, _Slice] = {}
-        for key in tensors.keys():  # noqa: SIM118 (a Tensors is no dict)
-            inner = key.removeprefix(layout.prefix)
-            if inner == key or re.fullmatch(layout.ignore, inner):
-                continue
-            name = renamed(inner, back)
-            match = re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name) if layout.fused else None
-            for third, letter in enumerate("qkv") if match else ():
-                assert match is not None
-                place = _Slice(key, "", third)
-                self._places[f"{match[1]}.{letter}_proj.{match[2]}"] = place
-            if not match:
-                self._places[name] = _Slice(key, layout.arrows.get(name, ""), None)
-
-    def keys(self) -> Sequence[str]:
-        return list(self._places)
-
-    def info(self, key: str) -> Info:
-        place = self._places[key]
-        shape, dtype = self._tensors.info(place.key)
-        if place.third is not None:
-            shape = (shape[0] // 3, *shape[1:])
-        # A shape that does not fit its arrow is shown as it is: the plan then names the tensor.
-        fits = place.arrow and len(shape) == len(place.arrow.split("->")[0].split())
-        return rearranged_shape(shape, place.arrow, {}) if fits else shape, dtype
-
-    def read(self, key: str) -> np.ndarray:
-        place = self._places[key]
-        array = self._tensors.read(place.key)
-        if place.third is not None:
-            array = np.split(array, 3)[place.third].copy()
-        arrow = place.arrow and rearrange(array, place.arrow, {})
-        return np.ascontiguousarray(arrow) if place.arrow else array
+    back = {ldm: name for name, ldm in layout.names.items()}
+    places: dict[str, Place] = {}
+    for key in tensors.keys():  # noqa: SIM118 (a Tensors is no dict)
+        inner = key.removeprefix(layout.prefix)
+        if inner == key or re.fullmatch(layout.ignore, inner):
+            continue
+        name = renamed(inner, back)
+        match = re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name) if layout.fused else None
+        if match is None:
+            places[name] = Place(key, layout.arrows.get(name, ""))
+            continue
+        for third, letter in enumerate("qkv"):
+            places[f"{match[1]}.{letter}_proj.{match[2]}"] = Place(key, third=third)
+    return Relaid(tensors, places)
 
 
 def renamed(key: str, names: Mapping[str, str]) -> str:
@@ -225,61 +195,31 @@ def write(
     markers: V_PRED and ZTSNR, where they apply. metadata: see `modelspec`. The caller owns
     temporary names and renaming.
     """
-    infos: dict[str, Info] = {}
-    for export, layout in parts.values():
-        infos |= ldm_infos(export, layout)
+    moved = [to_ldm(export, layout) for export, layout in parts.values()]
     empty = np.zeros(0, np.float32)
+    infos = {key: info for export in moved for key, info in export.infos.items()}
     infos |= dict.fromkeys(markers, (empty.shape, empty.dtype))
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for export, layout in parts.values():
-            yield from _ldm_tensors(export, layout)
-        yield from ((name, empty) for name in markers)
-
+    tensors = chain(*(export.tensors for export in moved), ((name, empty) for name in markers))
     everything = sum(prod(shape) * 8 for shape, _ in infos.values())
-    write_sharded(file.parent, tensors(), infos, everything + 1, file.stem, metadata)
+    write_sharded(file.parent, tensors, infos, everything + 1, file.stem, metadata)
     return file
 
 
-def ldm_infos(export: Export, layout: Layout) -> dict[str, Info]:
-    """Shapes and dtypes of a component's tensors as LDM has them, under its keys."""
-    infos: dict[str, Info] = {}
-    for key, (shape, dtype) in export.infos.items():
-        if re.fullmatch(layout.ignore, key):
-            continue
-        place = _to_ldm(key, layout)
-        if place.third is None:
-            infos[place.key] = (rearranged_shape(shape, place.arrow, {}), dtype)
-        else:
-            infos[place.key] = ((3 * shape[0], *shape[1:]), dtype)
-    return infos
+def to_ldm(export: Export, layout: Layout) -> Export:
+    """A component's export under LDM's keys and shapes."""
+    kept = (key for key in export.infos if not re.fullmatch(layout.ignore, key))
+    return relaid(export, {key: _to_ldm(key, layout) for key in kept})
 
 
-def _ldm_tensors(export: Export, layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
-    waiting: dict[str, dict[int, np.ndarray]] = {}
-    for key, array in export.tensors:
-        if re.fullmatch(layout.ignore, key):
-            continue
-        place = _to_ldm(key, layout)
-        if place.third is None:
-            moved = rearrange(array, place.arrow, {}) if place.arrow else array
-            yield place.key, np.ascontiguousarray(moved)
-            continue
-        thirds = waiting.setdefault(place.key, {})
-        thirds[place.third] = array
-        if len(thirds) == 3:
-            yield place.key, np.concatenate([thirds[i] for i in range(3)])
-            del waiting[place.key]
-
-
-def _to_ldm(key: str, layout: Layout) -> _Slice:
+def _to_ldm(key: str, layout: Layout) -> Place:
     name = renamed(key, layout.names)
     left, right = (layout.arrows.get(key) or "->").split("->")
     arrow = f"{right} -> {left}" if key in layout.arrows else ""
     match = re.fullmatch(r"(.+)\.([qkv])_proj\.(weight|bias)", name) if layout.fused else None
     if match:
-        return _Slice(f"{layout.prefix}{match[1]}.in_proj_{match[3]}", "", "qkv".index(match[2]))
-    return _Slice(layout.prefix + name, arrow, None)
+        key = f"{layout.prefix}{match[1]}.in_proj_{match[3]}"
+        return Place(key, third="qkv".index(match[2]))
+    return Place(layout.prefix + name, arrow)
 
 
 def markers(scheduler: Mapping[str, Any]) -> tuple[str, ...]:

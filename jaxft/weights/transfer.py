@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf, Params
 from jaxft.weights.rules import Entry, Rule, Sizes, expected, plan, to_jax, to_torch
-
-
-class Tensors(Protocol):
-    """A checkpoint's tensors; reading one costs the memory of one."""
-
-    def keys(self) -> Any: ...
-    def info(self, key: str) -> tuple[tuple[int, ...], Any]: ...
-    def read(self, key: str) -> np.ndarray: ...
+from jaxft.weights.tensor_files import Tensors
 
 
 class Part(NamedTuple):

@@ -2,11 +2,13 @@
 
 import re
 from functools import partial
+from itertools import starmap
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_torch
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -235,23 +237,9 @@ class Oracle:
         return errors.mean()
 
     def train(self, batches):
-        flat = [p for p in self.trained.values() if p.ndim < 2]
-        groups = [
-            {"params": [p for p in self.trained.values() if p.ndim > 1], "weight_decay": DECAY},
-            {"params": flat, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=LR, betas=(0.9, 0.999))
-        losses = []
-        for step, batch in enumerate(batches):
-            loss = self.loss(step, batch)
-            loss.backward()
-            for p in self.trained.values():  # torch would skip one that nothing reads, decay too
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses, {key: p.detach().numpy() for key, p in self.trained.items()}
+        losses = starmap(self.loss, enumerate(batches))
+        made = plain_torch.train(self.trained.values(), losses, lr=LR, decay=DECAY)
+        return made, {key: p.detach().numpy() for key, p in self.trained.items()}
 
 
 def all_of(module):

@@ -1,19 +1,20 @@
 """Ten steps of the image-token task against a plain torch loop over LlamaForCausalLM."""
 
+from itertools import starmap
+
 import jax
 import numpy as np
+import plain_torch
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import DECAY, assert_same_updates, exported
+from test_training import DECAY, assert_same_updates, jax_steps
 from tiny_autoencoders import make_vqmodel
 from tiny_image_tokens import CODES, GRID, arguments, make_config, make_pictures
 from transformers import LlamaForCausalLM
 
 from jaxft import run as runs
 from jaxft import train
-from jaxft.core.checkpoint import Checkpoints
-from jaxft.core.sharding import local_rows, place_batch
 from jaxft.core.step import sample_keys
 from jaxft.tasks.image_layout import read_layout
 from jaxft.tasks.image_tokens import DROP
@@ -87,30 +88,25 @@ def row_losses(model, layout, batch, dropped, z):
     return images, torch.stack(texts)
 
 
-def torch_steps(folder, batches, loss, dropout):
+def dropped_rows(step, batch):
+    """Which rows of a step train without their caption."""
+    keys = sample_keys(SEED, step, batch["sample_ids"])
+    streams = jax.vmap(lambda key: jax.random.fold_in(key, DROP))(keys)
+    return np.asarray(jax.vmap(jax.random.uniform)(streams) < COMMON["caption_dropout"])
+
+
+def torch_steps(folder, batches, loss):
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     layout = read_layout((folder / "imagetoken.json").read_bytes(), "x")
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": DECAY},
-        {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.999), eps=1e-8)
     image_weight, text_weight, z = LOSSES[loss]
-    losses = []
-    for k, batch in enumerate(batches):
-        keys = sample_keys(SEED, k, batch["sample_ids"])
-        streams = jax.vmap(lambda key: jax.random.fold_in(key, DROP))(keys)
-        dropped = np.asarray(jax.vmap(jax.random.uniform)(streams) < dropout)
-        images, texts = row_losses(model, layout, batch, dropped, z)
-        total = (image_weight * images + text_weight * texts).mean()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = LR * min(1.0, (k + 1) / 3)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total.item())
-    return losses, {k: v.detach().numpy() for k, v in model.state_dict().items()}
+
+    def loss_of(step, batch):
+        images, texts = row_losses(model, layout, batch, dropped_rows(step, batch), z)
+        return (image_weight * images + text_weight * texts).mean()
+
+    losses = starmap(loss_of, enumerate(batches))
+    made = plain_torch.train(model.parameters(), losses, lr=LR, decay=DECAY, warmup=3)
+    return made, plain_torch.weights(model)
 
 
 @pytest.fixture(scope="module")
@@ -120,34 +116,13 @@ def oracles(folder, work):
     def oracle(loss):
         if loss not in made:
             task = runs.open_run(config_of(folder, work, loss)).task
-            task.prepare({}, set())
-            stream = task.train_batches(0, slice(0, 16))
-            batches = [next(stream) for _ in range(STEPS)]
+            batches = plain_torch.first_batches(task, STEPS, 16)
             assert batches[0]["codes"].dtype == np.uint16
             assert batches[0]["codes"].shape == (16, GRID * GRID)
-            made[loss] = torch_steps(folder, batches, loss, COMMON["caption_dropout"])
+            made[loss] = torch_steps(folder, batches, loss)
         return made[loss]
 
     return oracle
-
-
-def jax_steps(config, tmp_path):
-    """(losses, torch-keyed parameters before, after)."""
-    run = runs.open_run(config)
-    plan = runs.make_plan(run)
-    with jax.set_mesh(run.mesh):
-        state, frozen = runs.start_state(run, plan, Checkpoints(tmp_path / "run"), 0)
-        run.task.prepare(state.params, run.chosen)
-        before = exported(run, {**frozen, **state.params})
-        step_fn = runs.make_step(run, plan)
-        stream = run.task.train_batches(0, local_rows(run.mesh, run.cfg.batch_size))
-        losses = []
-        for _ in range(STEPS):
-            state, sums = step_fn(state, frozen, place_batch(next(stream), run.mesh))
-            losses.append(float(sums["loss"]))
-        after = exported(run, {**frozen, **state.params})
-    assert step_fn._cache_size() == 1
-    return losses, before, after
 
 
 CASES = [("image", "1", 1), ("dalle", "1", 1), ("dalle", "fsdp8", 2), ("dalle", "2x2x2", 4)]
@@ -161,6 +136,6 @@ def test_ten_steps_equal_torch(folder, work, oracles, tmp_path, monkeypatch, los
         monkeypatch.setattr(jax, "device_count", lambda *_: 1)
     data, fsdp, tensor = MESHES[mesh]
     shape = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor, "micro_batches": micro}
-    made = jax_steps(config_of(folder, work, loss, shape), tmp_path)
-    np.testing.assert_allclose(made[0], oracle[0], rtol=1e-5)
-    assert_same_updates(made[1], made[2], oracle[1])
+    _, losses, before, after = jax_steps(config_of(folder, work, loss, shape), tmp_path)
+    np.testing.assert_allclose(losses, oracle[0], rtol=1e-5)
+    assert_same_updates(before, after, oracle[1])

@@ -1,48 +1,31 @@
 """A Janus in training: ten steps against a plain torch loop, adapters against PEFT."""
 
 import json
+from itertools import starmap
 
 import jax
 import numpy as np
+import plain_torch
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from test_image_tokens_training import DROP, MESHES, jax_steps
-from test_training import DECAY, assert_same_updates
-from tiny_image_tokens import arguments, make_config, make_pictures
-from tiny_janus import CODES, GRID, SIZE, make_janus_model
+from test_image_tokens_training import COMMON as SHARED
+from test_image_tokens_training import LR, MESHES, STEPS, dropped_rows
+from test_training import DECAY, assert_same_updates, jax_steps
+from tiny_image_tokens import arguments, make_config
+from tiny_janus import CODES, GRID, SIZE, make_work
 from transformers import JanusForConditionalGeneration
 
 from jaxft import run as runs
 from jaxft import train
-from jaxft.core.step import sample_keys
 
-STEPS, LR, SEED = 10, 1e-3, 3
-COMMON = {
-    "total": f"{STEPS}_steps",
-    "seed": SEED,
-    "resolution": SIZE,
-    "batch_size": 16,
-    "flip": True,
-    "caption_dropout": 0.3,
-    "optim.lr": LR,
-    "optim.weight_decay": DECAY,
-    "optim.warmup": "3_steps",
-    "optim.schedule": "constant",
-    "optim.b2": 0.999,
-    "data.eval": "",
-    "max_caption_tokens": 40,
-    "loss.z": 0.01,
-}
+COMMON = {**SHARED, "resolution": SIZE, "max_caption_tokens": 40, "loss.z": 0.01}
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    work = tmp_path_factory.mktemp("janus")
-    make_pictures(work / "pictures")
-    make_janus_model(work / "model")
-    return work
+    return make_work(tmp_path_factory.mktemp("janus"))
 
 
 def config_of(work, changes=()):
@@ -74,35 +57,20 @@ def torch_steps(folder, batches):
     model.model.language_model.embed_tokens.padding_idx = None
     frozen = ("model.vision_model", "model.aligner", "model.vqmodel", "lm_head")
     own = [p for name, p in model.named_parameters() if not name.startswith(frozen)]
-    groups = [
-        {"params": [p for p in own if p.ndim == 2], "weight_decay": DECAY},
-        {"params": [p for p in own if p.ndim != 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.999), eps=1e-8)
-    losses = []
-    for k, batch in enumerate(batches):
-        keys = sample_keys(SEED, k, batch["sample_ids"])
-        streams = jax.vmap(lambda key: jax.random.fold_in(key, DROP))(keys)
-        dropped = np.asarray(jax.vmap(jax.random.uniform)(streams) < COMMON["caption_dropout"])
-        prompts = written_out(batch, dropped)
+
+    def loss_of(step, batch):
+        prompts = written_out(batch, dropped_rows(step, batch))
         rows = [row_loss(model, *row) for row in zip(prompts, batch["codes"], strict=True)]
-        total = torch.stack(rows).mean()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(own, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = LR * min(1.0, (k + 1) / 3)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total.item())
-    return losses, {k: v.detach().numpy() for k, v in model.state_dict().items()}
+        return torch.stack(rows).mean()
+
+    losses = starmap(loss_of, enumerate(batches))
+    made = plain_torch.train(own, losses, lr=LR, decay=DECAY, warmup=3)
+    return made, plain_torch.weights(model)
 
 
 @pytest.fixture(scope="module")
 def oracle(work):
-    task = runs.open_run(config_of(work)).task
-    task.prepare({}, set())
-    stream = task.train_batches(0, slice(0, 16))
-    batches = [next(stream) for _ in range(STEPS)]
+    batches = plain_torch.first_batches(runs.open_run(config_of(work)).task, STEPS, 16)
     assert batches[0]["codes"].shape == (16, GRID * GRID)
     return torch_steps(work / "model", batches)
 
@@ -114,7 +82,7 @@ def test_ten_steps_equal_torch(work, oracle, tmp_path, monkeypatch, mesh, micro)
         monkeypatch.setattr(jax, "device_count", lambda *_: 1)
     data, fsdp, tensor = MESHES[mesh]
     shape = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor, "micro_batches": micro}
-    losses, before, after = jax_steps(config_of(work, shape), tmp_path)
+    _, losses, before, after = jax_steps(config_of(work, shape), tmp_path)
     np.testing.assert_allclose(losses, oracle[0], rtol=1e-5)
     carried = [key for key, array in before.items() if after[key].tobytes() == array.tobytes()]
     blind = ("model.vision_model", "model.aligner", "model.vqmodel", "lm_head")

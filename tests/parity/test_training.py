@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import plain_torch
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -35,13 +36,14 @@ def jax_steps(config, tmp_path, steps=STEPS):
     saved = Checkpoints(tmp_path / "run")
     with jax.set_mesh(run.mesh):
         state, frozen = runs.start_state(run, plan, saved, 0)
+        run.task.prepare(state.params, run.chosen)
         before = exported(run, {**frozen, **state.params})
         step_fn = runs.make_step(run, plan)
         stream = run.task.train_batches(0, local_rows(run.mesh, run.cfg.batch_size))
         rows, losses = [], []
         for _ in range(steps):
             batch = next(stream)
-            rows.append(len(batch["tokens"]))
+            rows.append(len(batch["weights"]))
             placed = place_batch(batch, run.mesh)
             state, sums = step_fn(state, frozen, placed)
             losses.append(float(sums["loss"]))
@@ -58,15 +60,8 @@ def exported(run, params):
 def torch_steps(folder, batches, lr=LR, warmup=3):
     """The same in plain torch: loss on weighted targets, AdamW with the usual decay groups."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    decayed = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [
-        {"params": decayed, "weight_decay": DECAY},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
-    losses = []
-    for k, batch in enumerate(batches):
+
+    def loss_of(batch):
         tokens, targets, weights = (
             torch.from_numpy(batch[name]) for name in ("tokens", "targets", "weights")
         )
@@ -74,15 +69,11 @@ def torch_steps(folder, batches, lr=LR, warmup=3):
         nll = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten().long(), reduction="none"
         )
-        loss = (nll * weights.flatten()).sum() / weights.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (k + 1) / warmup)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, {k: v.detach().numpy() for k, v in model.state_dict().items()}
+        return (nll * weights.flatten()).sum() / weights.sum()
+
+    losses = map(loss_of, batches)
+    made = plain_torch.train(model.parameters(), losses, lr=lr, decay=DECAY, warmup=warmup)
+    return made, plain_torch.weights(model)
 
 
 def assert_same_updates(before, after, oracle, tolerance=1e-3):
@@ -101,9 +92,8 @@ def folder(make_folder):
 @pytest.fixture(scope="module")
 def oracle(make_config, folder):
     """Losses and weights of the torch loop over the batches that every case draws."""
-    run = runs.open_run(make_config(folder, {**COMMON, "pack": False}))
-    stream = run.task.train_batches(0, slice(0, 16))
-    batches = [next(stream) for _ in range(STEPS)]
+    task = runs.open_run(make_config(folder, {**COMMON, "pack": False})).task
+    batches = plain_torch.first_batches(task, STEPS, 16)
     lengths = [batch["weights"].sum(1) for batch in batches]
     assert max(map(np.max, lengths)) > 3 * min(map(np.min, lengths)), "rows are to be unequal"
     return torch_steps(folder, batches)
