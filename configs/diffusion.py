@@ -6,7 +6,7 @@ LoRA on a pipeline and pictures of your own (a folder with metadata.jsonl, or ca
 
     python -m jaxft.train --config configs/diffusion.py --workdir runs/mine --config.model=PATH \
         --config.data.train=folder:images --config.data.eval=folder:held-out \
-        --config.resolution=512 --config.buckets=True --config.lora.rank=16 \
+        --config.resolution=512 --config.buckets=True --config.lora.rank=16 --config.trainable= \
         --config.total=2000_steps
 """
 
