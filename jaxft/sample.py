@@ -13,12 +13,15 @@ from jaxft.core.pictures import grid
 
 NUMBERS = {"temperature": float, "top_p": float, "guidance": float}
 COUNTS = {"max_new": int, "top_k": int, "steps": int, "seed": int, "copies": int}
+ACROSS = 8  # pictures in a row of the grid
+CELL = 96  # least pixels of a picture in a sweep's grid
 
 
 def main(argv: list[str] | None = None) -> int:
     """Continue or draw a prompt, or every line of a file of prompts in one batch.
 
     Pictures go to `--out` (a folder; samples/ of the run unless given), and all of them to a grid.
+    `--guidance=1,3,5 --temperature=0.7,1` tries every pair: rows and columns of that grid.
     """
     return runtime.command(_main, sys.argv[1:] if argv is None else argv)
 
@@ -27,34 +30,70 @@ def _main(argv: list[str]) -> None:
     plain = ("config", "workdir", "step", "prompt", "prompts", "out", "sampler")
     arguments = configs.parse_arguments(argv, (*plain, *NUMBERS, *COUNTS))
     options = arguments.options
-    prompts = _prompts(options)
     kinds = {**NUMBERS, **COUNTS}
-    asked: dict = {n: _number(options, n, kind) for n, kind in kinds.items() if n in options}
-    repeated = [prompt for prompt in prompts for _ in range(asked.pop("copies", 1))]
+    asked = {n: _numbers(options, n, kind) for n, kind in kinds.items() if n in options}
+    copies = asked.pop("copies", [1])[0]
+    prompts = [prompt for prompt in _prompts(options) for _ in range(copies)]
+    down, across = _sides(asked)
     import jax
 
     from jaxft.run import open_any
     from jaxft.tasks import Request
 
-    request = Request(sampler=options.get("sampler"))._replace(**asked)
+    fixed = {name: values[0] for name, values in asked.items()}
+    request = Request(sampler=options.get("sampler"))._replace(**fixed)
     run, params, _ = open_any(arguments)
-    with jax.set_mesh(run.mesh):
-        made = run.task.complete(params, repeated, request)
     out = Path(options.get("out", Path(options.get("workdir", ".")) / "samples"))
-    for text in filter(None, (look.text for look in made)):
-        print(text)
-    _save([picture for look in made for picture in look.pictures.values()], out)
+    rows: list[list[list[np.ndarray]]] = []  # of each pair, the pictures of all prompts
+    with jax.set_mesh(run.mesh):
+        for row in down:
+            rows.append([])
+            for column in across:
+                if row or column:
+                    print(_label({**row, **column}))
+                made = run.task.complete(params, prompts, request._replace(**row, **column))
+                for text in filter(None, (look.text for look in made)):
+                    print(text)
+                rows[-1].append([one for look in made for one in look.pictures.values()])
+    _save(rows, prompts, down, across, out)
 
 
-def _save(pictures: list[np.ndarray], out: Path) -> None:
+def _sides(asked: dict[str, list]) -> tuple[list[dict], list[dict]]:
+    """What changes from row to row and from column to column: the options of several values."""
+    swept = [name for name, values in asked.items() if len(values) > 1]
+    if len(swept) > 2:
+        names = ", ".join(f"--{name}" for name in swept)
+        raise UserError(f"{names} have several values each; a grid has two sides, so give two")
+    sides = [[{name: value} for value in asked[name]] for name in swept]
+    return (sides[0] if sides else [{}]), (sides[1] if sides[1:] else [{}])
+
+
+def _label(change: dict) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in change.items())
+
+
+def _save(
+    rows: list[list[list[np.ndarray]]],
+    prompts: list[str],
+    down: list[dict],
+    across: list[dict],
+    out: Path,
+) -> None:
+    """Every picture by itself, and a grid: of a sweep, its rows for one prompt after another."""
+    pictures = [one for row in rows for cell in row for one in cell]
     if not pictures:
         return
     out.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(out / f"sample-{i:03}.png")
-    across = min(len(pictures), 8)
-    rows = [pictures[i : i + across] for i in range(0, len(pictures), across)]
-    Image.fromarray(grid(rows)).save(out / "grid.png")
+    if len(down) * len(across) == 1:
+        wide = min(len(pictures), ACROSS)
+        sheet = grid([pictures[i : i + wide] for i in range(0, len(pictures), wide)])
+    else:
+        lines = [[cell[i] for cell in row] for i in range(len(prompts)) for row in rows]
+        captions = [", ".join((prompt, _label(row))) for prompt in prompts for row in down]
+        sheet = grid(lines, captions, [_label(column) for column in across], CELL)
+    Image.fromarray(sheet).save(out / "grid.png")
     print(f"{len(pictures)} pictures and grid.png in {out}")
 
 
@@ -72,9 +111,13 @@ def _prompts(options: dict[str, str]) -> list[str]:
     return [options["prompt"]]
 
 
-def _number(options: dict[str, str], name: str, kind: type) -> int | float:
+def _numbers(options: dict[str, str], name: str, kind: type) -> list[int | float]:
+    """One value, or several between commas; of what a grid can compare."""
+    parts = options[name].split(",")
     try:
-        return kind(options[name])
+        if len(parts) > 1 and name == "copies":
+            raise ValueError
+        return [kind(part) for part in parts]
     except ValueError:
         raise UserError(f"--{name}={options[name]!r} must be {kind.__name__}") from None
 

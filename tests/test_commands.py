@@ -108,9 +108,23 @@ def test_sampling_is_repeatable_by_its_seed(finished, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_several_values_are_each_tried_under_a_label(finished, capsys):
+    work, _ = finished
+    arguments = ["--workdir", str(work), "--prompt=a", "--max_new=4"]
+    assert sample.main([*arguments, "--temperature=0,2", "--seed=1,2,3"]) == 0
+    shown = capsys.readouterr().out
+    assert sample.main([*arguments, "--temperature=2", "--seed=3"]) == 0
+    alone = capsys.readouterr().out
+    labels = [f"temperature {t}, seed {s}\n" for t in (0, 2) for s in (1, 2, 3)]
+    assert [shown.count(label) for label in labels] == [1] * 6
+    assert shown.endswith(labels[-1] + alone)
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "words"),
     [
+        (sample, ["--workdir=x", "--prompt=a", "--seed=1,2", "--top_k=1,2", "--steps=1,2"], "two"),
+        (sample, ["--workdir=x", "--prompt=a", "--copies=1,2"], "--copies='1,2' must be int"),
         (sample, ["--prompt=a"], "--workdir"),
         (sample, ["--workdir=x"], "--prompt"),
         (sample, ["--workdir=x", "--prompt=a", "--max_new=many"], "max_new"),

@@ -17,7 +17,7 @@ from tiny_diffusion import flags_of, make_config, make_pictures
 from tiny_pipelines import make_pipeline
 
 from jaxft import run as runs
-from jaxft import train
+from jaxft import sample, train
 from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.errors import UserError
 from jaxft.core.params import bind
@@ -283,6 +283,23 @@ def test_sample_draws_the_same_picture_beside_others(finished, tmp_path):
     assert (one / "sample-000.png").read_bytes() == (many / "sample-000.png").read_bytes()
     assert len(list(many.glob("sample-*.png"))) == 5 and (many / "grid.png").exists()
     assert np.asarray(Image.open(one / "sample-000.png")).shape == (16, 16, 3)
+
+
+def test_a_sweep_is_one_grid(finished, tmp_path, monkeypatch, capsys):
+    """Two guidances down and two counts of steps across, for each of two prompts."""
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+    work, out = finished[0] / "whole", tmp_path / "swept"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red fish\nbread\n")
+    arguments = ["--workdir", str(work), f"--prompts={prompts}", f"--out={out}"]
+    assert sample.main([*arguments, "--guidance=1,3", "--steps=2,3"]) == 0
+    assert "8 pictures and grid.png" in capsys.readouterr().out
+    rows, columns = 4, 2
+    height, width, _ = np.asarray(Image.open(out / "grid.png")).shape
+    assert height > rows * sample.CELL and columns * sample.CELL < width < 3 * sample.CELL
+    assert sample.main([*arguments[:3], f"--out={tmp_path}", "--guidance=3", "--steps=2"]) == 0
+    alone = (tmp_path / "sample-001.png").read_bytes()  # bread, at the second row's first column
+    assert alone == (out / "sample-005.png").read_bytes()
 
 
 def evaluations(workdir, step):
