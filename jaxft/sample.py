@@ -11,7 +11,7 @@ from jaxft.core import runtime
 from jaxft.core.errors import UserError
 from jaxft.core.pictures import grid
 
-NUMBERS = {"temperature": float, "top_p": float, "guidance": float}
+NUMBERS = {"temperature": float, "top_p": float, "guidance": float, "image_guidance": float}
 COUNTS = {"max_new": int, "top_k": int, "steps": int, "seed": int, "copies": int}
 
 
@@ -19,13 +19,15 @@ def main(argv: list[str] | None = None) -> int:
     """Continue or draw a prompt, or every line of a file of prompts in one batch.
 
     Pictures go to `--out` (a folder; samples/ of the run unless given), and all of them to a grid.
+    An inpainting model fills what is white in `--mask` of `--image`; InstructPix2Pix edits it.
     """
     return runtime.command(_main, sys.argv[1:] if argv is None else argv)
 
 
 def _main(argv: list[str]) -> None:
-    plain = ("config", "workdir", "step", "prompt", "prompts", "out", "sampler")
-    arguments = configs.parse_arguments(argv, (*plain, *NUMBERS, *COUNTS))
+    texts = ("sampler", "image", "mask")
+    plain = ("config", "workdir", "step", "prompt", "prompts", "out")
+    arguments = configs.parse_arguments(argv, (*plain, *texts, *NUMBERS, *COUNTS))
     options = arguments.options
     prompts = _prompts(options)
     kinds = {**NUMBERS, **COUNTS}
@@ -36,7 +38,8 @@ def _main(argv: list[str]) -> None:
     from jaxft.run import open_any
     from jaxft.tasks import Request
 
-    request = Request(sampler=options.get("sampler"))._replace(**asked)
+    asked |= {name: options[name] for name in texts if name in options}
+    request = Request()._replace(**asked)
     run, params, _ = open_any(arguments)
     with jax.set_mesh(run.mesh):
         made = run.task.complete(params, repeated, request)
