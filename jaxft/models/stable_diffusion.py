@@ -61,8 +61,10 @@ class PipelineConfig:
         """
         changes = _changes(pipeline, prediction, zero_snr)
         sdxl = pipeline.family == "sdxl"
-        # StableDiffusionPipeline corrects these two of old folders; SDXL's does not.
-        forced = {} if sdxl else {"steps_offset": 1, "clip_sample": False}
+        # StableDiffusionPipeline corrects these two of old folders; others the first, or none.
+        name, forced = pipeline.index.get("_class_name", ""), {"steps_offset": 1}
+        forced |= {} if "Inpaint" in name else {"clip_sample": False}
+        forced = {} if sdxl or "Pix2Pix" in name else forced
         names = [name for name in TEXT_ENCODERS if name in pipeline.components]
         configs = {name: source.config for name, source in pipeline.components.items()}
         cfg = cls(

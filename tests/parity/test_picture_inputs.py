@@ -215,7 +215,7 @@ def test_pictures_are_those_of_the_pipeline(opened, files, tmp_path, kind):
     with jax.set_mesh(run.mesh):
         ours = np.asarray(draw(params, given)) / 2 + 0.5
         made = [look.pictures["made"] for look in task.complete(params, PROMPTS, request)]
-    theirs = draw_torch(pipe, kind, files, noise)
+    theirs = draw_torch(cls.from_pretrained(tmp_path / "folder"), kind, files, noise)
     assert np.abs(ours - theirs).max() < 1e-3
     assert theirs.std() > 0.05 and (theirs[0] != theirs[1]).any()
     assert np.abs(np.stack(made) / 255 - theirs).max() < 1e-3 + 0.5 / 255
