@@ -14,6 +14,8 @@ from diffusers import (
     DiffusionPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
 )
 from PIL import Image
 from tiny_diffusion import flags_of, make_config, make_pictures
@@ -37,6 +39,10 @@ PROMPTS = ["a red cat", "two blue birds, one of them asleep"]
 KINDS = {  # channels of the UNet, diffusers' class
     HOLE: (9, StableDiffusionInpaintPipeline),
     SOURCE: (8, StableDiffusionInstructPix2PixPipeline),
+}
+LARGE = {
+    HOLE: StableDiffusionXLInpaintPipeline,
+    SOURCE: StableDiffusionXLInstructPix2PixPipeline,
 }
 FREE = {"requires_safety_checker": False}
 
@@ -184,10 +190,15 @@ def without_spread(pipe):
     return pipe
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pictures_are_those_of_the_pipeline(opened, files, tmp_path, kind):
+SLOW = [pytest.param("sdxl", kind, marks=pytest.mark.slow) for kind in KINDS]
+
+
+@pytest.mark.parametrize(("family", "kind"), [*(("sd", kind) for kind in KINDS), *SLOW])
+def test_pictures_are_those_of_the_pipeline(opened, files, tmp_path, family, kind):
     channels, cls = KINDS[kind]
-    pipe = cls(**make_pipeline(tmp_path, "sd", in_channels=channels).components, **FREE)
+    parts = make_pipeline(tmp_path, family, in_channels=channels).components
+    cls = cls if family == "sd" else LARGE[kind]
+    pipe = cls(**parts, **FREE if family == "sd" else {})
     without_spread(pipe).save_pretrained(tmp_path / "folder")
     run, params = opened(kind, {"batch_size": 2}, tmp_path / "folder")
     task, cfg = run.task, run.task.model_cfg
@@ -228,6 +239,7 @@ def draw_torch(pipe, kind, files, noise):
     image, more = Image.open(files.image), {"image_guidance_scale": IMAGE_GUIDANCE}
     if kind == HOLE:
         more = {"mask_image": Image.open(files.mask), "height": SIDE, "width": SIDE}
+        more["strength"] = 1.0
     made = pipe(
         PROMPTS,
         image=[image, image] if kind == SOURCE else image,
