@@ -11,7 +11,7 @@ from jaxft.core import runtime
 from jaxft.core.errors import UserError
 from jaxft.core.pictures import grid
 
-NUMBERS = {"temperature": float, "top_p": float, "guidance": float}
+NUMBERS = {"temperature": float, "top_p": float, "guidance": float, "image_guidance": float}
 COUNTS = {"max_new": int, "top_k": int, "steps": int, "seed": int, "copies": int}
 ACROSS = 8  # pictures in a row of the grid
 CELL = 96  # least pixels of a picture in a sweep's grid
@@ -22,13 +22,15 @@ def main(argv: list[str] | None = None) -> int:
 
     Pictures go to `--out` (a folder; samples/ of the run unless given), and all of them to a grid.
     `--guidance=1,3,5 --temperature=0.7,1` tries every pair: rows and columns of that grid.
+    An inpainting model fills what is white in `--mask` of `--image`; InstructPix2Pix edits it.
     """
     return runtime.command(_main, sys.argv[1:] if argv is None else argv)
 
 
 def _main(argv: list[str]) -> None:
-    plain = ("config", "workdir", "step", "prompt", "prompts", "out", "sampler")
-    arguments = configs.parse_arguments(argv, (*plain, *NUMBERS, *COUNTS))
+    texts = ("sampler", "image", "mask")
+    plain = ("config", "workdir", "step", "prompt", "prompts", "out")
+    arguments = configs.parse_arguments(argv, (*plain, *texts, *NUMBERS, *COUNTS))
     options = arguments.options
     kinds = {**NUMBERS, **COUNTS}
     asked = {n: _numbers(options, n, kind) for n, kind in kinds.items() if n in options}
@@ -40,8 +42,9 @@ def _main(argv: list[str]) -> None:
     from jaxft.run import open_any
     from jaxft.tasks import Request
 
-    fixed = {name: values[0] for name, values in asked.items()}
-    request = Request(sampler=options.get("sampler"))._replace(**fixed)
+    fixed: dict = {name: values[0] for name, values in asked.items()}
+    fixed |= {name: options[name] for name in texts if name in options}
+    request = Request()._replace(**fixed)
     run, params, _ = open_any(arguments)
     out = Path(options.get("out", Path(options.get("workdir", ".")) / "samples"))
     rows: list[list[list[np.ndarray]]] = []  # of each pair, the pictures of all prompts

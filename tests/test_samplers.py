@@ -164,3 +164,14 @@ def test_unsupported_runs_are_refused(change, name, steps, words):
     config = {**BASE, "timestep_spacing": "leading", **change}
     with pytest.raises(UserError, match=words):
         samplers.SAMPLERS[name](Schedule.from_hf(config), steps)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_guidance_by_a_source_picture(rescale):
+    """As StableDiffusionXLInstructPix2PixPipeline sums three outputs."""
+    rng = np.random.default_rng(6)
+    arrays = [rng.standard_normal(SHAPE).astype(np.float32) for _ in range(3)]
+    u, i, c = (torch.tensor(x).permute(0, 3, 1, 2) for x in arrays)
+    wanted = rescale_noise_cfg(u + 7.5 * (c - i) + 1.5 * (i - u), c, guidance_rescale=rescale)
+    got = samplers.guide_edit(*map(jnp.array, arrays), 7.5, 1.5, rescale)
+    np.testing.assert_allclose(got, wanted.permute(0, 2, 3, 1).numpy(), rtol=1e-4, atol=1e-4)

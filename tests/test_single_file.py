@@ -2,6 +2,7 @@
 
 import json
 
+import diffusers
 import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
@@ -55,7 +56,11 @@ def test_the_published_configs_serve_where_none_lie_beside(tmp_path, kind):
     assert unet == {**known.COMPONENTS[kind]["unet"], "in_channels": 9}
     assert pipe.components["text_encoder"].config["vocab_size"] == 49410
     assert known.COMPONENTS[kind]["text_encoder"]["vocab_size"] == 49408
-    assert pipe.index["_class_name"].startswith("StableDiffusionXL") == (kind == "sdxl")
+    xl = "XL" * (kind == "sdxl")
+    assert pipe.index["_class_name"] == f"StableDiffusion{xl}InpaintPipeline"
+    for channels, sees in ((4, ""), (8, "InstructPix2Pix"), (9, "Inpaint")):
+        name = single_file.published_index(kind, channels)["_class_name"]
+        assert name == f"StableDiffusion{xl}{sees}Pipeline" and hasattr(diffusers, name)
     with pytest.raises(UserError, match=r"tokenizer: no vocab\.json or tokenizer\.json"):
         pipe.tokenizer_dir()
 

@@ -19,11 +19,15 @@ DEMO_SETS = ("emoji/train", "emoji/valid")
 
 
 class Record(NamedTuple):
-    """One picture: its place for messages, its caption ("" for none) and the file's bytes."""
+    """One picture: its place for messages, its caption ("" for none) and the file's bytes.
+
+    `source`: the file of the picture that it was edited from, where the set was opened with them.
+    """
 
     name: str
     caption: str
     content: bytes
+    source: bytes | None = None
 
 
 class Source(Protocol):
@@ -46,12 +50,14 @@ class Records:
 
     spec: str
     source: Source
+    edited: Source | None = None  # what each picture was edited from
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Record:
-        return Record(self.name(index), self.caption(index), self.source.content(index, -1))
+        source = None if self.edited is None else self.edited.content(index, -1)
+        return Record(self.name(index), self.caption(index), self.source.content(index, -1), source)
 
     def name(self, index: int) -> str:
         return self.source.name(index)
@@ -66,7 +72,8 @@ class Records:
 
     def keep(self, indices: Sequence[int]) -> "Records":
         """The records of these indices, in their order."""
-        return Records(self.spec, _Kept(self.source, indices))
+        edited = None if self.edited is None else _Kept(self.edited, indices)
+        return Records(self.spec, _Kept(self.source, indices), edited)
 
     def __repr__(self) -> str:
         return f"Records({self.spec!r}, {len(self)} images)"
@@ -92,10 +99,11 @@ class _Kept:
         return self.source.content(self.indices[index], limit)
 
 
-def open_images(spec: str, captions: bool = True) -> Records:
+def open_images(spec: str, captions: bool = True, edited: bool = False) -> Records:
     """Open the set that `spec` names (see SCHEMES); only names and captions are read at once.
 
     captions: whether every picture must have one; without, those that have none get "".
+    edited: whether every picture must name the one that it was edited from.
     Raises UserError for an unknown spec, a missing file, caption or optional package, an empty
     set.
     """
@@ -118,7 +126,18 @@ def open_images(spec: str, captions: bool = True) -> Records:
         raise UserError(f"unknown image source {spec!r}: expected {SCHEMES}{hint}")
     if not len(source):
         raise UserError(f"{spec!r} holds no image: expected files such as *.png or *.jpg")
-    return Records(spec, source)
+    return Records(spec, source, _open_edited(spec, rest) if edited else None)
+
+
+def _open_edited(spec: str, rest: str) -> Source:
+    """What each picture of a folder was edited from, as its metadata.jsonl says."""
+    metadata = Path(rest).expanduser() / "metadata.jsonl"
+    if not spec.startswith("folder:") or not metadata.is_file():
+        raise UserError(
+            f"{spec!r} names no source pictures, which an InstructPix2Pix model is trained on: "
+            'expected folder:PATH with a metadata.jsonl of "file_name", "text" and "source"'
+        )
+    return _listed_files(spec, metadata, False, "source")
 
 
 def caption_of(record: dict[str, Any], where: str, captions: bool) -> str:
@@ -172,15 +191,15 @@ def _open_folder(spec: str, folder: Path, captions: bool) -> _Files:
     return _Files(paths, [_caption_beside(path, captions) for path in paths])
 
 
-def _listed_files(spec: str, metadata: Path, captions: bool) -> _Files:
-    """The files that metadata.jsonl names, in its order."""
+def _listed_files(spec: str, metadata: Path, captions: bool, key: str = "file_name") -> _Files:
+    """The files that metadata.jsonl names under `key`, in its order."""
     rows = JsonlRecords(spec, metadata)
     paths, texts = [], []
     for index in range(len(rows)):
         row, where = rows[index], rows.where(index)
-        name = row.get("file_name")
+        name = row.get(key)
         if not isinstance(name, str) or not name:
-            raise UserError(f'{where}: "file_name" is missing: expected the image\'s path')
+            raise UserError(f'{where}: "{key}" is missing: expected the image\'s path')
         path = metadata.parent / name
         if not path.is_file():
             raise UserError(f"{where}: {path} does not exist: expected an image file")

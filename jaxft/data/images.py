@@ -36,12 +36,16 @@ class Fitted(NamedTuple):
 
 
 class ImageExample(NamedTuple):
-    """One picture to train on; `key` is a hash of everything that determines the pixels."""
+    """One picture to train on; `key` is a hash of everything that determines the pixels.
+
+    `source`: the picture that it was edited from, resized, cropped and mirrored alike.
+    """
 
     pixels: UInt8[np.ndarray, "h w 3"]
     caption: str
     time_ids: Float[np.ndarray, "6"]
     key: str
+    source: UInt8[np.ndarray, "h w 3"] | None = None
 
 
 def decode(content: bytes, name: str) -> Image.Image:
@@ -144,10 +148,22 @@ def drop_bad(
 def _error(records: Records, index: int) -> str:
     try:
         record = records[index]
-        decode(record.content, record.name)
+        picture = decode(record.content, record.name)
+        if record.source is not None:
+            _check_pair(picture, decode(record.source, f"source of {record.name}"), record.name)
     except UserError as error:
         return str(error)
     return ""
+
+
+def _check_pair(picture: Image.Image, source: Image.Image, name: str) -> None:
+    """Both have one shape up to a pixel, or cropping would shift one against the other."""
+    (w, h), (source_w, source_h) = picture.size, source.size
+    if abs(w * source_h - h * source_w) > max(w, h, source_w, source_h):
+        raise UserError(
+            f"{name}: the image has {w}x{h} pixels and its source {source_w}x{source_h}: "
+            "expected one aspect ratio, so that both are cropped alike"
+        )
 
 
 def fit(image: Image.Image, size: Size, flip: bool = False) -> Fitted:
@@ -226,9 +242,14 @@ class ImageSet:
         return self._copies * len(self.records)
 
     def __getitem__(self, index: int) -> ImageExample:
-        name, caption, content = self.records[index % len(self.records)]
-        fitted = fit(decode(content, name), self._size(index), self._flipped(index))
-        return ImageExample(fitted.pixels, caption, time_ids(fitted), self._key(index, content))
+        name, caption, content, source = self.records[index % len(self.records)]
+        size, flip = self._size(index), self._flipped(index)
+        fitted = fit(decode(content, name), size, flip)
+        example = ImageExample(fitted.pixels, caption, time_ids(fitted), self._key(index, content))
+        if source is None:
+            return example
+        before = fit(decode(source, f"source of {name}"), size, flip)
+        return example._replace(source=before.pixels)
 
     def __repr__(self) -> str:
         return f"ImageSet({self.records!r}, {len(self)} examples)"

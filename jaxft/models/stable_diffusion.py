@@ -15,9 +15,12 @@ from jaxft.models.unet import Added, UNet
 from jaxft.models.unet_config import UNetConfig
 from jaxft.models.vae import VAE, VAEConfig
 from jaxft.nn.diffusion import CHOICES, ZERO_SNR, Schedule
-from jaxft.nn.samplers import Sampler, denoise, guide
+from jaxft.nn.samplers import Sampler, denoise, guide, guide_edit
 from jaxft.weights.pipeline import TEXT_ENCODERS, Pipeline, legacy_part, part
 from jaxft.weights.transfer import Part
+
+# What a UNet sees beside the noisy latents and the text.
+NOTHING, HOLE, SOURCE = "nothing", "hole", "source"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ class PipelineConfig:
         """What both sides of a picture have to be a multiple of, in pixels."""
         return self.vae.factor * 2 ** (len(self.unet.channels) - 1)
 
+    @property
+    def sees(self) -> str:
+        """NOTHING (text-to-image), HOLE (inpainting: a mask and the masked picture's latents) or
+        SOURCE (InstructPix2Pix: a picture's latents), by the UNet's channels; "" is none of them.
+        """
+        latent = self.vae.latent_channels
+        known = {0: NOTHING, latent + 1: HOLE, latent: SOURCE}
+        return known.get(self.unet.in_channels - latent, "")
+
     @classmethod
     def of(cls, pipeline: Pipeline, prediction: str = "", zero_snr: bool = False):
         """Read every config.json; `prediction` and `zero_snr` replace the folder's own.
@@ -49,8 +61,10 @@ class PipelineConfig:
         """
         changes = _changes(pipeline, prediction, zero_snr)
         sdxl = pipeline.family == "sdxl"
-        # StableDiffusionPipeline corrects these two of old folders; SDXL's does not.
-        forced = {} if sdxl else {"steps_offset": 1, "clip_sample": False}
+        # StableDiffusionPipeline corrects these two of old folders; others the first, or none.
+        name, forced = pipeline.index.get("_class_name", ""), {"steps_offset": 1}
+        forced |= {} if "Inpaint" in name else {"clip_sample": False}
+        forced = {} if sdxl or "Pix2Pix" in name else forced
         names = [name for name in TEXT_ENCODERS if name in pipeline.components]
         configs = {name: source.config for name, source in pipeline.components.items()}
         cfg = cls(
@@ -144,10 +158,13 @@ class StableDiffusion(nnx.Module):
         time_ids: Float[Array, "B 6"],
         *,
         dtype: Any,
+        seen: Float[Array, "B Y X K"] | None = None,
         keys: PRNGKeyArray | None = None,
         remat: str = "none",
     ) -> Float[Array, "B Y X C"]:
-        """What the UNet says of noisy, scaled latents."""
+        """What the UNet says of noisy, scaled latents; `seen` are its further channels."""
+        if seen is not None:
+            latents = jnp.concatenate([latents, seen.astype(latents.dtype)], axis=-1)
         added = None if text.pooled is None else Added(text.pooled, time_ids)
         return self.unet(
             latents, timesteps, text.context, added, dtype=dtype, keys=keys, remat=remat
@@ -169,10 +186,12 @@ def zeroed(text: Text) -> Text:
 
 
 class Guidance(NamedTuple):
-    """Classifier-free guidance: its scale, and how much of its contrast is undone."""
+    """Classifier-free guidance: its scale, how much of its contrast is undone, and the scale of a
+    source picture."""
 
     scale: Any
     rescale: Any = 0.0
+    image: Any = 1.5
 
 
 def generate(
@@ -184,23 +203,44 @@ def generate(
     sampler: Sampler,
     guidance: Guidance,
     dtype: Any,
+    seen: Float[Array, "B Y X K"] | None = None,
 ) -> Float[Array, "B Y2 X2 3"]:
-    """Pictures within [-1, 1] from unit noise; caption and null go through the UNet together."""
+    """Pictures within [-1, 1] from unit noise; caption and null go through the UNet together.
+
+    So does, where it sees a source picture, the null caption without it (`seen` of zeros).
+    """
     rows, y, x, _ = noise.shape
     factor = cfg.vae.factor
     size = jnp.array([y * factor, x * factor, 0, 0, y * factor, x * factor], jnp.float32)
-    ids = jnp.broadcast_to(size, (2 * rows, 6))
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), null, text)
+    texts, sights = (null, text), (seen, seen)
+    if cfg.sees == SOURCE:
+        texts, sights = (null, *texts), (jax.tree.map(jnp.zeros_like, seen), *sights)
+    every, sight = _stacked(*texts), _stacked(*sights)
+    times_rows = len(texts) * rows
+    ids = jnp.broadcast_to(size, (times_rows, 6))
 
     def predict(latents: Array, t: Array) -> Array:
-        twice = jnp.concatenate([latents, latents])
-        times = jnp.broadcast_to(t, (2 * rows,))
-        out = model.predict(twice, times, both, ids, dtype=dtype)
-        return guide(out[:rows], out[rows:], guidance.scale, guidance.rescale)
+        copies = jnp.concatenate([latents] * len(texts))
+        times = jnp.broadcast_to(t, (times_rows,))
+        out = model.predict(copies, times, every, ids, dtype=dtype, seen=sight)
+        return _guided(guidance, jnp.split(out, len(texts)))
 
     latents = denoise(predict, noise, sampler)
     images = model.vae.decode(cfg.vae.unscale(latents).astype(dtype))
     return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
+
+
+def _stacked(*trees: Any) -> Any:
+    """Arrays of every tree, row after row; None stays None."""
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *trees)
+
+
+def _guided(guidance: Guidance, outs: list[Array]) -> Array:
+    """Of (null, caption), or of (null that saw no source picture, null, caption)."""
+    *first, image, cond = outs
+    if not first:
+        return guide(image, cond, guidance.scale, guidance.rescale)
+    return guide_edit(first[0], image, cond, guidance.scale, guidance.image, guidance.rescale)
 
 
 def parts(pipeline: Pipeline, cfg: PipelineConfig) -> tuple[Part, ...]:

@@ -77,7 +77,27 @@ def guide(
     `rescale` in [0, 1] mixes in the guided output at cond's standard deviation: Lin et al., 3.4.
     """
     uncond, cond = uncond.astype(jnp.float32), cond.astype(jnp.float32)
-    guided = uncond + guidance * (cond - uncond)
+    return _rescaled(uncond + guidance * (cond - uncond), cond, rescale)
+
+
+def guide_edit(
+    uncond: Float[Array, "B Y X C"],
+    image: Float[Array, "B Y X C"],
+    cond: Float[Array, "B Y X C"],
+    guidance: float | Array,
+    image_guidance: float | Array,
+    rescale: float | Array = 0.0,
+) -> Float[Array, "B Y X C"]:
+    """Guidance by a source picture, then by the text: InstructPix2Pix (2211.09800), eq. 3.
+
+    `image` saw the picture alone, `cond` the text as well, `uncond` neither.
+    """
+    uncond, image, cond = (x.astype(jnp.float32) for x in (uncond, image, cond))
+    guided = uncond + image_guidance * (image - uncond) + guidance * (cond - image)
+    return _rescaled(guided, cond, rescale)
+
+
+def _rescaled(guided: Array, cond: Array, rescale: float | Array) -> Array:
     # Equal outputs of zero spread (a fresh model) would otherwise give 0 / 0.
     spread = jnp.maximum(jnp.std(guided, axis=(1, 2, 3), keepdims=True), 1e-12)
     ratio = jnp.std(cond, axis=(1, 2, 3), keepdims=True) / spread

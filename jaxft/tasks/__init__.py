@@ -57,6 +57,9 @@ class Request(NamedTuple):
     steps: int | None = None
     guidance: float | None = None
     sampler: str | None = None
+    image: str | None = None
+    mask: str | None = None
+    image_guidance: float | None = None
 
 
 class Task(Protocol):

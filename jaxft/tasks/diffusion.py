@@ -18,7 +18,7 @@ from jaxft.core.params import Params, bind, describe
 from jaxft.core.pictures import grid
 from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
 from jaxft.core.step import Batch, Metrics, cast
-from jaxft.data.buckets import BucketBatches, bucket_loader
+from jaxft.data.buckets import BucketBatches, bucket_loader, make_buckets
 from jaxft.data.cache import ArrayCache
 from jaxft.data.image_sources import open_images
 from jaxft.data.images import Bad, ImageSet, to_float
@@ -26,6 +26,8 @@ from jaxft.data.loader import eval_batches, subset
 from jaxft.models import stable_diffusion, vae
 from jaxft.models.ldm import open_model
 from jaxft.models.stable_diffusion import (
+    NOTHING,
+    SOURCE,
     Guidance,
     PipelineConfig,
     StableDiffusion,
@@ -37,7 +39,8 @@ from jaxft.models.vae import Moments
 from jaxft.nn import diffusion as noise_algebra
 from jaxft.nn import lora
 from jaxft.nn.samplers import SAMPLERS
-from jaxft.tasks import Look, Report, Request
+from jaxft.tasks import Look, Report, Request, picture_inputs
+from jaxft.tasks.drawing import CELL, SHOWN, Compared, portions
 from jaxft.tasks.kid_lite0 import KidLite0
 from jaxft.tasks.latents import (
     Encoders,
@@ -55,11 +58,9 @@ from jaxft.weights import pipeline_lora
 from jaxft.weights.pipeline import Changes, pipeline_files
 
 BINS = 8  # timesteps at which validation measures, equally far apart
-SHOWN = 8  # rows of a picture grid
-CELL = 96  # least pixels of a cell in it
 CACHED_AT_ONCE = 16  # pictures or captions that are encoded together
 # Streams of a row's own key.
-LATENT, NOISE, TIME, DROP, OFFSET, ADAPTER = range(6)
+LATENT, NOISE, TIME, DROP, OFFSET, ADAPTER, SEEN = range(7)
 
 
 class Diffusion:
@@ -88,7 +89,7 @@ class Diffusion:
         held_out = [Share(self._read(cfg.data.eval, False, False))] if cfg.data.eval else []
         self.eval_set = Rows(held_out, self._tokenize) if held_out else None
         self.kid = KidLite0() if options.eval_generated and self.eval_set else None
-        self._before: np.ndarray | None = None
+        self.compared = Compared()
 
     def build(self, key: jax.Array) -> nnx.Module:
         model = StableDiffusion(self.model_cfg, key=key)
@@ -100,7 +101,7 @@ class Diffusion:
 
     def describe(self) -> str:
         cfg, report = self.model_cfg, self.data_report()
-        kind = "Stable Diffusion XL" if cfg.sdxl else "Stable Diffusion"
+        kind = "Stable Diffusion" + " XL" * cfg.sdxl + picture_inputs.KINDS[cfg.sees]
         sizes = ", ".join(f"{h}x{w}" for h, w in self.train_set.sizes)
         small, batch = report["smaller_than_target"], self.cfg.batch_size
         counts = np.bincount(self.train_set.bucket_of)
@@ -172,8 +173,14 @@ class Diffusion:
         name = fingerprint(local.params, ("vae.encoder.", "vae.quant_conv."), "moments", *what)
         moments, texts = ArrayCache(folder, name, jax.process_index()), None
         sets = [rows for rows in (self.train_set, self.eval_set) if rows]
-        for images in (share.images for rows in sets for share in rows.shares):
-            _tell("moments", store_moments(moments, images, local.moments, CACHED_AT_ONCE))
+        if self.model_cfg.sees == NOTHING:
+            for images in (share.images for rows in sets for share in rows.shares):
+                _tell("moments", store_moments(moments, images, local.moments, CACHED_AT_ONCE))
+        else:
+            moments = None
+            print(
+                "moments are not cached: the UNet sees pictures, encoded in each step", flush=True
+            )
         if not any(path.startswith("text_encoder") for path in trained):
             name = fingerprint(local.params, ("text_encoder",), "texts", str(self.dtype))
             texts = ArrayCache(folder, name, jax.process_index())
@@ -210,10 +217,14 @@ class Diffusion:
         t = noise_algebra.draw_timesteps(_stream(keys, TIME), schedule)
         adapter = _stream(keys, ADAPTER) if self.cfg.lora.dropout else None
         text = self._text(model, batch, adapter)
-        if options.caption_dropout:
-            dropped = jax.vmap(jax.random.uniform)(_stream(keys, DROP)) < options.caption_dropout
+        cfg, share = self.model_cfg, options.caption_dropout
+        seen = picture_inputs.see(model, cfg, batch, _stream(keys, SEEN), self.dtype)
+        if share:
+            drawn = jax.vmap(jax.random.uniform)(_stream(keys, DROP))
+            dropped = picture_inputs.captions_dropped(cfg, drawn, share)
             text = drop_captions(text, self._null(model), dropped)
-        errors = self._errors(model, batch, latents, noise, t, text, adapter)
+            seen = picture_inputs.drop_sources(cfg, seen, drawn, share)
+        errors = self._errors(model, batch, latents, noise, t, text, seen, adapter)
         if options.min_snr_gamma:
             errors *= noise_algebra.min_snr_weights(schedule, t, options.min_snr_gamma)
         return (jnp.sum(errors * batch["weights"]), jnp.sum(batch["weights"])), {}
@@ -226,14 +237,16 @@ class Diffusion:
         noise: jax.Array,
         t: jax.Array,
         text: Text,
+        seen: jax.Array | None,
         keys: jax.Array | None,
     ) -> jax.Array:
         """Each row's own mean squared error at timestep `t`."""
         schedule = self.model_cfg.schedule
         noisy = noise_algebra.add_noise(schedule, latents, noise, t)
         out = model.predict(
-            noisy, t, text, batch["time_ids"], dtype=self.dtype, keys=keys, remat=self.remat
-        )
+            noisy, t, text, batch["time_ids"],
+            dtype=self.dtype, seen=seen, keys=keys, remat=self.remat,
+        )  # fmt: skip
         return noise_algebra.squared_error(out, noise_algebra.target(schedule, latents, noise, t))
 
     def _latents(self, model: StableDiffusion, batch: Batch, keys: Any) -> jax.Array:
@@ -273,22 +286,15 @@ class Diffusion:
         if not self.options.eval_generated:
             return Report(metrics)
         chosen = subset(self.eval_set, self.options.eval_generated, self.cfg.seed).ids
-        made = self._draw(params, [self.eval_set.caption(int(i)) for i in chosen], Request())
+        given = picture_inputs.held_out(self.model_cfg, self.eval_set, chosen)
+        captions = [self.eval_set.caption(int(i)) for i in chosen]
+        made = self._draw(params, captions, Request(), given)
         images = self.eval_set.shares[0].images
         wanted = np.stack([images[int(i)].pixels for i in chosen])
         if self.kid:
             metrics["kid-lite0"] = self.kid(wanted, made)
-        return Report(metrics, pictures={"held-out": self._compared(chosen, wanted, made)})
-
-    def _compared(self, chosen: np.ndarray, wanted: np.ndarray, made: np.ndarray) -> np.ndarray:
-        """caption, target, before, now: before is the first evaluation of this process."""
-        assert self.eval_set is not None
-        if self._before is None:
-            self._before = made
-        shown = np.linspace(0, len(chosen) - 1, min(SHOWN, len(chosen))).astype(int)
-        rows = [(wanted[i], self._before[i], made[i]) for i in shown]
-        captions = [self.eval_set.caption(int(chosen[i])) for i in shown]
-        return grid(rows, captions, ("target", "before", "now"), CELL)
+        columns = {"given": picture_inputs.shown(given), "target": wanted}
+        return Report(metrics, pictures={"held-out": self.compared.sheet(captions, columns, made)})
 
     def _times(self) -> np.ndarray:
         steps = self.model_cfg.schedule.train_steps
@@ -300,13 +306,14 @@ class Diffusion:
         model = bind(self.template, cast(params, self.dtype))
         latents = self._latents(model, batch, None)
         text, rows = self._text(model, batch, None), batch["weights"]
+        seen = picture_inputs.see(model, self.model_cfg, batch, None, self.dtype)
         base = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(batch["sample_ids"])
 
         def at(number_and_time: tuple[jax.Array, jax.Array]) -> jax.Array:
             number, time = number_and_time
             noise = _normal(_stream(base, number), latents.shape[1:])
             t = jnp.broadcast_to(time, rows.shape)
-            errors = self._errors(model, batch, latents, noise, t, text, None)
+            errors = self._errors(model, batch, latents, noise, t, text, seen, None)
             return jnp.sum(errors * (rows > 0))
 
         return jax.lax.map(at, (jnp.arange(BINS), jnp.asarray(self._times())))
@@ -315,46 +322,60 @@ class Diffusion:
         prompts = list(self.options.sample.prompts)
         if not prompts and self.eval_set is None:
             prompts = sorted({self.train_set.caption(i) for i in range(len(self.train_set))})
-        if not prompts:
-            return Look()  # an evaluation shows held-out captions
+        if not prompts or (self.model_cfg.sees != NOTHING and self.eval_set is None):
+            return Look()  # an evaluation shows held-out captions; only it has pictures to draw on
         prompts = prompts[: 2 * SHOWN]
-        made = self._draw(params, prompts, Request())
-        return Look(pictures={"prompts": grid([[one] for one in made], prompts, (), CELL)})
+        given = picture_inputs.held_out(self.model_cfg, self.eval_set, range(len(prompts)))
+        made = self._draw(params, prompts, Request(), given)
+        seen = picture_inputs.shown(given)
+        rows = made[:, None] if seen is None else np.stack([seen, made], axis=1)
+        return Look(pictures={"prompts": grid(list(rows), prompts, (), CELL)})
 
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
-        return [Look(pictures={"made": one}) for one in self._draw(params, prompts, request)]
+        cfg, side = self.model_cfg, self.options.resolution
+        sizes = make_buckets(side, cfg.multiple) if self.options.buckets else ((side, side),)
+        given = picture_inputs.asked(cfg, request, sizes, len(prompts))
+        request = request._replace(image=None, mask=None)  # now in `given`
+        made = self._draw(params, prompts, request, given)
+        return [Look(pictures={"made": one}) for one in made]
 
-    def _draw(self, params: Params, prompts: list[str], request: Request) -> np.ndarray:
+    def _draw(
+        self, params: Params, prompts: list[str], request: Request, given: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
         """Pictures uint8 (N, Y, X, 3); each one's noise depends on the seed and its place alone.
 
-        Always as many at a time as a micro-batch has: others beside it would round it otherwise.
+        `given` is what the UNet sees of each. Always as many at a time as a micro-batch has:
+        others beside it would round it otherwise.
         """
         if request.sampler is not None:
             _check_sampler("--sampler", request.sampler)
         size = self.cfg.batch_size // self.cfg.micro_batches
         ids = np.stack([self._tokenize(prompt) for prompt in prompts])
-        made = []
-        for first in range(0, len(ids), size):
-            rows = np.resize(ids[first : first + size], (size, *ids.shape[1:]))
-            places = np.arange(first, first + size)
-            out = self._generate(params, rows, places, request)
-            made.append(np.asarray(out))
+        made = [
+            np.asarray(self._generate(params, rows, places, request, seen))
+            for places, (rows, seen) in portions((ids, given), len(ids), size)
+        ]
         return np.concatenate(made)[: len(ids)]
 
     @partial(jax.jit, static_argnums=(0, 4))
-    def _generate(self, params: Params, ids: Any, places: Any, request: Request) -> jax.Array:
+    def _generate(
+        self, params: Params, ids: Any, places: Any, request: Request, given: Batch
+    ) -> jax.Array:
         cfg, options = self.model_cfg, self.options.sample
         model = bind(self.template, cast(params, self.dtype))
         text = model.encode_text(ids, dtype=self.dtype)
         null = jax.tree.map(lambda x: jnp.repeat(x, len(ids), axis=0), self._null(model))
+        seen = picture_inputs.see(model, cfg, given, None, self.dtype)
         side = self.options.resolution // cfg.vae.factor
+        size = (side, side) if seen is None else seen.shape[1:3]
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(request.seed)))(places)
-        noise = _normal(keys, (side, side, cfg.unet.out_channels))
+        noise = _normal(keys, (*size, cfg.unet.out_channels))
         make = SAMPLERS[request.sampler or options.sampler]
         scale = options.guidance if request.guidance is None else request.guidance
+        image = options.image_guidance if request.image_guidance is None else request.image_guidance
         images = stable_diffusion.generate(
             model, cfg, text, null, noise, make(cfg.schedule, request.steps or options.steps),
-            Guidance(scale, options.rescale), self.dtype,
+            Guidance(scale, options.rescale, image), self.dtype, seen,
         )  # fmt: skip
         pixels = jnp.round((images + 1.0) * 127.5).astype(jnp.uint8)
         return constrain(pixels, None, None, None, None)
@@ -373,7 +394,8 @@ class Diffusion:
 
     def _read(self, spec: str, buckets: bool, flip: bool) -> ImageSet:
         multiple = self.model_cfg.multiple
-        return ImageSet(open_images(spec), self.options.resolution, multiple, buckets, flip)
+        records = open_images(spec, edited=self.model_cfg.sees == SOURCE)
+        return ImageSet(records, self.options.resolution, multiple, buckets, flip)
 
     def _tokenize(self, caption: str) -> np.ndarray:
         """(E, T) ids for each text encoder, padded as its own tokenizer does."""
@@ -409,12 +431,7 @@ def _check(options: DiffusionOptions, cfg: PipelineConfig) -> None:
     _check_sampler("sample.sampler", options.sample.sampler)
     if not 0 <= options.caption_dropout < 1:
         raise UserError(f"caption_dropout={options.caption_dropout} must be at least 0 and below 1")
-    if cfg.unet.in_channels != cfg.vae.latent_channels:
-        raise UserError(
-            f"unet/config.json: in_channels={cfg.unet.in_channels}, but a text-to-image UNet takes"
-            f" the VAE's {cfg.vae.latent_channels}; inpainting and InstructPix2Pix models are not"
-            " supported yet"
-        )
+    picture_inputs.check(cfg, options.caption_dropout)
 
 
 def _check_sampler(key: str, name: str) -> None:

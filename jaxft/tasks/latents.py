@@ -78,6 +78,7 @@ class Rows:
         if self.stores.moments is None:
             example = self.shares[share].images[place]
             row |= {"pixels": example.pixels, "time_ids": example.time_ids}
+            row |= {} if example.source is None else {"source": example.source}
         else:
             row |= self.stores.moments.get(self._keys[share][place])
         caption = self.shares[share].images.captions[place]

@@ -63,13 +63,15 @@ class Prior:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What is drawn to be looked at; without prompts, held-out captions."""
+    """What is drawn to be looked at; without prompts, held-out captions. `image_guidance` is by the
+    source picture of an InstructPix2Pix model."""
 
     prompts: tuple
     steps: int
     guidance: float
     sampler: str = "dpm++"
     rescale: float = 0.0
+    image_guidance: float = 1.5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,7 +101,7 @@ def open_single_file(spec: str, weights: bool = True, prediction: str | None = N
     scheduler |= _prediction(path, tensors, kind, scheduler, prediction)
     return Pipeline(
         name=spec,
-        index=base.index if base else known.INDEX[kind],
+        index=base.index if base else published_index(kind, configs["unet"]["in_channels"]),
         components={
             name: Source(
                 f"{spec} ({name})",
@@ -145,6 +145,13 @@ def _published(tensors: Tensors, kind: str, path: Path) -> dict[str, dict[str, A
             if prefix + end in tensors.keys():  # noqa: SIM118
                 configs[name]["vocab_size"] = tensors.info(prefix + end)[0][0]
     return configs
+
+
+def published_index(kind: str, channels: int) -> dict[str, Any]:
+    """model_index.json of a family, with diffusers' class for a UNet of so many input channels."""
+    index = known.INDEX[kind]
+    sees = {8: "InstructPix2Pix", 9: "Inpaint"}.get(channels, "")
+    return {**index, "_class_name": index["_class_name"].replace("Pipeline", f"{sees}Pipeline")}
 
 
 def _beside(folder: Path) -> dict[str, Path]:
