@@ -114,6 +114,7 @@ def test_sampling_is_repeatable_by_its_seed(finished, capsys):
         (sample, ["--prompt=a"], "--workdir"),
         (sample, ["--workdir=x"], "--prompt"),
         (sample, ["--workdir=x", "--prompt=a", "--max_new=many"], "max_new"),
+        (sample, ["--workdir=x", "--prompts=/dev/null"], "/dev/null is empty"),
         (sample, ["--workdir=/no/such", "--prompt=a"], "/no/such"),
         (export, [], "--workdir"),
         (export, ["--workdir=/no/such", "--kind=whole"], "merged"),

@@ -91,7 +91,7 @@ def one_thread():
     ("case", "mesh"),
     [
         ("three", "2x2x2"),
-        ("xl", "one"),
+        pytest.param("xl", "one", marks=pytest.mark.slow),
         pytest.param("one", "one", marks=pytest.mark.slow),
         pytest.param("xl", "2x2x2", marks=pytest.mark.slow),
     ],
