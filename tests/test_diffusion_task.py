@@ -400,8 +400,6 @@ def test_a_bucket_smaller_than_a_batch_and_long_captions_are_told(opened, tmp_pa
     ]
     words = f"; bucket {height}x{width} has 6 images, fewer than batch_size=8: repeated"
     assert words in run.task.describe()
-    run, _ = opened({})
-    assert run.task.data_report()["truncated_captions"] == 0 and "cut" not in run.task.describe()
 
 
 def test_components_of_two_models(fails, plain, tmp_path):
@@ -425,6 +423,10 @@ def test_bad_pictures_are_left_out_up_to_one_in_a_hundred(fails, opened, tmp_pat
     (tmp_path / "pictures" / "07.png").write_bytes(b"<html>")
     run, _ = opened({"data.train": spec})
     assert run.task.n_examples() == 99 and run.task.data_report()["bad"] == 1
+    assert (
+        run.task.data_report()["truncated_captions"] == 0
+        and "tokens, cut" not in run.task.describe()
+    )
     assert "left out 1 bad images" in capfd.readouterr().out
     Watch(run, tmp_path, total=1, start=0)
     line = json.loads((tmp_path / "bad_samples.jsonl").read_text())
