@@ -16,15 +16,19 @@ from jaxft import run as runs
 from jaxft.core import config as configs
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
+from jaxft.core.params import ADDED, NEW_TOKENS
 from jaxft.models import ldm
 from jaxft.nn import lora
-from jaxft.run import ADAPTERS, Run
+from jaxft.run import Run
+from jaxft.tasks import inversion
 from jaxft.weights import adapters, janus_layout, pipeline_lora, single_file, transfer
 from jaxft.weights.graft import Grafted
 from jaxft.weights.pipeline import OPTIONAL
 from jaxft.weights.tensor_files import STEMS, write_sharded
 from jaxft.weights.transfer import Part
 
+# What a kind that is no whole model can hold.
+PARTIAL = {"adapter": ADDED, "lora": ADDED, "inversion": NEW_TOKENS}
 # Where transformers and diffusers split.
 SHARD_BYTES: dict[str, int] = {STEMS[0]: 5 * 10**9, STEMS[1]: 10**10}
 
@@ -76,11 +80,12 @@ def export_folder(
     "merged" and "folder" are a Hugging Face folder, adapters merged; "adapter" is a PEFT folder;
     "original" a Janus as its authors' code reads it; "single_file" NAME.safetensors in LDM's
     layout, with its configs and tokenizers; "lora" a LoRA in diffusers' format and in kohya's;
-    "all" the folder, the single file in it, and under lora/ the LoRA, where there is one. `params`
-    holds at least what was trained. Nothing stands under `out` until all is written. NAME is the
+    "inversion" the rows of a new word, which all other kinds of such a run hold too; "all" the
+    folder, the single file in it, and under lora/ the LoRA, where there is one. `params` holds at
+    least what was trained. Nothing stands under `out` until all is written. NAME is the
     run folder's.
     """
-    _check_adapter(run, kind)
+    check_kind(run, kind)
     temporary = out.with_name(f"{out.name}.partial-{os.getpid()}")
     for stale in out.parent.glob(f"{out.name}.partial-*"):
         shutil.rmtree(stale)
@@ -88,17 +93,23 @@ def export_folder(
     place = out.absolute()
     name = place.parent.name if place.name == "export" else place.name
     made = run.task.exported(dict(params))
-    WRITERS[kind](Job(run, made, name, dtype, temporary))
+    job = Job(run, made, name, dtype, temporary)
+    WRITERS[kind](job)
+    if kind != "inversion" and _new_tokens(run):
+        _write_inversion(job)
     if out.exists():
         shutil.rmtree(out)
     temporary.rename(out)
 
 
-def _check_adapter(run: Run, kind: str) -> None:
-    if kind not in ("adapter", "lora"):
+def check_kind(run: Run, kind: str) -> None:
+    """UserError where `kind` leaves out something that trained, or there is nothing of it."""
+    if kind not in PARTIAL:
         return
     instead = run.task.EXPORT_KINDS[0]
-    if not run.cfg.lora.rank:
+    if kind == "inversion" and not _new_tokens(run):
+        raise UserError(f"export.kind={kind!r} needs inversion.token; use export.kind={instead!r}")
+    if kind != "inversion" and not run.cfg.lora.rank:
         raise UserError(f"export.kind={kind!r} needs lora.rank > 0; use export.kind={instead!r}")
     if any(isinstance(part.tensors, Grafted) for part in run.task.parts):
         raise UserError(
@@ -106,12 +117,11 @@ def _check_adapter(run: Run, kind: str) -> None:
             f" {run.cfg.model}; use export.kind={instead!r}"
         )
     kept = tuple(f"{name}." for part in run.task.parts for name in part.whole)
-    adapted = re.compile(ADAPTERS)
-    beside = {path for path in run.chosen if not adapted.fullmatch(path)}
+    beside = {path for path in run.chosen if not re.fullmatch(PARTIAL[kind], path)}
     if more := sorted(path for path in beside if not path.startswith(kept)):
         raise UserError(
             f"export.kind={kind!r} would leave out {more[0]} and {len(more) - 1} more that train"
-            f" beside the adapters; use export.kind={instead!r}"
+            f" too; use export.kind={instead!r}"
         )
 
 
@@ -131,7 +141,8 @@ def _write_folder(job: Job) -> None:
 
 def _touched(run: Run, part: Part, dtype: str) -> bool:
     """Whether a part's files differ from the source's; the others are copied as they are."""
-    trained = any(path.startswith(part.prefix) for path in run.chosen)
+    inside = (path for path in run.chosen if path.startswith(part.prefix))
+    trained = any(not re.fullmatch(NEW_TOKENS, path) for path in inside)
     return trained or part.tensors is None or dtype != "source" or not part.prefix
 
 
@@ -180,9 +191,9 @@ def _write_adapter(job: Job) -> None:
 
 
 def _adapters(job: Job) -> dict[str, np.ndarray]:
-    """The adapters, and what trained beside them (`_check_adapter` lets through what can go)."""
+    """The adapters, and what trained beside them (`check_kind` lets through what can go)."""
     run = job.run
-    paths = [path for path in run.leaves if re.fullmatch(ADAPTERS, path) or path in run.chosen]
+    paths = [path for path in run.leaves if re.fullmatch(ADDED, path) or path in run.chosen]
     return {path: transfer.to_host(job.params[path]) for path in paths}
 
 
@@ -195,6 +206,24 @@ def _write_lora(job: Job) -> None:
     stated = pipeline_lora.metadata(kind, job.name, cfg.model, rank, alpha)
     stated |= _modelspec(job, "lora")
     pipeline_lora.write_kohya(job.folder, job.name, job.parts, leaves, arrays, scale, stated)
+
+
+# ---- new words --------------------------------------------------------------------------------
+
+
+def _new_tokens(run: Run) -> bool:
+    return any(re.fullmatch(NEW_TOKENS, path) for path in run.leaves)
+
+
+def _write_inversion(job: Job) -> None:
+    """`learned_embeds.safetensors`, as diffusers' load_textual_inversion reads it."""
+    word = _pipeline_task(job.run).options.inversion
+    dtype = np.float32 if job.dtype == "source" else runtime.resolve_dtype(job.dtype)
+    learned = inversion.learned(word.token, job.params)
+    tensors = {key: rows.astype(np.dtype(dtype)) for key, rows in learned.items()}
+    infos = {key: (rows.shape, rows.dtype) for key, rows in tensors.items()}
+    about = {"token": word.token, "init": word.init, "base": Path(job.run.cfg.model).name}
+    write_sharded(job.folder, tensors.items(), infos, stem=inversion.STEM, metadata=about)
 
 
 # ---- single files -----------------------------------------------------------------------------
@@ -262,6 +291,7 @@ WRITERS = {
     "original": _write_original,
     "single_file": _write_single_file,
     "lora": _write_lora,
+    "inversion": _write_inversion,
     "all": _write_all,
 }
 

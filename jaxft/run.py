@@ -17,13 +17,11 @@ from jaxft.core import optim, runtime, sharding, step
 from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.config import Arguments, Config
 from jaxft.core.errors import UserError
-from jaxft.core.params import Leaf, Params, describe, flatten, select, trainable_table
+from jaxft.core.params import ADDED, Leaf, Params, describe, flatten, select, trainable_table
 from jaxft.core.step import State, StepSpec, init_state, state_shardings
 from jaxft.tasks import Task, task_class
 from jaxft.tasks.options import OPTIONS
 from jaxft.weights import transfer
-
-ADAPTERS = r".*\.lora_[ab]"
 
 
 class Run(NamedTuple):
@@ -60,7 +58,8 @@ def open_run(config: Mapping[str, Any]) -> Run:
         raise UserError(f"export.kind={cfg.export.kind!r} is not one of {', '.join(kinds)}")
     task: Task = cls(cfg)
     leaves = describe(task.template)
-    pattern = task.cfg.trainable or (ADAPTERS if task.cfg.lora.rank else ".*")
+    adds = any(re.fullmatch(ADDED, path) for path in leaves)
+    pattern = task.cfg.trainable or (ADDED if adds else ".*")
     shardings = sharding.shardings(leaves, mesh)
     aids = tuple(part.prefix for part in task.parts if part.aid)
     can_train = {path: leaf for path, leaf in leaves.items() if not path.startswith(aids)}
@@ -90,7 +89,7 @@ def make_plan(run: Run) -> Plan:
 def load_params(run: Run, wanted: set[str] | None = None) -> Params:
     """Parameters (all, or those `wanted`), imported or drawn, born sharded.
 
-    Adapters are fp32 whatever the base is.
+    Adapters and new tokens are fp32 whatever the base is.
     """
     dtype = runtime.resolve_dtype(run.cfg.param_dtype)
     wanted = set(run.leaves) if wanted is None else wanted
@@ -113,7 +112,7 @@ def _draw(run: Run, paths: set[str], dtype: Any) -> Params:
     def build() -> Params:
         drawn = flatten(run.task.build(jax.random.key(run.cfg.seed)))
         kept = {path: drawn[path] for path in paths}
-        return {p: x if re.fullmatch(ADAPTERS, p) else x.astype(dtype) for p, x in kept.items()}
+        return {p: x if re.fullmatch(ADDED, p) else x.astype(dtype) for p, x in kept.items()}
 
     return jax.jit(build, out_shardings={path: run.shardings[path] for path in paths})()
 
@@ -133,7 +132,7 @@ def abstract_state(run: Run, tx: optax.GradientTransformation) -> State:
     """Shapes, dtypes and shardings of the state: what a checkpoint is restored against."""
     dtype = runtime.resolve_dtype(run.cfg.param_dtype)
     params: Any = {
-        path: jax.ShapeDtypeStruct(leaf.shape, np.float32 if ".lora_" in path else dtype)
+        path: jax.ShapeDtypeStruct(leaf.shape, np.float32 if re.fullmatch(ADDED, path) else dtype)
         for path, leaf in run.trained_leaves.items()
     }
     shapes = jax.eval_shape(partial(init_state, tx, ema=run.cfg.optim.ema), params)

@@ -107,8 +107,9 @@ def _prompts(options: dict[str, str]) -> list[str]:
                 lines = [line.rstrip("\n") for line in file if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts={options['prompts']} cannot be read: {error}") from None
-        if lines:
-            return lines
+        if not lines:
+            raise UserError(f"--prompts={options['prompts']} is empty: write one prompt a line")
+        return lines
     if not options.get("prompt"):
         raise UserError("no prompt: give --prompt=TEXT or --prompts=FILE with one a line")
     return [options["prompt"]]

@@ -37,12 +37,13 @@ def train(config: dict[str, Any], workdir: Path) -> None:
     from jaxft import run as runs
     from jaxft.core.checkpoint import Checkpoints
     from jaxft.core.sharding import local_rows, place_batch
-    from jaxft.export import export_folder
+    from jaxft.export import check_kind, export_folder
     from jaxft.watch import Watch
 
     began = time.perf_counter()
     run = runs.open_run(config)
     cfg, task, mesh = run.cfg, run.task, run.mesh
+    check_kind(run, cfg.export.kind)
     plan, every = runs.make_plan(run), runs.periods(run)
     saved = Checkpoints(workdir)
     start = saved.latest() or 0

@@ -128,6 +128,7 @@ def test_several_values_are_each_tried_under_a_label(finished, capsys):
         (sample, ["--prompt=a"], "--workdir"),
         (sample, ["--workdir=x"], "--prompt"),
         (sample, ["--workdir=x", "--prompt=a", "--max_new=many"], "max_new"),
+        (sample, ["--workdir=x", "--prompts=/dev/null"], "/dev/null is empty"),
         (sample, ["--workdir=/no/such", "--prompt=a"], "/no/such"),
         (export, [], "--workdir"),
         (export, ["--workdir=/no/such", "--kind=whole"], "merged"),

@@ -379,6 +379,46 @@ def test_folder_without_model_index(fails, tmp_path):
     fails(["model_index.json", tmp_path / "empty"], {"model": tmp_path / "empty"})
 
 
+@pytest.mark.parametrize("name", ["vae", "unet", "text_encoder", "tokenizer", "scheduler"])
+def test_folder_with_a_missing_component(fails, plain, tmp_path, name):
+    Path(shutil.copytree(plain, tmp_path / "part"))
+    shutil.rmtree(tmp_path / "part" / name)
+    fails([tmp_path / "part" / name, "missing"], {"model": tmp_path / "part"})
+
+
+def test_a_pickle_is_refused_with_the_way_to_convert(fails, tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    fails([tmp_path / "model.ckpt", "pickle", "safetensors"], {"model": tmp_path / "model.ckpt"})
+
+
+def test_epsilon_on_a_model_of_the_other_prediction(fails, plain, tmp_path):
+    other = Path(shutil.copytree(plain, tmp_path / "v"))
+    file = other / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "v_prediction"}))
+    words = ["prediction='epsilon'", f"scheduler_config.json of {other}", "v_prediction"]
+    fails(words, {"model": other, "prediction": "epsilon"})
+
+
+def test_a_bucket_smaller_than_a_batch_and_long_captions_are_told(opened, tmp_path):
+    spec = make_pictures(tmp_path / "pictures", 9, ((24, 20), (24, 20), (16, 32)))
+    file = tmp_path / "pictures" / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1]["text"], rows[4]["text"], rows[5]["text"] = "long " * 30, "b" * 76, "b" * 75
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data.train": spec, "data.eval": "", "buckets": True, "batch_size": 4, "flip": True}
+    run, _ = opened(changes)
+    assert run.task.data_report()["truncated_captions"] == 2, "each picture once"
+    told = run.task.describe()
+    assert "; 2 captions longer than 77 tokens, cut" in told
+    assert "fewer than batch_size" not in told, "12 and 6"
+    run, _ = opened({**changes, "batch_size": 8})
+    height, width = run.task.train_set.sizes[
+        int(np.argmin(np.bincount(run.task.train_set.bucket_of)))
+    ]
+    words = f"; bucket {height}x{width} has 6 images, fewer than batch_size=8: repeated"
+    assert words in run.task.describe()
+
+
 def test_components_of_two_models(fails, plain, tmp_path):
     mixed = Path(shutil.copytree(plain, tmp_path / "mixed"))
     file = mixed / "unet" / "config.json"
@@ -400,6 +440,10 @@ def test_bad_pictures_are_left_out_up_to_one_in_a_hundred(fails, opened, tmp_pat
     (tmp_path / "pictures" / "07.png").write_bytes(b"<html>")
     run, _ = opened({"data.train": spec})
     assert run.task.n_examples() == 99 and run.task.data_report()["bad"] == 1
+    assert (
+        run.task.data_report()["truncated_captions"] == 0
+        and "tokens, cut" not in run.task.describe()
+    )
     assert "left out 1 bad images" in capfd.readouterr().out
     Watch(run, tmp_path, total=1, start=0)
     line = json.loads((tmp_path / "bad_samples.jsonl").read_text())

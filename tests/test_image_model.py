@@ -146,7 +146,7 @@ def test_an_adapter_needs_a_base_that_is_there(make_folder, vq):
     task = SimpleNamespace(parts=(model.part,), EXPORT_KINDS=("folder",))
     cfg = SimpleNamespace(lora=Lora(rank=1), model="x")
     with pytest.raises(UserError, match="was grafted onto x"):
-        export._check_adapter(SimpleNamespace(task=task, cfg=cfg, chosen=set()), "adapter")
+        export.check_kind(SimpleNamespace(task=task, cfg=cfg, chosen=set()), "adapter")
 
 
 def test_a_graft_has_no_resolution_of_its_own(make_folder, vq, whole):

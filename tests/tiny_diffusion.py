@@ -26,8 +26,11 @@ SMALL = {
 }
 
 
-def make_pictures(folder, count=24, sizes=((24, 20),), seed=0):
-    """Random pictures of these (height, width) in turn, with a metadata.jsonl; their spec."""
+def make_pictures(folder, count=24, sizes=((24, 20),), seed=0, word=""):
+    """Random pictures of these (height, width) in turn, with a metadata.jsonl; their spec.
+
+    `word` comes third in every caption.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     rows = []
@@ -35,7 +38,9 @@ def make_pictures(folder, count=24, sizes=((24, 20),), seed=0):
         height, width = sizes[i % len(sizes)]
         pixels = rng.integers(0, 256, (height // 4, width // 4, 3), np.uint8)
         Image.fromarray(pixels).resize((width, height)).save(folder / f"{i:02}.png")
-        rows.append({"file_name": f"{i:02}.png", "text": f"{WORDS[i % 5]}, number {i}"})
+        words = f"{WORDS[i % 5]}, number {i}".split()
+        text = " ".join([*words[:2], word, *words[2:]] if word else words)
+        rows.append({"file_name": f"{i:02}.png", "text": text})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"folder:{folder}"
 

@@ -14,6 +14,9 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 # The matrices of a model by leaf name: what decays, what a low-rank update may join.
 MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
+# What a run adds to a model and no checkpoint of it holds; fp32 whatever the model is.
+NEW_TOKENS = r".*\.inversion\.embedding"
+ADDED = rf".*\.lora_[ab]|{NEW_TOKENS}"
 
 
 class Leaf(NamedTuple):

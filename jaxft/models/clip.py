@@ -39,7 +39,10 @@ ACTIVATIONS = ("quick_gelu", "gelu")
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """One text encoder; `projection_dim` is None where nothing projects the pooled vector."""
+    """One text encoder; `projection_dim` is None where nothing projects the pooled vector.
+
+    `new_tokens` follow the vocabulary, with a table of their own (textual inversion).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -51,6 +54,7 @@ class CLIPTextConfig:
     layer_norm_eps: float
     eos_token_id: int
     projection_dim: int | None
+    new_tokens: int = 0
 
     @classmethod
     def from_hf(
@@ -112,15 +116,15 @@ class Encoded(NamedTuple):
     pooled: Float[Array, "B P"]
 
 
-class PositionTable(nnx.Module):
-    """One vector a position; too few rows to cut over the mesh's tensor axis."""
+class SmallTable(nnx.Module):
+    """One vector a position or new token; too few rows to cut over the mesh's tensor axis."""
 
     def __init__(self, rows: int, dim: int, *, key: PRNGKeyArray):
         table = 0.02 * jax.random.normal(key, (rows, dim))
         self.embedding = nnx.Param(table, axes=("length", "embed"))
 
-    def __call__(self, length: int, dtype: Any) -> Float[Array, "T D"]:
-        return gather_rows(self.embedding[...].astype(dtype), jnp.arange(length))
+    def __call__(self, numbers: Array, dtype: Any) -> Float[Array, "... D"]:
+        return gather_rows(self.embedding[...].astype(dtype), numbers)
 
 
 class Attention(nnx.Module):
@@ -185,7 +189,11 @@ class CLIPText(nnx.Module):
         d = cfg.hidden_size
         self.cfg = cfg
         self.token_embedding = Embedding(cfg.vocab_size, d, key=tokens)
-        self.position_embedding = PositionTable(cfg.max_positions, d, key=positions)
+        self.position_embedding = SmallTable(cfg.max_positions, d, key=positions)
+        self.inversion = nnx.data(None)
+        if cfg.new_tokens:
+            new = jax.random.fold_in(tokens, 1)
+            self.inversion = nnx.data(SmallTable(cfg.new_tokens, d, key=new))
         keys = jax.random.split(layers, cfg.num_layers)
         self.layers = jax.vmap(lambda key: Block(cfg, key=key))(keys)
         self.final_layer_norm = LayerNorm(d, eps=cfg.layer_norm_eps)
@@ -216,12 +224,21 @@ class CLIPText(nnx.Module):
                 f"{length} tokens are more than the text encoder's {self.cfg.max_positions}"
                 " positions; truncate the captions"
             )
-        x = self.token_embedding(ids, dtype) + self.position_embedding(length, dtype)
+        x = self._tokens(ids, dtype) + self.position_embedding(jnp.arange(length), dtype)
         x = constrain(x, "batch", "length", None)
         x, hidden = self._scan(x, count - skip, keys, unroll)
         last = self.final_layer_norm(x)
         normed = last if skip == 0 else self.final_layer_norm(hidden)
         return Encoded(normed, hidden, self._pool(last, ids, keys))
+
+    def _tokens(self, ids: Array, dtype: Any) -> Array:
+        """Rows of the vocabulary's table, and from its end on of the new tokens'."""
+        if self.inversion is None:
+            return self.token_embedding(ids, dtype)
+        number = ids - self.cfg.vocab_size
+        old = self.token_embedding(jnp.where(number < 0, ids, 0), dtype)
+        new = self.inversion(jnp.maximum(number, 0), dtype)
+        return jnp.where((number < 0)[..., None], old, new)
 
     def _scan(
         self, x: Array, wanted: int, keys: PRNGKeyArray | None, unroll: int

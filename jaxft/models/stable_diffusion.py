@@ -16,7 +16,7 @@ from jaxft.models.unet_config import UNetConfig
 from jaxft.models.vae import VAE, VAEConfig
 from jaxft.nn.diffusion import CHOICES, ZERO_SNR, Schedule
 from jaxft.nn.samplers import Sampler, denoise, guide, guide_edit
-from jaxft.weights.pipeline import TEXT_ENCODERS, Pipeline, legacy_part, part
+from jaxft.weights.pipeline import SCHEDULER, TEXT_ENCODERS, Pipeline, legacy_part, part
 from jaxft.weights.transfer import Part
 
 # What a UNet sees beside the noisy latents and the text.
@@ -88,6 +88,11 @@ def _changes(pipeline: Pipeline, prediction: str, zero_snr: bool) -> dict[str, A
     if prediction and prediction not in known:
         raise UserError(f"prediction={prediction!r} is not one of {', '.join(known)}, or empty")
     old = {"prediction_type": "epsilon", **pipeline.scheduler}
+    if prediction == "epsilon" and old["prediction_type"] == "v_prediction":
+        raise UserError(
+            f"prediction='epsilon', but {SCHEDULER} of {pipeline.name} says v_prediction, which is"
+            " what its UNet has learned; leave prediction empty"
+        )
     changes: dict[str, Any] = {"prediction_type": prediction} if prediction else {}
     if zero_snr and (prediction or old["prediction_type"]) == "epsilon":
         raise UserError(

@@ -1,5 +1,6 @@
 """Stable Diffusion: fine-tuning UNet and text encoders on captioned pictures, whole or by LoRA."""
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from jaxft.core import flops, runtime
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
-from jaxft.core.params import Params, bind, describe
+from jaxft.core.params import ADDED, Params, bind, describe
 from jaxft.core.pictures import grid
 from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
 from jaxft.core.step import Batch, Metrics, cast
@@ -39,7 +40,8 @@ from jaxft.models.vae import Moments
 from jaxft.nn import diffusion as noise_algebra
 from jaxft.nn import lora
 from jaxft.nn.samplers import SAMPLERS
-from jaxft.tasks import Look, Report, Request, picture_inputs
+from jaxft.tasks import Look, Report, Request, inversion, picture_inputs
+from jaxft.tasks.captions import Captions
 from jaxft.tasks.drawing import CELL, SHOWN, Compared, portions
 from jaxft.tasks.kid_lite0 import KidLite0
 from jaxft.tasks.latents import (
@@ -67,7 +69,7 @@ class Diffusion:
     """Fine-tuning Stable Diffusion; see `jaxft.tasks.Task`."""
 
     Options = DiffusionOptions
-    EXPORT_KINDS = ("folder", "single_file", "lora", "all", "none")
+    EXPORT_KINDS = ("folder", "single_file", "lora", "inversion", "all", "none")
     unit = "images"
 
     def __init__(self, cfg: Config):
@@ -77,6 +79,8 @@ class Diffusion:
         self.pipeline = open_model(cfg.model, cfg.init == "pretrained", prediction=prediction)
         self.model_cfg = PipelineConfig.of(self.pipeline, options.prediction, options.zero_snr)
         _check(options, self.model_cfg)
+        new = inversion.names(options.inversion)
+        self.model_cfg = inversion.extended(self.model_cfg, len(new))
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.remat = runtime.resolve_remat(cfg.remat)
         self.template = jax.eval_shape(self.build, jax.random.key(0))
@@ -84,8 +88,10 @@ class Diffusion:
         if cfg.export.kind == "lora" or (cfg.export.kind == "all" and cfg.lora.rank):
             pipeline_lora.check(self.parts, describe(self.template))
         names = ("tokenizer", "tokenizer_2")[: len(self.model_cfg.texts)]
-        self.tokenizers = [load_tokenizer(self.pipeline.tokenizer_dir(name)) for name in names]
+        tokenizers = [load_tokenizer(self.pipeline.tokenizer_dir(name)) for name in names]
+        self.captions = Captions(tokenizers, self.model_cfg.texts, new)
         self.train_set = Rows(self._shares(), self._tokenize)
+        self._cut = self._check_captions()
         held_out = [Share(self._read(cfg.data.eval, False, False))] if cfg.data.eval else []
         self.eval_set = Rows(held_out, self._tokenize) if held_out else None
         self.kid = KidLite0() if options.eval_generated and self.eval_set else None
@@ -97,7 +103,8 @@ class Diffusion:
         return model
 
     def initial(self) -> dict[str, np.ndarray]:
-        return {}
+        own, leaves = self.options.inversion, describe(self.template)
+        return inversion.initial(own, self.captions, self.parts, leaves) if own.token else {}
 
     def describe(self) -> str:
         cfg, report = self.model_cfg, self.data_report()
@@ -105,16 +112,20 @@ class Diffusion:
         sizes = ", ".join(f"{h}x{w}" for h, w in self.train_set.sizes)
         small, batch = report["smaller_than_target"], self.cfg.batch_size
         counts = np.bincount(self.train_set.bucket_of)
-        short = [
+        notes = [
             f"; bucket {h}x{w} has {n} images, fewer than batch_size={batch}: repeated"
             for (h, w), n in zip(self.train_set.sizes, counts, strict=True)
             if n < batch <= len(self.train_set)
         ]
+        if self._cut:
+            notes.append(f"; {self._cut} captions longer than {self.captions.length} tokens, cut")
+        if self.captions.new:
+            notes.append(f"; learning {', '.join(self.captions.new)}")
         return (
             f"{kind}, {cfg.schedule.prediction}{', zero terminal SNR' * cfg.schedule.zero_snr};"
             f" {self.cfg.data.train}: {report['images']} images at {sizes}"
             f" ({report['cropped']} cropped{f', {small} enlarged' if small else ''})"
-            + "".join(short)
+            + "".join(notes)
         )
 
     def data_report(self) -> dict[str, int]:
@@ -122,7 +133,7 @@ class Diffusion:
         for share in self.train_set.shares:
             for name, count in share.images.report.items():
                 total[name] = total.get(name, 0) + count
-        return total
+        return {**total, "truncated_captions": self._cut}
 
     def bad_samples(self) -> tuple[Bad, ...]:
         sets = [rows for rows in (self.train_set, self.eval_set) if rows]
@@ -146,7 +157,7 @@ class Diffusion:
 
         encode = partial(StableDiffusion.encode_text, dtype=self.dtype)
         text = jax.eval_shape(encode, self.template, ids)
-        passes = 2 if all(".lora_" in path for path in chosen) else 3
+        passes = 2 if all(re.fullmatch(ADDED, path) for path in chosen) else 3
         return passes * flops.count(forward, self.template, latents, text, times)
 
     def exported(self, params: Params) -> Params:
@@ -398,14 +409,17 @@ class Diffusion:
         return ImageSet(records, self.options.resolution, multiple, buckets, flip)
 
     def _tokenize(self, caption: str) -> np.ndarray:
-        """(E, T) ids for each text encoder, padded as its own tokenizer does."""
-        rows = [
-            tokenizer(
-                caption, padding="max_length", truncation=True, max_length=text.max_positions
-            ).input_ids
-            for tokenizer, text in zip(self.tokenizers, self.model_cfg.texts, strict=True)
-        ]
-        return np.asarray(rows, np.int32)
+        """(E, T) ids for each text encoder."""
+        return self.captions(caption)
+
+    def _check_captions(self) -> int:
+        """How many captions of the training pictures are cut; the new word has to be in each."""
+        sets = [share.images for share in self.train_set.shares]
+        texts = [[images.captions[i] for i in range(len(images.records))] for images in sets]
+        if self.captions.new:
+            inversion.check(self.cfg, self.captions, describe(self.template))
+            inversion.check_captions(self.captions, texts[0], self.cfg.data.train)
+        return sum(map(self.captions.too_long, texts))
 
 
 def _stream(keys: jax.Array, number: Any) -> jax.Array:

@@ -62,6 +62,16 @@ class Prior:
 
 
 @dataclasses.dataclass(frozen=True)
+class Inversion:
+    """Textual inversion: the new word in the captions ("" is none), the known one that it starts
+    from, and how many embedding rows it has."""
+
+    token: str = ""
+    init: str = ""
+    vectors: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample:
     """What is drawn to be looked at; without prompts, held-out captions. `image_guidance` is by the
     source picture of an InstructPix2Pix model."""
@@ -92,6 +102,7 @@ class DiffusionOptions:
     eval_examples: int = 0
     eval_generated: int = 128
     prior: Prior = Prior()
+    inversion: Inversion = Inversion()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -178,6 +178,11 @@ def _prediction(
         found["prediction_type"] = "epsilon"
     if ZTSNR in names:
         found |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if given == "epsilon" and {**scheduler, **found}.get("prediction_type") == "v_prediction":
+        raise UserError(
+            f"prediction='epsilon', but {path} says v_prediction, which is what its UNet has"
+            " learned; leave prediction empty"
+        )
     if given:
         found["prediction_type"] = given
     if "prediction_type" not in {**scheduler, **found}:

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.core.errors import UserError
-from jaxft.core.params import Leaf, Params
+from jaxft.core.params import ADDED, Leaf, Params
 from jaxft.weights.rules import Entry, Rule, Sizes, expected, plan, to_jax, to_torch
 from jaxft.weights.tensor_files import Tensors
 
@@ -38,11 +38,11 @@ class Part(NamedTuple):
     whole: tuple[str, ...] = ()
 
     def entries(self, leaves: Mapping[str, Leaf]) -> list[Entry]:
-        """The plan for this part's own (non-adapter) parameters, paths with the prefix."""
+        """The plan for this part's own parameters (none that a run adds), paths with the prefix."""
         own = {
             path.removeprefix(self.prefix): leaf
             for path, leaf in leaves.items()
-            if path.startswith(self.prefix) and not path.endswith((".lora_a", ".lora_b"))
+            if path.startswith(self.prefix) and not re.fullmatch(ADDED, path)
         }
         if self.tensors is None:
             found = expected(self.rules, own)

@@ -139,7 +139,7 @@ def named(run, params):
         a, b = site.factors(params)
         made[f"{site.name}.lora_A.default.weight"] = a
         made[f"{site.name}.lora_B.default.weight"] = b
-    return made
+    return made | {p: np.array(x) for p, x in params.items() if ".inversion." in p}
 
 
 def draws(run, step, batch):

@@ -97,6 +97,9 @@ def edited(folder, name, changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+V = {"prediction_type": "v_prediction"}
+
+
 def test_what_the_two_options_change_of_the_schedule(tmp_path):
     make_pipeline(tmp_path, "sd").save_pretrained(tmp_path / "folder")
     pipeline = open_model(str(tmp_path / "folder"))
@@ -111,6 +114,11 @@ def test_what_the_two_options_change_of_the_schedule(tmp_path):
     }
     with pytest.raises(UserError, match="prediction='eps' is not one of epsilon, v_prediction"):
         PipelineConfig.of(pipeline, "eps")
+    edited(tmp_path / "folder", "scheduler/scheduler_config.json", V)
+    taught = open_model(str(tmp_path / "folder"))
+    with pytest.raises(UserError, match=r"'epsilon', but .*scheduler_config.json of .* v_pred"):
+        PipelineConfig.of(taught, "epsilon")
+    assert PipelineConfig.of(taught, "v_prediction").scheduler == ()
     for prediction in ("", "epsilon"):
         with pytest.raises(UserError, match=r"zero_snr=True .* set prediction=v_prediction"):
             PipelineConfig.of(pipeline, prediction, True)
