@@ -53,6 +53,7 @@ from jaxft.tasks.latents import (
     fingerprint,
     store_moments,
     store_texts,
+    tell,
 )
 from jaxft.tasks.options import DiffusionOptions
 from jaxft.tasks.tokens import load_tokenizer
@@ -186,18 +187,19 @@ class Diffusion:
         sets = [rows for rows in (self.train_set, self.eval_set) if rows]
         if self.model_cfg.sees == NOTHING:
             for images in (share.images for rows in sets for share in rows.shares):
-                _tell("moments", store_moments(moments, images, local.moments, CACHED_AT_ONCE))
+                tell("moments", store_moments(moments, images, local.moments, CACHED_AT_ONCE))
         else:
             moments = None
             print(
                 "moments are not cached: the UNet sees pictures, encoded in each step", flush=True
             )
         if not any(path.startswith("text_encoder") for path in trained):
-            name = fingerprint(local.params, ("text_encoder",), "texts", str(self.dtype))
+            what = (str(self.dtype), self.model_cfg.texts)
+            name = fingerprint(local.params, ("text_encoder",), "texts", *what)
             texts = ArrayCache(folder, name, jax.process_index())
             captions = [rows.caption(i) for rows in sets for i in range(len(rows))]
             made = store_texts(texts, captions, self._tokenize, local.texts, CACHED_AT_ONCE)
-            _tell("embeddings", made)
+            tell("embeddings", made)
         for rows in sets:
             rows.use(Stores(moments, texts))
 
@@ -429,16 +431,6 @@ def _stream(keys: jax.Array, number: Any) -> jax.Array:
 
 def _normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
-
-
-def _tell(what: str, made: Iterator[tuple[int, int]]) -> None:
-    """One line when a cache grew."""
-    done = total = 0
-    for done, total in made:
-        if done % (64 * CACHED_AT_ONCE) == 0:
-            print(f"caching {what}: {done} of {total}", flush=True)
-    if total:
-        print(f"cached {what} of {done}", flush=True)
 
 
 def _check(options: DiffusionOptions, cfg: PipelineConfig) -> None:

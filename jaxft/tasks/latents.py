@@ -18,6 +18,7 @@ from jaxft.data.cache import ArrayCache, example_keys, fill, missing
 from jaxft.data.images import ImageSet, to_float
 from jaxft.weights.transfer import to_host
 
+TOLD = 1024  # pictures or captions between two lines about a cache that grows
 Row = dict[str, np.ndarray]
 
 
@@ -209,3 +210,13 @@ def _wait_for_others(cache: ArrayCache, keys: Sequence[str]) -> None:
 def _filled(rows: np.ndarray, count: int) -> np.ndarray:
     """As many rows as one compiled function takes."""
     return np.concatenate([rows, np.repeat(rows[:1], count - len(rows), axis=0)])
+
+
+def tell(what: str, made: Iterator[tuple[int, int]]) -> None:
+    """One line when a cache grew."""
+    done = total = 0
+    for done, total in made:
+        if done % TOLD == 0:
+            print(f"caching {what}: {done} of {total}", flush=True)
+    if total:
+        print(f"cached {what} of {done}", flush=True)
