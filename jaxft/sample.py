@@ -34,7 +34,7 @@ def _main(argv: list[str]) -> None:
     options = arguments.options
     kinds = {**NUMBERS, **COUNTS}
     asked = {n: _numbers(options, n, kind) for n, kind in kinds.items() if n in options}
-    copies = asked.pop("copies", [1])[0]
+    copies = int(asked.pop("copies", [1])[0])
     prompts = [prompt for prompt in _prompts(options) for _ in range(copies)]
     down, across = _sides(asked)
     import jax
