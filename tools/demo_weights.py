@@ -1,7 +1,7 @@
-"""Train the demo weights from nothing by jaxft's own commands, on what `make_demo.py data` wrote.
+"""Train the demo pipeline from nothing by jaxft's own commands, on what `make_demo.py data` wrote.
 
 Each stage is one run of `python -m jaxft.train` in OUT; a stage that was stopped goes on. Two CPU
-cores need about half an hour for the autoencoder and two hours for the pipeline.
+cores need about half an hour for the autoencoder and two and a half hours for the pipeline.
 """
 
 import json
@@ -108,11 +108,14 @@ SD_RUN = {
     "every.save": "250_steps",
 }
 # First all emoji; then those that the fine-tuning set draws in another style, which is what so
-# little compute can learn; a falling rate at the end is what makes the drawings clean.
+# little compute can learn, a falling rate at the end for clean drawings; then these on coloured
+# pages, so that the pipeline leaves open how a picture is to look.
 CONSTANT = {"optim.schedule": "constant", "optim.warmup": "50_steps"}
 ALL = {**CONSTANT, "total": "750_steps", "optim.ema": 0.999, "min_snr_gamma": 5.0}
 KNOWN = {**CONSTANT, "total": "2900_steps", "optim.ema": 0.998, "min_snr_gamma": 0.0}
-LAST = {**KNOWN, "total": "1500_steps", "optim.schedule": "linear", "optim.warmup": "30_steps"}
+FALLING = {"optim.schedule": "linear", "optim.warmup": "30_steps"}
+LAST = {**KNOWN, **FALLING, "total": "1500_steps"}
+PAGED = {**LAST, "total": "600_steps", "optim.lr": 1e-3, "export.dtype": "bfloat16"}
 CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -124,9 +127,10 @@ pipeline_tag: text-to-image
 64x64 emoji from captions such as "crying face" or "toolbox". {size:.1f} M parameters, trained from
 nothing by jaxft (`tools/make_demo.py weights`) on captioned images of Google's Noto emoji
 (Apache-2.0): 750 steps of 32 on all 1,705, then 4,400 on the 256 that the fine-tuning set beside it
-draws in another style; about two hours on two CPU cores. It draws those 256 so that most can be
-recognised, and little else. (Of these weights' 4,400 steps the first 900 saw 528 emoji, and the
-VAE's silent channel was muted after 1,400.) It is here so that fine-tuning can be tried at once.
+draws in another style, then 600 on these on coloured pages; about two and a half hours on two CPU
+cores. It draws those 256, on any page, so that most can be recognised, and little else. (Of these
+weights' 4,400 steps the first 900 saw 528 emoji, and the VAE's silent channel was muted after
+1,400.) It is here so that fine-tuning can be tried at once.
 Load it with `StableDiffusionPipeline.from_pretrained(...)`.
 """
 
@@ -137,19 +141,20 @@ def write_weights(data: Path, out: Path, demo: Path = DEMO) -> None:
     blank = out / "blank"
     _write_configs(blank)
     fresh = {"init": "random", "model": blank}
-    vae = _train("autoencoder", out / "vae", {**sets, **VAE_RUN, **fresh})
+    vae = train("autoencoder", out / "vae", {**sets, **VAE_RUN, **fresh})
     untrained = {"trainable": ".*", "total": "0_steps", "data.eval": "", "cache": ""}
-    started = _train("diffusion", out / "random", {**sets, **fresh, **untrained})
+    started = train("diffusion", out / "random", {**sets, **fresh, **untrained})
     begin = out / "begin"
     shutil.copytree(started, begin, dirs_exist_ok=True)
     shutil.copytree(vae, begin / "vae", dirs_exist_ok=True)
     _prepare_latents(begin / "vae", data / "train")
     keys = {**sets, **SD_RUN, "cache": out / "cache"}
-    first = _train("diffusion", out / "all", {**keys, **ALL, "model": begin})
+    first = train("diffusion", out / "all", {**keys, **ALL, "model": begin})
     known = {**keys, "data.train": f"folder:{_known(data, out / 'images')}"}
-    second = _train("diffusion", out / "known", {**known, **KNOWN, "model": first})
-    last = {**known, **LAST, "model": second, "export.dtype": "bfloat16"}
-    done = _train("diffusion", out / "last", last)
+    second = train("diffusion", out / "known", {**known, **KNOWN, "model": first})
+    third = train("diffusion", out / "last", {**known, **LAST, "model": second})
+    pages = {**keys, "data.train": f"folder:{data / 'pages'}"}
+    done = train("diffusion", out / "pages", {**pages, **PAGED, "model": third})
     shutil.rmtree(demo / "emoji-sd", ignore_errors=True)
     shutil.copytree(done, demo / "emoji-sd")
     size = sum(path.stat().st_size for path in done.rglob("*.safetensors")) / 2e6
@@ -189,7 +194,7 @@ def _known(data: Path, folder: Path) -> Path:
     return folder
 
 
-def _train(task: str, workdir: Path, keys: Mapping[str, Any]) -> Path:
+def train(task: str, workdir: Path, keys: Mapping[str, Any]) -> Path:
     """One run to its end; the folder that it exports."""
     flags = [f"--config.{key}={value}" for key, value in keys.items()]
     command = [sys.executable, "-m", "jaxft.train", "--config", f"configs/{task}.py"]
