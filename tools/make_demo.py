@@ -5,6 +5,7 @@
     python tools/make_demo.py tokenizer [--out jaxft/demo] [--packages DIR]
     python tools/make_demo.py data      --out DIR          [--packages DIR]
     python tools/make_demo.py weights   --data DIR/google --runs DIR
+    python tools/make_demo.py tokens    --data DIR/google --runs DIR
     python tools/make_demo.py efficientnet [--out jaxft/demo]
 
 Texts and the tokenizer come out byte for byte; images pixel for pixel, and byte for byte under
@@ -28,6 +29,7 @@ from functools import partial
 from pathlib import Path
 
 from demo_data import write_emoji, write_google, write_tokenizer
+from demo_tokens import write_tokens
 from demo_weights import write_weights
 
 PACKAGES = ("wordnet-base", "r-cran-janeaustenr")
@@ -174,10 +176,15 @@ def main() -> None:
         command.add_argument("--out", type=Path, default=demo, required=name == "data")
         command.set_defaults(run=partial(packaged, write=writer, name=folder))
 
-    command = commands.add_parser("weights", help="ships: emoji-sd/, trained on what `data` wrote")
-    command.add_argument("--data", type=Path, required=True, help="the google/ folder of `data`")
-    command.add_argument("--runs", type=Path, required=True, help="where the runs are kept")
-    command.set_defaults(run=lambda args: write_weights(args.data, args.runs))
+    for name, trained, folder in (
+        ("weights", write_weights, "emoji-sd"),
+        ("tokens", write_tokens, "emoji-tokens"),
+    ):
+        about = f"ships: {folder}/, trained on what `data` wrote"
+        command = commands.add_parser(name, help=about)
+        command.add_argument("--data", type=Path, required=True, help="the google/ folder of it")
+        command.add_argument("--runs", type=Path, required=True, help="where the runs are kept")
+        command.set_defaults(run=lambda args, run=trained: run(args.data, args.runs))
 
     command = commands.add_parser("efficientnet", help="ships: efficientnet-lite0/")
     command.add_argument("--out", type=Path, default=demo)
