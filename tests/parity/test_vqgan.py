@@ -290,7 +290,7 @@ def test_p5_round_trip_is_bitwise_and_loads_in_the_stock_class(mode, tmp_path):
     hf, model = make(mode)
     state, cfg = numpy(hf.state_dict()), model.cfg
     table = vqgan.rules(cfg)
-    part = transfer.Part("vq.", mode, Memory(state), table, vqgan.sizes(cfg), vqgan.IGNORE)
+    part = transfer.Part("vq.", mode, Memory(state), table, {}, vqgan.IGNORE)
     leaves = {f"vq.{path}": leaf for path, leaf in P.describe(model).items()}
     place = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec())
     places = dict.fromkeys(leaves, place)
