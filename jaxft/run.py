@@ -176,13 +176,18 @@ def make_step(run: Run, plan: Plan) -> Any:
 
 
 class Compiled:
-    """A jitted step compiled ahead of its first call, once for each shape of batch."""
+    """A jitted step compiled ahead of its first call, once for each shape of batch.
+
+    What a task foretells of its shapes is compiled before step 0; a batch of another shape (short
+    examples that need one more row) when it comes.
+    """
 
     def __init__(self, step_fn: Any):
         self.step_fn = step_fn
         self.by_shape: dict[Any, Any] = {}
 
     def __call__(self, state: State, frozen: Params, batch: dict[str, jax.Array]) -> Any:
+        self.prepare(state, frozen, batch)
         return self.by_shape[_shape(batch)](state, frozen, batch)
 
     def prepare(self, state: State, frozen: Params, batch: dict[str, jax.Array]) -> bool:
