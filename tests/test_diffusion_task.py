@@ -286,7 +286,6 @@ def test_sample_draws_the_same_picture_beside_others(finished, tmp_path):
 
 
 def test_a_sweep_is_one_grid(finished, tmp_path, monkeypatch, capsys):
-    """Two guidances down and two counts of steps across, for each of two prompts."""
     monkeypatch.setattr(jax, "device_count", lambda *_: 1)
     work, out = finished[0] / "whole", tmp_path / "swept"
     prompts = tmp_path / "prompts.txt"
@@ -294,12 +293,11 @@ def test_a_sweep_is_one_grid(finished, tmp_path, monkeypatch, capsys):
     arguments = ["--workdir", str(work), f"--prompts={prompts}", f"--out={out}"]
     assert sample.main([*arguments, "--guidance=1,3", "--steps=2,3"]) == 0
     assert "8 pictures and grid.png" in capsys.readouterr().out
-    rows, columns = 4, 2
     height, width, _ = np.asarray(Image.open(out / "grid.png")).shape
-    assert height > rows * sample.CELL and columns * sample.CELL < width < 3 * sample.CELL
+    assert height > 4 * sample.CELL and 2 * sample.CELL < width < 3 * sample.CELL
     assert sample.main([*arguments[:3], f"--out={tmp_path}", "--guidance=3", "--steps=2"]) == 0
-    alone = (tmp_path / "sample-001.png").read_bytes()  # bread, at the second row's first column
-    assert alone == (out / "sample-005.png").read_bytes()
+    bread = (tmp_path / "sample-001.png", out / "sample-005.png")  # second row, first column
+    assert bread[0].read_bytes() == bread[1].read_bytes()
 
 
 def evaluations(workdir, step):
