@@ -1,15 +1,16 @@
 """The one attention function of the project; which kernel runs where is decided here alone."""
 
+from collections.abc import Callable
 from functools import partial
-from math import prod
-from typing import NamedTuple
+from math import ceil, floor, prod
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 # Bytes of fp32 scores that one query block may make; on CPU fewer, larger blocks measured best.
-CPU_SCORES, ACCELERATOR_SCORES = 2**24, 2**28
+CPU_SCORES, ACCELERATOR_SCORES = 2**25, 2**28
 SMALLEST_BLOCK = 16
 MASKED = -1e30  # finite, so that a row with nothing to see stays finite
 
@@ -19,6 +20,21 @@ class Rows(NamedTuple):
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"] | None
+
+
+class Keys(NamedTuple):
+    """Keys and values, or their gradients."""
+
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
+
+
+class How(NamedTuple):
+    """What is settled when the step is traced: the mask's kind, the scale, queries a block."""
+
+    causal: bool
+    scale: float
+    size: int
 
 
 def attention(
@@ -85,57 +101,122 @@ def _blockwise(
 ) -> Array:
     """One block of queries at a time, so that only O(block x S) scores exist, backward included."""
     (batch, length, heads, dim), (kv_length, kv_heads) = q.shape, k.shape[1:3]
-    # Keys stay fp32 outside the loop: their gradients sum over blocks, in that precision.
-    wide = (k.swapaxes(1, 2).astype(jnp.float32), v.swapaxes(1, 2).astype(jnp.float32))
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-
-    @jax.checkpoint
-    def block(wide: tuple[Array, Array], q: Array, queries: Rows) -> Array:
-        k, v = (x.astype(q.dtype) for x in wide)
-        scores = scale * jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
-        mask = _mask(queries, keys, causal, window)
-        if mask is not None:
-            scores = jnp.where(mask[:, None, None], scores, MASKED)
-        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        return jnp.einsum("bkgts,bksh->btkgh", weights, v)
-
     size = block_size(batch, length, heads, kv_length)
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    # Keys stay fp32 outside the loop: their gradients sum over blocks, in that precision.
+    wide = Keys(*(x.swapaxes(1, 2).astype(jnp.float32) for x in (k, v)))
+    queries = jax.tree.map(lambda x: x[:, None, None, :, None], queries)
+    keys = jax.tree.map(lambda x: x[:, None, None, None], keys)
+    out = _attend(q, wide, queries, (keys, window), How(causal, scale, size))
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(
+    q: Float[Array, "B K G T H"], wide: Keys, queries: Rows, seen: tuple, how: How
+) -> Float[Array, "B K G T H"]:
+    return _forward(q, wide, queries, seen, how)[0]
+
+
+def _forward(q: Array, wide: Keys, queries: Rows, seen: tuple, how: How) -> tuple[Array, tuple]:
+    def block(_: None, x: tuple[Array, Rows]) -> tuple[None, tuple[Array, Array, Array]]:
+        q, queries = x
+        scores = _scores(q, wide, queries, seen, how)
+        top = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        out = _product(weights.astype(q.dtype), wide.v, 4, 2) / total
+        return None, (out.astype(q.dtype), top, total)
+
+    _, (out, top, total) = _over_blocks(block, None, (q, queries), how.size)
+    return out, (q, wide, queries, seen, out, top, total)
+
+
+def _backward(how: How, kept: tuple, dout: Array) -> tuple[Array, Keys, None, None]:
+    """From scores made again; softmax's own sum is dout . out (Dao et al. 2022, arXiv:2205.14135).
+
+    Beside the time of a kept softmax, XLA:CPU's derivative of one is the slowest part of a layer.
+    """
+    q, wide, queries, seen, out, top, total = kept
+    share = dout.astype(jnp.float32) / total
+    mean = (share * out).sum(-1, keepdims=True)
+
+    def block(sums: Keys, x: tuple) -> tuple[Keys, Array]:
+        q, queries, share, mean, top = x
+        weights = jnp.exp(_scores(q, wide, queries, seen, how) - top)
+        dscores = how.scale * weights * (_product(share, wide.v, 4, 3) - mean)
+        dq = _product(dscores.astype(q.dtype), wide.k, 4, 2).astype(q.dtype)
+        dk = _over_queries(dscores.astype(q.dtype), q)
+        dv = _over_queries(weights.astype(q.dtype), share)
+        return Keys(sums.k + dk, sums.v + dv), dq
+
+    inputs = (q, queries, share.astype(q.dtype), mean, top)
+    sums, dq = _over_blocks(block, jax.tree.map(jnp.zeros_like, wide), inputs, how.size)
+    return dq, sums, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _scores(q: Array, wide: Keys, queries: Rows, seen: tuple, how: How) -> Array:
+    scores = how.scale * _product(q, wide.k, 4, 3)
+    mask = _mask(queries, *seen, how.causal)
+    # Added, since for a select XLA:CPU writes out MASKED in the shape of all scores.
+    return scores if mask is None else scores + jnp.where(mask, 0.0, MASKED)
+
+
+def _product(x: Array, y: Array, over: int, keys_over: int) -> Array:
+    """(B, K, G, T, .) with (B, K, S, H) in x's precision, summed in fp32; never transposed."""
+    dims = (((over,), (keys_over,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(x, y.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+
+
+def _over_queries(x: Array, y: Array) -> Array:
+    """(B, K, G, T, S) and (B, K, G, T, H) to (B, K, S, H); of these x is the one to leave alone."""
+    dims = (((2, 3), (2, 3)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(y, x, dims, preferred_element_type=jnp.float32).swapaxes(2, 3)
+
+
+def _over_blocks(block: Callable, carry: Any, inputs: tuple, size: int) -> tuple[Any, Any]:
+    """A scan of `block` over `size` rows of dim 3 of all inputs at a time; results joined again."""
+    length = inputs[0].shape[3]
     if size >= length:
-        out = block(wide, q, queries)
-    else:
-        blocks = jax.tree.map(partial(_cut, size=size), (q, queries))
-        _, out = jax.lax.scan(lambda _, x: (None, block(wide, *x)), None, blocks)
-        out = out.swapaxes(0, 1).reshape(batch, -1, *out.shape[3:])[:, :length]
-    return out.reshape(batch, length, heads, dim)
+        return block(carry, inputs)
+    carry, made = jax.lax.scan(block, carry, jax.tree.map(partial(_cut, size=size), inputs))
+    return carry, jax.tree.map(partial(_join, length=length), made)
 
 
-def _mask(queries: Rows, keys: Rows, causal: bool, window: int | Array | None) -> Array | None:
-    """(B or 1, T, S) of what may be seen; None when everything may."""
+def _cut(x: Array, size: int) -> Array:
+    """(..., T, H) as (blocks, ..., size, H), zero-padded at the end."""
+    count = -(-x.shape[3] // size)
+    x = jnp.pad(x, [(0, 0)] * 3 + [(0, count * size - x.shape[3]), (0, 0)])
+    return jnp.moveaxis(x.reshape(*x.shape[:3], count, size, x.shape[4]), 3, 0)
+
+
+def _join(x: Array, length: int) -> Array:
+    x = jnp.moveaxis(x, 0, 3)
+    return x.reshape(*x.shape[:3], -1, x.shape[5])[:, :, :, :length]
+
+
+def _mask(queries: Rows, keys: Rows, window: int | Array | None, causal: bool) -> Array | None:
+    """(B or 1, 1, 1, T, S) of what may be seen; None when everything may."""
     mask = None
     if causal:
-        before = queries.positions[:, :, None] - keys.positions[:, None, :]
+        before = queries.positions - keys.positions
         mask = before >= 0
         if window is not None:
             mask &= before < window
     if queries.segments is not None and keys.segments is not None:
-        same = queries.segments[:, :, None] == keys.segments[:, None, :]
+        same = queries.segments == keys.segments
         mask = same if mask is None else mask & same
     return mask
 
 
 def block_size(batch: int, length: int, heads: int, kv_length: int) -> int:
-    """Queries a block: as many (a power of two) as the scores' budget of one device allows."""
+    """Queries a block: few blocks of one size, each within the scores' budget of one device."""
     budget = CPU_SCORES if jax.default_backend() == "cpu" else ACCELERATOR_SCORES
     mesh = jax.sharding.get_abstract_mesh()
     row = 4 * prod((batch, heads, kv_length)) / max(1, mesh.size)
-    size = SMALLEST_BLOCK
-    while 2 * size * row <= budget and size < length:
-        size *= 2
-    return min(size, length)
-
-
-def _cut(x: Array, size: int) -> Array:
-    """(B, T, ...) as (blocks, B, size, ...), zero-padded at the end."""
-    count = -(-x.shape[1] // size)
-    x = jnp.pad(x, [(0, 0), (0, count * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-    return x.reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
+    most = max(SMALLEST_BLOCK, floor(budget / row))
+    evenly = ceil(length / ceil(length / most))
+    return min(length, SMALLEST_BLOCK * ceil(evenly / SMALLEST_BLOCK))
