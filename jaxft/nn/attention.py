@@ -29,6 +29,9 @@ class Keys(NamedTuple):
     v: Float[Array, "B K S H"]
 
 
+Seen = tuple[Rows, int | Array | None]  # the keys' rows and the window
+
+
 class How(NamedTuple):
     """What is settled when the step is traced: the mask's kind, the scale, queries a block."""
 
@@ -107,18 +110,18 @@ def _blockwise(
     wide = Keys(*(x.swapaxes(1, 2).astype(jnp.float32) for x in (k, v)))
     queries = jax.tree.map(lambda x: x[:, None, None, :, None], queries)
     keys = jax.tree.map(lambda x: x[:, None, None, None], keys)
-    out = _attend(q, wide, queries, (keys, window), How(causal, scale, size))
+    out: Array = _attend(q, wide, queries, (keys, window), How(causal, scale, size))
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(
-    q: Float[Array, "B K G T H"], wide: Keys, queries: Rows, seen: tuple, how: How
+    q: Float[Array, "B K G T H"], wide: Keys, queries: Rows, seen: Seen, how: How
 ) -> Float[Array, "B K G T H"]:
     return _forward(q, wide, queries, seen, how)[0]
 
 
-def _forward(q: Array, wide: Keys, queries: Rows, seen: tuple, how: How) -> tuple[Array, tuple]:
+def _forward(q: Array, wide: Keys, queries: Rows, seen: Seen, how: How) -> tuple[Array, tuple]:
     def block(_: None, x: tuple[Array, Rows]) -> tuple[None, tuple[Array, Array, Array]]:
         q, queries = x
         scores = _scores(q, wide, queries, seen, how)
@@ -158,7 +161,7 @@ def _backward(how: How, kept: tuple, dout: Array) -> tuple[Array, Keys, None, No
 _attend.defvjp(_forward, _backward)
 
 
-def _scores(q: Array, wide: Keys, queries: Rows, seen: tuple, how: How) -> Array:
+def _scores(q: Array, wide: Keys, queries: Rows, seen: Seen, how: How) -> Array:
     scores = how.scale * _product(q, wide.k, 4, 3)
     mask = _mask(queries, *seen, how.causal)
     # Added, since for a select XLA:CPU writes out MASKED in the shape of all scores.
