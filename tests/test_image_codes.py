@@ -1,12 +1,19 @@
 """Cached codes: the tokenizer's own, found again, refused when they are another's."""
 
+import gc
+import json
+import shutil
+import weakref
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from diffusers import VQModel
-from tiny_autoencoders import make_vqmodel
+from safetensors.numpy import load_file, save_file
+from tiny_autoencoders import make_janus, make_vqmodel
 from tiny_image_tokens import CODES, GRID, SIZE, make_pictures
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, JanusVQVAE
 
 from jaxft.core.errors import UserError
 from jaxft.data.cache import ArrayCache
@@ -98,18 +105,101 @@ def test_codes_stay_valid_when_the_decoder_was_trained(rows, make_rows, work, vq
     assert (again.stored(3)["codes"] == rows.stored(3)["codes"]).all()
 
 
-def test_memory_is_that_of_a_batch(make_rows, work, vq, monkeypatch):
-    sizes = []
-    encode = ImageTokenizer.reconstruct
+def test_memory_is_that_of_a_batch(work, make_rows, vq, monkeypatch):
+    """However many pictures there are: those of one batch, and of the few that are read ahead."""
+    make_pictures(work / "many", 60)
+    images, alive, most, sizes = (
+        ImageSet(open_images(f"folder:{work / 'many'}"), SIZE, 2, False),
+        0,
+        0,
+        [],
+    )
+    made = CodeRows(images, make_rows().layout, make_rows().tokenizer)
+    load = ImageSet.__getitem__
 
-    def counted(self, pixels):
+    def freed():
+        nonlocal alive
+        alive -= 1
+
+    def counted(self, index):
+        nonlocal alive, most
+        example = load(self, index)
+        weakref.finalize(example.pixels, freed)
+        alive += 1
+        most = max(most, alive)
+        return example
+
+    def encode(self, pixels):
         sizes.append(len(pixels))
-        return encode(self, pixels)
+        shape = len(pixels), GRID, GRID
+        return image_codes.Reconstruction(np.zeros(shape, int), pixels, *np.zeros((2, len(pixels))))
 
-    monkeypatch.setattr(ImageTokenizer, "reconstruct", counted)
-    monkeypatch.setattr(image_codes, "ROWS", 4)
-    make_rows().cache(ArrayCache(work / "small", vq.fingerprint), vq)
-    assert sizes == [4, 4, 4]
+    monkeypatch.setattr(ImageSet, "__getitem__", counted)
+    monkeypatch.setattr(ImageTokenizer, "reconstruct", encode)
+    monkeypatch.setattr(image_codes, "ROWS", 3)
+    made.cache(ArrayCache(work / "small", "x"), vq)
+    gc.collect()
+    assert sizes == [3] * 20 and most <= 3 * 8 and alive <= 3 * 8
+    assert made.stored(0).keys() == {"codes", "psnr", "ssim", "time_ids"}, "and no pixels"
+
+
+def test_trap1_an_exported_tokenizer_has_rows_of_unit_length(work):
+    """Only so does transformers' own search find our codes; all else stays byte for byte."""
+    source, out = make_janus(work / "janus", CODES), work / "exported"
+    tokenizer = open_tokenizer(str(source))
+    for name, content in tokenizer.files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(content, out / name)
+    before, after = (load_file(f / "model.safetensors") for f in (source, out / "vq"))
+    differ = [key for key in before if before[key].tobytes() != after[key].tobytes()]
+    assert differ == ["quantize.embedding.weight"] and before.keys() == after.keys()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    stock = JanusVQVAE.from_pretrained(out / "vq").eval()
+    x = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        found = stock.encode(x).image_tokens.view(4, 16, 16).numpy()
+    made = tokenizer.reconstruct(pixels).codes
+    np.testing.assert_array_equal(made, found)
+    assert len(np.unique(made)) > CODES // 3
+    again = open_tokenizer(str(out))
+    assert again.fingerprint == tokenizer.fingerprint
+    assert all(isinstance(one, Path) for one in again.files.values())
+    assert again.files["vq/model.safetensors"] == out / "vq" / "model.safetensors", "as it is"
+
+
+def test_llamagens_own_names_are_read_and_written_as_transformers_has_them(work):
+    """`vq_ds16_t2i` after torch.load: conv_blocks, res, mid.0 and statistics of its training."""
+    stock, folder = make_janus(work / "stock", CODES), work / "llamagen"
+    folder.mkdir()
+    own = load_file(stock / "model.safetensors")
+    pairs = {".down.": ".conv_blocks.", ".up.": ".conv_blocks.", ".block.": ".res."}
+    pairs |= {"mid.block_1": "mid.0", "mid.attn_1": "mid.1", "mid.block_2": "mid.2"}
+    theirs = {"quantize.codebook_used": np.zeros(9, np.float32)}
+    for key, tensor in own.items():
+        for one, other in pairs.items():
+            key = key.replace(one, other)
+        theirs[key] = tensor
+    assert len(theirs) == len(own) + 1 and "encoder.conv_blocks.0.res.0.conv1.weight" in theirs
+    save_file(theirs, folder / "model.safetensors", {"format": "pt"})
+    shutil.copy(stock / "config.json", folder)
+    made, wanted = open_tokenizer(str(folder)), open_tokenizer(str(stock))
+    assert made.fingerprint == wanted.fingerprint
+    written = load_file(made.files["vq/model.safetensors"])
+    expected = load_file(wanted.files["vq/model.safetensors"])
+    assert {k: v.tobytes() for k, v in written.items()} == {
+        k: v.tobytes() for k, v in expected.items()
+    }
+
+
+def test_a_fingerprint_tells_how_codes_are_found(work):
+    """The same weights by direction and by distance are two tokenizers to a cache."""
+    folder = make_janus(work / "direction", CODES)
+    plain = Path(shutil.copytree(folder, work / "distance"))
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({**config, "codebook_l2_norm": False}))
+    first, second = (open_tokenizer(str(one)) for one in (folder, plain))
+    assert first.fingerprint != second.fingerprint
+    assert second.files["vq/model.safetensors"] == plain / "model.safetensors"
 
 
 def test_codes_beyond_the_codebook_are_refused(make_rows, work, vq):

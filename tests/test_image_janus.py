@@ -11,7 +11,12 @@ import torch
 from safetensors.numpy import load_file
 from tiny_image_tokens import arguments
 from tiny_janus import CODES, GRID, SIZE, make_janus_model, make_work
-from transformers import AutoTokenizer, JanusForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    JanusForConditionalGeneration,
+    JanusVQVAE,
+    JanusVQVAEConfig,
+)
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 from jaxft import export as exports
@@ -224,6 +229,37 @@ def test_keys_that_a_janus_has_no_use_for(work):
     fails(["max_caption_tokens=250", "256"], work / "model", max_caption_tokens=250)
     with pytest.raises(UserError, match="init='random'"):
         open_model(str(work / "model"), options(), False, 0)
+
+
+def test_a_decoder_for_another_codebook(work, tmp_path):
+    config = opened(work / "model").vq.source.config
+    JanusVQVAE(JanusVQVAEConfig(**{**config, "num_embeddings": 2 * CODES})).save_pretrained(
+        tmp_path
+    )
+    fails([tmp_path, "codebook", "only the decoder"], work / "model", tokenizer=str(tmp_path))
+
+
+def test_trap30_a_pickled_janus_is_refused_with_the_way_to_convert(work, tmp_path):
+    """As deepseek-ai publishes Janus-Pro."""
+    folder = Path(shutil.copytree(work / "model", tmp_path / "model"))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    fails(["pytorch_model.bin", "can run code"], folder)
+
+
+def test_trap14_pad_is_the_tokenizers_own_whatever_configs_say(work, tmp_path):
+    """It is another id in each release, and the null is made of it."""
+    folder = Path(shutil.copytree(work / "model", tmp_path / "model"))
+    for file, old, new in (
+        ("tokenizer_config.json", '"pad_token": "<｜▁pad▁｜>"', '"pad_token": "<eos>"'),
+        ("config.json", '"pad_token_id": 3', '"pad_token_id": 2'),
+    ):
+        text = (folder / file).read_text()
+        content = text.replace(old, new) if old in text else text.replace(ascii(old)[1:-1], new)
+        assert content != text, file
+        (folder / file).write_text(content)
+    model = opened(folder)
+    assert model.layout.pad == 3
+    assert json.loads(model.side_files(None)["generation_config.json"])["pad_token_id"] == 3
 
 
 def test_tokenizers_that_lack_what_a_janus_needs(work, tmp_path):

@@ -114,6 +114,13 @@ def test_sizes(whole, make_folder, vq):
     fails(["max_caption_tokens=250", "256"], whole, max_caption_tokens=250)
 
 
+def test_pickled_tokenizers_are_refused_with_the_way_to_convert(make_folder, vq, tmp_path):
+    """Trap 30: LlamaGen publishes vq_ds16_t2i.pt."""
+    (tmp_path / "vq_ds16_t2i.pt").write_bytes(b"x")
+    (tmp_path / "config.json").write_text((vq / "config.json").read_text())
+    fails(["vq_ds16_t2i.pt", "can run code"], make_folder(), graft=str(tmp_path))
+
+
 def test_keys_that_exclude_each_other(whole, make_folder, vq):
     fails(["imagetoken.json", "graft"], make_folder())
     fails(["speaks codes already"], whole, graft=str(vq))

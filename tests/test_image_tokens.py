@@ -17,7 +17,11 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from jaxft import run as runs
 from jaxft import train
-from jaxft.tasks import Request
+from jaxft.core.errors import UserError
+from jaxft.data.cache import ArrayCache
+from jaxft.nn.sampling import Sampling
+from jaxft.tasks import Request, image_tokens
+from jaxft.tasks.image_tokens import ImageTokens
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = 320
@@ -66,6 +70,7 @@ def records(workdir):
 
 def test_what_a_run_reports(trained):
     first, last = (record for record in records(trained) if "eval_ce" in record)
+    assert (first["step"], last["step"]) == (0, 4), "a baseline before any update"
     for record in (first, last):
         use = record["eval_ce_null"] - record["eval_ce"]
         assert record["eval_caption_use"] == pytest.approx(use)
@@ -73,7 +78,9 @@ def test_what_a_run_reports(trained):
         assert 0 < record["eval_unigram_entropy"] < record["eval_ln_k"]
         assert 0 < record["eval_train_distance_least"] <= record["eval_train_distance_mean"] <= 1
         assert 0 < record["eval_codebook_used"] <= 1
-        assert {"eval_kid-lite0", "eval_accuracy", "eval_tokenizer_psnr"} <= record.keys()
+        assert {"eval_kid-lite0", "eval_accuracy", "eval_codebook_perplexity"} <= record.keys()
+        assert {"eval_tokenizer_psnr", "eval_tokenizer_ssim"} <= record.keys()
+        assert record["eval_sampled_images_per_s"] > 0
     assert last["eval_ce"] < first["eval_ce"]
     made = {path.name for path in (trained / "samples").iterdir()}
     assert {"tokenizer-000000.png", "held-out-000000.png", "held-out-000004.png"} <= made
@@ -132,7 +139,10 @@ def test_the_exported_folder_draws_the_same_without_jaxft(trained):
     how = Request(temperature=0.0, guidance=3.0)
     with jax.set_mesh(run.mesh):
         codes = run.task._draw(params, captions, how)
+        compiled = ImageTokens._generate._cache_size()
         looks = run.task.complete(params, captions, how)
+        run.task._draw(params, captions, how._replace(guidance=1.5, seed=2))
+    assert ImageTokens._generate._cache_size() == compiled, "one program for every guidance"
     np.testing.assert_array_equal(codes, expected)
     for look, wanted in zip(looks, pixels, strict=True):
         made = look.pictures["made"]
@@ -172,6 +182,111 @@ def test_from_nothing_but_a_config(work, pictures, text_model, vq):
     LlamaForCausalLM.from_pretrained(work / "fresh" / "export")
     assert {"image_ce", "text_ce"} <= records(work / "fresh")[0].keys()
     assert (work / "fresh" / "samples" / "prompts-000001.png").exists()
+
+
+def test_a_grid_shows_target_tokenizer_and_generated(trained, work, pictures, monkeypatch):
+    """And what is a copy of a training picture, code for code, has distance 0 to it."""
+    run = runs.open_run(
+        make_config(trained / "export", pictures, work / "cache", {"eval_generated": 4})
+    )
+    task, seen = run.task, {}
+    task.prepare({}, set())
+    chosen = [int(i) for i in image_tokens.subset(task.eval_set, 4, 0).ids]
+    copies = np.stack([task.eval_set.stored(i)["codes"] for i in chosen])
+    monkeypatch.setattr(task, "_drawn", lambda *_: (copies, 1.0))
+    monkeypatch.setattr(task, "kid", lambda *_: 0.0)
+    monkeypatch.setattr(image_tokens, "grid", lambda *shown: seen.update(enumerate(shown[:3])))
+    metrics, _ = task._generated({})
+    cells, captions, headers = seen.values()
+    assert headers == ("target", "tokenizer", "generated")
+    assert captions == [task.eval_set.caption(i) for i in chosen]
+    for (target, back, made), i in zip(cells, chosen, strict=True):
+        np.testing.assert_array_equal(target, task.eval_set.images[i].pixels)
+        np.testing.assert_array_equal(back, made)
+        assert (back != target).any()
+    assert metrics["train_distance_least"] == metrics["train_distance_mean"] == 0
+    used = len(np.unique(copies)) / CODES
+    assert metrics["codebook_used"] == pytest.approx(used) and used < 1
+
+
+def test_what_the_config_says_of_sampling_is_how_it_draws(trained, work, pictures, monkeypatch):
+    """A request goes before it, number by number."""
+    keys = {
+        "sample.guidance": 2.5,
+        "sample.temperature": 0.5,
+        "sample.top_k": 5,
+        "sample.top_p": 0.9,
+    }
+    task = runs.open_run(make_config(trained / "export", pictures, work / "cache", keys)).task
+    seen = []
+
+    def draw(params, tokens, mask, keys, guidance, how):
+        seen.append((guidance, how))
+        return np.zeros((len(tokens) // 2, GRID * GRID), int)
+
+    monkeypatch.setattr(task, "_generate", draw)
+    task._draw({}, ["a"], Request())
+    task._draw({}, ["a"], Request(guidance=0.0, temperature=0.0, top_k=0))
+    assert seen == [(2.5, Sampling(0.5, 5, 0.9)), (0.0, Sampling(0.0, 0, 0.9))]
+
+
+def test_a_cache_of_others_is_said_and_codes_that_cannot_be_are_refused(
+    trained, work, pictures, capsys
+):
+    """Also where they are held-out pictures' alone."""
+    config = make_config(trained / "export", pictures, work / "stale")
+    task = runs.open_run(config).task
+    vq, store = task.model.vq, ArrayCache(work / "stale", "codes of another")
+    good = {
+        "codes": np.zeros((GRID, GRID), np.uint16),
+        "psnr": np.float32(9),
+        "ssim": np.float32(1),
+    }
+    good = {name: np.asarray(one) for name, one in good.items()}
+    store.put("x", good)
+    store.close()
+    own = task._store()
+    said = capsys.readouterr().out
+    assert "codes of 1 other tokenizers" in said and "encoded anew" in said and not len(own)
+    for i in range(24):
+        bad = {**good, "codes": good["codes"] + np.uint16(CODES)}
+        own.put(task.eval_set.images.key(i), bad if i == 5 else good)
+    own.close()
+    task.train_set.images.records = task.train_set.images.records.keep([0, 1])
+    with pytest.raises(
+        UserError, match=f"code {CODES}, but the codebook has {vq.cfg.codes}"
+    ) as error:
+        task.prepare({}, set())
+    assert "\n" not in str(error.value) and "pictures" in str(error.value)
+
+
+def test_crops_and_mirrors_are_rows_of_their_own(trained, work, pictures):
+    keys = {"crops": 3, "flip": True}
+    task = runs.open_run(make_config(trained / "export", pictures, work / "crops", keys)).task
+    assert task.n_examples() == 24 * 6 and len(task.eval_set) == 24
+    assert "24 images, mirrored too, 3 crops each" in task.describe()
+    assert "loss 1 image;" in task.describe(), "which loss it was"
+    task.prepare({}, set())
+    rows = np.stack([task.train_set[i]["codes"] for i in range(0, 24 * 6, 24)])
+    assert rows.dtype == np.uint16 and len(np.unique(rows, axis=0)) > 3
+
+
+BAD = [
+    ({"crops": 6}, "crops=6 must be 1 to 5"),
+    ({"caption_dropout": 1.0}, "caption_dropout=1.0 must be"),
+    ({"cache": ""}, "name a folder"),
+    ({"loss.text_weight": -1.0}, "loss.text_weight=-1.0 must be at least 0"),
+    ({"loss.image_weight": 0.0}, "use task=llm"),
+    ({"resolution": 32}, "set resolution=16"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BAD, ids=str)
+def test_a_mistake_is_one_line_of_the_command(trained, work, pictures, capsys, change, words):
+    run = arguments(trained / "export", pictures, work / "cache", work / "bad", change)
+    assert train.main(run) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("jaxft: ") and words in line, line
 
 
 def test_long_captions_and_oblong_pictures_are_counted(trained, work, pictures):

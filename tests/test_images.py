@@ -251,6 +251,24 @@ def test_flips_are_the_second_half(folder):
     assert flipped.report == plain.report
 
 
+def test_crops_are_corners_of_a_slightly_larger_centre(folder):
+    """LlamaGen's: 1.1 times the size, then each corner; a mirrored half holds all of them again."""
+    images = ImageSet(open_images(f"folder:{folder}"), 40, 8, False, True, 5)
+    assert len(images) == len(images.captions) == 50 and images.report["images"] == 5
+    assert len({images.key(i) for i in range(50)}) == 50
+    plain = ImageSet(open_images(f"folder:{folder}"), 40, 8, False)
+    assert [images.key(i) for i in range(5)] == [plain.key(i) for i in range(5)]
+    for i in range(5):
+        for first in (0, 25):  # the second half is mirrored before the crop
+            larger = fit(decode(images.records[i].content, "x"), (44, 44), first > 0).pixels
+            corners = larger[:40, :40], larger[:40, 4:], larger[4:, :40], larger[4:, 4:]
+            for k, corner in enumerate(corners, 1):
+                found = images[first + 5 * k + i].pixels.astype(int)
+                assert np.abs(found - corner).max() <= 1, (i, k)
+        assert images[5 + i].caption == images[i].caption
+    assert images[5].key == images.key(5)
+
+
 def test_the_key_changes_with_all_that_determines_the_pixels(folder):
     images = image_set(folder, flips=True)
     keys = [images.key(i) for i in range(10)]

@@ -17,6 +17,8 @@ from jaxft.data.buckets import Size, assign, make_buckets
 from jaxft.data.image_sources import Records
 
 PIXEL_RULE = "cover, lanczos, centre; 1"  # in every key: change it when `decode` or `fit` change
+CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # (bottom, right)
+CORNER_SCALE = 1.1  # LlamaGen's, of the picture whose corners are cropped
 _ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")  # MPO and TIFF hold further pictures, no frames
 _ORIENTATION = 0x0112
 _HEAD = 1 << 16
@@ -166,15 +168,20 @@ def _check_pair(picture: Image.Image, source: Image.Image, name: str) -> None:
         )
 
 
-def fit(image: Image.Image, size: Size, flip: bool = False) -> Fitted:
+def fit(image: Image.Image, size: Size, flip: bool = False, crop: int = 0) -> Fitted:
     """Resize to cover `size` (h, w) with an antialiased Lanczos filter and crop the centre.
 
-    The mirror comes before the crop, as in diffusers, so that the crop's place stays true.
+    `crop` n > 0 is CORNERS[n - 1] of the centre of a picture CORNER_SCALE larger, as in LlamaGen's
+    ten crops. The mirror comes before the crop, as in diffusers, so that its place stays true.
     """
     (h, w), (height, width) = size, (image.height, image.width)
-    scale = max(h / height, w / width)
-    rows, columns = max(h, round(height * scale)), max(w, round(width * scale))
-    top, left = (rows - h) // 2, (columns - w) // 2
+    tall, wide = (round(CORNER_SCALE * h), round(CORNER_SCALE * w)) if crop else size
+    scale = max(tall / height, wide / width)
+    rows, columns = max(tall, round(height * scale)), max(wide, round(width * scale))
+    top, left = (rows - tall) // 2, (columns - wide) // 2
+    if crop:
+        bottom, right = CORNERS[crop - 1]
+        top, left = top + bottom * (tall - h), left + right * (wide - w)
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     # Resizing the crop's box alone gives the same pixels, and a panorama never grows large.
@@ -212,7 +219,8 @@ class ImageSet:
     """Pictures of a set fitted to their bucket's size; indexing is safe in threads.
 
     With `use_buckets` every picture's header is read at once; without, all are cropped to the
-    square `resolution`. With `flips` example n + i is the mirrored variant of example i.
+    square `resolution`. With `crops` example k * n + i of n pictures is another crop of example i
+    (`fit`); with `flips` the second half of all examples is the first, mirrored.
     captions[i]: the caption alone. bucket_of int32 [examples]: index into `sizes`, the (h, w)
     of the buckets in use. Pictures that do not decode are left out, into `bad`.
     """
@@ -224,10 +232,11 @@ class ImageSet:
         multiple: int,
         use_buckets: bool,
         flips: bool = False,
+        crops: int = 1,
     ):
         self.records, self.bad = drop_bad(records)
         records = self.records
-        self._copies = 2 if flips else 1
+        self._crops, self._copies = crops, crops * (2 if flips else 1)
         buckets = make_buckets(resolution, multiple)
         self.sizes: tuple[Size, ...] = ((resolution, resolution),)
         places = np.zeros(len(records), np.int32)
@@ -244,11 +253,12 @@ class ImageSet:
     def __getitem__(self, index: int) -> ImageExample:
         name, caption, content, source = self.records[index % len(self.records)]
         size, flip = self._size(index), self._flipped(index)
-        fitted = fit(decode(content, name), size, flip)
+        crop = self._crop(index)
+        fitted = fit(decode(content, name), size, flip, crop)
         example = ImageExample(fitted.pixels, caption, time_ids(fitted), self._key(index, content))
         if source is None:
             return example
-        before = fit(decode(source, f"source of {name}"), size, flip)
+        before = fit(decode(source, f"source of {name}"), size, flip, crop)
         return example._replace(source=before.pixels)
 
     def __repr__(self) -> str:
@@ -292,10 +302,15 @@ class ImageSet:
         return self.sizes[self.bucket_of[index]]
 
     def _flipped(self, index: int) -> bool:
-        return index >= len(self.records)
+        return index >= self._crops * len(self.records)
+
+    def _crop(self, index: int) -> int:
+        return index // len(self.records) % self._crops
 
     def _key(self, index: int, content: bytes) -> str:
         rule = f"|{self._size(index)}|{PIXEL_RULE}|{self._flipped(index)}"
+        if crop := self._crop(index):
+            rule += f"|corner {crop} of {CORNER_SCALE}"
         return hashlib.sha256(hashlib.sha256(content).digest() + rule.encode()).hexdigest()
 
 

@@ -1,5 +1,10 @@
 """Pictures as codes: a VQ tokenizer beside the model, its cache, and rows to train on."""
 
+import atexit
+import dataclasses
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,18 +21,22 @@ from jaxft.core.sharding import one_device_mesh, shardings
 from jaxft.data.cache import ArrayCache, example_keys
 from jaxft.data.images import ImageSet, to_float
 from jaxft.models import vqgan
-from jaxft.models.vq_config import VQConfig, check_codes
+from jaxft.models.vq_config import JANUS, VQConfig, check_codes
 from jaxft.models.vqgan import VQModel
 from jaxft.nn.image_metrics import psnr, ssim
 from jaxft.tasks.image_layout import Layout, encode_prompt
 from jaxft.tasks.latents import Row, fingerprint, store_moments
 from jaxft.weights import transfer
-from jaxft.weights.pipeline import open_component
+from jaxft.weights.patch import Mapped
+from jaxft.weights.pipeline import Renamed, open_component
+from jaxft.weights.rules import Rule, renamed
 from jaxft.weights.sources import SIDE_FILES, Source
+from jaxft.weights.tensor_files import TensorFiles, Tensors, write_sharded
 from jaxft.weights.transfer import Part
 
 ROWS = 16  # pictures that are encoded or decoded together
 FINDS = ("encoder.", "quant_conv.", "quantize.")  # the parameters that decide a picture's codes
+CODEBOOK = "quantize.embedding.weight"
 BLOCK = 1024  # cached grids that are compared at once
 BEST = 100.0  # dB: a picture that comes back exactly has no finite PSNR
 WORST = 8  # pictures of a reconstruction report
@@ -65,7 +74,10 @@ class ImageTokenizer:
         folder = self.source.folder
         assert folder is not None
         kept = {path.name: path for pattern in SIDE_FILES for path in folder.glob(pattern)}
-        return {f"vq/{name}": path for name, path in {**kept, **self.source.side_files}.items()}
+        files = {**kept, **self.source.side_files}
+        if not isinstance(self.source.tensors, TensorFiles):
+            files = _rewritten(self.source, files)
+        return {f"vq/{name}": path for name, path in files.items()}
 
     def reconstruct(self, pixels: UInt8[np.ndarray, "B Y X 3"]) -> Reconstruction:
         """Any number of pictures."""
@@ -94,8 +106,46 @@ class ImageTokenizer:
 
 
 def open_tokenizer(spec: str) -> ImageTokenizer:
-    """The tokenizer of a folder, or of its vq/."""
-    return ImageTokenizer(spec, open_component(spec, "vq"))
+    """The tokenizer of a folder, or of its vq/, its codebook as an export writes it."""
+    source = open_component(spec, "vq")
+    assert source.tensors is not None
+    cfg = VQConfig.from_hf(source.config, f"{source.folder}/config.json")
+    tensors = _stock_keyed(source.tensors, cfg)
+    if cfg.l2 and CODEBOOK in set(tensors.keys()):
+        stored = jnp.asarray(tensors.read(CODEBOOK), jnp.float32)
+        if vqgan.unit_codebook(cfg, stored) is not stored:
+            tensors = unit_rows(tensors, cfg, CODEBOOK)
+    return ImageTokenizer(spec, dataclasses.replace(source, tensors=tensors))
+
+
+def _stock_keyed(tensors: Tensors, cfg: VQConfig) -> Tensors:
+    """The tensors by transformers' names, where they have those of LlamaGen's own code."""
+    keys = list(tensors.keys())
+    if cfg.kind != JANUS or not any(".conv_blocks." in key for key in keys):
+        return tensors
+    pairs = zip(vqgan.original_rules(cfg), vqgan.rules(cfg), strict=True)
+    table = [Rule(theirs.key, ours.key) for theirs, ours in pairs]
+    kept = [key for key in keys if not any(re.fullmatch(one, key) for one in vqgan.IGNORE)]
+    return Renamed(tensors, {(renamed(table, key) or (key,))[0]: key for key in kept})
+
+
+def unit_rows(tensors: Tensors, cfg: VQConfig, key: str) -> Tensors:
+    """A checkpoint whose codebook transformers' own search finds our codes in."""
+    unit = partial(vqgan.unit_codebook, cfg)
+    return Mapped(tensors, {key: lambda rows: np.asarray(unit(jnp.asarray(rows)))})
+
+
+def _rewritten(source: Source, files: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
+    """`files` with the weights as `source.tensors` are, in a folder that goes with the process."""
+    tensors = source.tensors
+    assert tensors is not None
+    folder = Path(tempfile.mkdtemp(prefix="jaxft-vq-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    keys = list(tensors.keys())
+    infos = {key: tensors.info(key) for key in keys}
+    made = write_sharded(folder, ((key, tensors.read(key)) for key in keys), infos)
+    others = {name: path for name, path in files.items() if ".safetensors" not in name}
+    return {**others, **{path.name: path for path in made}}
 
 
 def _to_pixels(images: jax.Array) -> jax.Array:

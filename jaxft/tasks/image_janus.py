@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -18,13 +17,12 @@ from jaxft.models.janus import KIND, Janus, JanusConfig
 from jaxft.models.llama_config import LlamaConfig
 from jaxft.models.vq_config import JANUS as VQ_KIND
 from jaxft.models.vq_config import VQConfig
-from jaxft.models.vqgan import unit_codebook
-from jaxft.tasks.image_codes import ImageTokenizer
+from jaxft.tasks.image_codes import ImageTokenizer, unit_rows
 from jaxft.tasks.image_layout import CAPTION, check_tokenizer, row_length
 from jaxft.tasks.options import ImageTokenOptions
 from jaxft.tasks.tokens import load_tokenizer
 from jaxft.weights import janus_layout
-from jaxft.weights.patch import Mapped, Overlaid
+from jaxft.weights.patch import Overlaid
 from jaxft.weights.pipeline import Renamed, open_component
 from jaxft.weights.sources import Source, export_config
 from jaxft.weights.tensor_files import Tensors
@@ -184,14 +182,10 @@ def open_janus(spec: str, source: Source, options: ImageTokenOptions) -> JanusFo
 
 def _patched(tensors: Tensors, vq: VQConfig) -> Tensors:
     """The codebook as transformers' search needs it, and a head of text where it was tied."""
-    found = _unit_rows(tensors, vq, CODEBOOK)
+    found = unit_rows(tensors, vq, CODEBOOK)
     if HEAD in set(tensors.keys()):
         return found
     return Overlaid(found, Renamed(tensors, {HEAD: TABLE}))
-
-
-def _unit_rows(tensors: Tensors, vq: VQConfig, key: str) -> Tensors:
-    return Mapped(tensors, {key: lambda rows: np.asarray(unit_codebook(vq, jnp.asarray(rows)))})
 
 
 def _another_decoder(
@@ -201,7 +195,7 @@ def _another_decoder(
     source = open_component(spec, "vq")
     if source.config.get("model_type") != VQ_KIND or source.tensors is None:
         raise UserError(f"tokenizer={spec!r} is no {VQ_KIND} folder, so a Janus cannot hold it")
-    found = _unit_rows(source.tensors, own.cfg, CODEBOOK.removeprefix(janus.VQ))
+    found = unit_rows(source.tensors, own.cfg, CODEBOOK.removeprefix(janus.VQ))
     other = ImageTokenizer(spec, dataclasses.replace(source, tensors=found))
     if (other.cfg.codes, other.fingerprint) != (own.cfg.codes, own.fingerprint):
         raise UserError(

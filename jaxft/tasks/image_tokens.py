@@ -23,7 +23,7 @@ from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
 from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data.cache import ArrayCache
 from jaxft.data.image_sources import open_images
-from jaxft.data.images import Bad, ImageSet
+from jaxft.data.images import CORNERS, Bad, ImageSet
 from jaxft.data.loader import eval_batches, subset, train_loader
 from jaxft.models.image_decode import generate_codes
 from jaxft.models.vqgan import codebook_usage
@@ -67,8 +67,8 @@ class ImageTokens:
         self.remat = runtime.resolve_remat(cfg.remat)
         self.template = jax.eval_shape(self.build, jax.random.key(0))
         self.parts = (self.model.part,)
-        self.train_set = self._read(cfg.data.train, self.options.flip)
-        self.eval_set = self._read(cfg.data.eval, False) if cfg.data.eval else None
+        self.train_set = self._read(cfg.data.train, self.options.flip, self.options.crops)
+        self.eval_set = self._read(cfg.data.eval, False, 1) if cfg.data.eval else None
         self.kid = KidLite0() if self.options.eval_generated and self.eval_set else None
         self._counts: np.ndarray | None = None
         self._pictures: dict[str, np.ndarray] = {}  # for the next report
@@ -90,6 +90,7 @@ class ImageTokens:
         return (
             f"{rows}x{columns} of {layout.codes} codes {self.model.about}; {self.cfg.data.train}:"
             f" {report['images']} images{', mirrored too' * self.options.flip}"
+            f"{f', {self.options.crops} crops each' if self.options.crops > 1 else ''}"
             f"{f' ({counted})' if counted else ''}; loss {loss.image_weight:g} image{text};"
             f" a caption is {layout.prompt!r}"
         )
@@ -128,21 +129,34 @@ class ImageTokens:
         """Encode all pictures that the cache lacks, and say what the tokenizer makes of them."""
         if self._counts is not None:
             return
-        vq, layout = self.model.vq, self.layout
-        folder = Path(self.options.cache).expanduser()
-        name = f"codes {vq.fingerprint} {layout.grid}"
-        for rows in (self.train_set, self.eval_set):
-            if rows:
-                rows.cache(ArrayCache(folder, name, jax.process_index()), vq)
-        self._counts = code_counts(self.train_set, vq)
+        vq, layout, store = self.model.vq, self.layout, self._store()
+        self.train_set.cache(store, vq)
+        counts = self._counts = code_counts(self.train_set, vq)
+        if self.eval_set:
+            self.eval_set.cache(store, vq)
+            code_counts(self.eval_set, vq)  # raises where the codebook has no such code
         seen = ceiling(self.train_set, vq, CELL)
         self._pictures["tokenizer"] = seen.worst
-        used = np.mean(self._counts > 0)
+        used = np.mean(counts > 0)
         print(
             f"{seen.text}; {used:.0%} of {layout.codes} codes in use, unigram entropy"
-            f" {entropy(self._counts):.3f} of ln K {math.log(layout.codes):.3f}",
+            f" {entropy(counts):.3f} of ln K {math.log(layout.codes):.3f}",
             flush=True,
         )
+
+    def _store(self) -> ArrayCache:
+        """The codes of this tokenizer and size alone; it says where all there is are others'."""
+        folder = Path(self.options.cache).expanduser()
+        name = f"codes {self.model.vq.fingerprint} {self.layout.grid}"
+        store = ArrayCache(folder, name, jax.process_index())
+        others = [path for path in folder.glob("codes_*") if path != store.folder]
+        if others and not len(store):
+            print(
+                f"cache={self.options.cache} holds codes of {len(others)} other tokenizers or"
+                " sizes, which are not used: pictures are encoded anew",
+                flush=True,
+            )
+        return store
 
     def train_batches(self, start_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
         return train_loader(
@@ -248,9 +262,7 @@ class ImageTokens:
         assert rows is not None and self.kid is not None
         chosen = subset(rows, self.options.eval_generated, self.cfg.seed).ids
         captions = [rows.caption(int(i)) for i in chosen]
-        began = time.perf_counter()
-        codes = self._draw(params, captions, Request())
-        seconds = time.perf_counter() - began
+        codes, rate = self._drawn(params, captions, Request())
         made = self.model.vq.decode(codes)
         wanted = np.stack([rows.images[int(i)].pixels for i in chosen])
         back = self.model.vq.decode(np.stack([rows.stored(int(i))["codes"] for i in chosen]))
@@ -264,7 +276,7 @@ class ImageTokens:
             "codebook_perplexity": float(usage.perplexity),
             "train_distance_least": float(far.min()),
             "train_distance_mean": float(far.mean()),
-            "sampled_images_per_s": len(codes) / seconds,
+            "sampled_images_per_s": rate,
         }
         shown = np.linspace(0, len(chosen) - 1, min(SHOWN, len(chosen))).astype(int)
         cells = [(wanted[i], back[i], made[i]) for i in shown]
@@ -286,7 +298,13 @@ class ImageTokens:
         return [Look(pictures={"made": one}) for one in made]
 
     def _draw(self, params: Params, prompts: list[str], request: Request) -> np.ndarray:
-        """Codes (N, Y, X); each row's draws depend on the seed and its place alone.
+        """Codes (N, Y, X); each row's draws depend on the seed and its place alone."""
+        return self._drawn(params, prompts, request)[0]
+
+    def _drawn(
+        self, params: Params, prompts: list[str], request: Request
+    ) -> tuple[np.ndarray, float]:
+        """Codes, and images a second: of the fastest portion, as the first may have to compile.
 
         Always as many at a time as a micro-batch has: others beside it would round it otherwise.
         """
@@ -300,8 +318,9 @@ class ImageTokens:
         )
         guidance = options.guidance if request.guidance is None else request.guidance
         ids = [encode_prompt(layout, self.model.tokenizer, prompt).ids for prompt in prompts]
-        made = []
+        made, seconds = [], []
         for first in range(0, len(ids), size):
+            began = time.perf_counter()
             rows = [ids[(first + i) % len(ids)] for i in range(size)]
             nulls = [null_prompt(layout, one) for one in rows]
             tokens, mask = left_padded(layout, rows + nulls)
@@ -309,7 +328,9 @@ class ImageTokens:
                 np.arange(first, first + size)
             )
             made.append(np.asarray(self._generate(params, tokens, mask, keys, guidance, how)))
-        return np.concatenate(made)[: len(ids)].reshape(-1, *layout.grid)
+            seconds.append(time.perf_counter() - began)
+        codes = np.concatenate(made)[: len(ids)].reshape(-1, *layout.grid)
+        return codes, size / min(seconds)
 
     @partial(jax.jit, static_argnums=(0, 6))
     def _generate(
@@ -322,10 +343,10 @@ class ImageTokens:
         )  # fmt: skip
         return constrain(codes, None, None)
 
-    def _read(self, spec: str, flip: bool) -> CodeRows:
+    def _read(self, spec: str, flip: bool, crops: int) -> CodeRows:
         factor = self.model.vq.cfg.factor
         side = self.layout.grid[0] * factor
-        images = ImageSet(open_images(spec), side, factor, False, flip)
+        images = ImageSet(open_images(spec), side, factor, False, flip, crops)
         return CodeRows(images, self.layout, self.model.tokenizer)
 
 
@@ -337,6 +358,8 @@ def _stream(keys: jax.Array, number: int) -> jax.Array:
 def _check(options: ImageTokenOptions) -> None:
     if not 0 <= options.caption_dropout < 1:
         raise UserError(f"caption_dropout={options.caption_dropout} must be at least 0 and below 1")
+    if not 1 <= options.crops <= 1 + len(CORNERS):
+        raise UserError(f"crops={options.crops} must be 1 to {1 + len(CORNERS)}")
     if not options.cache:
         raise UserError("cache='' has no place for the pictures' codes; name a folder")
     for name in ("image_weight", "text_weight", "z"):

@@ -129,7 +129,8 @@ class TokenSample:
 @dataclasses.dataclass(frozen=True)
 class ImageTokenOptions:
     """`tokenizer` is another VQ folder than the model's own; `graft` the one that a text model is
-    to speak. `resolution` 0, `prompt` "" and `max_caption_tokens` 0 are the folder's own."""
+    to speak. `resolution` 0, `prompt` "" and `max_caption_tokens` 0 are the folder's own. `crops`:
+    the centre alone, or corners of a slightly larger picture too."""
 
     resolution: int
     cache: str
@@ -141,6 +142,7 @@ class ImageTokenOptions:
     prompt: str = ""
     max_caption_tokens: int = 0
     flip: bool = False
+    crops: int = 1
     eval_examples: int = 0
     eval_generated: int = 32
 

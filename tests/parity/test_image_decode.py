@@ -1,15 +1,19 @@
 """The guided sampler against stock transformers' generate, code for code."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from jaxft.core.sharding import one_device_mesh
+from jaxft.models import image_decode
 from jaxft.models.image_decode import Unified, generate_codes
-from jaxft.nn.sampling import Sampling
+from jaxft.nn.sampling import Sampling, pick
 from jaxft.tasks.image_layout import extended, left_padded, null_prompt
 from jaxft.tasks.llm import load
 
@@ -68,6 +72,51 @@ def test_greedy_codes_equal_stock_generate(folder, guidance):
     assert expected.shape == (len(PROMPTS), COUNT) and expected.min() >= 0
     assert len({tuple(row) for row in expected}) == len(PROMPTS), "rows are to differ"
     np.testing.assert_array_equal(ours(folder, guidance), expected)
+
+
+def guided_scores(folder, guidance):
+    """Of the first code, by transformers' own processor: log-probabilities of the codes alone."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    null, rows = torch.tensor([[LAYOUT.null, LAYOUT.boi]]), []
+    for ids in PROMPTS:
+        tokens = torch.tensor([[*ids, LAYOUT.boi]])
+        guide = UnbatchedClassifierFreeGuidanceLogitsProcessor(guidance, model, null)
+        with torch.no_grad():
+            scores = guide(tokens, model(tokens).logits[:, -1])
+        rows.append(torch.log_softmax(scores[0, LAYOUT.image_offset :], -1))
+    return torch.stack(rows).numpy()
+
+
+def test_trap15_guidance_comes_before_temperature_and_filters(folder, monkeypatch):
+    """What is filtered is u + s(c - u) of the plain logits, whatever the temperature."""
+    seen = []
+
+    def spy(logits, keys, how):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), logits, ordered=True)
+        return pick(logits, keys, how)
+
+    monkeypatch.setattr(image_decode, "pick", spy)
+    ours(folder, 3.0, Sampling(0.5, 3, 0.9))
+    assert len(seen) == COUNT and seen[0].shape == (len(PROMPTS), CODES)
+    found = np.asarray(jax.nn.log_softmax(seen[0]))
+    np.testing.assert_allclose(found, guided_scores(folder, 3.0), atol=1e-4)
+
+
+def test_trap15_the_mix_is_fp32_where_the_model_computes_in_bf16(folder, monkeypatch):
+    seen = []
+
+    def spy(logits, keys, how):
+        seen.append(logits.dtype)
+        return pick(logits, keys, how)
+
+    monkeypatch.setattr(image_decode, "pick", spy)
+    model = Unified(load(str(folder), "bfloat16"), LAYOUT.image_offset, CODES)
+    tokens, mask = left_padded(LAYOUT, [[5, 6], [LAYOUT.null]])
+    keys = jax.random.split(jax.random.key(0), 1)
+    draw = partial(generate_codes, model, tokens, mask, keys)
+    with jax.set_mesh(one_device_mesh()):
+        jax.eval_shape(lambda: draw(count=3, guidance=2.0, how=GREEDY, dtype=jnp.bfloat16))
+    assert seen == [np.dtype(np.float32)] * 2, "of the first code, and of the loop"
 
 
 def test_guidance_moves_what_is_drawn(folder):

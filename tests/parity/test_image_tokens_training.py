@@ -1,6 +1,8 @@
 """Ten steps of the image-token task against a plain torch loop over LlamaForCausalLM."""
 
+import shutil
 from itertools import starmap
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,6 +10,8 @@ import plain_torch
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.numpy import load_file, save_file
 from test_training import DECAY, assert_same_updates, jax_steps
 from tiny_autoencoders import make_vqmodel
 from tiny_image_tokens import CODES, GRID, arguments, make_config, make_pictures
@@ -16,8 +20,11 @@ from transformers import LlamaForCausalLM
 from jaxft import run as runs
 from jaxft import train
 from jaxft.core.step import sample_keys
+from jaxft.data.loader import subset
+from jaxft.export import export_folder
 from jaxft.tasks.image_layout import read_layout
 from jaxft.tasks.image_tokens import DROP
+from jaxft.tasks.latents import collate
 
 STEPS, LR, SEED = 10, 1e-3, 3
 COMMON = {
@@ -139,3 +146,55 @@ def test_ten_steps_equal_torch(folder, work, oracles, tmp_path, monkeypatch, los
     _, losses, before, after = jax_steps(config_of(folder, work, loss, shape), tmp_path)
     np.testing.assert_allclose(losses, oracle[0], rtol=1e-5)
     assert_same_updates(before, after, oracle[1])
+
+
+def test_evaluation_is_what_torch_measures(folder, work, tmp_path):
+    """Held-out rows that leave a batch unfilled: with their captions, without, and how many hit."""
+    folder = Path(shutil.copytree(folder, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][:324] = 0  # so that some likeliest ids are codes
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    changes = {"data.eval": f"folder:{work / 'pictures'}", "eval_examples": 11, "batch_size": 8}
+    run = runs.open_run(config_of(folder, work, "image", changes))
+    with jax.set_mesh(run.mesh):
+        found = run.task.evaluate(runs.load_params(run), run.mesh).metrics
+    data = subset(run.task.eval_set, 11, SEED)
+    batch = collate([data[i] for i in range(11)], batch_rows=11)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layout, wanted = run.task.layout, {}
+    for name, drop in (("ce", False), ("ce_null", True)):
+        losses, right = [], []
+        for ids, _ in written_out(layout, batch, [drop] * 11):
+            targets = torch.tensor(ids[-layout.count :])
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -layout.count - 1 : -1]
+            losses.append(F.cross_entropy(logits, targets).item())
+            right.append((logits.argmax(-1) == targets).float().mean().item())
+        wanted[name] = np.mean(losses)
+        wanted.setdefault("accuracy", np.mean(right))
+    wanted["caption_use"] = wanted["ce_null"] - wanted["ce"]
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert abs(found["caption_use"]) > 1e-4 and 0 < found["accuracy"] < 1
+    counts = np.bincount(np.concatenate(list(run.task.train_set.blocks())).ravel())
+    shares = counts[counts > 0] / counts.sum()
+    assert found["unigram_entropy"] == pytest.approx(-(shares * np.log(shares)).sum())
+
+
+def test_p6_the_adapter_of_a_run_loads_in_peft_and_is_the_merged_model(folder, work, tmp_path):
+    adapters = {"lora.rank": 4, "lora.alpha": 8.0, "lora.targets": r"layers\..*_proj"}
+    changes = {**COMMON, **adapters, "total": "3_steps", "optim.lr": 0.02, "batch_size": 8}
+    changes |= {"export.kind": "adapter"}
+    args = arguments(folder, work / "pictures", work / "cache", tmp_path / "run", changes)
+    assert train.main(args) == 0
+    run, params, _ = runs.restore_run(tmp_path / "run", None)
+    with jax.set_mesh(run.mesh):
+        export_folder(run, params, tmp_path / "merged", "folder", "source")
+    merged, base = (LlamaForCausalLM.from_pretrained(f) for f in (tmp_path / "merged", folder))
+    ids = torch.tensor([[5, 6, run.task.layout.boi, *range(324, 334)]])
+    with torch.no_grad():
+        start = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "export")
+        one, other = adapted(ids).logits, merged(ids).logits
+    assert (one - other).abs().max() < 1e-4 * other.abs().max()
+    assert (start - other).abs().max() > 1e-2 * other.abs().max()

@@ -18,7 +18,7 @@ from jaxft.models.image_decode import generate_codes
 from jaxft.models.janus import Janus, JanusConfig
 from jaxft.models.vqgan import VQModel
 from jaxft.nn.sampling import Sampling
-from jaxft.weights import rules
+from jaxft.weights import rules, transfer
 
 BOS, PAD, BOI = 0, 3, 5
 PROMPTS = [[0, 7, 20, 21, 8, 34, 5], [0, 7, 99, 8, 34, 5], [0, 7, 30, 31, 32, 33, 40, 8, 34, 5]]
@@ -123,6 +123,19 @@ def test_p3_greedy_codes_equal_generate(pair, guidance):
     np.testing.assert_array_equal(ours(model, PROMPTS, guidance), expected)
 
 
+def part_of(shapes, sizes):
+    """What an export writes from headers alone; no tensor is read for its shape."""
+
+    class Headers:
+        def keys(self):
+            return list(shapes)
+
+        def info(self, key):
+            return shapes[key], np.dtype(np.float32)
+
+    return transfer.Part("", "x", Headers(), janus.RULES, sizes, janus.CARRIED)
+
+
 @pytest.mark.parametrize(
     ("shape", "tensors", "millions"),
     [(PRO_1B, 964, 2076.6), (PRO_7B, 1018, 7407.8)],
@@ -150,6 +163,8 @@ def test_published_sizes_by_shape(shape, tensors, millions):
     blind = ("model.vision_model.", "model.aligner.", "lm_head.weight")
     assert all(key.startswith(blind) for key in carried)
     assert len(own) == 9 * shape[0] + 2 + 1 + 8
+    written = transfer.export(part_of(shapes, sizes), P.describe(template), {}, {}, None).infos
+    assert written == {key: (shape, np.dtype(np.float32)) for key, shape in shapes.items()}
 
 
 BAD = [

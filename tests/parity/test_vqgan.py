@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import VQModel as DiffusersVQ
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
@@ -17,6 +18,7 @@ from jaxft.core.errors import UserError
 from jaxft.models import vqgan
 from jaxft.models.vq_config import VQ_8, VQ_16, VQConfig
 from jaxft.models.vqgan import VQModel, codebook_usage, losses, straight_through, unit_codebook
+from jaxft.nn.norm import GroupNorm
 from jaxft.weights import rules, transfer
 
 # The compiler's own optimisations are most of the time of these tests.
@@ -252,6 +254,16 @@ def test_trap8_quantization_is_in_fp32():
     half = jax.ShapeDtypeStruct((1, *GRID, 4), jnp.bfloat16)
     image = jax.eval_shape(lambda q: VQModel(cfg, key=jax.random.key(0)).decode(q), half)
     assert image.dtype == jnp.bfloat16 and image.shape == (1, *SIZE, 3)
+
+
+def test_trap8_norms_have_the_eps_of_the_stock_classes():
+    """1e-6: at activations of order 1 no picture would show that it is 1e-5."""
+    for config in MODES.values():
+        cfg = VQConfig.from_hf(config)
+        ours = jax.eval_shape(lambda cfg=cfg: VQModel(cfg, key=jax.random.key(0)))
+        norms = [one for _, one in nnx.iter_graph(ours) if isinstance(one, GroupNorm)]
+        theirs = [one for one in stock(config).modules() if isinstance(one, torch.nn.GroupNorm)]
+        assert len(norms) == len(theirs) and {one.eps for one in norms + theirs} == {1e-6}
 
 
 def test_normalised_has_a_gradient_at_zero():
