@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxft.core.sharding import batch_sharding, make_mesh, spec
+from jaxft.core.config import Lora
+from jaxft.core.params import bind, describe, flatten
+from jaxft.core.sharding import batch_sharding, make_mesh, shardings, spec
+from jaxft.nn import lora
 from jaxft.nn.cross_entropy import linear_cross_entropy
+from jaxft.nn.linear import Linear
 
 B, T, D, V = 8, 13, 16, 24
 # The compiler's own optimisations are most of the time of these tests.
@@ -112,6 +116,32 @@ def test_rows_that_do_not_divide_over_the_mesh_are_padded():
         got, grads = jit(jax.value_and_grad(lambda h: loss(h, head, targets, weights)[0]))(hidden)
     assert abs(got / want - 1) < 1e-6
     assert relative(grads, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_an_adapters_rank_need_not_divide_over_the_mesh(shape):
+    hidden, head, targets, weights = data(False)
+    linear = Linear((D,), (V,), ("embed", "vocab"), key=jax.random.key(0))
+    lora.add(linear, Lora(rank=3, alpha=3.0, targets=""), jax.random.key(1))
+    params = flatten(linear) | {"kernel": jnp.asarray(head), "lora_b": jnp.asarray(head[:3])}
+
+    def ours(params, hidden):
+        model = bind(linear, params)
+        made = model.wide_input(hidden), model.wide_kernel()
+        return linear_cross_entropy(*made, targets, weights, vocab_first=False, chunk=4)[0]
+
+    def theirs(params, hidden):
+        whole = params["kernel"] + params["lora_a"] @ params["lora_b"]
+        return dense(hidden, whole, targets, weights, vocab_first=False)[0]
+
+    want, (wanted, wanted_dx) = jit(jax.value_and_grad(theirs, (0, 1)))(params, hidden)
+    mesh = make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings(describe(linear), mesh))
+        got, (grads, dx) = jit(jax.value_and_grad(ours, (0, 1)))(placed, hidden)
+    assert abs(got / want - 1) < 1e-6
+    assert relative(dx, wanted_dx) < 1e-5
+    assert max(relative(grads[path], wanted[path]) for path in wanted) < 1e-5
 
 
 def test_one_gather_and_one_reduction_of_the_head():

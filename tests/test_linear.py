@@ -58,6 +58,39 @@ def test_the_dtype_is_that_of_the_input():
     assert dropout(x, jax.random.split(KEY, 5), Adapter(1.0, 0.3)).dtype == jnp.bfloat16
 
 
+def head(rank=3):
+    """A projection of 8 to 16, with an adapter far below its kernel's last bit in bf16."""
+    linear = Linear((8,), (16,), ("embed", "vocab"), key=KEY, std=1.0)
+    linear.lora_a = nnx.data(nnx.Param(normal(8, rank), axes=("embed", "lora")))
+    linear.lora_b = nnx.data(nnx.Param(1e-4 * normal(rank, 16, seed=1), axes=("lora", "vocab")))
+    linear.adapter = Adapter(0.5)
+    return linear
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_wide_product_keeps_an_adapter_that_a_merged_kernel_loses(dtype):
+    linear = head()
+    linear = bind(linear, {path: x.astype(dtype) for path, x in flatten(linear).items()})
+    kernel, a, b = (
+        x[...].astype(jnp.float32) for x in (linear.kernel, linear.lora_a, linear.lora_b)
+    )
+    x = jnp.asarray(normal(5, 8, seed=2), dtype)
+    wide = linear.wide_input(x), linear.wide_kernel()
+    assert [part.dtype for part in wide] == [dtype, dtype]
+    made = jnp.tensordot(*wide, 1, preferred_element_type=jnp.float32) - x @ kernel
+    update = 0.5 * x @ a @ b
+    np.testing.assert_allclose(made, update, atol=0.02 * np.abs(update).max())
+    merged = (kernel + 0.5 * a @ b).astype(dtype).astype(jnp.float32)
+    lost = jnp.linalg.norm(x @ (merged - kernel) - update) / jnp.linalg.norm(update)
+    assert (lost > 0.3) == (dtype == jnp.bfloat16)
+
+
+def test_without_an_adapter_nothing_is_widened():
+    linear, x = Linear((8,), (16,), ("embed", "vocab"), key=KEY), jnp.asarray(normal(5, 8))
+    assert linear.wide_input(x) is x
+    np.testing.assert_array_equal(linear.wide_kernel(), linear.kernel[...])
+
+
 def test_dropout_touches_the_adapter_only_and_needs_keys():
     linear, x, keys = adapted(rate=0.5), normal(5, 2, 3), jax.random.split(KEY, 5)
     base = np.einsum("bnh,nhd->bd", x, linear.kernel[...])

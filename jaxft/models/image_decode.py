@@ -75,14 +75,15 @@ class Unified(NamedTuple):
         """Over the whole vocabulary, as the exported model has it."""
         head, first = self.llama.head()
         measure = partial(linear_cross_entropy, vocab_first=first, z_loss=z_loss)
-        return measure(hidden, head, targets, weights)
+        return measure(self.llama.features(hidden), head, targets, weights)
 
     def scorer(self) -> Callable[[Float[Array, "B D"]], Float[Array, "B K"]]:
         """What suppressing all other ids leaves."""
         matrix, vocab_first = self.llama.head()
         axis = 0 if vocab_first else 1
         part = jax.lax.slice_in_dim(matrix, self.offset, self.offset + self.codes, axis=axis)
-        return partial(score, kernel=part.T if vocab_first else part)
+        kernel = part.T if vocab_first else part
+        return lambda hidden: score(self.llama.features(hidden), kernel)
 
 
 def score(

@@ -124,14 +124,15 @@ class Head(nnx.Module):
         self.proj_out = Linear(d, d, ("embed", "mlp"), key=first, bias=True, std=std)
         self.vision_head = Linear(d, v, ("embed", "vocab"), key=second, bias=True, std=std)
 
-    def features(self, hidden: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def features(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]:
         """What the last layer makes logits of."""
-        return jax.nn.gelu(self.proj_out(hidden), approximate=False)
+        x = jax.nn.gelu(self.proj_out(hidden), approximate=False)
+        return self.vision_head.wide_input(x)
 
-    def last(self) -> tuple[Float[Array, "D V"], Float[Array, "V"]]:
+    def last(self) -> tuple[Float[Array, "E V"], Float[Array, "V"]]:
         """That layer's kernel and bias."""
         assert self.vision_head.bias is not None
-        return self.vision_head.merged(), self.vision_head.bias[...]
+        return self.vision_head.wide_kernel(), self.vision_head.bias[...]
 
 
 class Janus(nnx.Module):

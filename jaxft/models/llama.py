@@ -251,17 +251,25 @@ class Llama(nnx.Module):
         return x, cache._replace(k=memory[0], v=memory[1], index=cache.index + x.shape[1])
 
     def head(self) -> tuple[Array, bool]:
-        """The output matrix and whether it is vocab-first: a tied table (V, D), a kernel (D, V)."""
+        """The output matrix and whether it is vocab-first: a tied table (V, D), a kernel (D, V).
+
+        It multiplies `features`.
+        """
         if self.lm_head is None:
             return self.embed_tokens.embedding[...], True
-        return self.lm_head.merged(), False
+        return self.lm_head.wide_kernel(), False
+
+    def features(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]:
+        """What `head` makes logits of: hidden states, the head's adapter's part beside them."""
+        return hidden if self.lm_head is None else self.lm_head.wide_input(hidden)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """fp32 logits; the product takes its inputs in hidden's dtype and sums in fp32."""
         matrix, vocab_first = self.head()
         spec = "btd,vd->btv" if vocab_first else "btd,dv->btv"
         matrix = matrix.astype(hidden.dtype)
-        return jnp.einsum(spec, hidden, matrix, preferred_element_type=jnp.float32)
+        features = self.features(hidden)
+        return jnp.einsum(spec, features, matrix, preferred_element_type=jnp.float32)
 
 
 def _place(

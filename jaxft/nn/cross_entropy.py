@@ -81,6 +81,9 @@ def linear_cross_entropy(
         )
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         hidden, targets, weights = (_pad(x, 0, ways) for x in (hidden, targets, weights))
+        # A head widened by an adapter need not divide over fsdp.
+        hidden = _pad(hidden, 2, mesh.shape["fsdp"])
+        head = _pad(head, int(vocab_first), mesh.shape["fsdp"])
         rows, vocab = len(hidden) // ways, vocab // mesh.shape["tensor"]
     how = how._replace(chunk=chunk or _chunk(rows, hidden.shape[1], vocab))
     weights = weights.astype(jnp.float32)
@@ -100,7 +103,7 @@ def _chunk(rows: int, length: int, vocab: int) -> int:
 
 
 def _pad(x: Array, axis: int, multiple: int) -> Array:
-    """Zeros up to a multiple; padded tokens have weight 0."""
+    """Zeros up to a multiple; padded tokens have weight 0, and padded dims add nothing."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, pads) if pads[axis][1] else x

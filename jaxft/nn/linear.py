@@ -56,13 +56,23 @@ class Linear(nnx.Module):
             y = y + self.bias[...].astype(x.dtype)
         return y
 
-    def merged(self) -> Array:
-        """The kernel with its adapter added, for what multiplies by it elsewhere."""
+    def wide_input(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
+        """x with its adapter's scale * (x A) beside it: what `wide_kernel` is to multiply.
+
+        For what multiplies by the kernel elsewhere. An adapter that is added to a bf16 kernel
+        is rounded away until it is large: its steps are far below the kernel's last bit.
+        """
+        if self.lora_a is None:
+            return x
+        low = jnp.tensordot(x, self.lora_a[...].astype(x.dtype), self.inputs)
+        return jnp.concatenate([x, (self.adapter.scale * low).astype(x.dtype)], axis=-1)
+
+    def wide_kernel(self) -> Float[Array, "E F"]:
+        """The kernel with its adapter's B below it; the bias is not in it."""
         kernel: Array = self.kernel[...]
-        if self.lora_a is None or self.lora_b is None:
+        if self.lora_b is None:
             return kernel
-        low = jnp.tensordot(self.lora_a[...], self.lora_b[...], 1)
-        return kernel + (self.adapter.scale * low).astype(kernel.dtype)
+        return jnp.concatenate([kernel, self.lora_b[...].astype(kernel.dtype)])
 
     def _adapted(self, x: Array, keys: PRNGKeyArray | None, a: Array, b: Array) -> Array:
         if keys is not None and self.adapter.dropout > 0:

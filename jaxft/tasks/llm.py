@@ -329,7 +329,8 @@ class LLM:
     def _cross_entropy(self, model: Llama, hidden: jax.Array, batch: Batch) -> tuple:
         hidden, targets, weights = self._trained_only(hidden, batch)
         head, vocab_first = model.head()
-        return linear_cross_entropy(hidden, head, targets, weights, vocab_first=vocab_first)
+        features = model.features(hidden)
+        return linear_cross_entropy(features, head, targets, weights, vocab_first=vocab_first)
 
     def _trained_only(self, hidden: jax.Array, batch: Batch) -> tuple:
         """(hidden, targets, weights) without the positions that no row trains.

@@ -316,7 +316,10 @@ def _gradients(
         hidden, _ = model.hidden(jnp.asarray(tokens))
         head, vocab_first = model.head()
         targets = jnp.roll(tokens, -1, axis=1)
-        total, sums = linear_cross_entropy(hidden, head, targets, weights, vocab_first=vocab_first)
+        features = model.features(hidden)
+        total, sums = linear_cross_entropy(
+            features, head, targets, weights, vocab_first=vocab_first
+        )
         return total / sums["weight"]
 
     trained = {path: params[path] for path in subject.trained}
