@@ -27,7 +27,7 @@ def _main(argv: list[str]) -> None:
     print(table(rows, ("metric", f"step {step}")))
     if report.rows:
         print(table(report.rows, report.headers))
-    if "workdir" in arguments.options:
+    if "workdir" in arguments.options and jax.process_index() == 0:
         file = Path(arguments.options["workdir"]) / f"evaluation-{step}.json"
         file.write_text(json.dumps({"step": step, **report.metrics}, indent=2) + "\n")
         print(f"written to {file}")

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path, PurePath
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
 
 from jaxft import run as runs
 from jaxft.core import config as configs
@@ -83,23 +85,32 @@ def export_folder(
     "inversion" the rows of a new word, which all other kinds of such a run hold too; "all" the
     folder, the single file in it, and under lora/ the LoRA, where there is one. `params` holds at
     least what was trained. Nothing stands under `out` until all is written. NAME is the
-    run folder's.
+    run folder's. Of many processes all have to call this, for they gather what is spread over
+    them; the first one writes, and all return when the folder stands.
     """
     check_kind(run, kind)
-    temporary = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    for stale in out.parent.glob(f"{out.name}.partial-*"):
-        shutil.rmtree(stale)
-    temporary.mkdir(parents=True)
     place = out.absolute()
     name = place.parent.name if place.name == "export" else place.name
     made = run.task.exported(dict(params))
-    job = Job(run, made, name, dtype, temporary)
+    if jax.process_index() == 0:
+        temporary = out.with_name(f"{out.name}.partial-{os.getpid()}")
+        for stale in out.parent.glob(f"{out.name}.partial-*"):
+            shutil.rmtree(stale)
+        temporary.mkdir(parents=True)
+        _write(Job(run, made, name, dtype, temporary), kind)
+        if out.exists():
+            shutil.rmtree(out)
+        temporary.rename(out)
+    else:
+        with tempfile.TemporaryDirectory() as aside:
+            _write(Job(run, made, name, dtype, Path(aside)), kind)
+    sync_global_devices("exported")
+
+
+def _write(job: Job, kind: str) -> None:
     WRITERS[kind](job)
-    if kind != "inversion" and _new_tokens(run):
+    if kind != "inversion" and _new_tokens(job.run):
         _write_inversion(job)
-    if out.exists():
-        shutil.rmtree(out)
-    temporary.rename(out)
 
 
 def check_kind(run: Run, kind: str) -> None:
@@ -297,7 +308,7 @@ WRITERS = {
 
 
 def _copy(files: Mapping[str, Path | bytes], folder: Path) -> None:
-    for name, content in files.items():
+    for name, content in files.items() if jax.process_index() == 0 else ():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):

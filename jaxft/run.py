@@ -257,6 +257,7 @@ def restore_run(
     Overrides change how the model is looked at (`data.eval`), never what it was trained on.
     """
     configs.read_config_file(workdir)  # says it, if this is no run folder
+    runtime.join()
     saved = Checkpoints(workdir)
     at = saved.latest() if at is None else at
     if at is None:
@@ -279,7 +280,9 @@ def open_any(arguments: Arguments) -> tuple[Run, Params, int]:
         return restore_run(Path(options["workdir"]), step_option(options), overrides)
     if "config" not in options:
         raise UserError("give --workdir=DIR (a run folder) or --config=FILE (an untrained model)")
-    run = open_run(configs.load_config(options["config"], overrides, OPTIONS))
+    config = configs.load_config(options["config"], overrides, OPTIONS)
+    runtime.join()
+    run = open_run(config)
     with jax.set_mesh(run.mesh):
         return run, load_params(run), 0
 

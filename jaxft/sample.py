@@ -58,7 +58,8 @@ def _main(argv: list[str]) -> None:
                 for text in filter(None, (look.text for look in made)):
                     print(text)
                 rows[-1].append([one for look in made for one in look.pictures.values()])
-    _save(rows, prompts, down, across, out)
+    if jax.process_index() == 0:
+        _save(rows, prompts, down, across, out)
 
 
 def _sides(asked: dict[str, list]) -> tuple[list[dict], list[dict]]:

@@ -25,9 +25,28 @@ def _main(argv: list[str]) -> None:
     check_task(config.get("task"))
     configs.read_config(config, OPTIONS[config["task"]])
     workdir = Path(options.get("workdir", f"runs/{Path(options['config']).stem}"))
-    configs.claim_workdir(workdir, config)
+    _claim(workdir, config)
     # jax and the weights come only now that the config and the folder are known to be sound.
     train(config, workdir)
+
+
+def _claim(workdir: Path, config: dict[str, Any]) -> None:
+    """Make the run folder; of many processes the first does it, and the others have to see it."""
+    if not runtime.launcher():
+        configs.claim_workdir(workdir, config)
+        return
+    runtime.join()
+    import jax
+    from jax.experimental.multihost_utils import sync_global_devices
+
+    if jax.process_index() == 0:
+        configs.claim_workdir(workdir, config)
+    sync_global_devices("claimed")
+    if not (workdir / "config.json").exists() or configs.read_config_file(workdir) != config:
+        raise UserError(
+            f"process {jax.process_index()} does not see in workdir {workdir} what process 0 wrote"
+            " there; choose a --workdir on a disk that all hosts share"
+        )
 
 
 def train(config: dict[str, Any], workdir: Path) -> None:

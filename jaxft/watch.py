@@ -15,6 +15,7 @@ from jaxft.core import runtime
 from jaxft.core.errors import UserError
 from jaxft.core.metrics import MetricWriter, Throughput, table
 from jaxft.core.params import Params
+from jaxft.core.sharding import local_rows
 from jaxft.run import Run
 from jaxft.tasks import Report
 
@@ -41,12 +42,13 @@ class Watch:
         self.throughput = Throughput(
             jax.devices()[0].device_kind, jax.device_count(), run.task.unit
         )
+        rows = local_rows(run.mesh, run.cfg.batch_size)  # tensor parallel processes have the same
+        self.processes = run.cfg.batch_size / (rows.stop - rows.start)
         self.flops_per_unit = run.task.flops_per_unit(run.chosen)
         self.pending: _Pending | None = None
         self.last = time.perf_counter()
         data = {"train": run.cfg.data.train, "eval": run.cfg.data.eval, **run.task.data_report()}
-        manifest = runtime.manifest(run.mesh, data)
-        (workdir / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        self._keep("manifest.json", runtime.manifest(run.mesh, data))
         lines = [json.dumps(bad._asdict()) + "\n" for bad in run.task.bad_samples()]
         if lines and self.primary:
             (workdir / BAD).write_text("".join(lines))
@@ -60,7 +62,7 @@ class Watch:
         shown: bool,
     ) -> None:
         """Take a step that was just dispatched, and write the one before it."""
-        units = self.run.task.units(batch) * jax.process_count()
+        units = round(self.run.task.units(batch) * self.processes)
         self.flush(waited)
         self.pending = _Pending(step, sums, units, shown)
 
@@ -97,9 +99,11 @@ class Watch:
 
     def keep_before(self, report: Report) -> None:
         """Remember the evaluation before training, for a table that compares."""
-        (self.workdir / BEFORE).write_text(
-            json.dumps(report._replace(pictures={})._asdict(), indent=2) + "\n"
-        )
+        self._keep(BEFORE, report._replace(pictures={})._asdict())
+
+    def _keep(self, name: str, record: dict[str, Any]) -> None:
+        if self.primary:
+            (self.workdir / name).write_text(json.dumps(record, indent=2) + "\n")
 
     def look(self, step: int, params: Params) -> None:
         """Show what the model makes before `step`'s update."""

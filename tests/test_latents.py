@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from tiny_diffusion import make_pictures
 
+from jaxft.core.errors import UserError
 from jaxft.data.cache import ArrayCache
 from jaxft.data.image_sources import open_images
 from jaxft.data.images import ImageSet
@@ -148,6 +149,15 @@ def test_hosts_wait_for_each_others_shares(tmp_path, monkeypatch):
     monkeypatch.setattr(latents.time, "sleep", nap)
     latents._wait_for_others(mine, ["a", "b"])
     assert len(naps) == 1 and "b" in mine
+
+
+def test_hosts_that_share_no_disk_are_told_so(tmp_path, monkeypatch):
+    mine, clock = ArrayCache(tmp_path, "moments", 0), iter(range(0, 10**6, 100))
+    monkeypatch.setattr(latents.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(latents.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(latents.time, "monotonic", lambda: float(next(clock)))
+    with pytest.raises(UserError, match="nothing from the other hosts for 10 minutes: 1 entries"):
+        latents._wait_for_others(mine, ["a"])
 
 
 def test_stacking_needs_the_keys_of_one_kind(images):

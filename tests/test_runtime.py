@@ -64,6 +64,54 @@ def test_a_bug_keeps_its_traceback():
         runtime.command(lambda argv: 1 / 0, [])
 
 
+SLURM = {"SLURM_STEP_NODELIST": "node[001-002]", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("env", "said_by"),
+    [
+        ({}, ""),
+        ({"SLURM_NTASKS": "2"}, ""),  # a batch script that did not go through srun
+        ({**SLURM, "SLURM_NTASKS": "1"}, ""),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, ""),
+        (SLURM, "Slurm"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS"),
+    ],
+)
+def test_who_tells_of_other_processes(monkeypatch, env, said_by):
+    for name in (*runtime.CLUSTER, *SLURM, "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert runtime.launcher() == said_by
+
+
+def test_libtpu_tells_of_other_hosts_unless_another_device_is_asked_for(monkeypatch):
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: name == "libtpu")
+    assert runtime.launcher() == ""
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert runtime.launcher() == "TPU"
+
+
+@pytest.mark.parametrize(
+    ("env", "line"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "are '', '2', '': give all three"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI tells of other processes, but they do not meet"),
+    ],
+)
+def test_processes_that_cannot_meet_are_one_line(env, line):
+    code = (
+        "import sys; from jaxft.core import runtime;"
+        "sys.exit(runtime.command(lambda argv: runtime.join(), []))"
+    )
+    done = python(code, **env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (told,) = (one for one in done.stderr.splitlines() if one.startswith("jaxft: "))
+    assert line in told and "JAX_COORDINATOR_ADDRESS" in told
+
+
 def test_a_missing_device_is_one_line():
     code = (
         "import sys; from jaxft.core import runtime;"

@@ -1,6 +1,7 @@
 """The process around a run: allocator, compile cache, devices, defaults for the device at hand."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 from jaxft.core.errors import UserError
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def restart_with_huge_pages() -> None:
@@ -37,6 +39,66 @@ def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
         print("jaxft: interrupted; the same command resumes", file=sys.stderr)
         return 130
     return 0
+
+
+def launcher() -> str:
+    """What says that this may be one of many processes of a run; "" on most machines.
+
+    Cheap and without jax: where it is "", there is nobody to wait for.
+    """
+    env = os.environ
+    if any(name in env for name in CLUSTER):
+        return "JAX_COORDINATOR_ADDRESS"
+    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        return "Slurm"
+    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return "Open MPI"
+    on_tpu = "tpu" in env.get("JAX_PLATFORMS", "tpu") and importlib.util.find_spec("libtpu")
+    return "TPU" if on_tpu else ""
+
+
+def join() -> None:
+    """Meet the other processes of this run, if any; all but the first are silent from here on.
+
+    Has to come before jax looks for devices. Raises UserError where they do not meet.
+    """
+    if not launcher():
+        return
+    import jax
+
+    if not jax.distributed.is_initialized():
+        _initialize(launcher())
+    start()
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise UserError(
+            f"{jax.process_count()} processes share these devices, but jax found no address where"
+            f" they meet; set {', '.join(CLUSTER)} on every host"
+        )
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+
+
+def _initialize(said_by: str) -> None:
+    """jax finds Slurm, Open MPI and a TPU's other hosts; of our variables it reads the address."""
+    import jax
+
+    address, count, place = (os.environ.get(name, "") for name in CLUSTER)
+    if (count or place) and not (":" in address and count.isdigit() and place.isdigit()):
+        raise UserError(
+            f"{', '.join(CLUSTER)} are {address!r}, {count!r}, {place!r}: give all three, such as"
+            " 10.0.0.1:1234 (of process 0), 2 and 0"
+        )
+    numbers = (int(count), int(place)) if count else (None, None)
+    try:
+        jax.distributed.initialize(num_processes=numbers[0], process_id=numbers[1])
+    except (RuntimeError, ValueError, OSError) as error:
+        if said_by == "TPU":  # no host tells of others; `join` sees whether there are any
+            return
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{said_by} tells of other processes, but they do not meet ({reason});"
+            f" start all of them, each with {', '.join(CLUSTER)}"
+        ) from None
 
 
 def start() -> None:

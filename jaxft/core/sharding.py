@@ -43,8 +43,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
 
 
 def one_device_mesh() -> Mesh:
-    """The first device alone, for work in a notebook."""
-    return jax.make_mesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    """This process's first device alone, for what needs no other process."""
+    return jax.make_mesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, devices=jax.local_devices()[:1])
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:

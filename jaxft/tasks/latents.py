@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.core.errors import UserError
 from jaxft.core.params import Params, bind, describe
 from jaxft.core.sharding import one_device_mesh
 from jaxft.core.step import cast
@@ -18,6 +19,7 @@ from jaxft.data.cache import ArrayCache, example_keys, fill, missing
 from jaxft.data.images import ImageSet, to_float
 from jaxft.weights.transfer import to_host
 
+PATIENCE = 600.0  # seconds without an entry of another host, after which none will come
 TOLD = 1024  # pictures or captions between two lines about a cache that grows
 Row = dict[str, np.ndarray]
 
@@ -202,7 +204,15 @@ def store_texts(
 
 def _wait_for_others(cache: ArrayCache, keys: Sequence[str]) -> None:
     """Until the shares of all hosts are there: by looking, as a collective would time out."""
-    while jax.process_count() > 1 and missing(cache, keys):
+    left, since = len(keys) + 1, time.monotonic()
+    while jax.process_count() > 1 and (lacking := len(missing(cache, keys))):
+        if lacking < left:
+            left, since = lacking, time.monotonic()
+        elif time.monotonic() - since > PATIENCE:
+            raise UserError(
+                f"{cache.folder} got nothing from the other hosts for {PATIENCE / 60:.0f} minutes:"
+                f" {lacking} entries are missing; choose a cache on a disk that all hosts share"
+            )
         time.sleep(1.0)
         cache.refresh()
 

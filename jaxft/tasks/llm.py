@@ -273,10 +273,11 @@ class LLM:
     ) -> tuple[jax.Array, jax.Array]:
         model = bind(self.template, cast(params, self.dtype))
         stop_ids = self.stop_ids()
-        return generate(
+        made, lengths = generate(
             model, tokens, segments, keys,
             max_new=max_new, stop_ids=stop_ids, how=how, dtype=self.dtype,
         )  # fmt: skip
+        return constrain(made, None, None), constrain(lengths, None)
 
     def stop_ids(self) -> tuple[int, ...]:
         """Every id that ends a text: the generation config's, the config's, the tokenizer's."""

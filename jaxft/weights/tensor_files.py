@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -233,13 +234,18 @@ def write_sharded(
     `infos` (shape and dtype of every tensor) fixes the layout, so `tensors` may come in any order
     and only one is held at a time. `metadata` joins {"format": "pt"} in every header. Returns the
     weight files. Raises ValueError when a tensor is missing, repeated, unknown or not as announced.
-    The caller owns temporary names and renaming.
+    The caller owns temporary names and renaming. Any process but the first takes the tensors,
+    which all may have to gather, and writes none.
     """
     shards = _split(infos, max_shard_bytes)
     files = [folder / f"{stem}.safetensors"]
     if len(shards) > 1:
         count = len(shards)
         files = [folder / f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    if jax.process_index():
+        for _ in tensors:
+            pass
+        return files
     places: dict[str, _Place] = {}
     for file, keys in zip(files, shards, strict=True):
         places |= _write_header(file, {key: infos[key] for key in keys}, metadata or {})
