@@ -79,7 +79,8 @@ def test_two_processes_make_what_one_makes(flags, tmp_path):
     codes, shown, _ = together(2, "jaxft.train", *flags, "--workdir", str(two))
     assert codes == [0, 0]
     assert shown[0].count("step 3/3") == 1 and "export (merged)" in shown[0]
-    assert shown[1] == "", "the second process is silent"
+    told = [line for line in shown[1].splitlines() if not line.startswith("[Gloo]")]  # C++ prints
+    assert told == [], "the second process is silent"
     assert [r["step"] for r in records(two)] == [0, 1, 2, 3, 3], "each record once"
     for a, b in zip(timeless(one), timeless(two), strict=True):
         assert a.keys() == b.keys()
