@@ -25,6 +25,31 @@ LINES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def quick():
+    """One device, and code that compiles fast: for what lies on disk, not how it was computed."""
+    import jax
+
+    from jaxft.core import sharding
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda *sizes: sharding.one_device_mesh())
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Of torch's, where all is so small that more would only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     """A byte-level BPE tokenizer of 320 tokens with <s>, </s> and <pad>, as a folder."""

@@ -21,7 +21,6 @@ from tiny_pipelines import make_pipeline
 
 from jaxft import export, train
 from jaxft import run as runs
-from jaxft.core import sharding
 from jaxft.core.params import bind
 from jaxft.models import stable_diffusion
 from jaxft.models.stable_diffusion import Guidance
@@ -29,6 +28,7 @@ from jaxft.nn.samplers import SAMPLERS
 from jaxft.weights.pipeline import legacy_part, open_pipeline, part
 from jaxft.weights.tensor_files import TensorFiles
 
+pytestmark = pytest.mark.usefixtures("quick")
 CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "diffusion.py")
 PIPELINES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 SCHEDULERS = {
@@ -108,16 +108,6 @@ def train_case(name, place):
     more = {"export.kind": "all", "data.eval": f"folder:{data}", **changes}
     assert train.main(arguments(place / "pipe", data, place / name, more)) == 0
     return Done(family, place / "pipe", place / name)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """One device, and code that compiles fast: what is tested is what lies on disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda *sizes: sharding.one_device_mesh())
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", params=CASES)

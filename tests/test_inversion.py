@@ -16,13 +16,13 @@ from tiny_pipelines import make_pipeline
 
 from jaxft import export, train
 from jaxft import run as runs
-from jaxft.core import sharding
 from jaxft.core.params import bind
 from jaxft.models import stable_diffusion
 from jaxft.models.stable_diffusion import Guidance
 from jaxft.nn.samplers import SAMPLERS
 from jaxft.tasks import inversion
 
+pytestmark = pytest.mark.usefixtures("quick")
 PIPELINES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 WORD = "<cat-toy>"
 PROMPTS = [f"a {WORD} on the moon", f"two birds beside {WORD}, asleep"]
@@ -56,16 +56,6 @@ class Done(NamedTuple):
     @property
     def out(self):
         return self.work / "export"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """One device, and code that compiles fast: what is tested is what lies on disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda *sizes: sharding.one_device_mesh())
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def saved_pipeline(place, family):

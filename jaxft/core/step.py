@@ -130,6 +130,11 @@ def sample_keys(seed: int, step: jax.Array | int, sample_ids: jax.Array) -> jax.
     return jax.vmap(lambda sample: jax.random.fold_in(base, sample))(sample_ids)
 
 
+def stream(keys: jax.Array, number: jax.Array | int) -> jax.Array:
+    """Another key for each row, for another purpose."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
 def _accumulate(run: Callable, batch: Batch, keys: jax.Array, parts: int) -> Any:
     """Sum `run` over `parts` micro-batches with one scan."""
     if parts == 1:

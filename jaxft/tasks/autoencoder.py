@@ -247,7 +247,8 @@ class Autoencoder:
     def _measure(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         """Numbers and pictures of each row, on every process."""
         assert self.measure is not None
-        model = bind(self.template, cast(params, self.dtype))
+        exact = {path: x for path, x in params.items() if path.startswith("perceptual.")}
+        model = bind(self.template, cast(params, self.dtype) | exact)
         x = to_float(batch["pixels"])
         made = self.codec.reconstruct(model.vae, x.astype(self.dtype), None, "none")
         y = jnp.clip(made.images.astype(jnp.float32), -1.0, 1.0)

@@ -17,8 +17,8 @@ from jaxft.core.config import Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADDED, Params, bind, describe
 from jaxft.core.pictures import grid
-from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
-from jaxft.core.step import Batch, Metrics, cast
+from jaxft.core.sharding import constrain, local_rows, place_batch
+from jaxft.core.step import Batch, Metrics, cast, stream
 from jaxft.data.buckets import BucketBatches, bucket_loader, make_buckets
 from jaxft.data.cache import ArrayCache
 from jaxft.data.image_sources import open_images
@@ -223,17 +223,17 @@ class Diffusion:
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
         """The squared error of the prediction, each row by its min-SNR and prior weight."""
         schedule, options = self.model_cfg.schedule, self.options
-        latents = self._latents(model, batch, _stream(keys, LATENT))
-        noise = _normal(_stream(keys, NOISE), latents.shape[1:])
+        latents = self._latents(model, batch, stream(keys, LATENT))
+        noise = _normal(stream(keys, NOISE), latents.shape[1:])
         if options.noise_offset:
-            noise = noise_algebra.offset_noise(_stream(keys, OFFSET), noise, options.noise_offset)
-        t = noise_algebra.draw_timesteps(_stream(keys, TIME), schedule)
-        adapter = _stream(keys, ADAPTER) if self.cfg.lora.dropout else None
+            noise = noise_algebra.offset_noise(stream(keys, OFFSET), noise, options.noise_offset)
+        t = noise_algebra.draw_timesteps(stream(keys, TIME), schedule)
+        adapter = stream(keys, ADAPTER) if self.cfg.lora.dropout else None
         text = self._text(model, batch, adapter)
         cfg, share = self.model_cfg, options.caption_dropout
-        seen = picture_inputs.see(model, cfg, batch, _stream(keys, SEEN), self.dtype)
+        seen = picture_inputs.see(model, cfg, batch, stream(keys, SEEN), self.dtype)
         if share:
-            drawn = jax.vmap(jax.random.uniform)(_stream(keys, DROP))
+            drawn = jax.vmap(jax.random.uniform)(stream(keys, DROP))
             dropped = picture_inputs.captions_dropped(cfg, drawn, share)
             text = drop_captions(text, self._null(model), dropped)
             seen = picture_inputs.drop_sources(cfg, seen, drawn, share)
@@ -289,7 +289,7 @@ class Diffusion:
         if self.eval_set is None:
             return Report({})
         data = subset(self.eval_set, self.options.eval_examples, self.cfg.seed)
-        size = max(self.cfg.batch_size // self.cfg.micro_batches, batch_ways(mesh))
+        size = self.cfg.batch_size // self.cfg.micro_batches
         sums, padded = np.zeros(BINS), partial(collate, filler=data[0])
         for batch in eval_batches(data, size, padded, local_rows(mesh, size)):
             sums += np.asarray(self._bins(params, place_batch(batch, mesh)))
@@ -324,7 +324,7 @@ class Diffusion:
 
         def at(number_and_time: tuple[jax.Array, jax.Array]) -> jax.Array:
             number, time = number_and_time
-            noise = _normal(_stream(base, number), latents.shape[1:])
+            noise = _normal(stream(base, number), latents.shape[1:])
             t = jnp.broadcast_to(time, rows.shape)
             errors = self._errors(model, batch, latents, noise, t, text, seen, None)
             return jnp.sum(errors * (rows > 0))
@@ -422,11 +422,6 @@ class Diffusion:
             inversion.check(self.cfg, self.captions, describe(self.template))
             inversion.check_captions(self.captions, texts[0], self.cfg.data.train)
         return sum(map(self.captions.too_long, texts))
-
-
-def _stream(keys: jax.Array, number: Any) -> jax.Array:
-    """Another key for each row, for another purpose."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def _normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

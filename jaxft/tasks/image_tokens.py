@@ -19,8 +19,8 @@ from jaxft.core.config import Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params, bind
 from jaxft.core.pictures import grid
-from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
-from jaxft.core.step import Batch, Metrics, cast
+from jaxft.core.sharding import constrain, local_rows, place_batch
+from jaxft.core.step import Batch, Metrics, cast, stream
 from jaxft.data.cache import ArrayCache
 from jaxft.data.image_sources import open_images
 from jaxft.data.images import CORNERS, Bad, ImageSet
@@ -180,8 +180,8 @@ class ImageTokens:
 
         Rows are the unit: sums over them, and their count, do not depend on how a batch is cut.
         """
-        dropped = jax.vmap(jax.random.uniform)(_stream(keys, DROP)) < self.options.caption_dropout
-        adapter = _stream(keys, ADAPTER) if self.cfg.lora.dropout else None
+        dropped = jax.vmap(jax.random.uniform)(stream(keys, DROP)) < self.options.caption_dropout
+        adapter = stream(keys, ADAPTER) if self.cfg.lora.dropout else None
         total, metrics = self._cross_entropy(model, batch, dropped, adapter)
         return (total, jnp.sum(batch["weights"])), metrics
 
@@ -219,7 +219,7 @@ class ImageTokens:
         if self.eval_set is None:
             return Report({}, pictures=pictures)
         data = subset(self.eval_set, self.options.eval_examples, self.cfg.seed)
-        size = max(self.cfg.batch_size // self.cfg.micro_batches, batch_ways(mesh))
+        size = self.cfg.batch_size // self.cfg.micro_batches
         padded, sums = partial(collate, filler=data[0]), {}
         for batch in eval_batches(data, size, padded, local_rows(mesh, size)):
             for name, value in self._score(params, place_batch(batch, mesh)).items():
@@ -348,11 +348,6 @@ class ImageTokens:
         side = self.layout.grid[0] * factor
         images = ImageSet(open_images(spec), side, factor, False, flip, crops)
         return CodeRows(images, self.layout, self.model.tokenizer)
-
-
-def _stream(keys: jax.Array, number: int) -> jax.Array:
-    """Another key for each row, for another purpose."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def _check(options: ImageTokenOptions) -> None:

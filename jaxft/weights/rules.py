@@ -18,6 +18,8 @@ from jaxft.core.params import Leaf
 
 
 class Rule(NamedTuple):
+    """One line of a weight table: a checkpoint's key, our path, their dims' order."""
+
     key: str
     path: str
     layout: str = ""

@@ -24,6 +24,7 @@ from jaxft.nn.diffusion import draw_timesteps, offset_noise
 from jaxft.tasks import diffusion
 from jaxft.weights import pipeline_lora, transfer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 # The compiler's own optimisations are most of the time of these tests.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 STEPS, LR, DECAY = 5, 1e-3, 0.1
@@ -57,15 +58,6 @@ class Trained(NamedTuple):
     losses: list
     before: dict
     after: dict
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """More threads would only wait for each other, so small is all of this."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +137,7 @@ def named(run, params):
 def draws(run, step, batch):
     """What is random in a step, from the same key streams, as torch tensors."""
     keys = sample_keys(run.cfg.seed, step, batch["sample_ids"])
-    stream, options = partial(diffusion._stream, keys), run.task.options
+    stream, options = partial(diffusion.stream, keys), run.task.options
     side = options.resolution // run.task.model_cfg.vae.factor
     shape = (side, side, run.task.model_cfg.vae.latent_channels)
     noise = diffusion._normal(stream(diffusion.NOISE), shape)

@@ -17,6 +17,7 @@ from test_diffusion_training import (
 from tiny_diffusion import make_config, make_pictures
 from tiny_pipelines import make_pipeline
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORD = {"trainable": "", "inversion.token": "<cat-toy>", "inversion.init": "a"}
 CASES = {
     # family, prediction, vectors, changes
@@ -77,14 +78,6 @@ class Inversion(Oracle):
                 table.data[mask] = before[mask]
             losses.append(loss.item())
         return losses, {p: t.detach().numpy()[i] for p, (t, i) in self.tables.items()}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

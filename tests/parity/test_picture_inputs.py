@@ -23,7 +23,6 @@ from tiny_pipelines import make_pipeline
 
 from jaxft import run as runs
 from jaxft import sample, train
-from jaxft.core import sharding
 from jaxft.core.errors import UserError
 from jaxft.core.params import bind
 from jaxft.core.step import sample_keys
@@ -35,6 +34,7 @@ from jaxft.nn.samplers import ddim
 from jaxft.tasks import Request, diffusion, picture_inputs
 
 SIDE, STEPS, GUIDANCE, IMAGE_GUIDANCE = 16, 5, 3.0, 1.7
+pytestmark = pytest.mark.usefixtures("quick", "one_thread")
 PROMPTS = ["a red cat", "two blue birds, one of them asleep"]
 KINDS = {  # channels of the UNet, diffusers' class
     HOLE: (9, StableDiffusionInpaintPipeline),
@@ -45,19 +45,6 @@ LARGE = {
     SOURCE: StableDiffusionXLInstructPix2PixPipeline,
 }
 FREE = {"requires_safety_checker": False}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """One device, and code that compiles fast."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda *sizes: sharding.one_device_mesh())
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +107,7 @@ def their_seen(kind, pipe, batch, keys, u, share):
         kept = 1 - ((u >= share).float() * (u < 3 * share).float())
         return kept.reshape(-1, 1, 1, 1) * pipe.vae.encode(source).latent_dist.mode()
     pixels = to_torch(batch["pixels"]) / 127.5 - 1
-    own = jax.vmap(jax.random.split)(diffusion._stream(keys, diffusion.SEEN))
+    own = jax.vmap(jax.random.split)(diffusion.stream(keys, diffusion.SEEN))
     mask = to_torch(picture_inputs.random_masks(own[:, 0], (SIDE, SIDE)))
     assert 0 < mask.mean() < 1
     eps = to_torch(diffusion._normal(own[:, 1], (SIDE // 2, SIDE // 2, 4)))
@@ -130,7 +117,7 @@ def their_seen(kind, pipe, batch, keys, u, share):
 
 
 def their_loss(kind, pipe, task, batch, keys, share):
-    stream, shape = partial(diffusion._stream, keys), (SIDE // 2, SIDE // 2, 4)
+    stream, shape = partial(diffusion.stream, keys), (SIDE // 2, SIDE // 2, 4)
     noise = to_torch(diffusion._normal(stream(diffusion.NOISE), shape))
     eps = to_torch(diffusion._normal(stream(diffusion.LATENT), shape))
     t = draw_timesteps(stream(diffusion.TIME), task.model_cfg.schedule)
