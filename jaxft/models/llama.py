@@ -20,18 +20,18 @@ UNLIMITED = 2**30  # the window of a full-attention layer among windowed ones
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers (L, B, S, K, H), the slots' segments (0 = empty or padding),
-    and the slot that the next token goes to."""
+    """Keys and values of all layers (L, B, K, S, H), the slots' segments (0 = empty or padding),
+    and the slot that the next token goes to. Heads before slots, as attention multiplies them."""
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    k: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S H"]
     segments: Int[Array, "B S"]
     index: Int[Array, ""]
 
 
 def init_cache(cfg: LlamaConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache for `length` slots a row, padding included."""
-    shape = (cfg.num_layers, batch, length, cfg.num_kv_heads, cfg.head_dim)
+    shape = (cfg.num_layers, batch, cfg.num_kv_heads, length, cfg.head_dim)
     segments = jnp.zeros((batch, length), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segments, jnp.int32(0))
 
@@ -112,12 +112,13 @@ def _remember(
     cache: tuple[Array, Array], k: Array, v: Array, layer: Array, index: Array
 ) -> tuple[tuple[Array, Array], Array, Array]:
     """Write this call's k and v in place (only T slots move) and read the layer's whole history."""
-    start = (layer, 0, index, 0, 0)
+    start = (layer, 0, 0, index, 0)
     written = tuple(
-        jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], start)
+        jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype)[None], start)
         for old, new in zip(cache, (k, v), strict=True)
     )
-    k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(k.dtype) for a in written)
+    history = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in written)
+    k, v = (a.swapaxes(1, 2).astype(k.dtype) for a in history)
     return (written[0], written[1]), k, v
 
 
