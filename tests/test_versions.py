@@ -14,14 +14,13 @@ from test_diffusion_export import (
     STEPS,
     draw_torch,
     noise,
-    quick,  # noqa: F401 (applies here too)
     train_case,
 )
 from test_pipeline import exported
 
 from jaxft.weights.pipeline import open_pipeline
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 OLD = [
     "diffusers==0.31.0",
     "transformers==4.46.3",

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 # Bytes of fp32 scores that one query block may make; on CPU fewer, larger blocks measured best.
 CPU_SCORES, ACCELERATOR_SCORES = 2**25, 2**28
-SMALLEST_BLOCK = 16
+SMALLEST_BLOCK, ROWS = 16, 8  # queries; a block is a multiple of ROWS (a TPU's sublanes)
 MASKED = -1e30  # finite, so that a row with nothing to see stays finite
 
 
@@ -216,10 +216,15 @@ def _mask(queries: Rows, keys: Rows, window: int | Array | None, causal: bool) -
 
 
 def block_size(batch: int, length: int, heads: int, kv_length: int) -> int:
-    """Queries a block: few blocks of one size, each within the scores' budget of one device."""
+    """Queries a block: within the scores' budget of one device, and as few of them padding as can.
+
+    Of sizes down to half of what fits, since fewer, larger blocks are faster.
+    """
     budget = CPU_SCORES if jax.default_backend() == "cpu" else ACCELERATOR_SCORES
     mesh = jax.sharding.get_abstract_mesh()
     row = 4 * prod((batch, heads, kv_length)) / max(1, mesh.size)
     most = max(SMALLEST_BLOCK, floor(budget / row))
-    evenly = ceil(length / ceil(length / most))
-    return min(length, SMALLEST_BLOCK * ceil(evenly / SMALLEST_BLOCK))
+    if most >= length:
+        return length
+    sizes = range(most // ROWS * ROWS, most // 2, -ROWS)
+    return min(sizes, key=lambda size: size * ceil(length / size))
