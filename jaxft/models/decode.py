@@ -1,5 +1,6 @@
 """Autoregressive decoding with a KV cache, one compiled loop for a whole batch."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -38,8 +39,10 @@ def generate(
     """
     rows, prompt = tokens.shape
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-    cache = init_cache(model.cfg, rows, prompt + max_new, dtype)
-    hidden, cache = model.hidden(tokens, positions, segment_ids, cache=cache, dtype=dtype)
+    blocks = model.apart()
+    step = partial(model.hidden, blocks=blocks, dtype=dtype)
+    cache = init_cache(model.cfg, rows, prompt + max_new, dtype, bool(blocks))
+    hidden, cache = step(tokens, positions, segment_ids, cache=cache)
     stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
     start = _Loop(
         jnp.zeros((rows, max_new), jnp.int32),
@@ -57,7 +60,7 @@ def generate(
         made = loop.made.at[:, loop.count].set(token)
         done = loop.done | jnp.isin(token, stops)
         place = positions[:, -1:] + 1 + loop.count
-        hidden, cache = model.hidden(token[:, None], place, ones, cache=loop.cache, dtype=dtype)
+        hidden, cache = step(token[:, None], place, ones, cache=loop.cache)
         return _Loop(made, loop.count + 1, done, cache, model.logits(hidden[:, -1:])[:, 0])
 
     def going(loop: _Loop) -> Bool[Array, ""]:

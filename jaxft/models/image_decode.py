@@ -115,9 +115,11 @@ def generate_codes(
     """
     llama, scores = speaker.llama, speaker.scorer()
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    cache = init_cache(llama.cfg, len(tokens), tokens.shape[1] + count - 1, dtype)
+    blocks, slots = llama.apart(), tokens.shape[1] + count - 1
+    step = partial(llama.hidden, blocks=blocks, dtype=dtype)
+    cache = init_cache(llama.cfg, len(tokens), slots, dtype, bool(blocks))
     prompts = speaker.embed(tokens, jnp.zeros(tokens.shape, bool), dtype)
-    hidden, cache = llama.hidden(None, positions, mask, embeds=prompts, cache=cache, dtype=dtype)
+    hidden, cache = step(None, positions, mask, embeds=prompts, cache=cache)
     ones = jnp.ones((len(tokens), 1), jnp.int32)
 
     def choose(hidden: Array, number: Array | int) -> Array:
@@ -131,7 +133,7 @@ def generate_codes(
         cache, code = carry
         embeds = speaker.embed_codes(jnp.tile(code, 2)[:, None], dtype)
         place = positions[:, -1:] + number
-        hidden, cache = llama.hidden(None, place, ones, embeds=embeds, cache=cache, dtype=dtype)
+        hidden, cache = step(None, place, ones, embeds=embeds, cache=cache)
         assert cache is not None
         code = choose(hidden, number)
         return (cache, code), code

@@ -16,24 +16,29 @@ from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.norm import RMSNorm
 from jaxft.weights.rules import Rule
 
+APART = 2**30  # bytes of layers that decoding may hold a second time
+FEW = 8  # layers that a CPU's step is compiled for one by one
 UNLIMITED = 2**30  # the window of a full-attention layer among windowed ones
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers (L, B, K, S, H), the slots' segments (0 = empty or padding),
-    and the slot that the next token goes to. Heads before slots, as attention multiplies them."""
+    """Keys and values of all layers (L, B, K, S, H), or of each (B, K, S, H) where those are apart;
+    the slots' segments (0 = empty or padding); the slot that the next token goes to.
+    Heads before slots, as attention multiplies them."""
 
-    k: Float[Array, "L B K S H"]
-    v: Float[Array, "L B K S H"]
+    k: Float[Array, "L B K S H"] | tuple[Float[Array, "B K S H"], ...]
+    v: Float[Array, "L B K S H"] | tuple[Float[Array, "B K S H"], ...]
     segments: Int[Array, "B S"]
     index: Int[Array, ""]
 
 
-def init_cache(cfg: LlamaConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache for `length` slots a row, padding included."""
-    shape = (cfg.num_layers, batch, cfg.num_kv_heads, length, cfg.head_dim)
-    segments = jnp.zeros((batch, length), jnp.int32)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segments, jnp.int32(0))
+def init_cache(
+    cfg: LlamaConfig, batch: int, length: int, dtype: Any = jnp.float32, apart: bool = False
+) -> Cache:
+    """An empty cache for `length` slots a row, padding included; of layers `apart` or stacked."""
+    one = jnp.zeros((batch, cfg.num_kv_heads, length, cfg.head_dim), dtype)
+    empty = (one,) * cfg.num_layers if apart else jnp.stack([one] * cfg.num_layers)
+    return Cache(empty, empty, jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
 
 
 class Context(NamedTuple):
@@ -49,7 +54,7 @@ class Context(NamedTuple):
 class Layer(NamedTuple):
     """What differs from layer to layer; None where all layers agree."""
 
-    index: Int[Array, ""]
+    index: Int[Array, ""] | int
     rotates: Array | bool
     window: Array | int | None
 
@@ -109,17 +114,22 @@ def _unless_fixed(rotates: Array | bool, context: Context) -> tuple[Array, Array
 
 
 def _remember(
-    cache: tuple[Array, Array], k: Array, v: Array, layer: Array, index: Array
+    cache: tuple[Array, Array], k: Array, v: Array, layer: Array | int, index: Array
 ) -> tuple[tuple[Array, Array], Array, Array]:
     """Write this call's k and v in place (only T slots move) and read the layer's whole history."""
-    start = (layer, 0, 0, index, 0)
-    written = tuple(
-        jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype)[None], start)
-        for old, new in zip(cache, (k, v), strict=True)
-    )
-    history = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in written)
-    k, v = (a.swapaxes(1, 2).astype(k.dtype) for a in history)
-    return (written[0], written[1]), k, v
+
+    def write(old: Array, new: Array) -> Array:
+        new, start = new.swapaxes(1, 2).astype(old.dtype), (0, 0, index, 0)
+        if old.ndim == new.ndim:
+            return jax.lax.dynamic_update_slice(old, new, start)
+        return jax.lax.dynamic_update_slice(old, new[None], (layer, *start))
+
+    def read(x: Array) -> Array:
+        own = x if x.ndim == k.ndim else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+        return own.swapaxes(1, 2).astype(k.dtype)
+
+    written = write(cache[0], k), write(cache[1], v)
+    return written, read(written[0]), read(written[1])
 
 
 class MLP(nnx.Module):
@@ -201,15 +211,17 @@ class Llama(nnx.Module):
         cache: Cache | None = None,
         keys: PRNGKeyArray | None = None,
         remat: str = "none",
-        unroll: int = 1,
+        unroll: int | None = None,
         dtype: Any = None,
+        blocks: tuple[Block, ...] = (),
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The final norm's output (B, T, D) in `dtype`, and the cache with these tokens in it.
 
         positions: what rotates, default 0, 1, ... (with a cache: the count of real tokens before).
         segment_ids: tokens see their own segment only; 0 is padding; default one segment.
         embeds: in place of tokens. keys: one a row, turn adapter dropout on. remat: none, or a key
-        of REMAT (ValueError else). unroll: layers an iteration of the scan.
+        of REMAT (ValueError else). unroll: layers an iteration of the scan (0: all), by default as
+        the machine likes it. blocks: the layers from `apart`, for a cache of the same kind.
         """
         x = self._embed(tokens, embeds, dtype)
         q_segments, kv_segments, cache = _place(cache, segment_ids, x.shape)
@@ -218,8 +230,33 @@ class Llama(nnx.Module):
         index = jnp.int32(0) if cache is None else cache.index
         angles = rope.cos_sin(positions, jnp.array(self.cfg.rope.inv_freq), self.cfg.rope.scale)
         context = Context(*angles, q_segments, kv_segments, index)
-        x, cache = self._scan(x, context, cache, keys, remat, unroll)
+        if blocks and cache is not None:
+            x, cache = self._one_by_one(x, context, cache, blocks)
+        else:
+            x, cache = self._scan(x, context, cache, keys, remat, unroll)
         return self.norm(x), cache
+
+    def apart(self) -> tuple[Block, ...]:
+        """The layers for a loop over tokens, not stacked; none where they had better stay so.
+
+        On a CPU such a loop reads them in place: from a stack it copies each layer for each token.
+        """
+        size = sum(x.nbytes for x in jax.tree.leaves(self.layers))
+        if jax.default_backend() != "cpu" or size > APART:
+            return ()
+        layers = range(self.cfg.num_layers)
+        return tuple(jax.tree.map(lambda x, i=i: x[i], self.layers) for i in layers)
+
+    def _one_by_one(
+        self, x: Array, context: Context, cache: Cache, blocks: tuple[Block, ...]
+    ) -> tuple[Array, Cache]:
+        cfg, memories = self.cfg, []
+        for i, block in enumerate(blocks):
+            layer = Layer(i, cfg.rotary[i], cfg.windows[i])
+            x, memory = block(x, layer, context, (cache.k[i], cache.v[i]))
+            memories.append(memory)
+        k, v = zip(*memories, strict=True)
+        return x, cache._replace(k=k, v=v, index=cache.index + x.shape[1])
 
     def _embed(self, tokens: Array | None, embeds: Array | None, dtype: Any) -> Array:
         if tokens is not None and embeds is None:
@@ -236,9 +273,10 @@ class Llama(nnx.Module):
         cache: Cache | None,
         keys: PRNGKeyArray | None,
         remat: str,
-        unroll: int,
+        unroll: int | None,
     ) -> tuple[Array, Cache | None]:
         same, varying = _per_layer_inputs(self.cfg)
+        unroll = _unroll(self.cfg.num_layers) if unroll is None else unroll
 
         def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
             block, arrays = xs
@@ -301,6 +339,11 @@ def _per_layer_inputs(cfg: LlamaConfig) -> tuple[Layer, dict[str, Array]]:
         windows = [UNLIMITED if window is None else window for window in cfg.windows]
         varying["window"] = jnp.array(windows, jnp.int32)
     return Layer(varying["index"][0], cfg.rotary[0], cfg.windows[0]), varying
+
+
+def _unroll(layers: int) -> int:
+    """On a CPU a loop copies each layer's weights, and stacks what its backward pass reads."""
+    return int(jax.default_backend() != "cpu" or layers > FEW)
 
 
 REMAT = {

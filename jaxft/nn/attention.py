@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from math import ceil, floor, prod
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int
 # Bytes of fp32 scores that one query block may make; on CPU fewer, larger blocks measured best.
 CPU_SCORES, ACCELERATOR_SCORES = 2**25, 2**28
 SMALLEST_BLOCK, ROWS = 16, 8  # queries; a block is a multiple of ROWS (a TPU's sublanes)
+SPANS, SMALLEST_SPAN = 4, 32  # of causal rows: 4 spans need 5/8 of the products
 MASKED = -1e30  # finite, so that a row with nothing to see stays finite
 
 
@@ -57,9 +59,10 @@ def attention(
 
     A query sees the keys of its own segment and, if causal, those whose position is not after its
     own and, given a window, fewer than `window` before it. Positions default to 0, 1, 2, ...;
-    segments to one for all; kv segments and positions to the queries' when T == S. Padding is
-    segment 0: its rows are finite, and mean nothing. `window` may be traced (one a scanned layer).
-    N is a multiple of K (grouped-query attention); `scale` defaults to 1 / sqrt(H).
+    segments to one for all; kv segments and positions to the queries' when T == S, which then must
+    rise along a segment. Padding is segment 0: its rows are finite, and mean nothing. `window`
+    may be traced (one a scanned layer). N is a multiple of K (grouped-query attention); `scale`
+    defaults to 1 / sqrt(H).
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if q_segments is not None and kv_segments is None:
@@ -76,10 +79,10 @@ def attention(
             q, k, v, scale=scale, is_causal=True, local_window_size=left, implementation="cudnn"
         )
     queries = Rows(_positions(q_positions, q.shape[1]), q_segments)
-    if kv_positions is None and q_positions is not None and q.shape[1] == k.shape[1]:
-        kv_positions = q_positions
-    keys = Rows(_positions(kv_positions, k.shape[1]), kv_segments)
-    return _blockwise(q, k, v, queries, keys, causal, window, scale)
+    own = kv_positions is None and q.shape[1] == k.shape[1]
+    keys = Rows(queries.positions if own else _positions(kv_positions, k.shape[1]), kv_segments)
+    how = How(causal, scale, q.shape[1])
+    return _blockwise(q, k, v, queries, keys, how, window, causal and own)
 
 
 def _cudnn_takes(q: Array) -> bool:
@@ -98,20 +101,41 @@ def _blockwise(
     v: Array,
     queries: Rows,
     keys: Rows,
-    causal: bool,
+    how: How,
     window: int | Array | None,
-    scale: float,
+    aligned: bool,
 ) -> Array:
-    """One block of queries at a time, so that only O(block x S) scores exist, backward included."""
+    """One block of queries at a time, so that only O(block x S) scores exist, backward included.
+
+    Where keys are the queries' own rows, later ones are left out of a span's products.
+    """
     (batch, length, heads, dim), (kv_length, kv_heads) = q.shape, k.shape[1:3]
-    size = block_size(batch, length, heads, kv_length)
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
     # Keys stay fp32 outside the loop: their gradients sum over blocks, in that precision.
     wide = Keys(*(x.swapaxes(1, 2).astype(jnp.float32) for x in (k, v)))
     queries = jax.tree.map(lambda x: x[:, None, None, :, None], queries)
     keys = jax.tree.map(lambda x: x[:, None, None, None], keys)
-    out: Array = _attend(q, wide, queries, (keys, window), How(causal, scale, size))
+
+    def span(start: int, end: int) -> Array:
+        last = end if aligned else kv_length
+        near = Keys(*(x[:, :, :last] for x in wide))
+        rows = jax.tree.map(lambda x: x[..., start:end, :], queries)
+        seen = jax.tree.map(lambda x: x[..., :last], keys)
+        size = block_size(batch, end - start, heads, last)
+        part = q[:, :, :, start:end]
+        return _attend(part, near, rows, (seen, window), how._replace(size=size))
+
+    ends = _span_ends(length) if aligned else [length]
+    out = jnp.concatenate([span(*ends) for ends in pairwise([0, *ends])], axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
+
+
+def _span_ends(length: int) -> list[int]:
+    """Where to cut rows that see only what is before them; an accelerator's kernels stay whole."""
+    if jax.default_backend() != "cpu" or length < SPANS * SMALLEST_SPAN:
+        return [length]
+    step = ROWS * ceil(length / (SPANS * ROWS))
+    return [*range(step, length, step), length]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -142,20 +166,29 @@ def _backward(how: How, kept: tuple, dout: Array) -> tuple[Array, Keys, None, No
     """
     q, wide, queries, seen, out, top, total = kept
     share = dout.astype(jnp.float32) / total
-    mean = (share * out).sum(-1, keepdims=True)
+    mean = jnp.matmul(share * out, jnp.ones((out.shape[-1], 1)), precision="highest")
+    folded = jax.default_backend() == "cpu" and q.dtype == jnp.float32
+    left, right = _fold(share, mean, wide.v) if folded else (share, wide.v)
 
     def block(sums: Keys, x: tuple) -> tuple[Keys, Array]:
-        q, queries, share, mean, top = x
+        q, queries, left, mean, top = x
         weights = jnp.exp(_scores(q, wide, queries, seen, how) - top)
-        dscores = how.scale * weights * (_product(share, wide.v, 4, 3) - mean)
+        dweights = _product(left, right, 4, 3)
+        dscores = how.scale * weights * (dweights if folded else dweights - mean)
         dq = _product(dscores.astype(q.dtype), wide.k, 4, 2).astype(q.dtype)
         dk = _over_queries(dscores.astype(q.dtype), q)
-        dv = _over_queries(weights.astype(q.dtype), share)
+        dv = _over_queries(weights.astype(q.dtype), left[..., : q.shape[-1]])
         return Keys(sums.k + dk, sums.v + dv), dq
 
-    inputs = (q, queries, share.astype(q.dtype), mean, top)
+    inputs = (q, queries, left.astype(q.dtype), mean, top)
     sums, dq = _over_blocks(block, jax.tree.map(jnp.zeros_like, wide), inputs, how.size)
     return dq, sums, None, None
+
+
+def _fold(share: Array, mean: Array, v: Array) -> tuple[Array, Array]:
+    """left, right: left right^T = share v^T - mean, XLA:CPU's pass of a subtraction saved."""
+    left = jnp.concatenate([share, -mean], -1)
+    return left, jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
 
 
 _attend.defvjp(_forward, _backward)
@@ -177,7 +210,8 @@ def _product(x: Array, y: Array, over: int, keys_over: int) -> Array:
 def _over_queries(x: Array, y: Array) -> Array:
     """(B, K, G, T, S) and (B, K, G, T, H) to (B, K, S, H); of these x is the one to leave alone."""
     dims = (((2, 3), (2, 3)), ((0, 1), (0, 1)))
-    return jax.lax.dot_general(y, x, dims, preferred_element_type=jnp.float32).swapaxes(2, 3)
+    made = jax.lax.dot_general(y, x, dims, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(made).swapaxes(2, 3)
 
 
 def _over_blocks(block: Callable, carry: Any, inputs: tuple, size: int) -> tuple[Any, Any]:

@@ -183,7 +183,9 @@ def _local(
         dlogits = dlogits.astype(matrix.dtype)
         dx = _dx(how, dlogits, matrix) if with_dx else None
         if dw is not None:
-            dw += _product(f"bcv,bcd->{how.head}", dlogits, x[0])
+            # Hidden first, and no transpose folded in: XLA:CPU would copy the wide dlogits.
+            made = jax.lax.optimization_barrier(_product("bcd,bcv->dv", x[0], dlogits))
+            dw += made.T if how.vocab_first else made
         return (sums, dw, db), dx
 
     zero = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))

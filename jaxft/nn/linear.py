@@ -104,6 +104,9 @@ def _contract_backward(inputs: int, saved: tuple[Array, Array], dy: Array) -> tu
     dims = tuple(range(dy.ndim - outs, dy.ndim)), tuple(range(inputs, kernel.ndim))
     dx = jax.lax.dot_general(dy, kernel, (dims, ((), ())))
     dims = tuple(range(rows)), tuple(range(rows))
+    if x.size > dy.size:
+        made = jax.lax.dot_general(dy, x, (dims, ((), ())))
+        return dx, jnp.moveaxis(made, range(outs), range(inputs, kernel.ndim))
     return dx, jax.lax.dot_general(x, dy, (dims, ((), ())))
 
 
