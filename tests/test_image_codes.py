@@ -56,6 +56,12 @@ def rows(work, make_rows, vq):
     return made
 
 
+def test_prompts_are_padded_to_the_longest_of_the_set(rows):
+    lengths = [int(rows[i]["length"]) for i in range(len(rows))]
+    assert rows.width == max(lengths) < rows.layout.max_caption_tokens
+    assert all(rows[i]["prompt"].shape == (rows.width,) for i in range(len(rows)))
+
+
 def test_codes_are_those_of_diffusers_and_a_mirror_has_its_own(rows, work):
     """The encoder does not commute with mirroring, so that the mirrored picture is encoded."""
     model = VQModel.from_pretrained(work / "vq").eval()

@@ -196,7 +196,7 @@ def _section(record: dict[str, Any]) -> str:
         f" rounds. An image: {s['codes']} codes of one caption of {s['data']}, guidance"
         f" {s['guidance']:g}, temperature 0, the same codes on all sides; the VQ decoder is in none"
         f" of them. A training step: all weights, batch {s['batch']}, AdamW (torch: fused), rows"
-        " padded to the batch's longest in torch and to the longest possible in jaxft. Ratio: the"
+        " padded to the batch's longest in torch and to the longest of the set in jaxft. Ratio: the"
         " best torch / jaxft; above 1 jaxft is faster.",
         "",
         *steps_table(results),

@@ -165,14 +165,17 @@ def _joined(parts: Sequence[Any], count: int) -> np.ndarray:
 class CodeRows:
     """A picture set as rows of codes and prompts; indexing is safe in threads.
 
-    `cut` counts the captions that were too long. Codes are there after `cache`.
+    `cut` counts the captions that were too long, `width` is the longest prompt's count of ids: what
+    all are padded to. Codes are there after `cache`.
     """
 
     def __init__(self, images: ImageSet, layout: Layout, tokenizer: Any):
         self.images, self.layout, self.tokenizer = images, layout, tokenizer
         self.store: ArrayCache | None = None
         self._keys: tuple[str, ...] = ()
-        self.cut = sum(self._prompt(i).cut for i in range(len(images.records)))
+        prompts = [self._prompt(i) for i in range(len(images.records))]
+        self.cut = sum(prompt.cut for prompt in prompts)
+        self.width = max((len(prompt.ids) for prompt in prompts), default=0) or 1
 
     def __len__(self) -> int:
         return len(self.images)
@@ -207,7 +210,7 @@ class CodeRows:
     def __getitem__(self, index: int) -> Row:
         """codes [S], prompt [C] padded on the right, its length, and weight 1."""
         ids = self._prompt(index).ids
-        prompt = np.full(self.layout.max_caption_tokens, self.layout.pad, np.int32)
+        prompt = np.full(self.width, self.layout.pad, np.int32)
         prompt[: len(ids)] = ids
         return {
             "codes": self.stored(index)["codes"].ravel(),

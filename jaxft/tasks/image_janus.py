@@ -98,8 +98,8 @@ class JanusFolder(NamedTuple):
     def speaker(self, model: Any) -> Janus:
         return model
 
-    def flops_per_token(self) -> float:
-        return janus.flops_per_token(self.whole, row_length(self.layout))
+    def flops_per_token(self, length: int) -> float:
+        return janus.flops_per_token(self.whole, length)
 
     def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
         """The folder's own, with what stock transformers needs to draw as we do."""

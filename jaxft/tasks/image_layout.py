@@ -56,7 +56,7 @@ class Layout(Protocol):
 
 
 def row_length(layout: Layout) -> int:
-    """Tokens that the model sees of a training row: the last code is only a target."""
+    """The most tokens that the model sees of a row: the last code is only a target."""
     return layout.max_caption_tokens + layout.count
 
 
@@ -234,7 +234,7 @@ class TrainRows(NamedTuple):
     """Rows of a batch, padded on the right: a causal model's real tokens never see the padding.
 
     places: where image_targets are predicted from. text_targets, text_weights: of the first
-    max_caption_tokens places; the weights of a row add up to 1, or to 0 without a prompt.
+    C places; the weights of a row add up to 1, or to 0 without a prompt.
     images: which of the tokens are codes.
     """
 
@@ -255,15 +255,15 @@ def train_rows(
 ) -> TrainRows:
     """`prompt BOI codes` of each row, the null for its prompt if `dropped`; for use inside jit.
 
-    captions: prompts padded on the right to max_caption_tokens, `lengths` real ids each.
+    captions: prompts padded on the right, `lengths` real ids each.
     """
-    width, count = layout.max_caption_tokens, layout.count
+    width, count = captions.shape[1], layout.count
     captions, lengths = jnp.asarray(captions, jnp.int32), jnp.asarray(lengths, jnp.int32)
     null, shorter = layout.without_caption(captions, lengths)
     captions = jnp.where(dropped[:, None], null, captions)
     lengths = jnp.where(dropped, shorter, lengths)[:, None]
     ids = codes.astype(jnp.int32) + layout.image_offset
-    after = jnp.arange(row_length(layout))[None] - lengths  # 0 at BOI, k at code k - 1
+    after = jnp.arange(width + count)[None] - lengths  # 0 at BOI, k at code k - 1
     image = jnp.take_along_axis(ids, jnp.clip(after - 1, 0, count - 1), axis=1)
     image = jnp.where(after == 0, layout.boi, jnp.where(after < count, image, layout.pad))
     text = jnp.pad(captions, ((0, 0), (0, count)))

@@ -64,8 +64,8 @@ class ImageModel(Protocol):
         """What `build` made, as losses and samplers use it."""
         ...
 
-    def flops_per_token(self) -> float:
-        """Forward, of a token in a training row."""
+    def flops_per_token(self, length: int) -> float:
+        """Forward, of a token in a row of so many."""
         ...
 
     def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
@@ -103,8 +103,8 @@ class UnifiedModel(NamedTuple):
     def speaker(self, model: Any) -> Unified:
         return Unified(model, self.layout.image_offset, self.layout.codes)
 
-    def flops_per_token(self) -> float:
-        return llama.flops_per_token(self.cfg, row_length(self.layout))
+    def flops_per_token(self, length: int) -> float:
+        return llama.flops_per_token(self.cfg, length)
 
     def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
         """All that an export holds beside the language model's weights."""

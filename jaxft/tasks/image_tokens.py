@@ -35,7 +35,6 @@ from jaxft.tasks.image_layout import (
     encode_prompt,
     left_padded,
     null_prompt,
-    row_length,
     train_rows,
 )
 from jaxft.tasks.image_model import open_model
@@ -111,7 +110,8 @@ class ImageTokens:
     def flops_per_unit(self, chosen: set[str]) -> float:
         """Forward and both halves of the backward pass; a frozen base has only one of them."""
         passes = 2 if all(".lora_" in path for path in chosen) else 3
-        return passes * row_length(self.layout) * self.model.flops_per_token()
+        length = self.train_set.width + self.layout.count
+        return passes * length * self.model.flops_per_token(length)
 
     def exported(self, params: Params) -> Params:
         return params
@@ -202,7 +202,7 @@ class ImageTokens:
         total = options.image_weight * image
         metrics = {"image_ce": image - sums.get("z", 0.0), "accuracy": sums["correct"]}
         if options.text_weight:
-            before_text = hidden[:, : layout.max_caption_tokens]
+            before_text = hidden[:, : rows.text_targets.shape[1]]
             spoken = rows.text_weights * weights
             measured = speaker.cross_entropy(before_text, rows.text_targets, spoken, options.z)
             text, text_sums = measured
