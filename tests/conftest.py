@@ -121,21 +121,35 @@ def records_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def make_config(records_file):
-    """`make_config(folder, {"optim.lr": 1e-3})`: configs/llm.py pointed at a small model."""
+def small_run(records_file):
+    """`small_run(folder, {"optim.lr": 1e-3})`: keys that point configs/llm.py at a small model."""
+
+    def keys(folder, changes=None):
+        places = dict.fromkeys(("data.train", "data.eval"), f"jsonl:{records_file}")
+        return {"model": str(folder), **places, "seq_len": 48, **(changes or {})}
+
+    return keys
+
+
+@pytest.fixture(scope="session")
+def make_flags(small_run):
+    """The same as command-line flags."""
+
+    def flags(folder, changes=None):
+        return [f"--config.{key}={value}" for key, value in small_run(folder, changes).items()]
+
+    return flags
+
+
+@pytest.fixture(scope="session")
+def make_config(small_run):
+    """`make_config(folder, {"optim.lr": 1e-3})`: configs/llm.py with those keys, for 8 devices."""
     from jaxft.core.config import load_config
 
     def make(folder, changes=None):
         config = load_config(str(ROOT / "configs" / "llm.py"))
-        small = {
-            "model": str(folder),
-            "data.train": f"jsonl:{records_file}",
-            "data.eval": f"jsonl:{records_file}",
-            "seq_len": 48,
-            "total": "10_steps",
-            "mesh.fsdp": 8,
-        }
-        for key, value in {**small, **(changes or {})}.items():
+        defaults = {"total": "10_steps", "mesh.fsdp": 8}
+        for key, value in small_run(folder, {**defaults, **(changes or {})}).items():
             *sections, leaf = key.split(".")
             node = config
             for section in sections:

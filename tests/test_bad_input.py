@@ -27,18 +27,11 @@ def broken(model, tmp_path):
 
 
 @pytest.fixture
-def fails(model, records_file, tmp_path, capsys):
+def fails(model, make_flags, tmp_path, capsys):
     """`fails(words, key=value…)`: the run stops with 2 and one line that holds all words."""
 
     def check(words, changes, workdir=None):
-        base = {
-            "model": model,
-            "data.train": f"jsonl:{records_file}",
-            "data.eval": f"jsonl:{records_file}",
-            "seq_len": 48,
-            "total": "2_steps",
-        }
-        flags = [f"--config.{key}={value}" for key, value in {**base, **changes}.items()]
+        flags = make_flags(model, {"total": "2_steps", **changes})
         place = workdir or tmp_path / "run"
         config = str(ROOT / "configs" / "llm.py")
         code = train.main(["--config", config, "--workdir", str(place), *flags])

@@ -17,19 +17,11 @@ CONFIG = ["--config", str(ROOT / "configs" / "llm.py")]
 
 
 @pytest.fixture(scope="module")
-def finished(make_folder, records_file, tmp_path_factory):
+def finished(make_folder, make_flags, tmp_path_factory):
     """(workdir, its flags) of a LoRA run of 4 steps with a checkpoint every 2."""
     work = tmp_path_factory.mktemp("runs") / "run"
-    changes = {
-        "model": make_folder(tied=True),
-        "data.train": f"jsonl:{records_file}",
-        "data.eval": f"jsonl:{records_file}",
-        "seq_len": 48,
-        "total": "4_steps",
-        "every.save": "2_steps",
-        "optim.lr": 0.01,
-    }
-    flags = [f"--config.{key}={value}" for key, value in changes.items()]
+    changes = {"total": "4_steps", "every.save": "2_steps", "optim.lr": 0.01}
+    flags = make_flags(make_folder(tied=True), changes)
     assert train.main([*CONFIG, "--workdir", str(work), *flags]) == 0
     return work, flags
 

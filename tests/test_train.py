@@ -26,19 +26,9 @@ def model(make_folder):
 
 
 @pytest.fixture
-def flags(model, records_file):
-    def make(changes=()):
-        base = {
-            "model": model,
-            "data.train": f"jsonl:{records_file}",
-            "data.eval": f"jsonl:{records_file}",
-            "seq_len": 48,
-            "total": "6_steps",
-            "every.log": "2_steps",
-        }
-        return [f"--config.{key}={value}" for key, value in {**base, **dict(changes)}.items()]
-
-    return make
+def flags(model, make_flags):
+    base = {"total": "6_steps", "every.log": "2_steps"}
+    return lambda changes=(): make_flags(model, {**base, **dict(changes)})
 
 
 def records(workdir):
