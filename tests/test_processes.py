@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,6 +19,11 @@ from jaxft.core import runtime
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ["--config", str(ROOT / "configs" / "llm.py")]
 DEVICES = 4  # of all processes together
+# What its C++ prints, operand by operand: lines of several threads may be torn at any of them.
+GLOO = re.compile(
+    r"\[Gloo\] Rank | is connected to | peer ranks\. "
+    r"|Expected number of connected peer ranks is : |\d+|\s"
+)
 
 
 def start(count, place, port, module, arguments):
@@ -49,12 +55,8 @@ def together(count, module, *arguments):
 
 
 @pytest.fixture(scope="module")
-def flags(make_folder, records_file):
+def flags(make_folder, make_flags):
     keys = {
-        "model": make_folder(tied=True),
-        "data.train": f"jsonl:{records_file}",
-        "data.eval": f"jsonl:{records_file}",
-        "seq_len": 48,
         "total": "3_steps",
         "batch_size": 4,
         "lora.rank": 0,
@@ -62,7 +64,7 @@ def flags(make_folder, records_file):
         "every.log": "1_steps",
         "every.save": "2_steps",
     }
-    return [*CONFIG, *(f"--config.{key}={value}" for key, value in keys.items())]
+    return [*CONFIG, *make_flags(make_folder(tied=True), keys)]
 
 
 def records(workdir):
@@ -79,8 +81,7 @@ def test_two_processes_make_what_one_makes(flags, tmp_path):
     codes, shown, _ = together(2, "jaxft.train", *flags, "--workdir", str(two))
     assert codes == [0, 0]
     assert shown[0].count("step 3/3") == 1 and "export (merged)" in shown[0]
-    told = [line for line in shown[1].splitlines() if not line.startswith("[Gloo]")]  # C++ prints
-    assert told == [], "the second process is silent"
+    assert GLOO.sub("", shown[1]) == "", "the second process is silent"
     assert [r["step"] for r in records(two)] == [0, 1, 2, 3, 3], "each record once"
     for a, b in zip(timeless(one), timeless(two), strict=True):
         assert a.keys() == b.keys()
