@@ -15,19 +15,21 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "jaxft/demo"
 TOKENIZER = DEMO / "tokenizer-clip-4k"
 COUNTS = {"train": 192, "valid": 64}
+SETS = {"emoji": "{}", "stickers": "sticker of {}"}  # folder: how it names a drawing
+each_split = pytest.mark.parametrize(("name", "split"), [(n, s) for n in SETS for s in COUNTS])
 
 
 def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def rows(split: str) -> list[dict[str, str]]:
-    lines = (DEMO / "emoji" / split / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+def rows(split: str, name: str = "emoji") -> list[dict[str, str]]:
+    lines = (DEMO / name / split / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
-def captions() -> list[str]:
-    return [row["text"] for split in COUNTS for row in rows(split)]
+def captions(name: str = "emoji") -> list[str]:
+    return [row["text"] for split in COUNTS for row in rows(split, name)]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,7 @@ def tokenizer():
 def test_sizes():
     assert bytes_in(DEMO) < 40e6
     assert bytes_in(DEMO / "emoji") < 0.8e6
+    assert bytes_in(DEMO / "stickers") < 1e6
     assert bytes_in(TOKENIZER) < 120e3
 
 
@@ -65,6 +68,7 @@ def test_every_folder_has_its_licence():
         "creativecommons.org/licenses/by/4.0/",
         "Twitter, Inc and other contributors",
         "Jason Sofonia and Justine De Caires",
+        "copyright Google",
         "transparent background was replaced by white",
         "(c) 2014 Mu-An Chiou",
         "(c) 2013 Cal Henderson",
@@ -77,18 +81,18 @@ def test_the_notice_names_author_licence_and_changes(words):
     assert words in notice
 
 
-@pytest.mark.parametrize("split", COUNTS)
-def test_every_row_has_its_image_and_every_image_its_row(split):
-    listed = [row["file_name"] for row in rows(split)]
+@each_split
+def test_every_row_has_its_image_and_every_image_its_row(name, split):
+    listed = [row["file_name"] for row in rows(split, name)]
     assert len(listed) == len(set(listed)) == COUNTS[split]
-    assert set(listed) == {path.name for path in (DEMO / "emoji" / split).glob("*.png")}
+    assert set(listed) == {path.name for path in (DEMO / name / split).glob("*.png")}
 
 
-@pytest.mark.parametrize("split", COUNTS)
-def test_images_are_rgb_drawings_on_white(split):
+@each_split
+def test_images_are_rgb_drawings_on_white(name, split):
     with_white_corners = 0
-    for row in rows(split):
-        with Image.open(DEMO / "emoji" / split / row["file_name"]) as image:
+    for row in rows(split, name):
+        with Image.open(DEMO / name / split / row["file_name"]) as image:
             assert image.size == (64, 64) and image.mode in ("P", "RGB")
             assert "transparency" not in image.info
             pixels = np.asarray(image.convert("RGB"))
@@ -104,6 +108,12 @@ def test_validation_shows_other_emoji():
     texts = {split: {row["text"] for row in rows(split)} for split in COUNTS}
     assert not names["train"] & names["valid"]
     assert not texts["train"] & texts["valid"]
+
+
+def test_both_sets_show_the_same_emoji_in_the_same_splits():
+    for split in COUNTS:
+        named = [SETS["stickers"].format(row["text"]) for row in rows(split)]
+        assert [row["text"] for row in rows(split, "stickers")] == named
 
 
 def test_captions_are_plain_words():

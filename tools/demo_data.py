@@ -41,16 +41,23 @@ LEFT_OUT = {"Flags", "Component", "Symbols", "People & Body"}
 
 
 class World(NamedTuple):
-    """Pictures of each emoji, the least side of one as a share of the page, white pages' share."""
+    """Pictures of each emoji, the least side of one as a share of the page, white pages' share.
+
+    Each picture stands in the set once for each of the captions, in which {} is its name.
+    """
 
     copies: int
     smallest: float
     white: float
+    captions: tuple[str, ...] = ("{}",)
 
 
 PAGES = World(12, 1.0, 0.25)  # what the demo pipeline learns from
-# What the demo image-token model learns one after another; the last two are of both styles.
+# What the demo image-token model learns one after another; the last three are of both styles.
 PLACES, STYLES, STILL = World(6, 0.85, 1.0), World(4, 0.85, 1.0), World(1, 1.0, 1.0)
+WORDINGS = "{}", "a picture of {}", "{} emoji", "small {}", "drawing of {}", "an image of {}"
+SAID = STILL._replace(captions=WORDINGS)
+STICKER = "sticker of {}"  # none of them: what fine-tuning that model teaches
 
 VOCABULARY = 4096
 MODEL_MAX_LENGTH = 24  # the longest caption of both styles has 17 tokens with start and end
@@ -172,6 +179,7 @@ def write_google(packages: Path, out: Path) -> None:
     both = [*shown, *drawn_flat(shown, packages)]
     write_placed(both, out / "styles", STYLES)
     write_placed(both, out / "still", STILL)
+    write_placed(both, out / "said", SAID)
 
 
 def is_shown(emoji: Emoji) -> bool:
@@ -216,7 +224,8 @@ def write_placed(drawings: list[Emoji], out: Path, world: World) -> None:
         for copy in range(world.copies):
             name = f"{Path(emoji.image_name).stem}-{copy}.png"
             placed(emoji.png, world, rng).save(out / name)
-            rows.append({"file_name": name, "text": emoji.text})
+            texts = [caption.format(emoji.text) for caption in world.captions]
+            rows += [{"file_name": name, "text": text} for text in texts]
     write_jsonl(out / "metadata.jsonl", rows)
 
 
@@ -234,12 +243,23 @@ def placed(png: bytes, world: World, rng: np.random.Generator) -> Image.Image:
 
 
 def write_emoji(packages: Path, out: Path) -> None:
-    """The fine-tuning set that ships: Twitter's drawings under their own file names."""
-    for split, picked in shown_splits(emoji_of("twitter", packages)):
+    """The pictures that ship for fine-tuning: Twitter's drawings under their own file names."""
+    write_shown("twitter", "{}", packages, out)
+
+
+def write_stickers(packages: Path, out: Path) -> None:
+    """The same emoji as Google draws them, in words that the demo image-token model has not met."""
+    write_shown("google", STICKER, packages, out)
+
+
+def write_shown(style: str, wording: str, packages: Path, out: Path) -> None:
+    """One style's drawings of the emoji that ship, in their two splits."""
+    for split, picked in shown_splits(emoji_of(style, packages)):
         (out / split).mkdir(parents=True, exist_ok=True)
         for emoji in picked:
             save_small(on_white(emoji.png), out / split / emoji.image_name)
-        rows = [{"file_name": emoji.image_name, "text": emoji.text} for emoji in picked]
+        texts = {emoji.image_name: wording.format(emoji.text) for emoji in picked}
+        rows = [{"file_name": name, "text": text} for name, text in texts.items()]
         write_jsonl(out / split / "metadata.jsonl", rows)
 
 

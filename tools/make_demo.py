@@ -2,6 +2,7 @@
 
     python tools/make_demo.py text      [--out jaxft/demo] [--root DIR]
     python tools/make_demo.py emoji     [--out jaxft/demo] [--packages DIR]
+    python tools/make_demo.py stickers  [--out jaxft/demo] [--packages DIR]
     python tools/make_demo.py tokenizer [--out jaxft/demo] [--packages DIR]
     python tools/make_demo.py data      --out DIR          [--packages DIR]
     python tools/make_demo.py weights   --data DIR/google --runs DIR
@@ -28,7 +29,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from demo_data import write_emoji, write_google, write_tokenizer
+from demo_data import write_emoji, write_google, write_stickers, write_tokenizer
 from demo_tokens import write_tokens
 from demo_weights import write_weights
 
@@ -167,7 +168,8 @@ def main() -> None:
     command.set_defaults(run=text)
 
     for name, writer, folder, about in (
-        ("emoji", write_emoji, "emoji", "ships: the fine-tuning set, Twitter's style"),
+        ("emoji", write_emoji, "emoji", "ships: a fine-tuning set, Twitter's style"),
+        ("stickers", write_stickers, "stickers", "ships: another, Google's style in a new wording"),
         ("tokenizer", write_tokenizer, "tokenizer-clip-4k", "ships: CLIP's BPE, 4,096 entries"),
         ("data", write_google, "google", "what the demo weights are trained on; does not ship"),
     ):

@@ -15,7 +15,7 @@ from jaxft.data.sources import DEMO_FOLDER, JsonlRecords, tfds_arguments
 SCHEMES = "folder:PATH, wds:TARS, hf:PATH, tfds:NAME[:SPLIT][@DATA_DIR] or demo:emoji/train"
 CAPTION_KEYS = ("text", "caption")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-DEMO_SETS = ("emoji/train", "emoji/valid")
+DEMO_SETS = ("emoji/train", "emoji/valid", "stickers/train", "stickers/valid")
 
 
 class Record(NamedTuple):
@@ -112,8 +112,8 @@ def open_images(spec: str, captions: bool = True, edited: bool = False) -> Recor
         source = _open_folder(spec, Path(rest).expanduser(), captions)
     elif scheme == "demo":
         if rest not in DEMO_SETS:
-            names = " or ".join(f"demo:{name}" for name in DEMO_SETS)
-            raise UserError(f"unknown demo images {spec!r}: expected {names}")
+            names = ", ".join(f"demo:{name}" for name in DEMO_SETS)
+            raise UserError(f"unknown demo images {spec!r}: expected one of {names}")
         source = _open_folder(spec, DEMO_FOLDER / rest, captions)
     elif scheme == "wds" and rest:
         source = _open_tars(spec, rest, captions)
