@@ -1,4 +1,4 @@
-"""Fine-tune an image-token model (DALL-E style); as it stands, the demo model on another style.
+"""Fine-tune an image-token model (DALL-E style); as it stands, the demo model on new words.
 
     python -m jaxft.train --config configs/image_tokens.py --workdir runs/image_tokens
 
@@ -26,14 +26,14 @@ def get_config() -> ConfigDict:
             resolution=64,
             tokenizer="",  # another VQ folder than the model's vq/, of the same codes
             graft="",  # a VQ folder: `model` is a text model that learns its codes
-            data=dict(train="demo:emoji/train", eval="demo:emoji/valid"),
+            data=dict(train="demo:stickers/train", eval="demo:stickers/valid"),
             cache="runs/cache",  # the pictures' codes, by content and tokenizer
             caption_dropout=0.1,
-            sample=dict(prompts=(), guidance=1.5, temperature=0.5, top_k=0),
+            sample=dict(prompts=(), guidance=1.0, temperature=0.0, top_k=0),
             trainable="",  # empty: the adapters when lora.rank > 0, else everything
             optim=dict(
                 name="adamw",
-                lr=1.5e-3,
+                lr=1.5e-4,
                 schedule="cosine",
                 warmup="5_steps",
                 weight_decay=0.05,
