@@ -106,6 +106,22 @@ def test_a_bias_joins_the_logits_and_gets_its_gradient(shape):
     assert max(map(relative, grads, wanted)) < 1e-5
 
 
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 1, 8)])
+def test_of_equal_logits_the_first_is_the_answer(shape):
+    """As argmax has it: rows of a table made alike, and a head of zeros, say no more than that."""
+    hidden, head, _, weights = data(True)
+    head[5::7] = head[2]
+    for table in (head, np.zeros_like(head)):
+        best = (hidden @ table.T).argmax(-1)
+        for targets in (best, np.full_like(best, 2), np.full_like(best, 12)):
+            targets = targets.astype(np.int32)
+            with jax.set_mesh(make_mesh(*shape)):
+                loss = jit(partial(linear_cross_entropy, vocab_first=True))
+                _, metrics = loss(hidden, table, targets, weights)
+            hits = (weights * (best == targets)).sum()
+            assert metrics["correct"] == pytest.approx(float(hits), rel=1e-6)
+
+
 def test_rows_that_do_not_divide_over_the_mesh_are_padded():
     hidden, head, targets, weights = (
         x[:3] if x.ndim != 2 or len(x) == B else x for x in data(True)

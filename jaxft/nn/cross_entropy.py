@@ -12,6 +12,7 @@ from jaxft.core.sharding import AXES, spec
 
 # Bytes of one chunk's fp32 logits on one device.
 CPU_LOGITS, ACCELERATOR_LOGITS = 2**26, 2**29
+FAR = 1e30  # above all logits, and finite when times a vocabulary
 
 
 class How(NamedTuple):
@@ -211,22 +212,32 @@ def _chunk_sums(
     logits = logits if head.bias is None else logits + head.bias.astype(jnp.float32)
     vocab = logits.shape[-1]
     local = targets - _offset(how, vocab)
-    onehot = local[..., None] == jnp.arange(vocab)
+    places = jnp.arange(vocab)
     best = logits.max(-1)
     top = jax.lax.pmax(best, how.vocab_axes) if how.vocab_axes else best
     exponentials = jnp.exp(logits - top[..., None])
     partition = _psum(exponentials.sum(-1), how.vocab_axes)
     log_partition = jnp.log(partition) + top
-    target = _psum(jnp.where(onehot, logits, 0).sum(-1), how.vocab_axes)
-    # Counted from the target, so that devices compare: the first maximum wins, as in argmax.
-    first = jnp.where(best == top, logits.argmax(-1) - local, jnp.iinfo(jnp.int32).max)
-    first = jax.lax.pmin(first, how.vocab_axes) if how.vocab_axes else first
+    target = _psum(_at(logits, local), how.vocab_axes)
+    # The first maximum wins, as in argmax; a sum masks three times as fast as a select on a CPU.
+    later = jnp.minimum(local[..., None] - 1.0 - places, 0.0)
+    before = (logits + FAR * later).max(-1)
+    before = jax.lax.pmax(before, how.vocab_axes) if how.vocab_axes else before
+    hit = (target == top) & (before < top)
     square = jnp.square(log_partition)
     loss = log_partition - target + how.z_loss * square
-    sums = Sums((weights * loss).sum(), (weights * (first == 0)).sum(), (weights * square).sum())
+    sums = Sums((weights * loss).sum(), (weights * hit).sum(), (weights * square).sum())
     slope = weights * (1 + 2 * how.z_loss * log_partition)
+    onehot = places == local[..., None]
     dlogits = exponentials * (slope / partition)[..., None] - onehot * weights[..., None]
     return sums, dlogits
+
+
+def _at(logits: Array, local: Array) -> Array:
+    """logits[..., local], 0 where that is another device's."""
+    vocab = logits.shape[-1]
+    found = jnp.take_along_axis(logits, jnp.clip(local, 0, vocab - 1)[..., None], -1)[..., 0]
+    return jnp.where((local >= 0) & (local < vocab), found, 0)
 
 
 def _dx(how: How, dlogits: Array, matrix: Array) -> Array:
