@@ -1,6 +1,7 @@
 """The only projection of the project, with the slot that a LoRA adapter fits in."""
 
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -103,11 +104,10 @@ def _contract_backward(inputs: int, saved: tuple[Array, Array], dy: Array) -> tu
     outs, rows = kernel.ndim - inputs, x.ndim - inputs
     dims = tuple(range(dy.ndim - outs, dy.ndim)), tuple(range(inputs, kernel.ndim))
     dx = jax.lax.dot_general(dy, kernel, (dims, ((), ())))
-    dims = tuple(range(rows)), tuple(range(rows))
-    if x.size > dy.size:
-        made = jax.lax.dot_general(dy, x, (dims, ((), ())))
-        return dx, jnp.moveaxis(made, range(outs), range(inputs, kernel.ndim))
-    return dx, jax.lax.dot_general(x, dy, (dims, ((), ())))
+    # Matrices, since of these alone XLA:CPU's products read a transposed one as it lies.
+    x, dy = x.reshape(prod(x.shape[:rows]), -1), dy.reshape(prod(x.shape[:rows]), -1)
+    dkernel = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+    return dx, dkernel.reshape(kernel.shape)
 
 
 contract.defvjp(_contract_forward, _contract_backward)
