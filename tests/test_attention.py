@@ -47,11 +47,14 @@ def same(args, ours, mask, scale=None, length=None):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.fixture(params=["one block", "many blocks"])
+@pytest.fixture(params=[("one block", False), ("one block", True), ("many", False), ("many", True)])
 def blocks(request, monkeypatch):
-    """37 queries in one block, or in three of 16 with the last one padded."""
-    monkeypatch.setattr(module, "CPU_SCORES", 2**30 if request.param == "one block" else 1)
-    assert block_size(2, 37, 4, 37) == (37 if request.param == "one block" else 16)
+    """37 queries in one block, or in three of 16 with the last one padded; whole or in spans."""
+    count, spans = request.param
+    monkeypatch.setattr(module, "CPU_SCORES", 2**30 if count == "one block" else 1)
+    monkeypatch.setattr(module, "SMALLEST_SPAN", 8 if spans else 32)
+    assert block_size(2, 37, 4, 37) == (37 if count == "one block" else 16)
+    assert module._span_ends(37) == ([16, 32, 37] if spans else [37])
 
 
 def test_causal_with_grouped_heads(blocks):

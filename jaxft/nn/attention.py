@@ -1,8 +1,7 @@
 """The one attention function of the project; which kernel runs where is decided here alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from math import ceil, floor, prod
 from typing import Any, NamedTuple
 
@@ -34,12 +33,21 @@ class Keys(NamedTuple):
 Seen = tuple[Rows, int | Array | None]  # the keys' rows and the window
 
 
+class Span(NamedTuple):
+    """Queries from `start` to `end` see none of the keys from `last` on; `size` of them a block."""
+
+    start: int
+    end: int
+    last: int
+    size: int
+
+
 class How(NamedTuple):
-    """What is settled when the step is traced: the mask's kind, the scale, queries a block."""
+    """What is settled when the step is traced."""
 
     causal: bool
     scale: float
-    size: int
+    spans: tuple[Span, ...]
 
 
 def attention(
@@ -81,8 +89,10 @@ def attention(
     queries = Rows(_positions(q_positions, q.shape[1]), q_segments)
     own = kv_positions is None and q.shape[1] == k.shape[1]
     keys = Rows(queries.positions if own else _positions(kv_positions, k.shape[1]), kv_segments)
-    how = How(causal, scale, q.shape[1])
-    return _blockwise(q, k, v, queries, keys, how, window, causal and own)
+    if q.dtype == jnp.float32:  # of a narrower q the scores are scaled, in fp32
+        q, scale = scale * q, 1.0
+    how = How(causal, scale, _spans(q.shape, k.shape[1], causal and own))
+    return _blockwise(q, k, v, queries, keys, how, window)
 
 
 def _cudnn_takes(q: Array) -> bool:
@@ -96,38 +106,28 @@ def _positions(positions: Array | None, length: int) -> Array:
 
 
 def _blockwise(
-    q: Array,
-    k: Array,
-    v: Array,
-    queries: Rows,
-    keys: Rows,
-    how: How,
-    window: int | Array | None,
-    aligned: bool,
+    q: Array, k: Array, v: Array, queries: Rows, keys: Rows, how: How, window: int | Array | None
 ) -> Array:
-    """One block of queries at a time, so that only O(block x S) scores exist, backward included.
-
-    Where keys are the queries' own rows, later ones are left out of a span's products.
-    """
-    (batch, length, heads, dim), (kv_length, kv_heads) = q.shape, k.shape[1:3]
+    """One block of queries at a time, so that only O(block x S) scores exist, backward included."""
+    (batch, length, heads, dim), kv_heads = q.shape, k.shape[2]
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
     # Keys stay fp32 outside the loop: their gradients sum over blocks, in that precision.
     wide = Keys(*(x.swapaxes(1, 2).astype(jnp.float32) for x in (k, v)))
     queries = jax.tree.map(lambda x: x[:, None, None, :, None], queries)
     keys = jax.tree.map(lambda x: x[:, None, None, None], keys)
-
-    def span(start: int, end: int) -> Array:
-        last = end if aligned else kv_length
-        near = Keys(*(x[:, :, :last] for x in wide))
-        rows = jax.tree.map(lambda x: x[..., start:end, :], queries)
-        seen = jax.tree.map(lambda x: x[..., :last], keys)
-        size = block_size(batch, end - start, heads, last)
-        part = q[:, :, :, start:end]
-        return _attend(part, near, rows, (seen, window), how._replace(size=size))
-
-    ends = _span_ends(length) if aligned else [length]
-    out = jnp.concatenate([span(*ends) for ends in pairwise([0, *ends])], axis=3)
+    out: Array = _attend(q, wide, queries, (keys, window), how)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
+
+
+def _spans(shape: tuple[int, ...], kv_length: int, aligned: bool) -> tuple[Span, ...]:
+    """Where keys are the queries' own rows, a span's products leave out later ones."""
+    batch, length, heads, _ = shape
+    ends = _span_ends(length) if aligned else [length]
+    lasts = ends if aligned else [kv_length]
+    return tuple(
+        Span(start, end, last, block_size(batch, end - start, heads, last))
+        for start, end, last in zip([0, *ends], ends, lasts, strict=False)
+    )
 
 
 def _span_ends(length: int) -> list[int]:
@@ -146,16 +146,24 @@ def _attend(
 
 
 def _forward(q: Array, wide: Keys, queries: Rows, seen: Seen, how: How) -> tuple[Array, tuple]:
-    def block(_: None, x: tuple[Array, Rows]) -> tuple[None, tuple[Array, Array, Array]]:
-        q, queries = x
-        scores = _scores(q, wide, queries, seen, how)
-        top = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(-1, keepdims=True)
-        out = _product(weights.astype(q.dtype), wide.v, 4, 2) / total
-        return None, (out.astype(q.dtype), top, total)
+    folded, right = _folded(q), _right(q, wide.v)
 
-    _, (out, top, total) = _over_blocks(block, None, (q, queries), how.size)
+    def span(one: Span) -> tuple[Array, Array, Array]:
+        k, v, keys = _before(one.last, (wide.k, right, seen[0]))
+
+        def block(_: None, x: tuple[Array, Rows]) -> tuple[None, tuple[Array, Array, Array]]:
+            q, queries = x
+            scores = _scores(q, k, queries, (keys, seen[1]), how)
+            top = scores.max(-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            out = _product(weights.astype(q.dtype), v, 4, 2)
+            total = out[..., -1:] if folded else weights.sum(-1, keepdims=True)
+            out = out[..., : q.shape[-1]] / total
+            return None, (out.astype(q.dtype), top, total)
+
+        return _over_blocks(block, None, (q, queries), one)[1]
+
+    out, top, total = _joined([span(one) for one in how.spans])
     return out, (q, wide, queries, seen, out, top, total)
 
 
@@ -167,37 +175,70 @@ def _backward(how: How, kept: tuple, dout: Array) -> tuple[Array, Keys, None, No
     q, wide, queries, seen, out, top, total = kept
     share = dout.astype(jnp.float32) / total
     mean = jnp.matmul(share * out, jnp.ones((out.shape[-1], 1)), precision="highest")
-    folded = jax.default_backend() == "cpu" and q.dtype == jnp.float32
-    left, right = _fold(share, mean, wide.v) if folded else (share, wide.v)
-
-    def block(sums: Keys, x: tuple) -> tuple[Keys, Array]:
-        q, queries, left, mean, top = x
-        weights = jnp.exp(_scores(q, wide, queries, seen, how) - top)
-        dweights = _product(left, right, 4, 3)
-        dscores = how.scale * weights * (dweights if folded else dweights - mean)
-        dq = _product(dscores.astype(q.dtype), wide.k, 4, 2).astype(q.dtype)
-        dk = _over_queries(dscores.astype(q.dtype), q)
-        dv = _over_queries(weights.astype(q.dtype), left[..., : q.shape[-1]])
-        return Keys(sums.k + dk, sums.v + dv), dq
-
+    folded, right = _folded(q), _right(q, wide.v)
+    left = jnp.concatenate([share, -mean], -1) if folded else share
     inputs = (q, queries, left.astype(q.dtype), mean, top)
-    sums, dq = _over_blocks(block, jax.tree.map(jnp.zeros_like, wide), inputs, how.size)
-    return dq, sums, None, None
 
+    def span(one: Span) -> tuple[Keys, Array]:
+        k, v, keys = _before(one.last, (wide.k, right, seen[0]))
 
-def _fold(share: Array, mean: Array, v: Array) -> tuple[Array, Array]:
-    """left, right: left right^T = share v^T - mean, XLA:CPU's pass of a subtraction saved."""
-    left = jnp.concatenate([share, -mean], -1)
-    return left, jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
+        def block(sums: Keys, x: tuple) -> tuple[Keys, Array]:
+            q, queries, left, mean, top = x
+            weights = jnp.exp(_scores(q, k, queries, (keys, seen[1]), how) - top)
+            dweights = _product(left, v, 4, 3)
+            dscores = how.scale * weights * (dweights if folded else dweights - mean)
+            dq = _product(dscores.astype(q.dtype), k, 4, 2).astype(q.dtype)
+            dk = _over_queries(dscores.astype(q.dtype), q)
+            dv = _over_queries(weights.astype(q.dtype), left[..., : q.shape[-1]])
+            return Keys(sums.k + dk, sums.v + dv), dq
+
+        zero = jax.tree.map(jnp.zeros_like, Keys(k, wide.v[:, :, : one.last]))
+        return _over_blocks(block, zero, inputs, one)
+
+    sums, dqs = zip(*(span(one) for one in how.spans), strict=True)
+    return _joined(dqs), _summed(sums), None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _scores(q: Array, wide: Keys, queries: Rows, seen: Seen, how: How) -> Array:
-    scores = how.scale * _product(q, wide.k, 4, 3)
-    mask = _mask(queries, *seen, how.causal)
+def _folded(q: Array) -> bool:
+    """Whether values have a column of ones beside them, so that products make softmax's sums.
+
+    XLA:CPU is saved two passes over the scores, where these are more than the values that are
+    copied for it. Sums of rounded weights would not do.
+    """
+    many = q.shape[2] * q.shape[3] > q.shape[4]
+    return jax.default_backend() == "cpu" and q.dtype == jnp.float32 and many
+
+
+def _right(q: Array, v: Array) -> Array:
+    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1) if _folded(q) else v
+
+
+def _before(last: int, keys: tuple[Array, Array, Rows]) -> tuple[Array, Array, Rows]:
+    k, v, rows = keys
+    return k[:, :, :last], v[:, :, :last], jax.tree.map(lambda x: x[..., :last], rows)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """What spans made of their queries, as one."""
+    return jax.tree.map(lambda *x: x[0] if len(x) == 1 else jnp.concatenate(x, 3), *parts)
+
+
+def _summed(parts: Sequence[Keys]) -> Keys:
+    """Gradients of the keys; all spans but the last see fewer of them."""
+    *shorter, whole = parts
+    for part in shorter:
+        whole = jax.tree.map(lambda x, y: x.at[:, :, : y.shape[2]].add(y), whole, part)
+    return whole
+
+
+def _scores(q: Array, k: Array, queries: Rows, seen: Seen, how: How) -> Array:
+    scores = _product(q, k, 4, 3)
+    scores = scores if how.scale == 1.0 else how.scale * scores
     # Added, since for a select XLA:CPU writes out MASKED in the shape of all scores.
+    mask = _mask(queries, *seen, how.causal)
     return scores if mask is None else scores + jnp.where(mask, 0.0, MASKED)
 
 
@@ -214,12 +255,13 @@ def _over_queries(x: Array, y: Array) -> Array:
     return jax.lax.optimization_barrier(made).swapaxes(2, 3)
 
 
-def _over_blocks(block: Callable, carry: Any, inputs: tuple, size: int) -> tuple[Any, Any]:
-    """A scan of `block` over `size` rows of dim 3 of all inputs at a time; results joined again."""
-    length = inputs[0].shape[3]
-    if size >= length:
+def _over_blocks(block: Callable, carry: Any, inputs: tuple, span: Span) -> tuple[Any, Any]:
+    """A scan of `block` over `size` of the span's rows (dim 3) at a time; results joined again."""
+    length = span.end - span.start
+    inputs = jax.tree.map(lambda x: x[:, :, :, span.start : span.end], inputs)
+    if span.size >= length:
         return block(carry, inputs)
-    carry, made = jax.lax.scan(block, carry, jax.tree.map(partial(_cut, size=size), inputs))
+    carry, made = jax.lax.scan(block, carry, jax.tree.map(partial(_cut, size=span.size), inputs))
     return carry, jax.tree.map(partial(_join, length=length), made)
 
 
