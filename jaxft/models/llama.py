@@ -144,7 +144,13 @@ class MLP(nnx.Module):
         self.down_proj = Linear(f, d, ("mlp", "embed"), key=down, bias=bias, std=std)
 
     def __call__(self, x: Float[Array, "B T D"], keys: PRNGKeyArray | None) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x, keys)) * self.up_proj(x, keys), keys)
+        return self.down_proj(_gated(self.gate_proj(x, keys), self.up_proj(x, keys)), keys)
+
+
+@jax.checkpoint
+def _gated(gate: Array, up: Array) -> Array:
+    """Made again for gradients, which else keep three more arrays of this size."""
+    return jax.nn.silu(gate) * up
 
 
 class Block(nnx.Module):

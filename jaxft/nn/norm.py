@@ -1,5 +1,7 @@
 """Normalisation layers; statistics always in fp32."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,10 +19,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
-        return self.scale[...].astype(x.dtype) * normed
+        return _rms(x, self.scale[...].astype(x.dtype), self.eps)
+
+
+@partial(jax.checkpoint, static_argnums=2)
+def _rms(x: Array, scale: Array, eps: float) -> Array:
+    wide = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return scale * (wide * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
