@@ -49,7 +49,8 @@ def test_loops_branches_and_what_is_wrapped():
     ("kind", "side", "expected"),
     [("sd1", 64, 0.803), ("sd2", 64, 0.804), ("sd2", 96, 2.149), ("sdxl", 128, 6.761)],
 )
-def test_published_unets(kind, side, expected):
+def test_published_unets(kind, side, expected, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # a CPU's products make sums too
     cfg = UNetConfig.from_hf(COMPONENTS[kind]["unet"])
     template = jax.eval_shape(lambda key: UNet(cfg, key=key), jax.random.key(0))
     added = Added(jnp.zeros((1, 1280)), jnp.zeros((1, 6))) if cfg.added_dim else None

@@ -11,7 +11,8 @@ def count(function: Callable[..., Any], *args: Any) -> float:
     """FLOPs of one call on abstract or concrete arguments; nothing runs.
 
     Only matrix products and convolutions count, as in torch's FlopCounterMode and in every
-    published MFU. A scan counts as often as it runs; a `while` loop once.
+    published MFU. A scan counts as often as it runs; a `while` loop once. What is traced is this
+    machine's way: attention's column of ones on a CPU is 0.2 % of a UNet's.
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
