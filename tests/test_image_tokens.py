@@ -21,7 +21,6 @@ from jaxft.core.errors import UserError
 from jaxft.data.cache import ArrayCache
 from jaxft.nn.sampling import Sampling
 from jaxft.tasks import Request, image_tokens
-from jaxft.tasks.image_tokens import ImageTokens
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = 320
@@ -139,10 +138,10 @@ def test_the_exported_folder_draws_the_same_without_jaxft(trained):
     how = Request(temperature=0.0, guidance=3.0)
     with jax.set_mesh(run.mesh):
         codes = run.task._draw(params, captions, how)
-        compiled = ImageTokens._generate._cache_size()
+        compiled = run.task._generate._cache_size()
         looks = run.task.complete(params, captions, how)
         run.task._draw(params, captions, how._replace(guidance=1.5, seed=2))
-    assert ImageTokens._generate._cache_size() == compiled, "one program for every guidance"
+    assert run.task._generate._cache_size() == compiled, "one program for every guidance"
     np.testing.assert_array_equal(codes, expected)
     for look, wanted in zip(looks, pixels, strict=True):
         made = look.pictures["made"]

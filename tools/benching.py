@@ -176,10 +176,15 @@ def compare(
 
 
 def _time_rounds(contestants: list[Contestant], rounds: int) -> dict[str, list[tuple]]:
-    """(wall, CPU) seconds of every step; A B C A B C …, so that a noisy machine hits all alike."""
+    """(wall, CPU) seconds of every step; A B C A B C …, so that a noisy machine hits all alike.
+
+    Before each comes one that is not timed, as a training step follows one of its own kind: caches
+    and freed pages are not the last contestant's.
+    """
     times: dict[str, list[tuple]] = {one.name: [] for one in contestants}
     for _ in range(rounds):
         for one in contestants:
+            one.step()
             wall, cpu = time.perf_counter(), time.process_time()
             one.step()
             times[one.name].append((time.perf_counter() - wall, time.process_time() - cpu))

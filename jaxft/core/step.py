@@ -12,13 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxft.core import optim
 from jaxft.core.params import Leaf, Params, bind
+from jaxft.core.runtime import compiler_options
 from jaxft.core.sharding import constrain, replicated
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
-
-# XLA:CPU's default hands matrix products to YNNPACK too, where its own take a tenth off a step.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 class State(NamedTuple):
@@ -124,8 +122,8 @@ def make_step(
         return State(state.step + 1, params, opt, ema), report
 
     # Inputs come as they were placed; outputs are named, else the second step compiles again.
-    places, cpu = (shardings, replicated(mesh)), mesh.devices.flat[0].platform == "cpu"
-    options = CPU_OPTIONS if cpu else None
+    places = (shardings, replicated(mesh))
+    options = compiler_options(mesh.devices.flat[0].platform)
     return jax.jit(train_step, out_shardings=places, donate_argnums=0, compiler_options=options)
 
 

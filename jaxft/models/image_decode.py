@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxft.models.llama import Cache, Llama, init_cache
+from jaxft.models.llama import Cache, Llama, init_cache, lengthened
 from jaxft.nn.cross_entropy import linear_cross_entropy
+from jaxft.nn.linear import gather_rows
 from jaxft.nn.sampling import Sampling, pick
+
+SPANS, SMALLEST_SPAN = 4, 32  # of codes that are drawn before the cache grows
 
 
 class Speaker(Protocol):
@@ -63,7 +67,10 @@ class Unified(NamedTuple):
         return self.llama.embed_tokens(tokens, dtype)
 
     def embed_codes(self, codes: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
-        return self.llama.embed_tokens(codes + self.offset, dtype)
+        # XLA:CPU shares a row of a large table out over threads, and waits 40 us for them.
+        table = self.llama.embed_tokens.embedding[...]
+        part = jax.lax.slice_in_dim(table, self.offset, self.offset + self.codes)
+        return gather_rows(part.astype(dtype), codes)
 
     def cross_entropy(
         self,
@@ -115,9 +122,9 @@ def generate_codes(
     """
     llama, scores = speaker.llama, speaker.scorer()
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    blocks, slots = llama.apart(), tokens.shape[1] + count - 1
+    blocks, ends = llama.apart(), _span_ends(count)
     step = partial(llama.hidden, blocks=blocks, dtype=dtype)
-    cache = init_cache(llama.cfg, len(tokens), slots, dtype, bool(blocks))
+    cache = init_cache(llama.cfg, len(tokens), tokens.shape[1], dtype, bool(blocks))
     prompts = speaker.embed(tokens, jnp.zeros(tokens.shape, bool), dtype)
     hidden, cache = step(None, positions, mask, embeds=prompts, cache=cache)
     ones = jnp.ones((len(tokens), 1), jnp.int32)
@@ -139,6 +146,16 @@ def generate_codes(
         return (cache, code), code
 
     assert cache is not None
-    first = choose(hidden, 0)
-    _, rest = jax.lax.scan(body, (cache, first), jnp.arange(1, count))
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
+    code = choose(hidden, 0)
+    codes = [code[None]]
+    for start, end in pairwise([1, *ends]):
+        cache = lengthened(cache, tokens.shape[1] + end - 1)
+        (cache, code), made = jax.lax.scan(body, (cache, code), jnp.arange(start, end))
+        codes.append(made)
+    return jnp.concatenate(codes).T
+
+
+def _span_ends(count: int) -> list[int]:
+    """After how many codes the cache grows: a CPU is slowed down by every slot that is read."""
+    spans = max(1, min(SPANS, count // SMALLEST_SPAN)) if jax.default_backend() == "cpu" else 1
+    return [count * (i + 1) // spans for i in range(spans)]

@@ -41,6 +41,17 @@ def init_cache(
     return Cache(empty, empty, jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
 
 
+def lengthened(cache: Cache, length: int) -> Cache:
+    """The same cache with empty slots behind its own, `length` in all."""
+    new = length - cache.segments.shape[1]
+
+    def longer(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, new), (0, 0)])
+
+    k, v = jax.tree.map(longer, (cache.k, cache.v))
+    return cache._replace(k=k, v=v, segments=jnp.pad(cache.segments, ((0, 0), (0, new))))
+
+
 class Context(NamedTuple):
     """What every layer of one call shares."""
 

@@ -69,6 +69,8 @@ class ImageTokens:
         self.train_set = self._read(cfg.data.train, self.options.flip, self.options.crops)
         self.eval_set = self._read(cfg.data.eval, False, 1) if cfg.data.eval else None
         self.kid = KidLite0() if self.options.eval_generated and self.eval_set else None
+        options = runtime.compiler_options()
+        self._generate = jax.jit(self._codes, static_argnums=5, compiler_options=options)
         self._counts: np.ndarray | None = None
         self._pictures: dict[str, np.ndarray] = {}  # for the next report
 
@@ -324,19 +326,17 @@ class ImageTokens:
             rows = [ids[(first + i) % len(ids)] for i in range(size)]
             nulls = [null_prompt(layout, one) for one in rows]
             tokens, mask = left_padded(layout, rows + nulls)
-            keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(request.seed)))(
-                np.arange(first, first + size)
-            )
-            made.append(np.asarray(self._generate(params, tokens, mask, keys, guidance, how)))
+            draws = jax.random.key(request.seed), np.arange(first, first + size)
+            made.append(np.asarray(self._generate(params, tokens, mask, draws, guidance, how)))
             seconds.append(time.perf_counter() - began)
         codes = np.concatenate(made)[: len(ids)].reshape(-1, *layout.grid)
         return codes, size / min(seconds)
 
-    @partial(jax.jit, static_argnums=(0, 6))
-    def _generate(
-        self, params: Params, tokens: Any, mask: Any, keys: Any, guidance: Any, how: Sampling
+    def _codes(
+        self, params: Params, tokens: Any, mask: Any, draws: tuple, guidance: Any, how: Sampling
     ) -> jax.Array:
         layout, model = self.layout, bind(self.template, cast(params, self.dtype))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(*draws)
         codes = generate_codes(
             self.model.speaker(model), tokens, mask, keys,
             count=layout.count, guidance=guidance, how=how, dtype=self.dtype,

@@ -65,9 +65,11 @@ def stock(folder, guidance):
     return made[:, width:].numpy() - LAYOUT.image_offset
 
 
+@pytest.mark.parametrize("smallest_span", [COUNT, 6], ids=["whole", "spans"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_greedy_codes_equal_stock_generate(folder, guidance):
+def test_greedy_codes_equal_stock_generate(folder, guidance, smallest_span, monkeypatch):
     """P4, prompts of unequal lengths padded on the left."""
+    monkeypatch.setattr(image_decode, "SMALLEST_SPAN", smallest_span)
     expected = stock(folder, guidance)
     assert expected.shape == (len(PROMPTS), COUNT) and expected.min() >= 0
     assert len({tuple(row) for row in expected}) == len(PROMPTS), "rows are to differ"
