@@ -220,7 +220,7 @@ def _chunk_sums(
     log_partition = jnp.log(partition) + top
     target = _psum(_at(logits, local), how.vocab_axes)
     # The first maximum wins, as in argmax; a sum masks three times as fast as a select on a CPU.
-    later = jnp.minimum(local[..., None] - 1.0 - places, 0.0)
+    later = jnp.minimum(local[..., None] - 1.0, places) - places
     before = (logits + FAR * later).max(-1)
     before = jax.lax.pmax(before, how.vocab_axes) if how.vocab_axes else before
     hit = (target == top) & (before < top)
