@@ -14,7 +14,7 @@ from jaxft.core.errors import UserError
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 # XLA:CPU's default hands matrix products to YNNPACK too, where its own take a tenth off a training
-# step and, since YNNPACK shares out even small ones over threads, a fifth off a drawn code.
+# step, and a fifth off the codes that a small model draws: YNNPACK wakes threads for each product.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 

@@ -44,6 +44,7 @@ from jaxft.tasks.options import ImageTokenOptions
 
 SHOWN = 8  # rows of a picture grid
 CELL = 96  # least pixels of a cell in it
+SMALL = 2**24  # weights of a model whose products, a token a row, gain nothing from threads
 DROP, ADAPTER = range(2)  # streams of a row's own key
 
 
@@ -69,7 +70,8 @@ class ImageTokens:
         self.train_set = self._read(cfg.data.train, self.options.flip, self.options.crops)
         self.eval_set = self._read(cfg.data.eval, False, 1) if cfg.data.eval else None
         self.kid = KidLite0() if self.options.eval_generated and self.eval_set else None
-        options = runtime.compiler_options()
+        size = sum(x.size for x in jax.tree.leaves(self.template))
+        options = runtime.compiler_options() if size < SMALL else None
         self._generate = jax.jit(self._codes, static_argnums=5, compiler_options=options)
         self._counts: np.ndarray | None = None
         self._pictures: dict[str, np.ndarray] = {}  # for the next report
