@@ -244,8 +244,8 @@ def _section(record: dict[str, Any]) -> str:
     lines = [
         f"One training step of {unet}, batch {s['batch']} x"
         f" {s['side']}x{s['side']} latents, {s['dtype']}, AdamW (torch: fused), moments and"
-        f" embeddings stored, median of {s['steps']} interleaved rounds. Ratio: the best torch /"
-        " jaxft; above 1 jaxft is faster.",
+        f" embeddings stored, median of {s['steps']} interleaved rounds, before each an untimed"
+        " one. Ratio: the best torch / jaxft; above 1 jaxft is faster.",
         "",
         *steps_table({"UNet": results["step"]}),
         "",

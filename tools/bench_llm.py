@@ -164,8 +164,8 @@ def _section(record: dict[str, Any]) -> str:
     s = record["settings"]
     lines = [
         f"One training step, {s['model']}, batch {s['batch']} x {s['seq']} tokens, {s['dtype']},"
-        f" AdamW (torch: fused), median of {s['steps']} interleaved rounds."
-        " Ratio: the better torch / jaxft; above 1 jaxft is faster.",
+        f" AdamW (torch: fused), median of {s['steps']} interleaved rounds,"
+        " before each an untimed one. Ratio: the better torch / jaxft; above 1 jaxft is faster.",
         "",
         *steps_table(record["results"]),
     ]
