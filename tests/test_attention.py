@@ -49,11 +49,16 @@ def same(args, ours, mask, scale=None, length=None):
 
 @pytest.fixture(params=[("one block", False), ("one block", True), ("many", False), ("many", True)])
 def blocks(request, monkeypatch):
-    """37 queries in one block, or in three of 16 with the last one padded; whole or in spans."""
+    """37 queries in one block, or in three of 16 with the last one padded; or in spans of these,
+    whole or in blocks of 8."""
     count, spans = request.param
     monkeypatch.setattr(module, "CPU_SCORES", 2**30 if count == "one block" else 1)
     monkeypatch.setattr(module, "SMALLEST_SPAN", 8 if spans else 32)
-    assert block_size(2, 37, 4, 37) == (37 if count == "one block" else 16)
+    smallest = 8 if spans else 16
+    monkeypatch.setattr(module, "SMALLEST_BLOCK", smallest)
+    assert block_size(2, 37, 4, 37) == (37 if count == "one block" else smallest)
+    cut = module._spans((2, 37, 4, 8), 37, True)
+    assert any(one.size < one.end - one.start for one in cut) == (count == "many")
     assert module._span_ends(37) == ([16, 32, 37] if spans else [37])
 
 
@@ -109,10 +114,11 @@ def test_one_query_against_a_cache_equals_the_last_row():
 
 
 def test_positions_not_indices_decide_when_given():
-    q, k, v = data(length=8)
-    order = jax.random.permutation(jax.random.key(1), 8)
+    length = module.SPANS * module.SMALLEST_SPAN + 2  # rows in order would be cut into spans
+    q, k, v = data(length=length)
+    order = jax.random.permutation(jax.random.key(1), length)
     want = attention(q, k, v, causal=True)[:, order]
-    positions = jnp.broadcast_to(order, (2, 8))
+    positions = jnp.broadcast_to(order, (2, length))
     got = attention(q[:, order], k[:, order], v[:, order], causal=True, q_positions=positions)
     np.testing.assert_allclose(got, want, atol=1e-6)
 

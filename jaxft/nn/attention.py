@@ -67,10 +67,9 @@ def attention(
 
     A query sees the keys of its own segment and, if causal, those whose position is not after its
     own and, given a window, fewer than `window` before it. Positions default to 0, 1, 2, ...;
-    segments to one for all; kv segments and positions to the queries' when T == S, which then must
-    rise along a segment. Padding is segment 0: its rows are finite, and mean nothing. `window`
-    may be traced (one a scanned layer). N is a multiple of K (grouped-query attention); `scale`
-    defaults to 1 / sqrt(H).
+    segments to one for all; kv segments and positions to the queries' when T == S. Padding is
+    segment 0: its rows are finite, and mean nothing. `window` may be traced (one a scanned layer).
+    N is a multiple of K (grouped-query attention); `scale` defaults to 1 / sqrt(H).
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if q_segments is not None and kv_segments is None:
@@ -91,7 +90,7 @@ def attention(
     keys = Rows(queries.positions if own else _positions(kv_positions, k.shape[1]), kv_segments)
     if q.dtype == jnp.float32:  # of a narrower q the scores are scaled, in fp32
         q, scale = scale * q, 1.0
-    how = How(causal, scale, _spans(q.shape, k.shape[1], causal and own))
+    how = How(causal, scale, _spans(q.shape, k.shape[1], causal and own and q_positions is None))
     return _blockwise(q, k, v, queries, keys, how, window)
 
 
@@ -249,8 +248,10 @@ def _product(x: Array, y: Array, over: int, keys_over: int) -> Array:
 
 
 def _over_queries(x: Array, y: Array) -> Array:
-    """(B, K, G, T, S) and (B, K, G, T, H) to (B, K, S, H); of these x is the one to leave alone."""
+    """(B, K, G, T, S) and (B, K, G, T, H) to (B, K, S, H); a CPU is to leave x as it lies."""
     dims = (((2, 3), (2, 3)), ((0, 1), (0, 1)))
+    if jax.default_backend() != "cpu":
+        return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
     made = jax.lax.dot_general(y, x, dims, preferred_element_type=jnp.float32)
     return jax.lax.optimization_barrier(made).swapaxes(2, 3)
 
