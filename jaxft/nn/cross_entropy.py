@@ -184,9 +184,7 @@ def _local(
         dlogits = dlogits.astype(matrix.dtype)
         dx = _dx(how, dlogits, matrix) if with_dx else None
         if dw is not None:
-            # Hidden first, and no transpose folded in: XLA:CPU would copy the wide dlogits.
-            made = jax.lax.optimization_barrier(_product("bcd,bcv->dv", x[0], dlogits))
-            dw += made.T if how.vocab_first else made
+            dw += _dw(how, x[0], dlogits)
         return (sums, dw, db), dx
 
     zero = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
@@ -243,6 +241,14 @@ def _at(logits: Array, local: Array) -> Array:
 def _dx(how: How, dlogits: Array, matrix: Array) -> Array:
     dx = _psum(_product(f"bcv,{how.head}->bcd", dlogits, matrix), how.vocab_axes)
     return dx.astype(matrix.dtype)
+
+
+def _dw(how: How, x: Array, dlogits: Array) -> Array:
+    if jax.default_backend() != "cpu":
+        return _product(f"bcd,bcv->{how.head}", x, dlogits)
+    # Hidden first, and no transpose folded in: XLA:CPU would copy the wide dlogits.
+    made = jax.lax.optimization_barrier(_product("bcd,bcv->dv", x, dlogits))
+    return made.T if how.vocab_first else made
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:
