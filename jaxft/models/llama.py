@@ -238,7 +238,8 @@ class Llama(nnx.Module):
         segment_ids: tokens see their own segment only; 0 is padding; default one segment.
         embeds: in place of tokens. keys: one a row, turn adapter dropout on. remat: none, or a key
         of REMAT (ValueError else). unroll: layers an iteration of the scan (0: all), by default as
-        the machine likes it. blocks: the layers from `apart`, for a cache of the same kind.
+        the machine likes it. blocks: the layers from `apart`, for a cache of the same kind,
+        without dropout and remat.
         """
         x = self._embed(tokens, embeds, dtype)
         q_segments, kv_segments, cache = _place(cache, segment_ids, x.shape)

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from jaxft.core.sharding import one_device_mesh
-from jaxft.models import image_decode
+from jaxft.models import image_decode, llama
 from jaxft.models.image_decode import Unified, generate_codes
 from jaxft.nn.sampling import Sampling, pick
 from jaxft.tasks.image_layout import extended, left_padded, null_prompt
@@ -65,11 +65,16 @@ def stock(folder, guidance):
     return made[:, width:].numpy() - LAYOUT.image_offset
 
 
-@pytest.mark.parametrize("smallest_span", [COUNT, 6], ids=["whole", "spans"])
+@pytest.mark.parametrize(
+    ("smallest_span", "apart"),
+    [(COUNT, llama.APART), (6, llama.APART), (COUNT, -1)],
+    ids=["whole", "spans", "stacked layers"],
+)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_greedy_codes_equal_stock_generate(folder, guidance, smallest_span, monkeypatch):
+def test_greedy_codes_equal_stock_generate(folder, guidance, smallest_span, apart, monkeypatch):
     """P4, prompts of unequal lengths padded on the left."""
     monkeypatch.setattr(image_decode, "SMALLEST_SPAN", smallest_span)
+    monkeypatch.setattr(llama, "APART", apart)
     expected = stock(folder, guidance)
     assert expected.shape == (len(PROMPTS), COUNT) and expected.min() >= 0
     assert len({tuple(row) for row in expected}) == len(PROMPTS), "rows are to differ"

@@ -291,12 +291,13 @@ def test_tied_head_follows_the_config(tied):
     assert ("lm_head.weight" in names) == (not tied)
 
 
-def test_logits_and_gradients_do_not_depend_on_the_mesh(capfd):
+@pytest.mark.parametrize("unroll", [None, 1])  # one by one, as a CPU likes it; a loop
+def test_logits_and_gradients_do_not_depend_on_the_mesh(capfd, unroll):
     _, model = pair("qwen2")
     ids = tokens(8, 16)
 
     def loss(params, ids):
-        hidden, _ = P.bind(model, params).hidden(ids, remat="full")
+        hidden, _ = P.bind(model, params).hidden(ids, remat="full", unroll=unroll)
         return (P.bind(model, params).logits(hidden) ** 2).sum()
 
     step = jit(jax.value_and_grad(loss))
