@@ -7,7 +7,8 @@ folder with metadata.jsonl, or captions in .txt):
 
     python -m jaxft.train --config configs/image_tokens.py --workdir runs/mine --config.model=PATH \
         --config.graft=VQ_FOLDER --config.data.train=folder:images --config.data.eval=folder:held \
-        --config.resolution=128 --config.optim.lr=1e-4 --config.total=20000_steps
+        --config.resolution=128 --config.optim.lr=1e-4 --config.total=20000_steps \
+        --config.sample.guidance=3.0 --config.sample.temperature=1.0
 """
 
 from ml_collections import ConfigDict

@@ -112,7 +112,7 @@ def _janus(model: JanusFolder) -> tuple[dict[str, Any], list[Check]]:
 
 
 def _rows(model: ImageModel) -> dict[str, np.ndarray]:
-    """Prompts and codes as training batches hold them; of the last row the caption is dropped."""
+    """Prompts, padded to the limit, and codes; of the last row the caption is dropped."""
     layout = model.layout
     prompts = [encode_prompt(layout, model.tokenizer, caption).ids for caption in CAPTIONS]
     captions = np.full((len(prompts), layout.max_caption_tokens), layout.pad, np.int32)
