@@ -69,10 +69,11 @@ def test_rows_are_prompt_boi_codes(rows, data):
             assert whole[place + 1] < SMALL.text_vocab or whole[place + 1] == SMALL.boi
 
 
-def test_the_null_of_training_is_the_null_of_sampling():
+@pytest.mark.parametrize("length", [4, 0])
+def test_the_null_of_training_is_the_null_of_sampling(length):
     captions, codes = np.full((1, 4), 3), np.zeros((1, 6), int)
-    made = layouts.train_rows(SMALL, captions, np.array([4]), codes, np.array([True]))
-    tokens, mask = layouts.left_padded(SMALL, [layouts.null_prompt(SMALL, [3] * 4)])
+    made = layouts.train_rows(SMALL, captions, np.array([length]), codes, np.array([True]))
+    tokens, mask = layouts.left_padded(SMALL, [layouts.null_prompt(SMALL, [3] * length)])
     prompt = tokens[0, mask[0] > 0]
     assert prompt.tolist() == [SMALL.null, SMALL.boi]
     assert np.asarray(made.tokens[0, : len(prompt)]).tolist() == prompt.tolist()

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
 
 from jaxft.core.errors import UserError
 from jaxft.models import janus, llama
@@ -64,9 +62,9 @@ class JanusLayout:
     def specials(self) -> dict[str, int]:
         return {"boi": self.boi, "pad": self.pad}
 
-    def without_caption(self, captions: Array, lengths: Array) -> tuple[Array, Array]:
+    def without_caption(self, captions: Any, lengths: Any) -> tuple[Any, Any]:
         stays = (captions == self.bos) | (captions == self.boi)
-        return jnp.where(stays, captions, self.pad), jnp.asarray(lengths)
+        return captions.__array_namespace__().where(stays, captions, self.pad), lengths
 
 
 class JanusFolder(NamedTuple):

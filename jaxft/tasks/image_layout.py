@@ -50,8 +50,11 @@ class Layout(Protocol):
     @property
     def specials(self) -> dict[str, int]: ...
 
-    def without_caption(self, captions: Array, lengths: Array) -> tuple[Array, Array]:
-        """What stands for prompts [B, C] of so many ids [B] where there is no caption."""
+    def without_caption(self, captions: Any, lengths: Any) -> tuple[Any, Any]:
+        """What stands for prompts [B, C] of so many ids [B] where there is no caption.
+
+        Of jax's arrays or of numpy's, in kind: one prompt that is to be drawn is no device's work.
+        """
         ...
 
 
@@ -93,11 +96,12 @@ class ImageLayout:
     def specials(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in SPECIALS}
 
-    def without_caption(self, captions: Array, lengths: Array) -> tuple[Array, Array]:
+    def without_caption(self, captions: Any, lengths: Any) -> tuple[Any, Any]:
         """NULL alone."""
-        first = jnp.arange(captions.shape[1]) == 0
-        null = jnp.where(first, self.null, self.pad).astype(jnp.int32)
-        return jnp.broadcast_to(null, captions.shape), jnp.ones_like(lengths)
+        xp = captions.__array_namespace__()
+        null = xp.full_like(captions[0], self.pad)
+        null = xp.where(xp.arange(len(null)) == 0, self.null, null)
+        return xp.broadcast_to(null, captions.shape), xp.ones_like(lengths)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -223,8 +227,9 @@ def left_padded(
 
 def null_prompt(layout: Layout, ids: list[int]) -> list[int]:
     """What stands for this prompt where there is no caption, by the rule of training."""
-    captions, lengths = layout.without_caption(jnp.array([ids]), jnp.array([len(ids)]))
-    return np.asarray(captions)[0, : int(lengths[0])].tolist()
+    prompts, counts = np.array([ids or [layout.pad]], np.int32), np.array([len(ids)], np.int32)
+    captions, lengths = layout.without_caption(prompts, counts)
+    return captions[0, : int(lengths[0])].tolist()
 
 
 # ---- training rows --------------------------------------------------------------------------
