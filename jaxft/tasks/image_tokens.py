@@ -71,7 +71,7 @@ class ImageTokens:
         self.eval_set = self._read(cfg.data.eval, False, 1) if cfg.data.eval else None
         self.kid = KidLite0() if self.options.eval_generated and self.eval_set else None
         size = sum(x.size for x in jax.tree.leaves(self.template))
-        options = runtime.compiler_options() if size < SMALL else None
+        options = runtime.compiler_options(loop=True) if size < SMALL else None
         self._generate = jax.jit(self._codes, static_argnums=5, compiler_options=options)
         self._counts: np.ndarray | None = None
         self._pictures: dict[str, np.ndarray] = {}  # for the next report
