@@ -55,7 +55,10 @@ class World(NamedTuple):
 PAGES = World(12, 1.0, 0.25)  # what the demo pipeline learns from
 # What the demo image-token model learns one after another; the last three are of both styles.
 PLACES, STYLES, STILL = World(6, 0.85, 1.0), World(4, 0.85, 1.0), World(1, 1.0, 1.0)
-WORDINGS = "{}", "a picture of {}", "{} emoji", "small {}", "drawing of {}", "an image of {}"
+WORDINGS = (
+    *("{}", "a picture of {}", "{} emoji", "small {}", "drawing of {}", "an image of {}"),
+    *("photo of {}", "{} icon", "the {}", "one {}", "clip art of {}", "this is {}"),
+)
 SAID = STILL._replace(captions=WORDINGS)
 STICKER = "sticker of {}"  # none of them: what fine-tuning that model teaches
 
