@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from math import ceil, floor, prod
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int
 # Bytes of fp32 scores that one query block may make; on CPU fewer, larger blocks measured best.
 CPU_SCORES, ACCELERATOR_SCORES = 2**25, 2**28
 SMALLEST_BLOCK, ROWS = 16, 8  # queries; a block is a multiple of ROWS (a TPU's sublanes)
-SPANS, SMALLEST_SPAN = 4, 32  # of causal rows: 4 spans need 5/8 of the products
+SPANS, SMALLEST_SPAN = 3, 32  # of causal rows: 3 spans need 2/3 of the products
 MASKED = -1e30  # finite, so that a row with nothing to see stays finite
 
 
@@ -227,10 +228,13 @@ def _joined(parts: Sequence[Any]) -> Any:
 
 def _summed(parts: Sequence[Keys]) -> Keys:
     """Gradients of the keys; all spans but the last see fewer of them."""
-    *shorter, whole = parts
-    for part in shorter:
-        whole = jax.tree.map(lambda x, y: x.at[:, :, : y.shape[2]].add(y), whole, part)
-    return whole
+    cuts = list(pairwise([0, *(part.k.shape[2] for part in parts)]))
+
+    def whole(*every: Array) -> Array:
+        pieces = [sum(x[:, :, i:j] for x in every[n:]) for n, (i, j) in enumerate(cuts)]
+        return jnp.concatenate(pieces, 2)
+
+    return jax.tree.map(whole, *parts)
 
 
 def _scores(q: Array, k: Array, queries: Rows, seen: Seen, how: How) -> Array:
