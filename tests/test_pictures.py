@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from jaxft.core.pictures import GAP, LINE, grid, to_pixels
+from jaxft.core.lettering import LINE, wrap
+from jaxft.core.pictures import GAP, grid, to_pixels
 
 RED, BLUE = (np.full((8, 8, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
 
@@ -26,13 +27,29 @@ def test_small_images_grow_by_whole_factors_without_smoothing():
 
 def test_captions_and_headers_take_lines_of_their_own():
     plain = grid([[RED]], least=64)
-    captioned = grid([[RED]], ["a red square, and much more text than fits"], ["made"], 64)
+    captioned = grid([[RED]], ["a red"], ["made"], 64)
     assert captioned.shape[0] == plain.shape[0] + 2 * LINE and captioned.shape[1] == plain.shape[1]
     assert (captioned[:LINE] < 255).any() and (captioned[LINE : 2 * LINE] < 255).any()
+    assert (captioned[2 * LINE :] == plain).all()
 
 
-def test_any_letter_can_stand_in_a_caption():
-    assert grid([[RED]], ["日本 ♥"], least=64).size
+def test_long_captions_are_wrapped_to_their_row_and_headers_to_their_column():
+    text = "a red square, and much more text than fits"
+    plain, captioned = grid([[RED], [BLUE]], least=64), grid([[RED], [BLUE]], [text, "b"], (), 64)
+    lines = len(wrap(text, 64).texts)
+    assert lines > 3 and captioned.shape[0] == plain.shape[0] + (lines + 1) * LINE
+    at = lines * LINE + GAP // 2
+    assert (captioned[at : at + 64, GAP : GAP + 64] == (255, 0, 0)).all()
+    at += 64 + GAP + LINE
+    assert (captioned[at : at + 64, GAP : GAP + 64] == (0, 0, 255)).all()
+    headed = grid([[RED, BLUE]], (), ["the first of two columns", "b"], 64)
+    above = headed[:-72]
+    assert above.shape[0] > 2 * LINE and (above[LINE:, 64 + 2 * GAP :] == 255).all()
+
+
+def test_case_img_16_captions_in_any_script_are_told_apart():
+    first, second = (grid([[RED]], [text], least=96) for text in ("猫と家", "犬と木"))
+    assert first.shape == second.shape and (first != second).any()
 
 
 def test_floats_become_grey_levels_and_nan_black():

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw
+from PIL import Image
+
+from jaxft.core.lettering import LINE, draw_lines, wrap
 
 GAP = 4
-LINE = 12  # pixels of a caption
 
 
 def grid(
@@ -18,25 +19,28 @@ def grid(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Images row by row on white, each centred in its cell; a caption stands over its whole row.
 
-    `headers` stand over the columns. Images smaller than `least` pixels are enlarged by whole
-    factors, without smoothing. All cells are as large as the largest image.
+    `headers` stand over the columns. Captions and headers are in any script, and wrapped to their
+    row or column. Images smaller than `least` pixels are enlarged by whole factors, without
+    smoothing. All cells are as large as the largest image.
     """
     rows = [[_enlarged(np.asarray(image), least) for image in row] for row in rows]
     height = max(image.shape[0] for row in rows for image in row) + GAP
     width = max(image.shape[1] for row in rows for image in row) + GAP
-    top, line = (LINE if headers else 0), (LINE if captions else 0)
-    size = (width * max(map(len, rows)) + GAP, top + (height + line) * len(rows) + GAP)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, header in enumerate(headers):
-        draw.text((GAP + column * width, 0), _cut(header, width), fill="black")
-    for i, row in enumerate(rows):
-        y = top + i * (height + line)
-        if captions:
-            draw.text((GAP, y), _cut(captions[i], size[0] - GAP), fill="black")
+    across = width * max(map(len, rows)) + GAP
+    tops = [wrap(header, width - GAP) for header in headers]
+    texts = [wrap(caption, across - 2 * GAP) for caption in captions] or [None] * len(rows)
+    top = LINE * max((len(lines.texts) for lines in tops), default=0)
+    over = [LINE * len(lines.texts) if lines else 0 for lines in texts]
+    sheet = Image.new("RGB", (across, top + sum(over) + height * len(rows) + GAP), "white")
+    for column, lines in enumerate(tops):
+        draw_lines(sheet, lines, GAP + column * width, 0, width - GAP)
+    for row, lines, space in zip(rows, texts, over, strict=True):
+        if lines:
+            draw_lines(sheet, lines, GAP, top, across - 2 * GAP)
         for column, image in enumerate(row):
-            place = (GAP + column * width, y + line + GAP // 2)
+            place = (GAP + column * width, top + space + GAP // 2)
             sheet.paste(Image.fromarray(image), place)
+        top += space + height
     return np.asarray(sheet)
 
 
@@ -49,10 +53,3 @@ def to_pixels(images: np.ndarray) -> UInt8[np.ndarray, "*b Y X 3"]:
 def _enlarged(image: np.ndarray, least: int) -> np.ndarray:
     factor = max(1, -(-least // max(image.shape[:2])))
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _cut(text: str, width: int) -> str:
-    """As much of a text as fits; a letter of Pillow's own font takes 6 pixels."""
-    text = text.encode("latin-1", "replace").decode("latin-1")
-    room = max(1, width // 6)
-    return text if len(text) <= room else text[: room - 1] + "."
