@@ -159,3 +159,28 @@ def test_tfds_decodes_text_and_names_labels(tmp_path):
     assert "'none'" in one_line_error(lambda: open_records(f"tfds:tiny:none@{tmp_path}"))
     assert "nosuchset" in one_line_error(lambda: open_records(f"tfds:nosuchset@{tmp_path}"))
     assert "tensorflow" not in sys.modules
+
+
+def test_case_img_06_hidden_texts_are_no_part_of_a_folder(tmp_path):
+    write(tmp_path / "a.txt", b"one")
+    for name in (
+        "._a.txt",
+        ".ipynb_checkpoints/a-checkpoint.txt",
+        "__MACOSX/._a.txt",
+        "@eaDir/a.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, b"no text")
+    for pattern in ("", "/*.txt", "/**/*.txt"):
+        records = open_records(f"text:{tmp_path}{pattern}")
+        assert [records[i]["text"] for i in range(len(records))] == ["one"]
+
+
+@pytest.mark.parametrize("names", [("train.txt", "valid.txt"), ("training/a.txt", "eval/a.txt")])
+def test_case_img_04_texts_of_several_splits_are_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, b"one")
+    error = one_line_error(lambda: open_records(f"text:{tmp_path}"))
+    assert "mixes the splits" in error and f"name one, such as text:{tmp_path}/train" in error
+    write(tmp_path / "chapter 1.txt", b"two")

@@ -37,7 +37,6 @@ def assert_records(records, suffix=".png"):
         record = records[i]
         assert record.content == png(i) and record.caption == records.caption(i) == f"caption {i}"
         assert record.name == records.name(i)
-        assert png(i).startswith(records.head(i, 20)[:20]) and len(records.head(i, 20)) >= 20
 
 
 @pytest.fixture

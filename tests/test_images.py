@@ -7,7 +7,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jaxft.core.errors import UserError
 from jaxft.data.image_sources import open_images
@@ -17,7 +17,6 @@ from jaxft.data.images import (
     decode,
     drop_bad,
     fit,
-    original_size,
     time_ids,
     to_float,
 )
@@ -47,11 +46,7 @@ def test_t31_exif_orientation_is_applied(orientation, format):
     exif[0x0112] = orientation
     content = encoded(image, format, exif=exif)
     pixels = pixels_of(content)
-    assert (
-        pixels.shape[:2]
-        == original_size(content, "a")
-        == ((16, 32) if orientation < 5 else (32, 16))
-    )
+    assert pixels.shape[:2] == ((16, 32) if orientation < 5 else (32, 16))
     red = pixels[..., 0] > 127
     corner = {
         1: (0, 0),
@@ -152,9 +147,8 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded():
     content = bytearray(encoded(Image.new("1", (20000, 10))))
     content[16:24] = (20000).to_bytes(4, "big") * 2
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
-    for read in (decode, original_size):
-        with pytest.raises(UserError, match=r"^bomb\.png: the image is too large"):
-            read(bytes(content), "bomb.png")
+    with pytest.raises(UserError, match=r"^bomb\.png: the image is too large"):
+        decode(bytes(content), "bomb.png")
 
 
 def test_t31_downscaling_is_antialiased():
@@ -230,12 +224,10 @@ def test_examples_have_their_buckets_size(folder):
     }  # fmt: skip
 
 
-def test_without_buckets_all_are_squares_and_no_header_is_read(folder, monkeypatch):
-    monkeypatch.setattr("jaxft.data.images.original_size", None)
+def test_without_buckets_all_are_squares(folder):
     images = image_set(folder, buckets=False)
     assert images.sizes == ((64, 64),) and images.bucket_of.tolist() == [0] * 5
     assert {images[i].pixels.shape for i in range(5)} == {(64, 64, 3)}
-    monkeypatch.undo()
     assert images.report == {
         "images": 5, "bad": 0, "cropped": 3, "smaller_than_target": 3, "bucket_64x64": 5
     }  # fmt: skip
@@ -299,6 +291,18 @@ def test_collate_pads_with_weight_zero(folder):
         collate([images[0], image_set(folder)[1]], batch_rows=2)
 
 
+def test_a_set_decodes_each_picture_once(folder, monkeypatch):
+    decoded = []
+
+    def counted(content, name):
+        decoded.append(name)
+        return decode(content, name)
+
+    monkeypatch.setattr("jaxft.data.images.decode", counted)
+    images = image_set(folder)
+    assert images.report["images"] == len(decoded) == 5
+
+
 def test_a_size_behind_a_long_header_is_found(folder):
     picture = Image.fromarray(noise(40, 80))
     content = encoded(picture, "JPEG", icc_profile=bytes(200_000))
@@ -318,3 +322,85 @@ def test_bad_pictures_are_left_out_and_named(folder):
     assert len(images) == 4 and images[1].pixels.shape == (80, 48, 3)
     with pytest.raises(UserError, match=r"1 of 5 images of .* more than 1%.*1\.png: cannot decode"):
         ImageSet(whole, 64, 8, True)
+
+
+def oriented(format, kind, orientation):
+    """A picture of 40 x 80 whose orientation stands in EXIF, in XMP, or behind its pixels."""
+    image = Image.fromarray(noise(40, 80))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    xmp = b'<x:xmpmeta tiff:Orientation="%d"></x:xmpmeta>' % orientation
+    if kind == "exif":
+        return encoded(image, format, exif=exif)
+    if kind == "xmp":
+        return encoded(image, format, xmp=xmp)
+    body = exif.tobytes()
+    if format == "JPEG":  # the segment behind a large profile
+        plain = encoded(image, format, icc_profile=bytes(200_000))
+        at = plain.index(b"\xff\xdb")
+        return plain[:at] + b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body + plain[at:]
+    plain, body = encoded(image, "PNG"), body[6:]
+    chunk = len(body).to_bytes(4, "big") + b"eXIf" + body
+    end = plain.index(b"IEND") - 4
+    return plain[:end] + chunk + zlib.crc32(chunk[4:]).to_bytes(4, "big") + plain[end:]
+
+
+CASES = [(f, k) for f in ("JPEG", "WEBP", "TIFF", "AVIF", "PNG", "MPO") for k in ("exif", "xmp")]
+CASES = [case for case in CASES if case not in [("PNG", "xmp"), ("TIFF", "xmp"), ("MPO", "xmp")]]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+@pytest.mark.parametrize("format, kind", [*CASES, ("PNG", "behind"), ("JPEG", "behind")])
+def test_case_img_02_bucket_time_ids_and_pixels_agree(tmp_path, format, kind, orientation):
+    Image.init()
+    if format not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {format}")
+    content = oriented(format, kind, orientation)
+    (tmp_path / "a.png").write_bytes(content)
+    (tmp_path / "a.txt").write_text("x")
+    with Image.open(BytesIO(content)) as image:
+        image.load()
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    assert upright.size == ((80, 40) if orientation < 5 else (40, 80))
+    images = ImageSet(open_images(f"folder:{tmp_path}"), 64, 8, True)
+    size = (48, 80) if orientation < 5 else (80, 48)
+    assert images.sizes == (size,) and images.originals.tolist() == [[*upright.size[::-1]]]
+    assert images[0].time_ids[[0, 1, 4, 5]].tolist() == [*upright.size[::-1], *size]
+    np.testing.assert_array_equal(images[0].pixels, fit(upright, size).pixels)
+
+
+def test_all_bad_pictures_are_named_in_one_round(folder, monkeypatch, tmp_path):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    for i in (0, 3):
+        (folder / f"{i}.png").write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        image_set(folder)
+    assert str(caught.value).startswith("2 of 5 images") and "\n" not in str(caught.value)
+    assert "0.png: the image file is empty" in str(caught.value) and "3.png: the" in str(
+        caught.value
+    )
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(lines + lines[:1] * 500))
+    with pytest.raises(UserError) as caught:
+        image_set(folder)
+    message = str(caught.value)
+    assert message.startswith("502 of 505 images") and len(message) < 800
+    listed = message.rpartition("listed in ")[2].partition(", one a line")[0]
+    with open(listed) as file:
+        names = {json.loads(line)["name"] for line in file}
+    assert names == {str(folder / "0.png"), str(folder / "3.png")}
+
+
+@pytest.mark.parametrize(
+    "content, name",
+    [
+        (b"\0\0\0\x1cftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\xff\x0a\xfa\x7f", "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg">', "SVG"),
+    ],
+)
+def test_case_img_11_formats_are_named_by_their_content(content, name):
+    with pytest.raises(UserError, match=rf"^a\.jpg: {name} pictures are not read: convert it"):
+        decode(content, "a.jpg")

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -14,14 +14,19 @@ from PIL import Image, ImageOps
 
 from jaxft.core.errors import UserError
 from jaxft.data.buckets import Size, assign, make_buckets
-from jaxft.data.image_sources import Records
+from jaxft.data.image_records import Bad, Records, name_all
+from jaxft.data.png import correct_transparency, without_texts
 
-PIXEL_RULE = "cover, lanczos, centre; 1"  # in every key: change it when `decode` or `fit` change
+PIXEL_RULE = "cover, lanczos, centre; 2"  # in every key: change it when `decode` or `fit` change
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # (bottom, right)
 CORNER_SCALE = 1.1  # LlamaGen's, of the picture whose corners are cropped
 _ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")  # MPO and TIFF hold further pictures, no frames
-_ORIENTATION = 0x0112
-_HEAD = 1 << 16
+# First bytes of formats that Pillow does not open: (place, bytes, name).
+_FOREIGN_FORMATS = (
+    (4, b"ftyphei", "HEIC"), (4, b"ftyphev", "HEIC"), (4, b"ftypmif1", "HEIC"),
+    (4, b"ftypmsf1", "HEIC"), (0, b"\xff\x0a", "JPEG XL"), (4, b"JXL ", "JPEG XL"),
+    (0, b"<svg", "SVG"), (0, b"<?xml", "SVG"),
+)  # fmt: skip
 
 
 class Fitted(NamedTuple):
@@ -51,15 +56,19 @@ class ImageExample(NamedTuple):
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """The upright RGB picture: alpha over white, 16 bits scaled to 8, CMYK and grey converted.
+    """The upright RGB picture, with alpha over white, and 8 bits a channel.
 
+    Greys of 16 bits are rounded to 8, of colours the higher byte is kept. Upright is what
+    Pillow's `exif_transpose` makes of the loaded picture, from EXIF or XMP anywhere in the file.
     Raises UserError naming the picture where it is corrupt, truncated, animated, no image or
     larger than Pillow's limit against decompression bombs.
     """
     try:
+        content = without_texts(content)
         with Image.open(BytesIO(content)) as image:
             _refuse_animated(image, name)
             image.load()
+            correct_transparency(image, content)
             return _to_rgb(ImageOps.exif_transpose(image), name)
     except UserError:
         raise
@@ -77,6 +86,9 @@ def _unreadable(content: bytes, name: str, error: Exception) -> UserError:
         return UserError(f"{name}: the image file is empty (0 bytes)")
     if isinstance(error, Image.DecompressionBombError):
         return UserError(f"{name}: the image is too large: {error}")
+    for place, start, known in _FOREIGN_FORMATS:
+        if content[place:].startswith(start):
+            return UserError(f"{name}: {known} pictures are not read: convert it to PNG or JPEG")
     reason = next(iter(str(error).replace("<_io.BytesIO object", "<").splitlines()), "")
     if isinstance(error, Image.UnidentifiedImageError):
         reason = f"starts with {content[:12]!r}"
@@ -93,7 +105,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise UserError(f"{name}: 32-bit pixels have no known range: save it with 16 bits")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        opaque = values != image.info.get("transparency", -1)
+        grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        image = Image.merge("LA", (grey, Image.fromarray(opaque.astype(np.uint8) * 255)))
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -101,53 +115,31 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def original_size(head: bytes, name: str) -> Size:
-    """(height, width) of the upright picture from its header alone; errors as `decode`."""
-    try:
-        with Image.open(BytesIO(head)) as image:
-            _refuse_animated(image, name)
-            if image.format == "TIFF":  # whether the size is turned depends on Pillow's version
-                image.load()
-                return image.height, image.width
-            # Pillow would decode a whole PNG to look for EXIF behind the pixels.
-            known = image.format != "PNG" or "exif" in image.info
-            turned = known and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises many kinds; each becomes one line
-        raise _unreadable(head, name, error) from error
-    return (image.width, image.height) if turned else (image.height, image.width)
-
-
-class Bad(NamedTuple):
-    """A sample that was left out, and why."""
-
-    name: str
-    error: str
-
-
 def drop_bad(
     records: Records, limit: float = 0.01, threads: int = 4
 ) -> tuple[Records, tuple[Bad, ...]]:
-    """The pictures that decode, and the others; every picture is decoded once.
+    """The pictures that decode, with their sizes, and the others; each is decoded once.
 
-    Raises UserError, which counts the bad ones and names the first, above a fraction of `limit`.
+    Above a fraction of `limit`, raises UserError that counts and names all bad ones.
     """
     with ThreadPoolExecutor(threads) as pool:
-        errors = list(pool.map(lambda index: _error(records, index), range(len(records))))
-    bad = tuple(Bad(records.name(i), error) for i, error in enumerate(errors) if error)
+        found = list(pool.map(lambda index: _size_or_error(records, index), range(len(records))))
+    bad = tuple(Bad(records.name(i), one) for i, one in enumerate(found) if isinstance(one, str))
     if len(bad) > limit * len(records):
         raise UserError(
             f"{len(bad)} of {len(records)} images of {records.spec!r} are bad, more than "
-            f"{limit:.0%}: repair or remove them; the first: {bad[0].error}"
+            f"{limit:.0%}: repair or remove them: {name_all(bad)}"
         )
+    good = [i for i, one in enumerate(found) if not isinstance(one, str)]
+    sizes = np.asarray([found[i] for i in good], np.int32).reshape(-1, 2)
     if not bad:
-        return records, ()
+        return replace(records, sizes=sizes), ()
     print(f"left out {len(bad)} bad images of {records.spec}, first: {bad[0].error}", flush=True)
-    return records.keep([i for i, error in enumerate(errors) if not error]), bad
+    return replace(records.keep(good), sizes=sizes), bad
 
 
-def _error(records: Records, index: int) -> str:
+def _size_or_error(records: Records, index: int) -> Size | str:
+    """(height, width) of the upright picture, or why it is bad."""
     try:
         record = records[index]
         picture = decode(record.content, record.name)
@@ -155,7 +147,7 @@ def _error(records: Records, index: int) -> str:
             _check_pair(picture, decode(record.source, f"source of {record.name}"), record.name)
     except UserError as error:
         return str(error)
-    return ""
+    return picture.height, picture.width
 
 
 def _check_pair(picture: Image.Image, source: Image.Image, name: str) -> None:
@@ -218,11 +210,12 @@ class _Captions:
 class ImageSet:
     """Pictures of a set fitted to their bucket's size; indexing is safe in threads.
 
-    With `use_buckets` every picture's header is read at once; without, all are cropped to the
-    square `resolution`. With `crops` example k * n + i of n pictures is another crop of example i
+    With `use_buckets` every picture's bucket has its shape; without, all are cropped to the square
+    `resolution`. With `crops` example k * n + i of n pictures is another crop of example i
     (`fit`); with `flips` the second half of all examples is the first, mirrored.
     captions[i]: the caption alone. bucket_of int32 [examples]: index into `sizes`, the (h, w)
-    of the buckets in use. Pictures that do not decode are left out, into `bad`.
+    of the buckets in use. originals int32 [images, 2]: height and width of every upright picture.
+    Pictures that do not decode, or in formats that nothing reads, are left out, into `bad`.
     """
 
     def __init__(
@@ -234,8 +227,10 @@ class ImageSet:
         flips: bool = False,
         crops: int = 1,
     ):
-        self.records, self.bad = drop_bad(records)
+        self.records, bad = drop_bad(records)
         records = self.records
+        assert records.sizes is not None
+        self.bad, self.originals = records.left_out + bad, records.sizes
         self._crops, self._copies = crops, crops * (2 if flips else 1)
         buckets = make_buckets(resolution, multiple)
         self.sizes: tuple[Size, ...] = ((resolution, resolution),)
@@ -269,34 +264,25 @@ class ImageSet:
         return self._key(index, self.records[index % len(self.records)].content)
 
     @cached_property
-    def originals(self) -> np.ndarray:
-        """int32 [images, 2]: height and width of every upright picture, from the headers."""
-        with ThreadPoolExecutor(8) as pool:
-            sizes = list(pool.map(self._original, range(len(self.records))))
-        return np.asarray(sizes, np.int32).reshape(-1, 2)
-
-    @cached_property
     def report(self) -> dict[str, int]:
-        """Counts of images, of those cropped, of those smaller than their target, and by bucket."""
+        """Counts of images, of those cropped, of those smaller than their target, and by bucket.
+
+        bad: pictures that do not decode; not_read, where there are any: those in other formats.
+        """
         targets = np.asarray(self.sizes)[self.bucket_of[: len(self.records)]]
         scale = (targets / self.originals).max(axis=1)
         covered = np.maximum(targets, np.round(self.originals * scale[:, None]))
         counts = {
             "images": len(self.records),
-            "bad": len(self.bad),
+            "bad": len(self.bad) - len(self.records.left_out),
             "cropped": int((covered > targets).any(axis=1).sum()),
             "smaller_than_target": int((self.originals < targets).any(axis=1).sum()),
         }
+        if self.records.left_out:
+            counts["not_read"] = len(self.records.left_out)
         per_bucket = np.bincount(self.bucket_of, minlength=len(self.sizes)) // self._copies
         names = [f"bucket_{h}x{w}" for h, w in self.sizes]
         return counts | dict(zip(names, per_bucket.tolist(), strict=True))
-
-    def _original(self, index: int) -> Size:
-        name, head = self.records.name(index), self.records.head(index, _HEAD)
-        try:
-            return original_size(head, name)
-        except UserError:  # some formats tell their size further behind
-            return original_size(self.records[index].content, name)
 
     def _size(self, index: int) -> Size:
         return self.sizes[self.bucket_of[index]]

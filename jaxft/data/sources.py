@@ -1,6 +1,5 @@
 """Where records come from: one spec string names one random-access sequence of dicts."""
 
-import glob
 import json
 import mmap
 import re
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxft.core.errors import UserError
+from jaxft.data.files import find_files, refuse_mixed_folders
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 DEMO_FILES = {
@@ -156,19 +156,14 @@ class TextFiles:
 
 
 def _text_paths(spec: str, pattern: str) -> list[Path]:
-    """The file itself, every .txt file below a folder, or the files of a glob; sorted."""
+    """The file itself, every visible .txt file below a folder, or the files of a glob; sorted."""
     path = Path(pattern).expanduser()
-    if path.is_file():
-        paths = [path]
-    elif path.is_dir():
-        paths = sorted(p for p in path.rglob("*.txt") if p.is_file())
-        if not paths:
-            raise UserError(f"{path} ({spec}) holds no .txt file: expected at least one")
-    else:
-        found = (Path(p) for p in glob.glob(str(path), recursive=True))
-        paths = sorted(p for p in found if p.is_file())
-        if not paths:
-            raise UserError(f"no file matches {path} ({spec}): expected a file, folder or glob")
+    base, paths = find_files(pattern, (".txt",))
+    if not paths and path.is_dir():
+        raise UserError(f"{path} ({spec}) holds no .txt file: expected at least one")
+    if not paths:
+        raise UserError(f"no file matches {path} ({spec}): expected a file, folder or glob")
+    refuse_mixed_folders(spec, base, paths)
     if not any(p.stat().st_size for p in paths):
         raise UserError(f"{spec} is empty: every file it names has 0 bytes")
     return paths
