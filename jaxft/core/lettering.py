@@ -4,7 +4,7 @@ import re
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, features
 
@@ -83,7 +83,8 @@ def _can_shape() -> bool:
 def _has(file: str, letter: str) -> bool:
     """Tell whether a font draws a letter as something else than the box of a missing one."""
     font = _font(file, shaped=False)
-    found, missing = font.getmask(letter), font.getmask("\U0010ffff")
+    found: Any = font.getmask(letter)
+    missing: Any = font.getmask("\U0010ffff")
     return found.size != missing.size or bytes(found) != bytes(missing)
 
 

@@ -154,11 +154,12 @@ def _columns(
     spec: str, parts: "Sequence[_ArrowFile | _ParquetFile]", caption_keys: Sequence[str]
 ) -> tuple[str, str | None]:
     """The names of the picture's and the caption's column, the same in every part."""
-    kinds = {field.name: str(field.type) for field in parts[0].schema}
+    kinds = {field.name: field.type for field in parts[0].schema}
     image = _image_column(spec, parts[0])
-    text = next((key for key in caption_keys if key in kinds), None)
+    known = [key for key in caption_keys if key in kinds]
+    text = next((key for key in known if _is_text(kinds[key])), next(iter(known), None))
     if text is None and caption_keys:
-        texts = [field.name for field in parts[0].schema if _is_text(field.type)]
+        texts = [name for name, kind in kinds.items() if _is_text(kind)]
         hint = f"; rename the one of {', '.join(texts)} that holds captions" if texts else ""
         raise UserError(
             f"{spec!r} has no column {' or '.join(caption_keys)}: found {', '.join(kinds)}{hint}"

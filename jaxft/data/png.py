@@ -20,7 +20,8 @@ def without_texts(content: bytes) -> bytes:
     """
     if not content.startswith(_SIGNATURE):
         return content
-    view, kept, place = memoryview(content), [_SIGNATURE], len(_SIGNATURE)
+    view, place = memoryview(content), len(_SIGNATURE)
+    kept: list[bytes | memoryview] = [_SIGNATURE]
     while place + 12 <= len(content):
         end = place + 12 + int.from_bytes(view[place : place + 4], "big")
         kind = bytes(view[place + 4 : place + 8])
