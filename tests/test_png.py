@@ -198,6 +198,19 @@ def test_palette_with_alpha_is_over_white():
     assert np.asarray(decode(buffer.getvalue(), "a"))[0].tolist() == [[255] * 3, [10, 20, 30]]
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        chunk(b"eXIf", b"garbage, not a TIFF header"),
+        chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 10\nzz\n"),
+        chunk(b"eXIf", b""),
+    ],
+)
+def test_a_picture_with_broken_exif_is_taken_as_it_lies(block):
+    for content in (with_chunks(block), with_chunks(after=[block])):
+        assert (np.asarray(decode(content, "a.png")) == PIXELS).all()
+
+
 def test_a_damaged_picture_with_texts_stays_bad():
     content = bytearray(with_chunks(LARGE["tEXt"]))
     content[-30] ^= 255

@@ -1,6 +1,7 @@
 """Folders of pictures: captions in files beside them, or in a list of all."""
 
 import csv
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,8 @@ class Files:
 def open_folder(spec: str, folder: Path, captions: bool) -> tuple[Files, list[Bad]]:
     """The pictures of a folder, and those that are left out because nothing here reads them.
 
-    Lists of pictures (`_LISTS`) in the folder itself, or else in folders below it, say which
-    pictures the set has. Without a list it has every picture, with a caption file beside it.
+    The set has the pictures that a list (`_LISTS`) in the folder itself names, or else lists in
+    folders below it. Without a list it has every picture, with a caption file beside it.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} ({spec}) is no folder: expected one that holds images")
@@ -90,9 +91,9 @@ def _listed(spec: str, lists: list[Path], captions: bool, pictures: Sequence[Pat
     listed = _files(rows, bad, captions, "file_name")
     # Pictures in other columns, such as "source", are named as well.
     cells = ((row.folder, value) for row in rows for value in row.values.values())
-    named = {(folder / value).resolve() for folder, value in cells if _is_picture(value)}
-    named |= {path.resolve() for path in listed.paths}
-    if unlisted := [p for p in pictures if p.resolve() not in named]:
+    named = {os.path.abspath(folder / value) for folder, value in cells if _is_picture(value)}
+    named |= {os.path.abspath(path) for path in listed.paths}
+    if unlisted := [p for p in pictures if os.path.abspath(p) not in named]:
         print(
             f"left out {len(unlisted)} images of {spec} that {lists[0].name} does not list, "
             f"first: {unlisted[0]}",

@@ -1,6 +1,7 @@
 """From an image file's bytes to pixels of one size, with what determines them as a key."""
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -69,11 +70,18 @@ def decode(content: bytes, name: str) -> Image.Image:
             _refuse_animated(image, name)
             image.load()
             correct_transparency(image, content)
-            return _to_rgb(ImageOps.exif_transpose(image), name)
+            return _to_rgb(_upright(image), name)
     except UserError:
         raise
     except Exception as error:  # Pillow raises many kinds; each becomes one line
         raise _unreadable(content, name, error) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (SyntaxError, ValueError, LookupError, struct.error):
+        return image  # EXIF that is none: Pillow passes over it in JPEG files, but not in PNG
 
 
 def _refuse_animated(image: Image.Image, name: str) -> None:
