@@ -111,6 +111,12 @@ def test_captions_of_kohya_and_its_folders(tmp_path, capsys):
     assert "every picture counts once" in (said := capsys.readouterr().out) and "10_red fox" in said
 
 
+def test_endings_of_captions_may_be_large(tmp_path):
+    (tmp_path / "A.JPG").write_bytes(encoded(0, "JPEG"))
+    (tmp_path / "A.TXT").write_text("a")
+    assert open_images(f"folder:{tmp_path}").caption(0) == "a"
+
+
 def test_every_picture_without_a_caption_is_named_at_once(tmp_path):
     add(tmp_path, [f"{i}.png" for i in range(5)], caption="")
     (tmp_path / "3.txt").write_text("fine")

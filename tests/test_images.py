@@ -103,6 +103,14 @@ def test_t31_cmyk_jpeg_keeps_its_colour():
     assert red[0] > 240 and red[1] < 15 and red[2] < 15
 
 
+def test_cmyk_is_light_less_ink():
+    ink = noise(8, 8, 4).astype(int)
+    content = encoded(Image.fromarray(ink.astype(np.uint8), "CMYK"), "TIFF")
+    light = 255 - ink[..., 3:]
+    expected = light - ink[..., :3] * light / 255
+    assert np.abs(pixels_of(content) - expected).max() <= 1
+
+
 GIF = [Image.fromarray(noise(4, 4, seed=i)) for i in range(2)]
 WHOLE = encoded(Image.fromarray(noise(64, 64)))
 BAD = {

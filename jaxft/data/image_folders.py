@@ -70,7 +70,8 @@ def open_folder(spec: str, folder: Path, captions: bool) -> tuple[Files, list[Ba
             f"{repeats[0]}, are not applied",
             flush=True,
         )
-    return _beside(pictures, captions), [
+    texts = {p.with_suffix(p.suffix.lower()): p for p in files}
+    return _beside(pictures, texts, captions), [
         unreadable(str(p)) for p in files if p.suffix.lower() in UNREADABLE
     ]
 
@@ -168,21 +169,21 @@ def _path(folder: Path, row: dict[str, Any], where: str, key: str) -> Path:
     return path
 
 
-def _beside(paths: Sequence[Path], captions: bool) -> Files:
+def _beside(paths: Sequence[Path], files: dict[Path, Path], captions: bool) -> Files:
+    """The pictures with their captions; `files` are all files by name with a lower-case ending."""
     texts, bad = [], []
     for path in paths:
         try:
-            texts.append(_caption_beside(path, captions))
+            names = (path.with_suffix(ending) for ending in _CAPTION_ENDINGS)
+            beside = next((files[name] for name in names if name in files), None)
+            texts.append(_caption_beside(path, beside, captions))
         except UserError as error:
             bad.append(Bad(str(path), str(error)))
     refuse_bad(bad, f"of {len(paths)} images have no caption that can be read")
     return Files(paths, texts)
 
 
-def _caption_beside(path: Path, captions: bool) -> str:
-    """The text of the caption file with the picture's stem."""
-    found = (path.with_suffix(ending) for ending in _CAPTION_ENDINGS)
-    beside = next((p for p in found if p.is_file()), None)
+def _caption_beside(path: Path, beside: Path | None, captions: bool) -> str:
     if beside is None:
         if captions:
             raise UserError(
