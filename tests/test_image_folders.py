@@ -157,6 +157,13 @@ def test_a_list_may_be_csv_as_imagefolder_has_it(tmp_path):
     assert "both list pictures: keep one" in error
 
 
+def test_a_list_as_parquet_is_refused_by_name(tmp_path):
+    add(tmp_path, ["a.png"])
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    error = one_line_error(lambda: open_images(f"folder:{tmp_path}"))
+    assert "metadata.parquet is not read: write it as metadata.jsonl" in error
+
+
 def test_a_list_in_a_folder_below_counts(tmp_path):
     add(tmp_path, ["train/a.png"], caption="")
     (tmp_path / "train/metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}')
@@ -167,11 +174,11 @@ def test_every_bad_row_of_a_list_is_named_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     add(tmp_path, ["a.png"], caption="")
     lines = ['{"file_name": "a.png", "text": "x"}', '{"file_name": "gone.png", "text": "x"}', "{"]
-    lines += [f'{{"file_name": "no{i}.png", "text": "x"}}' for i in range(30)]
+    lines += [f'{{"file_name": "no{i}.png", "text": "x"}}' for i in range(60)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     error = one_line_error(lambda: open_images(f"folder:{tmp_path}"))
-    assert error.startswith("32 rows of metadata are bad") and "all 32 are listed in" in error
+    assert error.startswith("62 rows of metadata are bad") and "all 62 are listed in" in error
     listed = error.rpartition("listed in ")[2].partition(", one a line")[0]
     with open(listed) as file:
         rows = [json.loads(line) for line in file]
-    assert len(rows) == 32 and any("gone.png does not exist" in row["error"] for row in rows)
+    assert len(rows) == 62 and any("gone.png does not exist" in row["error"] for row in rows)

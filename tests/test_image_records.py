@@ -38,6 +38,8 @@ def test_few_bad_samples_are_named_and_many_are_listed_in_a_file(tmp_path, monke
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     few = [Bad(f"{i}.png", f"{i}.png: broken") for i in range(9)]
     assert name_all(few) == "; ".join(bad.error for bad in few)
+    more = [Bad(f"{i}.png", f"{i}.png: broken") for i in range(40)]
+    assert all(bad.name in name_all(more) for bad in more) and name_all(more).count("broken") == 3
     many = [Bad(f"猫{i}.png", f"猫{i}.png: broken") for i in range(500)]
     line = name_all(many)
     assert len(line) < 300 and "\n" not in line and "猫0.png: broken; 猫1.png" in line

@@ -59,6 +59,8 @@ def open_folder(spec: str, folder: Path, captions: bool) -> tuple[Files, list[Ba
     lists = [p for p in lists if p.parent == folder] or lists
     if len({p.parent for p in lists}) < len(lists):
         raise UserError(f"{spec}: {lists[0]} and {lists[1].name} both list pictures: keep one")
+    if not lists and (found := next((p for p in files if p.name == "metadata.parquet"), None)):
+        raise UserError(f"{found} is not read: write it as metadata.jsonl or metadata.csv")
     pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
     if not lists or lists[0].parent != folder:
         refuse_mixed_folders(spec, folder, lists or pictures)

@@ -26,7 +26,7 @@ UNREADABLE = (
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mrw", ".nef",
     ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f",
 )  # fmt: skip
-_LISTED = 10  # bad samples that an error names itself
+_TOLD, _NAMED = 10, 50  # bad samples that an error gives a reason for, and that it names
 
 
 class Record(NamedTuple):
@@ -156,14 +156,16 @@ def count_unreadable(left_out: Sequence[Bad]) -> str:
 
 
 def name_all(bad: Sequence[Bad]) -> str:
-    """The errors of bad samples in one line: of few all, of many the first and a file of all."""
-    if len(bad) <= _LISTED:
+    """The bad samples in one line: of few the errors, of more the names, of many a file of all."""
+    if len(bad) <= _TOLD:
         return "; ".join(one.error for one in bad)
+    first = "; ".join(one.error for one in bad[:3])
+    if len(bad) <= _NAMED:
+        return f"{first}; and likewise {', '.join(one.name for one in bad[3:])}"
     with tempfile.NamedTemporaryFile(
         "w", prefix="jaxft-bad-", suffix=".jsonl", delete=False, encoding="utf-8"
     ) as file:
         file.writelines(json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in bad)
-    first = "; ".join(one.error for one in bad[:3])
     return f"{first}; all {len(bad)} are listed in {file.name}, one a line"
 
 
