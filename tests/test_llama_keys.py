@@ -119,7 +119,7 @@ def test_case_llm_17_base_and_other_architectures():
         for name in (base, causal):
             LlamaConfig.from_hf({"model_type": kind, **TINY, "architectures": [name]})
         other = [causal.replace("CausalLM", "SequenceClassification")]
-        with pytest.raises(UserError, match="SequenceClassification.*supported are Llama"):
+        with pytest.raises(UserError, match=r"SequenceClassification.*supported are Llama"):
             LlamaConfig.from_hf({"model_type": kind, **TINY, "architectures": other})
 
 
