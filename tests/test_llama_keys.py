@@ -4,9 +4,7 @@ import itertools
 import json
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from stock_llama import ours, theirs
 
 from jaxft.core.errors import UserError
 from jaxft.models.llama_config import LlamaConfig
@@ -29,51 +27,6 @@ TINY = {
     "vocab_size": 130,
     "pad_token_id": 3,
 }
-
-
-def theirs(config):
-    """The effective values of transformers' class, in our names; an exception where it has none."""
-    c = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(c, attn_implementation="eager")
-    layer = model.model.layers[0]
-    types = getattr(c, "layer_types", None)
-    windows = [getattr(c, "sliding_window", None)] * c.num_hidden_layers
-    if c.model_type == "llama":
-        windows = [None] * c.num_hidden_layers
-    elif types is not None:
-        windows = [w if t == "sliding_attention" else None for w, t in zip(windows, types)]  # noqa: B905
-    head_dim = layer.self_attn.head_dim
-    return {
-        "vocab_size": model.lm_head.weight.shape[0],
-        "hidden_size": model.lm_head.weight.shape[1],
-        "intermediate_size": layer.mlp.down_proj.weight.shape[1],
-        "num_layers": len(model.model.layers),
-        "num_heads": layer.self_attn.q_proj.weight.shape[0] // head_dim,
-        "num_kv_heads": layer.self_attn.k_proj.weight.shape[0] // head_dim,
-        "head_dim": head_dim,
-        "max_positions": c.max_position_embeddings,
-        "rms_norm_eps": layer.input_layernorm.variance_epsilon,
-        "initializer_range": c.initializer_range,
-        "tied": bool(model.all_tied_weights_keys),
-        "qkv_bias": layer.self_attn.q_proj.bias is not None,
-        "o_bias": layer.self_attn.o_proj.bias is not None,
-        "mlp_bias": layer.mlp.up_proj.bias is not None,
-        "qk_norm": hasattr(layer.self_attn, "q_norm"),
-        "windows": tuple(windows),
-        "rotary": tuple(bool(getattr(x.self_attn, "use_rope", True)) for x in model.model.layers),
-        "theta": c.rope_parameters["rope_theta"],
-        "bos_id": c.bos_token_id,
-        "eos_ids": (c.eos_token_id,) if isinstance(c.eos_token_id, int) else (c.eos_token_id or ()),
-        "pad_id": c.pad_token_id,
-    }
-
-
-def ours(config):
-    cfg = LlamaConfig.from_hf(config)
-    made = {name: getattr(cfg, name) for name in cfg.__dataclass_fields__ if name != "rope"}
-    first = cfg.rope.inv_freq[1] ** -(cfg.head_dim / 2)  # theta, from the second frequency
-    return {**made, "theta": pytest.approx(first, rel=1e-4)}
 
 
 @pytest.mark.parametrize("kind", KEYS)
