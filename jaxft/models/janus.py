@@ -5,7 +5,7 @@ carries through.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,6 +56,8 @@ class JanusConfig:
             raise UserError(f"{where}: model_type={config.get('model_type')!r} is not {KIND!r}")
         vision = {**VISION_DEFAULTS, **(config.get("vision_config") or {})}
         vq = {**VQ_DEFAULTS, **(config.get("vq_config") or {})}
+        _check_sizes("vision_config", vision, VISION_DEFAULTS, where)
+        _check_sizes("vq_config", vq, VQ_DEFAULTS.keys() - {"hidden_act"}, where)
         text = LlamaConfig.from_hf({"model_type": "llama", **(config.get("text_config") or {})})
         grid = vision["image_size"] // vision["patch_size"]
         _check(vq, vision, text.hidden_size, grid, where)
@@ -65,6 +67,15 @@ class JanusConfig:
             depth=vq["num_hidden_layers"],
             grid=grid,
         )
+
+
+def _check_sizes(section: str, values: Mapping, keys: Iterable[str], where: str) -> None:
+    for key in keys:
+        if type(values[key]) is not int or values[key] < 1:
+            raise UserError(
+                f"{where}: {section}.{key}={values[key]!r}; expected a whole number above 0, or"
+                " leave the key out"
+            )
 
 
 def _check(vq: Mapping, vision: Mapping, width: int, grid: int, where: str) -> None:
