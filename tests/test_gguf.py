@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jaxft.core.errors import UserError
-from jaxft.weights.gguf import GgufFile, dequantise
+from jaxft.weights.gguf import TYPES, UNREAD, GgufFile, dequantise
 
 RNG = np.random.default_rng(0)
 HEADS, KV_HEADS, WIDTH, HIDDEN = 4, 2, 64, 96
@@ -209,8 +209,13 @@ def test_unsupported_tensor_type_is_named(tmp_path):
     at = content.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8
     content[at : at + 4] = struct.pack("<I", 14)  # Q6_K
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"'output_norm.weight' has ggml type 14; expected F32"):
+    with pytest.raises(UserError, match=r"'output_norm.weight' has ggml type Q6_K; expected F32"):
         GgufFile(path)
+
+
+def test_case_llm_18_every_type_that_is_not_read_has_its_name():
+    theirs = {int(kind): kind.name for kind in gguf.GGMLQuantizationType if int(kind) not in TYPES}
+    assert theirs == UNREAD
 
 
 def test_unknown_tensor_is_an_error(tmp_path):

@@ -4,10 +4,11 @@ import pytest
 from transformers import AutoConfig
 
 from jaxft.core.errors import UserError
-from jaxft.models.llama_config import DEFAULTS, LlamaConfig
+from jaxft.models.llama_config import LlamaConfig
+from jaxft.models.llama_keys import KEYS
 
 
-@pytest.mark.parametrize("kind", DEFAULTS)
+@pytest.mark.parametrize("kind", KEYS)
 def test_absent_keys_take_the_defaults_of_transformers(kind):
     theirs, ours = AutoConfig.for_model(kind), LlamaConfig.from_hf({"model_type": kind})
     for name, value in {
@@ -77,7 +78,7 @@ def test_nope_layers_and_several_eos_ids():
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({}, "model_type=None.*llama, mistral, qwen2, qwen3, smollm3"),
+        ({}, "model_type=None.*llama, mistral, ministral, qwen2, qwen3, smollm3"),
         ({"model_type": "gemma3_text"}, "model_type='gemma3_text'"),
         (
             {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},

@@ -48,6 +48,7 @@ CASES = {
     "yarn mscale": {"rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.9}},
     "yarn original outside": {"rope_scaling": YARN, "original_max_position_embeddings": 4096},
     "yarn original from max": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+    "dynamic": {"rope_theta": 1e6, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "yarn factor from lengths": {
         "rope_scaling": {**YARN, "factor": None},
         "max_position_embeddings": 131072,
@@ -65,6 +66,35 @@ def test_t4_frequencies_are_those_of_transformers(case, head_dim):
     assert ours.scale == pytest.approx(theirs.attention_scaling, rel=1e-12)
 
 
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)],
+}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "dynamic", "factor": 3.0},
+        LONG,
+        {**LONG, "original_max_position_embeddings": 32},
+        {**LONG, "factor": 5.0},
+        {**LONG, "attention_factor": 1.5},
+    ],
+)
+@pytest.mark.parametrize("last", [7, 31, 32, 63, 64, 200])
+def test_case_llm_17_frequencies_of_a_batch_up_to_and_beyond_the_limit(scaling, last):
+    config = {"max_position_embeddings": 64, "rope_scaling": scaling, "rope_theta": 5e4}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**_copy(config), head_dim=16))
+    positions = np.array([[0, 3], [1, last]], np.int32)
+    theirs(torch.zeros(1), torch.tensor(positions).long())
+    ours = rope.from_hf(config, 16)
+    got = rope.frequencies(ours, jnp.asarray(positions))
+    np.testing.assert_allclose(got, theirs.inv_freq.numpy(), rtol=5e-7)
+    assert ours.scale == pytest.approx(theirs.attention_scaling, rel=1e-12)
+
+
 def test_default_theta_is_the_callers():
     assert rope.from_hf({}, 8, 2e6) == rope.from_hf({"rope_theta": 2e6}, 8)
 
@@ -72,11 +102,20 @@ def test_default_theta_is_the_callers():
 @pytest.mark.parametrize(
     ("config", "text"),
     [
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "'su'.*default, linear, dynamic, llama3"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope.*needs the key 'short_factor'"),
         (
-            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "'dynamic'.*default, linear, llama3",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": []}},
+            "short_factor has 1 numbers; expected 32",
         ),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_scaling": {"type": "linear", "factor": None}}, "factor=null; expected a number"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, 'factor="2"; expected a number'),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "needs the key 'original_max_pos"),
+        (
+            {"rope_scaling": {**YARN, "factor": 2.0}, "rope_theta": 1},
+            "rope type 'yarn': .*division by zero",
+        ),
+        ({"rope_scaling": [1]}, "no object of rope parameters"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "all layers"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_scaling": {"rope_type": "linear"}}, "needs the key 'factor'"),

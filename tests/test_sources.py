@@ -10,7 +10,7 @@ import pytest
 
 from jaxft.core.errors import UserError
 from jaxft.weights import sources
-from jaxft.weights.sources import config_dtype, open_source
+from jaxft.weights.sources import config_dtype, export_config, open_source
 from jaxft.weights.tensor_files import write_sharded
 
 CONFIG = {"model_type": "llama", "hidden_size": 4, "torch_dtype": "bfloat16"}
@@ -74,6 +74,24 @@ def test_without_weights_a_config_is_enough(tmp_path):
         open_source(str(tmp_path))
     with pytest.raises(UserError, match="no tokenizer beside the weights"):
         source.tokenizer_dir()
+
+
+def test_the_weight_file_that_config_json_names_for_transformers(tmp_path):
+    folder = make_folder(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("other.safetensors", None):
+        (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+        (folder / (name or "model.safetensors")).write_bytes(
+            (folder / "other.safetensors").read_bytes()
+        )
+        source = open_source(str(folder))
+        assert set(source.tensors.keys()) == set(WEIGHTS)
+        assert "transformers_weights" not in export_config(source.config, None)
+    for name in ("../m/other.safetensors", 3, "other.bin"):
+        (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+        with pytest.raises(UserError, match=r"transformers_weights=.*expected a \.safetensors"):
+            open_source(str(folder))
 
 
 def test_dtype_from_either_dialect_or_the_weights(tmp_path):

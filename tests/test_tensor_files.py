@@ -9,6 +9,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from safetensors import safe_open
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from jaxft.core.errors import UserError
 from jaxft.weights.tensor_files import TensorFiles, write_sharded
@@ -149,6 +150,12 @@ def test_hostile_file_is_refused_by_name(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(HOSTILE["git-lfs pointer"])
+    with pytest.raises(UserError, match=r"a git-lfs pointer.*git lfs pull"):
+        TensorFiles.open(tmp_path)
+
+
 def test_the_hostile_template_itself_is_good(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(raw(f'{{"w":{{{GOOD}}}}}'))
     assert TensorFiles.open(tmp_path).read("w").tolist() == [0.0, 0.0]
@@ -177,34 +184,107 @@ def edit_index(folder: Path, **weight_map) -> None:
         ({"w32": "/etc/passwd"}, "expected a file beside it"),
         ({"w32": "a\\b.safetensors"}, "expected a file beside it"),
         ({"w32": 3}, "expected a file beside it"),
+        ({"w32": ""}, "expected a file beside it"),
         ({"w32": "link.safetensors"}, "expected a file beside it"),
-        ({"w32": "model-00009-of-00009.safetensors"}, "missing shards model-00009"),
-        ({"absent": "model-00001-of-00002.safetensors"}, "disagree about tensors absent"),
-        ({"w32": None}, "disagree about tensors w32"),
+        ({"w32": "sub/link.safetensors"}, "expected a file beside it"),
+        ({"w32": "model-00009-of-00009.safetensors"}, "missing shards model-00009.*download index"),
     ],
 )
-def test_index_must_agree_with_its_shards(tmp_path, change, message):
+def test_an_index_names_files_of_its_own_folder_that_are_there(tmp_path, change, message):
     folder = tmp_path / "model"
-    folder.mkdir()
+    (folder / "sub").mkdir(parents=True)
     assert len(write(folder, max_shard_bytes=120)) == 2
     (tmp_path / "outside.safetensors").write_bytes(raw("{}", b""))
-    (folder / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    for link in ("link.safetensors", "sub/link.safetensors"):
+        (folder / link).symlink_to(tmp_path / "outside.safetensors")
     edit_index(folder, **change)
     with pytest.raises(UserError, match=message):
         TensorFiles.open(folder)
 
 
-def test_tensor_in_two_shards_and_unlisted_shard(tmp_path):
-    first, second = write(tmp_path, max_shard_bytes=120)
-    (tmp_path / "model-00003-of-00003.safetensors").write_bytes(first.read_bytes())
-    with pytest.raises(UserError, match="not in the index: model-00003"):
+ODD = {
+    "an entry for a tensor that no shard has": {"absent": "model-00001-of-00002.safetensors"},
+    "no entry for a tensor of a shard": {"w32": None},
+    "an entry with the wrong shard": {"w32": "model-00002-of-00002.safetensors"},
+    "another wrong shard": {"w32": "model-00001-of-00002.safetensors"},
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize("metadata", [None, {"total_size": 1}, {"total_size": "x"}])
+def test_shards_are_read_as_transformers_reads_them_whatever_the_index_has_of_their_tensors(
+    tmp_path, case, metadata
+):
+    write(tmp_path, max_shard_bytes=120)
+    edit_index(tmp_path, **ODD[case])
+    path = tmp_path / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({"weight_map": content["weight_map"], "metadata": metadata}))
+    tensors = TensorFiles.open(tmp_path)
+    assert set(tensors.keys()) == set(ARRAYS)
+    assert all(same(tensors.read(key), ARRAYS[key]) for key in ARRAYS)
+    if metadata:  # transformers wants some
+        files, _ = get_checkpoint_shard_files(str(tmp_path), str(path))
+        theirs = {k: v for file in files for k, v in safetensors.numpy.load_file(file).items()}
+        assert set(theirs) == set(ARRAYS)
+
+
+def test_shards_of_another_save_and_an_old_index(tmp_path):
+    """The index decides between saves; a single file decides over an index."""
+    first, _ = write(tmp_path, max_shard_bytes=120)
+    (tmp_path / "model-00003-of-00003.safetensors").write_bytes(b"not looked at")
+    assert set(TensorFiles.open(tmp_path).keys()) == set(ARRAYS)
+    single = {"w": np.ones(2, np.float32)}
+    safetensors.numpy.save_file(single, tmp_path / "model.safetensors")
+    assert list(TensorFiles.open(tmp_path).keys()) == ["w"]
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "consolidated.safetensors").write_bytes(b"not looked at")
+    assert set(TensorFiles.open(tmp_path).keys()) == set(ARRAYS)
+    first.unlink()
+    with pytest.raises(UserError, match=r"but there is model-00003-of-00003.*of another save"):
         TensorFiles.open(tmp_path)
-    (tmp_path / "model-00003-of-00003.safetensors").unlink()
-    second.write_bytes(first.read_bytes())
+
+
+def test_a_tensor_in_two_shards_must_be_the_same(tmp_path):
+    first, second = write(tmp_path, max_shard_bytes=120)
+    content = safetensors.numpy.load_file(second)
+    key, value = next(iter(safetensors.numpy.load_file(first).items()))
+    safetensors.numpy.save_file({**content, key: value}, second)
     with pytest.raises(UserError, match="is also in"):
         TensorFiles.open([first, second])
-    with pytest.raises(UserError, match="is also in"):
+    tensors = TensorFiles.open(tmp_path)
+    assert set(tensors.keys()) == set(ARRAYS) and same(tensors.read(key), ARRAYS[key])
+    for changed in (value[::-1] + 1, value.astype(np.complex64).real.astype(np.float64)):
+        safetensors.numpy.save_file({**content, key: np.ascontiguousarray(changed)}, second)
+        with pytest.raises(UserError, match=rf"{key}'? is also in model-00001.*with other values"):
+            TensorFiles.open(tmp_path)
+
+
+def test_shards_in_a_subfolder_and_an_index_by_its_path(tmp_path):
+    files = write(tmp_path, max_shard_bytes=120)
+    (tmp_path / "shards").mkdir()
+    for file in files:
+        file.rename(tmp_path / "shards" / file.name)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-', '"shards/model-'))
+    for where in (tmp_path, index):
+        tensors = TensorFiles.open(where)
+        assert all(same(tensors.read(key), ARRAYS[key]) for key in ARRAYS)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("consolidated.safetensors", r"consolidated\.safetensors, which has Mistral's own names"),
+        ("model-00001-of-00002.safetensors", r"but shards \(model-00001.*download the index"),
+        ("model.fp16.safetensors", r"but model\.fp16\.safetensors; give one .* by its path"),
+    ],
+)
+def test_what_lies_there_instead_is_named(tmp_path, name, message):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"neither model\.safetensors nor .*{message}") as caught:
         TensorFiles.open(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_hub_cache_links_are_followed(tmp_path):

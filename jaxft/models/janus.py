@@ -4,7 +4,8 @@ Only what makes images is here. What understands them, and the output head of te
 carries through.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from jaxft.models.vq_config import JANUS as VQ_KIND
 from jaxft.models.vq_config import VQConfig
 from jaxft.nn.cross_entropy import linear_cross_entropy
 from jaxft.nn.linear import Linear, gather_rows
-from jaxft.weights.rules import Rule
+from jaxft.weights.rules import Rule, renamed
 
 KIND, ARCHITECTURE = "janus", "JanusForConditionalGeneration"
 
@@ -38,7 +39,7 @@ VQ_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class JanusConfig:
-    """What draws images. `text` is tied: the head of text is none of its parameters.
+    """The parts that draw images. `text` is tied: the head of text is none of its parameters.
 
     depth: of the aligner, in layers. grid: codes a side of an image. vq: the tokenizer's own.
     """
@@ -50,11 +51,13 @@ class JanusConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> "JanusConfig":
-        """Read a config.json of model_type janus; UserError for what is not computed here."""
+        """Read a config.json of model_type janus. Raises UserError for what no layer computes."""
         if config.get("model_type") != KIND:
             raise UserError(f"{where}: model_type={config.get('model_type')!r} is not {KIND!r}")
         vision = {**VISION_DEFAULTS, **(config.get("vision_config") or {})}
         vq = {**VQ_DEFAULTS, **(config.get("vq_config") or {})}
+        _check_sizes("vision_config", vision, VISION_DEFAULTS, where)
+        _check_sizes("vq_config", vq, VQ_DEFAULTS.keys() - {"hidden_act"}, where)
         text = LlamaConfig.from_hf({"model_type": "llama", **(config.get("text_config") or {})})
         grid = vision["image_size"] // vision["patch_size"]
         _check(vq, vision, text.hidden_size, grid, where)
@@ -64,6 +67,15 @@ class JanusConfig:
             depth=vq["num_hidden_layers"],
             grid=grid,
         )
+
+
+def _check_sizes(section: str, values: Mapping, keys: Iterable[str], where: str) -> None:
+    for key in keys:
+        if type(values[key]) is not int or values[key] < 1:
+            raise UserError(
+                f"{where}: {section}.{key}={values[key]!r}; expected a whole number above 0, or"
+                " leave the key out"
+            )
 
 
 def _check(vq: Mapping, vision: Mapping, width: int, grid: int, where: str) -> None:
@@ -181,6 +193,11 @@ class Janus(nnx.Module):
         return lambda hidden: score(head.features(hidden), kernel, bias.astype(jnp.float32))
 
 
+def known(key: str) -> bool:
+    """Whether transformers' class has a tensor of this name."""
+    return any(re.fullmatch(name, key) for name in _OTHERS) or bool(renamed(RULES, key))
+
+
 def flops_per_token(cfg: JanusConfig, length: int) -> float:
     """Forward matmul FLOPs of one token in a row of `length`, with the head of codes for text's."""
     d = cfg.text.hidden_size
@@ -190,13 +207,13 @@ def flops_per_token(cfg: JanusConfig, length: int) -> float:
 
 # Tensors that make no parameter here: what understands images, the head of text, the tokenizer.
 VQ = "model.vqmodel."
-CARRIED = (
+_OTHERS = (
     r"lm_head\.weight",
     r"model\.vision_model\..*",
     r"model\.aligner\..*",
     r"model\.vqmodel\..*",
-    r".*rotary_emb\.inv_freq",
 )
+CARRIED = (*_OTHERS, r".*rotary_emb\.inv_freq")
 _LM, _DENSE = "language_model.", "o i -> i o"
 RULES = (
     *(

@@ -246,7 +246,8 @@ class Llama(nnx.Module):
         if positions is None:
             positions = _count(kv_segments, cache, x.shape[1])
         index = jnp.int32(0) if cache is None else cache.index
-        angles = rope.cos_sin(positions, jnp.array(self.cfg.rope.inv_freq), self.cfg.rope.scale)
+        inv_freq = rope.frequencies(self.cfg.rope, positions)
+        angles = rope.cos_sin(positions, inv_freq, self.cfg.rope.scale)
         context = Context(*angles, q_segments, kv_segments, index)
         if blocks and cache is not None:
             x, cache = self._one_by_one(x, context, cache, blocks)

@@ -1,5 +1,6 @@
 """Rotary position embeddings: frequencies from a Hugging Face config, and the rotation."""
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,7 +11,26 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.core.errors import UserError
 
-SUPPORTED = ("default", "linear", "llama3", "yarn")
+SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+# Numbers of a rope dict. null is another default where transformers computes one.
+ORIGINAL = "original_max_position_embeddings"
+NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
+FROM_LENGTHS = ("yarn", "longrope")  # their factor may be the ratio of two lengths
+OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
+class Ntk(NamedTuple):
+    """`dynamic`: beyond `limit` positions the base grows with the batch's longest row."""
+
+    limit: int
+    factor: float
+
+
+class Long(NamedTuple):
+    """`longrope`: the frequencies of a batch that goes beyond `limit` positions."""
+
+    limit: int
+    inv_freq: tuple[float, ...]
 
 
 class Rope(NamedTuple):
@@ -18,6 +38,7 @@ class Rope(NamedTuple):
 
     inv_freq: tuple[float, ...]
     scale: float = 1.0
+    beyond: Ntk | Long | None = None
 
 
 def from_hf(config: Mapping[str, Any], head_dim: int, default_theta: float = 10000.0) -> Rope:
@@ -28,8 +49,10 @@ def from_hf(config: Mapping[str, Any], head_dim: int, default_theta: float = 100
     over the one outside, as transformers 5 reads it. Formulas: transformers modeling_rope_utils.
     Raises UserError for a rope type that is not supported or that lacks a key.
     """
-    rope = {"rope_theta": config.get("rope_theta") or default_theta}
-    rope |= config.get("rope_scaling") or config.get("rope_parameters") or {}
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"config.json: rope_scaling={given!r} is no object of rope parameters")
+    rope = {"rope_theta": config.get("rope_theta", default_theta), **given}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in SUPPORTED or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(
@@ -41,12 +64,46 @@ def from_hf(config: Mapping[str, Any], head_dim: int, default_theta: float = 100
         raise UserError(f"config.json: partial_rotary_factor={partial} is not supported, only 1.0")
     longest = config.get("max_position_embeddings")
     original = config.get("original_max_position_embeddings")
-    rope["original"] = original or rope.get("original_max_position_embeddings") or longest
-    rope["longest"] = longest
+    original = original or rope.get(ORIGINAL) or longest
+    rope |= {key: n for key, n in ((ORIGINAL, original), ("longest", longest)) if n is not None}
+    _check_numbers(kind, rope)
     try:
         return _scaled(kind, rope, head_dim)
     except KeyError as error:
         raise UserError(f"config.json: rope type {kind!r} needs the key {error}: {rope}") from None
+    except ArithmeticError as error:
+        raise UserError(f"config.json: rope type {kind!r}: {error} in {rope}") from None
+
+
+def _check_numbers(kind: str, rope: Mapping[str, Any]) -> None:
+    for key in (*NUMBERS, *OPTIONAL):
+        value = rope.get(key, 1.0)
+        free = key in OPTIONAL or (key == "factor" and kind in FROM_LENGTHS)
+        if value is None and free:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
+            raise UserError(
+                f"config.json: rope parameter {key}={json.dumps(value)}; expected a number above 0"
+            )
+
+
+def frequencies(rope: Rope, positions: Int[Array, "B T"]) -> Float[Array, " half"]:
+    """The frequencies of a batch: for some kinds they depend on its largest position.
+
+    A row's padding counts, where it has positions, as it does in transformers.
+    """
+    inv_freq = jnp.array(rope.inv_freq)
+    if rope.beyond is None:
+        return inv_freq
+    length = jnp.max(positions) + 1
+    if isinstance(rope.beyond, Long):
+        return jnp.where(length > rope.beyond.limit, jnp.array(rope.beyond.inv_freq), inv_freq)
+    # transformers multiplies the base by ratio^(d / (d - 2)): frequency i by ratio^(-2i / (d - 2)).
+    limit, factor = rope.beyond
+    ratio = jnp.maximum(factor * length / limit - (factor - 1), 1.0)
+    i = jnp.arange(len(rope.inv_freq), dtype=jnp.float32)
+    return inv_freq * ratio ** (-i / max(len(rope.inv_freq) - 1, 1))
 
 
 def cos_sin(
@@ -72,14 +129,22 @@ def rotate(
 
 def _scaled(kind: str, rope: Mapping[str, Any], head_dim: int) -> Rope:
     periods = _periods(rope["rope_theta"], head_dim)
-    inv_freq, scale = np.float32(1) / periods, 1.0
-    if kind == "linear":
+    inv_freq, scale, beyond = np.float32(1) / periods, 1.0, None
+    if kind == "dynamic":
+        beyond = Ntk(rope["longest"], rope["factor"])
+    elif kind == "longrope":
+        inv_freq, beyond, scale = _longrope(periods, rope)
+    elif kind == "linear":
         inv_freq = inv_freq / np.float32(rope["factor"])
     elif kind == "llama3":
         inv_freq = _llama3(inv_freq, rope)
     elif kind == "yarn":
         inv_freq, scale = _yarn(periods, rope, head_dim)
-    return Rope(tuple(float(f) for f in inv_freq.astype(np.float32)), float(scale))
+    return Rope(_floats(inv_freq), float(scale), beyond)
+
+
+def _floats(inv_freq: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(f) for f in inv_freq.astype(np.float32))
 
 
 def _periods(theta: float, head_dim: int) -> np.ndarray:
@@ -92,15 +157,15 @@ def _llama3(inv_freq: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:
     """Llama 3.1: long waves slowed by `factor`, short ones kept, a linear blend between."""
     factor, low, high = (rope[k] for k in ("factor", "low_freq_factor", "high_freq_factor"))
     wavelength = 2 * np.float32(math.pi) / inv_freq
-    blend = (rope["original"] / wavelength - low) / (high - low)
+    blend = (rope[ORIGINAL] / wavelength - low) / (high - low)
     medium = (1 - blend) * inv_freq / factor + blend * inv_freq
-    long, short = wavelength > rope["original"] / low, wavelength < rope["original"] / high
+    long, short = wavelength > rope[ORIGINAL] / low, wavelength < rope[ORIGINAL] / high
     return np.where(long, inv_freq / factor, np.where(short, inv_freq, medium))
 
 
 def _yarn(periods: np.ndarray, rope: Mapping[str, Any], dim: int) -> tuple[np.ndarray, float]:
     """YaRN (Peng et al. 2023, arXiv:2309.00071): NTK-by-parts and the attention factor."""
-    original, factor = rope["original"], rope["factor"] or rope["longest"] / rope["original"]
+    original, factor = rope[ORIGINAL], rope["factor"] or rope["longest"] / rope[ORIGINAL]
 
     def boundary(rotations: float) -> float:
         turns = original / (rotations * 2 * math.pi)
@@ -114,6 +179,26 @@ def _yarn(periods: np.ndarray, rope: Mapping[str, Any], dim: int) -> tuple[np.nd
     ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / width, 0, 1)
     inv_freq = ramp / (factor * periods) + (1 - ramp) / periods
     return inv_freq, _attention_factor(rope, factor)
+
+
+def _longrope(periods: np.ndarray, rope: Mapping[str, Any]) -> tuple[np.ndarray, Long, float]:
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): a divisor for each frequency, in two sets."""
+    sets = []
+    for key in ("short_factor", "long_factor"):
+        factors = rope[key]
+        if not isinstance(factors, list) or not all(type(x) in (int, float) for x in factors):
+            raise UserError(f"config.json: rope parameter {key}={factors!r} is no list of numbers")
+        if len(factors) != len(periods) or 0 in factors:
+            raise UserError(
+                f"config.json: rope parameter {key} has {len(factors)} numbers; expected"
+                f" {len(periods)} other than 0, half of the head's width"
+            )
+        sets.append(np.float32(1) / (np.array(factors, np.float32) * periods))
+    original, scale = rope[ORIGINAL], rope.get("attention_factor")
+    factor = rope.get("factor") or rope["longest"] / original
+    if scale is None:
+        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return sets[0], Long(original, _floats(sets[1])), scale
 
 
 def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:

@@ -13,6 +13,7 @@ from jaxft.core.errors import UserError
 from jaxft.models import janus, llama
 from jaxft.models.janus import KIND, Janus, JanusConfig
 from jaxft.models.llama_config import LlamaConfig
+from jaxft.models.llama_files import HEAD, with_prefix
 from jaxft.models.vq_config import JANUS as VQ_KIND
 from jaxft.models.vq_config import VQConfig
 from jaxft.tasks.image_codes import ImageTokenizer, unit_rows
@@ -31,7 +32,7 @@ PRO, OLD = f"<|User|>: {CAPTION}\n\n<|Assistant|>:", f"User: {CAPTION}\n\nAssist
 BOI, PAD = "<begin_of_image>", "<｜▁pad▁｜>"
 LONGEST = 128  # tokens of a prompt, where nothing says another number
 GUIDANCE = 5  # the authors' own
-CODEBOOK, HEAD = f"{janus.VQ}quantize.embedding.weight", "lm_head.weight"
+CODEBOOK = f"{janus.VQ}quantize.embedding.weight"
 TABLE = "model.language_model.embed_tokens.weight"
 COLOURS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 WHOLE = ("generation_embeddings", "generation_aligner", "generation_head")
@@ -158,7 +159,7 @@ def open_janus(spec: str, source: Source, options: ImageTokenOptions) -> JanusFo
     cfg = JanusConfig.from_hf(source.config, f"{spec}/config.json")
     _check(spec, source, cfg, options)
     assert source.tensors is not None
-    tensors = _patched(source.tensors, cfg.vq)
+    tensors = _patched(with_prefix(source.tensors, janus.known, spec), source.config, cfg.vq, spec)
     inside = {k.removeprefix(janus.VQ): k for k in tensors.keys() if k.startswith(janus.VQ)}  # noqa: SIM118
     config = cfg.vq.to_hf()
     files = {"config.json": _dump(config)}
@@ -178,11 +179,16 @@ def open_janus(spec: str, source: Source, options: ImageTokenOptions) -> JanusFo
     return JanusFolder(source, cfg, layout, vq, tokenizer)
 
 
-def _patched(tensors: Tensors, vq: VQConfig) -> Tensors:
+def _patched(tensors: Tensors, config: dict[str, Any], vq: VQConfig, spec: str) -> Tensors:
     """The codebook as transformers' search needs it, and a head of text where it was tied."""
     found = unit_rows(tensors, vq, CODEBOOK)
     if HEAD in set(tensors.keys()):
         return found
+    if config.get("tie_word_embeddings") is False:
+        raise UserError(
+            f"{spec}: missing tensor {HEAD}: these are the weights of a JanusModel, which has no"
+            " head of text; give the folder of the JanusForConditionalGeneration"
+        )
     return Overlaid(found, Renamed(tensors, {HEAD: TABLE}))
 
 

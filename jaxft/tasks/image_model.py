@@ -13,6 +13,7 @@ from jaxft.models import llama
 from jaxft.models.image_decode import Speaker, Unified
 from jaxft.models.llama import Llama
 from jaxft.models.llama_config import LlamaConfig
+from jaxft.models.llama_files import HEAD, TABLE, as_decoder
 from jaxft.tasks.image_codes import ImageTokenizer, open_tokenizer
 from jaxft.tasks.image_janus import is_janus, open_janus
 from jaxft.tasks.image_layout import (
@@ -32,7 +33,7 @@ from jaxft.weights.pipeline import demo_folder
 from jaxft.weights.sources import Source, export_config, open_source
 from jaxft.weights.transfer import Part
 
-TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # a row an id
+TABLES = (TABLE, HEAD)  # a row an id
 
 
 class ImageModel(Protocol):
@@ -130,6 +131,7 @@ def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) 
     source = open_source(str(demo_folder(spec)) if spec.startswith("demo:") else spec, weights)
     if is_janus(source):
         return open_janus(spec, source, options)
+    source = as_decoder(source)
     found = source.side_files.get(FILE)
     _check_keys(spec, options, found is not None)
     vq = open_tokenizer(options.graft or options.tokenizer or _own_vq(spec, source))

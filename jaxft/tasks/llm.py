@@ -33,6 +33,7 @@ from jaxft.data.packing import Packing, make_packing
 from jaxft.models import llama
 from jaxft.models.decode import generate
 from jaxft.models.llama import Llama, LlamaConfig
+from jaxft.models.llama_files import open_decoder
 from jaxft.nn import lora
 from jaxft.nn.cross_entropy import linear_cross_entropy
 from jaxft.nn.sampling import Sampling
@@ -40,7 +41,7 @@ from jaxft.tasks import Look, Report, Request
 from jaxft.tasks.options import LLMOptions
 from jaxft.tasks.tokens import load_tokenizer
 from jaxft.weights import adapters, transfer
-from jaxft.weights.sources import Source, export_config, open_source
+from jaxft.weights.sources import Source, export_config
 from jaxft.weights.transfer import Part
 
 SHOWN = 5  # rows of predictions in a report
@@ -58,7 +59,7 @@ class LLM:
         if self.adapter:
             cfg = dataclasses.replace(cfg, lora=self.adapter.lora)
         base = self.adapter.base if self.adapter else cfg.model
-        self.source = open_source(base, weights=cfg.init == "pretrained")
+        self.source = open_decoder(base, weights=cfg.init == "pretrained")
         self.cfg, self.options = cfg, LLMOptions(**cfg.own)
         self.model_cfg = LlamaConfig.from_hf(self.source.config)
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
@@ -346,7 +347,7 @@ class LLM:
 
 
 def model_part(source: Source, cfg: LlamaConfig) -> Part:
-    """Where the model's parameters come from and go to."""
+    """The part that fills the model's parameters and that an export writes."""
     drop = ("lm_head.weight",) if cfg.tied else ()
     rules, sizes = llama.RULES, llama.sizes(cfg)
     return Part("", source.name, source.tensors, rules, sizes, llama.ignore(cfg), drop)
@@ -354,7 +355,7 @@ def model_part(source: Source, cfg: LlamaConfig) -> Part:
 
 def load(spec: str, dtype: str) -> Llama:
     """The model of a folder, file, `pip:PACKAGE` or hub id, whole on the first device."""
-    source = open_source(spec)
+    source = open_decoder(spec)
     cfg = LlamaConfig.from_hf(source.config)
     template = jax.eval_shape(lambda key: Llama(cfg, key=key), jax.random.key(0))
     leaves, mesh = describe(template), one_device_mesh()

@@ -19,6 +19,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf, Params, bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
 from jaxft.models.llama import Llama, LlamaConfig
+from jaxft.models.llama_files import open_decoder
 from jaxft.nn import lora
 from jaxft.nn.cross_entropy import linear_cross_entropy
 from jaxft.tasks.llm import load_tokenizer, model_part
@@ -33,7 +34,7 @@ from jaxft.verify.report import (
 )
 from jaxft.weights import adapters, transfer
 from jaxft.weights.rules import Entry, to_torch
-from jaxft.weights.sources import TOKENIZER_FILES, Source, open_source
+from jaxft.weights.sources import TOKENIZER_FILES, Source
 from jaxft.weights.tensor_files import write_sharded
 from jaxft.weights.transfer import Part
 
@@ -125,7 +126,7 @@ def open_subject(spec: str) -> Subject:
     The adapted projections are those that the adapter has tensors for.
     """
     adapter = adapters.find(spec, "")
-    source = open_source(adapter.base if adapter else spec)
+    source = open_decoder(adapter.base if adapter else spec)
     cfg = LlamaConfig.from_hf(source.config)
     part = model_part(source, cfg)
     template = jax.eval_shape(lambda key: Llama(cfg, key=key), jax.random.key(0))

@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub
 
 from jaxft.core.errors import UserError
+from jaxft.weights import quantised
 from jaxft.weights.gguf import GgufFile
 from jaxft.weights.tensor_files import TensorFiles, Tensors
 
@@ -26,7 +27,7 @@ TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.mo
 
 @dataclass(frozen=True)
 class Source:
-    """A model as its owner left it; nothing here is renamed, converted or cast.
+    """A model's folder or file as its owner left it, without renaming, converting or casting.
 
     `side_files` maps a file name to where it lies (or to its bytes, when it came out of a GGUF):
     everything that an export copies verbatim, config.json included. `tensors` is None when the
@@ -88,7 +89,7 @@ def export_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any
     transformers 4 reads rope_theta, rope_scaling and torch_dtype, transformers 5 rope_parameters
     and dtype; each silently takes its default where its own key is absent. `dtype` None keeps it.
     """
-    out = dict(config)
+    out = {key: value for key, value in config.items() if key != "transformers_weights"}
     rope, theta = config.get("rope_parameters"), config.get("rope_theta")
     if rope and "rope_type" in rope and theta is None:
         out["rope_theta"] = rope.get("rope_theta", 10000.0)
@@ -104,7 +105,7 @@ def export_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any
 
 
 def open_source(spec: str, weights: bool = True) -> Source:
-    """Opens a folder, a .safetensors beside config.json, a .gguf, `pip:PACKAGE` or hub `org/name`.
+    """Open a folder, a .safetensors beside config.json, a .gguf, `pip:PACKAGE` or hub `org/name`.
 
     A path that exists never touches the network. With `weights=False` none are read or downloaded.
     Raises UserError for whatever is absent, unreachable or damaged.
@@ -128,13 +129,24 @@ def _open_path(name: str, path: Path, weights: bool) -> Source:
         gguf = GgufFile(path)
         return Source(name, gguf.config(), gguf if weights else None, gguf.side_files())
     folder = path if path.is_dir() else path.parent
-    return Source(
-        name=name,
-        config=_read_config(folder / "config.json"),
-        tensors=TensorFiles.open(path) if weights else None,
-        side_files=_side_files(folder),
-        folder=folder,
-    )
+    config = _read_config(folder / "config.json")
+    quantised.refuse_config(config, f"{folder / 'config.json'}")
+    tensors = None
+    if weights:
+        tensors = TensorFiles.open(path if path.is_file() else folder / _stated_file(config))
+        quantised.refuse_tensors(tensors.keys(), str(path))
+    return Source(name, config, tensors, _side_files(folder), folder)
+
+
+def _stated_file(config: Mapping[str, Any]) -> str:
+    """The weight file or index that config.json names for transformers, else the folder itself."""
+    name = config.get("transformers_weights") or "."
+    if name != "." and not re.fullmatch(r"[\w-][\w.-]*\.safetensors(\.index\.json)?", str(name)):
+        raise UserError(
+            f"config.json: transformers_weights={name!r}; expected a .safetensors file or index"
+            " beside it"
+        )
+    return name
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -154,7 +166,7 @@ def _side_files(folder: Path) -> dict[str, Path | bytes]:
     return {
         name: path
         for name, path in sorted(found.items())
-        # parity.json speaks of these weights, not of what training makes of them.
+        # parity.json is about the original weights, and would be wrong after training.
         if path.is_file() and not name.endswith(".index.json") and name != "parity.json"
     }
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -17,7 +17,10 @@ from safetensors import SafetensorError, safe_open
 from jaxft.core.errors import UserError
 
 STEMS = ("model", "diffusion_pytorch_model")
+INDEX = ".safetensors.index.json"
+LFS = b"version https://git-lfs"  # what git leaves in a file's place without its LFS extension
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+SHARD = r".+-\d+-of-\d+\.safetensors"
 MAX_HEADER_BYTES = 100_000_000
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -66,7 +69,7 @@ class TensorFiles:
 
     @classmethod
     def open(cls, where: str | Path | Sequence[str | Path]) -> "TensorFiles":
-        """Opens a folder (single file or index), one file, or a list of files.
+        """Open a folder (single file or index), one file, an index, or a list of files.
 
         Every file is checked whole before the first tensor is read. Raises UserError naming the
         file for anything truncated, corrupt, ambiguous or pickled.
@@ -74,6 +77,8 @@ class TensorFiles:
         if not isinstance(where, str | Path):
             return cls(_merge([Path(file) for file in where]))
         path = Path(where)
+        if path.name.endswith(INDEX):
+            return cls(_open_index(path))
         return cls(_open_folder(path) if path.is_dir() else _header(path))
 
     def keys(self) -> Sequence[str]:
@@ -97,17 +102,26 @@ class TensorFiles:
 
 def _open_folder(folder: Path) -> dict[str, _Place]:
     for stem in STEMS:
-        for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
-            path = folder / name
-            if path.exists():
-                return _header(path) if path.suffix == ".safetensors" else _open_index(path)
+        # As transformers and diffusers do: a single file wins over an index left beside it.
+        if (path := folder / f"{stem}.safetensors").exists():
+            return _header(path)
+        if (path := folder / f"{stem}{INDEX}").exists():
+            return _open_index(path)
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise _pickle_error(pickles[0])
-    raise UserError(
-        f"{folder}: found neither model.safetensors nor model.safetensors.index.json; "
-        "give a folder saved by save_pretrained"
-    )
+    found = f"{folder}: found neither model.safetensors nor model{INDEX}"
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if any(name.startswith("consolidated") for name in names):
+        raise UserError(
+            f"{found}, but {names[0]}, which has Mistral's own names; download the files of the"
+            " same model that begin with model"
+        )
+    if shards := [name for name in names if re.fullmatch(SHARD, name)]:
+        raise UserError(f"{found}, but shards ({_some(shards)}); download the index beside them")
+    if names:
+        raise UserError(f"{found}, but {_some(names)}; give one that is a whole model by its path")
+    raise UserError(f"{found}; give a folder saved by save_pretrained")
 
 
 def _pickle_error(path: Path) -> UserError:
@@ -118,18 +132,34 @@ def _pickle_error(path: Path) -> UserError:
     )
 
 
-def _merge(files: Sequence[Path]) -> dict[str, _Place]:
+def _merge(files: Sequence[Path], copies: bool = False) -> dict[str, _Place]:
+    """The tensors of all files; one that two of them hold is refused, or must be the same copy."""
     places: dict[str, _Place] = {}
     for file in files:
         for key, place in _header(file).items():
-            if key in places:
-                raise UserError(f"{file}: tensor {key!r} is also in {places[key].file.name}")
-            places[key] = place
+            other = places.setdefault(key, place)
+            if other is not place and not (copies and _same(place, other)):
+                rest = "with other values; delete the one of another save" if copies else ""
+                raise UserError(
+                    f"{file}: tensor {key!r} is also in {other.file.name} {rest}".strip()
+                )
     return places
 
 
+def _same(one: _Place, other: _Place) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    left, right = (TensorFiles({"": place}).read("").reshape(-1) for place in (one, other))
+    return np.array_equal(left.view(np.uint8), right.view(np.uint8))
+
+
 def _open_index(index: Path) -> dict[str, _Place]:
-    """Reads `*.safetensors.index.json`; the index and the shards must agree on every tensor."""
+    """Read `*.safetensors.index.json` as transformers does: as a list of the shards to open.
+
+    The shards' own headers name the tensors, so that an index may be wrong about where a tensor
+    is. Shards that it does not list are of another save. Whoever reads the tensors checks that
+    none of a model's is missing.
+    """
     if index.stat().st_size > MAX_HEADER_BYTES:
         raise UserError(f"{index}: larger than {MAX_HEADER_BYTES} bytes, not a weight index")
     content = _json(index.read_bytes(), index)
@@ -143,30 +173,24 @@ def _open_index(index: Path) -> dict[str, _Place]:
         names.add(name)
     missing = sorted(name for name in names if not (index.parent / name).is_file())
     if missing:
-        raise UserError(f"{index}: missing shards {_some(missing)}; download them again")
-    shards = index.parent.glob(f"{index.name.removesuffix('.safetensors.index.json')}-*")
-    extra = {path.name for path in shards if re.search(r"-\d+-of-\d+\.safetensors$", path.name)}
-    if extra - names:
-        raise UserError(f"{index}: shards not in the index: {_some(sorted(extra - names))}")
-    places = _merge([index.parent / name for name in sorted(names)])
-    wrong = sorted(
-        key
-        for key in weight_map.keys() | places.keys()
-        if key not in places or places[key].file.name != weight_map.get(key)
-    )
-    if wrong:
-        raise UserError(f"{index}: index and shards disagree about tensors {_some(wrong)}")
-    return places
+        stem = index.name.removesuffix(INDEX)
+        found = {path.name for path in index.parent.glob(f"{stem}-*.safetensors")} - names
+        other = f", but there is {min(found)}: the index is of another save" if found else ""
+        raise UserError(
+            f"{index}: missing shards {_some(missing)}{other}; download index and shards again"
+        )
+    return _merge([index.parent / name for name in sorted(names)], copies=True)
 
 
 def _is_inside(folder: Path, name: str) -> bool:
-    """A plain file name of the folder; links may lead only into a hub cache's own blobs."""
-    if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+    """A file under the folder; links may lead only there, or into a hub cache's own blobs."""
+    path = PurePosixPath(name)
+    if not path.parts or ".." in path.parts or path.is_absolute() or re.search(r"[\\\0]", name):
         return False
-    allowed = [folder.resolve()]
+    target, roots = (folder / name).resolve(), [folder.resolve()]
     if folder.absolute().parent.name == "snapshots":
-        allowed.append(folder.absolute().parents[1].resolve() / "blobs")
-    return (folder / name).resolve().parent in allowed
+        roots.append(folder.absolute().parents[1].resolve() / "blobs")
+    return any(target.is_relative_to(root) for root in roots)
 
 
 def _header(file: Path) -> dict[str, _Place]:
@@ -179,7 +203,11 @@ def _header(file: Path) -> dict[str, _Place]:
         raise _pickle_error(file)
     try:
         with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
+            first = stream.read(len(LFS))
+            if first == LFS:
+                raise UserError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull`")
+            stream.seek(8)
+            size = int.from_bytes(first[:8], "little")
             if size > min(MAX_HEADER_BYTES, file.stat().st_size - 8):
                 raise UserError(f"{file}: not a safetensors file, or cut short; copy it again")
             with safe_open(file, "np"):
@@ -229,7 +257,7 @@ def write_sharded(
     stem: str = "model",
     metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Writes `{stem}.safetensors`, or numbered shards and their index, as transformers names them.
+    """Write `{stem}.safetensors`, or numbered shards and their index, as transformers names them.
 
     `infos` (shape and dtype of every tensor) fixes the layout, so `tensors` may come in any order
     and only one is held at a time. `metadata` joins {"format": "pt"} in every header. Returns the
@@ -270,7 +298,7 @@ def write_sharded(
         }
         total = sum(_nbytes(info) for info in infos.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / f"{stem}{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
     return files
 
 
@@ -279,7 +307,7 @@ def _nbytes(info: Info) -> int:
 
 
 def _split(infos: Mapping[str, Info], max_shard_bytes: int) -> list[list[str]]:
-    """Fills shards in the given order; a tensor above the limit gets a shard of its own."""
+    """Fill shards in the given order; a tensor above the limit gets a shard of its own."""
     shards: list[list[str]] = [[]]
     room = max_shard_bytes
     for key, info in infos.items():
@@ -295,7 +323,7 @@ def _split(infos: Mapping[str, Info], max_shard_bytes: int) -> list[list[str]]:
 def _write_header(
     file: Path, infos: Mapping[str, Info], metadata: Mapping[str, str]
 ) -> dict[str, _Place]:
-    """Writes the header and reserves the data; wide dtypes first keeps every tensor aligned."""
+    """Write the header and reserve the data. Wide dtypes first keep every tensor aligned."""
     spans: dict[str, tuple[int, int]] = {}
     end = 0
     for key in sorted(infos, key=lambda key: -np.dtype(infos[key][1]).itemsize):

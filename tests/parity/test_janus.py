@@ -15,7 +15,7 @@ from jaxft.core import params as P
 from jaxft.core.errors import UserError
 from jaxft.models import janus, llama, vqgan
 from jaxft.models.image_decode import generate_codes
-from jaxft.models.janus import Janus, JanusConfig
+from jaxft.models.janus import VISION_DEFAULTS, VQ_DEFAULTS, Janus, JanusConfig
 from jaxft.models.vqgan import VQModel
 from jaxft.nn.sampling import Sampling
 from jaxft.weights import rules, transfer
@@ -183,3 +183,13 @@ def test_a_config_that_is_not_computed(pair, change, words):
     with pytest.raises(UserError, match=r"^here: ") as error:
         JanusConfig.from_hf(config, "here")
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("section", ["vision_config", "vq_config"])
+@pytest.mark.parametrize("value", [None, "2", 0])
+def test_sizes_that_are_no_numbers_are_named(section, value):
+    keys = {"vision_config": VISION_DEFAULTS, "vq_config": VQ_DEFAULTS}[section].keys()
+    for key in keys - {"hidden_act"}:
+        config = {"model_type": "janus", section: {key: value}}
+        with pytest.raises(UserError, match=f"{section}.{key}={value!r}; expected a whole number"):
+            JanusConfig.from_hf(config)

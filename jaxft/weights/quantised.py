@@ -1,0 +1,50 @@
+"""Refusal of checkpoints whose weights are quantised, in one line that names the method."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxft.core.errors import UserError
+
+# Names of tensors that a method leaves beside its weights, for folders whose config.json has none.
+MARKS = (
+    (r".*\.(absmax|nested_absmax|quant_map|quant_state\..+|SCB|weight_format)", "bitsandbytes"),
+    (r".*\.(qweight|qzeros|g_idx)", "gptq or awq"),
+    (r".*\.(weight_packed|weight_shape)", "compressed-tensors"),
+    (r".*\.(weight_scale|weight_scale_inv|weight_scale_2|input_scale)", "fp8"),
+    (r".*experts\.\w+_(blocks|scales)", "mxfp4"),
+    (r".*\.weight(:|_)(qdata|int_data|scale_and_zero)", "torchao"),
+)
+KEYS = ("quantization_config", "compression_config")
+
+
+def refuse_config(config: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a config.json, or one of its sub-configs, that states a quantisation."""
+    inner = (value for value in config.values() if isinstance(value, dict))
+    for one in (config, *inner):
+        for key in KEYS:
+            if stated := one.get(key):
+                raise _error(where, f"{key}: quant_method={_method(stated)!r}")
+
+
+def refuse_tensors(names: Iterable[str], where: str) -> None:
+    """Raise UserError for a checkpoint with the tensors of a quantisation."""
+    for name in names:
+        for pattern, method in MARKS:
+            if re.fullmatch(pattern, name):
+                raise _error(where, f"tensor {name} is of quant_method={method!r}")
+
+
+def _method(stated: Any) -> str:
+    if not isinstance(stated, dict):
+        return str(stated)
+    bits = any(stated.get(f"load_in_{n}bit") for n in (4, 8))  # written before there was a name
+    return str(stated.get("quant_method") or ("bitsandbytes" if bits else "unknown"))
+
+
+def _error(where: str, found: str) -> UserError:
+    return UserError(
+        f"{where}: the weights are quantised ({found}), and only weights of 16 or 32 bits are read;"
+        " give the model that it was made from, mostly the name without -bnb-4bit, -GPTQ, -AWQ,"
+        " -FP8 or the like"
+    )
