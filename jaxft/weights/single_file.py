@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from jaxft.core.errors import UserError
 from jaxft.weights import known_configs as known
-from jaxft.weights.pipeline import INDEX, SCHEDULER, Pipeline, open_pipeline
+from jaxft.weights.locate import INDEX
+from jaxft.weights.pipeline import SCHEDULER, Pipeline, open_pipeline
 from jaxft.weights.relaid import Place, Relaid, relaid
 from jaxft.weights.sources import Source
 from jaxft.weights.tensor_files import TensorFiles, Tensors, write_sharded
