@@ -14,6 +14,7 @@ from jaxft.core.sharding import constrain
 from jaxft.nn.attention import attention
 from jaxft.nn.linear import Embedding, Linear, gather_rows
 from jaxft.nn.norm import LayerNorm
+from jaxft.weights.fields import fields
 from jaxft.weights.rules import Rule
 
 FILE = "text_encoder/config.json"
@@ -64,7 +65,13 @@ class CLIPTextConfig:
 
         It says whether that is CLIPTextModelWithProjection; by default config.architectures does.
         """
-        get = {key: config.get(key, default) for key, default in DEFAULTS.items()}
+        if projects is None:
+            projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+        if config.get("model_type") == "clip":  # a whole CLIPModel, of which this is one half
+            config = config.get("text_config") or {}
+        # A null projection_dim serves where nothing projects.
+        nulls: dict[str, Any] = {} if projects else {"projection_dim": None}
+        get = fields(config, DEFAULTS, nulls, where)
         if get["hidden_act"] not in ACTIVATIONS:
             raise UserError(
                 f"{where}: hidden_act={get['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}"
@@ -76,8 +83,6 @@ class CLIPTextConfig:
                 f"{where}: hidden_size={get['hidden_size']} is no multiple of"
                 f" num_attention_heads={get['num_attention_heads']}"
             )
-        if projects is None:
-            projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
         return cls(
             vocab_size=get["vocab_size"],
             hidden_size=get["hidden_size"],

@@ -71,7 +71,10 @@ class PipelineConfig:
             unet=UNetConfig.from_hf(configs["unet"]),
             vae=VAEConfig.from_hf(configs["vae"]),
             texts=tuple(
-                CLIPTextConfig.from_hf(configs[name], pipeline.projects(name)) for name in names
+                CLIPTextConfig.from_hf(
+                    configs[name], pipeline.projects(name), f"{name}/config.json"
+                )
+                for name in names
             ),
             schedule=Schedule.from_hf({**pipeline.scheduler, **changes, **forced}),
             sdxl=sdxl,
@@ -115,6 +118,14 @@ def _check_fit(cfg: PipelineConfig, name: str) -> None:
         raise UserError(
             f"{name}: the UNet makes {cfg.unet.out_channels} channels, the VAE has"
             f" latent_channels={cfg.vae.latent_channels}; the folder mixes two models"
+        )
+    mean, std = cfg.vae.mean, cfg.vae.std
+    both = len(mean) == len(std) == cfg.vae.latent_channels
+    if (any(mean) or set(std) != {1.0}) and not (cfg.sdxl and both):
+        raise UserError(
+            f"{name}: vae/config.json has shift_factor, latents_mean or latents_std, which the"
+            " pipeline of diffusers does not apply when it samples (SDXL's applies a mean together"
+            " with a std); set them to null"
         )
     if (cfg.unet.added_dim is not None) != cfg.sdxl:
         raise UserError(

@@ -1,10 +1,13 @@
-"""What a Stable Diffusion unet/config.json says, as one frozen dataclass."""
+"""Fields of a Stable Diffusion unet/config.json, as one frozen dataclass."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxft.core.errors import UserError
+from jaxft.weights.fields import fields
+
+FILE = "unet/config.json"
 
 # What diffusers' UNet2DConditionModel assumes where a config.json has no such key.
 DEFAULTS: dict[str, Any] = {
@@ -27,6 +30,18 @@ DEFAULTS: dict[str, Any] = {
     "addition_time_embed_dim": None,
     "projection_class_embeddings_input_dim": None,
     "time_embedding_dim": None,
+}
+# JSON null where diffusers' class can compute with None although its default is another value.
+NULLS: dict[str, Any] = {
+    "center_input_sample": False,
+    "flip_sin_to_cos": False,
+    "dual_cross_attention": False,
+    "use_linear_projection": False,
+    "upcast_attention": False,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
 }
 # Keys whose other values no layer here computes, with what is computed (the default first).
 ONLY: dict[str, tuple] = {
@@ -61,6 +76,15 @@ ONLY: dict[str, tuple] = {
     "cross_attention_norm": (None,),
     "addition_embed_type": (None, "text_time"),
 }
+# Published models that a key's other values belong to.
+BELONGS = {
+    "time_cond_proj_dim": "a latent consistency model, whose guidance is an input; train a LoRA on"
+    " the model that it was distilled from",
+    "encoder_hid_dim": "Kolors, or another model whose text encoder is not CLIP; not supported yet",
+    "num_class_embeds": "an upscaler, whose noise level is an input; not supported yet",
+    "class_embed_type": "unCLIP, whose picture embedding is an input; not supported yet",
+}
+_DEFAULTS = {**{key: values[0] for key, values in ONLY.items()}, **DEFAULTS}
 
 
 @dataclass(frozen=True)
@@ -94,12 +118,15 @@ class UNetConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> "UNetConfig":
         """Read a unet/config.json; absent keys take the defaults of diffusers' class.
 
-        Raises UserError for values that no layer here computes and for widths that do not divide.
+        A null is read as that class reads None. Raises UserError for values that no layer here
+        computes and for widths that do not divide.
         """
+        c = fields(config, _DEFAULTS, NULLS, FILE)
+        if isinstance(c["only_cross_attention"], list | tuple):
+            c["only_cross_attention"] = any(c["only_cross_attention"])  # one entry a level
         for key, values in ONLY.items():
-            if config.get(key, values[0]) not in values:
-                raise _unsupported(key, config[key], " or ".join(map(repr, values)))
-        c = {**DEFAULTS, **config}
+            if c[key] not in values:
+                raise _unsupported(key, c[key], " or ".join(map(repr, values)), BELONGS.get(key))
         channels = tuple(c["block_out_channels"])
         added = c["addition_embed_type"] is not None
         cfg = cls(
@@ -116,7 +143,7 @@ class UNetConfig:
             groups=c["norm_num_groups"],
             eps=c["norm_eps"],
             time_dim=c["time_embedding_dim"] or 4 * channels[0],
-            cos_first=c["flip_sin_to_cos"],
+            cos_first=bool(c["flip_sin_to_cos"]),
             freq_shift=c["freq_shift"],
             added_time_dim=c["addition_time_embed_dim"] if added else None,
             added_dim=c["projection_class_embeddings_input_dim"] if added else None,
@@ -126,8 +153,9 @@ class UNetConfig:
         return cfg
 
 
-def _unsupported(key: str, value: Any, expected: str) -> UserError:
-    return UserError(f"unet/config.json: {key}={value!r} is not supported; expected {expected}")
+def _unsupported(key: str, value: Any, expected: str, of: str | None = None) -> UserError:
+    note = f" (this is {of})" if of else ""
+    return UserError(f"{FILE}: {key}={value!r} is not supported{note}; expected {expected}")
 
 
 def _per_level(key: str, c: Mapping[str, Any], channels: tuple[int, ...]) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from jaxft.nn.conv import (
     runner,
 )
 from jaxft.nn.norm import GroupNorm
+from jaxft.weights.fields import fields
 from jaxft.weights.rules import Rule
 
 FILE = "vae/config.json"
@@ -48,7 +49,12 @@ DEFAULTS: dict[str, Any] = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
+    "sample_size": 32,
 }
+# JSON null where diffusers' class can compute with None although its default is another value.
+NULLS = dict.fromkeys(
+    ("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), False
+)
 
 
 class Levels(Protocol):
@@ -101,7 +107,7 @@ class VAEConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str = FILE) -> "VAEConfig":
         """Read a config.json; UserError where it asks for what is not supported."""
-        get = {key: config.get(key, default) for key, default in DEFAULTS.items()}
+        get = fields(config, DEFAULTS, NULLS, where)
         _check(get, where)
         mean, channels = get["latents_mean"], get["latent_channels"]
         if mean is None:
