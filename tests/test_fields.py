@@ -16,10 +16,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 
 from jaxft.core.errors import UserError
-from jaxft.models import unet_config, vae, vq_config
+from jaxft.models import unet_config, vae_config, vq_config
 from jaxft.models.clip import CLIPTextConfig
 from jaxft.models.unet_config import UNetConfig
-from jaxft.models.vae import VAEConfig
+from jaxft.models.vae_config import VAEConfig
 from jaxft.models.vq_config import VQConfig
 from jaxft.nn import diffusion
 from jaxft.nn.diffusion import Schedule
@@ -84,7 +84,7 @@ def read_vq(config):
 
 CASES = {
     "unet": (UNet2DConditionModel, SDXL, denoised, UNetConfig.from_hf, unet_config.NULLS),
-    "vae": (AutoencoderKL, CODER, reconstructed, VAEConfig.from_hf, vae.NULLS),
+    "vae": (AutoencoderKL, CODER, reconstructed, VAEConfig.from_hf, vae_config.NULLS),
     "vq": (VQModel, CODER, reconstructed, read_vq, vq_config.NULLS),
 }
 

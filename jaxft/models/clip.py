@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
     "eos_token_id": TRUE_EOS,
 }
+VISION = r"vision_model\..*|visual_projection\.weight|logit_scale"  # of a whole CLIPModel
 ACTIVATIONS = ("quick_gelu", "gelu")
 
 
@@ -65,6 +66,11 @@ class CLIPTextConfig:
 
         It says whether that is CLIPTextModelWithProjection; by default config.architectures does.
         """
+        if config.get("model_type", "clip") not in ("clip", "clip_text_model"):
+            raise UserError(
+                f"{where}: model_type={config['model_type']!r} is not supported; expected"
+                " clip_text_model, a CLIP text encoder"
+            )
         if projects is None:
             projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
         if config.get("model_type") == "clip":  # a whole CLIPModel, of which this is one half
@@ -276,8 +282,18 @@ def sizes(cfg: CLIPTextConfig) -> dict[str, int]:
 
 
 def ignore(cfg: CLIPTextConfig) -> tuple[str, ...]:
-    """Tensors that old files hold but no model reads."""
-    return (r"(text_model\.)?embeddings\.position_ids",)
+    """Return regexes of tensors that transformers does not read from a text encoder's file.
+
+    They are position ids of old files, the other half of a whole CLIPModel, layers beyond the
+    config's, and a projection where the model's class has none.
+    """
+    layers = "|".join(map(str, range(cfg.num_layers)))
+    return (
+        r"(text_model\.)?embeddings\.position_ids",
+        rf"(text_model\.)?encoder\.layers\.(?!({layers})\.)\d+\..*",
+        VISION,
+        *(() if cfg.projection_dim is not None else (r"text_projection(\.weight)?",)),
+    )
 
 
 _A, _J = "encoder.layers.{i}.self_attn.", "layers.self_attn."

@@ -115,30 +115,31 @@ class UNetConfig:
     sample_size: int | None
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "UNetConfig":
+    def from_hf(cls, config: Mapping[str, Any], where: str = FILE) -> "UNetConfig":
         """Read a unet/config.json; absent keys take the defaults of diffusers' class.
 
         A null is read as that class reads None. Raises UserError for values that no layer here
         computes and for widths that do not divide.
         """
-        c = fields(config, _DEFAULTS, NULLS, FILE)
+        c = fields(config, _DEFAULTS, NULLS, where)
         if isinstance(c["only_cross_attention"], list | tuple):
             c["only_cross_attention"] = any(c["only_cross_attention"])  # one entry a level
         for key, values in ONLY.items():
             if c[key] not in values:
-                raise _unsupported(key, c[key], " or ".join(map(repr, values)), BELONGS.get(key))
+                note = f" (this is {BELONGS[key]})" if key in BELONGS else ""
+                raise _unsupported(where, key, c[key], " or ".join(map(repr, values)), note)
         channels = tuple(c["block_out_channels"])
         added = c["addition_embed_type"] is not None
         cfg = cls(
             in_channels=c["in_channels"],
             out_channels=c["out_channels"],
             channels=channels,
-            layers=_per_level("layers_per_block", c, channels),
-            heads=_per_level("attention_head_dim", c, channels),
-            depths=_per_level("transformer_layers_per_block", c, channels),
-            context_dims=_per_level("cross_attention_dim", c, channels),
-            down_attends=_attends("down_block_types", c, channels),
-            up_attends=_attends("up_block_types", c, channels),
+            layers=_per_level("layers_per_block", c, channels, where),
+            heads=_per_level("attention_head_dim", c, channels, where),
+            depths=_per_level("transformer_layers_per_block", c, channels, where),
+            context_dims=_per_level("cross_attention_dim", c, channels, where),
+            down_attends=_attends("down_block_types", c, channels, where),
+            up_attends=_attends("up_block_types", c, channels, where),
             linear_projection=bool(c["use_linear_projection"]),
             groups=c["norm_num_groups"],
             eps=c["norm_eps"],
@@ -149,42 +150,46 @@ class UNetConfig:
             added_dim=c["projection_class_embeddings_input_dim"] if added else None,
             sample_size=c["sample_size"],
         )
-        _check_widths(cfg)
+        _check_widths(cfg, where)
         return cfg
 
 
-def _unsupported(key: str, value: Any, expected: str, of: str | None = None) -> UserError:
-    note = f" (this is {of})" if of else ""
-    return UserError(f"{FILE}: {key}={value!r} is not supported{note}; expected {expected}")
+def _unsupported(where: str, key: str, value: Any, expected: str, note: str = "") -> UserError:
+    return UserError(f"{where}: {key}={value!r} is not supported{note}; expected {expected}")
 
 
-def _per_level(key: str, c: Mapping[str, Any], channels: tuple[int, ...]) -> tuple[int, ...]:
+def _per_level(
+    key: str, c: Mapping[str, Any], channels: tuple[int, ...], where: str
+) -> tuple[int, ...]:
     """One int for all levels, or a list with one a level."""
     value = c[key]
     values = (value,) * len(channels) if isinstance(value, int) else tuple(value or ())
     if len(values) != len(channels) or any(type(one) is not int or one < 1 for one in values):
-        raise _unsupported(key, value, f"one integer, or {len(channels)} in a list")
+        raise _unsupported(where, key, value, f"one integer, or {len(channels)} in a list")
     return values
 
 
-def _attends(key: str, c: Mapping[str, Any], channels: tuple[int, ...]) -> tuple[bool, ...]:
+def _attends(
+    key: str, c: Mapping[str, Any], channels: tuple[int, ...], where: str
+) -> tuple[bool, ...]:
     plain = "DownBlock2D" if key.startswith("down") else "UpBlock2D"
     names = tuple(c[key])
     if len(names) != len(channels) or not set(names) <= {plain, "CrossAttn" + plain}:
-        raise _unsupported(key, names, f"{len(channels)} of {plain} and CrossAttn{plain}")
+        raise _unsupported(where, key, names, f"{len(channels)} of {plain} and CrossAttn{plain}")
     return tuple(name != plain for name in names)
 
 
-def _check_widths(cfg: UNetConfig) -> None:
+def _check_widths(cfg: UNetConfig, where: str) -> None:
     for level, width in enumerate(cfg.channels):
         if not cfg.groups or width % cfg.groups:
             expected = f"a divisor of block_out_channels={cfg.channels}"
-            raise _unsupported("norm_num_groups", cfg.groups, expected)
+            raise _unsupported(where, "norm_num_groups", cfg.groups, expected)
         if width % cfg.heads[level]:
             expected = f"numbers of heads that divide block_out_channels={cfg.channels}"
-            raise _unsupported("attention_head_dim", cfg.heads, expected)
+            raise _unsupported(where, "attention_head_dim", cfg.heads, expected)
     if (cfg.added_time_dim is None) != (cfg.added_dim is None):
         raise _unsupported(
+            where,
             "addition_embed_type",
             "text_time",
             "addition_time_embed_dim and projection_class_embeddings_input_dim beside it",

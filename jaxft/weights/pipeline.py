@@ -12,6 +12,8 @@ from safetensors import safe_open
 
 from jaxft.core.errors import UserError
 from jaxft.weights.locate import INDEX, VARIANTS, locate
+from jaxft.weights.refused import check_index
+from jaxft.weights.relaid import Relaid, as_matrices, widened
 from jaxft.weights.sources import SIDE_FILES, Source
 from jaxft.weights.tensor_files import PICKLES, STEMS, Info, TensorFiles, Tensors
 from jaxft.weights.transfer import Part
@@ -87,13 +89,16 @@ def open_pipeline(spec: str, weights: bool = True, variant: str | None = None) -
     Raises UserError naming whatever is absent, unreachable or damaged.
     """
     folder = locate(spec, INDEX, weights, variant)
-    index = _json(folder / INDEX)
-    named = {key for key in COMPONENTS if _names(index, key)}
-    if missing := sorted({"unet", "vae", "text_encoder"} - named):
+    if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
+        found = _json(folder / "config.json")
         raise UserError(
-            f"{folder / INDEX}: {index.get('_class_name')} names no {', '.join(missing)}; expected "
-            "a StableDiffusionPipeline or StableDiffusionXLPipeline"
+            f"{folder}: no {INDEX}, but config.json of a"
+            f" {found.get('_class_name') or found.get('model_type')}; give a whole pipeline folder"
+            " (an AutoencoderKL alone trains with task=autoencoder)"
         )
+    index = _json(folder / INDEX)
+    check_index(index, folder / INDEX)
+    named = {key for key in COMPONENTS if _names(index, key)}
     return Pipeline(
         name=spec,
         index=index,
@@ -123,7 +128,14 @@ def open_component(
 
 def _component(name: str, folder: Path, weights: bool, variant: str | None) -> Source:
     config = _json(folder / "config.json")
-    files = _weight_files(folder, variant) if weights else {}
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(
+            f"{folder / 'config.json'}: quantization_config of {method!r}; quantised weights are"
+            " not supported, so give the model as it was before"
+        )
+    stems = STEMS if "model_type" in config else STEMS[::-1]
+    files = _weight_files(folder, variant, stems) if weights else {}
     tensors = _open_weights(folder, files, variant) if weights else None
     side = {"config.json": folder / "config.json", **files}
     return Source(name, config, tensors, side, folder)
@@ -138,32 +150,43 @@ def _open_weights(folder: Path, files: Files, variant: str | None) -> Tensors:
             f"{folder}: found no {STEMS[0]}.safetensors or {STEMS[1]}.safetensors{which}; give a "
             "folder saved by save_pretrained, with its weights"
         )
-    paths = [path for path in files.values() if isinstance(path, Path)]
-    return TensorFiles.open(folder if len(paths) == len(files) > 1 else paths)
+    # As in diffusers and transformers, an index names shards and no more: all their tensors count.
+    shards = [path for path in files.values() if isinstance(path, Path) and path.suffix != ".json"]
+    return widened(as_matrices(TensorFiles.open(shards)))
 
 
-def _weight_files(folder: Path, variant: str | None) -> Files:
-    """The weights of a folder under the names without a variant; nothing where there are none."""
-    for infix in (variant,) if variant is not None else VARIANTS:
-        for stem in STEMS:
+def _weight_files(folder: Path, variant: str | None, stems: Sequence[str] = STEMS) -> Files:
+    """Return the weights of a folder under the names without a variant, or nothing.
+
+    `stems` are the library's own name first: of two files with weights, it reads that one. Where
+    there are shards and a single file, diffusers reads the shards, transformers the single file.
+    """
+    for stem in stems:
+        for infix in (variant,) if variant is not None else VARIANTS:
             dotted = f".{infix}" if infix else ""
             single = folder / f"{stem}{dotted}.safetensors"
             index = folder / f"{stem}.safetensors.index{dotted}.json"
+            if index.is_file() and not (single.is_file() and stem == STEMS[0]):
+                return _sharded(index, stem, dotted)
             if single.is_file():
                 return {f"{stem}.safetensors": single}
-            if index.is_file():
-                return _sharded(index, stem, dotted)
     return {}
 
 
 def _sharded(index: Path, stem: str, dotted: str) -> Files:
     plain = f"{stem}.safetensors.index.json"
     content = _json(index)
-    names = sorted(set(content.get("weight_map", {}).values()))
+    places = content.get("weight_map")
+    names = list(places.values()) if isinstance(places, dict) else []
     if not names or any(not isinstance(name, str) or "/" in name for name in names):
         raise UserError(f"{index}: expected an object 'weight_map' from tensor to shard beside it")
+    names = sorted(set(names))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise UserError(f"{index}: missing shards {', '.join(missing)}; download them again")
+        single = index.parent / f"{stem}{dotted}.safetensors"
+        or_else = f", or delete the index if {single.name} is whole" if single.is_file() else ""
+        raise UserError(
+            f"{index}: missing shards {', '.join(missing)}; download them again{or_else}"
+        )
     if not dotted:
         return {plain: index, **{name: index.parent / name for name in names}}
     content["weight_map"] = {k: v.replace(dotted, "", 1) for k, v in content["weight_map"].items()}
@@ -220,7 +243,9 @@ def must_rewrite(pipeline: Pipeline) -> frozenset[str]:
     return frozenset(
         name
         for name, source in pipeline.components.items()
-        if _lacks_prefix(source.tensors) or _lacks_format(source)
+        if isinstance(source.tensors, Relaid)
+        or _lacks_prefix(source.tensors)
+        or _lacks_format(source)
     )
 
 
@@ -258,8 +283,8 @@ def legacy_part(one: Part) -> Part:
     """A Part whose text encoder has the keys of transformers 4, whoever saved it; others as is."""
     if one.tensors is None or not _lacks_prefix(one.tensors):
         return one
-    names = one.tensors.keys()
-    old = {(k if k.startswith("text_projection") else LEGACY + k): k for k in names}
+    text = ("embeddings.", "encoder.", "final_layer_norm.")
+    old = {(LEGACY + k if k.startswith(text) else k): k for k in one.tensors.keys()}  # noqa: SIM118
     return one._replace(tensors=Renamed(one.tensors, old))
 
 
