@@ -177,7 +177,8 @@ def _sharded(index: Path, stem: str, dotted: str) -> Files:
     plain = f"{stem}.safetensors.index.json"
     content = _json(index)
     places = content.get("weight_map")
-    names = list(places.values()) if isinstance(places, dict) else []
+    places = places if isinstance(places, dict) else {}
+    names = list(places.values())
     if not names or any(not isinstance(name, str) or "/" in name for name in names):
         raise UserError(f"{index}: expected an object 'weight_map' from tensor to shard beside it")
     names = sorted(set(names))
@@ -187,11 +188,12 @@ def _sharded(index: Path, stem: str, dotted: str) -> Files:
         raise UserError(
             f"{index}: missing shards {', '.join(missing)}; download them again{or_else}"
         )
-    if not dotted:
+    if not dotted and isinstance(content.get("metadata"), dict):
         return {plain: index, **{name: index.parent / name for name in names}}
-    content["weight_map"] = {k: v.replace(dotted, "", 1) for k, v in content["weight_map"].items()}
+    content = {"metadata": {}, **{k: v for k, v in content.items() if v is not None}}
+    content["weight_map"] = {key: name.replace(dotted, "", 1) for key, name in places.items()}
     shards = {name.replace(dotted, "", 1): index.parent / name for name in names}
-    return {plain: _dump(content), **shards}
+    return {plain: _dump(content), **shards}  # diffusers fails without metadata
 
 
 def _other_files(
