@@ -15,7 +15,8 @@ from jaxft.models import clip, ldm, unet, vae
 from jaxft.models.clip import CLIPText, CLIPTextConfig
 from jaxft.models.unet import UNet
 from jaxft.models.unet_config import UNetConfig
-from jaxft.models.vae import VAE, VAEConfig
+from jaxft.models.vae import VAE
+from jaxft.models.vae_config import VAEConfig
 from jaxft.weights import pipeline as pipelines
 from jaxft.weights import single_file, transfer
 from jaxft.weights.known_configs import COMPONENTS

@@ -140,8 +140,9 @@ def test_a_unet_of_another_width_needs_its_configs(tmp_path, width):
 
 
 def test_a_file_that_is_no_whole_checkpoint_is_named(tmp_path):
-    arrays = {"lora_unet_x.lora_down.weight": np.zeros((1, 1), np.float32)}
-    infos = {key: (array.shape, array.dtype) for key, array in arrays.items()}
-    write_sharded(tmp_path, arrays.items(), infos)
-    with pytest.raises(UserError, match=r"model\.safetensors: no whole SD 1, SD 2 or SDXL"):
-        open_single_file(str(tmp_path / "model.safetensors"))
+    for key, words in (("x", "no whole SD 1, SD 2 or SDXL"), ("lora_unet_x.alpha", "a LoRA; give")):
+        arrays = {key: np.zeros((1, 1), np.float32)}
+        infos = {key: (array.shape, array.dtype) for key, array in arrays.items()}
+        write_sharded(tmp_path, arrays.items(), infos)
+        with pytest.raises(UserError, match=rf"model\.safetensors: .*{words}"):
+            open_single_file(str(tmp_path / "model.safetensors"))

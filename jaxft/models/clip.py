@@ -14,6 +14,7 @@ from jaxft.core.sharding import constrain
 from jaxft.nn.attention import attention
 from jaxft.nn.linear import Embedding, Linear, gather_rows
 from jaxft.nn.norm import LayerNorm
+from jaxft.weights.fields import fields
 from jaxft.weights.rules import Rule
 
 FILE = "text_encoder/config.json"
@@ -34,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
     "eos_token_id": TRUE_EOS,
 }
+VISION = r"vision_model\..*|visual_projection\.weight|logit_scale"  # of a whole CLIPModel
 ACTIVATIONS = ("quick_gelu", "gelu")
 
 
@@ -64,7 +66,18 @@ class CLIPTextConfig:
 
         It says whether that is CLIPTextModelWithProjection; by default config.architectures does.
         """
-        get = {key: config.get(key, default) for key, default in DEFAULTS.items()}
+        if config.get("model_type", "clip") not in ("clip", "clip_text_model"):
+            raise UserError(
+                f"{where}: model_type={config['model_type']!r} is not supported; expected"
+                " clip_text_model, a CLIP text encoder"
+            )
+        if projects is None:
+            projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+        if config.get("model_type") == "clip":  # a whole CLIPModel, of which this is one half
+            config = config.get("text_config") or {}
+        # A null projection_dim serves where nothing projects.
+        nulls: dict[str, Any] = {} if projects else {"projection_dim": None}
+        get = fields(config, DEFAULTS, nulls, where)
         if get["hidden_act"] not in ACTIVATIONS:
             raise UserError(
                 f"{where}: hidden_act={get['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}"
@@ -76,8 +89,6 @@ class CLIPTextConfig:
                 f"{where}: hidden_size={get['hidden_size']} is no multiple of"
                 f" num_attention_heads={get['num_attention_heads']}"
             )
-        if projects is None:
-            projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
         return cls(
             vocab_size=get["vocab_size"],
             hidden_size=get["hidden_size"],
@@ -271,8 +282,18 @@ def sizes(cfg: CLIPTextConfig) -> dict[str, int]:
 
 
 def ignore(cfg: CLIPTextConfig) -> tuple[str, ...]:
-    """Tensors that old files hold but no model reads."""
-    return (r"(text_model\.)?embeddings\.position_ids",)
+    """Return regexes of tensors that transformers does not read from a text encoder's file.
+
+    They are position ids of old files, the other half of a whole CLIPModel, layers beyond the
+    config's, and a projection where the model's class has none.
+    """
+    layers = "|".join(map(str, range(cfg.num_layers)))
+    return (
+        r"(text_model\.)?embeddings\.position_ids",
+        rf"(text_model\.)?encoder\.layers\.(?!({layers})\.)\d+\..*",
+        VISION,
+        *(() if cfg.projection_dim is not None else (r"text_projection(\.weight)?",)),
+    )
 
 
 _A, _J = "encoder.layers.{i}.self_attn.", "layers.self_attn."

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from jaxft.models.clip import CLIPTextConfig
+from jaxft.models import clip
+from jaxft.models.clip import VISION, CLIPTextConfig
 from jaxft.models.unet_config import UNetConfig
-from jaxft.models.vae import VAEConfig
+from jaxft.models.vae_config import VAEConfig
 from jaxft.weights.pipeline import Pipeline, open_pipeline
 from jaxft.weights.single_file import TEXT, UNET, Layout, as_diffusers, open_single_file
 from jaxft.weights.single_file import VAE as FIRST_STAGE
@@ -150,13 +151,14 @@ def vae_layout(cfg: VAEConfig) -> Layout:
     resnets = {ours: theirs for ours, theirs in names.items() if ".resnets." in ours}
     for ours, theirs in resnets.items():
         names[f"{ours}.conv_shortcut"] = f"{theirs}.nin_shortcut"
-    return Layout(FIRST_STAGE, names, arrows)
+    # Losses and averages of LDM's training, which no reader takes.
+    return Layout(FIRST_STAGE, names, arrows, ignore=r"(loss|model_ema)\..*")
 
 
 def clip_layout(cfg: CLIPTextConfig, prefix: str) -> Layout:
     """transformers' own names after `…transformer.`; open_clip's after `…model.`, q, k, v fused."""
     if prefix.endswith("transformer."):
-        return Layout(prefix, {})
+        return Layout(prefix, {}, ignore=VISION)
     names = {
         "text_model.embeddings.token_embedding": "token_embedding",
         "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -166,9 +168,9 @@ def clip_layout(cfg: CLIPTextConfig, prefix: str) -> Layout:
         ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
         names |= {f"{ours}.{one}": f"{theirs}.{other}" for one, other in OPEN_CLIP.items()}
     # SD 2 reads the last layer but one: the file's last block serves nothing.
-    ignore = r"logit_scale|attn_mask|.*position_ids"
+    ignore = "|".join((r"attn_mask|.*position_ids", *clip.ignore(cfg)))
     ignore = rf"{ignore}|transformer\.resblocks\.{cfg.num_layers}\..*"
     if cfg.projection_dim is None:
-        return Layout(prefix, names, fused=True, ignore=rf"{ignore}|text_projection")
+        return Layout(prefix, names, fused=True, ignore=ignore)
     names["text_projection.weight"] = "text_projection"
     return Layout(prefix, names, {"text_projection.weight": "d p -> p d"}, True, ignore)

@@ -12,8 +12,11 @@ from jaxft.core.errors import UserError
 from jaxft.models import clip, unet, vae
 from jaxft.models.clip import CLIPText, CLIPTextConfig
 from jaxft.models.unet import Added, UNet
+from jaxft.models.unet_config import FILE as UNET_FILE
 from jaxft.models.unet_config import UNetConfig
-from jaxft.models.vae import VAE, VAEConfig
+from jaxft.models.vae import VAE
+from jaxft.models.vae_config import FILE as VAE_FILE
+from jaxft.models.vae_config import VAEConfig
 from jaxft.nn.diffusion import CHOICES, ZERO_SNR, Schedule
 from jaxft.nn.samplers import Sampler, denoise, guide, guide_edit
 from jaxft.weights.pipeline import SCHEDULER, TEXT_ENCODERS, Pipeline, legacy_part, part
@@ -68,12 +71,17 @@ class PipelineConfig:
         names = [name for name in TEXT_ENCODERS if name in pipeline.components]
         configs = {name: source.config for name, source in pipeline.components.items()}
         cfg = cls(
-            unet=UNetConfig.from_hf(configs["unet"]),
-            vae=VAEConfig.from_hf(configs["vae"]),
+            unet=UNetConfig.from_hf(configs["unet"], f"{pipeline.name}/{UNET_FILE}"),
+            vae=VAEConfig.from_hf(configs["vae"], f"{pipeline.name}/{VAE_FILE}"),
             texts=tuple(
-                CLIPTextConfig.from_hf(configs[name], pipeline.projects(name)) for name in names
+                CLIPTextConfig.from_hf(
+                    configs[name], pipeline.projects(name), f"{pipeline.name}/{name}/config.json"
+                )
+                for name in names
             ),
-            schedule=Schedule.from_hf({**pipeline.scheduler, **changes, **forced}),
+            schedule=Schedule.from_hf(
+                {**pipeline.scheduler, **changes, **forced}, f"{pipeline.name}/{SCHEDULER}"
+            ),
             sdxl=sdxl,
             zero_null=sdxl and bool(pipeline.index.get("force_zeros_for_empty_prompt", True)),
             scheduler=tuple(changes.items()),
@@ -115,6 +123,14 @@ def _check_fit(cfg: PipelineConfig, name: str) -> None:
         raise UserError(
             f"{name}: the UNet makes {cfg.unet.out_channels} channels, the VAE has"
             f" latent_channels={cfg.vae.latent_channels}; the folder mixes two models"
+        )
+    mean, std = cfg.vae.mean, cfg.vae.std
+    both = len(mean) == len(std) == cfg.vae.latent_channels
+    if (any(mean) or set(std) != {1.0}) and not (cfg.sdxl and both):
+        raise UserError(
+            f"{name}: vae/config.json has shift_factor, latents_mean or latents_std, which the"
+            " pipeline of diffusers does not apply when it samples (SDXL's applies a mean together"
+            " with a std); set them to null"
         )
     if (cfg.unet.added_dim is not None) != cfg.sdxl:
         raise UserError(

@@ -1,10 +1,13 @@
-"""What a Stable Diffusion unet/config.json says, as one frozen dataclass."""
+"""Fields of a Stable Diffusion unet/config.json, as one frozen dataclass."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxft.core.errors import UserError
+from jaxft.weights.fields import fields
+
+FILE = "unet/config.json"
 
 # What diffusers' UNet2DConditionModel assumes where a config.json has no such key.
 DEFAULTS: dict[str, Any] = {
@@ -27,6 +30,18 @@ DEFAULTS: dict[str, Any] = {
     "addition_time_embed_dim": None,
     "projection_class_embeddings_input_dim": None,
     "time_embedding_dim": None,
+}
+# JSON null where diffusers' class can compute with None although its default is another value.
+NULLS: dict[str, Any] = {
+    "center_input_sample": False,
+    "flip_sin_to_cos": False,
+    "dual_cross_attention": False,
+    "use_linear_projection": False,
+    "upcast_attention": False,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
 }
 # Keys whose other values no layer here computes, with what is computed (the default first).
 ONLY: dict[str, tuple] = {
@@ -61,6 +76,15 @@ ONLY: dict[str, tuple] = {
     "cross_attention_norm": (None,),
     "addition_embed_type": (None, "text_time"),
 }
+# Published models that a key's other values belong to.
+BELONGS = {
+    "time_cond_proj_dim": "a latent consistency model, whose guidance is an input; train a LoRA on"
+    " the model that it was distilled from",
+    "encoder_hid_dim": "Kolors, or another model whose text encoder is not CLIP; not supported yet",
+    "num_class_embeds": "an upscaler, whose noise level is an input; not supported yet",
+    "class_embed_type": "unCLIP, whose picture embedding is an input; not supported yet",
+}
+_DEFAULTS = {**{key: values[0] for key, values in ONLY.items()}, **DEFAULTS}
 
 
 @dataclass(frozen=True)
@@ -91,72 +115,81 @@ class UNetConfig:
     sample_size: int | None
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "UNetConfig":
+    def from_hf(cls, config: Mapping[str, Any], where: str = FILE) -> "UNetConfig":
         """Read a unet/config.json; absent keys take the defaults of diffusers' class.
 
-        Raises UserError for values that no layer here computes and for widths that do not divide.
+        A null is read as that class reads None. Raises UserError for values that no layer here
+        computes and for widths that do not divide.
         """
+        c = fields(config, _DEFAULTS, NULLS, where)
+        if isinstance(c["only_cross_attention"], list | tuple):
+            c["only_cross_attention"] = any(c["only_cross_attention"])  # one entry a level
         for key, values in ONLY.items():
-            if config.get(key, values[0]) not in values:
-                raise _unsupported(key, config[key], " or ".join(map(repr, values)))
-        c = {**DEFAULTS, **config}
+            if c[key] not in values:
+                note = f" (this is {BELONGS[key]})" if key in BELONGS else ""
+                raise _unsupported(where, key, c[key], " or ".join(map(repr, values)), note)
         channels = tuple(c["block_out_channels"])
         added = c["addition_embed_type"] is not None
         cfg = cls(
             in_channels=c["in_channels"],
             out_channels=c["out_channels"],
             channels=channels,
-            layers=_per_level("layers_per_block", c, channels),
-            heads=_per_level("attention_head_dim", c, channels),
-            depths=_per_level("transformer_layers_per_block", c, channels),
-            context_dims=_per_level("cross_attention_dim", c, channels),
-            down_attends=_attends("down_block_types", c, channels),
-            up_attends=_attends("up_block_types", c, channels),
+            layers=_per_level("layers_per_block", c, channels, where),
+            heads=_per_level("attention_head_dim", c, channels, where),
+            depths=_per_level("transformer_layers_per_block", c, channels, where),
+            context_dims=_per_level("cross_attention_dim", c, channels, where),
+            down_attends=_attends("down_block_types", c, channels, where),
+            up_attends=_attends("up_block_types", c, channels, where),
             linear_projection=bool(c["use_linear_projection"]),
             groups=c["norm_num_groups"],
             eps=c["norm_eps"],
             time_dim=c["time_embedding_dim"] or 4 * channels[0],
-            cos_first=c["flip_sin_to_cos"],
+            cos_first=bool(c["flip_sin_to_cos"]),
             freq_shift=c["freq_shift"],
             added_time_dim=c["addition_time_embed_dim"] if added else None,
             added_dim=c["projection_class_embeddings_input_dim"] if added else None,
             sample_size=c["sample_size"],
         )
-        _check_widths(cfg)
+        _check_widths(cfg, where)
         return cfg
 
 
-def _unsupported(key: str, value: Any, expected: str) -> UserError:
-    return UserError(f"unet/config.json: {key}={value!r} is not supported; expected {expected}")
+def _unsupported(where: str, key: str, value: Any, expected: str, note: str = "") -> UserError:
+    return UserError(f"{where}: {key}={value!r} is not supported{note}; expected {expected}")
 
 
-def _per_level(key: str, c: Mapping[str, Any], channels: tuple[int, ...]) -> tuple[int, ...]:
+def _per_level(
+    key: str, c: Mapping[str, Any], channels: tuple[int, ...], where: str
+) -> tuple[int, ...]:
     """One int for all levels, or a list with one a level."""
     value = c[key]
     values = (value,) * len(channels) if isinstance(value, int) else tuple(value or ())
     if len(values) != len(channels) or any(type(one) is not int or one < 1 for one in values):
-        raise _unsupported(key, value, f"one integer, or {len(channels)} in a list")
+        raise _unsupported(where, key, value, f"one integer, or {len(channels)} in a list")
     return values
 
 
-def _attends(key: str, c: Mapping[str, Any], channels: tuple[int, ...]) -> tuple[bool, ...]:
+def _attends(
+    key: str, c: Mapping[str, Any], channels: tuple[int, ...], where: str
+) -> tuple[bool, ...]:
     plain = "DownBlock2D" if key.startswith("down") else "UpBlock2D"
     names = tuple(c[key])
     if len(names) != len(channels) or not set(names) <= {plain, "CrossAttn" + plain}:
-        raise _unsupported(key, names, f"{len(channels)} of {plain} and CrossAttn{plain}")
+        raise _unsupported(where, key, names, f"{len(channels)} of {plain} and CrossAttn{plain}")
     return tuple(name != plain for name in names)
 
 
-def _check_widths(cfg: UNetConfig) -> None:
+def _check_widths(cfg: UNetConfig, where: str) -> None:
     for level, width in enumerate(cfg.channels):
         if not cfg.groups or width % cfg.groups:
             expected = f"a divisor of block_out_channels={cfg.channels}"
-            raise _unsupported("norm_num_groups", cfg.groups, expected)
+            raise _unsupported(where, "norm_num_groups", cfg.groups, expected)
         if width % cfg.heads[level]:
             expected = f"numbers of heads that divide block_out_channels={cfg.channels}"
-            raise _unsupported("attention_head_dim", cfg.heads, expected)
+            raise _unsupported(where, "attention_head_dim", cfg.heads, expected)
     if (cfg.added_time_dim is None) != (cfg.added_dim is None):
         raise _unsupported(
+            where,
             "addition_embed_type",
             "text_time",
             "addition_time_embed_dim and projection_class_embeddings_input_dim beside it",

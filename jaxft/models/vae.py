@@ -1,17 +1,16 @@
 """AutoencoderKL: images to latents and back, of SD 1.x, 2.x, SDXL and the 16-channel models."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from itertools import zip_longest
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxft.core.errors import UserError
 from jaxft.core.sharding import constrain
+from jaxft.models.vae_config import VAEConfig
 from jaxft.nn.attention import attention
 from jaxft.nn.conv import (
     BOTTOM_RIGHT,
@@ -26,29 +25,7 @@ from jaxft.nn.conv import (
 from jaxft.nn.norm import GroupNorm
 from jaxft.weights.rules import Rule
 
-FILE = "vae/config.json"
 EPS = 1e-6  # of every norm; no config.json says it
-
-# What diffusers' AutoencoderKL assumes where a config.json has no such key.
-DEFAULTS: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ("DownEncoderBlock2D",),
-    "up_block_types": ("UpDecoderBlock2D",),
-    "block_out_channels": (64,),
-    "layers_per_block": 1,
-    "act_fn": "silu",
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "scaling_factor": 0.18215,
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-    "force_upcast": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-}
 
 
 class Levels(Protocol):
@@ -78,106 +55,6 @@ class Levels(Protocol):
     def down_attends(self) -> tuple[bool, ...]: ...
     @property
     def up_attends(self) -> tuple[bool, ...]: ...
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """One autoencoder, and how its latents become the diffusion model's (`scale`, `unscale`)."""
-
-    in_channels: int
-    out_channels: int
-    latent_channels: int
-    widths: tuple[int, ...]
-    layers: int
-    groups: int
-    mid_attention: bool
-    quant_conv: bool
-    post_quant_conv: bool
-    force_upcast: bool  # fp16 overflows; bf16 does not
-    scaling_factor: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any], where: str = FILE) -> "VAEConfig":
-        """Read a config.json; UserError where it asks for what is not supported."""
-        get = {key: config.get(key, default) for key, default in DEFAULTS.items()}
-        _check(get, where)
-        mean, channels = get["latents_mean"], get["latent_channels"]
-        if mean is None:
-            mean = (get["shift_factor"] or 0.0,)
-        return cls(
-            in_channels=get["in_channels"],
-            out_channels=get["out_channels"],
-            latent_channels=channels,
-            widths=tuple(get["block_out_channels"]),
-            layers=get["layers_per_block"],
-            groups=get["norm_num_groups"],
-            mid_attention=get["mid_block_add_attention"],
-            quant_conv=get["use_quant_conv"],
-            post_quant_conv=get["use_post_quant_conv"],
-            force_upcast=get["force_upcast"],
-            scaling_factor=get["scaling_factor"],
-            mean=tuple(mean),
-            std=tuple(get["latents_std"] or (1.0,)),
-        )
-
-    @property
-    def factor(self) -> int:
-        """Pixels a latent, in each direction."""
-        return 2 ** (len(self.widths) - 1)
-
-    @property
-    def moments(self) -> int:
-        """Mean and log variance of each latent channel."""
-        return 2 * self.latent_channels
-
-    @property
-    def down_attends(self) -> tuple[bool, ...]:
-        """Only the middle has attention."""
-        return (False,) * len(self.widths)
-
-    @property
-    def up_attends(self) -> tuple[bool, ...]:
-        """As `down_attends`."""
-        return self.down_attends
-
-    def scale(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
-        """The VAE's latents as the diffusion model sees them: (z - mean) scaling_factor / std."""
-        mean, std = jnp.array(self.mean, latents.dtype), jnp.array(self.std, latents.dtype)
-        return (latents - mean) * (self.scaling_factor / std)
-
-    def unscale(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
-        """The inverse of `scale`, for decoding."""
-        mean, std = jnp.array(self.mean, latents.dtype), jnp.array(self.std, latents.dtype)
-        return latents * (std / self.scaling_factor) + mean
-
-
-def _check(get: Mapping[str, Any], where: str) -> None:
-    """Refuse what would silently compute something else."""
-    levels = len(get["block_out_channels"])
-    for key, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
-        if tuple(get[f"{key}_block_types"]) != (kind,) * levels:
-            raise UserError(
-                f"{where}: {key}_block_types={list(get[f'{key}_block_types'])} is not supported;"
-                f" it has to be {kind} for each of the {levels} block_out_channels"
-            )
-    if get["act_fn"] not in ("silu", "swish"):
-        raise UserError(f"{where}: act_fn={get['act_fn']!r} is not supported; it has to be silu")
-    for width in get["block_out_channels"]:
-        if width % get["norm_num_groups"]:
-            raise UserError(
-                f"{where}: block_out_channels has {width}, which norm_num_groups="
-                f"{get['norm_num_groups']} does not divide"
-            )
-    if get["shift_factor"] and get["latents_mean"]:
-        raise UserError(f"{where}: shift_factor and latents_mean are both set; keep one of them")
-    for key in ("latents_mean", "latents_std"):
-        if get[key] and len(get[key]) != get["latent_channels"]:
-            raise UserError(
-                f"{where}: {key} has {len(get[key])} numbers for"
-                f" latent_channels={get['latent_channels']}"
-            )
 
 
 class Moments(NamedTuple):

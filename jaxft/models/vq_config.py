@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.core.errors import UserError
+from jaxft.weights.fields import fields
 
 FILE = "config.json"
 JANUS, DIFFUSERS = "janus_vqgan", "VQModel"
@@ -48,6 +49,8 @@ DIFFUSERS_DEFAULTS: dict[str, Any] = {
     "mid_block_add_attention": True,
     L2: False,
 }
+# JSON null where diffusers' class can compute with None although its default is another value.
+NULLS = {"mid_block_add_attention": False}
 ATTENDS = {
     "DownEncoderBlock2D": False,
     "AttnDownEncoderBlock2D": True,
@@ -135,7 +138,7 @@ def check_codes(codes: np.ndarray, cfg: VQConfig, where: str) -> None:
 
 
 def _from_janus(config: Mapping[str, Any], where: str) -> VQConfig:
-    get = {key: config.get(key, default) for key, default in JANUS_DEFAULTS.items()}
+    get = fields(config, JANUS_DEFAULTS, {}, where)
     for key in ("double_latent", "dropout"):
         if get[key]:
             raise UserError(f"{where}: {key}={get[key]!r} is not supported; set it to 0")
@@ -167,7 +170,7 @@ def _from_janus(config: Mapping[str, Any], where: str) -> VQConfig:
 
 
 def _from_diffusers(config: Mapping[str, Any], where: str) -> VQConfig:
-    get = {key: config.get(key, default) for key, default in DIFFUSERS_DEFAULTS.items()}
+    get = fields(config, DIFFUSERS_DEFAULTS, NULLS, where)
     for key, allowed in (("act_fn", ("silu", "swish")), ("norm_type", ("group",)), (L2, (False,))):
         if get[key] not in allowed:
             raise UserError(

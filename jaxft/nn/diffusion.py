@@ -15,10 +15,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.core.errors import UserError
+from jaxft.weights.fields import fields
 
 FILE = "scheduler_config.json"
 
-# What diffusers' scheduler classes assume where a scheduler_config.json has no such key.
+# Defaults of diffusers' scheduler classes for keys that a scheduler_config.json lacks.
 DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
@@ -36,6 +37,34 @@ DEFAULTS: dict[str, Any] = {
     "lower_order_final": True,
     "euler_at_final": False,
 }
+# Other defaults of single classes, as far as training reads them.
+_NARROW = {"beta_start": 0.00085, "beta_end": 0.012}
+CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "HeunDiscreteScheduler": _NARROW,
+    "KDPM2DiscreteScheduler": _NARROW,
+    "KDPM2AncestralDiscreteScheduler": _NARROW,
+    "LCMScheduler": {**_NARROW, "beta_schedule": "scaled_linear"},
+    "TCDScheduler": {**_NARROW, "beta_schedule": "scaled_linear"},
+}
+# Classes without the betas of DDPM, by the beginning of their names, and models that have them.
+OTHER_NOISE = {
+    "FlowMatch": "flow matching, as in SD 3 and FLUX",
+    "EDM": "EDM, as in playground-v2.5 and CosXL",
+    "CMStochastic": "a consistency model",
+    "ScoreSde": "a score SDE",
+    "VQDiffusion": "discrete noise",
+}
+# JSON null where diffusers' classes can compute with None although the default is another value.
+NULLS: dict[str, Any] = dict.fromkeys(
+    (
+        "rescale_betas_zero_snr",
+        "set_alpha_to_one",
+        "clip_sample",
+        "lower_order_final",
+        "euler_at_final",
+    ),
+    False,
+)
 CHOICES = {
     "beta_schedule": ("linear", "scaled_linear"),
     "prediction_type": ("epsilon", "v_prediction"),
@@ -51,7 +80,7 @@ PLAIN = {
     "use_lu_lambdas": (False, None),
     "use_flow_sigmas": (False, None),
     "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
+    "timestep_type": ("discrete", None),
     "algorithm_type": ("dpmsolver++", "deis"),
     "solver_type": ("midpoint", "bh1", "bh2", "logrho"),
     "solver_order": (2,),
@@ -89,16 +118,18 @@ class Schedule:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str = FILE) -> "Schedule":
-        """Read a scheduler_config.json; UserError where it asks for what is not supported."""
+        """Read a scheduler_config.json; UserError where it asks for what is not supported.
+
+        Absent keys take the defaults of the class that the file names. A null is read as diffusers
+        reads None.
+        """
         name = str(config.get("_class_name", ""))
-        if name.startswith(("FlowMatch", "EDM")):
-            raise UserError(f"{where}: {name} has no DDPM betas; Stable Diffusion needs them")
-        get = {key: config.get(key, default) for key, default in DEFAULTS.items()}
-        for key, allowed in CHOICES.items():
-            value = config.get(key, DEFAULTS.get(key))
-            if value not in allowed:
-                named = ", ".join(str(one) for one in allowed if one is not None)
-                raise UserError(f"{where}: {key}={value!r} is not supported; it can be {named}")
+        if kind := next((OTHER_NOISE[one] for one in OTHER_NOISE if name.startswith(one)), None):
+            raise UserError(
+                f"{where}: {name} has no DDPM betas (its noise is {kind}), and jaxft trains DDPM"
+                " noise only; give a Stable Diffusion 1.x, 2.x or XL folder"
+            )
+        get = _read(config, name, where)
         if get["rescale_betas_zero_snr"] and get["prediction_type"] == "epsilon":
             raise UserError(
                 f"{where}: rescale_betas_zero_snr with prediction_type=epsilon cannot work (nothing"
@@ -143,6 +174,25 @@ class Schedule:
     def snr(self) -> np.ndarray:
         """Signal to noise ratio alpha_bar / (1 - alpha_bar) at each timestep, fp64."""
         return self.alphas_bar / (1.0 - self.alphas_bar)
+
+
+def _read(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """Return the value of each of DEFAULTS; UserError for one that is none of its CHOICES."""
+    defaults = {**DEFAULTS, **CLASS_DEFAULTS.get(name, {})}
+    given = config.get("trained_betas") is not None
+    unused = ("beta_start", "beta_end", "beta_schedule") if given else ()
+    unused += () if config.get("clip_sample", True) else ("clip_sample_range",)
+    nulls = {**NULLS, **{key: defaults[key] for key in unused}}
+    get = fields(config, defaults, nulls, where)
+    for key, allowed in CHOICES.items():
+        value = get.get(key, config.get(key, False))
+        if value in allowed and (value is not None or key not in config or key == "thresholding"):
+            continue
+        if key in unused:
+            continue
+        named = ", ".join(str(one) for one in allowed if one is not None)
+        raise UserError(f"{where}: {key}={value!r} is not supported; it can be {named}")
+    return get
 
 
 def zero_terminal_snr(alphas_bar: np.ndarray) -> np.ndarray:

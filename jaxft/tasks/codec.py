@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params
 from jaxft.models import vae, vqgan
-from jaxft.models.vae import VAE, VAEConfig
+from jaxft.models.vae import VAE
+from jaxft.models.vae_config import VAEConfig
 from jaxft.models.vq_config import DIFFUSERS, JANUS, VQConfig
 from jaxft.models.vqgan import Quantized, VQModel
 from jaxft.weights.rules import Rule

@@ -29,7 +29,7 @@ from jaxft.tasks.llm import model_part
 from jaxft.tasks.options import ImageTokenOptions, TokenSample
 from jaxft.tasks.tokens import load_tokenizer
 from jaxft.weights.graft import Grafted
-from jaxft.weights.pipeline import demo_folder
+from jaxft.weights.locate import demo_folder
 from jaxft.weights.sources import Source, export_config, open_source
 from jaxft.weights.transfer import Part
 

@@ -13,7 +13,8 @@ from jaxft.models.ldm import SINGLE
 from jaxft.verify import autoencoder, diffusion, image_tokens, llm
 from jaxft.verify.llm import hf_folder
 from jaxft.verify.report import Check, show, write
-from jaxft.weights.pipeline import INDEX, demo_folder, open_pipeline
+from jaxft.weights.locate import INDEX, demo_folder
+from jaxft.weights.pipeline import open_pipeline
 
 __all__ = ["certify", "hf_folder", "main"]
 

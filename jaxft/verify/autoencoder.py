@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxft.models import vae, vqgan
-from jaxft.models.vae import VAE, VAEConfig
+from jaxft.models.vae import VAE
+from jaxft.models.vae_config import VAEConfig
 from jaxft.models.vq_config import JANUS, VQConfig
 from jaxft.models.vqgan import UNIT, VQModel
 from jaxft.verify.component import Subject, channels_first, channels_last, check, normal

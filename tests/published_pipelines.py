@@ -1,0 +1,70 @@
+"""Rows of docs/compatibility.md for the published image folders of tests/published."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxft.core.errors import UserError
+from jaxft.models.stable_diffusion import HOLE, SOURCE, PipelineConfig
+from jaxft.models.vae_config import VAEConfig
+from jaxft.tasks import picture_inputs
+from jaxft.weights.pipeline import open_component, open_pipeline
+
+PUBLISHED = Path(__file__).resolve().parent / "published"
+FOLDERS = {
+    "stable-diffusion-v1-4": "Stable Diffusion 1",
+    "stable-diffusion-v1-5": "Stable Diffusion 1",
+    "Counterfeit-V2.5": "Stable Diffusion 1",
+    "realistic-vision-v51": "Stable Diffusion 1",
+    "stable-diffusion-inpainting": "Stable Diffusion 1",
+    "cartoonizer-pix2pix": "Stable Diffusion 1",
+    "stable-diffusion-2-1-base": "Stable Diffusion 2",
+    "stable-diffusion-2-1": "Stable Diffusion 2",
+    "stable-diffusion-xl-base-1.0": "Stable Diffusion XL",
+    "sdxl-turbo": "Stable Diffusion XL",
+    "stable-diffusion-xl-refiner-1.0": "Stable Diffusion XL",
+    "playground-v2.5-1024px-aesthetic": "Stable Diffusion XL",
+    "Kolors": "Kolors",
+    "LCM_Dreamshaper_v7": "latent consistency",
+    "stable-diffusion-x4-upscaler": "upscaler",
+    "stable-diffusion-3-medium-diffusers": "Stable Diffusion 3",
+    "FLUX.1-dev": "FLUX",
+    "FLUX.1-schnell": "FLUX",
+    "Chroma": "Chroma",
+}
+VAES = ("sd-vae-ft-mse", "sdxl-vae")
+
+
+class Row(NamedTuple):
+    """One checkpoint of the table."""
+
+    checkpoint: str
+    family: str
+    works: str
+    note: str
+
+
+def open_published(name: str) -> PipelineConfig:
+    """Return the configs of a published pipeline folder, as the diffusion task opens it."""
+    cfg = PipelineConfig.of(open_pipeline(str(PUBLISHED / name), weights=False))
+    picture_inputs.check(cfg, 0.0)
+    return cfg
+
+
+def pipelines() -> list[Row]:
+    """Return a row for each published image folder: what opens, or why it is refused."""
+    rows = [_row(name, family) for name, family in FOLDERS.items()]
+    for name in VAES:
+        cfg = VAEConfig.from_hf(open_component(str(PUBLISHED / name), "vae", weights=False).config)
+        note = f"scaling factor {cfg.scaling_factor:g}"
+        rows.append(Row(name, "AutoencoderKL", "task=autoencoder: training, export", note))
+    return rows
+
+
+def _row(name: str, family: str) -> Row:
+    try:
+        cfg = open_published(name)
+    except UserError as error:
+        return Row(name, family, "refused", str(error).replace(f"{PUBLISHED / name}/", ""))
+    kind = {HOLE: "inpainting", SOURCE: "InstructPix2Pix"}.get(cfg.sees, "text to image")
+    works = "training, LoRA, textual inversion, sampling, export"
+    return Row(name, family, works, f"{kind}, {cfg.schedule.prediction}")
