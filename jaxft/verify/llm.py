@@ -196,7 +196,11 @@ def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
 
     with hf_folder(subject.source) as folder:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     model, report = loaded
     if subject.adapter:
