@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxft.core.errors import UserError
 from jaxft.data.sources import Records, open_records
+from jaxft.data.vocabulary import check_ids
 
 Tokenizer = Any  # a fast tokenizer of transformers; its classes are slow to import
 
@@ -248,7 +249,12 @@ class TextDataset:
 
 
 def load_text(
-    spec: str, tokenizer: Tokenizer, *, seq_len: int, template: str | None = None
+    spec: str,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    template: str | None = None,
+    vocab_size: int | None = None,
 ) -> TextDataset:
     """Tokenise the whole set once, in batches, and keep it in memory as compact arrays.
 
@@ -256,7 +262,8 @@ def load_text(
     become windows that overlap by one token, so that every token but a document's first is
     trained exactly once; longer prompt + completion rows lose the prompt's left end (BOS stays),
     then the completion's right end. Empty rows and rows without a trained token are dropped and
-    counted. Raises UserError for bad records, and if no trained token remains.
+    counted. Raises UserError for bad records, for tokens beyond `vocab_size` (the rows of the
+    model's embedding table), and if no trained token remains.
     """
     if seq_len < 1:
         raise UserError(f"seq_len={seq_len} must be at least 1 token")
@@ -272,6 +279,8 @@ def load_text(
         if len(row.tokens) > seq_len + 1:
             counts["split" if kind == ("text",) else "truncated"] += 1
             row = row if kind == ("text",) else _truncate(row, seq_len + 1, encoder)
+        if vocab_size is not None:
+            check_ids(row.tokens, vocab_size, tokenizer, records.where(index))
         windows = _windows(end, end + len(row.tokens), seq_len)
         rows.append(row)
         spans.extend(windows)

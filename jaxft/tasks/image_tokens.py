@@ -69,6 +69,10 @@ class ImageTokens:
         self.parts = (self.model.part,)
         self.train_set = self._read(cfg.data.train, self.options.flip, self.options.crops)
         self.eval_set = self._read(cfg.data.eval, False, 1) if cfg.data.eval else None
+        for prompt in self.options.sample.prompts:
+            encode_prompt(
+                self.layout, self.model.tokenizer, prompt
+            )  # better now than after training
         self.kid = KidLite0() if self.options.eval_generated and self.eval_set else None
         size = sum(x.size for x in jax.tree.leaves(self.template))
         options = runtime.compiler_options(loop=True) if size < SMALL else None

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from jaxft.core import runtime
 from jaxft.core.config import Config
+from jaxft.core.errors import UserError
 from jaxft.core.params import Params, bind, describe
 from jaxft.core.sharding import (
     batch_ways,
@@ -30,6 +31,7 @@ from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data import text
 from jaxft.data.loader import Subset, eval_batches, subset, train_loader
 from jaxft.data.packing import Packing, make_packing
+from jaxft.data.vocabulary import check_ids
 from jaxft.models import llama
 from jaxft.models.decode import generate
 from jaxft.models.llama import Llama, LlamaConfig
@@ -66,6 +68,7 @@ class LLM:
         self.template = jax.eval_shape(self.build, jax.random.key(0))
         self.parts = (model_part(self.source, self.model_cfg),)
         self.tokenizer = load_tokenizer(self.source.tokenizer_dir())
+        self._check_pad()
         self.train_set = self._read(cfg.data.train)
         self.eval_set = self._read(cfg.data.eval) if cfg.data.eval else None
         sets = [data for data in (self.train_set, self.eval_set) if data]
@@ -246,6 +249,8 @@ class LLM:
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
         """Continuations in one batch, each up to an end-of-sequence id or `max_new` tokens."""
         ids = [text.prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
+        for prompt, row in zip(prompts, ids, strict=True):
+            check_ids(row, self.model_cfg.vocab_size, self.tokenizer, f"prompt {prompt[:60]!r}")
         top_p = 1.0 if request.top_p is None else request.top_p
         how = Sampling(request.temperature or 0.0, request.top_k or 0, top_p)
         made = self._continue(params, ids, request.max_new, how, request.seed)
@@ -290,8 +295,26 @@ class LLM:
     # ---- shared pieces --------------------------------------------------------------------
 
     def _read(self, spec: str) -> text.TextDataset:
-        seq_len, template = self.options.seq_len, self.options.template
-        return text.load_text(spec, self.tokenizer, seq_len=seq_len, template=template)
+        return text.load_text(
+            spec,
+            self.tokenizer,
+            seq_len=self.options.seq_len,
+            template=self.options.template,
+            vocab_size=self.model_cfg.vocab_size,
+        )
+
+    def _check_pad(self) -> None:
+        """UserError for a pad token without a row: nothing here uses it, transformers would."""
+        rows, tokenizer = self.model_cfg.vocab_size, self.tokenizer
+        if tokenizer.pad_token_id is not None:
+            where = f"{self.source.name}: pad_token of tokenizer_config.json"
+            check_ids([tokenizer.pad_token_id], rows, tokenizer, where)
+        stated = self.source.config.get("pad_token_id")
+        if isinstance(stated, int) and stated >= rows:
+            raise UserError(
+                f"{self.source.name}/config.json: pad_token_id={stated}, but vocab_size={rows};"
+                " transformers does not open such a model; set pad_token_id to null"
+            )
 
     def _collate(self, examples: Any, *, batch_rows: int) -> dict[str, np.ndarray]:
         return text.collate(examples, self.options.seq_len, batch_rows)
