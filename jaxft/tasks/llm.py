@@ -126,8 +126,9 @@ class LLM:
     def loss(
         self, model: Llama, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
-        hidden = self._hidden(model, batch, keys if self.cfg.lora.dropout else None)
-        total, sums = self._cross_entropy(model, hidden, batch)
+        dropout = keys if self.cfg.lora.dropout else None
+        hidden = self._hidden(model, batch, dropout)
+        total, sums = self._cross_entropy(model, hidden, batch, dropout)
         return (total, sums["weight"]), {"token_accuracy": sums["correct"]}
 
     def shapes(self, rows: slice) -> Iterator[dict[str, np.ndarray]]:
@@ -178,9 +179,8 @@ class LLM:
     ) -> tuple[dict[str, float], list[int]]:
         """Sums over the set and, for classification, the best label of every row."""
         size = 4 * self.cfg.batch_size // self.cfg.micro_batches
-        candidates = self._candidates(labels) if labels else []
-        single = all(len(ids) == 1 for ids in candidates)
-        label_ids = np.concatenate(candidates) if candidates and single else np.zeros(1, np.int32)
+        firsts = text.first_tokens(self._label_rows(view, 0, labels)) if labels else None
+        label_ids = np.zeros(1, np.int32) if firsts is None else firsts
         sums: dict[str, float] = {}
         guesses: list[int] = []
         for batch in eval_batches(view, size, self._collate, local_rows(mesh, size)):
@@ -188,9 +188,9 @@ class LLM:
             for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             guesses += np.asarray(best).tolist()
-        if candidates and not single:
-            rows = (view[i] for i in range(len(view)))
-            guesses = [self._best_label(params, mesh, row, candidates) for row in rows]
+        if labels and firsts is None:
+            candidates = (self._label_rows(view, i, labels) for i in range(len(view)))
+            guesses = [self._best_label(params, mesh, rows) for rows in candidates]
         return sums, guesses[: len(view)]
 
     @partial(jax.jit, static_argnums=0)
@@ -198,39 +198,35 @@ class LLM:
         """Sums of a batch, and the likeliest of `label_ids` at each row's first trained target."""
         model = bind(self.template, cast(params, self.dtype))
         hidden = self._hidden(model, batch, None)
-        total, sums = self._cross_entropy(model, hidden, batch)
+        total, sums = self._cross_entropy(model, hidden, batch, None)
         first = jnp.argmax(batch["weights"] > 0, axis=1)
         at_label = jnp.take_along_axis(hidden, first[:, None, None], axis=1)
         best = jnp.argmax(model.logits(at_label)[:, 0, label_ids], axis=-1)
         sums = {"nll": total, "weight": sums["weight"], "correct": sums["correct"]}
         return sums, constrain(best, None)
 
-    def _candidates(self, labels: tuple[str, ...]) -> list[np.ndarray]:
+    def _label_rows(self, view: Subset, index: int, labels: tuple[str, ...]) -> list[text.Example]:
+        """A record's row with each of the labels."""
         assert self.eval_set is not None
-        record = self.eval_set.records[int(self.eval_set.record_ids[0])]
-        prompt = text.render(record, ("text", "label"), self.options.template, "data.eval")[0]
-        return text.label_candidates(self.tokenizer, prompt, labels, self.options.template)
+        record = self.eval_set.records[int(self.eval_set.record_ids[view.ids[index]])]
+        template, seq_len = self.options.template, self.options.seq_len
+        return text.label_rows(self.tokenizer, record["text"], labels, template, seq_len)
 
-    def _best_label(
-        self, params: Params, mesh: Mesh, example: text.Example, candidates: list[np.ndarray]
-    ) -> int:
-        """The label of the lowest total loss after a row's prompt, where labels are many tokens."""
-        prompt = example.tokens[: int(np.argmax(example.weights > 0))]
-        rows = []
-        for ids in candidates:
-            tokens = np.concatenate([prompt, ids])[-self.options.seq_len - 1 :]
-            weights = (np.arange(len(tokens)) >= len(tokens) - len(ids)).astype(np.float32)
-            rows.append(text.Example(tokens, weights))
+    def _best_label(self, params: Params, mesh: Mesh, rows: list[text.Example]) -> int:
+        """The row of the lowest total loss: that of its label, the text behind it and EOS."""
         ways = batch_ways(mesh)
-        size = -(-len(rows) // ways) * ways
-        batch = place_batch(self._collate(rows, batch_rows=size), mesh)
-        return int(np.argmin(np.asarray(self._row_loss(params, batch))[: len(rows)]))
+        batch = self._collate(rows, batch_rows=-(-len(rows) // ways) * ways)
+        most = int(batch["weights"].sum(axis=1).max())
+        width = min(-(-most // 8) * 8, self.options.seq_len)  # few widths are few compilations
+        losses = self._row_loss(params, place_batch(batch, mesh), width)
+        return int(np.argmin(np.asarray(losses)[: len(rows)]))
 
-    @partial(jax.jit, static_argnums=0)
-    def _row_loss(self, params: Params, batch: Batch) -> jax.Array:
-        """Summed loss of each row."""
+    @partial(jax.jit, static_argnums=(0, 3))
+    def _row_loss(self, params: Params, batch: Batch, width: int) -> jax.Array:
+        """Summed loss of each row [B], of which at most `width` positions are trained."""
         model = bind(self.template, cast(params, self.dtype))
-        hidden, targets, weights = self._trained_only(self._hidden(model, batch, None), batch)
+        hidden = self._hidden(model, batch, None)
+        hidden, targets, weights = self._trained_only(hidden, batch, width)
         nll = -jax.nn.log_softmax(model.logits(hidden))
         picked = jnp.take_along_axis(nll, targets[..., None], axis=-1)[..., 0]
         return constrain(jnp.sum(picked * weights, axis=1), None)
@@ -350,20 +346,22 @@ class LLM:
             batch["tokens"], *places, keys=keys, remat=self.remat, dtype=self.dtype
         )[0]
 
-    def _cross_entropy(self, model: Llama, hidden: jax.Array, batch: Batch) -> tuple:
-        hidden, targets, weights = self._trained_only(hidden, batch)
+    def _cross_entropy(
+        self, model: Llama, hidden: jax.Array, batch: Batch, keys: jax.Array | None
+    ) -> tuple:
+        hidden, targets, weights = self._trained_only(hidden, batch, self._trained_width)
         head, vocab_first = model.head()
-        features = model.features(hidden)
+        features = model.features(hidden, keys)
         return linear_cross_entropy(features, head, targets, weights, vocab_first=vocab_first)
 
-    def _trained_only(self, hidden: jax.Array, batch: Batch) -> tuple:
-        """(hidden, targets, weights) without the positions that no row trains.
+    def _trained_only(self, hidden: jax.Array, batch: Batch, width: int) -> tuple:
+        """(hidden, targets, weights) of the `width` positions that rows may train.
 
         Where only a completion is trained, this spares the head most of its work.
         """
-        if 2 * self._trained_width > self.options.seq_len:
+        if 2 * width > self.options.seq_len:
             return hidden, batch["targets"], batch["weights"]
-        places = jax.lax.top_k(batch["weights"], self._trained_width)[1]
+        places = jax.lax.top_k(batch["weights"], width)[1]
         kept = [jnp.take_along_axis(batch[name], places, axis=1) for name in ("targets", "weights")]
         return jnp.take_along_axis(hidden, places[..., None], axis=1), *kept
 
