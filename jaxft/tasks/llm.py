@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxft.core import runtime
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
-from jaxft.core.params import Params, bind, describe
+from jaxft.core.params import Leaf, Params, bind, describe
 from jaxft.core.sharding import (
     batch_ways,
     constrain,
@@ -42,6 +42,7 @@ from jaxft.tasks import Look, Report, Request
 from jaxft.tasks.options import LLMOptions
 from jaxft.tasks.tokens import load_tokenizer
 from jaxft.weights import adapters, transfer
+from jaxft.weights.peft_folder import fit, open_adapted
 from jaxft.weights.sources import Source, export_config, open_source
 from jaxft.weights.transfer import Part
 
@@ -56,17 +57,19 @@ class LLM:
     unit = "tokens"
 
     def __init__(self, cfg: Config):
-        self.adapter = adapters.find(cfg.model, cfg.lora.targets)
-        if self.adapter:
-            cfg = dataclasses.replace(cfg, lora=self.adapter.lora)
-        base = self.adapter.base if self.adapter else cfg.model
-        self.source = open_source(base, weights=cfg.init == "pretrained")
-        self.cfg, self.options = cfg, LLMOptions(**cfg.own)
+        opened = open_adapted(cfg.model, cfg.lora.base, weights=cfg.init == "pretrained")
+        self.source, self.adapter, self.kept = opened
+        self.options = LLMOptions(**cfg.own)
         self.model_cfg = LlamaConfig.from_hf(self.source.config)
+        part = model_part(self.source, self.model_cfg)._replace(kept=self.kept)
+        if self.adapter:
+            self.adapter = fit(self.adapter, part.entries(_plain_leaves(self.model_cfg)))
+            cfg = dataclasses.replace(cfg, lora=self.adapter.lora)
+        self.cfg = cfg
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.remat = runtime.resolve_remat(cfg.remat)
         self.template = jax.eval_shape(self.build, jax.random.key(0))
-        self.parts = (model_part(self.source, self.model_cfg),)
+        self.parts = (part,)
         self.tokenizer = load_tokenizer(self.source.tokenizer_dir())
         self._check_pad()
         self.train_set = self._read(cfg.data.train)
@@ -93,9 +96,10 @@ class LLM:
         cut = f", {report['truncated']} truncated to seq_len" if report["truncated"] else ""
         dropped = report["empty"] + report["untrained"]
         lost = f", {dropped} dropped (nothing to train in them)" if dropped else ""
+        kept = f" with the adapter's own {', '.join(self.kept)}" if self.kept else ""
         rows = f", {self.cfg.batch_size} packed in {self.packing.rows} rows" if self.packing else ""
         return (
-            f"{self.source.config.get('model_type')}; {self.cfg.data.train}:"
+            f"{self.source.config.get('model_type')}{kept}; {self.cfg.data.train}:"
             f" {len(self.train_set)} sequences of at most {self.options.seq_len} tokens{rows},"
             f" {report['trained_tokens']} trained tokens{cut}{lost}"
         )
@@ -371,6 +375,11 @@ def model_part(source: Source, cfg: LlamaConfig) -> Part:
     drop = ("lm_head.weight",) if cfg.tied else ()
     rules, sizes = llama.RULES, llama.sizes(cfg)
     return Part("", source.name, source.tensors, rules, sizes, llama.ignore(cfg), drop)
+
+
+def _plain_leaves(cfg: LlamaConfig) -> dict[str, Leaf]:
+    """The parameters of a model without adapters."""
+    return describe(jax.eval_shape(lambda key: Llama(cfg, key=key), jax.random.key(0)))
 
 
 def load(spec: str, dtype: str) -> Llama:
