@@ -150,11 +150,15 @@ class LLM:
         return params
 
     def side_files(self, dtype: str | None, rewritten: set[str]) -> dict[str, Path | bytes]:
+        files = dict(self.source.side_files)
         config = export_config(self.source.config, dtype)
-        if config == self.source.config:
-            return dict(self.source.side_files)
-        written = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        return {**self.source.side_files, "config.json": written.encode()}
+        if config != self.source.config or self.kept:
+            files["config.json"] = _dump(config)
+        ends, own = self.source.generation_config, self.tokenizer.eos_token_id
+        known = _ids(ends.get("eos_token_id") or config.get("eos_token_id"))
+        if self.source.tokenizer and own not in known:  # else generate passes the adapter's EOS by
+            files["generation_config.json"] = _dump({**ends, "eos_token_id": [own, *known]})
+        return files
 
     # ---- evaluation -----------------------------------------------------------------------
 
@@ -288,9 +292,8 @@ class LLM:
         """Every id that ends a text: the generation config's, the config's, the tokenizer's."""
         ids = {self.tokenizer.eos_token_id}
         for config in (self.source.generation_config, self.source.config):
-            value = config.get("eos_token_id")
-            ids |= set(value if isinstance(value, list) else [value])
-        return tuple(sorted(ids - {None}))
+            ids |= set(_ids(config.get("eos_token_id")))
+        return tuple(sorted(ids))
 
     # ---- shared pieces --------------------------------------------------------------------
 
@@ -391,6 +394,15 @@ def load(spec: str, dtype: str) -> Llama:
     places = shardings(leaves, mesh)
     params = transfer.load(model_part(source, cfg), leaves, places, dtype, set(leaves))
     return bind(template, params)
+
+
+def _dump(config: Mapping[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _ids(value: Any) -> list[int]:
+    """The ids of a config's eos_token_id: one, several or none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _prompt(example: text.Example) -> np.ndarray:

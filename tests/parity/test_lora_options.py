@@ -1,5 +1,6 @@
 """Every LoRA option on every kind of projection, in every family."""
 
+from functools import partial
 from zlib import crc32
 
 import jax
@@ -22,6 +23,7 @@ from jaxft.nn import conv, linear, lora
 from jaxft.tasks import task_class
 from jaxft.tasks.options import OPTIONS
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 LORA = {"lora.rank": 2, "lora.alpha": 4.0, "lora.dropout": 0.5, "trainable": ""}
 
 
@@ -130,8 +132,7 @@ def leaves_of(task):
     return describe(task.template)
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)])
-def test_case_llm_08_the_heads_masks_depend_on_the_row_alone(opened, mesh):
+def test_case_llm_08_the_heads_masks_depend_on_the_row_alone(opened):
     """Whole, in two halves as micro-batches are, and spread over a mesh: the same loss."""
     task = opened("llm", "lm_head")
     rng = np.random.default_rng(0)
@@ -143,7 +144,7 @@ def test_case_llm_08_the_heads_masks_depend_on_the_row_alone(opened, mesh):
     names = ("tokens", "targets", "weights", "segment_ids", "positions", "sample_ids")
     batch = {name: jnp.asarray(batch[name]) for name in names}
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def loss(params, batch):
         keys = sample_keys(0, 0, batch["sample_ids"])
         return task.loss(bind(task.template, params), batch, keys, jnp.int32(0))[0][0]
@@ -151,7 +152,7 @@ def test_case_llm_08_the_heads_masks_depend_on_the_row_alone(opened, mesh):
     whole = loss(params, batch)
     halves = [loss(params, {k: x[part] for k, x in batch.items()}) for part in np.s_[::2, 1::2]]
     np.testing.assert_allclose(sum(halves), whole, rtol=1e-5)
-    with jax.set_mesh(make_mesh(*mesh)):
+    with jax.set_mesh(make_mesh(2, 2, 2)):
         np.testing.assert_allclose(loss(params, batch), whole, rtol=1e-5)
     other = {**batch, "sample_ids": batch["sample_ids"] + 1000}
     assert abs(loss(params, other) - whole) > 1e-4 * abs(whole)
