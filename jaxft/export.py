@@ -195,7 +195,7 @@ def _layer_delta(a: np.ndarray, b: np.ndarray, factor: float, stacked: bool, i: 
 def _write_adapter(job: Job) -> None:
     run = job.run
     for part in job.parts:
-        adapters.write(job.folder, part, run.leaves, _adapters(job), run.cfg.lora, run.cfg.model)
+        adapters.write(job.folder, part, run.leaves, _adapters(job), run.cfg.lora, part.name)
     files = _side_files(job, {part.prefix for part in job.parts})
     base = ("config.json", "generation_config.json")
     _copy({name: content for name, content in files.items() if name not in base}, job.folder)

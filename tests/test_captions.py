@@ -95,3 +95,22 @@ def test_words_that_are_no_single_token(folder):
 def test_a_word_that_is_known_already(folder):
     with pytest.raises(UserError, match=r"saved has 'a</w>' in its vocabulary"):
         opened(folder, ("a</w>",))
+
+
+def test_case_llm_01_tokens_beyond_an_encoders_table(folder, tmp_path):
+    """An added token that is stale would read the new word's row, or the last one."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["<old>"])
+    tokenizer.save_pretrained(tmp_path)
+    for new in ((), NEW):
+        captions = opened(tmp_path, new)
+        assert captions.too_long(["a cat", "b" * 90 + " <old>"]) == 1, "what is cut is not used"
+        for ask in (captions, captions.names_new, lambda text, c=captions: c.too_long([text])):
+            with pytest.raises(
+                UserError, match=r"'an <old> cat': token '<old>' .* 378, .* 378 row"
+            ):
+                ask("an <old> cat")
+        with pytest.raises(UserError, match=r"inversion\.init='<old>': .* 378"):
+            captions.ids_of("<old>")
+    with pytest.raises(UserError, match=r"id 37[67], .* 300 rows"):
+        opened(folder, vocab=300)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -72,6 +73,19 @@ def test_prompts_are_those_of_the_processor_and_of_janus_pro(work):
     cut = encode_prompt(short, model.tokenizer, "the blue house of a person, " * 9)
     assert cut.cut and cut.ids[-2:] == made[-2:] and len(cut.ids) <= 20
     assert null_prompt(model.layout, made) == [0] + [3] * (len(made) - 1)
+
+
+def test_case_llm_01_a_token_beyond_the_text_table(work, tmp_path):
+    folder = Path(shutil.copytree(work / "model", tmp_path / "larger"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    model = opened(folder)
+    number = tokenizer.convert_tokens_to_ids("<new>")
+    model = model._replace(layout=replace(model.layout, text_vocab=number))
+    encode_prompt(model.layout, model.tokenizer, "a red cat")
+    with pytest.raises(UserError, match=rf"token '<new>' has the id {number}"):
+        encode_prompt(model.layout, model.tokenizer, "a <new> cat")
 
 
 def test_p5_an_untrained_export_is_bitwise_the_source_but_for_unit_rows(work):

@@ -86,13 +86,23 @@ def test_prompts_stand_on_the_right_for_sampling():
 
 
 def test_a_long_caption_is_cut_and_the_template_stays(tokenizer):
-    layout = dataclasses.replace(SMALL, prompt="say {caption} now:", max_caption_tokens=30)
+    changes = {"prompt": "say {caption} now:", "max_caption_tokens": 30}
+    layout = dataclasses.replace(SMALL, **changes, text_vocab=320)
     short = layouts.encode_prompt(layout, tokenizer, "a cat")
     assert not short.cut and tokenizer.decode(short.ids) == "say a cat now:"
     cut = layouts.encode_prompt(layout, tokenizer, "a tall plant with a hard stem zxqj " * 9)
     said = tokenizer.decode(cut.ids)
     assert cut.cut and 28 <= len(cut.ids) <= 30
     assert said.startswith("say a tall plant") and said.endswith(" now:")
+
+
+def test_case_llm_01_a_token_that_would_be_a_code(tokenizer):
+    """In one vocabulary with the codes, an id past the text means an image."""
+    layout = dataclasses.replace(SMALL, max_caption_tokens=30, text_vocab=320)
+    layouts.encode_prompt(layout, tokenizer, "a cat")
+    fewer = dataclasses.replace(layout, text_vocab=100)
+    with pytest.raises(UserError, match=r"caption 'a cat': token .* has the id .* 100 rows"):
+        layouts.encode_prompt(fewer, tokenizer, "a cat")
 
 
 BAD = [

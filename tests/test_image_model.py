@@ -159,3 +159,9 @@ def test_an_adapter_needs_a_base_that_is_there(make_folder, vq):
 def test_a_graft_has_no_resolution_of_its_own(make_folder, vq, whole):
     fails(["resolution=0", "before its graft"], make_folder(), graft=str(vq), resolution=0)
     assert open_folder(str(whole)).layout.grid == (8, 8)
+
+
+def test_an_adapters_folder_says_what_to_do(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is an adapter, which only task=llm .*merge it"):
+        open_model(str(tmp_path), options(), True, 0)

@@ -151,3 +151,14 @@ def test_a_sharded_table_gathers_the_same_rows_without_a_full_rematerialisation(
     counts = np.bincount(ids.ravel(), minlength=16)
     np.testing.assert_array_equal(grads["embedding"], np.repeat(counts[:, None], 8, 1))
     assert "full rematerialization" not in capfd.readouterr().err
+
+
+def test_case_llm_08_the_wide_product_drops_as_the_plain_one_does():
+    linear = Linear((8,), (16,), ("embed", "vocab"), key=KEY, std=1.0)
+    linear.lora_a = nnx.data(nnx.Param(normal(8, 3), axes=("embed", "lora")))
+    linear.lora_b = nnx.data(nnx.Param(normal(3, 16, seed=1), axes=("lora", "vocab")))
+    linear.adapter = Adapter(0.5, 0.5, 3)
+    x, keys = jnp.asarray(normal(4, 5, 8)), jax.random.split(KEY, 4)
+    made = linear.wide_input(x, keys) @ linear.wide_kernel()
+    np.testing.assert_allclose(made, linear(x, keys), atol=1e-4)
+    assert np.abs(made - linear(x)).max() > 0.1

@@ -22,7 +22,8 @@ from jaxft.data.text import (
     Example,
     collate,
     encode,
-    label_candidates,
+    first_tokens,
+    label_rows,
     load_text,
     prompt_tokens,
     split_template,
@@ -319,18 +320,46 @@ def test_template_gives_the_whitespace_to_the_completion():
     assert split_template("{text}\n\n{label}.") == ("{text}", "\n\n", ".")
 
 
-def test_label_candidates_are_the_ids_training_sees():
+def test_label_rows_are_those_that_training_sees():
     tokenizer = make_tokenizer(True)
     labels = ["group", "act", "body"]
-    prompt = "Definition: a stool\nCategory:"
-    candidates = label_candidates(tokenizer, prompt, labels, TEMPLATE)
-    for label, ids in zip(labels, candidates, strict=True):
+    rows = label_rows(tokenizer, "a stool", labels, TEMPLATE, 64)
+    for label, row in zip(labels, rows, strict=True):
         example = encode({"text": "a stool", "label": label}, tokenizer, TEMPLATE)
-        assert ids.tolist() == trained(example)[:-1]
-        start = prompt_tokens(tokenizer, prompt).tolist()
-        assert start + ids.tolist() == example.tokens[:-1].tolist()
+        assert row.tokens.tolist() == example.tokens.tolist()
+        assert row.weights.tolist() == example.weights.tolist()
+        start = prompt_tokens(tokenizer, "Definition: a stool\nCategory:").tolist()
+        assert start + trained(row) == row.tokens.tolist()
     with pytest.raises(UserError, match="put a space"):
-        label_candidates(tokenizer, "i", ["n", "x"], "{text}i{label}")
+        label_rows(tokenizer, "", ["n", "x"], "{text}i{label}", 64)
+
+
+def test_label_rows_are_cut_as_training_cuts_them(tmp_path):
+    tokenizer = make_tokenizer(True)
+    record = {"text": NOVEL[:300], "label": "group of body"}
+    kept = load_rows([record], tokenizer, seq_len=16, template=TEMPLATE)[0]
+    (row,) = label_rows(tokenizer, record["text"], [record["label"]], TEMPLATE, 16)
+    assert row.tokens.tolist() == kept.tokens.tolist() and row.tokens[0] == tokenizer.bos_token_id
+    assert row.weights.tolist() == kept.weights.tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "template", "alone"),
+    [
+        (["a", "b", "c"], "{text} {label}", True),
+        (["a", "b"], "{text} {label}</s>", True),  # the text spells the end out itself
+        (["a", "ab zz"], "{text} {label}", False),
+        (["a", "a b"], "{text} {label}", False),
+        (["zq", "zx"], "{text} {label}", False),
+        (["a", "b"], "{text} {label} it is", False),
+    ],
+)
+def test_case_llm_05_first_tokens_serve_only_where_they_decide(labels, template, alone):
+    tokenizer = make_tokenizer(False)
+    firsts = first_tokens(label_rows(tokenizer, "x", labels, template, 32))
+    assert (firsts is not None) == alone
+    if firsts is not None:
+        assert tokenizer.convert_ids_to_tokens(firsts.tolist()) == [f"Ġ{x}" for x in labels]
 
 
 def test_load_text_reads_the_demo_sets():

@@ -106,8 +106,10 @@ def _stock(args: argparse.Namespace, folder: Path, caption: str, compiled: bool)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     side = json.loads((folder / "imagetoken.json").read_text())
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     if compiled:
         model.forward = torch.compile(model.forward, dynamic=True)
     prompt = tokenizer(side["prompt"].replace("{caption}", caption))["input_ids"]
@@ -156,7 +158,9 @@ def _torch_contestants(args: argparse.Namespace, folder: Path, batch: dict) -> l
     from transformers import AutoModelForCausalLM
 
     tokens, targets = _rows(folder, batch)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).train()
     optimizer = torch_adamw(model)
 
     def loss_of(tokens: Any, targets: Any) -> Any:

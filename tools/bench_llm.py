@@ -143,7 +143,9 @@ def _torch_contestants(
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = "cuda" if args.gpu else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).to(device)
     if rank:
         from peft import LoraConfig, get_peft_model
 

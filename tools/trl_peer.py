@@ -31,9 +31,11 @@ def main(folder: str, steps: int, rows: int) -> None:
     train, valid = (_prompts(split) for split in ("train", "valid"))
     chosen = np.sort(np.random.default_rng(0).permutation(len(valid))[:rows])
     valid = [valid[i] for i in chosen]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
     before = accuracy(model, tokenizer, train, valid)
     with tempfile.TemporaryDirectory() as output:
         settings = SFTConfig(

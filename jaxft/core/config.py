@@ -30,13 +30,15 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """rank 0 is off; `targets` is a regex over the paths of projections."""
+    """rank 0 is off; `targets` is a regex over the paths of projections; `base` is the model under
+    an adapter, where `model` is a PEFT folder whose own config names none or another one."""
 
     rank: int = 0
     alpha: float = 1.0
     targets: str = ""
     rslora: bool = False
     dropout: float = 0.0
+    base: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

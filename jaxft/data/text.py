@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxft.core.errors import UserError
 from jaxft.data.sources import Records, open_records
+from jaxft.data.vocabulary import check_ids
 
 Tokenizer = Any  # a fast tokenizer of transformers; its classes are slow to import
 
@@ -186,24 +187,38 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> Int[np.ndarray, " n"]:
     return np.asarray([encoder.bos] * add_bos + ids, np.int32)
 
 
-def label_candidates(
-    tokenizer: Tokenizer, prompt: str, labels: Sequence[str], template: str | None
-) -> list[Int[np.ndarray, " n"]]:
-    """Token ids, without EOS, of each label's completion after the rendered `prompt`.
+def label_rows(
+    tokenizer: Tokenizer, text: str, labels: Sequence[str], template: str | None, seq_len: int
+) -> list[Example]:
+    """The rows that training would make of a text with each label in turn, cut as it cuts them.
 
-    They are the ids training sees: prompt and completion are tokenised jointly. Raises UserError
-    where a label changes the prompt's own tokens, since then no common prompt can score them.
+    Label, text after it and EOS are trained, so that a label that begins another one is told apart
+    by its end. Raises UserError where a label changes the prompt's own tokens, since then no common
+    prompt can score them.
     """
-    _, lead, tail = split_template(template)
-    encoder = make_encoder(tokenizer)
+    head, lead, tail = split_template(template)
+    encoder, prompt = make_encoder(tokenizer), head.replace("{text}", text)
     rows = encoder.encode([(prompt, lead + label + tail) for label in labels])
-    prompts = {row.tokens[~row.trained].tobytes() for row in rows}
-    if len(prompts) > 1:
+    if len({row.tokens[~row.trained].tobytes() for row in rows}) > 1:
         raise UserError(
             f"template {template!r} lets labels merge with the end of the prompt: "
             "put a space or a newline before {label}"
         )
-    return [row.tokens[row.trained][:-1] for row in rows]
+    kept = [_truncate(x, seq_len + 1, encoder) if len(x.tokens) > seq_len + 1 else x for x in rows]
+    return [_example(row.tokens, row.trained) for row in kept]
+
+
+def first_tokens(rows: Sequence[Example]) -> Int[np.ndarray, " n"] | None:
+    """The first trained token of each label's row, where it alone tells the labels apart.
+
+    That is so where labels are one token each and nothing but EOS follows: the end of each label is
+    then the only way on from it. None where labels share tokens or have several.
+    """
+    targets = [row.tokens[row.weights > 0] for row in rows]
+    ends = {tuple(ids[1:].tolist()) for ids in targets}
+    firsts = np.asarray([ids[0] for ids in targets], np.int32)
+    alone = len(ends) == 1 and len(targets[0]) <= 2 and len(set(firsts.tolist())) == len(firsts)
+    return firsts if alone else None
 
 
 class TextDataset:
@@ -248,7 +263,12 @@ class TextDataset:
 
 
 def load_text(
-    spec: str, tokenizer: Tokenizer, *, seq_len: int, template: str | None = None
+    spec: str,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    template: str | None = None,
+    vocab_size: int | None = None,
 ) -> TextDataset:
     """Tokenise the whole set once, in batches, and keep it in memory as compact arrays.
 
@@ -256,7 +276,8 @@ def load_text(
     become windows that overlap by one token, so that every token but a document's first is
     trained exactly once; longer prompt + completion rows lose the prompt's left end (BOS stays),
     then the completion's right end. Empty rows and rows without a trained token are dropped and
-    counted. Raises UserError for bad records, and if no trained token remains.
+    counted. Raises UserError for bad records, for tokens beyond `vocab_size` (the rows of the
+    model's embedding table), and if no trained token remains.
     """
     if seq_len < 1:
         raise UserError(f"seq_len={seq_len} must be at least 1 token")
@@ -272,6 +293,8 @@ def load_text(
         if len(row.tokens) > seq_len + 1:
             counts["split" if kind == ("text",) else "truncated"] += 1
             row = row if kind == ("text",) else _truncate(row, seq_len + 1, encoder)
+        if vocab_size is not None:
+            check_ids(row.tokens, vocab_size, tokenizer, records.where(index))
         windows = _windows(end, end + len(row.tokens), seq_len)
         rows.append(row)
         spans.extend(windows)

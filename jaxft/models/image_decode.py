@@ -29,9 +29,16 @@ class Speaker(Protocol):
         ...
 
     def embed(
-        self, tokens: Int[Array, "B T"], images: Bool[Array, "B T"], dtype: Any
+        self,
+        tokens: Int[Array, "B T"],
+        images: Bool[Array, "B T"],
+        dtype: Any,
+        keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
-        """The language model's input, where `images` says which tokens are codes."""
+        """The language model's input, where `images` says which tokens are codes.
+
+        `keys`, one a row, turn the dropout of adapters on, here and in `cross_entropy`.
+        """
         ...
 
     def embed_codes(self, codes: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
@@ -44,6 +51,7 @@ class Speaker(Protocol):
         targets: Int[Array, "B S"],
         weights: Float[Array, "B S"],
         z_loss: float,
+        keys: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """`linear_cross_entropy` of the model's own head."""
         ...
@@ -61,9 +69,13 @@ class Unified(NamedTuple):
     codes: int
 
     def embed(
-        self, tokens: Int[Array, "B T"], images: Bool[Array, "B T"], dtype: Any
+        self,
+        tokens: Int[Array, "B T"],
+        images: Bool[Array, "B T"],
+        dtype: Any,
+        keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
-        del images  # a code is a token like any other
+        del images, keys  # a code is a token like any other, and a table has no adapter
         return self.llama.embed_tokens(tokens, dtype)
 
     def embed_codes(self, codes: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
@@ -78,11 +90,12 @@ class Unified(NamedTuple):
         targets: Int[Array, "B S"],
         weights: Float[Array, "B S"],
         z_loss: float,
+        keys: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Over the whole vocabulary, as the exported model has it."""
         head, first = self.llama.head()
         measure = partial(linear_cross_entropy, vocab_first=first, z_loss=z_loss)
-        return measure(self.llama.features(hidden), head, targets, weights)
+        return measure(self.llama.features(hidden, keys), head, targets, weights)
 
     def scorer(self) -> Callable[[Float[Array, "B D"]], Float[Array, "B K"]]:
         """What suppressing all other ids leaves."""

@@ -120,10 +120,12 @@ class Aligner(nnx.Module):
         layers = [Linear(d, d, axes, key=one, bias=True, std=std) for one in keys]
         self.hidden_layers = nnx.List(layers)
 
-    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... D"]:
-        x = self.fc1(x)
+    def __call__(
+        self, x: Float[Array, "... C"], keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "... D"]:
+        x = self.fc1(x, keys)
         for layer in self.hidden_layers:
-            x = layer(jax.nn.gelu(x, approximate=False))
+            x = layer(jax.nn.gelu(x, approximate=False), keys)
         return x
 
 
@@ -136,10 +138,12 @@ class Head(nnx.Module):
         self.proj_out = Linear(d, d, ("embed", "mlp"), key=first, bias=True, std=std)
         self.vision_head = Linear(d, v, ("embed", "vocab"), key=second, bias=True, std=std)
 
-    def features(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]:
-        """What the last layer makes logits of."""
-        x = jax.nn.gelu(self.proj_out(hidden), approximate=False)
-        return self.vision_head.wide_input(x)
+    def features(
+        self, hidden: Float[Array, "... D"], keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "... E"]:
+        """Input of the last layer. `keys`, one a row, turn the dropout of adapters on."""
+        x = jax.nn.gelu(self.proj_out(hidden, keys), approximate=False)
+        return self.vision_head.wide_input(x, keys)
 
     def last(self) -> tuple[Float[Array, "E V"], Float[Array, "V"]]:
         """That layer's kernel and bias."""
@@ -164,10 +168,15 @@ class Janus(nnx.Module):
         return self.language_model
 
     def embed(
-        self, tokens: Int[Array, "B T"], images: Bool[Array, "B T"], dtype: Any
+        self,
+        tokens: Int[Array, "B T"],
+        images: Bool[Array, "B T"],
+        dtype: Any,
+        keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
         """Rows of text ids that hold codes where `images`: two spaces that share no number."""
-        codes = self.embed_codes(jnp.where(images, tokens, 0), dtype)
+        rows = self.generation_embeddings(jnp.where(images, tokens, 0), dtype)
+        codes = self.generation_aligner(rows, keys)
         text = self.language_model.embed_tokens(jnp.where(images, 0, tokens), dtype)
         return jnp.where(images[..., None], codes, text)
 
@@ -180,10 +189,11 @@ class Janus(nnx.Module):
         targets: Int[Array, "B S"],
         weights: Float[Array, "B S"],
         z_loss: float,
+        keys: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """`linear_cross_entropy` of codes."""
         kernel, bias = self.generation_head.last()
-        features = self.generation_head.features(hidden)
+        features = self.generation_head.features(hidden, keys)
         return linear_cross_entropy(
             features, kernel, targets, weights, vocab_first=False, z_loss=z_loss, bias=bias
         )

@@ -317,9 +317,14 @@ class Llama(nnx.Module):
             return self.embed_tokens.embedding[...], True
         return self.lm_head.wide_kernel(), False
 
-    def features(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]:
-        """What `head` makes logits of: hidden states, the head's adapter's part beside them."""
-        return hidden if self.lm_head is None else self.lm_head.wide_input(hidden)
+    def features(
+        self, hidden: Float[Array, "... D"], keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "... E"]:
+        """Input of `head`: hidden states, beside them the LoRA activations of the head's adapter.
+
+        `keys`, one a row, turn that adapter's dropout on.
+        """
+        return hidden if self.lm_head is None else self.lm_head.wide_input(hidden, keys)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """fp32 logits; the product takes its inputs in hidden's dtype and sums in fp32."""

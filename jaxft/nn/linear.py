@@ -57,15 +57,21 @@ class Linear(nnx.Module):
             y = y + self.bias[...].astype(x.dtype)
         return y
 
-    def wide_input(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
-        """x with its adapter's scale * (x A) beside it: what `wide_kernel` is to multiply.
+    def wide_input(
+        self, x: Float[Array, "... D"], keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "... E"]:
+        """Return x with its adapter's scale * (x A) beside it, for a product with `wide_kernel`.
 
-        For what multiplies by the kernel elsewhere. An adapter that is added to a bf16 kernel
-        is rounded away until it is large: its steps are far below the kernel's last bit.
+        `keys` as in `__call__`: dropout acts on the adapter's input alone. This is for callers
+        that multiply by the kernel elsewhere. An adapter that is added to a bf16 kernel is rounded
+        away until it is large: its steps are far below the kernel's last bit.
         """
         if self.lora_a is None:
             return x
-        low = jnp.tensordot(x, self.lora_a[...].astype(x.dtype), self.inputs)
+        inputs = x
+        if keys is not None and self.adapter.dropout > 0:
+            inputs = dropout(x, keys, self.adapter)
+        low = jnp.tensordot(inputs, self.lora_a[...].astype(x.dtype), self.inputs)
         return jnp.concatenate([x, (self.adapter.scale * low).astype(x.dtype)], axis=-1)
 
     def wide_kernel(self) -> Float[Array, "E F"]:

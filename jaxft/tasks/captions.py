@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxft.core.errors import UserError
+from jaxft.data.vocabulary import check_ids
 from jaxft.models.clip import CLIPTextConfig
 
 AT_ONCE = 1024  # captions that are counted together
@@ -18,7 +19,7 @@ class Captions:
 
     `new` are the tokens of one further word: its first stands in captions and prompts, and all of
     them are read for it. Their ids follow an encoder's vocabulary. Raises UserError where a
-    tokenizer has one of them already.
+    tokenizer has one of them already, and for a caption with a token that an encoder has no row of.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Captions:
             ids = _padded(tokenizer, caption, text.max_positions)
             if len(self.new) > 1 and first in ids:
                 ids = _padded(tokenizer, self._whole(caption), text.max_positions)
+            self._check(ids, tokenizer, text, first, caption)
             rows.append(np.where(ids < first, ids, ids - first + text.vocab_size))
         return np.asarray(rows, np.int32)
 
@@ -46,7 +48,7 @@ class Captions:
         return min(text.max_positions for _, text in self._encoders)
 
     def too_long(self, captions: Sequence[str]) -> int:
-        """How many captions are cut for some encoder."""
+        """The number of captions that are cut for some encoder; all of their tokens are checked."""
         starts = range(0, len(captions), AT_ONCE)
         return sum(self._cut(captions[start : start + AT_ONCE]) for start in starts)
 
@@ -56,16 +58,30 @@ class Captions:
         return bool((self(caption).max(axis=1) >= sizes).all())
 
     def ids_of(self, word: str) -> list[int]:
-        """The id of a word for each encoder; UserError where it is not one token."""
-        return [_one_id(tokenizer, word) for tokenizer in self._uncut]
+        """The id of a word for each encoder; UserError where it is not one token with a row."""
+        ids = [_one_id(tokenizer, word) for tokenizer in self._uncut]
+        for tokenizer, (_, text), number in zip(self._uncut, self._encoders, ids, strict=True):
+            check_ids([number], text.vocab_size, tokenizer, f"inversion.init={word!r}")
+        return ids
 
     def _cut(self, captions: Sequence[str]) -> int:
         cut = np.zeros(len(captions), bool)
         whole = [self._whole(caption) for caption in captions]
-        for tokenizer, (_, text) in zip(self._uncut, self._encoders, strict=True):
+        for tokenizer, (_, text), first in zip(
+            self._uncut, self._encoders, self._first, strict=True
+        ):
             ids = tokenizer(whole, verbose=False).input_ids
+            for caption, row in zip(captions, ids, strict=True):
+                self._check(row[: text.max_positions], tokenizer, text, first, caption)
             cut |= np.array([len(row) for row in ids]) > text.max_positions
         return int(cut.sum())
+
+    def _check(
+        self, ids: Any, tokenizer: Any, text: CLIPTextConfig, first: int, caption: str
+    ) -> None:
+        """UserError for a token that is of neither the encoder's table nor the new word."""
+        old = np.asarray(ids)[np.asarray(ids) < first]
+        check_ids(old, text.vocab_size, tokenizer, f"caption {caption[:60]!r}")
 
     def _whole(self, caption: str) -> str:
         """The caption with all tokens of the new word, as diffusers' maybe_convert_prompt."""

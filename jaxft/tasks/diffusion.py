@@ -89,12 +89,16 @@ class Diffusion:
         if cfg.export.kind == "lora" or (cfg.export.kind == "all" and cfg.lora.rank):
             pipeline_lora.check(self.parts, describe(self.template))
         names = ("tokenizer", "tokenizer_2")[: len(self.model_cfg.texts)]
-        tokenizers = [load_tokenizer(self.pipeline.tokenizer_dir(name)) for name in names]
+        folders = [self.pipeline.tokenizer_dir(name) for name in names]
+        tokenizers = [load_tokenizer(folder, "clip") for folder in folders]
         self.captions = Captions(tokenizers, self.model_cfg.texts, new)
         self.train_set = Rows(self._shares(), self._tokenize)
         self._cut = self._check_captions()
         held_out = [Share(self._read(cfg.data.eval, False, False))] if cfg.data.eval else []
         self.eval_set = Rows(held_out, self._tokenize) if held_out else None
+        held = [share.images for share in held_out]
+        texts = [images.captions[i] for images in held for i in range(len(images.records))]
+        self.captions.too_long([*options.sample.prompts, *texts])  # checks their tokens
         self.kid = KidLite0() if options.eval_generated and self.eval_set else None
         self.compared = Compared()
 

@@ -53,6 +53,7 @@ class JanusLayout:
     grid: tuple[int, int]
     prompt: str
     max_caption_tokens: int
+    text_vocab: int
     image_offset: int = 0
 
     @property
@@ -223,7 +224,8 @@ def _layout(spec: str, cfg: JanusConfig, options: ImageTokenOptions, tokenizer: 
             )
     prompt = options.prompt or (PRO if "<|User|>" in vocabulary else OLD)
     longest = options.max_caption_tokens or LONGEST
-    return JanusLayout(bos, boi, pad, cfg.vq.codes, (cfg.grid, cfg.grid), prompt, longest)
+    grid, rows = (cfg.grid, cfg.grid), cfg.text.vocab_size
+    return JanusLayout(bos, boi, pad, cfg.vq.codes, grid, prompt, longest, rows)
 
 
 def _check(spec: str, source: Source, cfg: JanusConfig, options: ImageTokenOptions) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.core.errors import UserError
+from jaxft.data.vocabulary import check_ids
 
 FILE = "imagetoken.json"
 SPECIALS = ("boi", "eoi", "null", "pad")
@@ -27,10 +28,13 @@ LONGEST = 64  # tokens of a prompt, where nothing says another number
 class Layout(Protocol):
     """What a row of either family is made of; in it code c is the token image_offset + c.
 
-    grid: rows and columns of codes, row-major. prompt: the template of a caption.
-    max_caption_tokens: of the prompt, BOI not counted. specials: the ids that mean no text.
+    text_vocab: the ids that a prompt may hold are below it. grid: rows and columns of codes,
+    row-major. prompt: the template of a caption. max_caption_tokens: of the prompt, BOI not
+    counted. specials: the ids that mean no text.
     """
 
+    @property
+    def text_vocab(self) -> int: ...
     @property
     def boi(self) -> int: ...
     @property
@@ -196,17 +200,19 @@ def encode_prompt(layout: Layout, tokenizer: Any, caption: str) -> Prompt:
     """What the tokenizer itself makes of the filled template.
 
     Of a caption that is too long the longest beginning that fits stays: what the template puts
-    behind it is never lost.
+    behind it is never lost. Raises UserError for a token that is no text of the model: in one
+    vocabulary with the codes its id would be a code's.
     """
-    ids = _ids(layout, tokenizer, caption)
-    if len(ids) <= layout.max_caption_tokens:
-        return Prompt(ids, False)
-    low, high = 0, len(caption)  # `low` letters fit, `high` do not
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = len(_ids(layout, tokenizer, caption[:middle])) <= layout.max_caption_tokens
-        low, high = (middle, high) if fits else (low, middle)
-    return Prompt(_ids(layout, tokenizer, caption[:low]), True)
+    ids, cut = _ids(layout, tokenizer, caption), False
+    if len(ids) > layout.max_caption_tokens:
+        low, high = 0, len(caption)  # `low` letters fit, `high` do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = len(_ids(layout, tokenizer, caption[:middle])) <= layout.max_caption_tokens
+            low, high = (middle, high) if fits else (low, middle)
+        ids, cut = _ids(layout, tokenizer, caption[:low]), True
+    check_ids(ids, layout.text_vocab, tokenizer, f"caption {caption[:60]!r}")
+    return Prompt(ids, cut)
 
 
 def _ids(layout: Layout, tokenizer: Any, caption: str) -> list[int]:

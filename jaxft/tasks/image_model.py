@@ -30,6 +30,7 @@ from jaxft.tasks.options import ImageTokenOptions, TokenSample
 from jaxft.tasks.tokens import load_tokenizer
 from jaxft.weights.graft import Grafted
 from jaxft.weights.locate import demo_folder
+from jaxft.weights.peft_folder import CONFIG, MERGE
 from jaxft.weights.sources import Source, export_config, open_source
 from jaxft.weights.transfer import Part
 
@@ -125,9 +126,11 @@ class UnifiedModel(NamedTuple):
 def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) -> ImageModel:
     """The model of a folder, or with `options.graft` a text model made to speak that VQ's codes.
 
-    A Janus is family J, all else family N. Raises UserError where the language model, its
-    imagetoken.json, the VQ tokenizer and the options do not fit each other.
+    A Janus is family J, all else family N. Raises UserError for an adapter's folder, and where the
+    language model, its imagetoken.json, the VQ tokenizer and the options do not fit each other.
     """
+    if (Path(spec).expanduser() / CONFIG).is_file():
+        raise UserError(f"{spec} is an adapter, which only task=llm goes on from; {MERGE}")
     source = open_source(str(demo_folder(spec)) if spec.startswith("demo:") else spec, weights)
     if is_janus(source):
         return open_janus(spec, source, options)

@@ -69,6 +69,10 @@ class ImageTokens:
         self.parts = (self.model.part,)
         self.train_set = self._read(cfg.data.train, self.options.flip, self.options.crops)
         self.eval_set = self._read(cfg.data.eval, False, 1) if cfg.data.eval else None
+        for prompt in self.options.sample.prompts:
+            encode_prompt(
+                self.layout, self.model.tokenizer, prompt
+            )  # better now than after training
         self.kid = KidLite0() if self.options.eval_generated and self.eval_set else None
         size = sum(x.size for x in jax.tree.leaves(self.template))
         options = runtime.compiler_options(loop=True) if size < SMALL else None
@@ -196,20 +200,22 @@ class ImageTokens:
         layout, options, weights = self.layout, self.options.loss, batch["weights"][:, None]
         rows = train_rows(layout, batch["prompt"], batch["length"], batch["codes"], dropped)
         speaker = self.model.speaker(model)
-        embeds = speaker.embed(rows.tokens, rows.images, self.dtype)
+        embeds = speaker.embed(rows.tokens, rows.images, self.dtype, keys)
         hidden = speaker.llama.hidden(embeds=embeds, keys=keys, remat=self.remat, dtype=self.dtype)[
             0
         ]
         before_codes = jnp.take_along_axis(hidden, rows.places[..., None], axis=1)
         even = jnp.broadcast_to(weights / layout.count, rows.image_targets.shape)
-        image, sums = speaker.cross_entropy(before_codes, rows.image_targets, even, options.z)
+        targets = rows.image_targets
+        image, sums = speaker.cross_entropy(before_codes, targets, even, options.z, keys)
         total = options.image_weight * image
         metrics = {"image_ce": image - sums.get("z", 0.0), "accuracy": sums["correct"]}
         if options.text_weight:
             before_text = hidden[:, : rows.text_targets.shape[1]]
             spoken = rows.text_weights * weights
-            measured = speaker.cross_entropy(before_text, rows.text_targets, spoken, options.z)
-            text, text_sums = measured
+            text, text_sums = speaker.cross_entropy(
+                before_text, rows.text_targets, spoken, options.z, keys
+            )
             total = total + options.text_weight * text
             metrics["text_ce"] = text - text_sums.get("z", 0.0)
         return total, metrics

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from jaxft.core import runtime
 from jaxft.core.config import Config
-from jaxft.core.params import Params, bind, describe
+from jaxft.core.errors import UserError
+from jaxft.core.params import Leaf, Params, bind, describe
 from jaxft.core.sharding import (
     batch_ways,
     constrain,
@@ -30,6 +31,7 @@ from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data import text
 from jaxft.data.loader import Subset, eval_batches, subset, train_loader
 from jaxft.data.packing import Packing, make_packing
+from jaxft.data.vocabulary import check_ids
 from jaxft.models import llama
 from jaxft.models.decode import generate
 from jaxft.models.llama import Llama, LlamaConfig
@@ -41,6 +43,7 @@ from jaxft.tasks import Look, Report, Request
 from jaxft.tasks.options import LLMOptions
 from jaxft.tasks.tokens import load_tokenizer
 from jaxft.weights import adapters, transfer
+from jaxft.weights.peft_folder import fit, open_adapted
 from jaxft.weights.sources import Source, export_config
 from jaxft.weights.transfer import Part
 
@@ -55,18 +58,23 @@ class LLM:
     unit = "tokens"
 
     def __init__(self, cfg: Config):
-        self.adapter = adapters.find(cfg.model, cfg.lora.targets)
-        if self.adapter:
-            cfg = dataclasses.replace(cfg, lora=self.adapter.lora)
-        base = self.adapter.base if self.adapter else cfg.model
-        self.source = open_decoder(base, weights=cfg.init == "pretrained")
-        self.cfg, self.options = cfg, LLMOptions(**cfg.own)
+        opened = open_adapted(
+            cfg.model, cfg.lora.base, weights=cfg.init == "pretrained", opener=open_decoder
+        )
+        self.source, self.adapter, self.kept = opened
+        self.options = LLMOptions(**cfg.own)
         self.model_cfg = LlamaConfig.from_hf(self.source.config)
+        part = model_part(self.source, self.model_cfg)._replace(kept=self.kept)
+        if self.adapter:
+            self.adapter = fit(self.adapter, part.entries(_plain_leaves(self.model_cfg)))
+            cfg = dataclasses.replace(cfg, lora=self.adapter.lora)
+        self.cfg = cfg
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.remat = runtime.resolve_remat(cfg.remat)
         self.template = jax.eval_shape(self.build, jax.random.key(0))
-        self.parts = (model_part(self.source, self.model_cfg),)
+        self.parts = (part,)
         self.tokenizer = load_tokenizer(self.source.tokenizer_dir())
+        self._check_pad()
         self.train_set = self._read(cfg.data.train)
         self.eval_set = self._read(cfg.data.eval) if cfg.data.eval else None
         sets = [data for data in (self.train_set, self.eval_set) if data]
@@ -91,9 +99,10 @@ class LLM:
         cut = f", {report['truncated']} truncated to seq_len" if report["truncated"] else ""
         dropped = report["empty"] + report["untrained"]
         lost = f", {dropped} dropped (nothing to train in them)" if dropped else ""
+        kept = f" with the adapter's own {', '.join(self.kept)}" if self.kept else ""
         rows = f", {self.cfg.batch_size} packed in {self.packing.rows} rows" if self.packing else ""
         return (
-            f"{self.source.config.get('model_type')}; {self.cfg.data.train}:"
+            f"{self.source.config.get('model_type')}{kept}; {self.cfg.data.train}:"
             f" {len(self.train_set)} sequences of at most {self.options.seq_len} tokens{rows},"
             f" {report['trained_tokens']} trained tokens{cut}{lost}"
         )
@@ -124,8 +133,9 @@ class LLM:
     def loss(
         self, model: Llama, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
-        hidden = self._hidden(model, batch, keys if self.cfg.lora.dropout else None)
-        total, sums = self._cross_entropy(model, hidden, batch)
+        dropout = keys if self.cfg.lora.dropout else None
+        hidden = self._hidden(model, batch, dropout)
+        total, sums = self._cross_entropy(model, hidden, batch, dropout)
         return (total, sums["weight"]), {"token_accuracy": sums["correct"]}
 
     def shapes(self, rows: slice) -> Iterator[dict[str, np.ndarray]]:
@@ -143,11 +153,15 @@ class LLM:
         return params
 
     def side_files(self, dtype: str | None, rewritten: set[str]) -> dict[str, Path | bytes]:
+        files = dict(self.source.side_files)
         config = export_config(self.source.config, dtype)
-        if config == self.source.config:
-            return dict(self.source.side_files)
-        written = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        return {**self.source.side_files, "config.json": written.encode()}
+        if config != self.source.config or self.kept:
+            files["config.json"] = _dump(config)
+        ends, own = self.source.generation_config, self.tokenizer.eos_token_id
+        known = _ids(ends.get("eos_token_id") or config.get("eos_token_id"))
+        if self.source.tokenizer and own not in known:  # else generate passes the adapter's EOS by
+            files["generation_config.json"] = _dump({**ends, "eos_token_id": [own, *known]})
+        return files
 
     # ---- evaluation -----------------------------------------------------------------------
 
@@ -176,9 +190,8 @@ class LLM:
     ) -> tuple[dict[str, float], list[int]]:
         """Sums over the set and, for classification, the best label of every row."""
         size = 4 * self.cfg.batch_size // self.cfg.micro_batches
-        candidates = self._candidates(labels) if labels else []
-        single = all(len(ids) == 1 for ids in candidates)
-        label_ids = np.concatenate(candidates) if candidates and single else np.zeros(1, np.int32)
+        firsts = text.first_tokens(self._label_rows(view, 0, labels)) if labels else None
+        label_ids = np.zeros(1, np.int32) if firsts is None else firsts
         sums: dict[str, float] = {}
         guesses: list[int] = []
         for batch in eval_batches(view, size, self._collate, local_rows(mesh, size)):
@@ -186,9 +199,9 @@ class LLM:
             for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             guesses += np.asarray(best).tolist()
-        if candidates and not single:
-            rows = (view[i] for i in range(len(view)))
-            guesses = [self._best_label(params, mesh, row, candidates) for row in rows]
+        if labels and firsts is None:
+            candidates = (self._label_rows(view, i, labels) for i in range(len(view)))
+            guesses = [self._best_label(params, mesh, rows) for rows in candidates]
         return sums, guesses[: len(view)]
 
     @partial(jax.jit, static_argnums=0)
@@ -196,39 +209,35 @@ class LLM:
         """Sums of a batch, and the likeliest of `label_ids` at each row's first trained target."""
         model = bind(self.template, cast(params, self.dtype))
         hidden = self._hidden(model, batch, None)
-        total, sums = self._cross_entropy(model, hidden, batch)
+        total, sums = self._cross_entropy(model, hidden, batch, None)
         first = jnp.argmax(batch["weights"] > 0, axis=1)
         at_label = jnp.take_along_axis(hidden, first[:, None, None], axis=1)
         best = jnp.argmax(model.logits(at_label)[:, 0, label_ids], axis=-1)
         sums = {"nll": total, "weight": sums["weight"], "correct": sums["correct"]}
         return sums, constrain(best, None)
 
-    def _candidates(self, labels: tuple[str, ...]) -> list[np.ndarray]:
+    def _label_rows(self, view: Subset, index: int, labels: tuple[str, ...]) -> list[text.Example]:
+        """A record's row with each of the labels."""
         assert self.eval_set is not None
-        record = self.eval_set.records[int(self.eval_set.record_ids[0])]
-        prompt = text.render(record, ("text", "label"), self.options.template, "data.eval")[0]
-        return text.label_candidates(self.tokenizer, prompt, labels, self.options.template)
+        record = self.eval_set.records[int(self.eval_set.record_ids[view.ids[index]])]
+        template, seq_len = self.options.template, self.options.seq_len
+        return text.label_rows(self.tokenizer, record["text"], labels, template, seq_len)
 
-    def _best_label(
-        self, params: Params, mesh: Mesh, example: text.Example, candidates: list[np.ndarray]
-    ) -> int:
-        """The label of the lowest total loss after a row's prompt, where labels are many tokens."""
-        prompt = example.tokens[: int(np.argmax(example.weights > 0))]
-        rows = []
-        for ids in candidates:
-            tokens = np.concatenate([prompt, ids])[-self.options.seq_len - 1 :]
-            weights = (np.arange(len(tokens)) >= len(tokens) - len(ids)).astype(np.float32)
-            rows.append(text.Example(tokens, weights))
+    def _best_label(self, params: Params, mesh: Mesh, rows: list[text.Example]) -> int:
+        """The row of the lowest total loss: that of its label, the text behind it and EOS."""
         ways = batch_ways(mesh)
-        size = -(-len(rows) // ways) * ways
-        batch = place_batch(self._collate(rows, batch_rows=size), mesh)
-        return int(np.argmin(np.asarray(self._row_loss(params, batch))[: len(rows)]))
+        batch = self._collate(rows, batch_rows=-(-len(rows) // ways) * ways)
+        most = int(batch["weights"].sum(axis=1).max())
+        width = min(-(-most // 8) * 8, self.options.seq_len)  # few widths are few compilations
+        losses = self._row_loss(params, place_batch(batch, mesh), width)
+        return int(np.argmin(np.asarray(losses)[: len(rows)]))
 
-    @partial(jax.jit, static_argnums=0)
-    def _row_loss(self, params: Params, batch: Batch) -> jax.Array:
-        """Summed loss of each row."""
+    @partial(jax.jit, static_argnums=(0, 3))
+    def _row_loss(self, params: Params, batch: Batch, width: int) -> jax.Array:
+        """Summed loss of each row [B], of which at most `width` positions are trained."""
         model = bind(self.template, cast(params, self.dtype))
-        hidden, targets, weights = self._trained_only(self._hidden(model, batch, None), batch)
+        hidden = self._hidden(model, batch, None)
+        hidden, targets, weights = self._trained_only(hidden, batch, width)
         nll = -jax.nn.log_softmax(model.logits(hidden))
         picked = jnp.take_along_axis(nll, targets[..., None], axis=-1)[..., 0]
         return constrain(jnp.sum(picked * weights, axis=1), None)
@@ -247,6 +256,8 @@ class LLM:
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
         """Continuations in one batch, each up to an end-of-sequence id or `max_new` tokens."""
         ids = [text.prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
+        for prompt, row in zip(prompts, ids, strict=True):
+            check_ids(row, self.model_cfg.vocab_size, self.tokenizer, f"prompt {prompt[:60]!r}")
         top_p = 1.0 if request.top_p is None else request.top_p
         how = Sampling(request.temperature or 0.0, request.top_k or 0, top_p)
         made = self._continue(params, ids, request.max_new, how, request.seed)
@@ -284,15 +295,32 @@ class LLM:
         """Every id that ends a text: the generation config's, the config's, the tokenizer's."""
         ids = {self.tokenizer.eos_token_id}
         for config in (self.source.generation_config, self.source.config):
-            value = config.get("eos_token_id")
-            ids |= set(value if isinstance(value, list) else [value])
-        return tuple(sorted(ids - {None}))
+            ids |= set(_ids(config.get("eos_token_id")))
+        return tuple(sorted(ids))
 
     # ---- shared pieces --------------------------------------------------------------------
 
     def _read(self, spec: str) -> text.TextDataset:
-        seq_len, template = self.options.seq_len, self.options.template
-        return text.load_text(spec, self.tokenizer, seq_len=seq_len, template=template)
+        return text.load_text(
+            spec,
+            self.tokenizer,
+            seq_len=self.options.seq_len,
+            template=self.options.template,
+            vocab_size=self.model_cfg.vocab_size,
+        )
+
+    def _check_pad(self) -> None:
+        """UserError for a pad token without a row: nothing here uses it, transformers would."""
+        rows, tokenizer = self.model_cfg.vocab_size, self.tokenizer
+        if tokenizer.pad_token_id is not None:
+            where = f"{self.source.name}: pad_token of tokenizer_config.json"
+            check_ids([tokenizer.pad_token_id], rows, tokenizer, where)
+        stated = self.source.config.get("pad_token_id")
+        if isinstance(stated, int) and stated >= rows:
+            raise UserError(
+                f"{self.source.name}/config.json: pad_token_id={stated}, but vocab_size={rows};"
+                " transformers does not open such a model; set pad_token_id to null"
+            )
 
     def _collate(self, examples: Any, *, batch_rows: int) -> dict[str, np.ndarray]:
         return text.collate(examples, self.options.seq_len, batch_rows)
@@ -328,20 +356,22 @@ class LLM:
             batch["tokens"], *places, keys=keys, remat=self.remat, dtype=self.dtype
         )[0]
 
-    def _cross_entropy(self, model: Llama, hidden: jax.Array, batch: Batch) -> tuple:
-        hidden, targets, weights = self._trained_only(hidden, batch)
+    def _cross_entropy(
+        self, model: Llama, hidden: jax.Array, batch: Batch, keys: jax.Array | None
+    ) -> tuple:
+        hidden, targets, weights = self._trained_only(hidden, batch, self._trained_width)
         head, vocab_first = model.head()
-        features = model.features(hidden)
+        features = model.features(hidden, keys)
         return linear_cross_entropy(features, head, targets, weights, vocab_first=vocab_first)
 
-    def _trained_only(self, hidden: jax.Array, batch: Batch) -> tuple:
-        """(hidden, targets, weights) without the positions that no row trains.
+    def _trained_only(self, hidden: jax.Array, batch: Batch, width: int) -> tuple:
+        """(hidden, targets, weights) of the `width` positions that rows may train.
 
         Where only a completion is trained, this spares the head most of its work.
         """
-        if 2 * self._trained_width > self.options.seq_len:
+        if 2 * width > self.options.seq_len:
             return hidden, batch["targets"], batch["weights"]
-        places = jax.lax.top_k(batch["weights"], self._trained_width)[1]
+        places = jax.lax.top_k(batch["weights"], width)[1]
         kept = [jnp.take_along_axis(batch[name], places, axis=1) for name in ("targets", "weights")]
         return jnp.take_along_axis(hidden, places[..., None], axis=1), *kept
 
@@ -353,6 +383,11 @@ def model_part(source: Source, cfg: LlamaConfig) -> Part:
     return Part("", source.name, source.tensors, rules, sizes, llama.ignore(cfg), drop)
 
 
+def _plain_leaves(cfg: LlamaConfig) -> dict[str, Leaf]:
+    """The parameters of a model without adapters."""
+    return describe(jax.eval_shape(lambda key: Llama(cfg, key=key), jax.random.key(0)))
+
+
 def load(spec: str, dtype: str) -> Llama:
     """The model of a folder, file, `pip:PACKAGE` or hub id, whole on the first device."""
     source = open_decoder(spec)
@@ -362,6 +397,15 @@ def load(spec: str, dtype: str) -> Llama:
     places = shardings(leaves, mesh)
     params = transfer.load(model_part(source, cfg), leaves, places, dtype, set(leaves))
     return bind(template, params)
+
+
+def _dump(config: Mapping[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _ids(value: Any) -> list[int]:
+    """The ids of a config's eos_token_id: one, several or none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _prompt(example: text.Example) -> np.ndarray:

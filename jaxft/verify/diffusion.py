@@ -133,7 +133,7 @@ def _tokens(pipeline: Pipeline, cfg: PipelineConfig) -> Int[np.ndarray, "B E T"]
 
 
 def _tokenizer(pipeline: Pipeline, i: int, text: CLIPTextConfig) -> Any:
-    made = load_tokenizer(pipeline.tokenizer_dir(("tokenizer", "tokenizer_2")[i]))
+    made = load_tokenizer(pipeline.tokenizer_dir(("tokenizer", "tokenizer_2")[i]), "clip")
     made.model_max_length = text.max_positions
     return made
 

@@ -79,7 +79,9 @@ def _unified_codes(model: Any, count: int) -> Int[np.ndarray, "B S"]:
     from transformers import AutoModelForCausalLM
 
     layout = model.layout
-    stock: Any = AutoModelForCausalLM.from_pretrained(model.source.folder, dtype=torch.float32)
+    stock: Any = AutoModelForCausalLM.from_pretrained(
+        model.source.folder, dtype=torch.float32, trust_remote_code=False
+    )
     tokens, mask = (torch.from_numpy(x.astype(np.int64)) for x in _prompts(model))
     made = stock.generate(
         tokens,

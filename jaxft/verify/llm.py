@@ -5,7 +5,6 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +32,8 @@ from jaxft.verify.report import (
     worst_gradient,
 )
 from jaxft.weights import adapters, transfer
-from jaxft.weights.rules import Entry, to_torch
+from jaxft.weights.peft_folder import PREFIX, PeftAdapter, fit, open_adapted
+from jaxft.weights.rules import to_torch
 from jaxft.weights.sources import TOKENIZER_FILES, Source
 from jaxft.weights.tensor_files import write_sharded
 from jaxft.weights.transfer import Part
@@ -66,7 +66,7 @@ class Subject(NamedTuple):
 
     source: Source
     part: Part
-    adapter: adapters.PeftAdapter | None
+    adapter: PeftAdapter | None
     template: Llama
     leaves: dict[str, Leaf]
 
@@ -125,14 +125,13 @@ def open_subject(spec: str) -> Subject:
 
     The adapted projections are those that the adapter has tensors for.
     """
-    adapter = adapters.find(spec, "")
-    source = open_decoder(adapter.base if adapter else spec)
+    opened = open_adapted(spec, opener=open_decoder)
+    source, adapter = opened.source, opened.adapter
     cfg = LlamaConfig.from_hf(source.config)
     part = model_part(source, cfg)
     template = jax.eval_shape(lambda key: Llama(cfg, key=key), jax.random.key(0))
-    entries = part.entries(describe(template))
     if adapter:
-        adapter = adapter._replace(lora=replace(adapter.lora, targets=_targets(adapter, entries)))
+        adapter = fit(adapter, part.entries(describe(template)))
 
         def build(key: jax.Array) -> Llama:
             model = Llama(cfg, key=key)
@@ -141,18 +140,6 @@ def open_subject(spec: str) -> Subject:
 
         template = jax.eval_shape(build, jax.random.key(0))
     return Subject(source, part, adapter, template, describe(template))
-
-
-def _targets(adapter: adapters.PeftAdapter, entries: list[Entry]) -> str:
-    """A regex of the projections that a PEFT folder holds tensors for."""
-    have = set(adapter.tensors.keys())
-    name = "{}{}.lora_A.weight"
-    hit = [
-        re.escape(entry.path.removesuffix(".kernel"))
-        for entry in entries
-        if any(name.format(adapters.PREFIX, k.removesuffix(".weight")) in have for k in entry.keys)
-    ]
-    return "|".join(hit)
 
 
 def make_cases(subject: Subject, far: int) -> dict[str, Case]:
@@ -197,7 +184,11 @@ def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
 
     with hf_folder(subject.source) as folder:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     model, report = loaded
     if subject.adapter:
@@ -344,5 +335,5 @@ def torch_keyed(
         for letter, leaf, layout in slot.sides():
             array = np.asarray(arrays[f"{slot.path}.{leaf}"])
             array = array if slot.layer is None else array[slot.layer]
-            key = f"{adapters.PREFIX}{slot.module}.lora_{letter}.weight"
+            key = f"{PREFIX}{slot.module}.lora_{letter}.weight"
             yield key, to_torch(array, layout, part.sizes)

@@ -11,31 +11,10 @@ import numpy as np
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf
+from jaxft.weights.peft_folder import BASE, PREFIX, STEM, PeftAdapter, base_name
 from jaxft.weights.rules import Entry, to_jax, to_torch
-from jaxft.weights.tensor_files import TensorFiles, write_sharded
+from jaxft.weights.tensor_files import write_sharded
 from jaxft.weights.transfer import Part
-
-BASE = "base_model_name_or_path"
-PREFIX = "base_model.model."
-STEM = "adapter_model"
-UNSUPPORTED = (  # fields of PEFT's LoraConfig that make more of it than W + scale * A B
-    "use_dora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
-PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base too
 
 
 class Slot(NamedTuple):
@@ -77,26 +56,30 @@ def write(
     """adapter_model.safetensors and adapter_config.json as PEFT 0.18+ reads them.
 
     `arrays` holds the `….lora_a` / `….lora_b` parameters by path, and what trained beside them of
-    `part.whole`: PEFT's modules_to_save.
+    `part.whole`: PEFT's modules_to_save. A layer whose A is zero has no adapter and is left out.
     """
     tensors = _saved(part, leaves, arrays)
-    for slot in slots(part, leaves):
+    adapted = [slot for slot in slots(part, leaves) if _factor(slot, "lora_a", arrays).any()]
+    modules = {slot.module for slot in adapted}
+    for slot in adapted:
         for letter, leaf, layout in slot.sides():
-            array = np.asarray(arrays[f"{slot.path}.{leaf}"])
-            array = array if slot.layer is None else array[slot.layer]
             key = f"{PREFIX}{slot.module}.lora_{letter}.weight"
-            tensors[key] = to_torch(array.astype(np.float32), layout, part.sizes)
+            tensors[key] = to_torch(_factor(slot, leaf, arrays), layout, part.sizes)
+    for key in part.kept if part.tensors else ():
+        module = key.removesuffix(".weight")
+        inside = "base_layer." if module in modules else ""
+        tensors[f"{PREFIX}{module}.{inside}weight"] = part.tensors.read(key)
     infos = {key: (array.shape, array.dtype) for key, array in tensors.items()}
     write_sharded(folder, tensors.items(), infos, stem=STEM)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        BASE: base,
+        BASE: base_name(base),
         "r": cfg.rank,
         "lora_alpha": cfg.alpha,
         "lora_dropout": cfg.dropout,
         "use_rslora": cfg.rslora,
-        "target_modules": _targets(part, leaves),
+        "target_modules": _targets(part, leaves, modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -105,6 +88,12 @@ def write(
         "use_dora": False,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _factor(slot: Slot, leaf: str, arrays: Mapping[str, Any]) -> np.ndarray:
+    """One layer's A or B, fp32."""
+    array = np.asarray(arrays[f"{slot.path}.{leaf}"], np.float32)
+    return array if slot.layer is None else array[slot.layer]
 
 
 def _saved(
@@ -124,74 +113,41 @@ def _has(arrays: Mapping[str, Any], module: str) -> bool:
     return any(path.startswith(f"{module}.") and ".lora_" not in path for path in arrays)
 
 
-class PeftAdapter(NamedTuple):
-    """A PEFT folder as read: its LoRA settings, its base model, its tensors."""
-
-    name: str
-    base: str
-    lora: Lora
-    tensors: TensorFiles
-
-
-def find(spec: str, targets: str) -> PeftAdapter | None:
-    """The adapter, if `spec` is a PEFT folder; `targets` is its modules said as jaxft's regex."""
-    folder = Path(spec).expanduser()
-    return read(folder, targets) if (folder / "adapter_config.json").is_file() else None
-
-
-def read(folder: Path, targets: str) -> PeftAdapter:
-    """Open a PEFT folder. Raises UserError for what plain LoRA does not cover (DoRA, patterns)."""
-    file = folder / "adapter_config.json"
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not a readable PEFT adapter config: {error}") from None
-    plain = (None, False, {}, [], "none")
-    unsupported = [key for key in UNSUPPORTED if config.get(key) not in plain]
-    if config.get("init_lora_weights") not in PLAIN_STARTS:
-        unsupported.append(f"init_lora_weights={config['init_lora_weights']}")
-    if config.get("peft_type") != "LORA" or unsupported:
-        what = ", ".join(unsupported) or f"peft_type={config.get('peft_type')}"
-        raise UserError(f"{file}: {what} is not supported; plain LoRA adapters are")
-    if gone := [key for key in ("r", "lora_alpha", BASE) if not config.get(key)]:
-        raise UserError(f"{file} does not say {', '.join(gone)}; add them to the file")
-    lora = Lora(
-        rank=config["r"],
-        alpha=float(config["lora_alpha"]),
-        targets=targets,
-        rslora=bool(config.get("use_rslora", False)),
-        dropout=float(config.get("lora_dropout", 0.0)),
-    )
-    tensors = TensorFiles.open(folder / f"{STEM}.safetensors")
-    return PeftAdapter(str(folder), config[BASE], lora, tensors)
-
-
 def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
-    """The adapter's arrays by jaxft path; every tensor must have its place."""
+    """The arrays of an adapter by jaxft path, its tensors named as `fit` names them.
+
+    A layer without factors gets zeros: it stays as it is in the base, and its gradients are zero.
+    """
     arrays = {
         path: np.zeros(leaf.shape, np.float32)
         for path, leaf in leaves.items()
         if path.endswith((".lora_a", ".lora_b"))
     }
+    have = set(adapter.tensors.keys())
     wanted = {
-        f"{PREFIX}{slot.module}.lora_{letter}.weight": (slot, leaf, layout)
+        f"{slot.module}.lora_{letter}.weight": (slot, leaf, layout)
         for slot in slots(part, leaves)
         for letter, leaf, layout in slot.sides()
     }
-    have = set(adapter.tensors.keys())
-    if have != set(wanted):
-        odd = sorted(have ^ set(wanted))[:8]
-        raise UserError(f"{adapter.name} does not fit lora.targets; not on both sides: {odd}")
-    for key, (slot, leaf, layout) in wanted.items():
+    halves = {key for key in have if _other_half(key) not in have}
+    if odd := sorted((have - wanted.keys()) | halves)[:8]:
+        raise UserError(f"{adapter.name}: tensors without a place or without their pair: {odd}")
+    for key in sorted(have):
+        slot, leaf, layout = wanted[key]
         path, layer = f"{slot.path}.{leaf}", ... if slot.layer is None else slot.layer
-        want, got = arrays[path][layer].shape, adapter.tensors.info(key)[0]
+        want, got = arrays[path][layer].shape, tuple(adapter.tensors.info(key)[0])
         if to_torch(np.broadcast_to(np.int8(0), want), layout, part.sizes).shape != got:
             raise UserError(
                 f"{adapter.name}: tensor {key} {got} does not fit rank {adapter.lora.rank} on this"
-                " base model; give the base that the adapter was trained on"
+                " base model; give the base that the adapter was trained on by lora.base=MODEL"
             )
         arrays[path][layer] = to_jax(adapter.tensors.read(key), layout, part.sizes)
     return arrays
+
+
+def _other_half(key: str) -> str:
+    stem, _, letter = key.removesuffix(".weight").rpartition("_")
+    return f"{stem}_{'B' if letter == 'A' else 'A'}.weight"
 
 
 def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str]:
@@ -207,12 +163,11 @@ def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str]:
     return layout_a, f"{out_group} r{ones} -> r {' '.join(outs)}"
 
 
-def _targets(part: Part, leaves: Mapping[str, Leaf]) -> list[str]:
+def _targets(part: Part, leaves: Mapping[str, Leaf], modules: set[str]) -> list[str]:
     """Module names for PEFT: short suffixes, or full names where a suffix would hit others.
 
     Others are all of the checkpoint, those that make no parameter here too.
     """
-    modules = {slot.module for slot in slots(part, leaves)}
     keys = [key for entry in part.entries(leaves) for key in entry.keys]
     keys += [] if part.tensors is None else list(part.tensors.keys())
     others = {key.removesuffix(".weight") for key in keys} - modules

@@ -39,6 +39,7 @@ class Source:
     tensors: Tensors | None
     side_files: Mapping[str, Path | bytes]
     folder: Path | None = None
+    tokenizer: Path | None = None  # a folder, where the tokenizer is another one's (an adapter's)
 
     @property
     def dtype(self) -> str:
@@ -67,8 +68,8 @@ class Source:
                 f"{self.name}: no tokenizer beside the weights; copy tokenizer.json and "
                 "tokenizer_config.json of the original model there"
             )
-        if self.folder is not None:
-            return self.folder
+        if found := self.tokenizer or self.folder:
+            return found
         folder = Path(tempfile.mkdtemp(prefix="jaxft-tokenizer-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         for name, content in self.side_files.items():

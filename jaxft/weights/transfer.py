@@ -21,7 +21,8 @@ class Part(NamedTuple):
     """One component of a model: its parameters' prefix, and the checkpoint that fills them.
 
     `folder` and `stem` say where an export writes it. `whole` are modules that an adapter's file
-    may hold whole beside the adapters. An aid (a network that only measures) is
+    may hold whole beside the adapters. `kept` are tensors that it has to hold, since the base has
+    others. An aid (a network that only measures) is
     loaded whatever `init` says, and never exported.
     """
 
@@ -36,6 +37,7 @@ class Part(NamedTuple):
     stem: str = "model"
     aid: bool = False
     whole: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     def entries(self, leaves: Mapping[str, Leaf]) -> list[Entry]:
         """The plan for this part's own parameters (none that a run adds), paths with the prefix."""

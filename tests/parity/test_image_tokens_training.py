@@ -1,5 +1,6 @@
 """Ten steps of the image-token task against a plain torch loop over LlamaForCausalLM."""
 
+import json
 import shutil
 from itertools import starmap
 from pathlib import Path
@@ -187,6 +188,8 @@ def test_p6_the_adapter_of_a_run_loads_in_peft_and_is_the_merged_model(folder, w
     changes |= {"export.kind": "adapter"}
     args = arguments(folder, work / "pictures", work / "cache", tmp_path / "run", changes)
     assert train.main(args) == 0
+    said = json.loads((tmp_path / "run" / "export" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(folder)
     run, params, _ = runs.restore_run(tmp_path / "run", None)
     with jax.set_mesh(run.mesh):
         export_folder(run, params, tmp_path / "merged", "folder", "source")

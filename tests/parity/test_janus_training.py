@@ -122,6 +122,7 @@ def test_p6_the_adapter_of_a_run_loads_in_peft_and_is_the_merged_model(work, tmp
     assert train.main(args) == 0
     folder = tmp_path / "run" / "export"
     said = json.loads((folder / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(work / "model")
     assert said["modules_to_save"] == [
         "generation_embeddings",
         "generation_aligner",

@@ -1,0 +1,28 @@
+"""Token ids against the rows of an embedding table."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxft.core.errors import UserError
+
+
+def check_ids(
+    ids: Int[np.ndarray, "..."] | Iterable[int], rows: int, tokenizer: Any, where: str
+) -> None:
+    """Raise UserError for the first id that has no row in an embedding table of `rows` rows.
+
+    PyTorch raises an IndexError there. JAX reads the last row instead and trains on it.
+    A tokenizer may have more tokens than the table has rows: only the ids in use are checked.
+    """
+    used = np.asarray(ids)
+    if not used.size or used.max() < rows:
+        return
+    first = int(used[used >= rows][0])
+    raise UserError(
+        f"{where}: token {tokenizer.convert_ids_to_tokens(first)!r} has the id {first}, but the"
+        f" model's vocabulary has {rows} rows (the tokenizer has {len(tokenizer)} tokens); take the"
+        " model's own tokenizer, or resize the model (resize_token_embeddings) and save it again"
+    )
