@@ -6,7 +6,7 @@
 LoRA on the language model with its table, aligner and head of codes whole, a PEFT folder as
 export. Everything that draws, and a folder for transformers' JanusForConditionalGeneration:
 
-    python -m jaxft.train --config configs/janus.py --workdir runs/janus --config.model=FOLDER \
+    python -m jaxft.train --config configs/janus.py --workdir runs/whole --config.model=FOLDER \
         --config.data.train=folder:images --config.data.eval=folder:held --config.lora.rank=0 \
         --config.trainable=.* --config.optim.lr=1e-5 --config.export.kind=folder
 """

@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    options, _ = configs.parse_arguments(argv, ("workdir", "step", "out", "kind", "dtype"))
+    parsed = configs.parse_arguments(argv, ("workdir", "step", "out", "kind", "dtype"))
+    options = parsed.options
     if "workdir" not in options:
         raise UserError("--workdir is missing: python -m jaxft.export --workdir DIR")
     dtypes = configs.CHOICES["export.dtype"]
@@ -64,7 +65,7 @@ def _main(argv: list[str]) -> None:
     if options.get("kind", "merged") not in WRITERS:
         raise UserError(f"--kind={options['kind']!r} is not one of {', '.join(WRITERS)}")
     workdir = Path(options["workdir"])
-    run, params, step = runs.restore_run(workdir, runs.step_option(options))
+    run, params, step = runs.restore_run(workdir, runs.step_option(options), parsed.overrides)
     kind = options.get("kind", run.cfg.export.kind)
     if kind not in (kinds := [kind for kind in run.task.EXPORT_KINDS if kind != "none"]):
         raise UserError(f"--kind={kind!r} is not one of {', '.join(kinds)}")

@@ -19,6 +19,7 @@ from jaxft.core.config import Arguments, Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADDED, Leaf, Params, describe, flatten, select, trainable_table
 from jaxft.core.step import State, StepSpec, init_state, state_shardings
+from jaxft.core.workdir import read_config_file
 from jaxft.tasks import Task, task_class
 from jaxft.tasks.options import OPTIONS
 from jaxft.weights import transfer
@@ -258,16 +259,13 @@ def restore_run(
 
     Overrides change how the model is looked at (`data.eval`), never what it was trained on.
     """
-    configs.read_config_file(workdir)  # says it, if this is no run folder
+    read_config_file(workdir)  # raises where this is no run folder
     runtime.join()
     saved = Checkpoints(workdir)
     at = saved.latest() if at is None else at
     if at is None:
         raise UserError(f"{workdir} has no checkpoint yet; train first")
-    config = saved.config(at)
-    for key, value in overrides:
-        configs.override(config, key, value)
-    run = open_run(config)
+    run = open_run(configs.resolve_config(saved.config(at), overrides, OPTIONS))
     with jax.set_mesh(run.mesh):
         state, _ = saved.restore(at, abstract_state(run, make_plan(run).tx))
         params = model_params(load_params(run, set(run.leaves) - run.chosen), state)

@@ -8,6 +8,7 @@ from typing import Any
 from jaxft.core import config as configs
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
+from jaxft.core.workdir import claim_workdir, differing_keys, read_config_file
 from jaxft.tasks import check_task
 from jaxft.tasks.options import OPTIONS
 
@@ -31,21 +32,29 @@ def _main(argv: list[str]) -> None:
 
 
 def _claim(workdir: Path, config: dict[str, Any]) -> None:
-    """Make the run folder; of many processes the first does it, and the others have to see it."""
+    """Make the run folder; of many processes the first does it, and the others check it."""
     if not runtime.launcher():
-        configs.claim_workdir(workdir, config)
+        claim_workdir(workdir, config, OPTIONS)
         return
     runtime.join()
     import jax
     from jax.experimental.multihost_utils import sync_global_devices
 
-    if jax.process_index() == 0:
-        configs.claim_workdir(workdir, config)
-    sync_global_devices("claimed")
-    if not (workdir / "config.json").exists() or configs.read_config_file(workdir) != config:
+    try:
+        if jax.process_index() == 0:
+            claim_workdir(workdir, config, OPTIONS)
+    finally:
+        sync_global_devices("claimed")  # the others would wait for a process that gave up
+    if not (workdir / "config.json").exists():
         raise UserError(
-            f"process {jax.process_index()} does not see in workdir {workdir} what process 0 wrote"
+            f"process {jax.process_index()} does not find in workdir {workdir} what process 0 wrote"
             " there; choose a --workdir on a disk that all hosts share"
+        )
+    if differing := differing_keys(read_config_file(workdir, OPTIONS), config):
+        raise UserError(
+            f"process {jax.process_index()} has another config than workdir {workdir}"
+            f" ({'; '.join(differing)}); give the same command on every host, and a --workdir on a"
+            " disk that all hosts share"
         )
 
 

@@ -1,7 +1,6 @@
 """Configs: overrides, types, did-you-mean, durations, claimed folders, and failing fast."""
 
 import copy
-import json
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxft.core import config as configs
-from jaxft.core.config import differing_keys, load_config, override, parse_arguments, read_config
+from jaxft.core.config import load_config, override, parse_arguments, read_config
 from jaxft.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,61 +234,6 @@ def test_loading_twice_gives_independent_configs():
     assert load_config(LLM)["optim"]["lr"] == 1e-3 and first["optim"]["lr"] == 1.0
 
 
-# ---- the run folder -------------------------------------------------------------------------
-
-
-def test_a_claimed_folder_keeps_its_config(tmp_path, config):
-    configs.claim_workdir(tmp_path / "a" / "b", config)
-    assert configs.read_config_file(tmp_path / "a" / "b") == config
-    (tmp_path / "a" / "b" / "metrics.jsonl").touch()
-    configs.claim_workdir(tmp_path / "a" / "b", config)
-
-
-def test_a_folder_of_another_config_lists_what_differs(tmp_path, config):
-    configs.claim_workdir(tmp_path, config)
-    (tmp_path / "metrics.jsonl").touch()
-    other = changed(changed(config, "optim.lr", 0.5), "seed", 3)
-    with pytest.raises(UserError, match=r"optim\.lr: 0\.001 -> 0\.5; seed: 0 -> 3") as caught:
-        configs.claim_workdir(tmp_path, other)
-    assert str(tmp_path) in str(caught.value)
-    assert configs.read_config_file(tmp_path) == config
-
-
-def test_a_first_try_that_never_trained_does_not_hold_the_folder(tmp_path, config):
-    """A wrong model path is mended with another config and the same command otherwise."""
-    configs.claim_workdir(tmp_path, changed(config, "model", "no/such/folder"))
-    configs.claim_workdir(tmp_path, config)
-    assert configs.read_config_file(tmp_path) == config
-
-
-def test_differing_keys_see_types_and_absent_leaves():
-    old, new = {"a": 1, "b": {"c": True}}, {"a": 1.0, "b": {"d": 2}}
-    assert differing_keys(old, new) == [
-        "a: 1 -> 1.0",
-        "b.c: True -> 'absent'",
-        "b.d: 'absent' -> 2",
-    ]
-    assert differing_keys(old, old) == []
-
-
-def test_a_folder_that_cannot_be_written(tmp_path, config):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/run cannot be written .*; choose another"):
-        configs.claim_workdir(tmp_path / "file" / "run", config)
-
-
-def test_a_corrupt_config_file(tmp_path, config):
-    (tmp_path / "config.json").write_text("{")
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
-        configs.claim_workdir(tmp_path, config)
-
-
-def test_a_folder_without_config_is_no_run(tmp_path):
-    with pytest.raises(UserError, match="is not a run folder"):
-        configs.read_config_file(tmp_path)
-
-
 # ---- the whole command ----------------------------------------------------------------------
 
 
@@ -332,8 +276,3 @@ def test_the_module_command_itself():
     )
     line = "jaxft: unknown config key 'optm.lr'; did you mean 'optim.lr'?\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
-
-
-def test_what_claim_wrote_is_plain_json(tmp_path, config):
-    configs.claim_workdir(tmp_path, config)
-    assert json.loads((tmp_path / "config.json").read_text()) == config

@@ -1,4 +1,7 @@
-"""One run in two processes, as on two hosts: the numbers and the folder that one process makes."""
+"""One run in two processes, as on two hosts: the numbers and the folder that one process makes.
+
+The gate runs one config so; `pytest -m slow` runs every file of configs/.
+"""
 
 import json
 import os
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from interrupted import timeless
 from safetensors.numpy import load_file
+from tiny_janus import make_work
 
 from jaxft.core import runtime
 
@@ -103,3 +107,73 @@ def goes_on_in_one_process(flags, workdir, whole):
     assert codes == [0] and "resumed from step 2" in shown[0]
     for key, tensor in tensors(workdir / "export").items():
         np.testing.assert_allclose(tensor, whole[key], atol=1e-5, err_msg=key)
+
+
+# ---- every shipped config -------------------------------------------------------------------
+
+TINY = {
+    "total": "2_steps",
+    "batch_size": 8,
+    "eval_examples": 8,
+    "every.log": "1_steps",
+    "every.save": "2_steps",
+}
+DRAWN = {**TINY, "eval_generated": 8}
+SHORT = {
+    "llm": {**TINY, "seq_len": 48},
+    "autoencoder": TINY,
+    "diffusion": {**DRAWN, "sample.steps": 2},
+    "image_tokens": {**DRAWN, "sample.prompts": "['red heart']"},
+    "janus": {**DRAWN, "resolution": 12, "sample.prompts": "['water']"},
+}
+
+
+@pytest.fixture(scope="module")
+def shipped(make_folder, make_flags, tmp_path_factory):
+    """`shipped(name)`: flags of that config as it is, on its demo or a tiny folder, made short."""
+    work = tmp_path_factory.mktemp("shipped")
+
+    def flags(name):
+        keys = {**SHORT[name]}
+        if name == "janus":
+            pictures = f"folder:{make_work(work) / 'pictures'}"
+            keys |= {"model": work / "model", "data.train": pictures, "data.eval": pictures}
+        if name not in ("llm", "autoencoder"):
+            keys |= {"cache": work / "cache"}
+        words = [f"--config.{key}={value}" for key, value in keys.items()]
+        if name == "llm":
+            words = make_flags(make_folder(tied=True), keys)
+        return ["--config", str(ROOT / "configs" / f"{name}.py"), *words]
+
+    return flags
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
+def test_case_img_15_a_shipped_config_makes_in_two_processes_what_it_makes_in_one(
+    shipped, name, tmp_path
+):
+    """The mesh is the same, four devices: losses agree to 1e-6 of their size."""
+    flags, one, two = shipped(name), tmp_path / "one", tmp_path / "two"
+    for count, work in ((1, one), (2, two)):
+        codes, shown, errors = together(count, "jaxft.train", *flags, "--workdir", str(work))
+        assert codes == [0] * count, (shown, errors)
+    assert json.loads((two / "manifest.json").read_text())["processes"] == 2
+    losses = [[r["loss"] for r in records(work) if "loss" in r] for work in (one, two)]
+    assert len(losses[0]) == len(losses[1]) == 2
+    apart = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
+    print(f"{name}: losses {losses[0]}, apart {apart:.1e} relative")
+    assert apart < 1e-6
+    for a, b in zip(timeless(one), timeless(two), strict=True):
+        assert a.keys() == b.keys()
+    names = [
+        sorted(p.relative_to(work) for p in work.rglob("*.safetensors")) for work in (one, two)
+    ]
+    assert names[0] == names[1] and names[0]
+    for file in names[0]:
+        whole, halves = load_file(one / file), load_file(two / file)
+        assert whole.keys() == halves.keys()
+        for key, tensor in whole.items():
+            np.testing.assert_allclose(
+                halves[key].astype(np.float32), tensor.astype(np.float32), atol=1e-4, err_msg=key
+            )

@@ -49,16 +49,18 @@ def test_a_sound_pipeline_passes_and_its_certificate_lies_beside_it(any_folder, 
     assert list(content["components"]) == names
     for name in names:
         assert figures[f"{name} gradients, worst relative"]["figure"] > 0
-        assert figures[f"{name} gradients, worst relative"]["bound"] == 1e-3
+        assert figures[f"{name} gradients, worst relative"]["bound"] < 1e-3
+        assert figures[f"{name} weights, differing tensors"]["figure"] == 0
         assert figures[f"{name} round trip, differing tensors"]["figure"] == 0
         assert len(content["components"][name]["weights_sha256"]) == 64
     outputs = {name: one for name, one in figures.items() if name.endswith("max relative")}
     pictures = outputs.pop(
         f"pictures after 5 {content['trajectory']['sampler']} steps, max relative"
     )
-    assert pictures["bound"] == 1e-3 and 0 < pictures["figure"] < 1e-3
+    assert 0 < pictures["figure"] < pictures["bound"] < 1e-3
     assert int(pictures["note"].split("%")[0]) > 20
-    assert {one["bound"] for one in outputs.values()} == {1e-5}
+    assert all(one["bound"] < 1e-5 for one in outputs.values())
+    assert all(one["bound"] >= 6 * one["rounding"] > 0 for one in outputs.values())
     assert len(outputs) == 3 * len(names) - 2 and all(one["figure"] > 0 for one in outputs.values())
     assert content["oracles"].keys() == {"torch", "diffusers", "transformers"}
 

@@ -7,12 +7,11 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
-import json
-import os
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 from jaxft.core.errors import UserError
 
@@ -51,7 +50,7 @@ class Optim:
     warmup: str
     weight_decay: float
     clip: float
-    ema: float
+    ema: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
 
@@ -163,11 +162,10 @@ def parse_arguments(argv: Iterable[str], allowed: Iterable[str]) -> Arguments:
 def load_config(
     path: str, overrides: Iterable[tuple[str, str]] = (), options: Mapping[str, type] = MAPPING
 ) -> dict[str, Any]:
-    """The config file's `get_config()` with overrides applied, as plain nested dicts.
+    """The resolved config of a file's `get_config()` with overrides applied.
 
     A path that does not exist is looked up beside the installed package, so that
-    `configs/llm.py` works from a wheel too. What the file leaves out gets its default, of the
-    task's own keys by `options` (task name to dataclass), so that it can be overridden too.
+    `configs/llm.py` works from a wheel too.
     """
     file = Path(path)
     if not file.is_file():
@@ -182,12 +180,29 @@ def load_config(
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {file} defines no get_config(); copy one from configs/")
-    config = module.get_config().to_dict()
-    for schema in filter(None, (Config, options.get(str(config.get("task"))))):
-        _complete(config, schema)
+    return resolve_config(module.get_config().to_dict(), overrides, options)
+
+
+def resolve_config(
+    config: Mapping[str, Any],
+    overrides: Iterable[tuple[str, str]] = (),
+    options: Mapping[str, type] = MAPPING,
+) -> dict[str, Any]:
+    """A config with every default filled in and overrides applied, as nested dicts of JSON values.
+
+    `options` maps a task's name to the dataclass of its own keys. The result equals what JSON
+    makes of it: sequences are lists, and an int that stands for a float is a float. Run folders
+    and processes can therefore compare configs with `==`. A key of the wrong type is kept, so that
+    `read_config` names it. Raises UserError for a value that JSON cannot hold.
+    """
+    resolved = _plain(config, "")
+    schemas = (Config, options.get(str(config.get("task"))))
+    kinds: dict[str, Any] = {}
+    for schema in filter(None, schemas):
+        kinds |= _complete(resolved, schema, "")
     for key, text in overrides:
-        override(config, key, text)
-    return config
+        override(resolved, key, text, kinds)
+    return resolved
 
 
 def read_config(config: Mapping[str, Any], own: type | None = None) -> Config:
@@ -218,17 +233,6 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     return leaves
 
 
-def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for every leaf that differs between two configs."""
-    a, b = flatten_config(old), flatten_config(new)
-    gone = object()
-    return [
-        f"{key}: {a.get(key, 'absent')!r} -> {b.get(key, 'absent')!r}"
-        for key in sorted(a.keys() | b.keys())
-        if json.dumps(a.get(key, gone), default=str) != json.dumps(b.get(key, gone), default=str)
-    ]
-
-
 def steps(duration: str, batch_size: int, examples: int, key: str) -> int:
     """A duration ("200_steps", "3_epochs", "10000_examples") in optimiser steps."""
     match = re.fullmatch(r"(\d+)_(steps|epochs|examples)", duration)
@@ -243,56 +247,28 @@ def steps(duration: str, batch_size: int, examples: int, key: str) -> int:
     return -(-count * (examples if unit == "epochs" else 1) // batch_size)
 
 
-def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Make the folder, refuse one where another config ran, and keep this config in it.
+def override(
+    config: dict[str, Any], key: str, text: str, kinds: Mapping[str, Any] = MAPPING
+) -> None:
+    """Set one leaf of a config to a text from the command line.
 
-    A config that got no further than its own config.json (a wrong model path) holds nothing.
+    `kinds` holds the types of the keys that the schemas know by dotted key; such a key may be
+    absent from the config. Any other key has to be there, and keeps the type of its value.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"workdir {workdir} cannot be written ({error}); choose another --workdir"
-        ) from None
-    file = workdir / "config.json"
-    if file.exists() and any(entry != file for entry in workdir.iterdir()):
-        old = read_config_file(workdir)
-        if differing := differing_keys(old, config):
-            raise UserError(
-                f"workdir {workdir} belongs to another config ({'; '.join(differing)});"
-                " choose another --workdir, or give the same keys to resume"
-            )
-        return
-    file.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def read_config_file(workdir: Path) -> dict[str, Any]:
-    """The resolved config of a run folder."""
-    file = workdir / "config.json"
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{workdir} is not a run folder: it has no config.json") from None
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from None
-
-
-def override(config: dict[str, Any], key: str, text: str) -> None:
-    """Set one leaf of a config; its type is that of the value that is there."""
     *sections, leaf = key.split(".")
     node: Any = config
     for section in sections:
+        if key in kinds and isinstance(node, dict):
+            node.setdefault(section, {})
         node = node.get(section) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or leaf not in node or isinstance(node[leaf], dict):
-        hint = _near(key, flatten_config(config), "keys are")
+    known = isinstance(node, dict) and (key in kinds or leaf in node)
+    if not known or isinstance(node.get(leaf), dict):
+        hint = _near(key, {**flatten_config(config), **kinds}, "keys are")
         raise UserError(f"unknown config key {key!r}; {hint}")
-    node[leaf] = _convert(key, text, type(node[leaf]))
+    node[leaf] = _plain(_convert(key, text, kinds.get(key) or type(node[leaf])), key)
 
 
-def _convert(key: str, text: str, kind: type) -> Any:
+def _convert(key: str, text: str, kind: Any) -> Any:
     if kind is str:
         return text
     if kind is bool and text.lower() in ("true", "false"):
@@ -304,27 +280,58 @@ def _convert(key: str, text: str, kind: type) -> Any:
     return _typed(key, value, kind)
 
 
-def _typed(key: str, value: Any, kind: type) -> Any:
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    """A value as `kind`, which is a class or tuple[class, ...]."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind in (tuple, list) and isinstance(value, list | tuple):
-        return kind(value)
+    if (get_origin(kind) or kind) in (tuple, list):
+        if not isinstance(value, list | tuple):
+            raise UserError(f"config key {key}={value!r} must be a list, such as ['a', 'b']")
+        inner, *_ = get_args(kind) or (None,)
+        return (get_origin(kind) or kind)(
+            _typed(f"{key}[{i}]", one, inner) if inner else one for i, one in enumerate(value)
+        )
     if type(value) is not kind:
         raise UserError(f"config key {key}={value!r} must be {kind.__name__}")
     return value
 
 
-def _complete(config: dict[str, Any], schema: type) -> None:
-    """Put in the defaults of what a config leaves out, sections too."""
+def _plain(value: Any, key: str) -> Any:
+    """A copy of a config's value as JSON gives it back."""
+    if isinstance(value, Mapping):
+        prefix = f"{key}." if key else ""
+        return {str(name): _plain(one, f"{prefix}{name}") for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one, f"{key}[{i}]") for i, one in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config key {key}={value} must be a finite number")
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise UserError(
+            f"config key {key}={value!r} is a {type(value).__name__}; write a number, a text,"
+            " True, False or a list of them"
+        )
+    return value
+
+
+def _complete(config: dict[str, Any], schema: type, prefix: str) -> dict[str, Any]:
+    """Fill in the defaults of what a config leaves out; the types of all keys by dotted key."""
+    kinds: dict[str, Any] = {}
     for f in dataclasses.fields(schema):
         kind: Any = f.type
         if dataclasses.is_dataclass(kind):
-            if f.name not in config and f.default is not dataclasses.MISSING:
-                config[f.name] = {}
-            if isinstance(config.get(f.name), dict):
-                _complete(config[f.name], kind)  # type: ignore[arg-type]
-        elif f.default is not dataclasses.MISSING:
-            config.setdefault(f.name, f.default)
+            absent = f.name not in config
+            section = {} if absent else config[f.name]
+            if isinstance(section, dict):
+                kinds |= _complete(section, kind, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+            if absent and f.default is not dataclasses.MISSING:
+                config[f.name] = section
+        elif isinstance(kind, type) or get_origin(kind) is tuple:
+            kinds[prefix + f.name] = kind
+            if f.default is not dataclasses.MISSING:
+                config.setdefault(f.name, _plain(f.default, prefix + f.name))
+            if kind is float and type(config.get(f.name)) is int:
+                config[f.name] = float(config[f.name])
+    return kinds
 
 
 def _needed(schema: type) -> set[str]:
@@ -346,7 +353,7 @@ def _build(schema: type[Schema], values: Mapping[str, Any], prefix: str) -> Sche
             if not isinstance(value, Mapping):
                 raise UserError(f"config key {prefix}{name}={value!r} must be a section of keys")
             built[name] = _build(kind, value, f"{prefix}{name}.")  # type: ignore[arg-type]
-        elif isinstance(kind, type):
+        elif isinstance(kind, type) or get_origin(kind) is tuple:
             built[name] = _typed(prefix + name, value, kind)
         else:
             built[name] = value

@@ -76,7 +76,7 @@ class Sample:
     """What is drawn to be looked at; without prompts, held-out captions. `image_guidance` is by the
     source picture of an InstructPix2Pix model."""
 
-    prompts: tuple
+    prompts: tuple[str, ...]
     steps: int
     guidance: float
     sampler: str = "dpm++"
@@ -119,7 +119,7 @@ class TokenLoss:
 class TokenSample:
     """How images are drawn to be looked at; without prompts, held-out captions."""
 
-    prompts: tuple
+    prompts: tuple[str, ...]
     guidance: float
     temperature: float = 1.0
     top_k: int = 0

@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> bool:
     if not argv or argv[0].startswith("--"):
         raise UserError("name a model folder first: python -m jaxft.verify DIR [--out FILE]")
-    spec, (options, _) = argv[0], parse_arguments(argv[1:], ("out", "long"))
+    spec, (options, overrides) = argv[0], parse_arguments(argv[1:], ("out", "long"))
+    if overrides:
+        raise UserError(f"--config.{overrides[0][0]} has no use here: verify reads a model folder")
     if not (far := options.get("long", "4096")).isdigit():
         raise UserError(f"--long={far!r} must be a position, such as 4096")
     folder = Path(spec) if Path(spec).is_dir() else Path.cwd()

@@ -51,8 +51,8 @@ def vae_subject(source: Source, part: Part, cfg: VAEConfig) -> Subject:
     latents = np.asarray(cfg.unscale(jnp.asarray(normal(1, ROWS, *GRID, cfg.latent_channels))))
 
     def theirs(model: Any) -> dict[str, Any]:
-        found = model.encode(channels_first(images)).latent_dist
-        back = model.decode(channels_first(latents)).sample
+        found = model.encode(channels_first(images, model)).latent_dist
+        back = model.decode(channels_first(latents, model)).sample
         outputs = {"mean": found.mean, "logvar": found.logvar, "pictures": back}
         return {name: channels_last(one) for name, one in outputs.items()}
 
@@ -74,7 +74,7 @@ def vq_subject(source: Source, cfg: VQConfig) -> Subject:
     codes = np.random.default_rng(1).integers(0, cfg.codes, (ROWS, *GRID), np.int32)
 
     def theirs(model: Any) -> dict[str, Any]:
-        latents = model.quant_conv(model.encoder(channels_first(images)))
+        latents = model.quant_conv(model.encoder(channels_first(images, model)))
         found = _their_codes(model, latents.detach(), cfg)
         back = channels_last(_their_pictures(model, codes, cfg))
         return {"latents": channels_last(latents), "codes": found, "pictures": back}

@@ -16,14 +16,21 @@ from jaxtyping import Float
 
 from jaxft.core.params import Leaf, Params, bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
-from jaxft.verify.report import PLAIN_DOTS, Check, loading, round_trip, worst_gradient
+from jaxft.verify import rounding
+from jaxft.verify.report import (
+    PLAIN_DOTS,
+    Check,
+    loading,
+    round_trip,
+    same_weights,
+    worst_gradient,
+)
 from jaxft.weights import transfer
 from jaxft.weights.rules import plan, to_torch
 from jaxft.weights.sources import Source
 from jaxft.weights.tensor_files import write_sharded
 from jaxft.weights.transfer import Part
 
-FORWARD = 1e-5
 # What is called once costs more to compile than to run.
 ONCE = {
     **PLAIN_DOTS,
@@ -59,11 +66,18 @@ class Subject(NamedTuple):
 
 
 class Oracle(NamedTuple):
-    """What the stock model makes; gradients by torch key of the outputs' sum along `ways`."""
+    """Results of the stock model in fp32; gradients by torch key of the outputs' sum along `ways`.
+
+    `wide` are the same outputs in float64, `distances` what the gradients differ by from
+    float64's, `weights` digests by torch key.
+    """
 
     outputs: dict[str, np.ndarray]
+    wide: dict[str, np.ndarray]
     ways: dict[str, np.ndarray]
     gradients: dict[str, np.ndarray]
+    distances: dict[str, float]
+    weights: dict[str, str]
     report: Mapping[str, Any]
 
 
@@ -87,23 +101,35 @@ def check(subject: Subject) -> Result:
 
 
 def ask(subject: Subject) -> Oracle:
-    """Load the stock model on the CPU in fp32; outputs and gradients of it."""
-    import torch
-
+    """Load the stock model on the CPU; outputs and gradients of it in fp32, then in fp64."""
     model, report = open_stock(subject)
-    # transformers' swish writes over what autograd saved.
-    with torch.autograd.graph.allow_mutation_on_saved_tensors():
-        made = subject.theirs(model)
-        outputs = {name: out.detach().numpy() for name, out in made.items()}
-        ways = _ways(outputs)
-        total = sum((made[name] * torch.from_numpy(way)).sum() for name, way in ways.items())
-        assert isinstance(total, torch.Tensor)
-        total.backward()
+    weights = rounding.digests(model)
+    outputs, ways = _run(subject, model, {})
     gradients = {
         key: np.zeros(tuple(one.shape), np.float32) if one.grad is None else one.grad.numpy()
         for key, one in model.named_parameters()
     }
-    return Oracle(outputs, ways, gradients, report)
+    model = rounding.widened(model)
+    with rounding.distances(model, gradients) as distances:
+        wide, _ = _run(subject, model, ways)
+    return Oracle(outputs, wide, ways, gradients, distances, weights, report)
+
+
+def _run(
+    subject: Subject, model: Any, ways: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(outputs, ways) of a stock model, whose gradients are then there; new ways for {}."""
+    import torch
+
+    # transformers' swish writes over what autograd saved.
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        made = subject.theirs(model)
+        outputs = {name: out.detach().numpy() for name, out in made.items()}
+        ways = ways or _ways(outputs)
+        total = sum((made[name] * torch.from_numpy(way)).sum() for name, way in ways.items())
+        assert isinstance(total, torch.Tensor)
+        total.backward()
+    return outputs, ways
 
 
 def _ways(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -160,7 +186,7 @@ def load(part: Part, leaves: Mapping[str, Leaf]) -> Params:
 
 
 def compare(subject: Subject, params: Params, oracle: Oracle) -> list[Check]:
-    """Outputs and gradients against the oracle's."""
+    """Weights, outputs and gradients against the oracle's."""
     prefix = subject.part.prefix
 
     @partial(jax.jit, compiler_options=ONCE)
@@ -173,46 +199,58 @@ def compare(subject: Subject, params: Params, oracle: Oracle) -> list[Check]:
         return jax.grad(objective, has_aux=True)(params)
 
     grads, made = call(params, oracle.ways)
+    name = f"{subject.name} weights, differing tensors"
+    same = same_weights(name, _torch_keyed(subject, params, oracle), oracle.weights)
     checks = [
-        compare_output(f"{subject.name} {name}", np.asarray(made[name]), wanted)
+        compare_output(f"{subject.name} {name}", np.asarray(made[name]), wanted, oracle.wide[name])
         for name, wanted in oracle.outputs.items()
     ]
-    name = f"{subject.name} gradients, worst relative"
-    return [*checks, worst_gradient(name, _torch_keyed(subject, grads, oracle), oracle.gradients)]
+    name, keyed = f"{subject.name} gradients, worst relative", _torch_keyed(subject, grads, oracle)
+    worst = worst_gradient(name, keyed, oracle.gradients, oracle.distances)
+    return [same, *checks, worst]
 
 
 def compare_output(
-    name: str, ours: np.ndarray, theirs: np.ndarray, bound: float = FORWARD, note: str = ""
+    name: str, ours: np.ndarray, theirs: np.ndarray, wide: np.ndarray, note: str = ""
 ) -> Check:
-    """Largest difference relative to the largest value; of integers, how many differ."""
+    """Largest difference relative to the largest value; of integers, how many differ.
+
+    `wide` is the oracle's output in float64.
+    """
     if not np.issubdtype(theirs.dtype, np.floating):
         count = int((ours != theirs).sum()) if ours.shape == theirs.shape else theirs.size
         return Check(f"{name}, differing", count, 0, f"of {theirs.size}")
+    largest = max(float(np.abs(theirs).max()), 1e-30)
+    own = rounding.apart(wide, theirs) / largest
     if ours.shape != theirs.shape:
         note = f"shape {ours.shape}, not {theirs.shape}"
-        return Check(f"{name}, max relative", math.inf, bound, note)
-    wide = theirs.astype(np.float64)
-    apart = float(np.abs(ours - wide).max() / max(np.abs(wide).max(), 1e-30))
-    return Check(f"{name}, max relative", apart, bound, note)
+        return Check(f"{name}, max relative", math.inf, rounding.bound(own), note, own)
+    apart = rounding.apart(ours, theirs) / largest
+    return Check(f"{name}, max relative", apart, rounding.bound(own), note, own)
 
 
 def _torch_keyed(
-    subject: Subject, grads: Params, oracle: Oracle
+    subject: Subject, arrays: Params, oracle: Oracle
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Our gradients by the stock model's own keys, which a file's may be older than."""
+    """Our weights or gradients by the stock model's own keys, which a file's may be older than."""
     part, own = subject.part, describe(subject.template)
     shapes = {key: tuple(one.shape) for key, one in oracle.gradients.items()}
     for entry in plan(part.rules, own, shapes, part.sizes, (), f"stock {subject.name}"):
         for i, key in enumerate(entry.keys):
-            array = np.asarray(grads[part.prefix + entry.path])
+            array = np.asarray(arrays[part.prefix + entry.path])
             yield key, to_torch(array[i] if entry.stacked else array, entry.layout, part.sizes)
 
 
-def channels_first(x: Float[np.ndarray, "B Y X C"]) -> Any:
-    """A torch tensor (B, C, Y, X)."""
+def channels_first(x: Float[np.ndarray, "B Y X C"], model: Any) -> Any:
+    """A torch tensor (B, C, Y, X) of the dtype that a stock model has."""
+    return as_input(x.transpose(0, 3, 1, 2), model)
+
+
+def as_input(x: Float[np.ndarray, "..."], model: Any) -> Any:
+    """A torch tensor of the dtype that a stock model has."""
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+    return torch.from_numpy(np.ascontiguousarray(x)).to(model.dtype)
 
 
 def channels_last(x: Any) -> Any:

@@ -16,24 +16,39 @@ from jaxft.nn.sampling import Sampling
 from jaxft.tasks.image_janus import JanusFolder
 from jaxft.tasks.image_layout import FILE, encode_prompt, left_padded, null_prompt, train_rows
 from jaxft.tasks.image_model import ImageModel, open_folder
+from jaxft.verify import rounding
 from jaxft.verify.autoencoder import certify as certify_tokenizer
 from jaxft.verify.autoencoder import vq_subject
 from jaxft.verify.component import check, load
 from jaxft.verify.llm import certify as certify_language_model
-from jaxft.verify.report import Check, certificate, loading, round_trip, start, worst_gradient
+from jaxft.verify.report import (
+    Check,
+    certificate,
+    loading,
+    round_trip,
+    same_weights,
+    start,
+    worst_gradient,
+)
 from jaxft.weights.rules import to_torch
 from jaxft.weights.sources import open_source
 
 CAPTIONS = ("a red apple on a table", "water", "two people and a small dog in front of a house")
 GUIDANCE, LONGEST = 3.0, 24  # codes that are drawn at most
-LOSS = 1e-5
 
 
 class Oracle(NamedTuple):
-    """What stock transformers makes of a Janus; gradients by torch key."""
+    """Results of stock transformers on a Janus in fp32; gradients by torch key.
+
+    `rounding` is that of the loss, `distances` what the gradients differ by from float64's,
+    `weights` digests by torch key.
+    """
 
     loss: float
+    rounding: float
     gradients: dict[str, np.ndarray]
+    distances: dict[str, float]
+    weights: dict[str, str]
     drawn: Int[np.ndarray, "B S"]
     report: Mapping[str, Any]
 
@@ -107,6 +122,8 @@ def _janus(model: JanusFolder) -> tuple[dict[str, Any], list[Check]]:
     oracle = _ask(model, rows, count)
     params = load(model.part, leaves)
     checks = [*found.checks, *loading("transformers", oracle.report)]
+    keyed = _torch_keyed(model, leaves, params)
+    checks.append(same_weights("weights, differing tensors", keyed, oracle.weights))
     checks += _gradients(model, leaves, params, rows, oracle)
     checks.append(_differing(_draw(model, leaves, params, count), oracle.drawn))
     trip, digest = round_trip("round trip, differing tensors", model.part, leaves, params)
@@ -143,20 +160,37 @@ def _ask(model: JanusFolder, rows: Mapping[str, np.ndarray], count: int) -> Orac
     stock.eval()
     # torch gives the pad token's row no gradient, though the null is made of it.
     stock.model.language_model.embed_tokens.padding_idx = None
-    losses = [_row_loss(stock, *row) for row in _written_out(model, rows)]
-    loss = torch.stack(losses).mean()
-    loss.backward()
-    gradients = {
-        key: one.grad.numpy() for key, one in stock.named_parameters() if one.grad is not None
-    }
+    weights, losses = rounding.digests(stock), _losses(stock, model, rows)
+    losses.mean().backward()
+    gradients = rounding.gradients_of(stock)
+    drawn = _their_codes(stock, model, count)
+    stock = rounding.widened(stock)
+    with rounding.distances(stock, gradients) as distances:
+        wide = _losses(stock, model, rows)
+        wide.mean().backward()
+    own = (wide - losses).abs().mean().item()
+    loss = losses.mean().item()
+    return Oracle(loss, own, gradients, distances, weights, drawn, report)
+
+
+def _losses(stock: Any, model: JanusFolder, rows: Mapping[str, np.ndarray]) -> Any:
+    """Cross-entropy of each code, row by row: a torch tensor [B, S]."""
+    import torch
+
+    return torch.stack([_row_loss(stock, *row) for row in _written_out(model, rows)])
+
+
+def _their_codes(stock: Any, model: JanusFolder, count: int) -> Int[np.ndarray, "B S"]:
+    """The codes that `generate` draws greedily."""
+    import torch
+
     stock.model.vision_model.config.num_image_tokens = count
     stock.generation_config.generation_kwargs = {"boi_token_id": model.layout.boi}
     stock.generation_config.bos_token_id = model.layout.bos
     stock.generation_config.pad_token_id = model.layout.pad
     tokens, mask = (torch.from_numpy(x.astype(np.int64)) for x in _prompts(model))
     how = {"generation_mode": "image", "guidance_scale": GUIDANCE, "do_sample": False}
-    drawn = stock.generate(tokens, attention_mask=mask, **how)
-    return Oracle(loss.item(), gradients, drawn.numpy(), report)
+    return stock.generate(tokens, attention_mask=mask, **how).numpy()
 
 
 def _written_out(
@@ -178,7 +212,7 @@ def _row_loss(stock: Any, prompt: list[int], codes: np.ndarray) -> Any:
     images = stock.prepare_embeddings_for_image_generation(wanted[None, :-1])
     hidden = inner.language_model(inputs_embeds=torch.cat([text, images], 1)).last_hidden_state
     logits = inner.generation_head(hidden[0, len(prompt) - 1 :])
-    return torch.nn.functional.cross_entropy(logits, wanted)
+    return torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
 
 
 def _gradients(
@@ -202,17 +236,18 @@ def _gradients(
 
     loss, grads = jax.value_and_grad(objective)(params)
     keyed = _torch_keyed(model, leaves, grads)
-    worst = worst_gradient("gradients, worst relative", keyed, oracle.gradients)
-    return [Check("loss, abs", abs(float(loss) - oracle.loss), LOSS, f"{oracle.loss:.6f}"), worst]
+    worst = worst_gradient("gradients, worst relative", keyed, oracle.gradients, oracle.distances)
+    apart, bound = abs(float(loss) - oracle.loss), rounding.bound(oracle.rounding, oracle.loss)
+    return [Check("loss, abs", apart, bound, f"{oracle.loss:.6f}", oracle.rounding), worst]
 
 
 def _torch_keyed(
-    model: JanusFolder, leaves: Mapping[str, Leaf], grads: Params
+    model: JanusFolder, leaves: Mapping[str, Leaf], arrays: Params
 ) -> Iterator[tuple[str, np.ndarray]]:
     part = model.part
     for entry in part.entries(leaves):
         for i, key in enumerate(entry.keys):
-            array = np.asarray(grads[entry.path])
+            array = np.asarray(arrays[entry.path])
             yield key, to_torch(array[i] if entry.stacked else array, entry.layout, part.sizes)
 
 

@@ -22,12 +22,14 @@ from jaxft.models.llama_files import open_decoder
 from jaxft.nn import lora
 from jaxft.nn.cross_entropy import linear_cross_entropy
 from jaxft.tasks.llm import load_tokenizer, model_part
+from jaxft.verify import rounding
 from jaxft.verify.report import (
     PLAIN_DOTS,
     Check,
     certificate,
     loading,
     round_trip,
+    same_weights,
     start,
     worst_gradient,
 )
@@ -38,10 +40,9 @@ from jaxft.weights.sources import TOKENIZER_FILES, Source
 from jaxft.weights.tensor_files import write_sharded
 from jaxft.weights.transfer import Part
 
-TRIP = "round trip, differing tensors"
+TRIP, WEIGHTS = "round trip, differing tensors", "weights, differing tensors"
 ROW = 64  # positions compared in each case
 SMALL = 200_000_000  # up to so many parameters a row of full length is run too
-LOGITS, KL, LOSS = 1e-4, 1e-6, 1e-5
 TEXT = (
     "The committee met on a Tuesday in 1987, above the harbour, and heard 3 reports: on the tides,"
     " on the price of rope (it had doubled), and one, written by hand, on what the town would do if"
@@ -81,19 +82,27 @@ class Subject(NamedTuple):
 
 
 class Oracle(NamedTuple):
-    """What stock transformers (and PEFT) make of the same folder; gradients by torch key."""
+    """Results of stock transformers (and PEFT) on the same folder, in float32.
+
+    `wide` are the same logits in float64, `distances` what the gradients differ by from float64's,
+    `weights` digests: gradients and what belongs to them by torch key.
+    """
 
     logits: dict[str, Float[np.ndarray, "B T V"]]
+    wide: dict[str, Float[np.ndarray, "B T V"]]
     loss: float
     gradients: dict[str, np.ndarray]
+    distances: dict[str, float]
+    weights: dict[str, str]
     report: Mapping[str, Any]
 
 
 def certify(spec: str, far: int = 4096) -> tuple[dict[str, Any], list[Check]]:
     """(certificate, checks) of the model that `spec` names; `far` is the first far position.
 
-    `spec` is a Hugging Face or PEFT folder, or what else names a model. Both sides run in fp32;
-    one of the two models is in memory at a time. Raises UserError for what cannot be compared.
+    `spec` is a Hugging Face or PEFT folder, or what else names a model. Both sides run in fp32,
+    and the oracle in fp64 too, which says how far fp32 is from itself; one of the models is in
+    memory at a time. Raises UserError for what cannot be compared.
     """
     subject = open_subject(spec)
     oracles = ("torch", "peft") if subject.adapter else ("torch",)
@@ -104,8 +113,7 @@ def certify(spec: str, far: int = 4096) -> tuple[dict[str, Any], list[Check]]:
     with jax.default_matmul_precision("highest"):
         params = _load(subject)
         checks = [*loading("transformers", oracle.report)]
-        checks += _logits(subject, params, cases, oracle)
-        checks += _gradients(subject, params, cases["near"].tokens, oracle)
+        checks += compare(subject, params, cases, oracle)
         trip, digest = round_trip(TRIP, subject.part, subject.leaves, params)
     checks.append(trip)
     about = {
@@ -178,7 +186,7 @@ def _text_row(source: Source, cfg: LlamaConfig) -> Int[np.ndarray, "B T"]:
 
 
 def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
-    """Load the folder with stock transformers on the CPU in fp32, and ask it for everything."""
+    """Load the folder with stock transformers on the CPU; its results in fp32, then in fp64."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -196,23 +204,33 @@ def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
 
         model = PeftModel.from_pretrained(model, subject.adapter.name, is_trainable=True)
     model.eval()
+    tokens = torch.from_numpy(cases["near"].tokens.astype(np.int64))
+
+    def loss() -> Any:
+        return model(tokens, labels=tokens, use_cache=False).loss
+
+    logits, weights, value = _their_logits(model, cases), rounding.digests(model), loss()
+    value.backward()
+    gradients = rounding.gradients_of(model)
+    model = rounding.widened(model)
+    with rounding.distances(model, gradients) as distances:
+        loss().backward()
+    wide = _their_logits(model, cases)
+    return Oracle(logits, wide, value.item(), gradients, distances, weights, report)
+
+
+def _their_logits(model: Any, cases: Mapping[str, Case]) -> dict[str, Float[np.ndarray, "B T V"]]:
+    import torch
+
     logits = {}
     for name, case in cases.items():
         tokens, positions = (
-            torch.from_numpy(x.astype(np.int64)) for x in (case[0], case.positions)
+            torch.from_numpy(x.astype(np.int64)) for x in (case.tokens, case.positions)
         )
         with torch.no_grad():
             made = model(tokens, position_ids=positions, use_cache=False, logits_to_keep=ROW)
         logits[name] = made.logits.numpy()
-    tokens = torch.from_numpy(cases["near"].tokens.astype(np.int64))
-    loss = model(tokens, labels=tokens, use_cache=False).loss
-    loss.backward()
-    gradients = {
-        re.sub(r"(\.lora_[AB])\.default\.", r"\1.", key): parameter.grad.numpy()
-        for key, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-    return Oracle(logits, loss.item(), gradients, report)
+    return logits
 
 
 @contextmanager
@@ -247,6 +265,15 @@ def _load(subject: Subject) -> Params:
     return params
 
 
+def compare(
+    subject: Subject, params: Params, cases: Mapping[str, Case], oracle: Oracle
+) -> list[Check]:
+    """Weights, logits, loss and gradients beside the oracle's."""
+    same = same_weights(WEIGHTS, torch_keyed(subject, params), oracle.weights)
+    logits = _logits(subject, params, cases, oracle)
+    return [same, *logits, *_gradients(subject, params, cases["near"].tokens, oracle)]
+
+
 def _logits(
     subject: Subject, params: Params, cases: Mapping[str, Case], oracle: Oracle
 ) -> list[Check]:
@@ -258,41 +285,48 @@ def _logits(
 
     checks = []
     for name, case in cases.items():
-        ours = np.asarray(call(params, case.tokens, case.positions), np.float64)
-        checks += compare_logits(name, ours, oracle.logits[name].astype(np.float64))
+        ours = np.asarray(call(params, case.tokens, case.positions))
+        checks += compare_logits(name, ours, oracle.logits[name], oracle.wide[name])
     return checks
 
 
 def compare_logits(
-    name: str, ours: Float[np.ndarray, "B T V"], theirs: Float[np.ndarray, "B T V"]
+    name: str,
+    ours: Float[np.ndarray, "B T V"],
+    theirs: Float[np.ndarray, "B T V"],
+    wide: Float[np.ndarray, "B T V"],
 ) -> list[Check]:
-    """Largest difference (also relative to the largest logit), KL and top-1 of fp64 logits.
+    """Largest difference (also relative to the largest logit), KL and top-1 of logits.
 
-    KL(theirs || ours) is summed over the vocabulary and maximised over positions. Two choices that
-    the oracle itself holds for equal within the bound are no disagreement.
+    `wide` are the oracle's in float64. KL(theirs || ours) is summed over the vocabulary and
+    maximised over positions; it grows with the square of a difference, and so does its bound. Two
+    choices that the oracle itself holds for equal within the bound are no disagreement.
     """
-    apart = float(np.abs(ours - theirs).max())
-    p, q = _log_softmax(theirs), _log_softmax(ours)
-    divergence = float((np.exp(p) * (p - q)).sum(-1).max())
+    largest = float(np.abs(theirs).max())
+    apart, own = rounding.apart(ours, theirs), rounding.apart(wide, theirs)
+    allowed = rounding.bound(own, largest)
+    kl, own_kl = rounding.divergence(theirs, ours), rounding.divergence(wide, theirs)
+    least = (rounding.UNIT * largest) ** 2
     chosen = np.take_along_axis(theirs, ours.argmax(-1)[..., None], -1)[..., 0]
     lost = theirs.max(-1) - chosen
     agreement = float((theirs.argmax(-1) == ours.argmax(-1)).mean())
     return [
-        Check(f"{name} logits, max abs", apart, LOGITS),
-        Check(f"{name} logits, max relative", apart / float(np.abs(theirs).max()), None),
-        Check(f"{name} KL, max over positions", max(divergence, 0.0), KL),
+        Check(f"{name} logits, max abs", apart, allowed, "", own),
+        Check(f"{name} logits, max relative", apart / largest, None, "", own / largest),
+        Check(
+            f"{name} KL, max over positions",
+            kl,
+            rounding.MULTIPLE**2 * max(own_kl, least),
+            "",
+            own_kl,
+        ),
         Check(
             f"{name} top-1 disagreements",
-            int((lost > 2 * LOGITS).sum()) if np.isfinite(ours).all() else math.nan,
+            int((lost > 2 * allowed).sum()) if np.isfinite(ours).all() else math.nan,
             0,
             f"{agreement:.1%} of {lost.size} agree",
         ),
     ]
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def _gradients(
@@ -317,9 +351,27 @@ def _gradients(
     trained = {path: params[path] for path in subject.trained}
     loss, grads = jax.value_and_grad(objective)(trained, frozen)
     worst = worst_gradient(
-        "gradients, worst relative", torch_keyed(subject, grads), oracle.gradients
+        "gradients, worst relative",
+        torch_keyed(subject, grads),
+        oracle.gradients,
+        oracle.distances,
     )
-    return [Check("loss, abs", abs(float(loss) - oracle.loss), LOSS, f"{oracle.loss:.6f}"), worst]
+    apart, own = abs(float(loss) - oracle.loss), _loss_rounding(tokens, oracle)
+    bound = rounding.bound(own, abs(oracle.loss))
+    return [Check("loss, abs", apart, bound, f"{oracle.loss:.6f}", own), worst]
+
+
+def _loss_rounding(tokens: Int[np.ndarray, "B T"], oracle: Oracle) -> float:
+    """Rounding of the oracle's loss: the mean over tokens of how far float64's terms are.
+
+    The difference of the two means alone could be zero by luck.
+    """
+    targets = tokens[:, 1:, None]
+    near, wide = (
+        np.take_along_axis(rounding.log_softmax(one["near"][:, :-1]), targets, -1)
+        for one in (oracle.logits, oracle.wide)
+    )
+    return float(np.abs(near - wide).mean())
 
 
 def torch_keyed(

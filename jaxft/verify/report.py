@@ -16,24 +16,29 @@ from jaxft.core.errors import UserError
 from jaxft.core.metrics import table
 from jaxft.core.params import Leaf, Params
 from jaxft.core.sharding import one_device_mesh
+from jaxft.verify.rounding import bound, digest
 from jaxft.weights import transfer
 from jaxft.weights.transfer import Part
 
 # XLA:CPU's fused matmuls round a quarter more than torch's; its plain ones as torch's do.
 PLAIN_DOTS = {"xla_cpu_experimental_ynn_fusion_type": ""}
-GRADIENTS = 1e-3
-# Below this share of the whole gradient's norm a tensor's own norm is fp32's rounding (a key bias
-# without positions has the gradient 0): its error is then measured against this share.
-ROUNDING_FLOOR = 1e-4
+# Below this share of the whole gradient's norm a tensor's own norm may be rounding alone (a key
+# bias without positions has the gradient 0), and how much of it depends on the order of the sums:
+# its error is then measured against this share.
+ROUNDING_FLOOR = 1e-3
 
 
 class Check(NamedTuple):
-    """One figure of a certificate; it passes at or below its bound (None: shown, not judged)."""
+    """One figure of a certificate; it passes at or below its bound (None: shown, not judged).
+
+    `rounding` is the oracle's own, which the bound is a multiple of.
+    """
 
     name: str
     figure: float
     bound: float | None
     note: str = ""
+    rounding: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -76,18 +81,43 @@ def loading(name: str, report: Mapping[str, Any]) -> list[Check]:
 
 
 def worst_gradient(
-    name: str, ours: Iterable[tuple[str, np.ndarray]], theirs: Mapping[str, np.ndarray]
+    name: str,
+    ours: Iterable[tuple[str, np.ndarray]],
+    theirs: Mapping[str, np.ndarray],
+    distances: Mapping[str, float],
 ) -> Check:
-    """The largest |ours - theirs| / |theirs| of all tensors; what only one side has is infinite."""
-    floor = ROUNDING_FLOOR * math.hypot(*map(np.linalg.norm, theirs.values()))
+    """The largest |ours - theirs| / |theirs| of all tensors; what only one side has is infinite.
+
+    `distances` are the norms of what the oracle's own gradients differ by from float64's.
+    """
+    norms = {key: float(np.linalg.norm(one)) for key, one in theirs.items()}
+    floor = ROUNDING_FLOOR * math.hypot(*norms.values())
     errors = dict.fromkeys(theirs, math.inf)
-    for key, own in ours:
+    for key, mine in ours:
         wanted, error = theirs.get(key), math.nan
-        if wanted is not None and wanted.shape == own.shape:
-            error = float(np.linalg.norm(own - wanted) / max(np.linalg.norm(wanted), floor))
+        if wanted is not None and wanted.shape == mine.shape:
+            error = float(np.linalg.norm(mine - wanted) / max(norms[key], floor))
         errors[key] = math.inf if math.isnan(error) else error
     worst = max(errors, key=lambda key: errors[key])
-    return Check(name, errors[worst], GRADIENTS, worst)
+    own = max((one / max(norms[key], floor) for key, one in distances.items()), default=0.0)
+    return Check(name, errors[worst], bound(own), worst, own)
+
+
+def same_weights(
+    name: str, ours: Iterable[tuple[str, np.ndarray]], theirs: Mapping[str, str]
+) -> Check:
+    """Tensors in which ours and the oracle's differ in any bit, both widened to float32.
+
+    `theirs` are digests by key. Outputs cannot show a small change of one weight: a thousandth of
+    one element of a large matrix is below their rounding. This comparison shows any.
+    """
+    count, differing = 0, []
+    for key, array in ours:
+        count += 1
+        if digest(array) != theirs.get(key):
+            differing.append(key)
+    note = f"of {count}" + "".join(f"; {key}" for key in differing[:4])
+    return Check(name, len(differing), 0, note)
 
 
 def round_trip(
@@ -121,13 +151,14 @@ def show(checks: list[Check], out: Path) -> None:
         (
             check.name,
             f"{check.figure:.3g}",
-            "" if check.bound is None else f"{check.bound:g}",
+            "" if check.bound is None else f"{check.bound:.3g}",
+            "" if check.rounding is None else f"{check.rounding:.3g}",
             ("pass" if check.passed else "FAIL") if check.bound is not None else "",
             check.note,
         )
         for check in checks
     ]
-    print(table(rows, ("check", "figure", "bound", "", "")))
+    print(table(rows, ("check", "figure", "bound", "torch's own", "", "")))
     failed = [check.name for check in checks if not check.passed]
     verdict = f"FAILED {len(failed)} checks ({'; '.join(failed[:6])})" if failed else "PASSED"
     print(f"{verdict}; written to {out}")

@@ -1,0 +1,67 @@
+"""A run's folder: who may write in it, and the config that it keeps."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxft.core.config import MAPPING, flatten_config, resolve_config
+from jaxft.core.errors import UserError
+
+
+def claim_workdir(
+    workdir: Path, config: Mapping[str, Any], options: Mapping[str, type] = MAPPING
+) -> None:
+    """Make the folder, refuse one where another config ran, and keep this config in it.
+
+    A config that got no further than its own config.json (a wrong model path) holds nothing.
+    `options` maps a task's name to the dataclass of its own keys.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"workdir {workdir} cannot be written ({error}); choose another --workdir"
+        ) from None
+    file = workdir / "config.json"
+    if file.exists() and any(entry != file for entry in workdir.iterdir()):
+        old = read_config_file(workdir, options)
+        if differing := differing_keys(old, config):
+            raise UserError(
+                f"workdir {workdir} belongs to another config ({'; '.join(differing)});"
+                " choose another --workdir, or give the same keys to resume"
+            )
+        return
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_config_file(workdir: Path, options: Mapping[str, type] = MAPPING) -> dict[str, Any]:
+    """The resolved config of a run folder.
+
+    Keys that came later than the folder get their defaults.
+    """
+    file = workdir / "config.json"
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is not a run folder: it has no config.json") from None
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must be a JSON object of config keys; choose another --workdir")
+    return resolve_config(content, (), options)
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for every leaf that differs between two configs."""
+    a, b = flatten_config(old), flatten_config(new)
+    gone = object()
+    return [
+        f"{key}: {a.get(key, 'absent')!r} -> {b.get(key, 'absent')!r}"
+        for key in sorted(a.keys() | b.keys())
+        if json.dumps(a.get(key, gone), default=str) != json.dumps(b.get(key, gone), default=str)
+    ]

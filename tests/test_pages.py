@@ -1,0 +1,242 @@
+"""Every command line that README.md, docs/ and the docstrings of configs/ print, run as printed.
+
+The commands of a page run in its order in one folder, where the names that they use exist: see
+PLACES. Keys that make a run short are appended; nothing else of a line changes but WORDS.
+"""
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_autoencoders import make_vae, make_vqmodel
+from tiny_diffusion import flags_of, make_pictures
+from tiny_janus import make_janus_model
+from tiny_pipelines import make_pipeline
+
+from jaxft import train
+from jaxft.core.config import load_config, parse_arguments, read_config
+from jaxft.tasks.options import OPTIONS
+from jaxft.weights.pipeline import demo_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "configs").glob("*.py")),
+]
+COMMAND = r"python3?\s+(?:-m\s+jaxft|tools/)\S*"
+COUNT = 32  # of all pages; a new line is run without being listed here, but counted
+# What stands in a line for something that only its user knows: found among PLACES, or replaced.
+WORDS = {"--step 50": "--step 2"}
+TINY = {"every.save": "1_steps", "total": "2_steps", "batch_size": 8, "eval_examples": 8}
+DRAWN = {**TINY, "eval_generated": 0}
+SHORT = {
+    "llm": {**TINY, "seq_len": 48, "every.save": "2_steps"},
+    "autoencoder": TINY,
+    "diffusion": {**DRAWN, "sample.steps": 2},
+    "image_tokens": {**DRAWN, "sample.prompts": "['a red apple']"},
+    "janus": {**DRAWN, "resolution": 12, "sample.prompts": "['a red apple']"},
+}
+# Where a line asks for pixels of real pictures, the tiny models have fewer.
+PIXELS = {"autoencoder": 32, "diffusion": 16, "image_tokens": 16}
+
+
+class Line(NamedTuple):
+    """One printed command of a page: `python -m jaxft.train …` as words."""
+
+    page: str
+    words: list[str]
+
+    @property
+    def module(self) -> str:
+        return self.words[2] if self.words[1] == "-m" else self.words[1]
+
+    @property
+    def arguments(self) -> list[str]:
+        return self.words[3 if self.words[1] == "-m" else 2 :]
+
+
+def printed(page: Path) -> list[Line]:
+    """Commands of a page: in code blocks with their continued lines, in docstrings, and inline.
+
+    What stands in brackets is optional, and taken.
+    """
+    text = page.read_text()
+    if page.suffix == ".py":
+        code, inline = text.split('"""')[1], []
+    else:
+        blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.M | re.S)
+        code = "\n".join(blocks)
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+        inline = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    lines = re.sub(r"\\\n", " ", code).splitlines() + inline
+    parts = [part.strip() for line in lines for part in re.split(r"&&|;", line)]
+    found = [re.sub(r"[][]", "", part) for part in parts if re.match(COMMAND, part)]
+    for old, new in WORDS.items():
+        found = [line.replace(old, new) for line in found]
+    return [Line(page.name, shlex.split(line, comments=True)) for line in found]
+
+
+LINES = [line for page in PAGES for line in printed(page)]
+
+
+def test_the_count_of_printed_commands():
+    assert len(LINES) == COUNT, "say here how many there are: each runs below"
+    text = "".join(page.read_text() for page in PAGES)
+    mentions = len(re.findall(COMMAND, text))
+    assert mentions == COUNT, "a command outside of code blocks and backticks is not found"
+
+
+def test_every_shipped_config_is_among_them():
+    shipped = {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    assert shipped == {option(line, "config") for line in LINES if line.module == "jaxft.train"}
+
+
+def option(line: Line, name: str) -> str:
+    return parse_arguments(line.arguments, ("config", "workdir")).options.get(name, "")
+
+
+@pytest.mark.parametrize("line", [one for one in LINES if one.module == "jaxft.train"], ids=str)
+def test_a_printed_config_is_read_as_it_stands(line):
+    overrides = parse_arguments(line.arguments, ("config", "workdir")).overrides
+    config = load_config(str(ROOT / option(line, "config")), overrides, OPTIONS)
+    read_config(config, OPTIONS[config["task"]])
+
+
+# ---- the folder of a page -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory, make_folder):
+    """Tiny models and data under the names that pages give them."""
+    place = tmp_path_factory.mktemp("shelf")
+    pipe = make_pipeline(place / "tokens")
+    pipe.save_pretrained(place / "pipeline")
+    for name, channels in (("inpaint", 9), ("edit", 8)):
+        pipe = make_pipeline(place / "tokens", in_channels=channels)
+        pipe.save_pretrained(place / name)
+    make_vae(place / "vae")
+    make_vqmodel(place / "vq")
+    make_janus_model(place / "janus")
+    (place / "text").symlink_to(make_folder(tied=True))
+    make_pictures(place / "images", sizes=((32, 32),))
+    add_sources(place / "images")
+    texts = [{"prompt": f"{i}: a bird", "completion": " that sings"} for i in range(16)]
+    (place / "texts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in texts))
+    for name, pixels in (("wood", 90), ("white", 255)):
+        Image.fromarray(np.full((16, 16, 3), pixels, np.uint8)).save(place / f"{name}.png")
+    return place
+
+
+def add_sources(folder):
+    """A picture before the edit for each row: for InstructPix2Pix."""
+    file = folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [json.dumps({**row, "source": row["file_name"]}) + "\n" for row in rows]
+    file.write_text("".join(lines))
+
+
+# What a name of a page is on the shelf; PATH is what the config of the line trains.
+PLACES = {
+    "path/to/folder": "text",
+    "path/to/stable-diffusion": "pipeline",
+    "VQ_FOLDER": "vq",
+    "FOLDER": "janus",
+    "JANUS_FOLDER": "janus",
+    "train.jsonl": "texts.jsonl",
+    "valid.jsonl": "texts.jsonl",
+    "test.jsonl": "texts.jsonl",
+    "images": "images",
+    "held": "images",
+    "held-out": "images",
+    "wood.png": "wood.png",
+    "white.png": "white.png",
+}
+PATHS = {"llm": "text", "diffusion": "pipeline", "autoencoder": "vae", "image_tokens": "text"}
+
+
+def lay_out(place: Path, shelf: Path, page: str) -> None:
+    """Put the names of PLACES into a page's folder."""
+    names = {**PLACES, "PATH": PATHS.get(page.removesuffix(".py"), "text")}
+    for name, there in names.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).symlink_to((shelf / there).resolve())
+    (place / "MODEL").symlink_to(demo_folder("demo:emoji-tokens"))
+    (place / "configs").symlink_to(ROOT / "configs")
+    if page == "diffusion.md":  # it samples runs that it does not train
+        for name in ("inpaint", "edit"):
+            flags = flags_of(shelf / name, f"folder:{shelf / 'images'}", SHORT["diffusion"])
+            assert train.main([*flags, "--workdir", str(place / "runs" / name)]) == 0
+
+
+# ---- running --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", sorted({line.page for line in LINES}))
+@pytest.mark.usefixtures("quick", "one_thread")
+def test_every_printed_command_runs(page, shelf, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lay_out(tmp_path, shelf, page)
+    for line in (one for one in LINES if one.page == page):
+        if line.module.startswith("tools/"):
+            assert "def main(" in (ROOT / line.module).read_text(), line
+        elif not line.arguments:
+            assert importlib.import_module(line.module).main, line
+        else:
+            capsys.readouterr()
+            words = [*line.arguments, *shortened(line)]
+            code = importlib.import_module(line.module).main(words)
+            shown = capsys.readouterr()
+            assert code == 0, (line, shown.err, shown.out)
+            check(line, shown.out)
+
+
+def shortened(line: Line) -> list[str]:
+    """Options that end a line in a moment."""
+    if line.module == "jaxft.sample" and "runs/diffusion" in line.arguments:
+        return ["--steps=2"]
+    if line.module != "jaxft.train":
+        return []
+    name = Path(option(line, "config")).stem
+    keys = dict(SHORT[name])
+    given = dict(parse_arguments(line.arguments, ("config", "workdir")).overrides)
+    if name == "llm" and "model" not in given:
+        # The 135 M-parameter default takes minutes: `pytest -m slow` trains it.
+        keys |= {"model": "path/to/folder"}
+    if "resolution" in given:
+        keys |= {"resolution": PIXELS[name]}
+    if name == "image_tokens" and "graft" in given:
+        keys |= {"max_caption_tokens": 24}
+    return [f"--config.{key}={value}" for key, value in keys.items()]
+
+
+def check(line: Line, shown: str) -> None:
+    """What a command promises is there."""
+    flags = dict(zip(line.arguments, line.arguments[1:], strict=False))
+    default = f"runs/{Path(flags.get('--config', '')).stem}"
+    work = Path(flags.get("--workdir", default))
+    match line.module:
+        case "jaxft.train":
+            assert (work / "export").is_dir() and "done in" in shown
+            steps = [json.loads(one) for one in (work / "metrics.jsonl").read_text().splitlines()]
+            assert [one["step"] for one in steps if "loss" in one] == [1, 2]
+        case "jaxft.evaluate":
+            assert json.loads((work / "evaluation-2.json").read_text())["loss"] > 0
+        case "jaxft.sample":
+            drawn = sorted((work / "samples").glob("sample-*.png"))
+            assert drawn or flags["--prompt"] in shown
+            shutil.rmtree(work / "samples", ignore_errors=True)
+        case "jaxft.export":
+            assert any(Path(flags.get("--out", work / "export")).glob("*.safetensors"))
+        case "jaxft.verify":
+            assert "PASSED" in shown
+            assert json.loads((Path(line.arguments[0]) / "parity.json").read_text())["passed"]
+        case other:
+            raise AssertionError(f"say what {other} leaves")
