@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from tiny_autoencoders import make_vqmodel
 from transformers import AutoModelForCausalLM
 
@@ -104,6 +104,16 @@ def test_cases_llm_03_and_12_tensors_are_those_that_transformers_loads(name, tie
     assert names == set(state) - (set() if own_head else {HEAD})
     for key in names:
         np.testing.assert_array_equal(source.tensors.read(key).astype(np.float32), state[key])
+
+
+def test_case_llm_12_what_safetensors_save_model_keeps_of_a_tied_model(tied, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tied)
+    shutil.copy(tied / "config.json", tmp_path)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    assert TABLE not in load_file(tmp_path / "model.safetensors")
+    tensors = open_decoder(str(tmp_path)).tensors
+    assert set(tensors.keys()) == set(load_file(tied / "model.safetensors"))
+    np.testing.assert_array_equal(tensors.read(TABLE), model.lm_head.weight.detach().numpy())
 
 
 @pytest.fixture(scope="module")

@@ -81,8 +81,8 @@ def _check_numbers(kind: str, rope: Mapping[str, Any]) -> None:
         free = key in OPTIONAL or (key == "factor" and kind in FROM_LENGTHS)
         if value is None and free:
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
+        number = value if isinstance(value, int | float) and value is not True else 0
+        if not 0 < number < math.inf:
             raise UserError(
                 f"config.json: rope parameter {key}={json.dumps(value)}; expected a number above 0"
             )

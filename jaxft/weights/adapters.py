@@ -65,7 +65,8 @@ def write(
         for letter, leaf, layout in slot.sides():
             key = f"{PREFIX}{slot.module}.lora_{letter}.weight"
             tensors[key] = to_torch(_factor(slot, leaf, arrays), layout, part.sizes)
-    for key in part.kept if part.tensors else ():
+    for key in part.kept:
+        assert part.tensors is not None
         module = key.removesuffix(".weight")
         inside = "base_layer." if module in modules else ""
         tensors[f"{PREFIX}{module}.{inside}weight"] = part.tensors.read(key)
