@@ -288,7 +288,8 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise UserError(f"config key {key}={value!r} must be a list, such as ['a', 'b']")
         inner, *_ = get_args(kind) or (None,)
-        return (get_origin(kind) or kind)(
+        whole: Any = get_origin(kind) or kind
+        return whole(
             _typed(f"{key}[{i}]", one, inner) if inner else one for i, one in enumerate(value)
         )
     if type(value) is not kind:

@@ -1,7 +1,6 @@
 """Language models against transformers and PEFT: logits near and far, the loss, gradients."""
 
 import math
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
