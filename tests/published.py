@@ -27,7 +27,7 @@ RUN = {
 
 
 class Row(NamedTuple):
-    """A checkpoint, its family, the commands that work with it or its refusal, and a note."""
+    """A checkpoint, its family, what is proved ("refused" if it is), and a note or the refusal."""
 
     checkpoint: str
     family: str
@@ -52,7 +52,7 @@ def _language_model(name: str, config: dict[str, Any]) -> Row:
     try:
         cfg = LlamaConfig.from_hf(config)
     except UserError as error:
-        return Row(name, FAMILY, f"refused: {error}", "")
+        return Row(name, FAMILY, "refused", str(error))
     assert ours(config) == theirs(config), name
     tensors = fits(config)
     windows = {window for window in cfg.windows if window}

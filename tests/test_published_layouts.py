@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from published_pipelines import PUBLISHED
+from published_pipelines import PUBLISHED, RUN
 from safetensors.torch import save_file
 from test_others_files import respelled
 from tiny_pipelines import make_tokenizer, shaken
@@ -56,13 +56,6 @@ PER_LEVEL = (
     "attention_head_dim",
     "transformer_layers_per_block",
 )
-NAMES = {
-    "stable-diffusion-v1-4": "sd1",
-    "stable-diffusion-v1-5": "sd1",
-    "stable-diffusion-inpainting": "sd1",
-    "stable-diffusion-2-1": "sd2",
-    "stable-diffusion-xl-base-1.0": "sdxl",
-}
 
 
 def configs(name, vocab, whole):
@@ -70,7 +63,7 @@ def configs(name, vocab, whole):
 
     Unless `whole`, the UNet has its first and last levels only, and each level one resnet.
     """
-    widths, made = NARROW[NAMES[name]], {}
+    widths, made = NARROW[RUN[name]], {}
     texts = [key for key in widths if key.startswith("text")]
     for key in ("unet", "vae", *texts):
         made[key] = json.loads((PUBLISHED / name / key / "config.json").read_text())
@@ -138,7 +131,7 @@ def opened(folder):
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUN)
 def test_a_published_layout_opens_trains_exports_and_loads_in_diffusers(name, whole, tmp_path):
     folder, work = tmp_path / name, tmp_path / "run"
     publish(name, folder, whole)
