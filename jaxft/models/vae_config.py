@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "sample_size": 32,
 }
 # JSON null where diffusers' class can compute with None although its default is another value.
-NULLS = dict.fromkeys(
+NULLS: dict[str, Any] = dict.fromkeys(
     ("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), False
 )
 
