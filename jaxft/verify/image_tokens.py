@@ -1,6 +1,7 @@
 """Image-token folders against transformers: the tokenizer, the loss of codes, greedy codes."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from jaxft.core import runtime
 from jaxft.core.params import Leaf, Params, bind, describe
 from jaxft.models.image_decode import generate_codes
 from jaxft.models.janus import KIND
@@ -212,7 +214,8 @@ def _row_loss(stock: Any, prompt: list[int], codes: np.ndarray) -> Any:
     images = stock.prepare_embeddings_for_image_generation(wanted[None, :-1])
     hidden = inner.language_model(inputs_embeds=torch.cat([text, images], 1)).last_hidden_state
     logits = inner.generation_head(hidden[0, len(prompt) - 1 :])
-    return torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+    # In float64, as a language model's loss: torch's own rounding of it is large on some CPUs.
+    return torch.nn.functional.cross_entropy(logits.double(), wanted, reduction="none")
 
 
 def _gradients(
@@ -224,7 +227,6 @@ def _gradients(
 ) -> list[Check]:
     template = jax.eval_shape(model.build, jax.random.key(0))
 
-    @jax.jit
     def objective(params: Params) -> jax.Array:
         speaker = model.speaker(bind(template, params))
         made = train_rows(model.layout, *map(jnp.asarray, rows.values()))
@@ -234,7 +236,8 @@ def _gradients(
         even = jnp.full(made.image_targets.shape, 1 / made.image_targets.size)
         return speaker.cross_entropy(before, made.image_targets, even, 0.0)[0]
 
-    loss, grads = jax.value_and_grad(objective)(params)
+    step = jax.jit(jax.value_and_grad(objective), compiler_options=runtime.compiler_options())
+    loss, grads = step(params)
     keyed = _torch_keyed(model, leaves, grads)
     worst = worst_gradient("gradients, worst relative", keyed, oracle.gradients, oracle.distances)
     apart, bound = abs(float(loss) - oracle.loss), rounding.bound(oracle.rounding, oracle.loss)
@@ -276,7 +279,7 @@ def _draw(
     tokens, mask = map(jnp.asarray, left_padded(model.layout, [*prompts, *nulls]))
     keys = jax.random.split(jax.random.key(0), len(prompts))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=runtime.compiler_options(loop=True))
     def call(params: Params) -> jax.Array:
         speaker = model.speaker(bind(template, params))
         return generate_codes(
