@@ -1,4 +1,4 @@
-"""A picture with its caption as every kind of set yields it, and how samples are left out."""
+"""Records of pictures and captions, the same from every kind of set, and samples left out."""
 
 import json
 import tempfile
@@ -140,13 +140,13 @@ def caption_of(record: dict[str, Any], where: str, captions: bool) -> str:
 
 
 def unreadable(name: str) -> Bad:
-    """A picture whose ending tells a format that is not read."""
+    """The entry of a picture whose ending stands for a format that is not read."""
     suffix = PurePath(name).suffix.lower()
     return Bad(name, f"{name}: {suffix} pictures are not read: convert it to PNG or JPEG")
 
 
 def count_unreadable(left_out: Sequence[Bad]) -> str:
-    """How many pictures of which ending, the first of them and the fix, in one line."""
+    """Number of left-out pictures by ending, the first of them and the fix, in one line."""
     counts = Counter(PurePath(bad.name).suffix.lower() for bad in left_out)
     endings = ", ".join(f"{n} {suffix}" for suffix, n in sorted(counts.items()))
     return (

@@ -1,4 +1,4 @@
-"""Where pictures come from: one spec string names one random-access set of captioned images."""
+"""Sources of pictures: one spec string names one random-access set of captioned images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where records come from: one spec string names one random-access sequence of dicts."""
+"""Sources of texts: one spec string names one random-access sequence of dicts."""
 
 import json
 import mmap
