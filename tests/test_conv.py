@@ -182,7 +182,9 @@ def test_conv_lora_dropout_needs_keys_and_depends_on_the_row_alone():
     keys = jax.random.split(KEY, 3)
     dropped = run(module, x, keys)
     assert not np.allclose(dropped, run(module, x))
-    np.testing.assert_array_equal(dropped[1], run(module, x[1:2], keys[1:2])[0])
+    # Another batch is another program, whose sums some processors round otherwise.
+    alone = run(module, x[1:2], keys[1:2])[0]
+    np.testing.assert_allclose(dropped[1], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_conv_kernels_shard_one_channel_dim_and_narrow_ones_stay_whole():

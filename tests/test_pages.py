@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_autoencoders import make_vae, make_vqmodel
 from tiny_diffusion import flags_of, make_pictures
@@ -23,7 +24,7 @@ from tiny_pipelines import make_pipeline
 from jaxft import train
 from jaxft.core.config import load_config, parse_arguments, read_config
 from jaxft.tasks.options import OPTIONS
-from jaxft.weights.pipeline import demo_folder
+from jaxft.weights.locate import demo_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -32,7 +33,7 @@ PAGES = [
     *sorted((ROOT / "configs").glob("*.py")),
 ]
 COMMAND = r"python3?\s+(?:-m\s+jaxft|tools/)\S*"
-COUNT = 32  # of all pages; a new line is run without being listed here, but counted
+COUNT = 34  # of all pages; a new line is run without being listed here, but counted
 # What stands in a line for something that only its user knows: found among PLACES, or replaced.
 WORDS = {"--step 50": "--step 2"}
 TINY = {"every.save": "1_steps", "total": "2_steps", "batch_size": 8, "eval_examples": 8}
@@ -134,6 +135,8 @@ def shelf(tmp_path_factory, make_folder):
     make_vae(place / "vae")
     make_vqmodel(place / "vq")
     make_janus_model(place / "janus")
+    (place / "pickles").mkdir()
+    torch.save({"weight": torch.ones(2)}, place / "pickles" / "pytorch_model.bin")
     (place / "text").symlink_to(make_folder(tied=True))
     make_pictures(place / "images", sizes=((32, 32),))
     add_sources(place / "images")
@@ -156,6 +159,7 @@ def add_sources(folder):
 PLACES = {
     "path/to/folder": "text",
     "path/to/stable-diffusion": "pipeline",
+    "path/to/pickles": "pickles",
     "VQ_FOLDER": "vq",
     "FOLDER": "janus",
     "JANUS_FOLDER": "janus",
@@ -259,5 +263,7 @@ def check(line: Line, shown: str) -> None:
         case "jaxft.verify":
             assert "PASSED" in shown
             assert json.loads((Path(line.arguments[0]) / "parity.json").read_text())["passed"]
+        case "jaxft.verify.convert":
+            assert (Path(line.arguments[0]) / "model.safetensors").is_file()
         case other:
             raise AssertionError(f"say what {other} leaves")
