@@ -28,7 +28,7 @@ def bench_image_tokens(args: argparse.Namespace) -> None:
     start(False)
     import torch
 
-    from jaxft.weights.pipeline import demo_folder
+    from jaxft.weights.locate import demo_folder
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     is_demo = args.model.startswith("demo:")
