@@ -212,15 +212,15 @@ def test_every_printed_command_runs(page, shelf, trained, tmp_path, monkeypatch,
 
 def run(line: Line, place: Path, trained: dict[str, Path]) -> int:
     """Run a line; what another page has trained with the same keys is copied, not trained again."""
-    words = [*line.arguments, *shortened(line)]
-    keys = sorted(word for word in words if word.startswith("--config") or ".py" in word)
+    words, main = [*line.arguments, *shortened(line)], importlib.import_module(line.module).main
+    if line.module != "jaxft.train":
+        return main(words)
     work = place / (option(line, "workdir") or f"runs/{Path(option(line, 'config')).stem}")
-    if line.module == "jaxft.train" and (again := trained.get(f"{keys}")):
-        shutil.copytree(again, work)
-    code = importlib.import_module(line.module).main(words)
-    if line.module == "jaxft.train":
-        trained[f"{keys}"] = work
-    return code
+    keys = " ".join(sorted(word for word in words if "config" in word))
+    if keys in trained:
+        shutil.copytree(trained[keys], work)
+    trained[keys] = work
+    return main(words)
 
 
 def shortened(line: Line) -> list[str]:

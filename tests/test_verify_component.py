@@ -13,22 +13,22 @@ from jaxft.verify.rounding import MULTIPLE, UNIT
 def test_outputs_are_compared_relative_to_the_largest_value():
     theirs = np.array([[100.0, 1.0]], np.float32)
     wide = theirs + np.array([[0.0, 1e-4]])
-    found = compare_output("x", theirs + np.float32([[0.0, 0.5]]), theirs, wide)
+    found = compare_output("x", theirs + np.float32([[0.0, 0.5]]), theirs, [wide])
     assert found.figure == 0.005 and not found.passed
     assert found.rounding == pytest.approx(1e-6) and found.bound < 1e-5
 
 
 def test_another_shape_and_nan_fail():
     theirs = np.ones((2, 3), np.float32)
-    other = compare_output("x", theirs.T, theirs, theirs)
+    other = compare_output("x", theirs.T, theirs, [theirs])
     assert other.figure == math.inf and "(3, 2)" in other.note and not other.passed
-    assert not compare_output("x", np.full((2, 3), np.nan), theirs, theirs).passed
+    assert not compare_output("x", np.full((2, 3), np.nan), theirs, [theirs]).passed
 
 
 def test_codes_have_to_be_equal():
     theirs = np.arange(6, dtype=np.int32)
-    assert compare_output("x", theirs.copy(), theirs, theirs).passed
-    found = compare_output("x", theirs[::-1], theirs, theirs)
+    assert compare_output("x", theirs.copy(), theirs, [theirs]).passed
+    found = compare_output("x", theirs[::-1], theirs, [theirs])
     assert (found.figure, found.bound, found.note) == (6, 0, "of 6")
 
 
@@ -48,11 +48,22 @@ def test_a_tensor_without_a_gradient_is_measured_by_the_whole():
         assert worst_gradient("g", ours, theirs, {}).passed == passes
 
 
+def test_each_gradient_has_the_bound_of_its_own_rounding():
+    """A tensor whose rounding is large hides no error of another one."""
+    theirs = {key: np.ones(4) for key in "abc"}
+    distances = {"a": 2.0, "b": 2e-6, "c": 2e-6}
+    fine = {"a": np.full(4, 2.0), "b": np.full(4, 1 + 5e-6), "c": np.ones(4)}
+    assert worst_gradient("g", fine.items(), theirs, distances).passed
+    wrong = {**fine, "b": np.full(4, 1.001)}
+    found = worst_gradient("g", wrong.items(), theirs, distances)
+    assert not found.passed and found.note == "b" and found.rounding == pytest.approx(1e-6)
+
+
 def test_a_bound_is_a_multiple_of_the_oracles_own_rounding():
     theirs = np.ones((1, 4), np.float32)
     for own in (1e-3, 1e-5):
         wide = theirs + own
         near, far = (theirs + np.float32(share * own * MULTIPLE) for share in (0.9, 1.1))
-        assert compare_output("x", near, theirs, wide).passed
-        assert not compare_output("x", far, theirs, wide).passed
-    assert compare_output("x", theirs, theirs, theirs).bound == MULTIPLE * UNIT
+        assert compare_output("x", near, theirs, [wide]).passed
+        assert not compare_output("x", far, theirs, [wide]).passed
+    assert compare_output("x", theirs, theirs, [theirs]).bound == MULTIPLE * UNIT

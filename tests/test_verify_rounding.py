@@ -1,5 +1,7 @@
 """The oracle's own rounding: a model in float32 beside itself in float64."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -15,22 +17,39 @@ def model():
     return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
 
 
-def test_gradients_of_a_widened_model_are_measured_and_freed(model):
+def run(model, x):
+    made = model(x.to(next(model.parameters()).dtype))
+    made.sum().backward()
+    return made.detach().numpy()
+
+
+def test_variants_round_otherwise_and_measure_gradients_that_they_free(model):
     x = torch.randn(8, 64)
-    model(x).sum().backward()
-    narrow = rounding.gradients_of(model)
+    first, gradients = run(model, x), rounding.gradients_of(model)
     weights = {key: one.detach().clone() for key, one in model.named_parameters()}
-    wide = rounding.widened(model)
-    with rounding.distances(wide, narrow) as found:
-        wide(x.double()).sum().backward()
-    assert all(one.grad is None for one in wide.parameters())
-    assert all(torch.equal(one.float(), weights[key]) for key, one in wide.named_parameters())
-    again = model(x.double()).sum()
-    again.backward()  # no hook is left behind
-    for key, one in wide.named_parameters():
-        apart = np.linalg.norm(one.grad.numpy() - narrow[key])
-        assert found[key] == pytest.approx(apart) and found[key] < 1e-4
-    assert max(found.values()) > 0
+    outputs, each, found = [], [], {}
+    for _ in rounding.variants(model, gradients, found):
+        outputs.append(run(model, x))
+        each.append(dict(found))
+        assert all(one.grad is None for one in model.parameters())
+    assert len(outputs) == rounding.DRAWS + 1
+    assert [out.dtype for out in outputs] == [np.float32] * rounding.DRAWS + [np.float64]
+    assert all(torch.equal(one.float(), weights[key]) for key, one in model.named_parameters())
+    apart = [rounding.apart(out, first) for out in outputs]
+    assert all(0 < one < 1e-5 for one in apart), "each rounds otherwise"
+    assert rounding.farthest(first, outputs) == max(apart)
+    assert len({out.tobytes() for out in outputs}) == len(outputs)
+    assert found.keys() == gradients.keys() and max(found.values()) < 1e-4
+    for before, after in pairwise(each):
+        assert all(before[key] <= after[key] for key in before), "the largest of all turns"
+    run(model, x)  # no hook is left behind
+    assert all(one.grad is not None for one in model.parameters())
+
+
+def test_a_large_model_stays_in_float32(model, monkeypatch):
+    monkeypatch.setattr(rounding, "LARGE", 100)
+    turns = [run(model, torch.randn(8, 64)) for _ in rounding.variants(model, {}, {})]
+    assert len(turns) == rounding.DRAWS and turns[0].dtype == np.float32
 
 
 def test_a_digest_shows_a_thousandth_of_one_value(model):

@@ -218,7 +218,9 @@ class VAE(nnx.Module):
         x = self.encoder(images, remat)
         x = x if self.quant_conv is None else self.quant_conv(x)
         mean, logvar = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return Moments(mean, jnp.clip(logvar, -30.0, 20.0))
+        # At a limit itself the gradient is 1, as torch's clamp has it; jnp.clip's is a half.
+        inside = (logvar >= -30.0) & (logvar <= 20.0)
+        return Moments(mean, jnp.where(inside, logvar, jnp.clip(logvar, -30.0, 20.0)))
 
     def decode(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
         """Unscaled latents (`cfg.unscale`) to images, mostly within [-1, 1]."""

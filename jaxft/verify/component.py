@@ -3,7 +3,7 @@
 import importlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -68,12 +68,12 @@ class Subject(NamedTuple):
 class Oracle(NamedTuple):
     """Results of the stock model in fp32; gradients by torch key of the outputs' sum along `ways`.
 
-    `wide` are the same outputs in float64, `distances` what the gradients differ by from
-    float64's, `weights` digests by torch key.
+    `others` are the same outputs rounded otherwise (in float64, and in fp32 anew), `distances` what
+    the gradients then differ by, `weights` digests by torch key.
     """
 
     outputs: dict[str, np.ndarray]
-    wide: dict[str, np.ndarray]
+    others: dict[str, list[np.ndarray]]
     ways: dict[str, np.ndarray]
     gradients: dict[str, np.ndarray]
     distances: dict[str, float]
@@ -101,7 +101,7 @@ def check(subject: Subject) -> Result:
 
 
 def ask(subject: Subject) -> Oracle:
-    """Load the stock model on the CPU; outputs and gradients of it in fp32, then in fp64."""
+    """Load the stock model on the CPU; outputs and gradients in fp32, and how far they round."""
     model, report = open_stock(subject)
     weights = rounding.digests(model)
     outputs, ways = _run(subject, model, {})
@@ -109,10 +109,12 @@ def ask(subject: Subject) -> Oracle:
         key: np.zeros(tuple(one.shape), np.float32) if one.grad is None else one.grad.numpy()
         for key, one in model.named_parameters()
     }
-    model = rounding.widened(model)
-    with rounding.distances(model, gradients) as distances:
-        wide, _ = _run(subject, model, ways)
-    return Oracle(outputs, wide, ways, gradients, distances, weights, report)
+    distances: dict[str, float] = {}
+    others: dict[str, list[np.ndarray]] = {name: [] for name in outputs}
+    for _ in rounding.variants(model, gradients, distances):
+        for name, out in _run(subject, model, ways)[0].items():
+            others[name].append(out)
+    return Oracle(outputs, others, ways, gradients, distances, weights, report)
 
 
 def _run(
@@ -202,7 +204,9 @@ def compare(subject: Subject, params: Params, oracle: Oracle) -> list[Check]:
     name = f"{subject.name} weights, differing tensors"
     same = same_weights(name, _torch_keyed(subject, params, oracle), oracle.weights)
     checks = [
-        compare_output(f"{subject.name} {name}", np.asarray(made[name]), wanted, oracle.wide[name])
+        compare_output(
+            f"{subject.name} {name}", np.asarray(made[name]), wanted, oracle.others[name]
+        )
         for name, wanted in oracle.outputs.items()
     ]
     name, keyed = f"{subject.name} gradients, worst relative", _torch_keyed(subject, grads, oracle)
@@ -211,17 +215,17 @@ def compare(subject: Subject, params: Params, oracle: Oracle) -> list[Check]:
 
 
 def compare_output(
-    name: str, ours: np.ndarray, theirs: np.ndarray, wide: np.ndarray, note: str = ""
+    name: str, ours: np.ndarray, theirs: np.ndarray, others: Sequence[np.ndarray], note: str = ""
 ) -> Check:
     """Largest difference relative to the largest value; of integers, how many differ.
 
-    `wide` is the oracle's output in float64.
+    `others` are the oracle's output rounded otherwise.
     """
     if not np.issubdtype(theirs.dtype, np.floating):
         count = int((ours != theirs).sum()) if ours.shape == theirs.shape else theirs.size
         return Check(f"{name}, differing", count, 0, f"of {theirs.size}")
     largest = max(float(np.abs(theirs).max()), 1e-30)
-    own = rounding.apart(wide, theirs) / largest
+    own = rounding.farthest(theirs, others) / largest
     if ours.shape != theirs.shape:
         note = f"shape {ours.shape}, not {theirs.shape}"
         return Check(f"{name}, max relative", math.inf, rounding.bound(own), note, own)

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -84,12 +84,12 @@ class Subject(NamedTuple):
 class Oracle(NamedTuple):
     """Results of stock transformers (and PEFT) on the same folder, in float32.
 
-    `wide` are the same logits in float64, `distances` what the gradients differ by from float64's,
-    `weights` digests: gradients and what belongs to them by torch key.
+    `others` are the same logits rounded otherwise (in float64, and in fp32 anew), `distances` what
+    the gradients then differ by, `weights` digests: all but logits by torch key.
     """
 
     logits: dict[str, Float[np.ndarray, "B T V"]]
-    wide: dict[str, Float[np.ndarray, "B T V"]]
+    others: dict[str, list[Float[np.ndarray, "B T V"]]]
     loss: float
     gradients: dict[str, np.ndarray]
     distances: dict[str, float]
@@ -215,11 +215,13 @@ def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
     logits, weights, value = _their_logits(model, cases), rounding.digests(model), loss()
     value.backward()
     gradients = rounding.gradients_of(model)
-    model = rounding.widened(model)
-    with rounding.distances(model, gradients) as distances:
+    distances: dict[str, float] = {}
+    others: dict[str, list[np.ndarray]] = {name: [] for name in cases}
+    for _ in rounding.variants(model, gradients, distances):
         loss().backward()
-    wide = _their_logits(model, cases)
-    return Oracle(logits, wide, value.item(), gradients, distances, weights, report)
+        for name, again in _their_logits(model, cases).items():
+            others[name].append(again)
+    return Oracle(logits, others, value.item(), gradients, distances, weights, report)
 
 
 def _their_logits(model: Any, cases: Mapping[str, Case]) -> dict[str, Float[np.ndarray, "B T V"]]:
@@ -289,7 +291,7 @@ def _logits(
     checks = []
     for name, case in cases.items():
         ours = np.asarray(call(params, case.tokens, case.positions))
-        checks += compare_logits(name, ours, oracle.logits[name], oracle.wide[name])
+        checks += compare_logits(name, ours, oracle.logits[name], oracle.others[name])
     return checks
 
 
@@ -297,18 +299,19 @@ def compare_logits(
     name: str,
     ours: Float[np.ndarray, "B T V"],
     theirs: Float[np.ndarray, "B T V"],
-    wide: Float[np.ndarray, "B T V"],
+    others: Sequence[Float[np.ndarray, "B T V"]],
 ) -> list[Check]:
     """Largest difference (also relative to the largest logit), KL and top-1 of logits.
 
-    `wide` are the oracle's in float64. KL(theirs || ours) is summed over the vocabulary and
-    maximised over positions; it grows with the square of a difference, and so does its bound. Two
-    choices that the oracle itself holds for equal within the bound are no disagreement.
+    `others` are the oracle's rounded otherwise. KL(theirs || ours) is summed over the vocabulary
+    and maximised over positions. It grows with the square of a difference, and so does its bound.
+    Two choices that the oracle itself holds for equal within the bound are no disagreement.
     """
     largest = float(np.abs(theirs).max())
-    apart, own = rounding.apart(ours, theirs), rounding.apart(wide, theirs)
+    apart, own = rounding.apart(ours, theirs), rounding.farthest(theirs, others)
     allowed = rounding.bound(own, largest)
-    kl, own_kl = rounding.divergence(theirs, ours), rounding.divergence(wide, theirs)
+    kl = rounding.divergence(theirs, ours)
+    own_kl = max(rounding.divergence(theirs, one) for one in others)
     least = (rounding.UNIT * largest) ** 2
     chosen = np.take_along_axis(theirs, ours.argmax(-1)[..., None], -1)[..., 0]
     lost = theirs.max(-1) - chosen
@@ -365,16 +368,16 @@ def _gradients(
 
 
 def _loss_rounding(tokens: Int[np.ndarray, "B T"], oracle: Oracle) -> float:
-    """Rounding of the oracle's loss: the mean over tokens of how far float64's terms are.
+    """Rounding of the oracle's loss: the mean over tokens of how far the terms round.
 
-    The difference of the two means alone could be zero by luck.
+    The difference of two means alone could be zero by luck.
     """
     targets = tokens[:, 1:, None]
-    near, wide = (
-        np.take_along_axis(rounding.log_softmax(one["near"][:, :-1]), targets, -1)
-        for one in (oracle.logits, oracle.wide)
+    near, *others = (
+        np.take_along_axis(rounding.log_softmax(logits[:, :-1]), targets, -1)
+        for logits in (oracle.logits["near"], *oracle.others["near"])
     )
-    return float(np.abs(near - wide).mean())
+    return max(float(np.abs(near - one).mean()) for one in others)
 
 
 def torch_keyed(

@@ -8,7 +8,7 @@ tell them apart: the same model is ten times as far from itself on one CPU as on
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,23 +18,14 @@ import numpy as np
 # oracle in float32. The planted faults of tests/test_verify_faults.py are 390 times and more in
 # their logits.
 MULTIPLE = 6.0
+DRAWS = 2
+LARGE = 2_000_000_000  # parameters: 16 GB in float64
 UNIT = 2.0**-23  # one rounding of float32; a model that is exact by luck is not asked for more
 
 
 def bound(own: float, scale: float = 1.0) -> float:
     """Largest distance that rounding explains, for values up to `scale`."""
     return MULTIPLE * max(own, UNIT * scale)
-
-
-def widened(model: Any) -> Any:
-    """The stock model in float64, in place: its float32 weights are exact in it.
-
-    A weight at a time, so that memory peaks at 8 bytes a parameter. Where the model's code asks
-    for float32 (RMSNorm, rotary angles, time embeddings), it still gets it.
-    """
-    for parameter in model.parameters():
-        parameter.grad = None
-    return model.double()
 
 
 def names_of(model: Any) -> dict[str, Any]:
@@ -66,30 +57,88 @@ def gradients_of(model: Any) -> dict[str, np.ndarray]:
     return {key: one.grad.numpy() for key, one in parameters if one.grad is not None}
 
 
-@contextmanager
-def distances(model: Any, gradients: Mapping[str, np.ndarray]) -> Iterator[dict[str, float]]:
-    """Norms of what a widened model's gradients differ by from `gradients`, by key.
+def variants(
+    model: Any, gradients: Mapping[str, np.ndarray], distances: dict[str, float]
+) -> Iterator[None]:
+    """Turn a stock model into one that rounds otherwise, again and again: run it in each turn.
 
-    They are there when `backward()` inside the block returns. Each gradient is freed once it is
-    measured, so that the widened model costs no more memory than the weights.
+    DRAWS times it stays in float32 and draws its roundings anew, then it is in float64, where it
+    remains. `distances` receives the largest norm of what a turn's gradients differ by from
+    `gradients`, by key. Each gradient is freed once it is measured, so that a turn costs no more
+    memory than the weights: 8 bytes a parameter in float64. A model of more than LARGE parameters
+    stays in float32.
     """
-    found: dict[str, float] = {}
+    for seed in range(DRAWS):
+        with _redrawn(model, seed), _measured(model, gradients, distances):
+            yield
+    if sum(one.numel() for one in model.parameters()) <= LARGE:
+        with _measured(_widened(model), gradients, distances):
+            yield
 
+
+def _widened(model: Any) -> Any:
+    """The model in float64, in place: its float32 weights are exact in it.
+
+    Where its code asks for float32 (RMSNorm, rotary angles, time embeddings), it still gets it.
+    """
+    for parameter in model.parameters():
+        parameter.grad = None
+    return model.double()
+
+
+@contextmanager
+def _redrawn(model: Any, seed: int) -> Iterator[None]:
+    """Move each output of a layer by one rounding towards 0 or not at all, at random.
+
+    All that follows rounds otherwise then. One run in float32 is but one draw: where an attention
+    score of 600 decides between two tokens, it may be exact by luck, and another one not. Towards
+    0, because a value that is clamped at a limit then stays within, and keeps its gradient.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(_: Any, inputs: Any, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            return output
+        step = torch.randint(0, 2, output.shape, generator=generator, dtype=torch.int8)
+        return output * (1 - UNIT * step.to(output.dtype))
+
+    layers = [one for one in model.modules() if next(one.children(), None) is None]
+    handles = [one.register_forward_hook(move) for one in layers]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@contextmanager
+def _measured(
+    model: Any, gradients: Mapping[str, np.ndarray], distances: dict[str, float]
+) -> Iterator[None]:
     def hook(key: str) -> Callable[[Any], None]:
         def measure(parameter: Any) -> None:
-            found[key] = float(np.linalg.norm(parameter.grad.numpy() - gradients[key]))
+            apart = float(np.linalg.norm(parameter.grad.numpy() - gradients[key]))
+            distances[key] = max(distances.get(key, 0.0), apart)
             parameter.grad = None
 
         return measure
 
+    parameters = names_of(model)
+    for parameter in parameters.values():
+        parameter.grad = None
     handles = [
         one.register_post_accumulate_grad_hook(hook(key))
-        for key, one in names_of(model).items()
+        for key, one in parameters.items()
         if key in gradients and one.requires_grad
     ]
-    yield found
+    yield
     for handle in handles:
         handle.remove()
+
+
+def farthest(theirs: np.ndarray, others: Sequence[np.ndarray]) -> float:
+    """Largest difference of an output from the same one rounded otherwise."""
+    return max(apart(one, theirs) for one in others)
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> float:

@@ -1,6 +1,7 @@
 """AutoencoderKL against diffusers: moments, images, gradients, all spellings; fp32 on CPU."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,21 @@ def test_d08_logvar_is_clamped():
     loud["quant_conv.bias"] = jnp.array([0, 0, 0, 0, 1e3, -1e3, 0, 0], jnp.float32)
     logvar = encode(P.bind(model, loud), images()).logvar
     assert (logvar[..., 0] == 20).all() and (logvar[..., 1] == -30).all()
+
+
+def test_at_its_limit_a_logvar_has_the_gradient_of_torchs_clamp():
+    """1, where jnp.clip's is a half: an encoder without noise states exactly -30."""
+    raw = np.array([-31.0, -30.0, -29.0, 19.0, 20.0, 21.0], np.float32)
+    theirs = torch.tensor(raw, requires_grad=True)
+    torch.clamp(theirs, -30.0, 20.0).sum().backward()
+    assert theirs.grad is not None
+
+    def total(values):
+        encoder = lambda images, remat: jnp.stack([values, values], axis=-1)  # noqa: E731
+        model = SimpleNamespace(encoder=encoder, quant_conv=None)
+        return VAE.encode(model, values).logvar.sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.asarray(raw)), theirs.grad.numpy())
 
 
 def test_d09_downsampling_pads_bottom_and_right():
