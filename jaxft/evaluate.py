@@ -18,7 +18,7 @@ def _main(argv: list[str]) -> None:
     import jax
 
     from jaxft.core.metrics import table
-    from jaxft.run import open_any
+    from jaxft.runs.run import open_any
 
     run, params, step = open_any(arguments)
     with jax.set_mesh(run.mesh):

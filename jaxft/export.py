@@ -14,19 +14,23 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
 
-from jaxft import run as runs
 from jaxft.core import config as configs
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADDED, NEW_TOKENS
-from jaxft.models import ldm
+from jaxft.models.pipelines import ldm
 from jaxft.nn import lora
-from jaxft.run import Run
-from jaxft.tasks import inversion
-from jaxft.weights import adapters, janus_layout, pipeline_lora, single_file, transfer
+from jaxft.runs import run as runs
+from jaxft.runs.run import Run
+from jaxft.tasks.diffusion import inversion
+from jaxft.weights import transfer
+from jaxft.weights.adapters import peft as adapters
+from jaxft.weights.adapters import pipeline as pipeline_lora
+from jaxft.weights.files.tensor_files import STEMS, write_sharded
+from jaxft.weights.folders import janus_original as janus_layout
+from jaxft.weights.folders import single_file
+from jaxft.weights.folders.diffusers import OPTIONAL
 from jaxft.weights.graft import Grafted
-from jaxft.weights.pipeline import OPTIONAL
-from jaxft.weights.tensor_files import STEMS, write_sharded
 from jaxft.weights.transfer import Part
 
 # What a kind that is no whole model can hold.

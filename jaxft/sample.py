@@ -9,7 +9,7 @@ from PIL import Image
 from jaxft.core import config as configs
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
-from jaxft.core.pictures import grid
+from jaxft.tasks.common.pictures import grid
 
 NUMBERS = {"temperature": float, "top_p": float, "guidance": float, "image_guidance": float}
 COUNTS = {"max_new": int, "top_k": int, "steps": int, "seed": int, "copies": int}
@@ -39,7 +39,7 @@ def _main(argv: list[str]) -> None:
     down, across = _sides(asked)
     import jax
 
-    from jaxft.run import open_any
+    from jaxft.runs.run import open_any
     from jaxft.tasks import Request
 
     fixed: dict = {name: values[0] for name, values in asked.items()}

@@ -8,7 +8,7 @@ from typing import Any
 from jaxft.core import config as configs
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
-from jaxft.core.workdir import claim_workdir, differing_keys, read_config_file
+from jaxft.runs.workdir import claim_workdir, differing_keys, read_config_file
 from jaxft.tasks import check_task
 from jaxft.tasks.options import OPTIONS
 
@@ -62,11 +62,11 @@ def train(config: dict[str, Any], workdir: Path) -> None:
     """Run the training that a config describes in a claimed `workdir`, then export."""
     import jax
 
-    from jaxft import run as runs
     from jaxft.core.checkpoint import Checkpoints
     from jaxft.core.sharding import local_rows, place_batch
     from jaxft.export import check_kind, export_folder
-    from jaxft.watch import Watch
+    from jaxft.runs import run as runs
+    from jaxft.runs.watch import Watch
 
     began = time.perf_counter()
     run = runs.open_run(config)

@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stock_llama import fits, ours, theirs
-
 from jaxft.core.errors import UserError
-from jaxft.models.llama_config import LlamaConfig
+from jaxft.models.decoders.llama_config import LlamaConfig
+from tests.stock_llama import fits, ours, theirs
 
 FOLDER = Path(__file__).resolve().parent / "published"
 FAMILY = "language model"

@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
-from published import Row
-
 from jaxft.core.errors import UserError
-from jaxft.models.stable_diffusion import HOLE, SOURCE, PipelineConfig
-from jaxft.models.unet_config import UNetConfig
-from jaxft.models.vae_config import VAEConfig
-from jaxft.tasks import picture_inputs
-from jaxft.weights.pipeline import INDEX, open_component, open_pipeline
+from jaxft.models.autoencoders.vae_config import VAEConfig
+from jaxft.models.denoisers.unet_config import UNetConfig
+from jaxft.models.pipelines.stable_diffusion import HOLE, SOURCE, PipelineConfig
+from jaxft.tasks.diffusion import conditioning as picture_inputs
+from jaxft.weights.folders.diffusers import INDEX, open_component, open_pipeline
+from tests.published import Row
 
 PUBLISHED = Path(__file__).resolve().parent / "published"
 FOLDERS = {

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from jaxft.core.params import describe
-from jaxft.models import llama
-from jaxft.models.llama import Llama
-from jaxft.models.llama_config import LlamaConfig
+from jaxft.models.decoders import llama
+from jaxft.models.decoders.llama import Llama
+from jaxft.models.decoders.llama_config import LlamaConfig
 from jaxft.weights import rules
 
 

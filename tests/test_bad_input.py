@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxft import train
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")

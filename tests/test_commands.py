@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 import jaxft
 from jaxft import evaluate, export, sample, train
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ["--config", str(ROOT / "configs" / "llm.py")]
 
 

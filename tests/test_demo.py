@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer, CLIPTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "jaxft/demo"
 TOKENIZER = DEMO / "tokenizer-clip-4k"
 COUNTS = {"train": 192, "valid": 64}

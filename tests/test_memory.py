@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxft.weights.tensor_files import write_sharded
+from jaxft.weights.files.tensor_files import write_sharded
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 LOAD = """
 import resource, sys
 import jax, jaxft

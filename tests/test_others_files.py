@@ -12,19 +12,19 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from test_ldm import untrained
-from test_pipeline import exported
-from tiny_pipelines import make_pipeline
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
-from jaxft.models import stable_diffusion
-from jaxft.models.ldm import open_model
-from jaxft.models.stable_diffusion import PipelineConfig, StableDiffusion
-from jaxft.weights import single_file
-from jaxft.weights.pipeline import must_rewrite, open_component
+from jaxft.models.pipelines import stable_diffusion
+from jaxft.models.pipelines.ldm import open_model
+from jaxft.models.pipelines.stable_diffusion import PipelineConfig, StableDiffusion
+from jaxft.weights.folders import single_file
+from jaxft.weights.folders.diffusers import must_rewrite, open_component
 from jaxft.weights.rules import to_jax
+from tests.models.pipelines.test_ldm import untrained
+from tests.tiny_pipelines import make_pipeline
+from tests.weights.folders.test_diffusers import exported
 
 PT = {"format": "pt"}
 STEM = "diffusion_pytorch_model"

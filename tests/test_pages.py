@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_autoencoders import make_vae, make_vqmodel
-from tiny_diffusion import flags_of, make_pictures
-from tiny_janus import make_janus_model
-from tiny_pipelines import make_pipeline
 
 from jaxft import train
 from jaxft.core.config import load_config, parse_arguments, read_config
 from jaxft.tasks.options import OPTIONS
 from jaxft.weights.locate import demo_folder
+from tests.tiny_autoencoders import make_vae, make_vqmodel
+from tests.tiny_diffusion import flags_of, make_pictures
+from tests.tiny_janus import make_janus_model
+from tests.tiny_pipelines import make_pipeline
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").glob("*.md")),

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from interrupted import timeless
 from safetensors.numpy import load_file
-from tiny_janus import make_work
 
 from jaxft.core import runtime
+from tests.interrupted import timeless
+from tests.tiny_janus import make_work
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ["--config", str(ROOT / "configs" / "llm.py")]
 DEVICES = 4  # of all processes together
 # What its C++ prints, operand by operand: lines of several threads may be torn at any of them.

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from published import FOLDER, RUN, language_model_configs, language_models
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxft import train
 from jaxft.core.errors import UserError
-from jaxft.models.llama_config import LlamaConfig
-from jaxft.tasks.llm import load
+from jaxft.models.decoders.llama_config import LlamaConfig
+from jaxft.tasks.llm.task import load
+from tests.published import FOLDER, RUN, language_model_configs, language_models
 
 CONFIGS = language_model_configs()
 REFUSED = {"gemma2_2b_it", "gemma3_1b_it", "phi-4-mini-reasoning", "phi3.5-mini-instruct"}

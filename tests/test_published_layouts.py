@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from published_pipelines import PUBLISHED, RUN
 from safetensors.torch import save_file
-from test_others_files import respelled
-from tiny_pipelines import make_tokenizer, shaken
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from jaxft import train
 from jaxft.core.params import bind, describe
-from jaxft.models import stable_diffusion
-from jaxft.models.ldm import open_model
-from jaxft.models.stable_diffusion import PipelineConfig, StableDiffusion, Text
+from jaxft.models.pipelines import stable_diffusion
+from jaxft.models.pipelines.ldm import open_model
+from jaxft.models.pipelines.stable_diffusion import PipelineConfig, StableDiffusion, Text
 from jaxft.weights.rules import to_jax
+from tests.published_pipelines import PUBLISHED, RUN
+from tests.test_others_files import respelled
+from tests.tiny_pipelines import make_tokenizer, shaken
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.usefixtures("one_thread")]
 CONFIG = str(PUBLISHED.parents[1] / "configs" / "diffusion.py")

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from published_pipelines import FOLDERS, PUBLISHED, VAES, open_published, pipelines
 from transformers import CLIPTextConfig as HFText
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
-from jaxft.models import stable_diffusion
-from jaxft.models.clip import TRUE_EOS
-from jaxft.models.stable_diffusion import StableDiffusion
-from jaxft.models.unet_config import UNetConfig
-from jaxft.tasks.codec import open_codec
-from jaxft.weights.pipeline import open_component, open_pipeline
-from jaxft.weights.sources import Source
+from jaxft.models.denoisers.unet_config import UNetConfig
+from jaxft.models.pipelines import stable_diffusion
+from jaxft.models.pipelines.stable_diffusion import StableDiffusion
+from jaxft.models.text_encoders.clip import TRUE_EOS
+from jaxft.tasks.autoencoder.codec import open_codec
+from jaxft.weights.folders.diffusers import open_component, open_pipeline
+from jaxft.weights.folders.transformers import Source
+from tests.published_pipelines import FOLDERS, PUBLISHED, VAES, open_published, pipelines
 
 REFUSED = {
     "stable-diffusion-xl-refiner-1.0": r"SDXL refiner has, .* give the SDXL base",

@@ -6,7 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from test_diffusion_export import (
+
+from jaxft.weights.folders.diffusers import open_pipeline
+from tests.tasks.diffusion.test_exports import (
     CASES,
     GUIDANCE,
     PROMPTS,
@@ -16,9 +18,7 @@ from test_diffusion_export import (
     noise,
     train_case,
 )
-from test_pipeline import exported
-
-from jaxft.weights.pipeline import open_pipeline
+from tests.weights.folders.test_diffusers import exported
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 OLD = [

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, VQModel
 from PIL import Image
-from tiny_pipelines import shaken
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from jaxft.core.config import load_config
 from jaxft.tasks.options import OPTIONS
+from tests.tiny_pipelines import shaken
 
-CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "autoencoder.py")
+CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "autoencoder.py")
 SIZE = 32
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from jaxft.core.config import load_config
 from jaxft.tasks.options import OPTIONS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "diffusion.py")
 WORDS = ("a red fish", "two birds", "a house by the sea", "the moon", "bread")
 SMALL = {

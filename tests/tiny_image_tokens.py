@@ -8,7 +8,7 @@ from PIL import Image
 
 from jaxft.core.config import load_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 SIZE, FACTOR, CODES = 16, 2, 16
 GRID = SIZE // FACTOR
 WORDS = ("a red cat", "the blue house of a person", "water", "two small trees, and bread")

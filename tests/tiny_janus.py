@@ -3,7 +3,6 @@
 import json
 
 import torch
-from tiny_image_tokens import make_pictures
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     JanusConfig,
@@ -12,6 +11,8 @@ from transformers import (
     JanusVQVAEConfig,
     LlamaConfig,
 )
+
+from tests.tiny_image_tokens import make_pictures
 
 CODES, GRID, FACTOR = 24, 6, 2
 SIZE = GRID * FACTOR

@@ -83,7 +83,7 @@ def _make_pictures(folder: Path, count: int, side: int) -> str:
 
 def _narrowed(share: float | str) -> dict[str, Any]:
     """What of the UNet's config.json differs from SD 1.5's."""
-    from jaxft.weights.known_configs import COMPONENTS
+    from jaxft.weights.folders.known_configs import COMPONENTS
 
     if isinstance(share, str):
         return TINY_UNET
@@ -99,7 +99,7 @@ def _make_pipeline(
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from jaxft.weights.known_configs import COMPONENTS, INDEX, SCHEDULER
+    from jaxft.weights.folders.known_configs import COMPONENTS, INDEX, SCHEDULER
 
     torch.manual_seed(0)
     configs = COMPONENTS["sd1"]
@@ -123,8 +123,8 @@ def _open(
     """The run that trains this pipeline's UNet, its parameters, and its first batch both ways."""
     import jax
 
-    from jaxft import run as runs
     from jaxft.core.sharding import local_rows
+    from jaxft.runs import run as runs
 
     changes = {
         "model": str(folder),
@@ -170,9 +170,9 @@ def _first_draws(run: Any, batch: dict) -> dict[str, Any]:
     import numpy as np
 
     from jaxft.core.step import sample_keys
-    from jaxft.models import vae
-    from jaxft.nn.diffusion import draw_timesteps
-    from jaxft.tasks.diffusion import LATENT, NOISE, TIME
+    from jaxft.models.autoencoders import vae
+    from jaxft.noise.ddpm import draw_timesteps
+    from jaxft.tasks.diffusion.task import LATENT, NOISE, TIME
 
     cfg, keys = run.task.model_cfg, sample_keys(run.cfg.seed, 0, batch["sample_ids"])
 
@@ -217,7 +217,7 @@ def _torch_loss(
     import torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
-    from jaxft.weights.known_configs import SCHEDULER
+    from jaxft.weights.folders.known_configs import SCHEDULER
 
     device = "cuda" if args.gpu else "cpu"
     unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet")

@@ -51,7 +51,7 @@ def _codes(folder: Path) -> int:
 
 def _open(args: argparse.Namespace, folder: Path, work: Path, batch: int) -> Any:
     """The run that trains this folder's model; pictures are encoded into a cache of its own."""
-    from jaxft.models.vq_config import VQConfig
+    from jaxft.models.autoencoders.vq_config import VQConfig
 
     side = json.loads((folder / "imagetoken.json").read_text())
     vq = folder / "vq" / "config.json"
@@ -74,7 +74,7 @@ def _compare_drawing(args: argparse.Namespace, folder: Path, work: Path) -> dict
     """The codes of one picture at temperature 0, with guidance; the same ones on all sides."""
     import jax
 
-    from jaxft import run as runs
+    from jaxft.runs import run as runs
     from jaxft.tasks import Request
 
     run = _open(args, folder, work, 1)
@@ -139,8 +139,8 @@ def _compare_training(args: argparse.Namespace, folder: Path, work: Path) -> dic
     """All weights, on the same rows: mean cross-entropy of the codes after their captions."""
     import jax
 
-    from jaxft import run as runs
     from jaxft.core.sharding import local_rows
+    from jaxft.runs import run as runs
 
     run = _open(args, folder, work, args.batch)
     with jax.set_mesh(run.mesh):

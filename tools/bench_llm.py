@@ -75,7 +75,7 @@ def write_folder(args: argparse.Namespace) -> None:
     import shutil
 
     from jaxft.verify import hf_folder
-    from jaxft.weights.sources import open_source
+    from jaxft.weights.folders.transformers import open_source
 
     with hf_folder(open_source(args.model)) as folder:
         shutil.copytree(folder, args.target)

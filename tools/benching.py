@@ -56,8 +56,8 @@ def start(gpu: bool) -> None:
 
 def open_run(name: str, changes: Mapping[str, Any]) -> Any:
     """The run of configs/NAME.py with these keys; no step of it moves a weight."""
-    from jaxft import run as runs
     from jaxft.core.config import load_config
+    from jaxft.runs import run as runs
     from jaxft.tasks.options import OPTIONS
 
     still = {**changes, "data.eval": "", "export.kind": "none", **STILL_OPTIM}
@@ -75,8 +75,8 @@ def jaxft_contestants(
     import jax
     import jax.numpy as jnp
 
-    from jaxft import run as runs
     from jaxft.core.sharding import place_batch
+    from jaxft.runs import run as runs
 
     plan = runs.make_plan(run)
     with jax.set_mesh(run.mesh):

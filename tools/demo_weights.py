@@ -234,10 +234,10 @@ def _encoded(folder: Path, images: Path) -> list[Any]:
 
     from jaxft.core.params import bind, describe
     from jaxft.core.sharding import one_device_mesh, shardings
-    from jaxft.data.image_sources import open_images
-    from jaxft.data.images import ImageSet, to_float
-    from jaxft.models import vae
-    from jaxft.weights.pipeline import open_component
+    from jaxft.data.images.dataset import ImageSet, to_float
+    from jaxft.data.sources.images import open_images
+    from jaxft.models.autoencoders import vae
+    from jaxft.weights.folders.diffusers import open_component
     from jaxft.weights.transfer import Part, load
 
     source = open_component(str(folder), "vae")

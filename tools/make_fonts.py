@@ -1,4 +1,4 @@
-"""Rebuild jaxft/core/fonts from Noto and Droid fonts, for captions in any script.
+"""Rebuild jaxft/tasks/common/fonts from Noto and Droid fonts, for captions in any script.
 
     pip install fonttools && pip download --no-deps manimgx-fonts==2026.9.26.post1
     apt-get download fonts-noto-core fonts-droid-fallback

@@ -16,7 +16,7 @@ import optax
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from jaxft.nn.cross_entropy import linear_cross_entropy  # noqa: E402
+from jaxft.kernels.cross_entropy import linear_cross_entropy  # noqa: E402
 
 ROWS, LENGTH, DIM, VOCAB = 4, 1024, 2048, 128256
 START, END = "<!-- memory -->", "<!-- /memory -->"

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from jaxft.core.config import Config
     from jaxft.core.params import Params
     from jaxft.core.step import Batch, Metrics
-    from jaxft.data.images import Bad
+    from jaxft.data.images.dataset import Bad
     from jaxft.weights.transfer import Part
 
 TASKS = {
-    "llm": "jaxft.tasks.llm:LLM",
-    "autoencoder": "jaxft.tasks.autoencoder:Autoencoder",
-    "diffusion": "jaxft.tasks.diffusion:Diffusion",
-    "image_tokens": "jaxft.tasks.image_tokens:ImageTokens",
+    "llm": "jaxft.tasks.llm.task:LLM",
+    "autoencoder": "jaxft.tasks.autoencoder.task:Autoencoder",
+    "diffusion": "jaxft.tasks.diffusion.task:Diffusion",
+    "image_tokens": "jaxft.tasks.image_tokens.task:ImageTokens",
 }
 
 

@@ -9,12 +9,12 @@ from typing import Any
 from jaxft.core import runtime
 from jaxft.core.config import parse_arguments
 from jaxft.core.errors import UserError
-from jaxft.models.ldm import SINGLE
+from jaxft.models.pipelines.ldm import SINGLE
 from jaxft.verify import autoencoder, diffusion, image_tokens, llm
 from jaxft.verify.llm import hf_folder
 from jaxft.verify.report import Check, show, write
+from jaxft.weights.folders.diffusers import open_pipeline
 from jaxft.weights.locate import INDEX, demo_folder
-from jaxft.weights.pipeline import open_pipeline
 
 __all__ = ["certify", "hf_folder", "main"]
 

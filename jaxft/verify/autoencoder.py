@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxft.models import vae, vqgan
-from jaxft.models.vae import VAE
-from jaxft.models.vae_config import VAEConfig
-from jaxft.models.vq_config import JANUS, VQConfig
-from jaxft.models.vqgan import UNIT, VQModel
+from jaxft.models.autoencoders import vae, vqgan
+from jaxft.models.autoencoders.vae import VAE
+from jaxft.models.autoencoders.vae_config import VAEConfig
+from jaxft.models.autoencoders.vq_config import JANUS, VQConfig
+from jaxft.models.autoencoders.vqgan import UNIT, VQModel
 from jaxft.verify.component import Subject, channels_first, channels_last, check, normal
 from jaxft.verify.report import Check, certificate, start
-from jaxft.weights.pipeline import open_component
-from jaxft.weights.sources import Source
+from jaxft.weights.folders.diffusers import open_component
+from jaxft.weights.folders.transformers import Source
 from jaxft.weights.transfer import Part
 
 KL = "AutoencoderKL"

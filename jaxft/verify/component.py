@@ -26,9 +26,9 @@ from jaxft.verify.report import (
     worst_gradient,
 )
 from jaxft.weights import transfer
+from jaxft.weights.files.tensor_files import write_sharded
+from jaxft.weights.folders.transformers import Source
 from jaxft.weights.rules import plan, to_torch
-from jaxft.weights.sources import Source
-from jaxft.weights.tensor_files import write_sharded
 from jaxft.weights.transfer import Part
 
 # What is called once costs more to compile than to run.

@@ -15,8 +15,8 @@ import torch
 
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
+from jaxft.weights.files.tensor_files import DTYPE_NAMES, PICKLES, STEMS, write_sharded
 from jaxft.weights.locate import INDEX
-from jaxft.weights.tensor_files import DTYPE_NAMES, PICKLES, STEMS, write_sharded
 
 # Weights by their names in transformers' and diffusers' folders; a trainer's state is none.
 WEIGHTS = ("pytorch_model*.bin", f"{STEMS[1]}*.bin", f"{STEMS[1]}*.pt", "model*.pt", "model*.pth")

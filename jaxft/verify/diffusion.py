@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import bind, describe
-from jaxft.models.clip import CLIPText, CLIPTextConfig
-from jaxft.models.ldm import open_model
-from jaxft.models.stable_diffusion import (
+from jaxft.models.denoisers.unet import Added, UNet
+from jaxft.models.pipelines.ldm import open_model
+from jaxft.models.pipelines.stable_diffusion import (
     Guidance,
     PipelineConfig,
     StableDiffusion,
@@ -21,9 +21,9 @@ from jaxft.models.stable_diffusion import (
     parts,
     zeroed,
 )
-from jaxft.models.unet import Added, UNet
-from jaxft.nn.samplers import SAMPLERS
-from jaxft.tasks.tokens import load_tokenizer
+from jaxft.models.text_encoders.clip import CLIPText, CLIPTextConfig
+from jaxft.noise.samplers import SAMPLERS
+from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.verify import rounding
 from jaxft.verify.autoencoder import vae_subject
 from jaxft.verify.component import (
@@ -40,7 +40,7 @@ from jaxft.verify.component import (
     stock_class,
 )
 from jaxft.verify.report import Check, certificate, start
-from jaxft.weights.pipeline import TEXT_ENCODERS, Pipeline
+from jaxft.weights.folders.diffusers import TEXT_ENCODERS, Pipeline
 from jaxft.weights.transfer import Part
 
 ORACLES = ("torch", "diffusers", "transformers")

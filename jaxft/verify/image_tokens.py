@@ -12,12 +12,18 @@ from jaxtyping import Int
 
 from jaxft.core import runtime
 from jaxft.core.params import Leaf, Params, bind, describe
-from jaxft.models.image_decode import generate_codes
-from jaxft.models.janus import KIND
-from jaxft.nn.sampling import Sampling
-from jaxft.tasks.image_janus import JanusFolder
-from jaxft.tasks.image_layout import FILE, encode_prompt, left_padded, null_prompt, train_rows
-from jaxft.tasks.image_model import ImageModel, open_folder
+from jaxft.models.decoders.sampling import Sampling
+from jaxft.models.pipelines.image_decode import generate_codes
+from jaxft.models.pipelines.janus import KIND
+from jaxft.tasks.image_tokens.image_janus import JanusFolder
+from jaxft.tasks.image_tokens.image_layout import (
+    FILE,
+    encode_prompt,
+    left_padded,
+    null_prompt,
+    train_rows,
+)
+from jaxft.tasks.image_tokens.image_model import ImageModel, open_folder
 from jaxft.verify import rounding
 from jaxft.verify.autoencoder import certify as certify_tokenizer
 from jaxft.verify.autoencoder import vq_subject
@@ -32,8 +38,8 @@ from jaxft.verify.report import (
     start,
     worst_gradient,
 )
+from jaxft.weights.folders.transformers import open_source
 from jaxft.weights.rules import to_torch
-from jaxft.weights.sources import open_source
 
 CAPTIONS = ("a red apple on a table", "water", "two people and a small dog in front of a house")
 GUIDANCE, LONGEST = 3.0, 24  # codes that are drawn at most

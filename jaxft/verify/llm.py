@@ -17,11 +17,11 @@ from jaxft.core import runtime
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf, Params, bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
-from jaxft.models.llama import Llama, LlamaConfig
-from jaxft.models.llama_files import open_decoder
+from jaxft.kernels.cross_entropy import linear_cross_entropy
+from jaxft.models.decoders.llama import Llama, LlamaConfig
+from jaxft.models.decoders.llama_files import open_decoder
 from jaxft.nn import lora
-from jaxft.nn.cross_entropy import linear_cross_entropy
-from jaxft.tasks.llm import load_tokenizer, model_part
+from jaxft.tasks.llm.task import load_tokenizer, model_part
 from jaxft.verify import rounding
 from jaxft.verify.report import (
     PLAIN_DOTS,
@@ -33,11 +33,12 @@ from jaxft.verify.report import (
     start,
     worst_gradient,
 )
-from jaxft.weights import adapters, transfer
-from jaxft.weights.peft_folder import PREFIX, PeftAdapter, fit, open_adapted
+from jaxft.weights import transfer
+from jaxft.weights.adapters import peft as adapters
+from jaxft.weights.adapters.peft_folder import PREFIX, PeftAdapter, fit, open_adapted
+from jaxft.weights.files.tensor_files import write_sharded
+from jaxft.weights.folders.transformers import TOKENIZER_FILES, Source
 from jaxft.weights.rules import to_torch
-from jaxft.weights.sources import TOKENIZER_FILES, Source
-from jaxft.weights.tensor_files import write_sharded
 from jaxft.weights.transfer import Part
 
 TRIP, WEIGHTS = "round trip, differing tensors", "weights, differing tensors"

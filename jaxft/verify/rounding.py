@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 # Measured on small models of every kind: jaxft is 0.3 to 2.0 times that distance away from the
-# oracle in float32. The planted faults of tests/test_verify_faults.py are 390 times and more in
-# their logits.
+# oracle in float32. The planted faults of tests/verify/test_verify_faults.py are 390 times and
+# more in their logits.
 MULTIPLE = 6.0
 DRAWS = 2
 LARGE = 2_000_000_000  # parameters: 16 GB in float64

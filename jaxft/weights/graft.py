@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.weights.tensor_files import Tensors
+from jaxft.weights.files.tensor_files import Tensors
 
 
 class Grafted(NamedTuple):

@@ -10,8 +10,8 @@ import huggingface_hub
 
 from jaxft.core.config import PACKAGE
 from jaxft.core.errors import UserError
-from jaxft.weights.sources import SIDE_FILES
-from jaxft.weights.tensor_files import STEMS
+from jaxft.weights.files.tensor_files import STEMS
+from jaxft.weights.folders.transformers import SIDE_FILES
 
 INDEX = "model_index.json"
 VARIANTS = ("", "fp16", "bf16", "fp32")  # taken in this order where none is asked for

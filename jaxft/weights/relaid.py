@@ -7,8 +7,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxft.weights.files.tensor_files import Info, Tensors
 from jaxft.weights.rules import rearrange, rearranged_shape
-from jaxft.weights.tensor_files import Info, Tensors
 from jaxft.weights.transfer import Export
 
 

@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADDED, Leaf, Params
+from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.rules import Entry, Rule, Sizes, expected, plan, to_jax, to_torch
-from jaxft.weights.tensor_files import Tensors
 
 
 class Part(NamedTuple):

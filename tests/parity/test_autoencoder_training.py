@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, VQModel
 from safetensors.torch import load_file
-from test_discriminator import oracle as patchgan
-from test_discriminator import to_torch as judge_to_torch
-from test_perceptual import lite0
-from tiny_autoencoders import make_config, make_images, make_janus, make_vae, make_vqmodel
 from transformers import JanusVQVAE
 
-from jaxft import run as runs
 from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.sharding import local_rows, place_batch
 from jaxft.core.step import sample_keys
-from jaxft.models import discriminator
-from jaxft.models.perceptual import DEMO_FOLDER
+from jaxft.models.critics import discriminator
+from jaxft.models.critics.perceptual import DEMO_FOLDER
+from jaxft.runs import run as runs
 from jaxft.weights import transfer
+from tests.parity.test_discriminator import oracle as patchgan
+from tests.parity.test_discriminator import to_torch as judge_to_torch
+from tests.parity.test_perceptual import lite0
+from tests.tiny_autoencoders import make_config, make_images, make_janus, make_vae, make_vqmodel
 
 # Without any optimisation a step takes longer than the compiler saves.
 QUICK = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}

@@ -12,8 +12,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
-from jaxft.models import clip
-from jaxft.models.clip import CLIPText, CLIPTextConfig
+from jaxft.models.text_encoders import clip
+from jaxft.models.text_encoders.clip import CLIPText, CLIPTextConfig
 from jaxft.weights import rules
 
 EOS = 95

@@ -8,21 +8,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import plain_torch
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig, inject_adapter_in_model
-from tiny_diffusion import make_config, make_pictures
-from tiny_pipelines import make_pipeline
 
-from jaxft import run as runs
 from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.sharding import local_rows, place_batch
 from jaxft.core.step import sample_keys
-from jaxft.nn.diffusion import draw_timesteps, offset_noise
-from jaxft.tasks import diffusion
-from jaxft.weights import pipeline_lora, transfer
+from jaxft.noise.ddpm import draw_timesteps, offset_noise
+from jaxft.runs import run as runs
+from jaxft.tasks.diffusion import task as diffusion
+from jaxft.weights import transfer
+from jaxft.weights.adapters import pipeline as pipeline_lora
+from tests import plain_torch
+from tests.tiny_diffusion import make_config, make_pictures
+from tests.tiny_pipelines import make_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # The compiler's own optimisations are most of the time of these tests.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from jaxft.core import params as P
-from jaxft.models.discriminator import LEAST, PatchGAN
+from jaxft.models.critics.discriminator import LEAST, PatchGAN
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 

@@ -16,10 +16,10 @@ import jaxft
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import one_device_mesh, shardings
-from jaxft.models import efficientnet
-from jaxft.models.efficientnet import EfficientNetLite0
+from jaxft.models.critics import efficientnet
+from jaxft.models.critics.efficientnet import EfficientNetLite0
 from jaxft.weights import rules, transfer
-from jaxft.weights.tensor_files import TensorFiles
+from jaxft.weights.files.tensor_files import TensorFiles
 
 # (blocks, kernel, stride, expansion, in, out), from the paper's table and not from our code.
 TABLE = [

@@ -11,11 +11,12 @@ from transformers import LlamaForCausalLM
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from jaxft.core.sharding import one_device_mesh
-from jaxft.models import image_decode, llama
-from jaxft.models.image_decode import Unified, generate_codes
-from jaxft.nn.sampling import Sampling, pick
-from jaxft.tasks.image_layout import extended, left_padded, null_prompt
-from jaxft.tasks.llm import load
+from jaxft.models.decoders import llama
+from jaxft.models.decoders.sampling import Sampling, pick
+from jaxft.models.pipelines import image_decode
+from jaxft.models.pipelines.image_decode import Unified, generate_codes
+from jaxft.tasks.image_tokens.image_layout import extended, left_padded, null_prompt
+from jaxft.tasks.llm.task import load
 
 TEXT, CODES, COUNT = 320, 24, 20
 GREEDY = Sampling()

@@ -7,25 +7,25 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import plain_torch
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
-from test_training import DECAY, assert_same_updates, jax_steps
-from tiny_autoencoders import make_vqmodel
-from tiny_image_tokens import CODES, GRID, arguments, make_config, make_pictures
 from transformers import LlamaForCausalLM
 
-from jaxft import run as runs
 from jaxft import train
 from jaxft.core.step import sample_keys
 from jaxft.data.loader import subset
 from jaxft.export import export_folder
-from jaxft.tasks.image_layout import read_layout
-from jaxft.tasks.image_tokens import DROP
-from jaxft.tasks.latents import collate
+from jaxft.runs import run as runs
+from jaxft.tasks.diffusion.latents import collate
+from jaxft.tasks.image_tokens.image_layout import read_layout
+from jaxft.tasks.image_tokens.task import DROP
+from tests import plain_torch
+from tests.parity.test_training import DECAY, assert_same_updates, jax_steps
+from tests.tiny_autoencoders import make_vqmodel
+from tests.tiny_image_tokens import CODES, GRID, arguments, make_config, make_pictures
 
 STEPS, LR, SEED = 10, 1e-3, 3
 COMMON = {

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from test_diffusion_training import (
+
+from tests.parity.test_diffusion_training import (
     COMMON,
     DECAY,
     LR,
@@ -14,8 +15,8 @@ from test_diffusion_training import (
     jax_steps,
     loaded,
 )
-from tiny_diffusion import make_config, make_pictures
-from tiny_pipelines import make_pipeline
+from tests.tiny_diffusion import make_config, make_pictures
+from tests.tiny_pipelines import make_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORD = {"trainable": "", "inversion.token": "<cat-toy>", "inversion.init": "a"}

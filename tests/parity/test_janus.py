@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_janus import CODES, GRID, PRO_1B, PRO_7B, make_model, published
 from transformers import JanusForConditionalGeneration
 
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
-from jaxft.models import janus, llama, vqgan
-from jaxft.models.image_decode import generate_codes
-from jaxft.models.janus import VISION_DEFAULTS, VQ_DEFAULTS, Janus, JanusConfig
-from jaxft.models.vqgan import VQModel
-from jaxft.nn.sampling import Sampling
+from jaxft.models.autoencoders import vqgan
+from jaxft.models.autoencoders.vqgan import VQModel
+from jaxft.models.decoders import llama
+from jaxft.models.decoders.sampling import Sampling
+from jaxft.models.pipelines import janus
+from jaxft.models.pipelines.image_decode import generate_codes
+from jaxft.models.pipelines.janus import VISION_DEFAULTS, VQ_DEFAULTS, Janus, JanusConfig
 from jaxft.weights import rules, transfer
+from tests.tiny_janus import CODES, GRID, PRO_1B, PRO_7B, make_model, published
 
 BOS, PAD, BOI = 0, 3, 5
 PROMPTS = [[0, 7, 20, 21, 8, 34, 5], [0, 7, 99, 8, 34, 5], [0, 7, 30, 31, 32, 33, 40, 8, 34, 5]]

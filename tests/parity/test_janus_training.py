@@ -5,20 +5,20 @@ from itertools import starmap
 
 import jax
 import numpy as np
-import plain_torch
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from test_image_tokens_training import COMMON as SHARED
-from test_image_tokens_training import LR, MESHES, STEPS, dropped_rows
-from test_training import DECAY, assert_same_updates, jax_steps
-from tiny_image_tokens import arguments, make_config
-from tiny_janus import CODES, GRID, SIZE, make_work
 from transformers import JanusForConditionalGeneration
 
-from jaxft import run as runs
 from jaxft import train
+from jaxft.runs import run as runs
+from tests import plain_torch
+from tests.parity.test_image_tokens_training import COMMON as SHARED
+from tests.parity.test_image_tokens_training import LR, MESHES, STEPS, dropped_rows
+from tests.parity.test_training import DECAY, assert_same_updates, jax_steps
+from tests.tiny_image_tokens import arguments, make_config
+from tests.tiny_janus import CODES, GRID, SIZE, make_work
 
 COMMON = {**SHARED, "resolution": SIZE, "max_caption_tokens": 40, "loss.z": 0.01}
 

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxft.core import params as P
 from jaxft.core.sharding import batch_sharding, make_mesh, shardings
-from jaxft.models import llama
-from jaxft.models.llama import Llama
-from jaxft.models.llama_config import LlamaConfig
+from jaxft.models.decoders import llama
+from jaxft.models.decoders.llama import Llama
+from jaxft.models.decoders.llama_config import LlamaConfig
 from jaxft.weights import rules
 
 TINY = {

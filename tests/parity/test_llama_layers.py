@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
-from jaxft.models import llama
-from jaxft.models.decode import generate
-from jaxft.models.llama import Llama
-from jaxft.models.llama_config import LlamaConfig
-from jaxft.nn.sampling import Sampling
+from jaxft.models.decoders import llama
+from jaxft.models.decoders.generate import generate
+from jaxft.models.decoders.llama import Llama
+from jaxft.models.decoders.llama_config import LlamaConfig
+from jaxft.models.decoders.sampling import Sampling
 from jaxft.weights import rules
 
 LENGTH, WINDOW = 26, 5

@@ -7,13 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_autoencoders import make_vqmodel
-from tiny_diffusion import make_config as diffusion_config
-from tiny_diffusion import make_pictures as captioned
-from tiny_image_tokens import CODES, make_pictures
-from tiny_image_tokens import make_config as image_config
-from tiny_janus import SIZE, make_janus_model
-from tiny_pipelines import make_pipeline
 
 from jaxft.core.config import read_config
 from jaxft.core.params import bind, describe
@@ -22,6 +15,13 @@ from jaxft.core.step import sample_keys
 from jaxft.nn import conv, linear, lora
 from jaxft.tasks import task_class
 from jaxft.tasks.options import OPTIONS
+from tests.tiny_autoencoders import make_vqmodel
+from tests.tiny_diffusion import make_config as diffusion_config
+from tests.tiny_diffusion import make_pictures as captioned
+from tests.tiny_image_tokens import CODES, make_pictures
+from tests.tiny_image_tokens import make_config as image_config
+from tests.tiny_janus import SIZE, make_janus_model
+from tests.tiny_pipelines import make_pipeline
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 LORA = {"lora.rank": 2, "lora.alpha": 4.0, "lora.dropout": 0.5, "trainable": ""}

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from test_efficientnet import oracle as lite0_oracle
-from test_efficientnet import random_weights as lite0_weights
 
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import one_device_mesh, shardings
-from jaxft.models.perceptual import DEMO, LpipsVGG16, distance, open_perceptual
+from jaxft.models.critics.perceptual import DEMO, LpipsVGG16, distance, open_perceptual
 from jaxft.weights import transfer
+from tests.parity.test_efficientnet import oracle as lite0_oracle
+from tests.parity.test_efficientnet import random_weights as lite0_weights
 
 # torchvision's vgg16().features: "M" is a pooling, every convolution has its ReLU behind it.
 LAYERS = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512]

@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny_diffusion import make_config, make_pictures
-from tiny_pipelines import make_pipeline, make_tokenizer
 
-from jaxft import run as runs
 from jaxft.core.errors import UserError
 from jaxft.core.params import bind, describe
 from jaxft.core.sharding import batch_sharding, one_device_mesh, shardings
-from jaxft.models import stable_diffusion
-from jaxft.models.ldm import open_model
-from jaxft.models.stable_diffusion import PipelineConfig, StableDiffusion, Text, zeroed
+from jaxft.models.pipelines import stable_diffusion
+from jaxft.models.pipelines.ldm import open_model
+from jaxft.models.pipelines.stable_diffusion import PipelineConfig, StableDiffusion, Text, zeroed
+from jaxft.runs import run as runs
 from jaxft.weights import transfer
-from jaxft.weights.known_configs import COMPONENTS, INDEX, SCHEDULER
+from jaxft.weights.folders.known_configs import COMPONENTS, INDEX, SCHEDULER
+from tests.tiny_diffusion import make_config, make_pictures
+from tests.tiny_pipelines import make_pipeline, make_tokenizer
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 KEY = jax.random.key(0)

@@ -2,15 +2,15 @@
 
 import jax
 import numpy as np
-import plain_torch
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from jaxft import run as runs
 from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.sharding import local_rows, place_batch
+from jaxft.runs import run as runs
 from jaxft.weights import transfer
+from tests import plain_torch
 
 STEPS, LR, DECAY = 10, 1e-3, 0.1
 COMMON = {

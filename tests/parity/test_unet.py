@@ -16,9 +16,9 @@ from flax import nnx
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import make_mesh, shardings
-from jaxft.models import unet
-from jaxft.models.unet import Added, UNet
-from jaxft.models.unet_config import UNetConfig
+from jaxft.models.denoisers import unet
+from jaxft.models.denoisers.unet import Added, UNet
+from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.nn.conv import REMAT, runner
 from jaxft.nn.linear import Adapter
 from jaxft.nn.norm import GroupNorm

@@ -13,9 +13,9 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
-from jaxft.models import vae
-from jaxft.models.vae import VAE, Moments
-from jaxft.models.vae_config import VAEConfig
+from jaxft.models.autoencoders import vae
+from jaxft.models.autoencoders.vae import VAE, Moments
+from jaxft.models.autoencoders.vae_config import VAEConfig
 from jaxft.nn.conv import REMAT
 from jaxft.weights import rules
 

@@ -15,9 +15,15 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
-from jaxft.models import vqgan
-from jaxft.models.vq_config import VQ_8, VQ_16, VQConfig
-from jaxft.models.vqgan import VQModel, codebook_usage, losses, straight_through, unit_codebook
+from jaxft.models.autoencoders import vqgan
+from jaxft.models.autoencoders.vq_config import VQ_8, VQ_16, VQConfig
+from jaxft.models.autoencoders.vqgan import (
+    VQModel,
+    codebook_usage,
+    losses,
+    straight_through,
+    unit_codebook,
+)
 from jaxft.nn.norm import GroupNorm
 from jaxft.weights import rules, transfer
 

@@ -1,0 +1,1 @@
+"""Pictures: decoding, buckets and rows of pixels."""

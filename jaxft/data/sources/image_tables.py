@@ -1,0 +1,294 @@
+"""Tables with a picture a row: Parquet files and saved Hugging Face datasets."""
+
+import json
+import threading
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from io import BytesIO
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from jaxft.core.errors import UserError
+from jaxft.data.sources.files import find_files, refuse_mixed_files
+
+_ENDINGS = (".parquet", ".arrow")
+# Columns that are tried first; "image" is the name in most sets.
+_IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "pixel_values")
+_PROBED = 16  # rows whose first picture tells whether a column holds any
+
+
+class Table:
+    """Random access to the pictures and captions of many files as one; safe in threads.
+
+    Captions are in memory; pictures are read when asked for.
+    """
+
+    def __init__(self, parts: "Sequence[_ArrowFile | _ParquetFile]", image: str, text: str | None):
+        self._parts, self._image = parts, image
+        self._texts = [part.column(text) for part in parts] if text else None
+        self._ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def image(self, index: int) -> Any:
+        """A cell of the image column: bytes, or {"bytes": ..., "path": ...}."""
+        part, row = self._place(index)
+        return _as_bytes(self._parts[part].cell(self._image, row))
+
+    def text(self, index: int) -> Any:
+        """The caption, or None without a caption column."""
+        part, row = self._place(index)
+        return None if self._texts is None else self._texts[part][row].as_py()
+
+    def _place(self, index: int) -> tuple[int, int]:
+        part = bisect_right(self._ends, index)
+        return part, index - (self._ends[part - 1] if part else 0)
+
+
+def _as_bytes(value: Any) -> Any:
+    """A cell whose bytes may stand in a list of numbers, as Polars can write them."""
+    if isinstance(value, dict):
+        return {**value, "bytes": _as_bytes(value.get("bytes"))}
+    return bytes(value) if isinstance(value, list) else value
+
+
+def open_table(spec: str, path: Path, caption_keys: Sequence[str]) -> Table:
+    """Open a file, folder or glob of Parquet files, or the folder of a saved dataset.
+
+    caption_keys: the columns one of which must be there; () for none. Raises UserError naming
+    the file for missing or mixed files and columns, or if the package pyarrow is missing.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{spec!r} needs pyarrow: pip install pyarrow") from None
+    files = _table_files(spec, path)
+    parts = []
+    for file in files:
+        try:
+            if file.suffix.lower() == ".arrow":
+                parts.append(_ArrowFile(file, pyarrow))
+            else:
+                parts.append(_ParquetFile(file, pyarrow.parquet))
+        except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+            raise UserError(f"cannot read {file} ({spec}): {_first_line(error)}") from None
+    filled = [part for part in parts if len(part)] or parts
+    return Table(filled, *_columns(spec, filled, caption_keys))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no reason given")
+
+
+def _table_files(spec: str, path: Path) -> list[Path]:
+    """The files of one split, without those that a dataset's folder only keeps for later."""
+    base, files = find_files(str(path), _ENDINGS)
+    base, files = _one_split(spec, base, files)
+    if not path.is_file():
+        files = [p for p in files if not p.name.startswith("cache-") or p.suffix != ".arrow"]
+    named = {folder: _saved_files(folder) for folder in {p.parent for p in files}}
+    if not path.is_file():
+        files = [p for p in files if (saved := named[p.parent]) is None or p.name in saved]
+    if not files:
+        raise UserError(f"no table at {path} ({spec}): expected .parquet or .arrow files")
+    refuse_mixed_files(spec, base, files)
+    if len({p.suffix.lower() for p in files}) > 1:
+        raise UserError(
+            f"{spec!r} mixes .parquet and .arrow files, which may hold the same rows: name one "
+            f"kind, such as hf:{files[0].parent / '*.parquet'}"
+        )
+    return files
+
+
+def _one_split(spec: str, base: Path, files: list[Path]) -> tuple[Path, list[Path]]:
+    """The only split of a saved DatasetDict; UserError where it has several."""
+    listing = base / "dataset_dict.json"
+    if not listing.is_file():
+        return base, files
+    splits = _read_json(listing).get("splits")
+    splits = splits if isinstance(splits, list) else []
+    inside = [split for split in splits if any(base / split in p.parents for p in files)]
+    if len(inside) > 1:
+        raise UserError(
+            f"{spec!r} holds the splits {', '.join(inside)}: name one, such as "
+            f"hf:{base / inside[0]}"
+        )
+    kept = [p for p in files if not inside or base / inside[0] in p.parents]
+    return (base / inside[0] if inside else base), kept
+
+
+def _saved_files(folder: Path) -> set[str] | None:
+    """The files that `save_to_disk` wrote into a folder, by its state.json; None without one."""
+    state = folder / "state.json"
+    if not state.is_file():
+        return None
+    content = _read_json(state)
+    if content.get("_indices_data_files"):
+        raise UserError(
+            f"{state}: the set was saved as a selection of rows: save its flatten_indices() again"
+        )
+    listed = content.get("_data_files")
+    if not isinstance(listed, list):
+        return None
+    names = {str(file.get("filename")) for file in listed if isinstance(file, dict)}
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise UserError(f"{folder / missing[0]} is missing: {state} names it, copy it too")
+    return names
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _columns(
+    spec: str, parts: "Sequence[_ArrowFile | _ParquetFile]", caption_keys: Sequence[str]
+) -> tuple[str, str | None]:
+    """The names of the picture's and the caption's column, the same in every part."""
+    kinds = {field.name: field.type for field in parts[0].schema}
+    image = _image_column(spec, parts[0])
+    known = [key for key in caption_keys if key in kinds]
+    text = next((key for key in known if _is_text(kinds[key])), next(iter(known), None))
+    if text is None and caption_keys:
+        texts = [name for name, kind in kinds.items() if _is_text(kind)]
+        hint = f"; rename the one of {', '.join(texts)} that holds captions" if texts else ""
+        raise UserError(
+            f"{spec!r} has no column {' or '.join(caption_keys)}: found {', '.join(kinds)}{hint}"
+        )
+    for part in parts:
+        found = {field.name: field.type for field in part.schema}
+        fits = image in found and _may_hold_images(found[image])
+        if not fits or (text is not None and (text not in found or not _is_text(found[text]))):
+            columns = ", ".join(f"{name}: {kind}" for name, kind in found.items())
+            pictures = f"{image!r} of pictures" + (f" and {text!r} of texts" if text else "")
+            raise UserError(f"{part.path}: expected the columns {pictures}, found {columns}")
+    return image, text
+
+
+def _image_column(spec: str, part: "_ArrowFile | _ParquetFile") -> str:
+    kinds = {field.name: field.type for field in part.schema}
+    names = [name for name, kind in kinds.items() if _may_hold_images(kind)]
+    if not names:
+        found = {name: str(kind) for name, kind in kinds.items()}
+        raise UserError(f'{spec!r} has no image column: expected {{"bytes", "path"}} in {found}')
+    known = [name for name in _IMAGE_NAMES if name in names]
+    if len(names) == 1 and (known or _is_struct(kinds[names[0]])):
+        return names[0]
+    holding = [name for name in [*known, *names] if _holds_image(part, name)]
+    if not holding:
+        raise UserError(
+            f"{part.path}: none of the columns {', '.join(names)} starts with a picture that can "
+            "be read: expected PNG, JPEG or WebP bytes"
+        )
+    if holding[0] not in known and len(set(holding)) > 1:
+        raise UserError(
+            f"{part.path}: the columns {', '.join(holding)} all hold pictures: name the one to "
+            "train on 'image'"
+        )
+    return holding[0]
+
+
+def _is_struct(kind: Any) -> bool:
+    """Tell whether a column is an `Image` of Hugging Face datasets: a struct with bytes."""
+    fields = [kind.field(i) for i in range(kind.num_fields)] if "struct<" in str(kind)[:7] else []
+    return any(field.name == "bytes" and _is_bytes(field.type) for field in fields)
+
+
+def _is_bytes(kind: Any) -> bool:
+    name = str(kind).replace("element: ", "").replace("item: ", "").replace(" not null", "")
+    if name.startswith("dictionary<values="):
+        return _is_bytes(kind.value_type)
+    return name in ("binary", "large_binary", "binary_view") or (
+        name.endswith("list<uint8>") or name.startswith("fixed_size_list<uint8>")
+    )
+
+
+def _may_hold_images(kind: Any) -> bool:
+    return _is_struct(kind) or _is_bytes(kind)
+
+
+def _is_text(kind: Any) -> bool:
+    name = str(kind)
+    if name.startswith("dictionary<values="):
+        return _is_text(kind.value_type)
+    return name in ("string", "large_string", "string_view", "null")
+
+
+def _holds_image(part: "_ArrowFile | _ParquetFile", name: str) -> bool:
+    """Tell whether the first cell of a column that is not empty is a picture, by its header."""
+    cells = (_as_bytes(part.cell(name, row)) for row in range(min(_PROBED, len(part))))
+    for cell in cells:
+        content = cell.get("bytes") if isinstance(cell, dict) else cell
+        if content is None and not (isinstance(cell, dict) and cell.get("path")):
+            continue
+        try:
+            Image.open(BytesIO(content)) if content is not None else None
+        except Exception:  # Pillow raises many kinds
+            return False
+        return True
+    return False
+
+
+class _ArrowFile:
+    """A file of `Dataset.save_to_disk`, or of another writer of Arrow, mapped into memory."""
+
+    def __init__(self, path: Path, pyarrow: Any):
+        self.path = path
+        mapped = pyarrow.memory_map(str(path))
+        streamed = mapped.read(6) != b"ARROW1"
+        mapped.seek(0)
+        opened = pyarrow.ipc.open_stream(mapped) if streamed else pyarrow.ipc.open_file(mapped)
+        self._table = opened.read_all()
+        self.schema = self._table.schema
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def column(self, name: str) -> Any:
+        return self._table[name]
+
+    def cell(self, name: str, row: int) -> Any:
+        return self._table[name][row].as_py()
+
+
+class _ParquetFile:
+    """A Parquet file, of which the last row groups read are kept: they decode only as a whole."""
+
+    def __init__(self, path: Path, parquet: Any):
+        self.path = path
+        self._file = parquet.ParquetFile(path, memory_map=True)
+        self.schema = self._file.schema_arrow
+        groups = range(self._file.num_row_groups)
+        self._ends = list(accumulate(self._file.metadata.row_group(g).num_rows for g in groups))
+        self._lock = threading.Lock()
+        self._group = lru_cache(maxsize=2)(self._read_group)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def column(self, name: str) -> Any:
+        try:
+            return self._file.read(columns=[name])[name]
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {self.path}: {_first_line(error)}") from None
+
+    def cell(self, name: str, row: int) -> Any:
+        group = bisect_right(self._ends, row)
+        with self._lock:
+            column = self._group(group, name)
+        return column[row - (self._ends[group - 1] if group else 0)].as_py()
+
+    def _read_group(self, group: int, name: str) -> Any:
+        try:
+            return self._file.read_row_group(group, columns=[name])[name]
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {self.path}: {_first_line(error)}") from None

@@ -1,0 +1,1 @@
+"""Texts: token rows, their masks and how they share rows."""

@@ -1,0 +1,433 @@
+"""Text records to masked token rows: spans decide what is trained, never token ids."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxft.core.errors import UserError
+from jaxft.data.sources.texts import Records, open_records
+from jaxft.data.text.vocabulary import check_ids
+
+Tokenizer = Any  # a fast tokenizer of transformers; its classes are slow to import
+
+RECORD_KINDS = (("prompt", "completion"), ("text", "label"), ("text",))
+_CHUNK_ROWS, _CHUNK_CHARS = 512, 1_000_000
+
+
+class Example(NamedTuple):
+    """One unpadded row. `weights[t]` is 1 where `tokens[t]` is a trained target, else 0."""
+
+    tokens: Int[np.ndarray, " n"]
+    weights: Float[np.ndarray, " n"]
+
+
+class Encoded(NamedTuple):
+    """A tokenised record: what is trained, and the UTF-8 bytes each token adds to the text."""
+
+    tokens: Int[np.ndarray, " n"]
+    trained: Bool[np.ndarray, " n"]
+    n_bytes: Int[np.ndarray, " n"]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer with what it does at the ends of a text: `bos` is None unless it adds one."""
+
+    tokenizer: Tokenizer
+    bos: int | None
+    eos: int
+
+    def encode(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+        """Tokenise (prompt, completion) pairs jointly; the completion and its EOS are trained.
+
+        The completion begins at the first token whose characters reach past the prompt, so a
+        token that straddles the border is trained. At most one BOS and one EOS end up in a row,
+        also where the text spells them out itself.
+        """
+        batch = self.tokenizer(
+            [prompt + completion for prompt, completion in pairs],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            padding=False,
+            truncation=False,
+            verbose=False,
+        )
+        columns = zip(pairs, batch["input_ids"], batch["offset_mapping"], strict=True)
+        return [self._row(*pair, ids, offsets) for pair, ids, offsets in columns]
+
+    def _row(
+        self, prompt: str, completion: str, ids: list[int], offsets: list[tuple[int, int]]
+    ) -> Encoded:
+        ends = np.maximum.accumulate(np.asarray(offsets, np.int64).reshape(-1, 2)[:, 1])
+        first = int(np.searchsorted(ends, len(prompt), side="right")) if prompt else 0
+        n_bytes = np.diff(_byte_positions(prompt + completion, ends), prepend=0)
+        add_bos = self.bos is not None and ids[:1] != [self.bos]
+        add_eos = ids[-1:] != [self.eos]
+        tokens = [self.bos] * add_bos + ids + [self.eos] * add_eos
+        trained = np.arange(len(tokens)) >= first + add_bos
+        if self.bos is not None:
+            trained[0] = False
+        padded = np.pad(n_bytes, (int(add_bos), int(add_eos)))
+        return Encoded(np.asarray(tokens, np.int32), trained, padded.astype(np.int32))
+
+
+def make_encoder(tokenizer: Tokenizer) -> Encoder:
+    """Ask the tokenizer once whether it adds BOS by default, and for its EOS."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer "
+            "(tokenizer.json) is needed; load it with AutoTokenizer and save it again"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer names no EOS token: set eos_token in tokenizer_config.json")
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
+    return Encoder(tokenizer, bos if adds_bos else None, tokenizer.eos_token_id)
+
+
+def _byte_positions(text: str, chars: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """UTF-8 byte position of each character position."""
+    if text.isascii():
+        return chars
+    code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (code >= 0x80).astype(np.int64) + (code >= 0x800) + (code >= 0x10000)
+    return np.concatenate([[0], np.cumsum(widths)])[chars]
+
+
+def record_kind(record: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The fields that make `record` trainable: the first of RECORD_KINDS that it has."""
+    for kind in RECORD_KINDS:
+        if all(field in record for field in kind):
+            return kind
+    found = ", ".join(map(repr, record)) or "none"
+    raise UserError(
+        f'{where}: found the fields {found}; expected "text", or "prompt" and "completion", '
+        'or "text" and "label"'
+    )
+
+
+def render(
+    record: dict[str, Any], kind: tuple[str, ...], template: str | None, where: str
+) -> tuple[str, str]:
+    """The (prompt, completion) of a record; a plain text is a completion without a prompt."""
+    values = [_text_field(record, field, where) for field in kind]
+    if kind == ("text",):
+        return "", values[0]
+    if kind == ("prompt", "completion"):
+        return values[0], values[1]
+    head, lead, tail = split_template(template)
+    return head.replace("{text}", values[0]), lead + values[1] + tail
+
+
+def _text_field(record: dict[str, Any], field: str, where: str) -> str:
+    if field not in record:
+        raise UserError(f"{where}: field {field!r} is missing; the records before it have it")
+    value = record[field]
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where}: field {field!r} must be a string, found {type(value).__name__} "
+            f"{str(value)[:40]!r}"
+        )
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{where}: field {field!r} has a lone surrogate at character {error.start}: "
+                "write the character itself or its full pair"
+            ) from None
+    return value
+
+
+def split_template(template: str | None) -> tuple[str, str, str]:
+    """A template as (prompt, whitespace before the label, text after the label).
+
+    The whitespace belongs to the completion: tokenizers join it to the label's first word.
+    """
+    template = template or ""
+    head, _, tail = template.partition("{label}")
+    if template.count("{label}") != 1 or head.count("{text}") != 1 or "{text}" in tail:
+        raise UserError(
+            f"template {template!r} must hold {{text}} once and after it {{label}} once, "
+            "such as 'Definition: {text}\\nCategory: {label}'"
+        )
+    prompt = head.rstrip()
+    return prompt, head[len(prompt) :], tail
+
+
+def encode(
+    record: dict[str, Any], tokenizer: Tokenizer, template: str | None = None, where: str = "record"
+) -> Example:
+    """One whole record as tokens and weights, neither cut nor padded.
+
+    Starts with BOS exactly when the tokenizer adds it by default; ends with a trained EOS.
+    The first token is never a target. Raises UserError naming `where` for a bad record.
+    """
+    pair = render(record, record_kind(record, where), template, where)
+    row = make_encoder(tokenizer).encode([pair])[0]
+    return _example(row.tokens, row.trained)
+
+
+def _example(tokens: Int[np.ndarray, " n"], trained: Bool[np.ndarray, " n"]) -> Example:
+    weights = trained.astype(np.float32)
+    weights[:1] = 0  # nothing stands before the first token to predict it from
+    return Example(tokens, weights)
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> Int[np.ndarray, " n"]:
+    """The token ids a model continues from: BOS when the tokenizer adds it, and no EOS."""
+    encoder = make_encoder(tokenizer)
+    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    add_bos = encoder.bos is not None and ids[:1] != [encoder.bos]
+    return np.asarray([encoder.bos] * add_bos + ids, np.int32)
+
+
+def label_rows(
+    tokenizer: Tokenizer, text: str, labels: Sequence[str], template: str | None, seq_len: int
+) -> list[Example]:
+    """The rows that training would make of a text with each label in turn, cut as it cuts them.
+
+    Label, text after it and EOS are trained, so that a label that begins another one is told apart
+    by its end. Raises UserError where a label changes the prompt's own tokens, since then no common
+    prompt can score them.
+    """
+    head, lead, tail = split_template(template)
+    encoder, prompt = make_encoder(tokenizer), head.replace("{text}", text)
+    rows = encoder.encode([(prompt, lead + label + tail) for label in labels])
+    if len({row.tokens[~row.trained].tobytes() for row in rows}) > 1:
+        raise UserError(
+            f"template {template!r} lets labels merge with the end of the prompt: "
+            "put a space or a newline before {label}"
+        )
+    kept = [_truncate(x, seq_len + 1, encoder) if len(x.tokens) > seq_len + 1 else x for x in rows]
+    return [_example(row.tokens, row.trained) for row in kept]
+
+
+def first_tokens(rows: Sequence[Example]) -> Int[np.ndarray, " n"] | None:
+    """The first trained token of each label's row, where it alone tells the labels apart.
+
+    That is so where labels are one token each and nothing but EOS follows: the end of each label is
+    then the only way on from it. None where labels share tokens or have several.
+    """
+    targets = [row.tokens[row.weights > 0] for row in rows]
+    ends = {tuple(ids[1:].tolist()) for ids in targets}
+    firsts = np.asarray([ids[0] for ids in targets], np.int32)
+    alone = len(ends) == 1 and len(targets[0]) <= 2 and len(set(firsts.tolist())) == len(firsts)
+    return firsts if alone else None
+
+
+class TextDataset:
+    """Tokenised examples held in flat arrays: int32 tokens and one mask byte per token.
+
+    records: the source; record_ids int32 [n]: the record each example comes from.
+    n_bytes int64 [n]: UTF-8 bytes of the trained text of each example (for bits per byte).
+    labels: the sorted labels of {"text", "label"} records, else ().
+    report: counts of records, examples, tokens, trained_tokens, longest_trained (the most in one
+    example), and of records truncated, split into windows, dropped as empty, dropped as untrained.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        tokens: Int[np.ndarray, " total"],
+        trained: Bool[np.ndarray, " total"],
+        spans: Int[np.ndarray, "n 2"],
+        record_ids: Int[np.ndarray, " n"],
+        n_bytes: Int[np.ndarray, " n"],
+        labels: tuple[str, ...],
+        report: dict[str, int],
+    ):
+        self.records, self.record_ids, self.n_bytes = records, record_ids, n_bytes
+        self.labels, self.report = labels, report
+        self._tokens, self._trained, self._spans = tokens, trained, spans
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> Example:
+        start, stop = self._spans[index]
+        return _example(self._tokens[start:stop], self._trained[start:stop])
+
+    def inputs(self, index: int) -> int:
+        """The number of input positions that example takes (its tokens but the last)."""
+        start, stop = self._spans[index]
+        return int(stop - start - 1)
+
+    def __repr__(self) -> str:
+        return f"TextDataset({self.records!r}, {len(self)} examples)"
+
+
+def load_text(
+    spec: str,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    template: str | None = None,
+    vocab_size: int | None = None,
+) -> TextDataset:
+    """Tokenise the whole set once, in batches, and keep it in memory as compact arrays.
+
+    A row holds up to seq_len + 1 tokens (seq_len inputs and their targets). Longer plain texts
+    become windows that overlap by one token, so that every token but a document's first is
+    trained exactly once; longer prompt + completion rows lose the prompt's left end (BOS stays),
+    then the completion's right end. Empty rows and rows without a trained token are dropped and
+    counted. Raises UserError for bad records, for tokens beyond `vocab_size` (the rows of the
+    model's embedding table), and if no trained token remains.
+    """
+    if seq_len < 1:
+        raise UserError(f"seq_len={seq_len} must be at least 1 token")
+    records, encoder = open_records(spec), make_encoder(tokenizer)
+    kind = record_kind(records[0], records.where(0))
+    counts = Counter(records=len(records), truncated=0, split=0, empty=0, untrained=0)
+    rows: list[Encoded] = []
+    spans: list[tuple[int, int]] = []
+    record_ids: list[int] = []
+    labels: set[str] = set()
+    end = 0
+    for index, row in _encode_all(records, kind, encoder, template, counts, labels):
+        if len(row.tokens) > seq_len + 1:
+            counts["split" if kind == ("text",) else "truncated"] += 1
+            row = row if kind == ("text",) else _truncate(row, seq_len + 1, encoder)
+        if vocab_size is not None:
+            check_ids(row.tokens, vocab_size, tokenizer, records.where(index))
+        windows = _windows(end, end + len(row.tokens), seq_len)
+        rows.append(row)
+        spans.extend(windows)
+        record_ids.extend([index] * len(windows))
+        end += len(row.tokens)
+    return _pack(records, rows, spans, record_ids, tuple(sorted(labels)), counts)
+
+
+def _encode_all(
+    records: Records,
+    kind: tuple[str, ...],
+    encoder: Encoder,
+    template: str | None,
+    counts: Counter,
+    labels: set[str],
+) -> Iterator[tuple[int, Encoded]]:
+    """Encode every record that is not empty, in chunks that bound the tokenizer's memory."""
+    pending: list[tuple[int, tuple[str, str]]] = []
+    size = 0
+    for index in range(len(records)):
+        record = records[index]
+        pair = render(record, kind, template, records.where(index))
+        if not (record["label"] if "label" in kind else pair[1]).strip():
+            counts["empty"] += 1
+            continue
+        if "label" in kind:
+            labels.add(record["label"])
+        pending.append((index, pair))
+        size += len(pair[0]) + len(pair[1])
+        if len(pending) >= _CHUNK_ROWS or size >= _CHUNK_CHARS:
+            yield from _encode_chunk(encoder, pending)
+            pending, size = [], 0
+    if pending:
+        yield from _encode_chunk(encoder, pending)
+
+
+def _encode_chunk(
+    encoder: Encoder, pending: list[tuple[int, tuple[str, str]]]
+) -> Iterator[tuple[int, Encoded]]:
+    rows = encoder.encode([pair for _, pair in pending])
+    yield from zip((index for index, _ in pending), rows, strict=True)
+
+
+def _truncate(row: Encoded, limit: int, encoder: Encoder) -> Encoded:
+    """Cut the prompt from the left, keeping BOS, then the completion from the right."""
+    kept = 0 if encoder.bos is None else 1
+    prompt = int(np.argmax(row.trained))
+    cut = min(len(row.tokens) - limit, prompt - kept)
+    index = np.delete(np.arange(len(row.tokens)), np.s_[kept : kept + cut])[:limit]
+    return Encoded(row.tokens[index], row.trained[index], row.n_bytes[index])
+
+
+def _windows(start: int, stop: int, seq_len: int) -> list[tuple[int, int]]:
+    """Spans of at most seq_len + 1 tokens; each begins with the last token of the one before."""
+    begins = range(start, max(stop - 1, start + 1), seq_len)
+    return [(begin, min(begin + seq_len + 1, stop)) for begin in begins]
+
+
+def _pack(
+    records: Records,
+    rows: list[Encoded],
+    spans: list[tuple[int, int]],
+    record_ids: list[int],
+    labels: tuple[str, ...],
+    counts: Counter,
+) -> TextDataset:
+    """Join the rows into flat arrays and drop the examples in which nothing is trained."""
+    if not rows:
+        raise _nothing_left(records, counts)
+    tokens, trained, n_bytes = (np.concatenate(column) for column in zip(*rows, strict=True))
+    begins, ends = np.asarray(spans, np.int64).T
+
+    def sums(values: np.ndarray) -> np.ndarray:  # over the trained tokens; the first never is
+        totals = np.concatenate([[0], np.cumsum(np.where(trained, values, 0), dtype=np.int64)])
+        return totals[ends] - totals[np.minimum(begins + 1, ends)]
+
+    n_trained, trained_bytes = sums(np.ones_like(n_bytes)), sums(n_bytes)
+    keep = n_trained > 0
+    counts["untrained"] += int((~keep).sum())
+    if not keep.any():
+        raise _nothing_left(records, counts)
+    kept = np.stack([begins, ends], axis=1)[keep]
+    counts["examples"] = int(keep.sum())
+    counts["tokens"] = int((ends - begins)[keep].sum())
+    counts["trained_tokens"] = int(n_trained.sum())
+    counts["longest_trained"] = int(n_trained.max())
+    ids = np.asarray(record_ids, np.int32)[keep]
+    return TextDataset(
+        records, tokens, trained, kept, ids, trained_bytes[keep], labels, dict(counts)
+    )
+
+
+def _nothing_left(records: Records, counts: Counter) -> UserError:
+    return UserError(
+        f"{records!r} leaves nothing to train on: of {counts['records']} records "
+        f"{counts['empty']} are empty and {counts['untrained']} have no trained token; "
+        "expected a text, completion or label in each"
+    )
+
+
+def collate(
+    examples: Sequence[Example], seq_len: int, batch_rows: int | None = None
+) -> dict[str, np.ndarray]:
+    """`collate_rows` with one example a row."""
+    return collate_rows([[example] for example in examples], seq_len, batch_rows)
+
+
+def collate_rows(
+    rows: Sequence[Sequence[Example]], seq_len: int, batch_rows: int | None = None
+) -> dict[str, np.ndarray]:
+    """Static [batch_rows, seq_len] arrays in which position t predicts `targets[t]`.
+
+    tokens, targets, segment_ids (1, 2, … a row's examples, 0 padding) and positions (from 0 in
+    every segment) are int32, weights float32. Rows past `rows` are padding with weight 0. Padding
+    is told by segment_ids alone.
+    """
+    n_rows = len(rows) if batch_rows is None else batch_rows
+    if n_rows < len(rows):
+        raise ValueError(f"batch_rows={n_rows} is fewer than the {len(rows)} examples")
+    names = ("tokens", "targets", "segment_ids", "positions")
+    batch: dict[str, np.ndarray] = {n: np.zeros((n_rows, seq_len), np.int32) for n in names}
+    batch["weights"] = np.zeros((n_rows, seq_len), np.float32)
+    for row, examples in enumerate(rows):
+        start = 0
+        for segment, (tokens, weights) in enumerate(examples, 1):
+            n = len(tokens) - 1
+            if start + n > seq_len:
+                raise ValueError(f"an example of {n + 1} tokens does not fit seq_len={seq_len} + 1")
+            place = (row, slice(start, start + n))
+            batch["tokens"][place] = tokens[:-1]
+            batch["targets"][place] = tokens[1:]
+            batch["weights"][place] = weights[1:]
+            batch["segment_ids"][place] = segment
+            batch["positions"][place] = np.arange(n)
+            start += n
+    return batch

@@ -1,0 +1,1 @@
+"""Autoencoders: networks between pictures and latents or codes."""

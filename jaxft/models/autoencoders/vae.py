@@ -1,0 +1,319 @@
+"""AutoencoderKL: images to latents and back, of SD 1.x, 2.x, SDXL and the 16-channel models."""
+
+from collections.abc import Iterable
+from itertools import zip_longest
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxft.core.sharding import constrain
+from jaxft.kernels.attention import attention
+from jaxft.models.autoencoders.vae_config import VAEConfig
+from jaxft.nn.conv import (
+    BOTTOM_RIGHT,
+    WHOLE,
+    Conv,
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    dense,
+    runner,
+)
+from jaxft.nn.norm import GroupNorm
+from jaxft.weights.rules import Rule
+
+EPS = 1e-6  # of every norm; no config.json says it
+
+
+class Levels(Protocol):
+    """What an encoder and its decoder are made of; a VQ tokenizer's config says it too.
+
+    `down_attends` and `up_attends` say in the order of the blocks which have attention after each
+    resnet; `moments` is how many channels the encoder makes.
+    """
+
+    @property
+    def in_channels(self) -> int: ...
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def latent_channels(self) -> int: ...
+    @property
+    def moments(self) -> int: ...
+    @property
+    def widths(self) -> tuple[int, ...]: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def mid_attention(self) -> bool: ...
+    @property
+    def down_attends(self) -> tuple[bool, ...]: ...
+    @property
+    def up_attends(self) -> tuple[bool, ...]: ...
+
+
+class Moments(NamedTuple):
+    """The posterior of one image: its mode is `mean`. This is what a cache holds, in fp32."""
+
+    mean: Float[Array, "B Y X C"]
+    logvar: Float[Array, "B Y X C"]
+
+
+def sample(moments: Moments, keys: PRNGKeyArray) -> Float[Array, "B Y X C"]:
+    """mean + std * noise; `keys` one a row, so that a row's draw is its own (unscaled latents)."""
+    shape = moments.mean.shape[1:]
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+    return moments.mean + jnp.exp(0.5 * moments.logvar) * noise
+
+
+class Attention(nnx.Module):
+    """x + attention over all pixels, one head as wide as x."""
+
+    def __init__(self, width: int, groups: int, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 4)
+        self.group_norm = GroupNorm(width, groups=groups, eps=EPS)
+        self.to_q = dense(width, width, key=keys[0])
+        self.to_k = dense(width, width, key=keys[1])
+        self.to_v = dense(width, width, key=keys[2])
+        self.to_out = dense(width, width, key=keys[3])
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        batch, _, _, width = x.shape
+        pixels = self.group_norm(x).reshape(batch, -1, 1, width)
+        q, k, v = self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)
+        return x + self.to_out(attention(q, k, v, causal=False)).reshape(x.shape)
+
+
+class MidBlock(nnx.Module):
+    """Two resnets, and between them attention where the config asks for it."""
+
+    def __init__(self, cfg: Levels, *, key: PRNGKeyArray):
+        first, second, third = jax.random.split(key, 3)
+        width = cfg.widths[-1]
+        self.resnets = nnx.List([_resnet(cfg, width, width, key=k) for k in (first, second)])
+        attentions = [Attention(width, cfg.groups, key=third)] if cfg.mid_attention else []
+        self.attentions = nnx.List(attentions)
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        return _in_turn(self.resnets, self.attentions, x)
+
+
+class DownBlock(nnx.Module):
+    """Resnets, each with attention where the level attends; half the size but on the last."""
+
+    def __init__(self, cfg: Levels, level: int, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 2 * cfg.layers + 1)
+        before, width = cfg.widths[max(level - 1, 0)], cfg.widths[level]
+        inputs = [before] + [width] * (cfg.layers - 1)
+        self.resnets = nnx.List(
+            [_resnet(cfg, one, width, key=k) for one, k in zip(inputs, keys, strict=False)]
+        )
+        rest = keys[cfg.layers + 1 :] if cfg.down_attends[level] else ()
+        self.attentions = nnx.List([Attention(width, cfg.groups, key=k) for k in rest])
+        last = level == len(cfg.widths) - 1
+        down = [] if last else [Downsample(width, BOTTOM_RIGHT, key=keys[cfg.layers])]
+        self.downsamplers = nnx.List(down)
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        x = _in_turn(self.resnets, self.attentions, x)
+        for layer in self.downsamplers:
+            x = layer(x)
+        return x
+
+
+class UpBlock(nnx.Module):
+    """As DownBlock with one resnet more; then twice the size except on the first level."""
+
+    def __init__(self, cfg: Levels, level: int, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 2 * cfg.layers + 3)
+        before, width = cfg.widths[min(level + 1, len(cfg.widths) - 1)], cfg.widths[level]
+        inputs = [before] + [width] * cfg.layers
+        self.resnets = nnx.List(
+            [_resnet(cfg, one, width, key=k) for one, k in zip(inputs, keys, strict=False)]
+        )
+        rest = keys[cfg.layers + 2 :] if cfg.up_attends[-1 - level] else ()
+        self.attentions = nnx.List([Attention(width, cfg.groups, key=k) for k in rest])
+        up = [] if level == 0 else [Upsample(width, key=keys[cfg.layers + 1])]
+        self.upsamplers = nnx.List(up)
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        x = _in_turn(self.resnets, self.attentions, x)
+        for layer in self.upsamplers:
+            x = layer(x)
+        return x
+
+
+class Encoder(nnx.Module):
+    """Images to what the quant convolution takes: both moments, or a VQ tokenizer's latents."""
+
+    def __init__(self, cfg: Levels, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, len(cfg.widths) + 3)
+        first, last = cfg.widths[0], cfg.widths[-1]
+        self.conv_in = Conv(cfg.in_channels, first, 3, key=keys[0], padding=1)
+        levels = range(len(cfg.widths))
+        self.down_blocks = nnx.List([DownBlock(cfg, i, key=keys[i + 3]) for i in levels])
+        self.mid_block = MidBlock(cfg, key=keys[1])
+        self.conv_norm_out = GroupNorm(last, groups=cfg.groups, eps=EPS)
+        self.conv_out = Conv(last, cfg.moments, 3, key=keys[2], padding=1, axes=WHOLE)
+
+    def __call__(
+        self, x: Float[Array, "B Y X C"], remat: str = "none"
+    ) -> Float[Array, "B Y2 X2 F"]:
+        x, run = _pinned(self.conv_in(x)), runner(remat)
+        for block in (*self.down_blocks, self.mid_block):
+            x = run(block, x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nnx.Module):
+    """Latents after the post-quant convolution to images."""
+
+    def __init__(self, cfg: Levels, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, len(cfg.widths) + 3)
+        first, last = cfg.widths[0], cfg.widths[-1]
+        self.conv_in = Conv(cfg.latent_channels, last, 3, key=keys[0], padding=1)
+        self.mid_block = MidBlock(cfg, key=keys[1])
+        levels = reversed(range(len(cfg.widths)))
+        self.up_blocks = nnx.List([UpBlock(cfg, i, key=keys[i + 3]) for i in levels])
+        self.conv_norm_out = GroupNorm(first, groups=cfg.groups, eps=EPS)
+        self.conv_out = Conv(first, cfg.out_channels, 3, key=keys[2], padding=1, axes=WHOLE)
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        return self.conv_out(self.features(x))
+
+    def features(
+        self, x: Float[Array, "B Y X C"], remat: str = "none"
+    ) -> Float[Array, "B Y2 X2 F"]:
+        """What the last convolution, `conv_out`, makes the image from."""
+        x, run = _pinned(self.conv_in(x)), runner(remat)
+        for block in (self.mid_block, *self.up_blocks):
+            x = run(block, x)
+        return jax.nn.silu(self.conv_norm_out(x))
+
+
+class VAE(nnx.Module):
+    """The whole autoencoder; it computes in the dtype of its input.
+
+    remat: a key of conv.REMAT, for the encoder's and the decoder's blocks, or "none".
+    """
+
+    def __init__(self, cfg: VAEConfig, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 4)
+        self.cfg = cfg
+        self.encoder = Encoder(cfg, key=keys[0])
+        self.decoder = Decoder(cfg, key=keys[1])
+        both, one = 2 * cfg.latent_channels, cfg.latent_channels
+        quant = Conv(both, both, 1, key=keys[2], axes=WHOLE) if cfg.quant_conv else None
+        self.quant_conv = nnx.data(quant)
+        post = Conv(one, one, 1, key=keys[3], axes=WHOLE) if cfg.post_quant_conv else None
+        self.post_quant_conv = nnx.data(post)
+
+    def encode(self, images: Float[Array, "B Y X C"], remat: str = "none") -> Moments:
+        """Images (B, Y, X, 3) within [-1, 1] to fp32 moments, `cfg.factor` times smaller."""
+        x = self.encoder(images, remat)
+        x = x if self.quant_conv is None else self.quant_conv(x)
+        mean, logvar = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        # At a limit itself the gradient is 1, as torch's clamp has it; jnp.clip's is a half.
+        inside = (logvar >= -30.0) & (logvar <= 20.0)
+        return Moments(mean, jnp.where(inside, logvar, jnp.clip(logvar, -30.0, 20.0)))
+
+    def decode(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
+        """Unscaled latents (`cfg.unscale`) to images, mostly within [-1, 1]."""
+        return self.decoder.conv_out(self.features(latents))
+
+    def features(
+        self, latents: Float[Array, "B Y X C"], remat: str = "none"
+    ) -> Float[Array, "B Y2 X2 F"]:
+        """What `decoder.conv_out` makes the image from."""
+        x = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
+        return self.decoder.features(x, remat)
+
+
+def _resnet(cfg: Levels, inputs: int, outputs: int, *, key: PRNGKeyArray) -> ResnetBlock:
+    return ResnetBlock(inputs, outputs, key=key, groups=cfg.groups, eps=EPS)
+
+
+def _in_turn(
+    resnets: Iterable[ResnetBlock], attentions: Iterable[Attention], x: Float[Array, "B Y X C"]
+) -> Float[Array, "B Y X F"]:
+    """After each resnet its attention, if there is one."""
+    for resnet, attend in zip_longest(resnets, attentions):
+        x = resnet(x)
+        x = x if attend is None else attend(x)
+    return x
+
+
+def _pinned(x: Array) -> Array:
+    return constrain(x, "batch", None, None, None)
+
+
+def sizes(cfg: VAEConfig) -> dict[str, int]:
+    """The dims that RULES' layouts name: none."""
+    return {}
+
+
+_CONV, _DENSE, _DENSE_OF_CONV = "o i y x -> y x i o", "o i -> i o", "o i 1 1 -> i o"
+# How diffusers before 0.12 called the attention's projections; the hub's SD 1 and 2 still do.
+_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out"}
+RULES = (
+    Rule("{p}.to_out.0.weight", "{p}.to_out.kernel", _DENSE),
+    Rule("{p}.to_out.0.bias", "{p}.to_out.bias"),
+    Rule("{p}.to_{pq}.weight", "{p}.to_{pq}.kernel", _DENSE),
+    *(Rule(f"{{p}}.{old}.weight", f"{{p}}.{new}.kernel", _DENSE) for old, new in _OLD.items()),
+    Rule("{p}_conv.weight", "{p}_conv.kernel", _CONV),
+    Rule("{p}.conv.weight", "{p}.conv.kernel", _CONV),
+    Rule("{p}.conv{m}.weight", "{p}.conv{m}.kernel", _CONV),
+    Rule("{p}.conv_{pq}.weight", "{p}.conv_{pq}.kernel", _CONV),
+    Rule("{p}.weight", "{p}.scale"),
+    Rule("{p}.bias", "{p}.bias"),
+    *(Rule(f"{{p}}.{old}.bias", f"{{p}}.{new}.bias") for old, new in _OLD.items()),
+)
+
+
+def single_file_rules(cfg: Levels) -> tuple[Rule, ...]:
+    """The table for LDM's layout, as single files have it after `first_stage_model.`."""
+    return ldm_rules(tuple(reversed(range(len(cfg.widths)))))
+
+
+def ldm_rules(up: tuple[int, ...]) -> tuple[Rule, ...]:
+    """The table for names of taming-transformers, where up block i is called `decoder.up.{up[i]}`.
+
+    Attention is of 1x1 convolutions there. Taming and LDM count the levels from the image.
+    """
+    mid = "{p}.mid."
+    attns = [(f"{mid}attn_1", "{p}.mid_block.attentions.0")]
+    attns.append(("encoder.down.{m}.attn.{n}", "encoder.down_blocks.{m}.attentions.{n}"))
+    blocks = [(f"{mid}block_{i + 1}", f"{{p}}.mid_block.resnets.{i}") for i in range(2)]
+    blocks.append(("encoder.down.{m}.block.{n}", "encoder.down_blocks.{m}.resnets.{n}"))
+    convs = [("{p}_conv", "{p}_conv"), ("{p}.conv_in", "{p}.conv_in"), ("{p}.conv_out",) * 2]
+    convs.append(
+        ("encoder.down.{m}.downsample.conv", "encoder.down_blocks.{m}.downsamplers.0.conv")
+    )
+    for i, level in enumerate(up):
+        theirs, ours = f"decoder.up.{level}.", f"decoder.up_blocks.{i}."
+        blocks.append((theirs + "block.{n}", ours + "resnets.{n}"))
+        attns.append((theirs + "attn.{n}", ours + "attentions.{n}"))
+        convs.append((theirs + "upsample.conv", ours + "upsamplers.0.conv"))
+    for theirs, ours in blocks:
+        convs.append((theirs + ".conv{k}", ours + ".conv{k}"))
+        convs.append((theirs + ".nin_shortcut", ours + ".conv_shortcut"))
+    norms = [(theirs + ".norm{k}", ours + ".norm{k}") for theirs, ours in blocks]
+    norms += [("{p}.norm_out", "{p}.conv_norm_out")]
+    norms += [(f"{theirs}.norm", f"{ours}.group_norm") for theirs, ours in attns]
+    names = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out"}
+    dense = [(f"{theirs}.{a}", f"{ours}.{b}") for theirs, ours in attns for a, b in names.items()]
+    kinds = ((convs, "kernel", _CONV), (dense, "kernel", _DENSE_OF_CONV), (norms, "scale", ""))
+    return tuple(
+        rule
+        for stems, leaf, layout in kinds
+        for theirs, ours in stems
+        for rule in (
+            Rule(theirs + ".weight", f"{ours}.{leaf}", layout),
+            Rule(theirs + ".bias", ours + ".bias"),
+        )
+    )

@@ -1,0 +1,1 @@
+"""Decoders: causal language models, their configs, weight tables and generation."""

@@ -1,0 +1,72 @@
+"""Autoregressive decoding with a KV cache, one compiled loop for a whole batch."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jaxft.models.decoders.llama import Llama, init_cache
+from jaxft.models.decoders.sampling import Sampling, pick
+
+
+class _Loop(NamedTuple):
+    """The carry: tokens made so far, how many, which rows are done, cache, last logits."""
+
+    made: Int[Array, "B M"]
+    count: Int[Array, ""]
+    done: Bool[Array, " B"]
+    cache: Any
+    logits: Float[Array, "B V"]
+
+
+def generate(
+    model: Llama,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    keys: PRNGKeyArray,
+    *,
+    max_new: int,
+    stop_ids: tuple[int, ...],
+    how: Sampling,
+    dtype: Any,
+) -> tuple[Int[Array, "B M"], Int[Array, " B"]]:
+    """Continue left-padded prompts (segment 0 on the padding) by up to `max_new` tokens.
+
+    `keys` holds one PRNG key a row. Returns (tokens [B, max_new], lengths [B]): a row stops at the
+    first of `stop_ids`, which its length counts; past its length a row repeats that id.
+    """
+    rows, prompt = tokens.shape
+    positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
+    blocks = model.apart()
+    step = partial(model.hidden, blocks=blocks, dtype=dtype)
+    cache = init_cache(model.cfg, rows, prompt + max_new, dtype, bool(blocks))
+    hidden, cache = step(tokens, positions, segment_ids, cache=cache)
+    stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
+    start = _Loop(
+        jnp.zeros((rows, max_new), jnp.int32),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((rows,), bool),
+        cache,
+        model.logits(hidden[:, -1:])[:, 0],
+    )
+    ones = jnp.ones((rows, 1), jnp.int32)
+
+    def body(loop: _Loop) -> _Loop:
+        now = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.count)
+        last = loop.made[:, jnp.maximum(loop.count - 1, 0)]
+        token = jnp.where(loop.done, last, pick(loop.logits, now, how)).astype(jnp.int32)
+        made = loop.made.at[:, loop.count].set(token)
+        done = loop.done | jnp.isin(token, stops)
+        place = positions[:, -1:] + 1 + loop.count
+        hidden, cache = step(token[:, None], place, ones, cache=loop.cache)
+        return _Loop(made, loop.count + 1, done, cache, model.logits(hidden[:, -1:])[:, 0])
+
+    def going(loop: _Loop) -> Bool[Array, ""]:
+        return (loop.count < max_new) & ~jnp.all(loop.done)
+
+    end = jax.lax.while_loop(going, body, start)
+    stopped = jnp.isin(end.made, stops) & (jnp.arange(max_new) < end.count)
+    lengths = jnp.where(stopped.any(1), jnp.argmax(stopped, 1) + 1, end.count)
+    return end.made, lengths

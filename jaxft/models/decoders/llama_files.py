@@ -1,0 +1,86 @@
+"""A language model's folder as transformers reads it, under the names that its weight table has."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from jaxft.core.errors import UserError
+from jaxft.models.decoders import llama
+from jaxft.models.decoders.llama_config import LlamaConfig
+from jaxft.models.decoders.llama_keys import ARCHITECTURES, CLASSES, architecture
+from jaxft.weights.files.tensor_files import Tensors
+from jaxft.weights.folders.transformers import Source, open_source
+from jaxft.weights.relaid import Place, Relaid
+from jaxft.weights.rules import renamed
+
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+PREFIX = "model."  # base_model_prefix of the causal language models, and of Janus
+
+
+def open_decoder(spec: str, weights: bool = True) -> Source:
+    """Open what `spec` names as the causal language model that transformers loads from it."""
+    return as_decoder(open_source(spec, weights))
+
+
+def as_decoder(source: Source) -> Source:
+    """The source under its weight table's names, with a config.json that its weights agree with.
+
+    transformers 5 reads a base model's tensors, which have no `model.` in front; a tied model of
+    which only the head is stored; and where a tied model's file has another head than its
+    embedding, it uses that head. Older ones tie by the flag alone, so the flag then turns false.
+    Raises UserError for a config.json that is not supported and for an untied model without head.
+    """
+    tied, config = LlamaConfig.from_hf(source.config).tied, dict(source.config)
+    stated = config.get("architectures")
+    if stated and not any(name in ARCHITECTURES for name in stated):
+        config["architectures"] = [f"{CLASSES[architecture(config)]}ForCausalLM"]
+    tensors = source.tensors
+    if tensors is not None:
+        tensors = with_prefix(tensors, lambda key: bool(renamed(llama.RULES, key)), source.name)
+        keys = set(tensors.keys())
+        if tied and HEAD in keys and TABLE not in keys:
+            places = {TABLE if key == HEAD else key: Place(key) for key in tensors.keys()}  # noqa: SIM118
+            tensors = Relaid(tensors, places)
+        elif tied and HEAD in keys and not _equal(tensors):
+            config["tie_word_embeddings"] = False
+        elif not tied and HEAD not in keys and TABLE in keys:
+            raise UserError(
+                f"{source.name}: missing tensor {HEAD}: these are the weights of a base model, and"
+                " config.json does not tie a head to its embedding; give the causal language"
+                " model, or set tie_word_embeddings to true if its head is its embedding"
+            )
+    files = dict(source.side_files)
+    if config != source.config:
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        files["config.json"] = text.encode()
+    return replace(source, config=config, tensors=tensors, side_files=files)
+
+
+def with_prefix(tensors: Tensors, known: Callable[[str], bool], where: str) -> Tensors:
+    """The tensors with PREFIX added to a name, or taken off it, where only that makes it `known`.
+
+    So transformers loads a base model as one with a head, and the reverse. Raises UserError for
+    two tensors that become one.
+    """
+    places: dict[str, Place] = {}
+    for key in tensors.keys():  # noqa: SIM118
+        shorter, longer = key.removeprefix(PREFIX), PREFIX + key
+        name = shorter if shorter != key and known(shorter) else longer if known(longer) else key
+        if name in places:
+            raise UserError(f"{where}: tensors {places[name].key} and {key} are both {name}")
+        places[name] = Place(key)
+    return tensors if all(p.key == name for name, p in places.items()) else Relaid(tensors, places)
+
+
+def _equal(tensors: Tensors) -> bool:
+    """Whether head and embedding have equal values, whatever their dtypes."""
+    if tensors.info(HEAD)[0] != tensors.info(TABLE)[0]:
+        return False
+    head, table = tensors.read(HEAD), tensors.read(TABLE)
+    blocks = (slice(i, i + 4096) for i in range(0, len(head), 4096))  # a whole copy is gigabytes
+    return all(
+        np.array_equal(head[rows].astype(np.float32), table[rows].astype(np.float32))
+        for rows in blocks
+    )

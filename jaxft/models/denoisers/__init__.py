@@ -1,0 +1,1 @@
+"""Denoisers: networks that predict noise, velocity or data from a noisy latent."""

@@ -1,0 +1,332 @@
+"""UNet2DConditionModel of Stable Diffusion 1.x, 2.x and SDXL, over NHWC latents."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxft.core.sharding import constrain
+from jaxft.kernels.attention import attention
+from jaxft.models.denoisers.unet_config import UNetConfig
+from jaxft.nn.conv import (
+    ALL_SIDES,
+    WHOLE,
+    Conv,
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    dense,
+    runner,
+    spread,
+)
+from jaxft.nn.linear import Linear
+from jaxft.nn.norm import GroupNorm, LayerNorm
+from jaxft.noise.ddpm import timestep_embedding
+from jaxft.weights.rules import Rule
+
+
+class Added(NamedTuple):
+    """What SDXL adds to the time embedding: pooled text, and original size, crop, target size."""
+
+    text_embeds: Float[Array, "B D"]
+    time_ids: Float[Array, "B 6"]
+
+
+class Shared(NamedTuple):
+    """What every block of one call sees; `run` calls a module under the remat policy."""
+
+    time: Float[Array, "B D"]
+    context: Float[Array, "B S D"]
+    keys: PRNGKeyArray | None
+    run: Callable[..., Array]
+
+
+class Attention(nnx.Module):
+    """Multi-head attention from image tokens to themselves or to the context; q, k, v no bias."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, *, key: PRNGKeyArray):
+        q, k, v, out = jax.random.split(key, 4)
+        axes, text, std = ("embed", "heads"), (context_dim,), spread(context_dim)
+        self.heads = heads
+        self.to_q = Linear((dim,), (dim,), axes, key=q, std=spread(dim))
+        self.to_k = Linear(text, (dim,), axes, key=k, std=std)
+        self.to_v = Linear(text, (dim,), axes, key=v, std=std)
+        self.to_out = Linear((dim,), (dim,), axes[::-1], key=out, bias=True, std=spread(dim))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Float[Array, "B S E"], keys: PRNGKeyArray | None
+    ) -> Float[Array, "B T D"]:
+        q, k, v = self.to_q(x, keys), self.to_k(context, keys), self.to_v(context, keys)
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))
+        return self.to_out(attention(q, k, v, causal=False).reshape(x.shape), keys)
+
+
+class FeedForward(nnx.Module):
+    """GEGLU: value * gelu(gate), the value first and the gelu exact (arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, *, key: PRNGKeyArray):
+        first, second = jax.random.split(key)
+        inner, std = 4 * dim, spread(4 * dim)
+        self.proj = dense(dim, 2 * inner, key=first)
+        self.out = Linear((inner,), (dim,), ("mlp", "embed"), key=second, bias=True, std=std)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], keys: PRNGKeyArray | None
+    ) -> Float[Array, "B T D"]:
+        value, gate = jnp.split(self.proj(x, keys), 2, axis=-1)
+        return self.out(value * jax.nn.gelu(gate, approximate=False), keys)
+
+
+class TransformerBlock(nnx.Module):
+    """Self-attention, cross-attention and GEGLU, each on a norm and added."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 3)
+        self.norm1 = LayerNorm(dim, eps=1e-5)
+        self.attn1 = Attention(dim, dim, heads, key=keys[0])
+        self.norm2 = LayerNorm(dim, eps=1e-5)
+        self.attn2 = Attention(dim, context_dim, heads, key=keys[1])
+        self.norm3 = LayerNorm(dim, eps=1e-5)
+        self.ff = FeedForward(dim, key=keys[2])
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Float[Array, "B S E"], keys: PRNGKeyArray | None
+    ) -> Float[Array, "B T D"]:
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, normed, keys)
+        x = x + self.attn2(self.norm2(x), context, keys)
+        return x + self.ff(self.norm3(x), keys)
+
+
+class Transformer2D(nnx.Module):
+    """A stack of blocks over all pixels as tokens, run by a scan; added to its input.
+
+    proj_in and proj_out are the same map of channels whether the file has them as linear layers or
+    as 1x1 convolutions (`rules` knows which). Its norm's eps is 1e-6, unlike all others.
+    """
+
+    def __init__(self, cfg: UNetConfig, level: int, *, key: PRNGKeyArray):
+        dim, depth = cfg.channels[level], cfg.depths[level]
+        first, second, third = jax.random.split(key, 3)
+        self.norm = GroupNorm(dim, groups=cfg.groups, eps=1e-6)
+        self.proj_in = dense(dim, dim, key=first)
+        self.transformer_blocks = jax.vmap(
+            lambda key: TransformerBlock(dim, cfg.context_dims[level], cfg.heads[level], key=key)
+        )(jax.random.split(second, depth))
+        self.proj_out = dense(dim, dim, key=third)
+        self.depth = depth
+
+    def __call__(self, x: Float[Array, "B Y X C"], shared: Shared) -> Float[Array, "B Y X C"]:
+        tokens = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        tokens = self.proj_in(tokens, shared.keys)
+
+        def body(tokens: Array, layer: tuple[TransformerBlock, Array]) -> tuple[Array, None]:
+            block, index = layer
+            keys = shared.keys
+            if keys is not None:
+                keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+            return shared.run(block, tokens, shared.context, keys), None
+
+        layers = (self.transformer_blocks, jnp.arange(self.depth))
+        # unroll=0 unrolls whole: a loop around one block would only copy its weights.
+        tokens, _ = jax.lax.scan(body, tokens, layers, unroll=int(self.depth > 1))
+        return x + self.proj_out(tokens, shared.keys).reshape(x.shape)
+
+
+class DownBlock(nnx.Module):
+    """One level on the way down; gives what the way up needs as well."""
+
+    def __init__(self, cfg: UNetConfig, level: int, *, key: PRNGKeyArray):
+        keys, width = _stream(key), cfg.channels[level]
+        count, last = cfg.layers[level], level == len(cfg.channels) - 1
+        inputs = [cfg.channels[max(level - 1, 0)], *[width] * (count - 1)]
+        self.resnets = nnx.List([_resnet(cfg, n, width, next(keys)) for n in inputs])
+        attending = range(count if cfg.down_attends[level] else 0)
+        self.attentions = nnx.List([Transformer2D(cfg, level, key=next(keys)) for _ in attending])
+        samplers = [] if last else [Downsample(width, ALL_SIDES, key=next(keys))]
+        self.downsamplers = nnx.List(samplers)
+
+    def __call__(
+        self, x: Float[Array, "B Y X C"], shared: Shared
+    ) -> tuple[Float[Array, "B Y2 X2 F"], list[Array]]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = shared.run(resnet, x, shared.time, shared.keys)
+            if self.attentions:
+                x = self.attentions[i](x, shared)
+            skips.append(x)
+        for sampler in self.downsamplers:
+            x = sampler(x, shared.keys)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nnx.Module):
+    """The narrowest images: a resnet, then attention and a resnet."""
+
+    def __init__(self, cfg: UNetConfig, *, key: PRNGKeyArray):
+        keys, width = _stream(key), cfg.channels[-1]
+        self.resnets = nnx.List([_resnet(cfg, width, width, next(keys)) for _ in range(2)])
+        self.attentions = nnx.List([Transformer2D(cfg, -1, key=next(keys))])
+
+    def __call__(self, x: Float[Array, "B Y X C"], shared: Shared) -> Float[Array, "B Y X C"]:
+        x = shared.run(self.resnets[0], x, shared.time, shared.keys)
+        x = self.attentions[0](x, shared)
+        return shared.run(self.resnets[1], x, shared.time, shared.keys)
+
+
+class UpBlock(nnx.Module):
+    """One level on the way up; every resnet takes one skip, the last made first."""
+
+    def __init__(self, cfg: UNetConfig, level: int, *, key: PRNGKeyArray):
+        keys, width = _stream(key), cfg.channels[level]
+        count, top = cfg.layers[level] + 1, len(cfg.channels) - 1
+        before = [cfg.channels[min(level + 1, top)], *[width] * (count - 1)]
+        skips = [*[width] * (count - 1), cfg.channels[max(level - 1, 0)]]
+        inputs = [x + skip for x, skip in zip(before, skips, strict=True)]
+        self.resnets = nnx.List([_resnet(cfg, n, width, next(keys)) for n in inputs])
+        attending = range(count if cfg.up_attends[top - level] else 0)
+        self.attentions = nnx.List([Transformer2D(cfg, level, key=next(keys)) for _ in attending])
+        self.upsamplers = nnx.List([Upsample(width, key=next(keys))] if level else [])
+
+    def __call__(
+        self, x: Float[Array, "B Y X C"], skips: list[Array], shared: Shared
+    ) -> Float[Array, "B Y2 X2 F"]:
+        """Pops its skips off the list; the next one gives the size to upsample to."""
+        for i, resnet in enumerate(self.resnets):
+            x = jnp.concatenate([x, skips.pop()], axis=-1)
+            x = shared.run(resnet, x, shared.time, shared.keys)
+            if self.attentions:
+                x = self.attentions[i](x, shared)
+        for sampler in self.upsamplers:
+            _, height, breadth, _ = skips[-1].shape
+            x = sampler(x, (height, breadth), shared.keys)
+        return x
+
+
+class TimeEmbedding(nnx.Module):
+    """Two layers with a silu between them."""
+
+    def __init__(self, inputs: int, dim: int, *, key: PRNGKeyArray):
+        first, second = jax.random.split(key)
+        self.linear_1 = dense(inputs, dim, key=first)
+        self.linear_2 = dense(dim, dim, key=second)
+
+    def __call__(
+        self, x: Float[Array, "B C"], keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "B D"]:
+        return self.linear_2(jax.nn.silu(self.linear_1(x, keys)), keys)
+
+
+class UNet(nnx.Module):
+    """Noisy latents, their timesteps and the text to the model's prediction, as `cfg` says."""
+
+    def __init__(self, cfg: UNetConfig, *, key: PRNGKeyArray):
+        keys, width = _stream(key), cfg.channels[0]
+        levels = range(len(cfg.channels))
+        self.cfg = cfg
+        self.conv_in = Conv(cfg.in_channels, width, 3, key=next(keys), padding=1, axes=WHOLE)
+        self.time_embedding = TimeEmbedding(width, cfg.time_dim, key=next(keys))
+        added = cfg.added_dim and TimeEmbedding(cfg.added_dim, cfg.time_dim, key=next(keys))
+        self.add_embedding = nnx.data(added or None)
+        self.down_blocks = nnx.List([DownBlock(cfg, i, key=next(keys)) for i in levels])
+        self.mid_block = MidBlock(cfg, key=next(keys))
+        self.up_blocks = nnx.List([UpBlock(cfg, i, key=next(keys)) for i in reversed(levels)])
+        self.conv_norm_out = GroupNorm(width, groups=cfg.groups, eps=cfg.eps)
+        self.conv_out = Conv(width, cfg.out_channels, 3, key=next(keys), padding=1, axes=WHOLE)
+
+    def __call__(
+        self,
+        latents: Float[Array, "B Y X C"],
+        timesteps: Float[Array, " B"],
+        context: Float[Array, "B S D"],
+        added: Added | None = None,
+        *,
+        dtype: Any = None,
+        keys: PRNGKeyArray | None = None,
+        remat: str = "none",
+    ) -> Float[Array, "B Y X F"]:
+        """The prediction (epsilon, v or x0: what the schedule says), in `dtype`.
+
+        timesteps: integers or fractions of 0 ... 999. added: SDXL's, and only SDXL's. dtype: of the
+        computation, default the latents'. keys: one a row, turn adapter dropout on. remat: a key of
+        conv.REMAT, or "none". Any Y and X: levels round up, the way up cuts back.
+        """
+        dtype = latents.dtype if dtype is None else dtype
+        run = runner(remat)
+        time = self._time(timesteps, added, dtype, keys)
+        shared = Shared(time, context.astype(dtype), keys, run)
+        x = constrain(self.conv_in(latents.astype(dtype), keys), "batch", None, None, None)
+        skips = [x]
+        for block in self.down_blocks:
+            x, made = block(x, shared)
+            skips += made
+        x = self.mid_block(x, shared)
+        for block in self.up_blocks:
+            x = block(x, skips, shared)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)), keys)
+
+    def _time(
+        self, timesteps: Array, added: Added | None, dtype: Any, keys: PRNGKeyArray | None
+    ) -> Array:
+        cfg = self.cfg
+        if (added is None) != (self.add_embedding is None):
+            wants = "no" if added else "text_embeds and time_ids as"
+            raise ValueError(f"this UNet takes {wants} `added` (addition_embed_type text_time)")
+
+        def embed(numbers: Array, dim: int) -> Array:
+            return timestep_embedding(
+                numbers, dim, cos_first=cfg.cos_first, freq_shift=cfg.freq_shift
+            )
+
+        time = self.time_embedding(embed(timesteps, cfg.channels[0]).astype(dtype), keys)
+        if added is not None and self.add_embedding is not None and cfg.added_time_dim:
+            text, ids = added
+            ids = embed(ids, cfg.added_time_dim).reshape(len(ids), -1)
+            both = jnp.concatenate([text.astype(dtype), ids.astype(dtype)], axis=-1)
+            time = time + self.add_embedding(both, keys)
+        return time
+
+
+def _resnet(cfg: UNetConfig, inputs: int, outputs: int, key: PRNGKeyArray) -> ResnetBlock:
+    return ResnetBlock(
+        inputs, outputs, key=key, groups=cfg.groups, eps=cfg.eps, time_dim=cfg.time_dim
+    )
+
+
+def _stream(key: PRNGKeyArray) -> Iterator[PRNGKeyArray]:
+    while True:
+        key, one = jax.random.split(key)
+        yield one
+
+
+def rules(cfg: UNetConfig) -> tuple[Rule, ...]:
+    """The weight table of a diffusers unet/ folder; 1x1 convolutions become matrices."""
+    layout = _DENSE if cfg.linear_projection else "o i 1 1 -> i o"
+    return (*RULES, Rule("{p}.proj_{pq}.weight", "{p}.proj_{pq}.kernel", layout))
+
+
+_CONV, _DENSE = "o i y x -> y x i o", "o i -> i o"
+_T, _J = "{p}.transformer_blocks.{i}.", "{p}.transformer_blocks."
+RULES = (
+    Rule("{p}.weight", "{p}.scale"),
+    Rule("{p}.bias", "{p}.bias"),
+    Rule("conv_{p}.weight", "conv_{p}.kernel", _CONV),
+    Rule("{p}.conv.weight", "{p}.conv.kernel", _CONV),
+    Rule("{p}.conv{m}.weight", "{p}.conv{m}.kernel", _CONV),
+    Rule("{p}.conv_shortcut.weight", "{p}.conv_shortcut.kernel", _CONV),
+    Rule("{p}.time_emb_proj.weight", "{p}.time_emb_proj.kernel", _DENSE),
+    Rule("{p}_embedding.linear_{m}.weight", "{p}_embedding.linear_{m}.kernel", _DENSE),
+    Rule(_T + "norm{m}.weight", _J + "norm{m}.scale"),
+    Rule(_T + "norm{m}.bias", _J + "norm{m}.bias"),
+    Rule(_T + "attn{m}.to_out.0.weight", _J + "attn{m}.to_out.kernel", _DENSE),
+    Rule(_T + "attn{m}.to_out.0.bias", _J + "attn{m}.to_out.bias"),
+    Rule(_T + "attn{m}.to_{pq}.weight", _J + "attn{m}.to_{pq}.kernel", _DENSE),
+    Rule(_T + "ff.net.0.proj.weight", _J + "ff.proj.kernel", _DENSE),
+    Rule(_T + "ff.net.0.proj.bias", _J + "ff.proj.bias"),
+    Rule(_T + "ff.net.2.weight", _J + "ff.out.kernel", _DENSE),
+    Rule(_T + "ff.net.2.bias", _J + "ff.out.bias"),
+)

@@ -1,0 +1,1 @@
+"""Pipelines: several networks as one model, opened from one folder or file."""

@@ -1,0 +1,174 @@
+"""Guided sampling of a fixed number of image codes, one compiled loop with a KV cache."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jaxft.kernels.cross_entropy import linear_cross_entropy
+from jaxft.models.decoders.llama import Cache, Llama, init_cache, lengthened
+from jaxft.models.decoders.sampling import Sampling, pick
+from jaxft.nn.linear import gather_rows
+
+SPANS, SMALLEST_SPAN = 4, 32  # of codes that are drawn before the cache grows
+
+
+class Speaker(Protocol):
+    """A model that continues text with codes: how codes come in, and how they come out.
+
+    In rows of tokens and in targets a code is what `Unified` or Janus calls it: its id.
+    """
+
+    @property
+    def llama(self) -> Llama:
+        """What all tokens go through."""
+        ...
+
+    def embed(
+        self,
+        tokens: Int[Array, "B T"],
+        images: Bool[Array, "B T"],
+        dtype: Any,
+        keys: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The language model's input, where `images` says which tokens are codes.
+
+        `keys`, one a row, turn the dropout of adapters on, here and in `cross_entropy`.
+        """
+        ...
+
+    def embed_codes(self, codes: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
+        """The language model's input of codes, counted from 0."""
+        ...
+
+    def cross_entropy(
+        self,
+        hidden: Float[Array, "B S D"],
+        targets: Int[Array, "B S"],
+        weights: Float[Array, "B S"],
+        z_loss: float,
+        keys: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """`linear_cross_entropy` of the model's own head."""
+        ...
+
+    def scorer(self) -> Callable[[Float[Array, "B D"]], Float[Array, "B K"]]:
+        """From hidden states to fp32 logits of the next code, no other token among them."""
+        ...
+
+
+class Unified(NamedTuple):
+    """A language model whose vocabulary holds the codes, as ids from `offset` on."""
+
+    llama: Llama
+    offset: int
+    codes: int
+
+    def embed(
+        self,
+        tokens: Int[Array, "B T"],
+        images: Bool[Array, "B T"],
+        dtype: Any,
+        keys: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T D"]:
+        del images, keys  # a code is a token like any other, and a table has no adapter
+        return self.llama.embed_tokens(tokens, dtype)
+
+    def embed_codes(self, codes: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
+        # XLA:CPU shares a row of a large table out over threads, and waits 40 us for them.
+        table = self.llama.embed_tokens.embedding[...]
+        part = jax.lax.slice_in_dim(table, self.offset, self.offset + self.codes)
+        return gather_rows(part.astype(dtype), codes)
+
+    def cross_entropy(
+        self,
+        hidden: Float[Array, "B S D"],
+        targets: Int[Array, "B S"],
+        weights: Float[Array, "B S"],
+        z_loss: float,
+        keys: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Over the whole vocabulary, as the exported model has it."""
+        head, first = self.llama.head()
+        measure = partial(linear_cross_entropy, vocab_first=first, z_loss=z_loss)
+        return measure(self.llama.features(hidden, keys), head, targets, weights)
+
+    def scorer(self) -> Callable[[Float[Array, "B D"]], Float[Array, "B K"]]:
+        """What suppressing all other ids leaves."""
+        matrix, vocab_first = self.llama.head()
+        axis = 0 if vocab_first else 1
+        part = jax.lax.slice_in_dim(matrix, self.offset, self.offset + self.codes, axis=axis)
+        kernel = part.T if vocab_first else part
+        return lambda hidden: score(self.llama.features(hidden), kernel)
+
+
+def score(
+    hidden: Float[Array, "B D"],
+    kernel: Float[Array, "D K"],
+    bias: Float[Array, "K"] | float = 0.0,
+) -> Float[Array, "B K"]:
+    """The product takes its inputs in hidden's dtype and sums in fp32."""
+    kernel = kernel.astype(hidden.dtype)
+    return jnp.einsum("bd,dk->bk", hidden, kernel, preferred_element_type=jnp.float32) + bias
+
+
+def generate_codes(
+    speaker: Speaker,
+    tokens: Int[Array, "R T"],
+    mask: Int[Array, "R T"],
+    keys: PRNGKeyArray,
+    *,
+    count: int,
+    guidance: Float[Array, ""] | float,
+    how: Sampling,
+    dtype: Any,
+) -> Int[Array, "B S"]:
+    """`count` codes a row after left-padded prompts (mask 0 on the padding) that end with BOI.
+
+    The first B rows have captions, the last B are the same without. Logits are
+    u + guidance * (c - u) in fp32 (Ho & Salimans 2022, arXiv:2207.12598, with 1 for no guidance),
+    before temperature, top-k and top-p. `keys` holds one PRNG key for each of the B rows.
+    """
+    llama, scores = speaker.llama, speaker.scorer()
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    blocks, ends = llama.apart(), _span_ends(count)
+    step = partial(llama.hidden, blocks=blocks, dtype=dtype)
+    cache = init_cache(llama.cfg, len(tokens), tokens.shape[1], dtype, bool(blocks))
+    prompts = speaker.embed(tokens, jnp.zeros(tokens.shape, bool), dtype)
+    hidden, cache = step(None, positions, mask, embeds=prompts, cache=cache)
+    ones = jnp.ones((len(tokens), 1), jnp.int32)
+
+    def choose(hidden: Array, number: Array | int) -> Array:
+        """The next code of each of the B rows, from the last hidden state of all 2B."""
+        with_caption, without = jnp.split(scores(hidden[:, -1]), 2)
+        mixed = without + guidance * (with_caption - without)
+        now = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        return pick(mixed, now, how).astype(jnp.int32)
+
+    def body(carry: tuple[Cache, Array], number: Array) -> tuple[tuple[Cache, Array], Array]:
+        cache, code = carry
+        embeds = speaker.embed_codes(jnp.tile(code, 2)[:, None], dtype)
+        place = positions[:, -1:] + number
+        hidden, cache = step(None, place, ones, embeds=embeds, cache=cache)
+        assert cache is not None
+        code = choose(hidden, number)
+        return (cache, code), code
+
+    assert cache is not None
+    code = choose(hidden, 0)
+    codes = [code[None]]
+    for start, end in pairwise([1, *ends]):
+        cache = lengthened(cache, tokens.shape[1] + end - 1)
+        (cache, code), made = jax.lax.scan(body, (cache, code), jnp.arange(start, end))
+        codes.append(made)
+    return jnp.concatenate(codes).T
+
+
+def _span_ends(count: int) -> list[int]:
+    """After how many codes the cache grows: a CPU is slowed down by every slot that is read."""
+    spans = max(1, min(SPANS, count // SMALLEST_SPAN)) if jax.default_backend() == "cpu" else 1
+    return [count * (i + 1) // spans for i in range(spans)]

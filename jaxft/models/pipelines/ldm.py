@@ -1,0 +1,176 @@
+"""LDM's names for the modules of Stable Diffusion, and the one door to folders and single files."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from jaxft.models.autoencoders.vae_config import VAEConfig
+from jaxft.models.denoisers.unet_config import UNetConfig
+from jaxft.models.text_encoders import clip
+from jaxft.models.text_encoders.clip import VISION, CLIPTextConfig
+from jaxft.weights.folders.diffusers import Pipeline, open_pipeline
+from jaxft.weights.folders.single_file import TEXT, UNET, Layout, as_diffusers, open_single_file
+from jaxft.weights.folders.single_file import VAE as FIRST_STAGE
+
+SINGLE = (".safetensors", ".ckpt", ".pt", ".bin")
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+# By diffusers' old and new names: where two are the same module, reading gives the last.
+VAE_ATTENTION = {
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "group_norm": "norm",
+}
+OPEN_CLIP = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn": "attn",
+}
+
+
+def open_model(
+    spec: str, weights: bool = True, variant: str | None = None, prediction: str | None = None
+) -> Pipeline:
+    """A diffusers folder, `pip:` package or hub id as `open_pipeline` has it, or a single file.
+
+    A single file's components come under diffusers' keys and shapes: from here on it is a folder.
+    """
+    if not spec.endswith(SINGLE):
+        return open_pipeline(spec, weights, variant)
+    pipeline = open_single_file(spec, weights, prediction)
+    if not weights:
+        return pipeline
+    components = {
+        name: replace(pipeline.components[name], tensors=as_diffusers(source.tensors, layout))
+        for name, layout in layouts(pipeline).items()
+        if (source := pipeline.components[name]).tensors is not None
+    }
+    return replace(pipeline, components=components)
+
+
+def kind(pipeline: Pipeline) -> str:
+    """Which LDM layout a pipeline's single file has: "sd1", "sd2" or "sdxl"."""
+    if "text_encoder_2" in pipeline.components:
+        return "sdxl"
+    act = pipeline.components["text_encoder"].config.get("hidden_act", "quick_gelu")
+    return "sd1" if act == "quick_gelu" else "sd2"
+
+
+def layouts(pipeline: Pipeline) -> dict[str, Layout]:
+    """The single-file layout of every component, from its config."""
+    configs = {name: source.config for name, source in pipeline.components.items()}
+    made = {
+        "unet": unet_layout(UNetConfig.from_hf(configs["unet"])),
+        "vae": vae_layout(VAEConfig.from_hf(configs["vae"])),
+    }
+    for name, prefix in TEXT[kind(pipeline)].items():
+        projects = name == "text_encoder_2"
+        cfg = CLIPTextConfig.from_hf(configs[name], projects, f"{name}/config.json")
+        made[name] = clip_layout(cfg, prefix)
+    return made
+
+
+def unet_layout(cfg: UNetConfig) -> Layout:
+    """input_blocks, middle_block and output_blocks, each one counted through all levels."""
+    names = dict(UNET_ENDS)
+    for ours, theirs in _unet_blocks(cfg):
+        if ".resnets." in ours:
+            names |= {f"{ours}.{one}": f"{theirs}.{other}" for one, other in RESNET.items()}
+        else:
+            names[ours] = theirs
+    return Layout(UNET, names)
+
+
+def _unet_blocks(cfg: UNetConfig) -> Iterator[tuple[str, str]]:
+    top, block = len(cfg.channels) - 1, 1
+    for level, count in enumerate(cfg.layers):
+        down = f"down_blocks.{level}"
+        for i in range(count):
+            yield f"{down}.resnets.{i}", f"input_blocks.{block}.0"
+            yield f"{down}.attentions.{i}", f"input_blocks.{block}.1"
+            block += 1
+        if level < top:
+            yield f"{down}.downsamplers.0.conv", f"input_blocks.{block}.0.op"
+            block += 1
+    yield "mid_block.resnets.0", "middle_block.0"
+    yield "mid_block.attentions.0", "middle_block.1"
+    yield "mid_block.resnets.1", "middle_block.2"
+    block = 0
+    for place, count in enumerate(reversed(cfg.layers)):
+        up = f"up_blocks.{place}"
+        for i in range(count + 1):
+            yield f"{up}.resnets.{i}", f"output_blocks.{block}.0"
+            yield f"{up}.attentions.{i}", f"output_blocks.{block}.1"
+            block += 1
+        if place < top:
+            after = 2 if cfg.up_attends[place] else 1
+            yield f"{up}.upsamplers.0.conv", f"output_blocks.{block - 1}.{after}.conv"
+
+
+def vae_layout(cfg: VAEConfig) -> Layout:
+    """The decoder counts its levels from the image; attention is of 1x1 convolutions."""
+    names, arrows = {}, {}
+    top = len(cfg.widths) - 1
+    for side in ("encoder", "decoder"):
+        mid, attn = f"{side}.mid_block", f"{side}.mid_block.attentions.0"
+        names[f"{side}.conv_norm_out"] = f"{side}.norm_out"
+        names |= {f"{mid}.resnets.{i}": f"{side}.mid.block_{i + 1}" for i in range(2)}
+        for ours, theirs in VAE_ATTENTION.items():
+            names[f"{attn}.{ours}"] = f"{side}.mid.attn_1.{theirs}"
+            if ours != "group_norm":
+                arrows[f"{attn}.{ours}.weight"] = "o i 1 1 -> o i"
+    for level in range(top + 1):
+        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{top - level}"
+        names[f"{down}.downsamplers.0"] = f"encoder.down.{level}.downsample"
+        names[f"{up}.upsamplers.0"] = f"decoder.up.{level}.upsample"
+        for i in range(cfg.layers + 1):
+            names[f"{down}.resnets.{i}"] = f"encoder.down.{level}.block.{i}"
+            names[f"{up}.resnets.{i}"] = f"decoder.up.{level}.block.{i}"
+    resnets = {ours: theirs for ours, theirs in names.items() if ".resnets." in ours}
+    for ours, theirs in resnets.items():
+        names[f"{ours}.conv_shortcut"] = f"{theirs}.nin_shortcut"
+    # Losses and averages of LDM's training, which no reader takes.
+    return Layout(FIRST_STAGE, names, arrows, ignore=r"(loss|model_ema)\..*")
+
+
+def clip_layout(cfg: CLIPTextConfig, prefix: str) -> Layout:
+    """transformers' own names after `…transformer.`; open_clip's after `…model.`, q, k, v fused."""
+    if prefix.endswith("transformer."):
+        return Layout(prefix, {}, ignore=VISION)
+    names = {
+        "text_model.embeddings.token_embedding": "token_embedding",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.final_layer_norm": "ln_final",
+    }
+    for i in range(cfg.num_layers):
+        ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
+        names |= {f"{ours}.{one}": f"{theirs}.{other}" for one, other in OPEN_CLIP.items()}
+    # SD 2 reads the last layer but one: the file's last block serves nothing.
+    ignore = "|".join((r"attn_mask|.*position_ids", *clip.ignore(cfg)))
+    ignore = rf"{ignore}|transformer\.resblocks\.{cfg.num_layers}\..*"
+    if cfg.projection_dim is None:
+        return Layout(prefix, names, fused=True, ignore=ignore)
+    names["text_projection.weight"] = "text_projection"
+    return Layout(prefix, names, {"text_projection.weight": "d p -> p d"}, True, ignore)

@@ -1,0 +1,276 @@
+"""Stable Diffusion as a whole: captions to embeddings, predictions, pictures from noise."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxft.core.errors import UserError
+from jaxft.models.autoencoders import vae
+from jaxft.models.autoencoders.vae import VAE
+from jaxft.models.autoencoders.vae_config import FILE as VAE_FILE
+from jaxft.models.autoencoders.vae_config import VAEConfig
+from jaxft.models.denoisers import unet
+from jaxft.models.denoisers.unet import Added, UNet
+from jaxft.models.denoisers.unet_config import FILE as UNET_FILE
+from jaxft.models.denoisers.unet_config import UNetConfig
+from jaxft.models.text_encoders import clip
+from jaxft.models.text_encoders.clip import CLIPText, CLIPTextConfig
+from jaxft.noise.ddpm import CHOICES, ZERO_SNR, Schedule
+from jaxft.noise.samplers import Sampler, denoise, guide, guide_edit
+from jaxft.weights.folders.diffusers import SCHEDULER, TEXT_ENCODERS, Pipeline, legacy_part, part
+from jaxft.weights.transfer import Part
+
+# What a UNet sees beside the noisy latents and the text.
+NOTHING, HOLE, SOURCE = "nothing", "hole", "source"
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The configs of a pipeline's networks, its noise schedule, and what a dropped caption is.
+
+    `zero_null`: a null caption is zeros (SDXL's pipeline), not the embedding of "". `scheduler`
+    holds the keys of scheduler_config.json that differ from the folder's.
+    """
+
+    unet: UNetConfig
+    vae: VAEConfig
+    texts: tuple[CLIPTextConfig, ...]
+    schedule: Schedule
+    sdxl: bool
+    zero_null: bool
+    scheduler: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def multiple(self) -> int:
+        """What both sides of a picture have to be a multiple of, in pixels."""
+        return self.vae.factor * 2 ** (len(self.unet.channels) - 1)
+
+    @property
+    def sees(self) -> str:
+        """NOTHING (text-to-image), HOLE (inpainting: a mask and the masked picture's latents) or
+        SOURCE (InstructPix2Pix: a picture's latents), by the UNet's channels; "" is none of them.
+        """
+        latent = self.vae.latent_channels
+        known = {0: NOTHING, latent + 1: HOLE, latent: SOURCE}
+        return known.get(self.unet.in_channels - latent, "")
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, prediction: str = "", zero_snr: bool = False):
+        """Read every config.json; `prediction` and `zero_snr` replace the folder's own.
+
+        UserError where the components do not fit each other.
+        """
+        changes = _changes(pipeline, prediction, zero_snr)
+        sdxl = pipeline.family == "sdxl"
+        # StableDiffusionPipeline corrects these two of old folders; others the first, or none.
+        name, forced = pipeline.index.get("_class_name", ""), {"steps_offset": 1}
+        forced |= {} if "Inpaint" in name else {"clip_sample": False}
+        forced = {} if sdxl or "Pix2Pix" in name else forced
+        names = [name for name in TEXT_ENCODERS if name in pipeline.components]
+        configs = {name: source.config for name, source in pipeline.components.items()}
+        cfg = cls(
+            unet=UNetConfig.from_hf(configs["unet"], f"{pipeline.name}/{UNET_FILE}"),
+            vae=VAEConfig.from_hf(configs["vae"], f"{pipeline.name}/{VAE_FILE}"),
+            texts=tuple(
+                CLIPTextConfig.from_hf(
+                    configs[name], pipeline.projects(name), f"{pipeline.name}/{name}/config.json"
+                )
+                for name in names
+            ),
+            schedule=Schedule.from_hf(
+                {**pipeline.scheduler, **changes, **forced}, f"{pipeline.name}/{SCHEDULER}"
+            ),
+            sdxl=sdxl,
+            zero_null=sdxl and bool(pipeline.index.get("force_zeros_for_empty_prompt", True)),
+            scheduler=tuple(changes.items()),
+        )
+        _check_fit(cfg, pipeline.name)
+        return cfg
+
+
+def _changes(pipeline: Pipeline, prediction: str, zero_snr: bool) -> dict[str, Any]:
+    """The keys of the folder's scheduler_config.json that the run's own two options change."""
+    known = CHOICES["prediction_type"]
+    if prediction and prediction not in known:
+        raise UserError(f"prediction={prediction!r} is not one of {', '.join(known)}, or empty")
+    old = {"prediction_type": "epsilon", **pipeline.scheduler}
+    if prediction == "epsilon" and old["prediction_type"] == "v_prediction":
+        raise UserError(
+            f"prediction='epsilon', but {SCHEDULER} of {pipeline.name} says v_prediction, which is"
+            " what its UNet has learned; leave prediction empty"
+        )
+    changes: dict[str, Any] = {"prediction_type": prediction} if prediction else {}
+    if zero_snr and (prediction or old["prediction_type"]) == "epsilon":
+        raise UserError(
+            f"zero_snr=True cannot train the epsilon prediction of {pipeline.name} (at SNR 0"
+            " nothing is left to predict x0 from); set prediction=v_prediction"
+        )
+    if zero_snr:
+        changes |= ZERO_SNR
+    return {key: value for key, value in changes.items() if old.get(key) != value}
+
+
+def _check_fit(cfg: PipelineConfig, name: str) -> None:
+    width = sum(text.hidden_size for text in cfg.texts)
+    if set(cfg.unet.context_dims) != {width}:
+        raise UserError(
+            f"{name}: unet/config.json has cross_attention_dim={sorted(set(cfg.unet.context_dims))}"
+            f" but the text encoders give {width}; the folder mixes two models"
+        )
+    if cfg.unet.out_channels != cfg.vae.latent_channels:
+        raise UserError(
+            f"{name}: the UNet makes {cfg.unet.out_channels} channels, the VAE has"
+            f" latent_channels={cfg.vae.latent_channels}; the folder mixes two models"
+        )
+    mean, std = cfg.vae.mean, cfg.vae.std
+    both = len(mean) == len(std) == cfg.vae.latent_channels
+    if (any(mean) or set(std) != {1.0}) and not (cfg.sdxl and both):
+        raise UserError(
+            f"{name}: vae/config.json has shift_factor, latents_mean or latents_std, which the"
+            " pipeline of diffusers does not apply when it samples (SDXL's applies a mean together"
+            " with a std); set them to null"
+        )
+    if (cfg.unet.added_dim is not None) != cfg.sdxl:
+        raise UserError(
+            f"{name}: model_index.json names {'an' if cfg.sdxl else 'no'} SDXL pipeline, which does"
+            " not fit addition_embed_type of unet/config.json"
+        )
+
+
+class Text(NamedTuple):
+    """What the UNet is told of a caption; `pooled` is SDXL's."""
+
+    context: Float[Array, "B T D"]
+    pooled: Float[Array, "B P"] | None
+
+
+class StableDiffusion(nnx.Module):
+    """UNet, VAE and text encoders under the names of their folders."""
+
+    def __init__(self, cfg: PipelineConfig, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 4)
+        self.unet = UNet(cfg.unet, key=keys[0])
+        self.vae = VAE(cfg.vae, key=keys[1])
+        self.text_encoder = CLIPText(cfg.texts[0], key=keys[2])
+        second = CLIPText(cfg.texts[1], key=keys[3]) if len(cfg.texts) > 1 else None
+        self.text_encoder_2 = nnx.data(second)
+
+    def encode_text(
+        self, ids: Int[Array, "B E T"], *, dtype: Any, keys: PRNGKeyArray | None = None
+    ) -> Text:
+        """Embeddings of captions, tokenised for each of the E encoders.
+
+        SD 1.x and 2.x: the last state after the final norm. SDXL: both encoders' last but one
+        before it, side by side, and the second one's projected end token.
+        """
+        if self.text_encoder_2 is None:
+            return Text(self.text_encoder(ids[:, 0], keys=keys, dtype=dtype).normed, None)
+        first = self.text_encoder(ids[:, 0], skip=1, keys=keys, dtype=dtype)
+        second = self.text_encoder_2(ids[:, 1], skip=1, keys=keys, dtype=dtype)
+        return Text(jnp.concatenate([first.hidden, second.hidden], axis=-1), second.pooled)
+
+    def predict(
+        self,
+        latents: Float[Array, "B Y X C"],
+        timesteps: Array,
+        text: Text,
+        time_ids: Float[Array, "B 6"],
+        *,
+        dtype: Any,
+        seen: Float[Array, "B Y X K"] | None = None,
+        keys: PRNGKeyArray | None = None,
+        remat: str = "none",
+    ) -> Float[Array, "B Y X C"]:
+        """What the UNet says of noisy, scaled latents; `seen` are its further channels."""
+        if seen is not None:
+            latents = jnp.concatenate([latents, seen.astype(latents.dtype)], axis=-1)
+        added = None if text.pooled is None else Added(text.pooled, time_ids)
+        return self.unet(
+            latents, timesteps, text.context, added, dtype=dtype, keys=keys, remat=remat
+        )
+
+
+def drop_captions(text: Text, null: Text, dropped: Array) -> Text:
+    """`null` (of one row, or as many) in the rows that `dropped` (B,) names."""
+    context = jnp.where(dropped[:, None, None], null.context.astype(text.context.dtype), text[0])
+    if text.pooled is None or null.pooled is None:
+        return Text(context, None)
+    pooled = jnp.where(dropped[:, None], null.pooled.astype(text.pooled.dtype), text.pooled)
+    return Text(context, pooled)
+
+
+def zeroed(text: Text) -> Text:
+    """SDXL's null caption."""
+    return jax.tree.map(jnp.zeros_like, text)
+
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance: its scale, how much of its contrast is undone, and the scale of a
+    source picture."""
+
+    scale: Any
+    rescale: Any = 0.0
+    image: Any = 1.5
+
+
+def generate(
+    model: StableDiffusion,
+    cfg: PipelineConfig,
+    text: Text,
+    null: Text,
+    noise: Float[Array, "B Y X C"],
+    sampler: Sampler,
+    guidance: Guidance,
+    dtype: Any,
+    seen: Float[Array, "B Y X K"] | None = None,
+) -> Float[Array, "B Y2 X2 3"]:
+    """Pictures within [-1, 1] from unit noise; caption and null go through the UNet together.
+
+    So does, where it sees a source picture, the null caption without it (`seen` of zeros).
+    """
+    rows, y, x, _ = noise.shape
+    factor = cfg.vae.factor
+    size = jnp.array([y * factor, x * factor, 0, 0, y * factor, x * factor], jnp.float32)
+    texts, sights = (null, text), (seen, seen)
+    if cfg.sees == SOURCE:
+        texts, sights = (null, *texts), (jax.tree.map(jnp.zeros_like, seen), *sights)
+    every, sight = _stacked(*texts), _stacked(*sights)
+    times_rows = len(texts) * rows
+    ids = jnp.broadcast_to(size, (times_rows, 6))
+
+    def predict(latents: Array, t: Array) -> Array:
+        copies = jnp.concatenate([latents] * len(texts))
+        times = jnp.broadcast_to(t, (times_rows,))
+        out = model.predict(copies, times, every, ids, dtype=dtype, seen=sight)
+        return _guided(guidance, jnp.split(out, len(texts)))
+
+    latents = denoise(predict, noise, sampler)
+    images = model.vae.decode(cfg.vae.unscale(latents).astype(dtype))
+    return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
+
+
+def _stacked(*trees: Any) -> Any:
+    """Arrays of every tree, row after row; None stays None."""
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *trees)
+
+
+def _guided(guidance: Guidance, outs: list[Array]) -> Array:
+    """Of (null, caption), or of (null that saw no source picture, null, caption)."""
+    *first, image, cond = outs
+    if not first:
+        return guide(image, cond, guidance.scale, guidance.rescale)
+    return guide_edit(first[0], image, cond, guidance.scale, guidance.image, guidance.rescale)
+
+
+def parts(pipeline: Pipeline, cfg: PipelineConfig) -> tuple[Part, ...]:
+    """Where each component's parameters come from and go to."""
+    tables = {"unet": (unet.rules(cfg.unet), {}), "vae": (vae.RULES, vae.sizes(cfg.vae))}
+    found = [part(pipeline, name, table) for name, table in tables.items()]
+    for name, text in zip(TEXT_ENCODERS, cfg.texts, strict=False):
+        table = (clip.RULES, clip.sizes(text))
+        found.append(legacy_part(part(pipeline, name, table, clip.ignore(text))))
+    return tuple(found)

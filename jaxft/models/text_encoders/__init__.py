@@ -1,0 +1,1 @@
+"""Text encoders: networks that embed a prompt."""

@@ -1,0 +1,1 @@
+"""Noise processes: times, noising, targets, weights, and the samplers that undo them."""

@@ -1,0 +1,1 @@
+"""Objectives: from a batch to an unreduced sum, its weight and metrics."""

@@ -1,0 +1,159 @@
+"""What a person sees of a run: records of every step, evaluations, and the table at the end."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from jaxft.core import runtime
+from jaxft.core.errors import UserError
+from jaxft.core.metrics import MetricWriter, Throughput, table
+from jaxft.core.params import Params
+from jaxft.core.sharding import local_rows
+from jaxft.runs.run import Run
+from jaxft.tasks import Report
+
+BAD = "bad_samples.jsonl"  # the samples that were left out, one a line with its error
+BEFORE = "before.json"  # the evaluation before step 0; a resumed run still shows it at the end
+
+
+class _Pending(NamedTuple):
+    """A dispatched step whose numbers are still on the device."""
+
+    step: int
+    sums: dict[str, Any]
+    units: int
+    shown: bool
+
+
+class Watch:
+    """Writes and shows what a run does; holds no part of its state."""
+
+    def __init__(self, run: Run, workdir: Path, total: int, start: int):
+        self.run, self.workdir = run, workdir
+        self.primary = jax.process_index() == 0
+        self.writer = MetricWriter(workdir, total, start, primary=self.primary)
+        self.throughput = Throughput(
+            jax.devices()[0].device_kind, jax.device_count(), run.task.unit
+        )
+        rows = local_rows(run.mesh, run.cfg.batch_size)  # tensor parallel processes have the same
+        self.processes = run.cfg.batch_size / (rows.stop - rows.start)
+        self.flops_per_unit = run.task.flops_per_unit(run.chosen)
+        self.pending: _Pending | None = None
+        self.last = time.perf_counter()
+        data = {"train": run.cfg.data.train, "eval": run.cfg.data.eval, **run.task.data_report()}
+        self._keep("manifest.json", runtime.manifest(run.mesh, data))
+        lines = [json.dumps(bad._asdict()) + "\n" for bad in run.task.bad_samples()]
+        if lines and self.primary:
+            (workdir / BAD).write_text("".join(lines))
+
+    def train(
+        self,
+        step: int,
+        sums: dict[str, Any],
+        batch: dict[str, np.ndarray],
+        waited: float,
+        shown: bool,
+    ) -> None:
+        """Take a step that was just dispatched, and write the one before it."""
+        units = round(self.run.task.units(batch) * self.processes)
+        self.flush(waited)
+        self.pending = _Pending(step, sums, units, shown)
+
+    def flush(self, waited: float = 0.0) -> None:
+        """Write the step whose numbers were not yet read; this waits for it to finish.
+
+        `waited` is the time spent since the last flush on the next step's batch.
+        """
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        sums = {name: float(value) for name, value in pending.sums.items()}
+        now = time.perf_counter()
+        flops = self.flops_per_unit * pending.units
+        rates = self.throughput.rates(pending.units, now - self.last, waited, flops)
+        self.last = now
+        # A loss may be finite whose gradients are not: they have spoilt the weights already.
+        if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(sums[name])]:
+            raise UserError(
+                f"{bad[0]} is {sums[bad[0]]} at step {pending.step}; nothing after the last"
+                " checkpoint is kept: lower optim.lr or lengthen optim.warmup, in another --workdir"
+            )
+        self.writer.write(pending.step, sums | rates, shown=pending.shown)
+
+    def evaluate(self, step: int, params: Params) -> Report:
+        """Measure the model before `step`'s update and write it."""
+        self.flush()
+        report = self.run.task.evaluate(params, self.run.mesh)
+        if report.metrics:
+            self.writer.write_eval(step, report.metrics)
+        self.pictures(step, report.pictures)
+        self.last = time.perf_counter()
+        return report
+
+    def keep_before(self, report: Report) -> None:
+        """Remember the evaluation before training, for a table that compares."""
+        self._keep(BEFORE, report._replace(pictures={})._asdict())
+
+    def _keep(self, name: str, record: dict[str, Any]) -> None:
+        if self.primary:
+            (self.workdir / name).write_text(json.dumps(record, indent=2) + "\n")
+
+    def look(self, step: int, params: Params) -> None:
+        """Show what the model makes before `step`'s update."""
+        self.flush()
+        seen = self.run.task.sample(params)
+        self.note(seen.text)
+        self.pictures(step, seen.pictures)
+        self.last = time.perf_counter()
+
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Keep pictures as samples/NAME-STEP.png and in TensorBoard."""
+        if pictures and self.primary:
+            (self.workdir / "samples").mkdir(exist_ok=True)
+        for name, picture in pictures.items() if self.primary else ():
+            file = self.workdir / "samples" / f"{name}-{step:06}.png"
+            Image.fromarray(picture).save(file)
+            self.writer.image(step, name, picture)
+            self.note(f"{name}: {file}")
+
+    def note(self, text: str) -> None:
+        if text:
+            self.writer.note(text)
+
+    def close(self, step: int, after: Report | None, params: Params, seconds: float) -> None:
+        """The last word: before and after, a few rows, where the export lies."""
+        file = self.workdir / BEFORE
+        before = Report(**json.loads(file.read_text())) if file.exists() else Report({})
+        self.note(_comparison(before, after or before))
+        if after is not None:
+            self.look(step, params)
+        if self.run.cfg.export.kind != "none":
+            self.note(f"export ({self.run.cfg.export.kind}): {self.workdir / 'export'}")
+        self.note(f"done in {seconds / 60:.1f} minutes")
+        self.writer.close()
+
+
+def _comparison(before: Report, after: Report) -> str:
+    """Metrics before and after, then the shown rows with both predictions."""
+    rows = [(name, before.metrics.get(name), value) for name, value in after.metrics.items()]
+    parts = [table(rows, ("metric", "before", "after"))] if rows else []
+    if after.rows:
+        headers = (*after.headers[:-1], f"{after.headers[-1]} before", "after")
+        earlier = before.rows or after.rows
+        both = [
+            (*(_clip(str(cell)) for cell in new[:-1]), old[-1], new[-1])
+            for old, new in zip(earlier, after.rows, strict=True)
+        ]
+        parts.append(table(both, headers))
+    return "\n\n".join(parts)
+
+
+def _clip(text: str, width: int = 60) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,149 @@
+"""The two kinds of autoencoder behind one face: continuous latents (KL) and codes (VQ)."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxft.core.errors import UserError
+from jaxft.core.params import Params
+from jaxft.models.autoencoders import vae, vqgan
+from jaxft.models.autoencoders.vae import VAE
+from jaxft.models.autoencoders.vae_config import VAEConfig
+from jaxft.models.autoencoders.vq_config import DIFFUSERS, JANUS, VQConfig
+from jaxft.models.autoencoders.vqgan import Quantized, VQModel
+from jaxft.weights.folders.transformers import SIDE_FILES, Source, export_config
+from jaxft.weights.rules import Rule
+from jaxft.weights.transfer import Part
+
+KL = "AutoencoderKL"
+CODEBOOK = "vae.quantize.embedding"
+UNLIKE = ("parity.json", ".index.json")  # they speak of the source's weights
+
+
+class Made(NamedTuple):
+    """A reconstruction on its way.
+
+    features: what the last layer sees. latent: the latents' own losses of each row, by name and
+    without weights. codes: of a VQ tokenizer.
+    """
+
+    features: Float[Array, "B Y X F"]
+    images: Float[Array, "B Y X C"]
+    latent: dict[str, Float[Array, "B"]]
+    codes: Int[Array, "B Y2 X2"] | None
+
+
+class Codec(NamedTuple):
+    """One kind of autoencoder: what a folder of it says, and how it takes images apart.
+
+    `reconstruct(model, images, keys, remat)`: `keys` draw what is drawn in training, one a row;
+    without them the latents are the likeliest. It computes in the dtype of the images; `remat` is
+    the model's.
+    """
+
+    kind: str
+    cfg: Any
+    module: Callable[..., VAE | VQModel]
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...]
+    reconstruct: Callable[[Any, Array, PRNGKeyArray | None, str], Made]
+
+    @property
+    def codes(self) -> int:
+        """The size of the codebook; 0 where there is none."""
+        return self.cfg.codes if isinstance(self.cfg, VQConfig) else 0
+
+    @property
+    def stem(self) -> str:
+        """What the library that reads the folder calls its weights."""
+        return "model" if self.kind == JANUS else "diffusion_pytorch_model"
+
+    def part(self, source: Source) -> Part:
+        """What fills the parameters under `vae.` and where an export writes them."""
+        return Part(
+            "vae.", source.name, source.tensors, self.rules, {}, self.ignore, stem=self.stem
+        )
+
+    def exported(self, params: Params) -> Params:
+        """The parameters as an export writes them: vqgan.unit_codebook says why."""
+        if not self.codes or CODEBOOK not in params:
+            return params
+        return {**params, CODEBOOK: vqgan.unit_codebook(self.cfg, params[CODEBOOK])}
+
+
+def open_codec(config: Mapping[str, Any], where: str) -> Codec:
+    """The codec of a config.json; UserError where it is of something else, or not of RGB."""
+    name = config.get("_class_name", KL)
+    if config.get("model_type") == JANUS or name == DIFFUSERS:
+        cfg = VQConfig.from_hf(config, where)
+        kind = cfg.kind
+        return Codec(kind, cfg, VQModel, vqgan.rules(cfg), vqgan.IGNORE, _through_codes)
+    if name != KL or "model_type" in config:
+        found = config.get("model_type", name)
+        raise UserError(
+            f"{where} is of {found!r}, no autoencoder that is known here: expected {KL},"
+            f" {DIFFUSERS} (diffusers) or model_type {JANUS} (transformers)"
+        )
+    cfg = VAEConfig.from_hf(config, where)
+    for key, channels in (("in_channels", cfg.in_channels), ("out_channels", cfg.out_channels)):
+        if channels != 3:
+            raise UserError(f"{where}: {key}={channels} is not supported; images have 3 channels")
+    return Codec(KL, cfg, VAE, vae.RULES, (), _through_latents)
+
+
+def side_files(
+    codec: Codec, source: Source, dtype: str | None, rewritten: bool
+) -> dict[str, Path | bytes]:
+    """What an export holds beside the weights that it writes: config.json, licence, card."""
+    assert source.folder is not None
+    found = {path.name: path for pattern in SIDE_FILES for path in source.folder.glob(pattern)}
+    kept = {name: path for name, path in sorted(found.items()) if not name.endswith(UNLIKE)}
+    if not rewritten:
+        return {**kept, **source.side_files}
+    if codec.kind == JANUS:
+        config = export_config(source.config, dtype)
+    else:  # diffusers keeps no dtype in a config.json
+        config = {"_class_name": codec.kind, **source.config}
+    return {**kept, "config.json": (json.dumps(config, indent=2) + "\n").encode()}
+
+
+def _through_latents(model: VAE, images: Array, keys: PRNGKeyArray | None, remat: str) -> Made:
+    moments = model.encode(images, remat)
+    latents = moments.mean if keys is None else vae.sample(moments, keys)
+    features = model.features(latents.astype(images.dtype), remat)
+    kl = 0.5 * jnp.sum(
+        jnp.square(moments.mean) + jnp.exp(moments.logvar) - 1.0 - moments.logvar,
+        axis=(1, 2, 3),
+    )
+    return Made(features, model.decoder.conv_out(features), {"kl": kl}, None)
+
+
+def _through_codes(model: VQModel, images: Array, keys: PRNGKeyArray | None, remat: str) -> Made:
+    del keys  # a code is the nearest one, in training too
+    found = model.encode(images, remat)
+    latents = vqgan.straight_through(found.z, found.quantized)
+    features = model.features(latents.astype(images.dtype), remat)
+    own = vqgan.losses(found.z, found.quantized)
+    stray = jnp.broadcast_to(_stray(model, found), own.codebook.shape)
+    latent = {"codebook": own.codebook, "commitment": own.commitment, "revive": stray}
+    return Made(features, model.decoder.conv_out(features), latent, found.codes)
+
+
+def _stray(model: VQModel, found: Quantized) -> Float[Array, ""]:
+    """How far the codes that no pixel of the batch chose lie from the latents nearest to them.
+
+    The mean square over the codebook, of which the code alone is moved: the anchors of Zheng &
+    Vedaldi 2023, arXiv:2307.15139, as a loss, which needs no memory of past batches.
+    """
+    table = model.quantize.embedding[...].astype(jnp.float32)
+    table = vqgan.normalised(table) if model.cfg.l2 else table
+    z = jax.lax.stop_gradient(found.z).reshape(-1, table.shape[1])
+    distances = jnp.sum(jnp.square(z), axis=-1) - 2 * jax.lax.stop_gradient(table) @ z.T
+    nearest = z[jnp.argmin(distances, axis=1)]
+    unused = jnp.ones(len(table)).at[found.codes.ravel()].set(0.0)
+    return jnp.mean(unused[:, None] * jnp.square(table - nearest))

@@ -1,0 +1,1 @@
+"""Pieces that several tasks share: tokenizers, picture sheets, image metrics."""

@@ -1,0 +1,56 @@
+"""kid-lite0: how far a set of pictures is from another, by the features of EfficientNet-Lite0."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from jaxft.core.config import PACKAGE
+from jaxft.core.params import Params, bind, describe
+from jaxft.core.sharding import one_device_mesh, shardings
+from jaxft.models.critics import efficientnet
+from jaxft.models.critics.efficientnet import EfficientNetLite0
+from jaxft.tasks.common.image_metrics import kid
+from jaxft.weights import transfer
+from jaxft.weights.files.tensor_files import TensorFiles
+from jaxft.weights.transfer import Part
+
+ROWS = 16  # images at a time
+
+
+class KidLite0:
+    """The distance, with the network on the first device; it belongs to no run's parameters."""
+
+    def __init__(self) -> None:
+        self.template = jax.eval_shape(lambda k: EfficientNetLite0(key=k), jax.random.key(0))
+        leaves = describe(self.template)
+        folder = PACKAGE / "demo" / "efficientnet-lite0"
+        rules, ignore = efficientnet.RULES, efficientnet.IGNORE
+        part = Part("", str(folder), TensorFiles.open(folder), rules, efficientnet.SIZES, ignore)
+        self.mesh = one_device_mesh()
+        places = shardings(leaves, self.mesh)
+        self.params = transfer.load(part, leaves, places, jnp.float32, set(leaves))
+
+    def __call__(
+        self, reference: UInt8[np.ndarray, "N Y X 3"], made: UInt8[np.ndarray, "M Y X 3"]
+    ) -> float:
+        """Unbiased squared MMD of two sets of pictures; 0 is alike, below 0 is chance."""
+        return kid(self.features(reference), self.features(made))
+
+    def features(self, pictures: UInt8[np.ndarray, "N Y X 3"]) -> np.ndarray:
+        """Pooled features, (N, 1280)."""
+        parts = []
+        for first in range(0, len(pictures), ROWS):
+            rows = pictures[first : first + ROWS]
+            padded = np.concatenate([rows, np.repeat(rows[-1:], ROWS - len(rows), axis=0)])
+            with jax.set_mesh(self.mesh):  # the run's own may have many devices
+                pooled = self._pooled(self.params, padded)
+            parts.append(np.asarray(pooled)[: len(rows)])
+        return np.concatenate(parts)
+
+    @partial(jax.jit, static_argnums=0)
+    def _pooled(self, params: Params, pictures: jax.Array) -> jax.Array:
+        images = pictures.astype(jnp.float32) / 127.5 - 1.0
+        return bind(self.template, params).pooled(images)

@@ -1,0 +1,45 @@
+"""Around the drawing of pictures: as many at a time as one compiled function takes, and sheets."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from jaxft.tasks.common.pictures import grid
+
+SHOWN = 8  # rows of a picture grid
+CELL = 96  # least pixels of a cell in it
+
+
+def portions(arrays: Any, count: int, size: int) -> Iterator[tuple[Int[np.ndarray, " size"], Any]]:
+    """(places, `size` rows of every array) until all `count` were there; the last are repeated."""
+    for first in range(0, count, size):
+
+        def rows(x: np.ndarray, first: int = first) -> np.ndarray:
+            return np.resize(x[first : first + size], (size, *x.shape[1:]))
+
+        yield np.arange(first, first + size), jax.tree.map(rows, arrays)
+
+
+class Compared:
+    """Sheets of the same pictures at every evaluation: `before` is the first one's."""
+
+    def __init__(self) -> None:
+        self._before: np.ndarray | None = None
+
+    def sheet(
+        self,
+        captions: list[str],
+        columns: Mapping[str, UInt8[np.ndarray, "B Y X 3"] | None],
+        made: UInt8[np.ndarray, "B Y X 3"],
+    ) -> UInt8[np.ndarray, "H W 3"]:
+        """SHOWN rows: caption, the columns that there are, before, now."""
+        if self._before is None:
+            self._before = made
+        every = {**columns, "before": self._before, "now": made}
+        kept = {name: pictures for name, pictures in every.items() if pictures is not None}
+        shown = np.linspace(0, len(made) - 1, min(SHOWN, len(made))).astype(int)
+        rows = [[pictures[i] for pictures in kept.values()] for i in shown]
+        return grid(rows, [captions[i] for i in shown], list(kept), CELL)

@@ -1,0 +1,117 @@
+"""Captions as token ids for each text encoder, with the tokens that a run adds."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxft.core.errors import UserError
+from jaxft.data.text.vocabulary import check_ids
+from jaxft.models.text_encoders.clip import CLIPTextConfig
+
+AT_ONCE = 1024  # captions that are counted together
+
+
+class Captions:
+    """Ids of a caption for every text encoder, padded and cut as its own tokenizer does.
+
+    `new` are the tokens of one further word: its first stands in captions and prompts, and all of
+    them are read for it. Their ids follow an encoder's vocabulary. Raises UserError where a
+    tokenizer has one of them already, and for a caption with a token that an encoder has no row of.
+    """
+
+    def __init__(
+        self, tokenizers: Sequence[Any], texts: Sequence[CLIPTextConfig], new: Sequence[str] = ()
+    ):
+        self.new = tuple(new)
+        self._first = [_add(tokenizer, self.new) for tokenizer in tokenizers]
+        self._encoders = tuple(zip(tokenizers, texts, strict=True))
+        # A tokenizer keeps how it cuts and pads, which threads that read captions must not change.
+        self._uncut = deepcopy(tuple(tokenizers))
+        self("")
+
+    def __call__(self, caption: str) -> Int[np.ndarray, "E T"]:
+        rows = []
+        for (tokenizer, text), first in zip(self._encoders, self._first, strict=True):
+            ids = _padded(tokenizer, caption, text.max_positions)
+            if len(self.new) > 1 and first in ids:
+                ids = _padded(tokenizer, self._whole(caption), text.max_positions)
+            self._check(ids, tokenizer, text, first, caption)
+            rows.append(np.where(ids < first, ids, ids - first + text.vocab_size))
+        return np.asarray(rows, np.int32)
+
+    @property
+    def length(self) -> int:
+        """The most tokens of a caption, with those of its start and end."""
+        return min(text.max_positions for _, text in self._encoders)
+
+    def too_long(self, captions: Sequence[str]) -> int:
+        """The number of captions that are cut for some encoder; all of their tokens are checked."""
+        starts = range(0, len(captions), AT_ONCE)
+        return sum(self._cut(captions[start : start + AT_ONCE]) for start in starts)
+
+    def names_new(self, caption: str) -> bool:
+        """Whether every encoder reads the new word in a caption."""
+        sizes = np.array([text.vocab_size for _, text in self._encoders])
+        return bool((self(caption).max(axis=1) >= sizes).all())
+
+    def ids_of(self, word: str) -> list[int]:
+        """The id of a word for each encoder; UserError where it is not one token with a row."""
+        ids = [_one_id(tokenizer, word) for tokenizer in self._uncut]
+        for tokenizer, (_, text), number in zip(self._uncut, self._encoders, ids, strict=True):
+            check_ids([number], text.vocab_size, tokenizer, f"inversion.init={word!r}")
+        return ids
+
+    def _cut(self, captions: Sequence[str]) -> int:
+        cut = np.zeros(len(captions), bool)
+        whole = [self._whole(caption) for caption in captions]
+        for tokenizer, (_, text), first in zip(
+            self._uncut, self._encoders, self._first, strict=True
+        ):
+            ids = tokenizer(whole, verbose=False).input_ids
+            for caption, row in zip(captions, ids, strict=True):
+                self._check(row[: text.max_positions], tokenizer, text, first, caption)
+            cut |= np.array([len(row) for row in ids]) > text.max_positions
+        return int(cut.sum())
+
+    def _check(
+        self, ids: Any, tokenizer: Any, text: CLIPTextConfig, first: int, caption: str
+    ) -> None:
+        """UserError for a token that is of neither the encoder's table nor the new word."""
+        old = np.asarray(ids)[np.asarray(ids) < first]
+        check_ids(old, text.vocab_size, tokenizer, f"caption {caption[:60]!r}")
+
+    def _whole(self, caption: str) -> str:
+        """The caption with all tokens of the new word, as diffusers' maybe_convert_prompt."""
+        return caption.replace(self.new[0], " ".join(self.new)) if self.new else caption
+
+
+def _padded(tokenizer: Any, caption: str, length: int) -> Int[np.ndarray, " T"]:
+    made = tokenizer(caption, padding="max_length", truncation=True, max_length=length)
+    return np.asarray(made.input_ids, np.int32)
+
+
+def _add(tokenizer: Any, new: Sequence[str]) -> int:
+    """Give a tokenizer new tokens; the id of the first, or one above all."""
+    if there := sorted(set(new) & tokenizer.get_vocab().keys()):
+        raise UserError(
+            f"inversion.token: {tokenizer.name_or_path} has {there[0]!r} in its vocabulary; choose"
+            " a word that it has not, such as '<my-toy>'"
+        )
+    if not new:
+        return np.iinfo(np.int32).max
+    tokenizer.add_tokens(list(new))
+    return tokenizer.convert_tokens_to_ids(new[0])
+
+
+def _one_id(tokenizer: Any, word: str) -> int:
+    ids = tokenizer.encode(word, add_special_tokens=False)
+    if len(ids) != 1 or ids[0] in tokenizer.all_special_ids:
+        shown = " ".join(tokenizer.convert_ids_to_tokens(ids)) or "nothing"
+        raise UserError(
+            f"inversion.init={word!r} is not one token but {shown!r} to {tokenizer.name_or_path};"
+            " choose one common word that is near, such as 'toy'"
+        )
+    return ids[0]

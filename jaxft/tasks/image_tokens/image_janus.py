@@ -1,0 +1,262 @@
+"""Family J: a Janus folder as the image-token task sees it, and as it gives it back."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from jaxft.core.errors import UserError
+from jaxft.models.autoencoders.vq_config import JANUS as VQ_KIND
+from jaxft.models.autoencoders.vq_config import VQConfig
+from jaxft.models.decoders import llama
+from jaxft.models.decoders.llama_config import LlamaConfig
+from jaxft.models.decoders.llama_files import HEAD, with_prefix
+from jaxft.models.pipelines import janus
+from jaxft.models.pipelines.janus import KIND, Janus, JanusConfig
+from jaxft.tasks.common.tokenizers import load_tokenizer
+from jaxft.tasks.image_tokens.image_codes import ImageTokenizer, unit_rows
+from jaxft.tasks.image_tokens.image_layout import CAPTION, check_tokenizer, row_length
+from jaxft.tasks.options import ImageTokenOptions
+from jaxft.weights.files.tensor_files import Tensors
+from jaxft.weights.folders import janus_original as janus_layout
+from jaxft.weights.folders.diffusers import Renamed, open_component
+from jaxft.weights.folders.transformers import Source, export_config
+from jaxft.weights.patch import Overlaid
+from jaxft.weights.transfer import Part
+
+# Templates of the releases: of Janus-Pro, whose tokenizer has the roles, and of Janus 1.3B.
+PRO, OLD = f"<|User|>: {CAPTION}\n\n<|Assistant|>:", f"User: {CAPTION}\n\nAssistant:"
+BOI, PAD = "<begin_of_image>", "<｜▁pad▁｜>"
+LONGEST = 128  # tokens of a prompt, where nothing says another number
+GUIDANCE = 5  # the authors' own
+CODEBOOK = f"{janus.VQ}quantize.embedding.weight"
+TABLE = "model.language_model.embed_tokens.weight"
+COLOURS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+WHOLE = ("generation_embeddings", "generation_aligner", "generation_head")
+
+
+@dataclass(frozen=True)
+class JanusLayout:
+    """`prompt BOI code_0 …`, codes counted from 0 in a table of their own.
+
+    Without a caption everything between BOS and BOI is pad, and attended to: so the authors draw,
+    and `generate` of transformers.
+    """
+
+    bos: int
+    boi: int
+    pad: int
+    codes: int
+    grid: tuple[int, int]
+    prompt: str
+    max_caption_tokens: int
+    text_vocab: int
+    image_offset: int = 0
+
+    @property
+    def count(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def specials(self) -> dict[str, int]:
+        return {"boi": self.boi, "pad": self.pad}
+
+    def without_caption(self, captions: Any, lengths: Any) -> tuple[Any, Any]:
+        stays = (captions == self.bos) | (captions == self.boi)
+        return captions.__array_namespace__().where(stays, captions, self.pad), lengths
+
+
+class JanusFolder(NamedTuple):
+    """An `ImageModel`. `source` has its tokenizer's rows of unit length, as an export does."""
+
+    source: Source
+    whole: JanusConfig
+    layout: JanusLayout
+    vq: ImageTokenizer
+    tokenizer: Any
+
+    @property
+    def cfg(self) -> LlamaConfig:
+        return self.whole.text
+
+    @property
+    def part(self) -> Part:
+        rules, sizes = janus.RULES, llama.sizes(self.whole.text)
+        tensors, name = self.source.tensors, self.source.name
+        return Part("", name, tensors, rules, sizes, janus.CARRIED, whole=WHOLE)
+
+    @property
+    def about(self) -> str:
+        return "in a table of their own; no caption is pad in its place"
+
+    def build(self, key: jax.Array) -> nnx.Module:
+        return Janus(self.whole, key=key)
+
+    def speaker(self, model: Any) -> Janus:
+        return model
+
+    def flops_per_token(self, length: int) -> float:
+        return janus.flops_per_token(self.whole, length)
+
+    def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
+        """The folder's own, with what stock transformers needs to draw as we do."""
+        files = dict(self.source.side_files)
+        files["config.json"] = _dump(self._config(dtype))
+        files["generation_config.json"] = _dump(self._generation())
+        names = ("processor_config.json", "preprocessor_config.json")
+        for name in [name for name in names if name in files] or names[1:]:
+            files[name] = _dump(_own_colours(_json(files.get(name, b"{}"), name)))
+        return files
+
+    def original_files(self, dtype: str | None) -> dict[str, Path | bytes]:
+        """Beside the weights as the authors name them."""
+        conversation = "deepseek_old" if self.layout.prompt == OLD else "deepseek"
+        files, config = self.side_files(dtype), self._config(dtype)
+        return janus_layout.original_files(files, config, conversation)
+
+    def _config(self, dtype: str | None) -> dict[str, Any]:
+        """Untied: transformers ties where the key is absent, and would lose the head of text."""
+        config = export_config(self.source.config, dtype)
+        config["text_config"] = export_config(config.get("text_config") or {}, dtype)
+        return {**config, "tie_word_embeddings": False}
+
+    def _generation(self) -> dict[str, Any]:
+        """BOI where `generate` looks for it; at the top level it is not read."""
+        found = dict(self.source.generation_config)
+        kept = {**(found.get("generation_kwargs") or {}), "boi_token_id": self.layout.boi}
+        for key in ("boi_token_id", "_from_model_config"):  # such a file would be made anew
+            found.pop(key, None)
+        ids = {"bos_token_id": self.layout.bos, "pad_token_id": self.layout.pad}
+        start = {"guidance_scale": GUIDANCE, "eos_token_id": self.tokenizer.eos_token_id}
+        return {**start, **found, **ids, "generation_kwargs": kept}
+
+
+def _own_colours(processor: dict[str, Any]) -> dict[str, Any]:
+    """Pixels within [-1, 1], as all releases were trained; transformers assumes CLIP's colours."""
+    inner = processor.get("image_processor")
+    if isinstance(inner, dict):
+        return {**processor, "image_processor": {**inner, **COLOURS}}
+    return {"image_processor_type": "JanusImageProcessor", **processor, **COLOURS}
+
+
+# ---- opening ----------------------------------------------------------------------------------
+
+
+def is_janus(source: Source) -> bool:
+    """In transformers' layout or the original one."""
+    names = source.config.get("architectures") or ()
+    return source.config.get("model_type") in (KIND, janus_layout.KIND) or (
+        janus.ARCHITECTURE in names
+    )
+
+
+def open_janus(spec: str, source: Source, options: ImageTokenOptions) -> JanusFolder:
+    """The folder of a Janus; UserError where its pieces and the options do not fit."""
+    if source.config.get("model_type") == janus_layout.KIND:
+        source = janus_layout.as_transformers(source)
+    cfg = JanusConfig.from_hf(source.config, f"{spec}/config.json")
+    _check(spec, source, cfg, options)
+    assert source.tensors is not None
+    tensors = _patched(with_prefix(source.tensors, janus.known, spec), source.config, cfg.vq, spec)
+    inside = {k.removeprefix(janus.VQ): k for k in tensors.keys() if k.startswith(janus.VQ)}  # noqa: SIM118
+    config = cfg.vq.to_hf()
+    files = {"config.json": _dump(config)}
+    own = Source(spec, config, Renamed(tensors, inside), files, source.folder)
+    vq = ImageTokenizer(spec, own)
+    if options.tokenizer:
+        vq, tensors = _another_decoder(options.tokenizer, vq, tensors)
+    tokenizer = load_tokenizer(source.tokenizer_dir())
+    layout = _layout(spec, cfg, options, tokenizer)
+    check_tokenizer(layout, tokenizer, spec)
+    if row_length(layout) + 1 > cfg.text.max_positions:
+        raise UserError(
+            f"{spec}: max_caption_tokens={layout.max_caption_tokens} and {layout.count} codes"
+            f" exceed max_position_embeddings={cfg.text.max_positions} of config.json; lower it"
+        )
+    source = dataclasses.replace(source, tensors=tensors)
+    return JanusFolder(source, cfg, layout, vq, tokenizer)
+
+
+def _patched(tensors: Tensors, config: dict[str, Any], vq: VQConfig, spec: str) -> Tensors:
+    """The codebook as transformers' search needs it, and a head of text where it was tied."""
+    found = unit_rows(tensors, vq, CODEBOOK)
+    if HEAD in set(tensors.keys()):
+        return found
+    if config.get("tie_word_embeddings") is False:
+        raise UserError(
+            f"{spec}: missing tensor {HEAD}: these are the weights of a JanusModel, which has no"
+            " head of text; give the folder of the JanusForConditionalGeneration"
+        )
+    return Overlaid(found, Renamed(tensors, {HEAD: TABLE}))
+
+
+def _another_decoder(
+    spec: str, own: ImageTokenizer, tensors: Tensors
+) -> tuple[ImageTokenizer, Tensors]:
+    """A tokenizer whose decoder was tuned, laid over the folder's own."""
+    source = open_component(spec, "vq")
+    if source.config.get("model_type") != VQ_KIND or source.tensors is None:
+        raise UserError(f"tokenizer={spec!r} is no {VQ_KIND} folder, so a Janus cannot hold it")
+    found = unit_rows(source.tensors, own.cfg, CODEBOOK.removeprefix(janus.VQ))
+    other = ImageTokenizer(spec, dataclasses.replace(source, tensors=found))
+    if (other.cfg.codes, other.fingerprint) != (own.cfg.codes, own.fingerprint):
+        raise UserError(
+            f"tokenizer={spec!r} has another encoder or codebook than {own.spec}: its codes mean"
+            " something else; give one of which only the decoder was trained"
+        )
+    inside = {f"{janus.VQ}{key}": key for key in found.keys()}  # noqa: SIM118
+    return other, Overlaid(tensors, Renamed(found, inside))
+
+
+def _layout(spec: str, cfg: JanusConfig, options: ImageTokenOptions, tokenizer: Any) -> JanusLayout:
+    vocabulary = tokenizer.get_vocab()
+    boi, pad = vocabulary.get(BOI), vocabulary.get(PAD, tokenizer.pad_token_id)
+    bos = tokenizer.bos_token_id
+    for name, value in (("bos_token", bos), ("pad_token", pad), (BOI, boi)):
+        if value is None or value >= cfg.text.vocab_size:
+            raise UserError(
+                f"{spec}: the tokenizer's {name} is {value}, no id of the model's"
+                f" {cfg.text.vocab_size}; copy tokenizer.json and tokenizer_config.json of the"
+                " original Janus there"
+            )
+    prompt = options.prompt or (PRO if "<|User|>" in vocabulary else OLD)
+    longest = options.max_caption_tokens or LONGEST
+    grid, rows = (cfg.grid, cfg.grid), cfg.text.vocab_size
+    return JanusLayout(bos, boi, pad, cfg.vq.codes, grid, prompt, longest, rows)
+
+
+def _check(spec: str, source: Source, cfg: JanusConfig, options: ImageTokenOptions) -> None:
+    size = cfg.grid * cfg.vq.factor
+    if source.tensors is None:
+        raise UserError(
+            f"init='random' cannot make {spec}: what sees images is only carried through; use"
+            " init='pretrained'"
+        )
+    if options.graft:
+        raise UserError(f"graft={options.graft!r}, but {spec} is a Janus and draws already")
+    if options.resolution not in (0, size):
+        raise UserError(
+            f"resolution={options.resolution}, but {spec} is a Janus (family J), which draws"
+            f" {size} alone; set resolution={size}, or for another size graft a VQ tokenizer onto"
+            " a text model (family N: model=TEXT_MODEL graft=VQ_FOLDER)"
+        )
+    if options.loss.text_weight:
+        raise UserError(
+            f"loss.text_weight={options.loss.text_weight}: a Janus foretells no prompt with its"
+            " head of codes; set it to 0"
+        )
+
+
+def _json(content: Path | bytes, name: str) -> dict[str, Any]:
+    try:
+        return json.loads(content if isinstance(content, bytes) else content.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{name}: not readable as JSON ({error})") from None
+
+
+def _dump(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,290 @@
+"""The side-car of an image-token model: which ids are text, what marks an image, where codes begin.
+
+imagetoken.json lies beside the config.json of a language model whose vocabulary is
+text | BOI, EOI, NULL, PAD | codes. A row is `prompt BOI code_0 … code_n-1`; without a caption it is
+`NULL BOI code_0 …`, in training as in sampling. EOI is for texts that go on after an image: the
+grid has a fixed size, so nothing here trains or samples it.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxft.core.errors import UserError
+from jaxft.data.text.vocabulary import check_ids
+
+FILE = "imagetoken.json"
+SPECIALS = ("boi", "eoi", "null", "pad")
+CAPTION = "{caption}"
+LONGEST = 64  # tokens of a prompt, where nothing says another number
+
+
+class Layout(Protocol):
+    """What a row of either family is made of; in it code c is the token image_offset + c.
+
+    text_vocab: the ids that a prompt may hold are below it. grid: rows and columns of codes,
+    row-major. prompt: the template of a caption. max_caption_tokens: of the prompt, BOI not
+    counted. specials: the ids that mean no text.
+    """
+
+    @property
+    def text_vocab(self) -> int: ...
+    @property
+    def boi(self) -> int: ...
+    @property
+    def pad(self) -> int: ...
+    @property
+    def image_offset(self) -> int: ...
+    @property
+    def codes(self) -> int: ...
+    @property
+    def grid(self) -> tuple[int, int]: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def max_caption_tokens(self) -> int: ...
+    @property
+    def specials(self) -> dict[str, int]: ...
+
+    def without_caption(self, captions: Any, lengths: Any) -> tuple[Any, Any]:
+        """What stands for prompts [B, C] of so many ids [B] where there is no caption.
+
+        Of jax's arrays or of numpy's, in kind: one prompt that is to be drawn is no device's work.
+        """
+        ...
+
+
+def row_length(layout: Layout) -> int:
+    """The most tokens that the model sees of a row: the last code is only a target."""
+    return layout.max_caption_tokens + layout.count
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """What imagetoken.json says; ids below `text_vocab` are text, `image_offset` + code an image's.
+
+    grid: rows and columns of codes, row-major. prompt: the template of a caption. vq: a fingerprint
+    of what finds the codes. max_caption_tokens: of the prompt, BOI not counted.
+    """
+
+    text_vocab: int
+    boi: int
+    eoi: int
+    null: int
+    pad: int
+    image_offset: int
+    codes: int
+    grid: tuple[int, int]
+    prompt: str
+    max_caption_tokens: int
+    vq: str
+
+    @property
+    def count(self) -> int:
+        """Codes of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.image_offset + self.codes
+
+    @property
+    def specials(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in SPECIALS}
+
+    def without_caption(self, captions: Any, lengths: Any) -> tuple[Any, Any]:
+        """NULL alone."""
+        xp = captions.__array_namespace__()
+        null = xp.full_like(captions[0], self.pad)
+        null = xp.where(xp.arange(len(null)) == 0, self.null, null)
+        return xp.broadcast_to(null, captions.shape), xp.ones_like(lengths)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def extended(text_vocab: int, codes: int, grid: tuple[int, int], vq: str) -> ImageLayout:
+    """The layout of a text model that gets four special rows and a row for each code."""
+    boi = text_vocab
+    return ImageLayout(
+        text_vocab, boi, boi + 1, boi + 2, boi + 3, boi + 4, codes, grid, CAPTION, LONGEST, vq
+    )
+
+
+def read_layout(content: bytes, where: str) -> ImageLayout:
+    """The layout of an imagetoken.json; UserError names the key that is wrong."""
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{where}: not readable as JSON ({error})") from None
+    names: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(ImageLayout)}
+    if not isinstance(found, dict) or (missing := sorted(names.keys() - found.keys())):
+        lacking = f"lacks {', '.join(missing)}" if isinstance(found, dict) else "is no JSON object"
+        raise UserError(f"{where} {lacking}; expected the keys {', '.join(names)}")
+    values = {name: _typed(found[name], kind, f"{where}: {name}") for name, kind in names.items()}
+    layout = ImageLayout(**values)
+    _check_ids(layout, where)
+    return layout
+
+
+def check_tokenizer(layout: Layout, tokenizer: Any, where: str) -> None:
+    """Refuse a template that this tokenizer would tear apart, and special ids that text has."""
+    if layout.prompt.count(CAPTION) != 1:
+        raise UserError(f"{where}: prompt={layout.prompt!r} must contain {CAPTION} once")
+    vocabulary = tokenizer.get_vocab()
+    for special in re.findall(r"<[^<>{}\s]+>", layout.prompt):
+        if special not in vocabulary:
+            raise UserError(
+                f"{where}: prompt={layout.prompt!r} has {special}, which is no token of the"
+                " tokenizer; add it there, or leave it out"
+            )
+    for name, value in layout.specials.items():
+        if value == tokenizer.unk_token_id:
+            raise UserError(
+                f"{where}: {name}={value} is the tokenizer's id of unknown tokens;"
+                " give it an id of its own"
+            )
+    shortest = len(_ids(layout, tokenizer, ""))
+    if shortest >= layout.max_caption_tokens:
+        raise UserError(
+            f"{where}: max_caption_tokens={layout.max_caption_tokens} leaves no room for a caption:"
+            f" the prompt alone has {shortest} tokens"
+        )
+
+
+def _check_ids(layout: ImageLayout, where: str) -> None:
+    ids = layout.specials
+    for name, value in ids.items():
+        if not layout.text_vocab <= value < layout.image_offset:
+            raise UserError(
+                f"{where}: {name}={value} must lie between text and codes: at least"
+                f" text_vocab={layout.text_vocab} and below image_offset={layout.image_offset}"
+            )
+    if len(set(ids.values())) < len(ids):
+        raise UserError(f"{where}: {', '.join(SPECIALS)} must be four ids, found {ids}")
+    for name in ("codes", "count", "max_caption_tokens"):
+        if getattr(layout, name) < 1:
+            raise UserError(f"{where}: {name}={getattr(layout, name)} must be at least 1")
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    if kind is int and type(value) is int and value >= 0:
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    if kind not in (int, str) and isinstance(value, list) and len(value) == 2:
+        return tuple(_typed(side, int, where) for side in value)
+    wanted = {int: "a whole number of at least 0", str: "a text"}.get(kind, "[rows, columns]")
+    raise UserError(f"{where}={value!r} must be {wanted}")
+
+
+# ---- prompts --------------------------------------------------------------------------------
+
+
+class Prompt(NamedTuple):
+    """A caption's ids without BOI, at most max_caption_tokens, and whether the caption was cut."""
+
+    ids: list[int]
+    cut: bool
+
+
+def encode_prompt(layout: Layout, tokenizer: Any, caption: str) -> Prompt:
+    """What the tokenizer itself makes of the filled template.
+
+    Of a caption that is too long the longest beginning that fits stays: what the template puts
+    behind it is never lost. Raises UserError for a token that is no text of the model: in one
+    vocabulary with the codes its id would be a code's.
+    """
+    ids, cut = _ids(layout, tokenizer, caption), False
+    if len(ids) > layout.max_caption_tokens:
+        low, high = 0, len(caption)  # `low` letters fit, `high` do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = len(_ids(layout, tokenizer, caption[:middle])) <= layout.max_caption_tokens
+            low, high = (middle, high) if fits else (low, middle)
+        ids, cut = _ids(layout, tokenizer, caption[:low]), True
+    check_ids(ids, layout.text_vocab, tokenizer, f"caption {caption[:60]!r}")
+    return Prompt(ids, cut)
+
+
+def _ids(layout: Layout, tokenizer: Any, caption: str) -> list[int]:
+    return list(tokenizer(layout.prompt.replace(CAPTION, caption))["input_ids"])
+
+
+def left_padded(
+    layout: Layout, prompts: list[list[int]]
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    """Prompts with BOI as the sampler takes them: (tokens, mask), max_caption_tokens + 1 wide."""
+    tokens = np.full((len(prompts), layout.max_caption_tokens + 1), layout.pad, np.int32)
+    mask = np.zeros_like(tokens)
+    for row, ids in enumerate(prompts):
+        tokens[row, -len(ids) - 1 :] = [*ids, layout.boi]
+        mask[row, -len(ids) - 1 :] = 1
+    return tokens, mask
+
+
+def null_prompt(layout: Layout, ids: list[int]) -> list[int]:
+    """What stands for this prompt where there is no caption, by the rule of training."""
+    prompts, counts = np.array([ids or [layout.pad]], np.int32), np.array([len(ids)], np.int32)
+    captions, lengths = layout.without_caption(prompts, counts)
+    return captions[0, : int(lengths[0])].tolist()
+
+
+# ---- training rows --------------------------------------------------------------------------
+
+
+class TrainRows(NamedTuple):
+    """Rows of a batch, padded on the right: a causal model's real tokens never see the padding.
+
+    places: where image_targets are predicted from. text_targets, text_weights: of the first
+    C places; the weights of a row add up to 1, or to 0 without a prompt.
+    images: which of the tokens are codes.
+    """
+
+    tokens: Int[Array, "B T"]
+    images: Bool[Array, "B T"]
+    places: Int[Array, "B S"]
+    image_targets: Int[Array, "B S"]
+    text_targets: Int[Array, "B C"]
+    text_weights: Float[Array, "B C"]
+
+
+def train_rows(
+    layout: Layout,
+    captions: Int[Array, "B C"],
+    lengths: Int[Array, " B"],
+    codes: Int[Array, "B S"],
+    dropped: Bool[Array, " B"],
+) -> TrainRows:
+    """`prompt BOI codes` of each row, the null for its prompt if `dropped`; for use inside jit.
+
+    captions: prompts padded on the right, `lengths` real ids each.
+    """
+    width, count = captions.shape[1], layout.count
+    captions, lengths = jnp.asarray(captions, jnp.int32), jnp.asarray(lengths, jnp.int32)
+    null, shorter = layout.without_caption(captions, lengths)
+    captions = jnp.where(dropped[:, None], null, captions)
+    lengths = jnp.where(dropped, shorter, lengths)[:, None]
+    ids = codes.astype(jnp.int32) + layout.image_offset
+    after = jnp.arange(width + count)[None] - lengths  # 0 at BOI, k at code k - 1
+    image = jnp.take_along_axis(ids, jnp.clip(after - 1, 0, count - 1), axis=1)
+    image = jnp.where(after == 0, layout.boi, jnp.where(after < count, image, layout.pad))
+    text = jnp.pad(captions, ((0, 0), (0, count)))
+    tokens = jnp.where(after < 0, text, image)
+    spoken = (jnp.arange(width)[None] < lengths) & ~dropped[:, None]
+    return TrainRows(
+        tokens,
+        (after > 0) & (after < count),
+        lengths + jnp.arange(count),
+        ids,
+        tokens[:, 1 : width + 1],
+        spoken / jnp.maximum(lengths, 1.0),  # a prompt of no tokens has no weight, and no 0 / 0
+    )

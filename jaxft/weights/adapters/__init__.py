@@ -1,0 +1,1 @@
+"""Adapters: LoRA files of PEFT, diffusers and kohya, read and written."""

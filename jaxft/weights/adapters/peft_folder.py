@@ -1,0 +1,276 @@
+"""PEFT folders as PEFT, Unsloth and axolotl save them, opened on the model that they lie on."""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.core.config import Lora
+from jaxft.core.errors import UserError
+from jaxft.weights.files.tensor_files import TensorFiles, Tensors
+from jaxft.weights.folders.diffusers import Renamed
+from jaxft.weights.folders.transformers import TOKENIZER_FILES, Source, open_source
+from jaxft.weights.patch import Overlaid
+from jaxft.weights.rules import Entry
+
+CONFIG = "adapter_config.json"
+BASE = "base_model_name_or_path"
+PREFIX = "base_model.model."
+STEM = "adapter_model"
+UNSUPPORTED = (  # fields of PEFT's LoraConfig that make more of it than W + scale * A B
+    "use_dora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+MERGE = (
+    "merge it into its base once with PEFT (PeftModel.from_pretrained(…).merge_and_unload(), then"
+    " save_pretrained), and give that folder"
+)
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base too
+FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")  # an adapter's name may be inside
+WRAPPERS = re.compile(r"(?:^module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TOKENIZER = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "sentencepiece*", "chat_template*", "*.tiktoken"),
+)
+
+
+class PeftAdapter(NamedTuple):
+    """A PEFT folder as read: its LoRA settings, its base model, its tensors.
+
+    Names of tensors are without PEFT's prefix. `fit` makes them those of the base's modules, keeps
+    the factors alone, and sets `lora.targets` by them.
+    """
+
+    name: str
+    base: str
+    lora: Lora
+    tensors: Tensors
+
+
+class Opened(NamedTuple):
+    """A model, and the adapter on it if `spec` was a PEFT folder.
+
+    `kept` names the tensors of the source that are the adapter's own: resized or saved embeddings.
+    """
+
+    source: Source
+    adapter: PeftAdapter | None = None
+    kept: tuple[str, ...] = ()
+
+
+def open_adapted(
+    spec: str,
+    base: str = "",
+    weights: bool = True,
+    opener: Callable[[str, bool], Source] = open_source,
+) -> Opened:
+    """Open a model by `opener`, or a PEFT folder on its base.
+
+    `base` is the model that the adapter lies on, in place of the one that its config names. The
+    folder's own tokenizer, chat template and whole tensors replace the base's. Raises UserError for
+    what plain LoRA does not cover, and for what `opener` refuses.
+    """
+    folder = Path(spec).expanduser()
+    if not (folder / CONFIG).is_file():
+        if base:
+            raise UserError(f"lora.base={base!r} is for adapters, but {spec} has no {CONFIG}")
+        return Opened(opener(spec, weights))
+    adapter = read(folder, base)
+    source, kept = _laid_over(adapter, _open_base(adapter, weights, opener))
+    return Opened(_with_tokenizer(source, folder), adapter, kept)
+
+
+def read(folder: Path, base: str = "") -> PeftAdapter:
+    """Read a PEFT folder. Raises UserError for what plain LoRA does not cover (DoRA, patterns)."""
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not a readable PEFT adapter config: {error}") from None
+    plain = (None, False, {}, [], "none")
+    unsupported = [key for key in UNSUPPORTED if config.get(key) not in plain]
+    if config.get("init_lora_weights") not in PLAIN_STARTS:
+        unsupported.append(f"init_lora_weights={config['init_lora_weights']}")
+    if config.get("peft_type") != "LORA" or unsupported:
+        what = ", ".join(unsupported) or f"peft_type={config.get('peft_type')}"
+        raise UserError(f"{file}: {what} is not supported; plain LoRA adapters are: {MERGE}")
+    if gone := [key for key in ("r", "lora_alpha") if not config.get(key)]:
+        raise UserError(f"{file} does not say {', '.join(gone)}; add them to the file")
+    base = base or config.get(BASE) or ""
+    if not base:
+        raise UserError(f"{file} does not say {BASE}; give the base model by lora.base=MODEL")
+    beside = folder / base
+    if not Path(base).expanduser().exists() and beside.exists():
+        base = str(beside.resolve())
+    lora = Lora(
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
+        rslora=bool(config.get("use_rslora", False)),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        base=base,
+    )
+    return PeftAdapter(str(folder), base, lora, _tensors(folder))
+
+
+def _tensors(folder: Path) -> Tensors:
+    """The adapter's tensors without PEFT's prefix and what wrappers of training left in names."""
+    file, pickle = folder / f"{STEM}.safetensors", folder / f"{STEM}.bin"
+    if not file.exists() and pickle.exists():
+        raise UserError(
+            f"{pickle}: pickle files can run code and are refused; convert it once where PyTorch is"
+            ' installed: python -c "import torch, safetensors.torch as st; st.save_file({k:'
+            f" v.clone().contiguous() for k, v in torch.load('{pickle}', map_location='cpu',"
+            f" weights_only=True).items()}}, '{file}')\""
+        )
+    if not file.exists():
+        raise UserError(f"{folder} has {CONFIG} but no {file.name}; copy the file there")
+    tensors, names = TensorFiles.open(file), {}
+    for key in list(tensors.keys()):
+        if ".lora_embedding_" in key:
+            raise UserError(f"{folder}: {key} adapts an embedding, which is not supported; {MERGE}")
+        name = WRAPPERS.sub("", key).replace(".base_layer.", ".")
+        while name.startswith(PREFIX):
+            name = name.removeprefix(PREFIX)
+        if factor := FACTOR.fullmatch(name):
+            name = f"{factor[1]}.lora_{factor[2]}.weight"
+        if name in names:
+            raise UserError(f"{file}: {names[name]} and {key} are the same tensor {name}")
+        names[name] = key
+    return Renamed(tensors, names)
+
+
+def fit(adapter: PeftAdapter, entries: Iterable[Entry]) -> PeftAdapter:
+    """The adapter with its factors named by the base's modules, and their paths as targets.
+
+    What the adapter holds says its targets: target_modules may be a list, a pattern, "all-linear",
+    and layers_to_transform leaves some layers out.
+    """
+    paths = {
+        key.removesuffix(".weight"): entry.path.removesuffix(".kernel")
+        for entry in entries
+        for key in (entry.keys if entry.path.endswith(".kernel") else ())
+    }
+    names, odd, adapted = {}, [], set()
+    for key in adapter.tensors.keys():  # noqa: SIM118
+        factor = FACTOR.fullmatch(key)
+        module = _aligned(factor[1], paths) if factor else None
+        if factor and module:
+            names[f"{module}.lora_{factor[2]}.weight"] = key
+            adapted.add(re.escape(paths[module]))
+        elif factor:
+            odd.append(key)
+    if odd or not adapted:
+        what = f"projections that {adapter.base} lacks: {', '.join(odd[:8])}" if odd else "no LoRA"
+        tied = f" (a tied head has none of its own; {MERGE})" if "lm_head" in what else ""
+        raise UserError(f"{adapter.name} holds {what}{tied}; give its own base by lora.base=MODEL")
+    lora = replace(adapter.lora, targets="|".join(sorted(adapted)))
+    return adapter._replace(lora=lora, tensors=Renamed(adapter.tensors, names))
+
+
+def _aligned(name: str, known: Iterable[str]) -> str | None:
+    """The known name that differs at most by "model." in front: an adapter of the bare decoder."""
+    spelled = (name, f"model.{name}", name.removeprefix("model."))
+    return next((one for one in spelled if one in set(known)), None)
+
+
+def base_name(spec: str) -> str:
+    """A base as an adapter's config names it: a path whole, so that it holds from any folder."""
+    path = Path(spec).expanduser()
+    return str(path.absolute()) if path.exists() else spec
+
+
+# ---- the base -----------------------------------------------------------------------------
+
+
+def _open_base(
+    adapter: PeftAdapter, weights: bool, opener: Callable[[str, bool], Source]
+) -> Source:
+    try:
+        return opener(adapter.base, weights)
+    except UserError as error:
+        name = adapter.base.lower()
+        qlora = "quantised" in str(error) or re.search(r"bnb|[48]-?bit|gptq|awq", name)
+        hint = "; an adapter trained on a quantised base (QLoRA) lies on the full model as well"
+        raise UserError(
+            f"{adapter.name}/{CONFIG}: {BASE}={adapter.base!r} does not open ({error}); give the"
+            f" base model by lora.base=MODEL{hint if qlora else ''}"
+        ) from None
+
+
+def _laid_over(adapter: PeftAdapter, source: Source) -> tuple[Source, tuple[str, ...]]:
+    """The base with the tensors that the adapter's file holds whole, as PEFT loads them.
+
+    Copies of the base's own are left out. Tables with other rows resize the vocabulary.
+    """
+    if source.tensors is None:
+        return source, ()
+    tensors, theirs = source.tensors, adapter.tensors
+    known, table = set(tensors.keys()), {}
+    tied = bool(source.config.get("tie_word_embeddings")) or HEAD not in known
+    for key in theirs.keys():  # noqa: SIM118
+        if FACTOR.fullmatch(key):
+            continue
+        name = _aligned(key, known)
+        if tied and key == HEAD:
+            continue
+        if name is None:
+            raise UserError(f"{adapter.name}: tensor {key} has no place in {adapter.base}; {MERGE}")
+        if not _same(tensors, name, theirs, key):
+            table[name] = key
+    embedding = next((name for name in known if name.endswith("embed_tokens.weight")), TABLE)
+    made = Overlaid(tensors, Renamed(theirs, table))
+    if tied and HEAD in theirs.keys() and not _same(made, embedding, theirs, HEAD):  # noqa: SIM118
+        raise UserError(
+            f"{adapter.name}: {HEAD} is not {embedding}, but {adapter.base} ties them; {MERGE}"
+        )
+    if not table:
+        return source, ()
+    config = dict(source.config)
+    if embedding in table:
+        config["vocab_size"] = made.info(embedding)[0][0]
+    return replace(source, tensors=made, config=config), tuple(sorted(table))
+
+
+def _same(ours: Tensors, name: str, theirs: Tensors, key: str) -> bool:
+    """Whether two tensors are the same in the precision of the first."""
+    if tuple(ours.info(name)[0]) != tuple(theirs.info(key)[0]):
+        return False
+    own = ours.read(name)
+    return np.array_equal(own, theirs.read(key).astype(own.dtype))
+
+
+def _with_tokenizer(source: Source, folder: Path) -> Source:
+    """The base with the tokenizer that the adapter was taught with, or its chat template alone."""
+    own: dict[str, Any] = {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in TOKENIZER)
+    }
+    if TOKENIZER_FILES & own.keys():
+        kept = {
+            name: content
+            for name, content in source.side_files.items()
+            if not any(fnmatch(name, pattern) for pattern in TOKENIZER)
+        }
+        return replace(source, side_files={**kept, **own}, tokenizer=folder)
+    own = {name: path for name, path in own.items() if name.startswith("chat_template")}
+    return replace(source, side_files={**source.side_files, **own})

@@ -1,0 +1,1 @@
+"""Files: tensors by name in safetensors, GGUF and pickles."""

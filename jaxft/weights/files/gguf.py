@@ -1,0 +1,346 @@
+"""GGUF files of the llama architecture, read as if they were a Hugging Face folder."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from jaxft.core.errors import UserError
+from jaxft.weights.files.gguf_tokenizer import GgufTokenizer
+from jaxft.weights.files.tensor_files import Info
+
+# https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"}
+SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
+STRING, ARRAY = 8, 9
+# ggml's type number: name, elements a block, bytes a block, dtype once read.
+TYPES = {
+    0: ("F32", 1, 4, np.dtype(np.float32)),
+    1: ("F16", 1, 2, np.dtype(np.float16)),
+    2: ("Q4_0", 32, 18, np.dtype(np.float32)),
+    3: ("Q4_1", 32, 20, np.dtype(np.float32)),
+    6: ("Q5_0", 32, 22, np.dtype(np.float32)),
+    7: ("Q5_1", 32, 24, np.dtype(np.float32)),
+    8: ("Q8_0", 32, 34, np.dtype(np.float32)),
+    30: ("BF16", 1, 2, np.dtype(ml_dtypes.bfloat16)),
+}
+# Types of ggml that are not read, by their names in llama.cpp.
+UNREAD = {
+    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
+    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
+    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
+    34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+}  # fmt: skip
+TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class _Tensor(NamedTuple):
+    """One tensor as stored: shape in row-major order, absolute byte offset."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        _, block, size, _ = TYPES[self.type]
+        return math.prod(self.shape) // block * size
+
+
+class GgufFile:
+    """A GGUF file of a llama model: tensors under Hugging Face keys, config and side files.
+
+    Only the header is read on opening; `read` dequantises one tensor. Quantised types come as
+    float32, the others keep their dtype. Raises UserError naming the file for anything that is
+    damaged or of another kind.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self._data = np.memmap(self.path, np.uint8, "r")
+        except (OSError, ValueError) as error:  # numpy's word for an empty file is ValueError
+            raise UserError(f"{path}: not a readable GGUF file ({error})") from error
+        self.metadata, stored = _Header(self.path, self._data.data).read()
+        architecture = self.metadata.get("general.architecture")
+        if architecture != "llama" or self.metadata.get("llama.expert_count"):
+            kind = "llama with experts" if architecture == "llama" else repr(architecture)
+            raise self._error(f"architecture {kind}; expected a dense 'llama'; use its HF folder")
+        self.tokenizer = GgufTokenizer(self.path, self.metadata)
+        self._heads = {"attn_q": self._integer("attention.head_count")}
+        self._heads["attn_k"] = self._integer("attention.head_count_kv", self._heads["attn_q"])
+        self._rope_factors = stored.pop("rope_freqs.weight", None)
+        self._tensors: dict[str, _Tensor] = {}
+        for tensor in stored.values():
+            self._tensors[self._key(tensor.name)] = tensor
+            heads = self._heads_of(tensor)
+            if heads and tensor.shape[0] % (2 * heads):
+                raise self._error(f"{tensor.name} of shape {tensor.shape} has no {heads} heads")
+        if "model.embed_tokens.weight" not in self._tensors:
+            raise self._error("tensor token_embd.weight is missing; download the file again")
+
+    def _error(self, text: str) -> UserError:
+        return UserError(f"{self.path}: {text}")
+
+    def _key(self, name: str) -> str:
+        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+        if layer and layer[2] in LAYER:
+            return f"model.layers.{layer[1]}.{LAYER[layer[2]]}.{layer[3]}"
+        if name in TOP:
+            return TOP[name]
+        raise self._error(f"tensor {name!r} is not part of a llama model; use its HF folder")
+
+    def _heads_of(self, tensor: _Tensor) -> int | None:
+        """The head count of rows that llama.cpp permuted, None for all other tensors."""
+        return self._heads.get(tensor.name.split(".")[-2])
+
+    def keys(self) -> Sequence[str]:
+        return list(self._tensors)
+
+    def info(self, key: str) -> Info:
+        """(shape, dtype) of the array that `read` gives."""
+        tensor = self._tensors[key]
+        return tensor.shape, TYPES[tensor.type][3]
+
+    def read(self, key: str) -> np.ndarray:
+        """The tensor as transformers lays it out."""
+        tensor = self._tensors[key]
+        array = self._array(tensor)
+        heads = self._heads_of(tensor)
+        if heads is None:
+            return array
+        # llama.cpp rotates neighbouring rows, transformers the two halves of a head.
+        pairs = array.reshape(heads, -1, 2, *array.shape[1:])
+        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
+
+    def _array(self, tensor: _Tensor) -> np.ndarray:
+        name, block, size, dtype = TYPES[tensor.type]
+        raw = np.asarray(self._data[tensor.offset : tensor.offset + tensor.nbytes])
+        array = raw.view(dtype).copy() if block == 1 else dequantise(raw.reshape(-1, size), name)
+        return array.reshape(tensor.shape)
+
+    def _integer(self, name: str, default: int | None = None) -> int:
+        value = self.metadata.get(f"llama.{name}", default)
+        if type(value) is not int or not 0 < value < 2**31:
+            raise self._error(f"llama.{name} is {value!r}; expected one positive integer")
+        return value
+
+    def _decimal(self, name: str, default: float) -> float:
+        """The shortest decimal of a stored float32: 1e-05, not 9.999999747378752e-06."""
+        value = self.metadata.get(f"llama.{name}", default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self._error(f"llama.{name} is {value!r}; expected one positive number")
+        return float(str(np.float32(value)))
+
+    def config(self) -> dict[str, Any]:
+        """config.json in the spelling of transformers 4 and 5 at once."""
+        width, heads = self._integer("embedding_length"), self._heads["attn_q"]
+        head_dim = self._integer("attention.key_length", width // heads)
+        if self._integer("rope.dimension_count", head_dim) != head_dim:
+            raise self._error("rotates a part of each head only; use its HF folder")
+        theta, scaling = self._decimal("rope.freq_base", 10000.0), self._rope_scaling(head_dim)
+        dtype = self._dtype().name
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self._tensors["model.embed_tokens.weight"].shape[0],
+            "hidden_size": width,
+            "intermediate_size": self._integer("feed_forward_length"),
+            "num_hidden_layers": self._integer("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._heads["attn_k"],
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self._integer("context_length"),
+            "rms_norm_eps": self._decimal("attention.layer_norm_rms_epsilon", 1e-5),
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})},
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._tensors,
+            "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self._tensors,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "bos_token_id": self.tokenizer.token_id("bos"),
+            "eos_token_id": self.tokenizer.token_id("eos"),
+            "pad_token_id": self.tokenizer.token_id("padding"),
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        }
+
+    def _dtype(self) -> np.dtype:
+        """The dtype of most elements: norms stay float32 in half-precision files."""
+        sizes: dict[np.dtype, int] = {}
+        for tensor in self._tensors.values():
+            dtype = TYPES[tensor.type][3]
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensor.shape)
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
+        if self._rope_factors is not None:
+            return self._llama3_scaling(head_dim)
+        kind = self.metadata.get("llama.rope.scaling.type", "none")
+        factor = self._decimal("rope.scaling.factor", 1.0)
+        if kind == "none" or (kind == "linear" and factor == 1.0):
+            return None
+        if kind == "linear":
+            return {"rope_type": "linear", "factor": factor}
+        if kind == "yarn":
+            length = self._integer("rope.scaling.original_context_length")
+            return {
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": length,
+            }
+        raise self._error(f"rope scaling {kind!r}; expected none, linear or yarn")
+
+    def _llama3_scaling(self, head_dim: int) -> dict[str, Any] | None:
+        """Llama 3.1 stores what its formula gave per frequency; finds the factor and checks it."""
+        assert self._rope_factors is not None
+        stored = self._array(self._rope_factors)
+        factor, low, high, length = float(stored.max()), 1.0, 4.0, 8192
+        theta = self._decimal("rope.freq_base", 10000.0)
+        turns = length / (2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        expected = 1 / ((1 - smooth) / factor + smooth)
+        if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
+            raise self._error("rope_freqs.weight is not of the Llama 3.1 form; use its HF folder")
+        if factor == 1.0:
+            return None
+        return {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": length,
+        }
+
+    def side_files(self) -> dict[str, bytes]:
+        """Every file that save_pretrained would write beside the weights."""
+        config = json.dumps(self.config(), indent=2) + "\n"
+        length = self._integer("context_length")
+        return {"config.json": config.encode(), **self.tokenizer.files(length)}
+
+
+class _Header:
+    """Reads the front of a GGUF file; every length is checked against the bytes that are left."""
+
+    def __init__(self, path: Path, data: memoryview):
+        self.path, self.data, self.at = path, data, 0
+
+    def read(self) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+        if bytes(self.data[:4]) != b"GGUF":
+            raise UserError(f"{self.path}: not a GGUF file; expected it to start with 'GGUF'")
+        self.at = 4
+        version = self.integer(4)
+        if version not in (2, 3):
+            raise UserError(f"{self.path}: GGUF version {version}; expected 2 or 3, little-endian")
+        tensors, values = self.integer(8), self.integer(8)
+        metadata: dict[str, Any] = {}
+        for _ in range(values):
+            key = self.string()
+            metadata[key] = self.value(self.integer(4))
+        entries = [self.tensor() for _ in range(tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment <= 0 or alignment % 8:
+            raise UserError(f"{self.path}: alignment {alignment!r}; expected a multiple of 8")
+        start = -(-self.at // alignment) * alignment
+        placed = {tensor.name: tensor._replace(offset=start + tensor.offset) for tensor in entries}
+        for tensor in placed.values():
+            if tensor.offset + tensor.nbytes > len(self.data):
+                raise UserError(f"{self.path}: ends inside {tensor.name!r}; download it again")
+        if len(placed) != tensors:
+            raise UserError(f"{self.path}: two tensors share a name; the file is not trustworthy")
+        return metadata, placed
+
+    def take(self, size: int) -> memoryview:
+        if size > len(self.data) - self.at:
+            raise UserError(f"{self.path}: ends inside its header; download the file again")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def integer(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
+
+    def string(self) -> str:
+        return str(self.take(self.integer(8)), "utf-8", "replace")
+
+    def value(self, kind: int, nested: bool = False) -> Any:
+        if kind == STRING:
+            return self.string()
+        if kind == ARRAY and not nested:
+            item, count = self.integer(4), self.integer(8)
+            if item in SCALARS:
+                dtype = np.dtype(SCALARS[item])
+                return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+            return [self.value(item, nested=True) for _ in range(count)]
+        if kind in SCALARS:
+            dtype = np.dtype(SCALARS[kind])
+            return np.frombuffer(self.take(dtype.itemsize), dtype)[0].item()
+        raise UserError(f"{self.path}: metadata of unknown type {kind}; the file is damaged")
+
+    def tensor(self) -> _Tensor:
+        name, rank = self.string(), self.integer(4)
+        if not 1 <= rank <= 4:
+            raise UserError(f"{self.path}: tensor {name!r} has {rank} dims; expected 1 to 4")
+        shape = tuple(self.integer(8) for _ in range(rank))[::-1]
+        kind, offset = self.integer(4), self.integer(8)
+        if kind not in TYPES:
+            expected = ", ".join(row[0] for row in TYPES.values())
+            own = UNREAD.get(kind, kind)
+            raise UserError(
+                f"{self.path}: {name!r} has ggml type {own}; expected {expected}. Give the model's"
+                " F16, BF16 or Q8_0 file, or its HF folder"
+            )
+        if 0 in shape or shape[-1] % TYPES[kind][1]:
+            raise UserError(f"{self.path}: {name!r} of shape {shape} cannot be {TYPES[kind][0]}")
+        return _Tensor(name, shape, kind, offset)
+
+
+def dequantise(blocks: UInt8[np.ndarray, "N bytes"], kind: str) -> Float32[np.ndarray, "N 32"]:
+    """Decodes blocks of 32 weights: Q8_0, or Q4 and Q5 with scale only (_0) or scale and min (_1).
+
+    Layout as in ggml's block_q4_0 and its kin: half-precision scale, then min, the fifth bits, and
+    nibbles whose low halves are weights 0-15 and high halves 16-31.
+    """
+    scale = _half(blocks[:, :2])
+    if kind == "Q8_0":
+        return blocks[:, 2:].view(np.int8) * scale
+    centred, five = kind.endswith("_0"), kind.startswith("Q5")
+    codes = np.concatenate([blocks[:, -16:] & 15, blocks[:, -16:] >> 4], axis=1)
+    if five:
+        codes |= np.unpackbits(blocks[:, -20:-16], axis=1, bitorder="little") << 4
+    values = codes.astype(np.float32)
+    if centred:
+        values -= 16 if five else 8
+    values *= scale
+    if not centred:
+        values += _half(blocks[:, 2:4])
+    return values
+
+
+def _half(raw: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(raw).view("<f2").astype(np.float32)

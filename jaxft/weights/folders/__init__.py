@@ -1,0 +1,1 @@
+"""Folders: models as transformers, diffusers and their authors lay them out."""

@@ -1,0 +1,383 @@
+"""diffusers folders: a pipeline's or one component's configs, weights and side files, both ways."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import safe_open
+
+from jaxft.core.errors import UserError
+from jaxft.weights.files.tensor_files import PICKLES, STEMS, Info, TensorFiles, Tensors
+from jaxft.weights.folders.refused import check_index
+from jaxft.weights.folders.transformers import SIDE_FILES, Source
+from jaxft.weights.locate import INDEX, VARIANTS, locate
+from jaxft.weights.relaid import Relaid, as_matrices, widened
+from jaxft.weights.transfer import Part
+
+SCHEDULER = "scheduler/scheduler_config.json"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "vae", *TEXT_ENCODERS)
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+LEGACY = "text_model."  # transformers 4 cannot read a CLIPTextModel whose keys lack it
+BULKY = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5", ".safetensors")
+
+Files = dict[str, Path | bytes]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline as its owner left it; nothing here is renamed, converted or cast.
+
+    `components` are the parts with weights that jaxft computes; a component's `side_files` are its
+    config.json and its weight files under their plain names. `files` maps relative paths to all
+    else that an export copies. `layout` is "diffusers", or "ldm" for a single file.
+    """
+
+    name: str
+    index: dict[str, Any]
+    components: dict[str, Source]
+    scheduler: dict[str, Any]
+    files: Mapping[str, Path | bytes]
+    folder: Path
+    layout: str = "diffusers"
+
+    @property
+    def family(self) -> str:
+        """ "sdxl" where the index names an SDXL pipeline, else "sd"."""
+        return "sdxl" if "XL" in self.index.get("_class_name", "") else "sd"
+
+    def tokenizer_dir(self, name: str = "tokenizer") -> Path:
+        """The folder of `tokenizer` or `tokenizer_2`, for AutoTokenizer.from_pretrained."""
+        if not {f"{name}/vocab.json", f"{name}/tokenizer.json"} & self.files.keys():
+            raise UserError(
+                f"{self.folder / name}: no vocab.json or tokenizer.json; copy the folder {name}/ "
+                "of the original pipeline there"
+            )
+        return self.folder / name
+
+    def projects(self, name: str) -> bool | None:
+        """Whether a text encoder is a CLIPTextModelWithProjection; None where the index is mum."""
+        entry = self.index.get(name)
+        return entry[1] == "CLIPTextModelWithProjection" if entry and entry[1] else None
+
+
+class Changes(NamedTuple):
+    """What training changed of a pipeline, for `pipeline_files`.
+
+    rewritten: components whose weights the caller writes. scheduler and configs (by component):
+    keys with their new values. files: further or replaced files by relative path.
+    """
+
+    rewritten: frozenset[str] = frozenset()
+    scheduler: Mapping[str, Any] = {}
+    configs: Mapping[str, Mapping[str, Any]] = {}
+    files: Mapping[str, Path | bytes] = {}
+
+
+UNCHANGED = Changes()
+
+
+def open_pipeline(spec: str, weights: bool = True, variant: str | None = None) -> Pipeline:
+    """Open a folder with model_index.json, a `pip:PACKAGE` that holds one, or a hub id.
+
+    A hub id may name a subfolder (org/name/sub). `variant` ("fp16") takes `*.fp16.safetensors`;
+    without it they serve where the plain file is absent. weights=False reads configs alone.
+    Raises UserError naming whatever is absent, unreachable or damaged.
+    """
+    folder = locate(spec, INDEX, weights, variant)
+    if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
+        found = _json(folder / "config.json")
+        raise UserError(
+            f"{folder}: no {INDEX}, but config.json of a"
+            f" {found.get('_class_name') or found.get('model_type')}; give a whole pipeline folder"
+            " (an AutoencoderKL alone trains with task=autoencoder)"
+        )
+    index = _json(folder / INDEX)
+    check_index(index, folder / INDEX)
+    named = {key for key in COMPONENTS if _names(index, key)}
+    return Pipeline(
+        name=spec,
+        index=index,
+        components={
+            key: _component(f"{spec}/{key}", folder / key, weights, variant)
+            for key in COMPONENTS
+            if key in named
+        },
+        scheduler=_json(folder / SCHEDULER),
+        files=_other_files(folder, index, named, variant),
+        folder=folder,
+    )
+
+
+def open_component(
+    spec: str, kind: str, weights: bool = True, variant: str | None = None
+) -> Source:
+    """Open one component's own folder, or the subfolder `kind` ("vae") of a pipeline's.
+
+    `spec` as in `open_pipeline`; the class is for the caller to check.
+    """
+    folder = locate(spec, "config.json", weights, variant)
+    if (folder / kind / "config.json").is_file():
+        folder = folder / kind
+    return _component(spec, folder, weights, variant)
+
+
+def _component(name: str, folder: Path, weights: bool, variant: str | None) -> Source:
+    config = _json(folder / "config.json")
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(
+            f"{folder / 'config.json'}: quantization_config of {method!r}; quantised weights are"
+            " not supported, so give the model as it was before"
+        )
+    stems = STEMS if "model_type" in config else STEMS[::-1]
+    files = _weight_files(folder, variant, stems) if weights else {}
+    tensors = _open_weights(folder, files, variant) if weights else None
+    side = {"config.json": folder / "config.json", **files}
+    return Source(name, config, tensors, side, folder)
+
+
+def _open_weights(folder: Path, files: Files, variant: str | None) -> Tensors:
+    if not files:
+        if not variant and any(path.suffix in PICKLES for path in folder.iterdir()):
+            return TensorFiles.open(folder)  # whose error tells how to convert them
+        which = f" of variant {variant!r}" if variant else ""
+        raise UserError(
+            f"{folder}: found no {STEMS[0]}.safetensors or {STEMS[1]}.safetensors{which}; give a "
+            "folder saved by save_pretrained, with its weights"
+        )
+    # As in diffusers and transformers, an index names shards and no more: all their tensors count.
+    shards = [path for path in files.values() if isinstance(path, Path) and path.suffix != ".json"]
+    return widened(as_matrices(TensorFiles.open(shards)))
+
+
+def _weight_files(folder: Path, variant: str | None, stems: Sequence[str] = STEMS) -> Files:
+    """Return the weights of a folder under the names without a variant, or nothing.
+
+    `stems` are the library's own name first: of two files with weights, it reads that one. Where
+    there are shards and a single file, diffusers reads the shards, transformers the single file.
+    """
+    for stem in stems:
+        for infix in (variant,) if variant is not None else VARIANTS:
+            dotted = f".{infix}" if infix else ""
+            single = folder / f"{stem}{dotted}.safetensors"
+            index = folder / f"{stem}.safetensors.index{dotted}.json"
+            if index.is_file() and not (single.is_file() and stem == STEMS[0]):
+                return _sharded(index, stem, dotted)
+            if single.is_file():
+                return {f"{stem}.safetensors": single}
+    return {}
+
+
+def _sharded(index: Path, stem: str, dotted: str) -> Files:
+    plain = f"{stem}.safetensors.index.json"
+    content = _json(index)
+    places = content.get("weight_map")
+    places = places if isinstance(places, dict) else {}
+    names = list(places.values())
+    if not names or any(not isinstance(name, str) or "/" in name for name in names):
+        raise UserError(f"{index}: expected an object 'weight_map' from tensor to shard beside it")
+    names = sorted(set(names))
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        single = index.parent / f"{stem}{dotted}.safetensors"
+        or_else = f", or delete the index if {single.name} is whole" if single.is_file() else ""
+        raise UserError(
+            f"{index}: missing shards {', '.join(missing)}; download them again{or_else}"
+        )
+    if not dotted and isinstance(content.get("metadata"), dict):
+        return {plain: index, **{name: index.parent / name for name in names}}
+    content = {"metadata": {}, **{k: v for k, v in content.items() if v is not None}}
+    content["weight_map"] = {key: name.replace(dotted, "", 1) for key, name in places.items()}
+    shards = {name.replace(dotted, "", 1): index.parent / name for name in names}
+    return {plain: _dump(content), **shards}  # diffusers fails without metadata
+
+
+def _other_files(
+    folder: Path, index: Mapping[str, Any], named: Iterable[str], variant: str | None
+) -> dict[str, Path | bytes]:
+    """Everything that is no component: side files at the top, and the index's other folders."""
+    found: Files = {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in SIDE_FILES)
+    }
+    found.pop("parity.json", None)  # speaks of these weights, not of what training makes of them
+    for key in sorted(set(index) - set(named)):
+        if not _names(index, key) or not (folder / key).is_dir():
+            if _names(index, key) and key not in OPTIONAL:
+                raise UserError(f"{folder / key}: missing, but {INDEX} names it; copy it there")
+            continue
+        weights = _weight_files(folder / key, variant) or _weight_files(folder / key, None)
+        here = sorted(path for path in (folder / key).iterdir() if path.is_file())
+        small = {path.name: path for path in here if not weights or _is_small(path)}
+        found |= {f"{key}/{name}": content for name, content in (small | weights).items()}
+    return found
+
+
+def _is_small(path: Path) -> bool:
+    return path.suffix not in BULKY and ".safetensors.index" not in path.name
+
+
+def _names(index: Mapping[str, Any], key: str) -> bool:
+    """Whether the index has a class for this key."""
+    entry = index.get(key)
+    return isinstance(entry, list) and len(entry) == 2 and bool(entry[1])
+
+
+# ---- giving it back ---------------------------------------------------------------------------
+
+
+def part(pipeline: Pipeline, name: str, table: tuple, ignore: tuple[str, ...] = ()) -> Part:
+    """The Part of a component, prefix `name.`, folder `name`; `table` is its (rules, sizes)."""
+    source, (rules, sizes) = pipeline.components[name], table
+    stem = STEMS[0] if name in TEXT_ENCODERS else STEMS[1]
+    return Part(f"{name}.", source.name, source.tensors, rules, sizes, ignore, (), name, stem)
+
+
+def must_rewrite(pipeline: Pipeline) -> frozenset[str]:
+    """Untouched components whose files old packages cannot read, so that a copy would not do."""
+    if pipeline.layout != "diffusers":
+        return frozenset(pipeline.components)
+    return frozenset(
+        name
+        for name, source in pipeline.components.items()
+        if isinstance(source.tensors, Relaid)
+        or _lacks_prefix(source.tensors)
+        or _lacks_format(source)
+    )
+
+
+def _lacks_prefix(tensors: Tensors | None) -> bool:
+    return tensors is not None and "embeddings.token_embedding.weight" in tensors.keys()  # noqa: SIM118
+
+
+def _lacks_format(source: Source) -> bool:
+    """Whether a weight file has no {"format": "pt"}, without which diffusers 0.31 fails."""
+    for path in source.side_files.values():
+        if isinstance(path, Path) and path.suffix == ".safetensors":
+            with safe_open(path, "np") as file:
+                if (file.metadata() or {}).get("format") != "pt":
+                    return True
+    return False
+
+
+class Renamed:
+    """A checkpoint's tensors under other keys."""
+
+    def __init__(self, tensors: Tensors, old: Mapping[str, str]):
+        self._tensors, self._old = tensors, dict(old)
+
+    def keys(self) -> Sequence[str]:
+        return list(self._old)
+
+    def info(self, key: str) -> Info:
+        return self._tensors.info(self._old[key])
+
+    def read(self, key: str) -> np.ndarray:
+        return self._tensors.read(self._old[key])
+
+
+def legacy_part(one: Part) -> Part:
+    """A Part whose text encoder has the keys of transformers 4, whoever saved it; others as is."""
+    if one.tensors is None or not _lacks_prefix(one.tensors):
+        return one
+    text = ("embeddings.", "encoder.", "final_layer_norm.")
+    old = {(LEGACY + k if k.startswith(text) else k): k for k in one.tensors.keys()}  # noqa: SIM118
+    return one._replace(tensors=Renamed(one.tensors, old))
+
+
+def pipeline_files(pipeline: Pipeline, changes: Changes = UNCHANGED) -> Files:
+    """All files of the exported folder but the weights that the caller writes, by relative path.
+
+    Configs, scheduler, tokenizers and untouched components are the source's own files (a Path);
+    bytes are what had to change. The caller's weights are `changes.rewritten` and `must_rewrite`.
+    """
+    rewritten = changes.rewritten | must_rewrite(pipeline)
+    files = dict(pipeline.files)
+    files[SCHEDULER] = _edited(files.get(SCHEDULER), pipeline.scheduler, changes.scheduler)
+    files[INDEX] = _index_bytes(pipeline, files)
+    for name, source in pipeline.components.items():
+        for file, content in source.side_files.items():
+            if file == "config.json":
+                content = _edited(content, source.config, changes.configs.get(name, {}))
+            elif name in rewritten:
+                continue
+            files[f"{name}/{file}"] = content
+    for encoder in TEXT_ENCODERS:
+        name = encoder.replace("text_encoder", "tokenizer")
+        files |= _legacy_tokenizer(files, name)
+        if f"{name}/vocab.json" in files:
+            files.setdefault(f"{name}/tokenizer_config.json", _tokenizer_config(pipeline, encoder))
+    files.setdefault("README.md", _card(pipeline).encode())
+    return files | dict(changes.files)
+
+
+def _edited(content: Path | bytes | None, old: Mapping, new: Mapping[str, Any]) -> Path | bytes:
+    same = all(key in old and old[key] == value for key, value in new.items())
+    return content if same and content is not None else _dump({**old, **new})
+
+
+def _index_bytes(pipeline: Pipeline, files: Mapping[str, Path | bytes]) -> Path | bytes:
+    """model_index.json naming only what is there: both generations fail on an absent folder."""
+    index = dict(pipeline.index)
+    present = {path.split("/")[0] for path in files if "/" in path} | pipeline.components.keys()
+    for key in list(index):
+        if _names(index, key) and key not in present:
+            index[key] = [None, None]
+    if not _names(index, "safety_checker") and pipeline.family == "sd":
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    return files.get(INDEX, _dump(index)) if index == pipeline.index else _dump(index)
+
+
+def _legacy_tokenizer(files: Mapping[str, Path | bytes], name: str) -> Files:
+    """vocab.json and merges.txt for transformers 4 where transformers 5 wrote tokenizer.json."""
+    whole = files.get(f"{name}/tokenizer.json")
+    if not isinstance(whole, Path) or f"{name}/vocab.json" in files:
+        return {}
+    model = _json(whole).get("model", {})
+    if not {"vocab", "merges"} <= model.keys():
+        raise UserError(f"{whole}: no byte-pair model inside; copy vocab.json and merges.txt there")
+    pairs = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    merges = "\n".join(["#version: 0.2", *pairs]) + "\n"
+    vocab = json.dumps(model["vocab"], ensure_ascii=False)
+    made: Files = {f"{name}/vocab.json": vocab.encode(), f"{name}/merges.txt": merges.encode()}
+    return made
+
+
+def _tokenizer_config(pipeline: Pipeline, encoder: str) -> bytes:
+    """The least that is needed: without a model_max_length nothing pads or truncates."""
+    length = pipeline.components[encoder].config.get("max_position_embeddings", 77)
+    return _dump({"tokenizer_class": "CLIPTokenizer", "model_max_length": length})
+
+
+def _card(pipeline: Pipeline) -> str:
+    kind = pipeline.index.get("_class_name", "StableDiffusionPipeline")
+    return (
+        f"---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n\n# {kind}\n\n"
+        f"Fine-tuned with jaxft from `{Path(pipeline.name).name}`. Load it with diffusers:\n\n"
+        f"```python\nfrom diffusers import {kind}\n\n"
+        f'pipeline = {kind}.from_pretrained("path/of/this/folder")\n```\n\n'
+        "The licence of the original weights applies to these as well.\n"
+    )
+
+
+def _dump(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: missing; give a whole diffusers folder, as save_pretrained writes it"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content

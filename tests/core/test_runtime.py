@@ -1,0 +1,179 @@
+"""The process around a run: device errors, defaults for the device, exit codes, the manifest."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxft.core import runtime
+from jaxft.core.errors import UserError
+from jaxft.core.sharding import make_mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_auto_is_fp32_without_rematerialisation_on_a_cpu():
+    assert runtime.resolve_dtype("auto") == jnp.float32
+    assert runtime.resolve_dtype("bfloat16") == jnp.bfloat16
+    assert runtime.resolve_remat("auto") == "none"
+    assert runtime.resolve_remat("full") == "full"
+
+
+def test_auto_is_bf16_with_rematerialisation_elsewhere(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert runtime.resolve_dtype("auto") == jnp.bfloat16
+    assert runtime.resolve_remat("auto") == "dots"
+    assert runtime.resolve_dtype("float32") == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (None, 0, ""),
+        (UserError("seed is wrong"), 2, "jaxft: seed is wrong\n"),
+        (KeyboardInterrupt(), 130, "jaxft: interrupted; the same command resumes\n"),
+    ],
+)
+def test_a_command_ends_with_a_code_and_a_line(capsys, error, code, line):
+    def main(argv):
+        assert argv == ["--a=1"]
+        if error:
+            raise error
+
+    assert runtime.command(main, ["--a=1"]) == code
+    assert capsys.readouterr() == ("", line)
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        runtime.command(lambda argv: 1 / 0, [])
+
+
+SLURM = {"SLURM_STEP_NODELIST": "node[001-002]", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("env", "said_by"),
+    [
+        ({}, ""),
+        ({"SLURM_NTASKS": "2"}, ""),  # a batch script that did not go through srun
+        ({**SLURM, "SLURM_NTASKS": "1"}, ""),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, ""),
+        (SLURM, "Slurm"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS"),
+    ],
+)
+def test_who_tells_of_other_processes(monkeypatch, env, said_by):
+    for name in (*runtime.CLUSTER, *SLURM, "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert runtime.launcher() == said_by
+
+
+def test_libtpu_tells_of_other_hosts_unless_another_device_is_asked_for(monkeypatch):
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: name == "libtpu")
+    assert runtime.launcher() == ""
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert runtime.launcher() == "TPU"
+
+
+@pytest.mark.parametrize(
+    ("env", "line"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "are '', '2', '': give all three"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI tells of other processes, but they do not meet"),
+    ],
+)
+def test_processes_that_cannot_meet_are_one_line(env, line):
+    code = (
+        "import sys; from jaxft.core import runtime;"
+        "sys.exit(runtime.command(lambda argv: runtime.join(), []))"
+    )
+    done = python(code, **env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (told,) = (one for one in done.stderr.splitlines() if one.startswith("jaxft: "))
+    assert line in told and "JAX_COORDINATOR_ADDRESS" in told
+
+
+def test_a_missing_device_is_one_line():
+    code = (
+        "import sys; from jaxft.core import runtime;"
+        "sys.exit(runtime.command(lambda argv: runtime.start(), []))"
+    )
+    done = python(code, JAX_PLATFORMS="cuda")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("jaxft: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(lines) == 1
+    assert "JAX_PLATFORMS='cuda' asks for a device that is not usable here" in lines[0]
+    assert "unset JAX_PLATFORMS" in lines[0]
+
+
+def test_start_turns_the_compile_cache_on_and_keeps_the_users(tmp_path):
+    code = (
+        "from jaxft.core import runtime; runtime.start(); import jax;"
+        "print(jax.config.jax_compilation_cache_dir)"
+    )
+    done = python(code, XDG_CACHE_HOME=str(tmp_path / "new" / "cache"))
+    assert done.stdout.strip() == str(tmp_path / "new" / "cache" / "jaxft" / "xla")
+    done = python(code, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))
+    assert done.stdout.strip() == str(tmp_path / "mine")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc tunables are Linux's")
+def test_huge_pages_restart_the_process_once_with_its_arguments():
+    code = (
+        "import os, sys; from jaxft.core import runtime; print('start', flush=True);"
+        "runtime.restart_with_huge_pages();"
+        "print(os.environ['GLIBC_TUNABLES'], sys.flags.utf8_mode)"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8", "-c", code],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["start", "start", runtime.HUGE_PAGES, "1"], done.stderr
+    kept = python(code, GLIBC_TUNABLES="glibc.malloc.arena_max=2")
+    assert f"glibc.malloc.arena_max=2:{runtime.HUGE_PAGES} 0" in kept.stdout
+    chosen = python(code, GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
+    assert chosen.stdout.split() == ["start", "glibc.malloc.hugetlb=0", "0"]
+
+
+def test_the_manifest_says_what_a_run_stood_on():
+    manifest = runtime.manifest(make_mesh(2, 2, 2), {"records": 5})
+    assert manifest.keys() == {
+        "versions", "python", "devices", "processes", "mesh",
+        "xla_flags", "glibc_tunables", "data", "revision",
+    }  # fmt: skip
+    assert manifest["versions"]["jax"] == jax.__version__
+    assert manifest["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert manifest["devices"] == "8 x cpu" and manifest["processes"] == 1
+    assert manifest["data"] == {"records": 5}
+    assert "host_platform_device_count=8" in manifest["xla_flags"]
+    assert json.loads(json.dumps(manifest)) == manifest
+
+
+def test_a_revision_is_known_only_in_a_checkout(monkeypatch):
+    revision = runtime.manifest(make_mesh(), {})["revision"]
+    assert revision is None or len(revision) == 40
+    monkeypatch.setenv("PATH", "")
+    assert runtime.manifest(make_mesh(), {})["revision"] is None

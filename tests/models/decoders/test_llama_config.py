@@ -1,0 +1,99 @@
+"""config.json to LlamaConfig: defaults and layer patterns of transformers, one-line errors."""
+
+import pytest
+from transformers import AutoConfig
+
+from jaxft.core.errors import UserError
+from jaxft.models.decoders.llama_config import LlamaConfig
+from jaxft.models.decoders.llama_keys import KEYS
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_absent_keys_take_the_defaults_of_transformers(kind):
+    theirs, ours = AutoConfig.for_model(kind), LlamaConfig.from_hf({"model_type": kind})
+    for name, value in {
+        "vocab_size": ours.vocab_size,
+        "hidden_size": ours.hidden_size,
+        "intermediate_size": ours.intermediate_size,
+        "num_hidden_layers": ours.num_layers,
+        "num_attention_heads": ours.num_heads,
+        "num_key_value_heads": ours.num_kv_heads,
+        "max_position_embeddings": ours.max_positions,
+        "rms_norm_eps": ours.rms_norm_eps,
+        "initializer_range": ours.initializer_range,
+        "tie_word_embeddings": ours.tied,
+        "bos_token_id": ours.bos_id,
+        "pad_token_id": ours.pad_id,
+    }.items():
+        assert getattr(theirs, name) == value, name
+    eos = theirs.eos_token_id
+    assert ours.eos_ids == (() if eos is None else (eos,))
+    derived = theirs.hidden_size // theirs.num_attention_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or derived)
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        ({"model_type": "mistral", "sliding_window": 7}, [7] * 6),
+        ({"model_type": "mistral", "sliding_window": None}, [None] * 6),
+        ({"model_type": "qwen2", "sliding_window": 7}, [None] * 6),
+        ({"model_type": "qwen2", "sliding_window": 7, "use_sliding_window": True}, [None] * 6),
+        (
+            {
+                "model_type": "qwen3",
+                "sliding_window": 7,
+                "use_sliding_window": True,
+                "max_window_layers": 4,
+            },
+            [None] * 4 + [7] * 2,
+        ),
+        (
+            {"model_type": "smollm3", "sliding_window": 7, "use_sliding_window": True},
+            [None] * 3 + [7] + [None] * 2,
+        ),
+        (
+            {
+                "model_type": "smollm3",
+                "sliding_window": 7,
+                "layer_types": ["sliding_attention"] + ["full_attention"] * 5,
+            },
+            [7] + [None] * 5,
+        ),
+    ],
+)
+def test_windows_by_layer(config, windows):
+    got = LlamaConfig.from_hf({"num_hidden_layers": 6, **config}).windows
+    assert list(got) == windows
+
+
+def test_nope_layers_and_several_eos_ids():
+    base = {"model_type": "smollm3", "num_hidden_layers": 6, "eos_token_id": [5, 6]}
+    cfg = LlamaConfig.from_hf({**base, "no_rope_layer_interval": 3})
+    assert cfg.rotary == (True, True, False) * 2 and cfg.eos_ids == (5, 6)
+    listed = LlamaConfig.from_hf({**base, "no_rope_layers": [1, 0, 1, 1, 0, 1, 1, 1]})
+    assert listed.rotary == (True, False, True, True, False, True)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({}, "model_type=None.*llama, mistral, ministral, qwen2, qwen3, smollm3"),
+        ({"model_type": "gemma3_text"}, "model_type='gemma3_text'"),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+            "LlamaForSequenceClassification.*supported are LlamaForCausalLM",
+        ),
+        ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act='gelu'.*silu"),
+        ({"model_type": "llama", "hidden_size": 100}, "hidden_size=100 is not a multiple.*=32"),
+        ({"model_type": "llama", "num_key_value_heads": 5}, "=32 is not a multiple.*=5"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "1 entries for 32 layers"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 32}, "not set"),
+        ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 32}, "chunked_attention"),
+        ({"model_type": "llama", "rope_scaling": {"type": "dynamic"}}, "dynamic"),
+    ],
+)
+def test_what_is_not_supported_says_so_in_one_line(config, text):
+    with pytest.raises(UserError, match=text) as caught:
+        LlamaConfig.from_hf(config)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,95 @@
+"""Each key of config.json against transformers' own classes: absent, null, of a wrong type."""
+
+import itertools
+import json
+
+import pytest
+
+from jaxft.core.errors import UserError
+from jaxft.models.decoders.llama_config import LlamaConfig
+from jaxft.models.decoders.llama_keys import ARCHITECTURES, BASES, COMMON, KEYS
+from tests.stock_llama import ours, theirs
+
+ROPE = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
+ALL = sorted({*ROPE, *itertools.chain.from_iterable(KEYS.values()), "architectures", "dtype"})
+TINY = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 130,
+    "pad_token_id": 3,
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_null_is_what_the_class_makes_of_it_or_is_refused_by_name(kind):
+    """Either the effective values are equal for every key, or both sides refuse the null."""
+    refused = []
+    for key in ALL:
+        config = {"model_type": kind, **TINY, "head_dim": 16, key: None}
+        if key == "layer_types" and kind == "mistral":
+            continue  # AutoConfig takes another class: test_llama_config has it
+        try:
+            want = theirs(config)
+        except Exception:
+            with pytest.raises(UserError, match=rf"{key}( is |=)null"):
+                LlamaConfig.from_hf(config)
+            refused.append(key)
+        else:
+            assert ours(config) == want, key
+    assert {"vocab_size", "rope_theta", "tie_word_embeddings"} <= set(refused)
+    assert len(refused) < len(ALL) - 8
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_absent_keys_are_those_of_the_class(kind):
+    config = {"model_type": kind, "num_hidden_layers": 2}
+    if kind == "ministral":  # transformers cannot build one without
+        config["head_dim"] = 128
+    assert ours(config) == theirs(config)
+
+
+@pytest.mark.parametrize("kind", KEYS)
+@pytest.mark.parametrize("wrong", ["text", -1, 1.5, {"a": 1}, [None], True])
+def test_a_wrong_type_is_one_line(kind, wrong):
+    for key in {*KEYS[kind], *ROPE}:
+        try:
+            LlamaConfig.from_hf({"model_type": kind, **TINY, key: wrong})
+        except UserError as error:
+            assert "\n" not in str(error) and key.split("_")[0] in str(error), key
+
+
+def test_case_llm_17_base_and_other_architectures():
+    for kind, base, causal in zip(KEYS, BASES, ARCHITECTURES, strict=True):
+        for name in (base, causal):
+            LlamaConfig.from_hf({"model_type": kind, **TINY, "architectures": [name]})
+        other = [causal.replace("CausalLM", "SequenceClassification")]
+        with pytest.raises(UserError, match=r"SequenceClassification.*supported are Llama"):
+            LlamaConfig.from_hf({"model_type": kind, **TINY, "architectures": other})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"is_causal": False}, "is_causal=false lets tokens"),
+        ({"per_layer_config": {"0": {"hidden_size": 8}}}, "per_layer_config is not supported"),
+        ({"head_dim": 7}, "head_dim=7 is odd"),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        LlamaConfig.from_hf({"model_type": "llama", **TINY, **changes})
+
+
+def test_the_table_names_values_that_json_has():
+    for keys in KEYS.values():
+        assert set(COMMON) <= set(keys)
+        json.dumps({name: key.default for name, key in keys.items()})

@@ -1,0 +1,154 @@
+"""The command as people use it: what a run leaves, resumes bitwise, and exports."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from jaxft import train
+from jaxft.core.checkpoint import Checkpoints
+from jaxft.runs import run as runs
+from tests.interrupted import kill_after, start, timeless
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ["--config", str(ROOT / "configs" / "llm.py")]
+
+
+@pytest.fixture(scope="module")
+def model(make_folder):
+    return make_folder(tied=True)
+
+
+@pytest.fixture
+def flags(model, make_flags):
+    base = {"total": "6_steps", "every.log": "2_steps"}
+    return lambda changes=(): make_flags(model, {**base, **dict(changes)})
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_the_contract_says(flags, tmp_path, capsys):
+    work = tmp_path / "run"
+    assert train.main([*CONFIG, "--workdir", str(work), *flags()]) == 0
+    shown = capsys.readouterr().out
+    assert "step 2/6" in shown and "step 3/6" not in shown, "one line every log step"
+    assert "before" in shown and "after" in shown and str(work / "export") in shown
+    for name in ("config.json", "manifest.json", "metrics.jsonl", "checkpoints", "export"):
+        assert (work / name).exists(), name
+    steps = [r for r in records(work) if "loss" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
+    assert all({"loss", "grad_norm", "lr", "tokens_per_s"} <= r.keys() for r in steps)
+    evals = [r for r in records(work) if "eval_loss" in r]
+    assert [r["step"] for r in evals] == [0, 6]
+    assert evals[1]["eval_loss"] < evals[0]["eval_loss"]
+    _, loading = AutoModelForCausalLM.from_pretrained(work / "export", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert train.main([*CONFIG, "--workdir", str(work), *flags()]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"tied": True, "dtype": "bfloat16"},
+        {"tied": False, "dtype": "bfloat16", "shard": "20KB"},
+        {"tied": True, "dtype": "float32", "shard": "20KB"},
+        {"tied": False, "dtype": "float32"},
+    ],
+    ids=str,
+)
+def test_t31_zero_steps_give_the_source_bitwise(make_folder, flags, tmp_path, shape):
+    folder, work = make_folder(**shape), tmp_path / "run"
+    changes = {"model": folder, "total": "0_steps", "lora.rank": 0}
+    assert train.main([*CONFIG, "--workdir", str(work), *flags(changes)]) == 0
+    source, made = (weights(place) for place in (folder, work / "export"))
+    assert source.keys() == made.keys()
+    for key, tensor in source.items():
+        assert made[key].dtype == tensor.dtype and made[key].tobytes() == tensor.tobytes(), key
+    before = json.loads((folder / "config.json").read_text())
+    after = json.loads((work / "export" / "config.json").read_text())
+    assert before.items() <= after.items(), "every field as it was"
+    _, loading = LlamaForCausalLM.from_pretrained(work / "export", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+
+
+def weights(folder):
+    tensors = {}
+    for file in Path(folder).glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_t20_sigkill_and_the_same_command_again_is_bitwise(flags, tmp_path, rank):
+    changes = {"total": "14_steps", "every.save": "3_steps", "lora.rank": rank, "optim.ema": 0.9}
+    changes |= {"lora.dropout": 0.1 if rank else 0.0, "every.eval": "5_steps"}
+    arguments = [*CONFIG, *flags(changes)]
+    assert train.main([*arguments, "--workdir", str(tmp_path / "whole")]) == 0
+    rng = np.random.default_rng(rank)
+    broken, kills = tmp_path / "broken", 0
+    for stop_after in (int(rng.integers(4, 6)), int(rng.integers(8, 13))):
+        process = start([*arguments, "--workdir", str(broken)])
+        kills += kill_after(process, broken, stop_after)
+    assert kills, "no process was killed in time"
+    assert train.main([*arguments, "--workdir", str(broken)]) == 0
+    assert timeless(tmp_path / "whole") == timeless(broken)
+    a, b = (weights(tmp_path / name / "export") for name in ("whole", "broken"))
+    assert all(a[key].tobytes() == b[key].tobytes() for key in a)
+
+
+def test_ema_is_neither_the_weights_nor_the_start(flags, model, tmp_path):
+    common = {"lora.rank": 0, "optim.lr": 1e-2}
+    for name, ema in (("plain", 0.0), ("ema", 0.99)):
+        arguments = [*CONFIG, "--workdir", str(tmp_path / name)]
+        assert train.main([*arguments, *flags({**common, "optim.ema": ema})]) == 0
+    plain, average, start = (
+        weights(place)["model.norm.weight"]
+        for place in (tmp_path / "plain" / "export", tmp_path / "ema" / "export", model)
+    )
+    assert not np.array_equal(average, plain) and not np.array_equal(average, start)
+
+
+def test_random_init_trains_and_exports_every_tensor(flags, model, tmp_path):
+    work, changes = tmp_path / "run", {"init": "random", "lora.rank": 0, "total": "2_steps"}
+    assert train.main([*CONFIG, "--workdir", str(work), *flags(changes)]) == 0
+    loaded = LlamaForCausalLM.from_pretrained(work / "export", dtype=torch.float32)
+    assert set(weights(work / "export")) == set(weights(model))
+    assert torch.isfinite(loaded(torch.arange(8)[None]).logits).all()
+
+
+def test_a_step_that_is_not_finite_is_never_saved(flags, tmp_path, capsys):
+    """The numbers of a step come one step late, but never later than its checkpoint."""
+    changes = {"lora.rank": 0, "optim.lr": 1e30, "optim.warmup": "0_steps", "every.save": "1_steps"}
+    arguments = [*CONFIG, "--workdir", str(tmp_path / "run"), *flags(changes)]
+    assert train.main(arguments) == 2
+    assert "grad_norm is nan at step 2; nothing after" in capsys.readouterr().err
+    assert Checkpoints(tmp_path / "run").latest() in (None, 1), "step 1 may still be on its way"
+
+
+def test_classification_reports_accuracy_and_rows(flags, tmp_path, capsys):
+    file = tmp_path / "labels.jsonl"
+    names = ["animal", "plant thing", "water"]
+    lines = [json.dumps({"text": f"text {i}", "label": names[i % 3]}) for i in range(24)]
+    file.write_text("\n".join(lines) + "\n")
+    changes = {"data.train": f"jsonl:{file}", "data.eval": f"jsonl:{file}", "total": "2_steps"}
+    work = tmp_path / "run"
+    assert train.main([*CONFIG, "--workdir", str(work), *flags(changes)]) == 0
+    assert {"eval_accuracy", "eval_perplexity", "eval_bits_per_byte"} <= records(work)[-1].keys()
+    assert "predicted before" in capsys.readouterr().out
+
+
+def test_a_batch_of_a_shape_that_nobody_foretold_is_compiled_when_it_comes(capsys):
+    step = runs.Compiled(jax.jit(lambda state, frozen, batch: state + batch["x"].sum()))
+    for rows in (3, 4, 3):
+        batch = {"x": jnp.ones((rows, 2))}
+        assert step(jnp.zeros(()), {}, batch) == 2 * rows
+    assert capsys.readouterr().out.count("compiled the step for") == 2

