@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.flax import load_file  # NumPy alone has no bfloat16
 
 from jaxft.core import runtime
 from tests.interrupted import timeless
