@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxft.core import config as configs
 from jaxft.core import runtime
+from jaxft.core.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,11 +19,17 @@ def _main(argv: list[str]) -> None:
     import jax
 
     from jaxft.core.metrics import table
-    from jaxft.runs.run import open_any
+    from jaxft.runs.opening import preview
+    from jaxft.runs.restoring import facts, open_any
+    from jaxft.tasks import Data
 
     run, params, step = open_any(arguments)
+    if not run.cfg.data.eval:
+        raise UserError("data.eval is empty; give the data to measure on with --config.data.eval")
+    held_out = run.task.read(run.opened, run.cfg.data.eval, False)
     with jax.set_mesh(run.mesh):
-        report = run.task.evaluate(params, run.mesh)
+        data = Data(held_out=held_out, facts=facts(arguments.options.get("workdir")))
+        report = preview(run, data, params).evaluate(params, run.mesh)
     rows = [(name, f"{value:.6g}") for name, value in report.metrics.items()]
     print(table(rows, ("metric", f"step {step}")))
     if report.rows:

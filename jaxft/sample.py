@@ -39,8 +39,8 @@ def _main(argv: list[str]) -> None:
     down, across = _sides(asked)
     import jax
 
-    from jaxft.runs.run import open_any
-    from jaxft.tasks import Request
+    from jaxft.runs.restoring import open_any
+    from jaxft.tasks import Data, Request
 
     fixed: dict = {name: values[0] for name, values in asked.items()}
     fixed |= {name: options[name] for name in texts if name in options}
@@ -49,12 +49,13 @@ def _main(argv: list[str]) -> None:
     out = Path(options.get("out", Path(options.get("workdir", ".")) / "samples"))
     rows: list[list[list[np.ndarray]]] = []  # of each pair, the pictures of all prompts
     with jax.set_mesh(run.mesh):
+        preview = run.task.preview(run.opened, Data())  # a prompt needs no data
         for row in down:
             rows.append([])
             for column in across:
                 if row or column:
                     print(_label({**row, **column}))
-                made = run.task.complete(params, prompts, request._replace(**row, **column))
+                made = preview.complete(params, prompts, request._replace(**row, **column))
                 for text in filter(None, (look.text for look in made)):
                     print(text)
                 rows[-1].append([one for look in made for one in look.pictures.values()])

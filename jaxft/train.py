@@ -9,8 +9,7 @@ from jaxft.core import config as configs
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
 from jaxft.runs.workdir import claim_workdir, differing_keys, read_config_file
-from jaxft.tasks import check_task
-from jaxft.tasks.options import OPTIONS
+from jaxft.tasks import OPTIONS, check_task
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,41 +58,50 @@ def _claim(workdir: Path, config: dict[str, Any]) -> None:
 
 
 def train(config: dict[str, Any], workdir: Path) -> None:
-    """Run the training that a config describes in a claimed `workdir`, then export."""
+    """Run the training that a config describes in a claimed `workdir`, then export.
+
+    The order of the loop (evaluate, sample, save, next batch, step, log) makes resume exact: step k
+    does the same work on the same state, whether the run began before it or at it.
+    """
     import jax
 
     from jaxft.core.checkpoint import Checkpoints
-    from jaxft.core.sharding import local_rows, place_batch
+    from jaxft.core.sharding import abstract_batch, local_rows, place_batch
     from jaxft.export import check_kind, export_folder
-    from jaxft.runs import run as runs
+    from jaxft.runs import opening
+    from jaxft.runs import state as states
+    from jaxft.runs.compiling import Compiled, make_step
     from jaxft.runs.watch import Watch
 
     began = time.perf_counter()
-    run = runs.open_run(config)
+    run = opening.open_run(config)
     cfg, task, mesh = run.cfg, run.task, run.mesh
     check_kind(run, cfg.export.kind)
-    plan, every = runs.make_plan(run), runs.periods(run)
+    data = opening.read_data(run)
+    examples, rows = len(data.train), local_rows(mesh, cfg.batch_size)
+    plan, every = states.make_plan(run, examples), states.periods(run, examples)
     saved = Checkpoints(workdir)
     start = saved.latest() or 0
     if start >= plan.total > 0 and (cfg.export.kind == "none" or (workdir / "export").exists()):
         print(f"{workdir} is finished: {start} of {plan.total} steps; nothing to do")
         return
-    print(runs.summary(run, plan), flush=True)
+    print(states.summary(run, plan, data.train), flush=True)
     with jax.set_mesh(mesh):
-        state, frozen = runs.start_state(run, plan, saved, start)
-        task.prepare(runs.model_params(frozen, state), run.chosen)
-        step_fn = runs.Compiled(runs.make_step(run, plan))
-        batches = task.train_batches(start, local_rows(mesh, cfg.batch_size))
-        watch = Watch(run, workdir, plan.total, start)
-        for batch in task.shapes(local_rows(mesh, cfg.batch_size)) if start < plan.total else ():
-            step_fn.prepare(state, frozen, place_batch(batch, mesh))
+        state, frozen = states.start_state(run, plan, saved, start)
+        preview = opening.preview(run, data, states.model_params(frozen, state))
+        objective = task.objective(run.opened, data.train)
+        step_fn = Compiled(make_step(run, plan, objective))
+        batches = data.train.batches(start, rows)
+        watch = Watch(run, data, objective, preview, workdir, total=plan.total, start=start)
+        for batch in data.train.spec(rows) if start < plan.total else ():
+            step_fn.prepare(state, frozen, abstract_batch(batch, mesh))
         if start == 0:
-            watch.keep_before(watch.evaluate(0, runs.model_params(frozen, state)))
+            watch.keep_before(watch.evaluate(0, states.model_params(frozen, state)))
         for step in range(start, plan.total):
             if step > start and _due(step, every.eval):
-                watch.evaluate(step, runs.model_params(frozen, state))
+                watch.evaluate(step, states.model_params(frozen, state))
             if step > start and _due(step, every.sample):
-                watch.look(step, runs.model_params(frozen, state))
+                watch.look(step, states.model_params(frozen, state))
             if step > start and _due(step, every.save):
                 watch.flush()  # raises where the state is not worth keeping
                 saved.save(step, state, config, {"next_step": step})
@@ -108,7 +116,7 @@ def train(config: dict[str, Any], workdir: Path) -> None:
         if plan.total > start:
             saved.save(plan.total, state, config, {"next_step": plan.total})
         saved.close()
-        params = runs.model_params(frozen, state)
+        params = states.model_params(frozen, state)
         after = watch.evaluate(plan.total, params) if plan.total else None
         if cfg.export.kind != "none":
             export_folder(run, params, workdir / "export", cfg.export.kind, cfg.export.dtype)

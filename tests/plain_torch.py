@@ -5,8 +5,8 @@ import torch
 
 def first_batches(task, count, rows):
     """The first `count` batches of a task, whole, of `rows` rows."""
-    task.prepare({}, set())
-    stream = task.train_batches(0, slice(0, rows))
+    task.encode({}, set())
+    stream = task.train.batches(0, slice(0, rows))
     return [next(stream) for _ in range(count)]
 
 

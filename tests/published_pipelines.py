@@ -7,7 +7,7 @@ from jaxft.core.errors import UserError
 from jaxft.models.autoencoders.vae_config import VAEConfig
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.pipelines.stable_diffusion import HOLE, SOURCE, PipelineConfig
-from jaxft.tasks.diffusion import conditioning as picture_inputs
+from jaxft.tasks.diffusion.opened import check
 from jaxft.weights.folders.diffusers import INDEX, open_component, open_pipeline
 from tests.published import Row
 
@@ -47,7 +47,7 @@ VAES = ("sd-vae-ft-mse", "sdxl-vae")
 def open_published(name: str) -> PipelineConfig:
     """Return the configs of a published pipeline folder, as the diffusion task opens it."""
     cfg = PipelineConfig.of(open_pipeline(str(PUBLISHED / name), weights=False))
-    picture_inputs.check(cfg, 0.0)
+    check(0.0, cfg)
     return cfg
 
 

@@ -123,7 +123,7 @@ def test_several_values_are_each_tried_under_a_label(finished, capsys):
         (sample, ["--workdir=x", "--prompts=/dev/null"], "/dev/null is empty"),
         (sample, ["--workdir=/no/such", "--prompt=a"], "/no/such"),
         (export, [], "--workdir"),
-        (export, ["--workdir=/no/such", "--kind=whole"], "merged"),
+        (export, ["--workdir=/no/such", "--kind=whole"], "not a run folder"),
         (export, ["--workdir=/no/such"], "/no/such"),
         (evaluate, ["--workdr=/no/such"], "workdir"),
     ],

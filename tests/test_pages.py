@@ -19,7 +19,7 @@ from PIL import Image
 
 from jaxft import train
 from jaxft.core.config import load_config, parse_arguments, read_config
-from jaxft.tasks.options import OPTIONS
+from jaxft.tasks import OPTIONS
 from jaxft.weights.locate import demo_folder
 from tests.tiny_autoencoders import make_vae, make_vqmodel
 from tests.tiny_diffusion import flags_of, make_pictures

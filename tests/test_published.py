@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from jaxft import train
 from jaxft.core.errors import UserError
 from jaxft.models.decoders.llama_config import LlamaConfig
-from jaxft.tasks.llm.task import load
+from jaxft.tasks.llm.opened import load
 from tests.published import FOLDER, RUN, language_model_configs, language_models
 
 CONFIGS = language_model_configs()

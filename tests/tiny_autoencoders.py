@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from jaxft.core.config import load_config
-from jaxft.tasks.options import OPTIONS
+from jaxft.tasks import OPTIONS
 from tests.tiny_pipelines import shaken
 
 CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "autoencoder.py")

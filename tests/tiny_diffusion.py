@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from jaxft.core.config import load_config
-from jaxft.tasks.options import OPTIONS
+from jaxft.tasks import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "diffusion.py")

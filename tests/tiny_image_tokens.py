@@ -54,7 +54,7 @@ def arguments(model, pictures, cache, workdir, changes=()):
 
 
 def make_config(model, pictures, cache, changes=()):
-    from jaxft.tasks.options import OPTIONS
+    from jaxft.tasks import OPTIONS
 
     keys = changes_of(model, pictures, cache, changes)
     overrides = [(key, str(value)) for key, value in keys.items()]

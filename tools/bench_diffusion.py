@@ -137,11 +137,11 @@ def _open(
     }
     run = open_run("diffusion", changes)
     rows = local_rows(run.mesh, args.batch)
-    batches = {UNCACHED: next(run.task.train_batches(0, rows))}
+    batches = {UNCACHED: next(run.train.batches(0, rows))}
     with jax.set_mesh(run.mesh):
         params = runs.load_params(run)
-        run.task.prepare(params, run.chosen)
-    batches[CACHED] = next(run.task.train_batches(0, rows))
+        run.encode(params, run.chosen)
+    batches[CACHED] = next(run.train.batches(0, rows))
     return run, params, batches
 
 
@@ -172,9 +172,9 @@ def _first_draws(run: Any, batch: dict) -> dict[str, Any]:
     from jaxft.core.step import sample_keys
     from jaxft.models.autoencoders import vae
     from jaxft.noise.ddpm import draw_timesteps
-    from jaxft.tasks.diffusion.task import LATENT, NOISE, TIME
+    from jaxft.objectives.denoising import LATENT, NOISE, TIME
 
-    cfg, keys = run.task.model_cfg, sample_keys(run.cfg.seed, 0, batch["sample_ids"])
+    cfg, keys = run.opened.model_cfg, sample_keys(run.cfg.seed, 0, batch["sample_ids"])
 
     def stream(number: int) -> jax.Array:
         return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)

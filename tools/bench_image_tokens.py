@@ -78,14 +78,14 @@ def _compare_drawing(args: argparse.Namespace, folder: Path, work: Path) -> dict
     from jaxft.tasks import Request
 
     run = _open(args, folder, work, 1)
-    caption = run.task.train_set.caption(0)
+    caption = run.train.caption(0)
     with jax.set_mesh(run.mesh):
         params = runs.load_params(run)
 
     def draw() -> float:
         with jax.set_mesh(run.mesh):
             request = Request(guidance=args.guidance, temperature=0.0)
-            return _checksum(run.task._draw(params, [caption], request))
+            return _checksum(run.preview._sample(params, [caption], request))
 
     peers = [_stock(args, folder, caption, compiled=False)]
     if not args.no_compile:
@@ -145,8 +145,8 @@ def _compare_training(args: argparse.Namespace, folder: Path, work: Path) -> dic
     run = _open(args, folder, work, args.batch)
     with jax.set_mesh(run.mesh):
         params = runs.load_params(run)
-        run.task.prepare(params, run.chosen)
-    batch = next(run.task.train_batches(0, local_rows(run.mesh, args.batch)))
+        run.encode(params, run.chosen)
+    batch = next(run.train.batches(0, local_rows(run.mesh, args.batch)))
     ours = jaxft_contestants(run, {"jaxft": batch}, params)
     del params
     return compare(ours, _torch_contestants(args, folder, batch), args.steps, 1e-4)

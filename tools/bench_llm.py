@@ -125,8 +125,8 @@ def _jaxft_contestants(
         "lora.rank": rank,
     }
     run = open_run("llm", changes)
-    batch = next(run.task.train_batches(0, local_rows(run.mesh, args.batch)))
-    vocab = run.task.model_cfg.vocab_size
+    batch = next(run.train.batches(0, local_rows(run.mesh, args.batch)))
+    vocab = run.opened.model_cfg.vocab_size
     ids = np.random.default_rng(0).integers(0, vocab, (args.batch, args.seq + 1), np.int32)
     batch |= {"tokens": ids[:, :-1], "targets": ids[:, 1:]}
     batch |= {"weights": np.ones_like(batch["weights"])}

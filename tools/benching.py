@@ -58,7 +58,7 @@ def open_run(name: str, changes: Mapping[str, Any]) -> Any:
     """The run of configs/NAME.py with these keys; no step of it moves a weight."""
     from jaxft.core.config import load_config
     from jaxft.runs import run as runs
-    from jaxft.tasks.options import OPTIONS
+    from jaxft.tasks import OPTIONS
 
     still = {**changes, "data.eval": "", "export.kind": "none", **STILL_OPTIM}
     given = [(key, str(value)) for key, value in still.items()]

@@ -234,9 +234,10 @@ def _encoded(folder: Path, images: Path) -> list[Any]:
 
     from jaxft.core.params import bind, describe
     from jaxft.core.sharding import one_device_mesh, shardings
-    from jaxft.data.images.dataset import ImageSet, to_float
+    from jaxft.data.images.dataset import ImageSet
     from jaxft.data.sources.images import open_images
     from jaxft.models.autoencoders import vae
+    from jaxft.nn.pixels import to_float
     from jaxft.weights.folders.diffusers import open_component
     from jaxft.weights.transfer import Part, load
 

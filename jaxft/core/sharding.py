@@ -109,6 +109,18 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict:
     return {name: place(rows) for name, rows in batch.items()}
 
 
+def abstract_batch(spec: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict:
+    """Return shapes of the global batch, of which `spec` is this process's rows."""
+    sharding, ways = batch_sharding(mesh), batch_ways(mesh)
+    own = local_rows(mesh, ways)
+
+    def whole(rows: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        size = rows.shape[0] * ways // (own.stop - own.start)
+        return jax.ShapeDtypeStruct((size, *rows.shape[1:]), rows.dtype, sharding=sharding)
+
+    return {name: whole(rows) for name, rows in spec.items()}
+
+
 def batch_ways(mesh: Mesh) -> int:
     """How many parts the global batch is cut into."""
     return _ways(RULES["batch"], mesh.shape)

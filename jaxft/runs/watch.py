@@ -16,9 +16,10 @@ from jaxft.core.errors import UserError
 from jaxft.core.metrics import MetricWriter, Throughput, table
 from jaxft.core.params import Params
 from jaxft.core.sharding import local_rows
-from jaxft.runs.run import Run
-from jaxft.tasks import Report
+from jaxft.runs.opening import Run
+from jaxft.tasks import Data, Objective, Preview, Report
 
+MANIFEST = "manifest.json"  # environment, mesh and data of a run
 BAD = "bad_samples.jsonl"  # the samples that were left out, one a line with its error
 BEFORE = "before.json"  # the evaluation before step 0; a resumed run still shows it at the end
 
@@ -35,21 +36,33 @@ class _Pending(NamedTuple):
 class Watch:
     """Writes and shows what a run does; holds no part of its state."""
 
-    def __init__(self, run: Run, workdir: Path, total: int, start: int):
+    def __init__(
+        self,
+        run: Run,
+        data: Data,
+        objective: Objective,
+        preview: Preview,
+        workdir: Path,
+        *,
+        total: int,
+        start: int,
+    ):
         self.run, self.workdir = run, workdir
+        self.objective, self.preview = objective, preview
         self.primary = jax.process_index() == 0
         self.writer = MetricWriter(workdir, total, start, primary=self.primary)
         self.throughput = Throughput(
-            jax.devices()[0].device_kind, jax.device_count(), run.task.unit
+            jax.devices()[0].device_kind, jax.device_count(), objective.unit
         )
         rows = local_rows(run.mesh, run.cfg.batch_size)  # tensor parallel processes have the same
         self.processes = run.cfg.batch_size / (rows.stop - rows.start)
-        self.flops_per_unit = run.task.flops_per_unit(run.chosen)
+        self.flops_per_unit = objective.flops(run.chosen)
         self.pending: _Pending | None = None
         self.last = time.perf_counter()
-        data = {"train": run.cfg.data.train, "eval": run.cfg.data.eval, **run.task.data_report()}
-        self._keep("manifest.json", runtime.manifest(run.mesh, data))
-        lines = [json.dumps(bad._asdict()) + "\n" for bad in run.task.bad_samples()]
+        named = {"train": run.cfg.data.train, "eval": run.cfg.data.eval}
+        self._keep(MANIFEST, runtime.manifest(run.mesh, {**named, **data.train.report()}))
+        sets = [rows for rows in (data.train, data.held_out) if rows is not None]
+        lines = [json.dumps(bad._asdict()) + "\n" for rows in sets for bad in rows.bad]
         if lines and self.primary:
             (workdir / BAD).write_text("".join(lines))
 
@@ -62,7 +75,7 @@ class Watch:
         shown: bool,
     ) -> None:
         """Take a step that was just dispatched, and write the one before it."""
-        units = round(self.run.task.units(batch) * self.processes)
+        units = round(self.objective.units(batch) * self.processes)
         self.flush(waited)
         self.pending = _Pending(step, sums, units, shown)
 
@@ -90,7 +103,7 @@ class Watch:
     def evaluate(self, step: int, params: Params) -> Report:
         """Measure the model before `step`'s update and write it."""
         self.flush()
-        report = self.run.task.evaluate(params, self.run.mesh)
+        report = self.preview.evaluate(params, self.run.mesh)
         if report.metrics:
             self.writer.write_eval(step, report.metrics)
         self.pictures(step, report.pictures)
@@ -108,7 +121,7 @@ class Watch:
     def look(self, step: int, params: Params) -> None:
         """Show what the model makes before `step`'s update."""
         self.flush()
-        seen = self.run.task.sample(params)
+        seen = self.preview.sample(params)
         self.note(seen.text)
         self.pictures(step, seen.pictures)
         self.last = time.perf_counter()

@@ -15,13 +15,13 @@ from jaxft.core.params import Leaf, Params, bind, describe
 from jaxft.models.decoders.sampling import Sampling
 from jaxft.models.pipelines.image_decode import generate_codes
 from jaxft.models.pipelines.janus import KIND
+from jaxft.objectives.codes import train_rows
 from jaxft.tasks.image_tokens.image_janus import JanusFolder
 from jaxft.tasks.image_tokens.image_layout import (
     FILE,
     encode_prompt,
     left_padded,
     null_prompt,
-    train_rows,
 )
 from jaxft.tasks.image_tokens.image_model import ImageModel, open_folder
 from jaxft.verify import rounding

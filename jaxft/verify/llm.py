@@ -21,7 +21,8 @@ from jaxft.kernels.cross_entropy import linear_cross_entropy
 from jaxft.models.decoders.llama import Llama, LlamaConfig
 from jaxft.models.decoders.llama_files import open_decoder
 from jaxft.nn import lora
-from jaxft.tasks.llm.task import load_tokenizer, model_part
+from jaxft.tasks.common.tokenizers import load_tokenizer
+from jaxft.tasks.llm.opened import model_part
 from jaxft.verify import rounding
 from jaxft.verify.report import (
     PLAIN_DOTS,

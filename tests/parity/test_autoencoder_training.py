@@ -16,8 +16,8 @@ from jaxft.core.sharding import local_rows, place_batch
 from jaxft.core.step import sample_keys
 from jaxft.models.critics import discriminator
 from jaxft.models.critics.perceptual import DEMO_FOLDER
-from jaxft.runs import run as runs
 from jaxft.weights import transfer
+from tests import whole as runs
 from tests.parity.test_discriminator import oracle as patchgan
 from tests.parity.test_discriminator import to_torch as judge_to_torch
 from tests.parity.test_perceptual import lite0
@@ -65,7 +65,7 @@ def jax_steps(config, work):
     with jax.set_mesh(run.mesh):
         state, frozen = runs.start_state(run, plan, Checkpoints(work / "run"), 0)
         before = weights(run, {**frozen, **state.params})
-        stream = run.task.train_batches(0, local_rows(run.mesh, run.cfg.batch_size))
+        stream = run.train.batches(0, local_rows(run.mesh, run.cfg.batch_size))
         batches, reports = [next(stream) for _ in range(STEPS)], []
         placed = [place_batch(batch, run.mesh) for batch in batches]
         lowered = runs.make_step(run, plan).lower(state, frozen, placed[0])
@@ -79,9 +79,9 @@ def jax_steps(config, work):
 
 def weights(run, params):
     """Both players' tensors under torch's names."""
-    part = run.task.parts[0]
+    part = run.opened.parts[0]
     own = {k: v.copy() for k, v in transfer.export(part, run.leaves, params, {}, None).tensors}
-    if run.task.losses.adversarial:
+    if run.opened.losses.adversarial:
         state = judge_to_torch({k: np.asarray(v) for k, v in params.items()}, "discriminator.")
         own |= {f"discriminator.{key}": value.numpy().copy() for key, value in state.items()}
     return own

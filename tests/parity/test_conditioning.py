@@ -24,14 +24,16 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import bind
 from jaxft.core.step import sample_keys
 from jaxft.data.images.dataset import fit
+from jaxft.models.pipelines import conditioning as pure
 from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.stable_diffusion import HOLE, NOTHING, SOURCE, Guidance
 from jaxft.noise.ddpm import draw_timesteps
 from jaxft.noise.samplers import ddim
-from jaxft.runs import run as runs
+from jaxft.objectives import denoising as diffusion
 from jaxft.tasks import Request
-from jaxft.tasks.diffusion import conditioning as picture_inputs
-from jaxft.tasks.diffusion import task as diffusion
+from jaxft.tasks.diffusion import conditioning
+from jaxft.tasks.diffusion import opened as opening
+from tests import whole as runs
 from tests.tiny_diffusion import flags_of, make_config, make_pictures
 from tests.tiny_pipelines import make_pipeline
 
@@ -109,10 +111,10 @@ def their_seen(kind, pipe, batch, keys, u, share):
         kept = 1 - ((u >= share).float() * (u < 3 * share).float())
         return kept.reshape(-1, 1, 1, 1) * pipe.vae.encode(source).latent_dist.mode()
     pixels = to_torch(batch["pixels"]) / 127.5 - 1
-    own = jax.vmap(jax.random.split)(diffusion.stream(keys, diffusion.SEEN))
-    mask = to_torch(picture_inputs.random_masks(own[:, 0], (SIDE, SIDE)))
+    own = jax.vmap(jax.random.split)(diffusion.stream(keys, diffusion.PICTURE))
+    mask = to_torch(pure.random_masks(own[:, 0], (SIDE, SIDE)))
     assert 0 < mask.mean() < 1
-    eps = to_torch(diffusion._normal(own[:, 1], (SIDE // 2, SIDE // 2, 4)))
+    eps = to_torch(diffusion.normal(own[:, 1], (SIDE // 2, SIDE // 2, 4)))
     masked = their_latents(pipe, pixels * (mask < 0.5), eps)
     small = torch.nn.functional.interpolate(mask, size=(SIDE // 2, SIDE // 2))
     return torch.cat([small, masked], dim=1)
@@ -120,15 +122,15 @@ def their_seen(kind, pipe, batch, keys, u, share):
 
 def their_loss(kind, pipe, task, batch, keys, share):
     stream, shape = partial(diffusion.stream, keys), (SIDE // 2, SIDE // 2, 4)
-    noise = to_torch(diffusion._normal(stream(diffusion.NOISE), shape))
-    eps = to_torch(diffusion._normal(stream(diffusion.LATENT), shape))
-    t = draw_timesteps(stream(diffusion.TIME), task.model_cfg.schedule)
+    noise = to_torch(diffusion.normal(stream(diffusion.NOISE), shape))
+    eps = to_torch(diffusion.normal(stream(diffusion.LATENT), shape))
+    t = draw_timesteps(stream(diffusion.TIME), task.opened.model_cfg.schedule)
     t = torch.tensor(np.array(t)).long()
     u = torch.tensor(np.array(jax.vmap(jax.random.uniform)(stream(diffusion.DROP))))
     latents = their_latents(pipe, to_torch(batch["pixels"]) / 127.5 - 1, eps)
     noisy = pipe.scheduler.add_noise(latents, noise, t)
     ids = torch.tensor(batch["ids"][:, 0]).long()
-    null = pipe.text_encoder(torch.tensor(task._tokenize("")).long()).last_hidden_state
+    null = pipe.text_encoder(torch.tensor(task.opened.captions("")).long()).last_hidden_state
     dropped = (u < (2 * share if kind == SOURCE else share)).reshape(-1, 1, 1)
     context = torch.where(dropped, null, pipe.text_encoder(ids).last_hidden_state)
     seen = their_seen(kind, pipe, batch, keys, u, share)
@@ -141,18 +143,18 @@ def test_the_loss_is_that_of_plain_torch(opened, pipelines, kind):
     share = 0.2
     changes = {"caption_dropout": share, "min_snr_gamma": 0.0, "cache": ""}
     run, params = opened(kind, changes)
-    batch = next(run.task.shapes(slice(0, 8)))
+    batch = next(run.shapes(slice(0, 8)))
     batch["sample_ids"] = np.arange(8, dtype=np.int32)
     keys = sample_keys(0, 3, batch["sample_ids"])
 
     @jax.jit
     def loss(params, batch):
-        total, weight = run.task.loss(bind(run.task.template, params), batch, keys, 0)[0]
+        total, weight = run.objective.loss(bind(run.opened.template, params), batch, keys, 0)[0]
         return total / weight
 
     with jax.set_mesh(run.mesh), torch.no_grad():
         ours = float(loss(params, batch))
-        theirs = their_loss(kind, pipelines[kind][0], run.task, batch, keys, share)
+        theirs = their_loss(kind, pipelines[kind][0], run, batch, keys, share)
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
@@ -192,31 +194,31 @@ def test_pictures_are_those_of_the_pipeline(opened, files, tmp_path, family, kin
     pipe = cls(**parts, **FREE if family == "sd" else {})
     without_spread(pipe).save_pretrained(tmp_path / "folder")
     run, params = opened(kind, {"batch_size": 2}, tmp_path / "folder")
-    task, cfg = run.task, run.task.model_cfg
+    task, cfg = run, run.opened.model_cfg
     mask = files.mask if kind == HOLE else None
     request = Request(
         steps=STEPS, guidance=GUIDANCE, image_guidance=IMAGE_GUIDANCE, sampler="ddim", seed=4
     )._replace(image=files.image, mask=mask)
-    given = picture_inputs.asked(cfg, request, ((SIDE, SIDE),), 2)
+    given = conditioning.asked(cfg, request, ((SIDE, SIDE),), 2)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(4)))(jnp.arange(2))
-    noise = diffusion._normal(keys, (SIDE // 2, SIDE // 2, 4))
-    ids = np.stack([task._tokenize(prompt) for prompt in PROMPTS])
+    noise = diffusion.normal(keys, (SIDE // 2, SIDE // 2, 4))
+    ids = np.stack([task.opened.captions(prompt) for prompt in PROMPTS])
 
     @jax.jit
     def draw(params, given):
-        model = bind(task.template, params)
-        text = model.encode_text(ids, dtype=task.dtype)
-        null = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), task._null(model))
-        seen = picture_inputs.see(model, cfg, given, None, task.dtype)
+        model = bind(task.opened.template, params)
+        text = model.encode_text(ids, dtype=task.opened.dtype)
+        null = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), task.objective.null(model))
+        seen = pure.condition(model, cfg, given, None, task.opened.dtype)
         guidance = Guidance(GUIDANCE, image=IMAGE_GUIDANCE)
         sampler = ddim(cfg.schedule, STEPS)
         return stable_diffusion.generate(
-            model, cfg, text, null, noise, sampler, guidance, task.dtype, seen
+            model, cfg, text, null, noise, sampler, guidance, task.opened.dtype, seen
         )
 
     with jax.set_mesh(run.mesh):
         ours = np.asarray(draw(params, given)) / 2 + 0.5
-        made = [look.pictures["made"] for look in task.complete(params, PROMPTS, request)]
+        made = [look.pictures["made"] for look in task.preview.complete(params, PROMPTS, request)]
     theirs = draw_torch(cls.from_pretrained(tmp_path / "folder"), kind, files, noise)
     assert np.abs(ours - theirs).max() < 1e-3
     assert theirs.std() > 0.05 and (theirs[0] != theirs[1]).any()
@@ -264,7 +266,7 @@ def test_a_run_gives_back_its_pipeline(pipelines, pictures, files, tmp_path, kin
     assert train.main([*flags_of(folder, pictures, changes), "--workdir", str(work)]) == 0
     shown = capsys.readouterr().out
     assert "moments are not cached" in shown and "cached embeddings of" in shown
-    assert picture_inputs.KINDS[kind] in shown
+    assert opening.KINDS[kind] in shown
     again = DiffusionPipeline.from_pretrained(work / "export")
     assert type(again) is type(pipe) and again.unet.config.in_channels == KINDS[kind][0]
     moved = (again.unet.conv_in.weight - pipe.unet.conv_in.weight).abs().amax(dim=(0, 2, 3))
@@ -291,7 +293,7 @@ def check_sample(work, kind, files, out, capsys):
 
 def test_random_masks():
     keys = jax.random.split(jax.random.key(0), 2000)
-    masks = np.asarray(picture_inputs.random_masks(keys, (24, 32)))
+    masks = np.asarray(pure.random_masks(keys, (24, 32)))
     assert masks.shape == (2000, 24, 32, 1) and set(np.unique(masks)) == {0.0, 1.0}
     covered = masks.mean(axis=(1, 2, 3))
     assert (covered == 1).mean() == pytest.approx(0.25, abs=0.03)
@@ -299,25 +301,25 @@ def test_random_masks():
     assert partly.min() > 0 and 0.2 < partly.mean() < 0.6
     where = masks[covered < 1].mean(axis=0)
     assert where.min() > 0.05, "corners too"
-    alone = picture_inputs.random_masks(keys[7:8], (24, 32))
+    alone = pure.random_masks(keys[7:8], (24, 32))
     assert np.array_equal(alone[0], masks[7]), "by its own key"
 
 
 def test_evaluations_fill_the_centre():
-    mask = picture_inputs.centre_mask((8, 16))[..., 0]
+    mask = pure.centre_mask((8, 16))[..., 0]
     assert mask[2:6, 4:12].all() and mask.sum() == 32
 
 
 def test_what_is_dropped():
     drawn, share = jnp.linspace(0, 1, 101)[:-1] + 0.005, 0.05
     cfg, seen = SimpleNamespace(sees=SOURCE), jnp.ones((100, 1, 1, 4))
-    captions = np.asarray(picture_inputs.captions_dropped(cfg, drawn, share))
-    sources = np.asarray(picture_inputs.drop_sources(cfg, seen, drawn, share) == 0).all((1, 2, 3))
+    captions = np.asarray(pure.captions_dropped(cfg, drawn, share))
+    sources = np.asarray(pure.drop_sources(cfg, seen, drawn, share) == 0).all((1, 2, 3))
     counts = [(captions & ~sources).sum(), (captions & sources).sum(), (~captions & sources).sum()]
     assert counts == [5, 5, 5]
     cfg = SimpleNamespace(sees=HOLE)
-    assert picture_inputs.captions_dropped(cfg, drawn, share).sum() == 5
-    assert picture_inputs.drop_sources(cfg, seen, drawn, share) is seen
+    assert pure.captions_dropped(cfg, drawn, share).sum() == 5
+    assert pure.drop_sources(cfg, seen, drawn, share) is seen
 
 
 # ---- mistakes -----------------------------------------------------------------------------
@@ -352,7 +354,7 @@ def test_what_is_asked_wrongly(files, tmp_path, sees, image, mask, words):
     paths = [known.get(x, str(tmp_path / f"{x}.png")) for x in (image, mask)]
     request = Request(image=paths[0], mask=paths[1])
     with pytest.raises(UserError, match=words) as caught:
-        picture_inputs.asked(SimpleNamespace(sees=sees), request, ((SIDE, SIDE),), 1)
+        conditioning.asked(SimpleNamespace(sees=sees), request, ((SIDE, SIDE),), 1)
     assert "\n" not in str(caught.value)
 
 
@@ -363,7 +365,7 @@ def test_a_grey_or_rgb_mask_is_cut_in_the_middle(files, tmp_path):
     for name, pixels in (("grey", values), ("rgb", values[..., None].repeat(3, axis=-1))):
         path = saved(tmp_path / f"{name}.png", pixels)
         request = Request(image=files.image, mask=path)
-        made = picture_inputs.asked(SimpleNamespace(sees=HOLE), request, ((SIDE, SIDE),), 3)
+        made = conditioning.asked(SimpleNamespace(sees=HOLE), request, ((SIDE, SIDE),), 3)
         assert made["mask"].shape == (3, SIDE, SIDE, 1) and made["mask"].dtype == np.float32
         assert np.array_equal(made["mask"][2], wanted), name
 
@@ -397,7 +399,7 @@ def test_mistakes_in_data_and_model(pipelines, pictures, tmp_path, kind, changes
 
 def test_sources_are_cropped_and_mirrored_with_their_targets(opened, pictures):
     run, _ = opened(SOURCE, {"flip": True, "buckets": True, "data.eval": ""})
-    rows, folder = run.task.train_set, pictures.removeprefix("folder:")
+    rows, folder = run.train, pictures.removeprefix("folder:")
     assert len(rows) == 16
     for index in (3, 11):
         images = rows.shares[0].images[index]

@@ -17,11 +17,11 @@ from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.sharding import local_rows, place_batch
 from jaxft.core.step import sample_keys
 from jaxft.noise.ddpm import draw_timesteps, offset_noise
-from jaxft.runs import run as runs
-from jaxft.tasks.diffusion import task as diffusion
+from jaxft.objectives import denoising as diffusion
 from jaxft.weights import transfer
 from jaxft.weights.adapters import pipeline as pipeline_lora
 from tests import plain_torch
+from tests import whole as runs
 from tests.tiny_diffusion import make_config, make_pictures
 from tests.tiny_pipelines import make_pipeline
 
@@ -89,7 +89,7 @@ def jax_steps(config, work):
     with jax.set_mesh(run.mesh):
         state, frozen = runs.start_state(run, plan, saved, 0)
         before = {path: np.array(x) for path, x in {**frozen, **state.params}.items()}
-        stream = run.task.train_batches(0, local_rows(run.mesh, run.cfg.batch_size))
+        stream = run.train.batches(0, local_rows(run.mesh, run.cfg.batch_size))
         batches, losses = [next(stream) for _ in range(STEPS)], []
         placed = [place_batch(batch, run.mesh) for batch in batches]
         lowered = runs.make_step(run, plan).lower(state, frozen, placed[0])
@@ -124,11 +124,11 @@ def trained(pipelines, pictures, tmp_path_factory):
 def named(run, params):
     """Parameters under torch's names, `component.key`; adapters as peft calls them."""
     made = {}
-    for part in run.task.parts:
+    for part in run.opened.parts:
         plain = {p: jnp.asarray(x) for p, x in params.items() if ".lora_" not in p}
         for key, tensor in transfer.export(part, run.leaves, plain, {}, None).tensors:
             made[part.prefix + key.removeprefix("text_model.")] = np.array(tensor)
-    for site in pipeline_lora.sites(run.task.parts, run.leaves):
+    for site in pipeline_lora.sites(run.opened.parts, run.leaves):
         a, b = site.factors(params)
         made[f"{site.name}.lora_A.default.weight"] = a
         made[f"{site.name}.lora_B.default.weight"] = b
@@ -138,17 +138,18 @@ def named(run, params):
 def draws(run, step, batch):
     """What is random in a step, from the same key streams, as torch tensors."""
     keys = sample_keys(run.cfg.seed, step, batch["sample_ids"])
-    stream, options = partial(diffusion.stream, keys), run.task.options
-    side = options.resolution // run.task.model_cfg.vae.factor
-    shape = (side, side, run.task.model_cfg.vae.latent_channels)
-    noise = diffusion._normal(stream(diffusion.NOISE), shape)
+    stream, options = partial(diffusion.stream, keys), run.opened.options
+    side = options.resolution // run.opened.model_cfg.vae.factor
+    shape = (side, side, run.opened.model_cfg.vae.latent_channels)
+    schedule = run.opened.model_cfg.schedule
+    noise = diffusion.normal(stream(diffusion.NOISE), shape)
     if options.noise_offset:
         noise = offset_noise(stream(diffusion.OFFSET), noise, options.noise_offset)
     uniform = jax.vmap(jax.random.uniform)(stream(diffusion.DROP))
     return (
-        to_torch(diffusion._normal(stream(diffusion.LATENT), shape)),
+        to_torch(diffusion.normal(stream(diffusion.LATENT), shape)),
         to_torch(noise),
-        torch.tensor(np.array(draw_timesteps(stream(diffusion.TIME), run.task.model_cfg.schedule))),
+        torch.tensor(np.array(draw_timesteps(stream(diffusion.TIME), schedule))),
         torch.tensor(np.array(uniform < options.caption_dropout)),
     )
 
@@ -208,11 +209,11 @@ class Oracle:
             null, null_pooled = torch.zeros_like(context), torch.zeros_like(pooled)
             pooled = torch.where(dropped[:, None], null_pooled, pooled)
         else:
-            null = self.encode(self.run.task._tokenize("")[None])[0]
+            null = self.encode(self.run.opened.captions("")[None])[0]
         return torch.where(dropped[:, None, None], null, context), pooled
 
     def loss(self, step, batch):
-        task = self.run.task
+        task = self.run
         eps, noise, t, dropped = draws(self.run, step, batch)
         posterior = self.pipe.vae.encode(to_torch(batch["pixels"]) / 127.5 - 1).latent_dist
         latents = (posterior.mean + posterior.std * eps) * self.pipe.vae.config.scaling_factor
@@ -220,10 +221,10 @@ class Oracle:
         context, pooled = self.text(batch, dropped)
         added = {"text_embeds": pooled, "time_ids": torch.tensor(batch["time_ids"])}
         out = self.pipe.unet(noisy, t, context, added_cond_kwargs=added if self.xl else None).sample
-        epsilon = task.model_cfg.schedule.prediction == "epsilon"
+        epsilon = task.opened.model_cfg.schedule.prediction == "epsilon"
         velocity = self.scheduler.get_velocity(latents, noise, t)
         errors = ((out - (noise if epsilon else velocity)) ** 2).mean(dim=(1, 2, 3))
-        if gamma := task.options.min_snr_gamma:
+        if gamma := task.opened.options.min_snr_gamma:
             bar = self.scheduler.alphas_cumprod[t]
             snr = bar / (1 - bar)
             errors = errors * (snr.clamp(max=gamma) / (snr if epsilon else snr + 1))

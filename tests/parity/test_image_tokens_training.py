@@ -18,11 +18,11 @@ from jaxft import train
 from jaxft.core.step import sample_keys
 from jaxft.data.loader import subset
 from jaxft.export import export_folder
-from jaxft.runs import run as runs
-from jaxft.tasks.diffusion.latents import collate
+from jaxft.objectives.codes import DROP
+from jaxft.tasks.common.encoded import collate
 from jaxft.tasks.image_tokens.image_layout import read_layout
-from jaxft.tasks.image_tokens.task import DROP
 from tests import plain_torch
+from tests import whole as runs
 from tests.parity.test_training import DECAY, assert_same_updates, jax_steps
 from tests.tiny_autoencoders import make_vqmodel
 from tests.tiny_image_tokens import CODES, GRID, arguments, make_config, make_pictures
@@ -123,7 +123,7 @@ def oracles(folder, work):
 
     def oracle(loss):
         if loss not in made:
-            task = runs.open_run(config_of(folder, work, loss)).task
+            task = runs.open_run(config_of(folder, work, loss))
             batches = plain_torch.first_batches(task, STEPS, 16)
             assert batches[0]["codes"].dtype == np.uint16
             assert batches[0]["codes"].shape == (16, GRID * GRID)
@@ -158,11 +158,11 @@ def test_evaluation_is_what_torch_measures(folder, work, tmp_path):
     changes = {"data.eval": f"folder:{work / 'pictures'}", "eval_examples": 11, "batch_size": 8}
     run = runs.open_run(config_of(folder, work, "image", changes))
     with jax.set_mesh(run.mesh):
-        found = run.task.evaluate(runs.load_params(run), run.mesh).metrics
-    data = subset(run.task.eval_set, 11, SEED)
+        found = run.preview.evaluate(runs.load_params(run), run.mesh).metrics
+    data = subset(run.held_out, 11, SEED)
     batch = collate([data[i] for i in range(11)], batch_rows=11)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    layout, wanted = run.task.layout, {}
+    layout, wanted = run.opened.layout, {}
     for name, drop in (("ce", False), ("ce_null", True)):
         losses, right = [], []
         for ids, _ in written_out(layout, batch, [drop] * 11):
@@ -177,7 +177,7 @@ def test_evaluation_is_what_torch_measures(folder, work, tmp_path):
     for name, value in wanted.items():
         assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert abs(found["caption_use"]) > 1e-4 and 0 < found["accuracy"] < 1
-    counts = np.bincount(np.concatenate(list(run.task.train_set.blocks())).ravel())
+    counts = np.bincount(np.concatenate(list(run.train.blocks())).ravel())
     shares = counts[counts > 0] / counts.sum()
     assert found["unigram_entropy"] == pytest.approx(-(shares * np.log(shares)).sum())
 
@@ -194,7 +194,7 @@ def test_p6_the_adapter_of_a_run_loads_in_peft_and_is_the_merged_model(folder, w
     with jax.set_mesh(run.mesh):
         export_folder(run, params, tmp_path / "merged", "folder", "source")
     merged, base = (LlamaForCausalLM.from_pretrained(f) for f in (tmp_path / "merged", folder))
-    ids = torch.tensor([[5, 6, run.task.layout.boi, *range(324, 334)]])
+    ids = torch.tensor([[5, 6, run.opened.layout.boi, *range(324, 334)]])
     with torch.no_grad():
         start = base(ids).logits
         adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "export")

@@ -53,7 +53,7 @@ class Inversion(Oracle):
             table.requires_grad_(True)
 
     def text(self, batch, dropped):
-        captions = [self.run.task.train_set.caption(int(i)) for i in batch["sample_ids"]]
+        captions = [self.run.train.caption(int(i)) for i in batch["sample_ids"]]
         rows = []
         for end in ("", "_2") if self.xl else ("",):
             tokenizer = getattr(self.pipe, "tokenizer" + end)

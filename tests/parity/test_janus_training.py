@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import JanusForConditionalGeneration
 
 from jaxft import train
-from jaxft.runs import run as runs
 from tests import plain_torch
+from tests import whole as runs
 from tests.parity.test_image_tokens_training import COMMON as SHARED
 from tests.parity.test_image_tokens_training import LR, MESHES, STEPS, dropped_rows
 from tests.parity.test_training import DECAY, assert_same_updates, jax_steps
@@ -70,7 +70,7 @@ def torch_steps(folder, batches):
 
 @pytest.fixture(scope="module")
 def oracle(work):
-    batches = plain_torch.first_batches(runs.open_run(config_of(work)).task, STEPS, 16)
+    batches = plain_torch.first_batches(runs.open_run(config_of(work)), STEPS, 16)
     assert batches[0]["codes"].shape == (16, GRID * GRID)
     return torch_steps(work / "model", batches)
 

@@ -13,8 +13,7 @@ from jaxft.core.params import bind, describe
 from jaxft.core.sharding import make_mesh
 from jaxft.core.step import sample_keys
 from jaxft.nn import conv, linear, lora
-from jaxft.tasks import task_class
-from jaxft.tasks.options import OPTIONS
+from jaxft.tasks import OPTIONS, task_class
 from tests.tiny_autoencoders import make_vqmodel
 from tests.tiny_diffusion import make_config as diffusion_config
 from tests.tiny_diffusion import make_pictures as captioned
@@ -65,9 +64,9 @@ def opened(make_folder, make_config, pictures, tmp_path_factory):
 def a_batch(task):
     """Shapes of a batch; the pictures' codes and moments need no encoder here."""
     if hasattr(task, "layout"):  # an image-token task
-        rows = task.train_set
+        rows = task.train
         row = {
-            "codes": np.zeros((2, task.layout.count), np.int32),
+            "codes": np.zeros((2, task.opened.layout.count), np.int32),
             "prompt": np.zeros((2, rows.width), np.int32),
             "length": np.full(2, 3, np.int32),
             "weights": np.ones(2, np.float32),
@@ -107,15 +106,15 @@ def drawn(monkeypatch):
 def test_case_llm_08_dropout_acts_on_every_projection(opened, drawn, family, targets, kinds):
     """In training every adapter draws its mask; an evaluation draws none."""
     task = opened(family, targets)
-    paths = lora.adapted(describe(task.template))
+    paths = lora.adapted(describe(task.opened.template))
     assert set(kinds) <= set(paths)
     batch = a_batch(task)
     ids = jnp.asarray(batch["sample_ids"])
 
     def loss(model, batch):
-        return task.loss(model, batch, sample_keys(0, 0, ids), jnp.int32(0))[0]
+        return task.objective.loss(model, batch, sample_keys(0, 0, ids), jnp.int32(0))[0]
 
-    jax.eval_shape(loss, task.template, batch)
+    jax.eval_shape(loss, task.opened.template, batch)
     missing = [path for path in paths if crc32(path.encode()) not in drawn]
     assert not missing
     drawn.clear()
@@ -129,7 +128,7 @@ def test_case_llm_08_dropout_acts_on_every_projection(opened, drawn, family, tar
 
 
 def leaves_of(task):
-    return describe(task.template)
+    return describe(task.opened.template)
 
 
 def test_case_llm_08_the_heads_masks_depend_on_the_row_alone(opened):
@@ -147,7 +146,9 @@ def test_case_llm_08_the_heads_masks_depend_on_the_row_alone(opened):
     @partial(jax.jit, compiler_options=QUICK)
     def loss(params, batch):
         keys = sample_keys(0, 0, batch["sample_ids"])
-        return task.loss(bind(task.template, params), batch, keys, jnp.int32(0))[0][0]
+        return task.objective.loss(bind(task.opened.template, params), batch, keys, jnp.int32(0))[
+            0
+        ][0]
 
     whole = loss(params, batch)
     halves = [loss(params, {k: x[part] for k, x in batch.items()}) for part in np.s_[::2, 1::2]]

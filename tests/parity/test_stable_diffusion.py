@@ -14,9 +14,9 @@ from jaxft.core.sharding import batch_sharding, one_device_mesh, shardings
 from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.ldm import open_model
 from jaxft.models.pipelines.stable_diffusion import PipelineConfig, StableDiffusion, Text, zeroed
-from jaxft.runs import run as runs
 from jaxft.weights import transfer
 from jaxft.weights.folders.known_configs import COMPONENTS, INDEX, SCHEDULER
+from tests import whole as runs
 from tests.tiny_diffusion import make_config, make_pictures
 from tests.tiny_pipelines import make_pipeline, make_tokenizer
 

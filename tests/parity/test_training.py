@@ -8,9 +8,9 @@ from transformers import LlamaForCausalLM
 
 from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.sharding import local_rows, place_batch
-from jaxft.runs import run as runs
 from jaxft.weights import transfer
 from tests import plain_torch
+from tests import whole as runs
 
 STEPS, LR, DECAY = 10, 1e-3, 0.1
 COMMON = {
@@ -36,10 +36,10 @@ def jax_steps(config, tmp_path, steps=STEPS):
     saved = Checkpoints(tmp_path / "run")
     with jax.set_mesh(run.mesh):
         state, frozen = runs.start_state(run, plan, saved, 0)
-        run.task.prepare(state.params, run.chosen)
+        run.encode(state.params, run.chosen)
         before = exported(run, {**frozen, **state.params})
         step_fn = runs.make_step(run, plan)
-        stream = run.task.train_batches(0, local_rows(run.mesh, run.cfg.batch_size))
+        stream = run.train.batches(0, local_rows(run.mesh, run.cfg.batch_size))
         rows, losses = [], []
         for _ in range(steps):
             batch = next(stream)
@@ -53,7 +53,7 @@ def jax_steps(config, tmp_path, steps=STEPS):
 
 
 def exported(run, params):
-    part = run.task.parts[0]
+    part = run.opened.parts[0]
     return {k: v.copy() for k, v in transfer.export(part, run.leaves, params, {}, None).tensors}
 
 
@@ -92,7 +92,7 @@ def folder(make_folder):
 @pytest.fixture(scope="module")
 def oracle(make_config, folder):
     """Losses and weights of the torch loop over the batches that every case draws."""
-    task = runs.open_run(make_config(folder, {**COMMON, "pack": False})).task
+    task = runs.open_run(make_config(folder, {**COMMON, "pack": False}))
     batches = plain_torch.first_batches(task, STEPS, 16)
     lengths = [batch["weights"].sum(1) for batch in batches]
     assert max(map(np.max, lengths)) > 3 * min(map(np.min, lengths)), "rows are to be unequal"

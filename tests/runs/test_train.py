@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from jaxft import train
 from jaxft.core.checkpoint import Checkpoints
-from jaxft.runs import run as runs
+from tests import whole as runs
 from tests.interrupted import kill_after, start, timeless
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxft.core.config import flatten_config, load_config, read_config, resolve_config
 from jaxft.core.errors import UserError
 from jaxft.runs.workdir import claim_workdir, differing_keys, read_config_file
-from jaxft.tasks.options import OPTIONS
+from jaxft.tasks import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.py"))

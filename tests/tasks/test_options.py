@@ -10,8 +10,7 @@ import pytest
 
 from jaxft.core.config import Config, flatten_config, load_config, read_config
 from jaxft.core.errors import UserError
-from jaxft.tasks import TASKS
-from jaxft.tasks.options import OPTIONS
+from jaxft.tasks import OPTIONS, TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +49,7 @@ def test_a_mistyped_key_or_type_is_named(task, key, value, word):
 
 
 def test_no_task_is_imported_for_it():
-    code = "import sys, jaxft.tasks.options; print('jax' in sys.modules)"
+    code = "import sys, jaxft.tasks; print('jax' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert shown.stdout.strip() == "False", shown.stderr
 

@@ -14,10 +14,10 @@ from jaxft import verify
 from jaxft.export import export_folder
 from jaxft.models.decoders import llama
 from jaxft.nn import rope
-from jaxft.runs import run as runs
 from jaxft.verify import llm, report
 from jaxft.weights import transfer
 from jaxft.weights.rules import Rule
+from tests import whole as runs
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from jaxft.tasks.image_tokens import image_janus
 from jaxft.tasks.image_tokens.image_model import open_model
-from jaxft.tasks.options import ImageTokenOptions, TokenSample
+from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
 from tests.tiny_autoencoders import make_vqmodel
 from tests.tiny_image_tokens import CODES, SIZE
 from tests.tiny_janus import make_janus_model

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -194,11 +194,6 @@ def fit(image: Image.Image, size: Size, flip: bool = False, crop: int = 0) -> Fi
 def time_ids(fitted: Fitted) -> Float[np.ndarray, "6"]:
     """SDXL's conditioning: original height, width, crop top, left, target height, width."""
     return np.asarray((*fitted.original, *fitted.crop, *fitted.target), np.float32)
-
-
-def to_float(pixels: UInt8[Any, "*b h w 3"]) -> Float[Any, "*b h w 3"]:
-    """Pixels 0..255, of numpy or within a jitted function, as float32 in [-1, 1]."""
-    return pixels.astype(np.float32) / 127.5 - 1
 
 
 @dataclass(frozen=True)

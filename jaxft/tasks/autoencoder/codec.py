@@ -1,13 +1,11 @@
 """The two kinds of autoencoder behind one face: continuous latents (KL) and codes (VQ)."""
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params
@@ -16,26 +14,13 @@ from jaxft.models.autoencoders.vae import VAE
 from jaxft.models.autoencoders.vae_config import VAEConfig
 from jaxft.models.autoencoders.vq_config import DIFFUSERS, JANUS, VQConfig
 from jaxft.models.autoencoders.vqgan import Quantized, VQModel
-from jaxft.weights.folders.transformers import SIDE_FILES, Source, export_config
+from jaxft.objectives.reconstruction import Made
+from jaxft.weights.folders.transformers import Source
 from jaxft.weights.rules import Rule
 from jaxft.weights.transfer import Part
 
 KL = "AutoencoderKL"
 CODEBOOK = "vae.quantize.embedding"
-UNLIKE = ("parity.json", ".index.json")  # they speak of the source's weights
-
-
-class Made(NamedTuple):
-    """A reconstruction on its way.
-
-    features: what the last layer sees. latent: the latents' own losses of each row, by name and
-    without weights. codes: of a VQ tokenizer.
-    """
-
-    features: Float[Array, "B Y X F"]
-    images: Float[Array, "B Y X C"]
-    latent: dict[str, Float[Array, "B"]]
-    codes: Int[Array, "B Y2 X2"] | None
 
 
 class Codec(NamedTuple):
@@ -94,22 +79,6 @@ def open_codec(config: Mapping[str, Any], where: str) -> Codec:
         if channels != 3:
             raise UserError(f"{where}: {key}={channels} is not supported; images have 3 channels")
     return Codec(KL, cfg, VAE, vae.RULES, (), _through_latents)
-
-
-def side_files(
-    codec: Codec, source: Source, dtype: str | None, rewritten: bool
-) -> dict[str, Path | bytes]:
-    """What an export holds beside the weights that it writes: config.json, licence, card."""
-    assert source.folder is not None
-    found = {path.name: path for pattern in SIDE_FILES for path in source.folder.glob(pattern)}
-    kept = {name: path for name, path in sorted(found.items()) if not name.endswith(UNLIKE)}
-    if not rewritten:
-        return {**kept, **source.side_files}
-    if codec.kind == JANUS:
-        config = export_config(source.config, dtype)
-    else:  # diffusers keeps no dtype in a config.json
-        config = {"_class_name": codec.kind, **source.config}
-    return {**kept, "config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 
 def _through_latents(model: VAE, images: Array, keys: PRNGKeyArray | None, remat: str) -> Made:

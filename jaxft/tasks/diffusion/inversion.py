@@ -12,7 +12,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import NEW_TOKENS, Leaf, select
 from jaxft.models.pipelines.stable_diffusion import PipelineConfig
 from jaxft.tasks.diffusion.captions import Captions
-from jaxft.tasks.options import Inversion
+from jaxft.tasks.diffusion.options import Inversion
 from jaxft.weights.transfer import Part, to_host
 
 STEM = "learned_embeds"  # what diffusers' load_textual_inversion looks for in a folder

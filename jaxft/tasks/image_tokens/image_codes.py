@@ -17,15 +17,12 @@ from jaxtyping import Int, UInt8
 
 from jaxft.core.params import Params, bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
-from jaxft.data.cache import ArrayCache, example_keys
-from jaxft.data.images.dataset import ImageSet, to_float
 from jaxft.models.autoencoders import vqgan
 from jaxft.models.autoencoders.vq_config import JANUS, VQConfig, check_codes
 from jaxft.models.autoencoders.vqgan import VQModel
+from jaxft.nn.pixels import to_float, to_pixels
+from jaxft.tasks.common.encoded import fingerprint
 from jaxft.tasks.common.image_metrics import psnr, ssim
-from jaxft.tasks.common.pictures import grid
-from jaxft.tasks.diffusion.latents import Row, fingerprint, store_moments
-from jaxft.tasks.image_tokens.image_layout import Layout, encode_prompt
 from jaxft.weights import transfer
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors, write_sharded
 from jaxft.weights.folders.diffusers import Renamed, open_component
@@ -37,9 +34,7 @@ from jaxft.weights.transfer import Part
 ROWS = 16  # pictures that are encoded or decoded together
 FINDS = ("encoder.", "quant_conv.", "quantize.")  # the parameters that decide a picture's codes
 CODEBOOK = "quantize.embedding.weight"
-BLOCK = 1024  # cached grids that are compared at once
 BEST = 100.0  # dB: a picture that comes back exactly has no finite PSNR
-WORST = 8  # pictures of a reconstruction report
 
 
 class Reconstruction(NamedTuple):
@@ -97,12 +92,12 @@ class ImageTokenizer:
         model, x = bind(self.template, params), to_float(pixels)
         found = model.encode(x)
         y = jnp.clip(model.decode(found.quantized), -1.0, 1.0)
-        return Reconstruction(found.codes, _to_pixels(y), jnp.minimum(psnr(x, y), BEST), ssim(x, y))  # type: ignore[arg-type]
+        return Reconstruction(found.codes, to_pixels(y), jnp.minimum(psnr(x, y), BEST), ssim(x, y))  # type: ignore[arg-type]
 
     @partial(jax.jit, static_argnums=0)
     def _decode(self, params: Params, codes: Any) -> Any:
         model = bind(self.template, params)
-        return _to_pixels(model.decode_codes(jnp.asarray(codes, jnp.int32)))
+        return to_pixels(model.decode_codes(jnp.asarray(codes, jnp.int32)))
 
 
 def open_tokenizer(spec: str) -> ImageTokenizer:
@@ -148,10 +143,6 @@ def _rewritten(source: Source, files: dict[str, Path | bytes]) -> dict[str, Path
     return {**others, **{path.name: path for path in made}}
 
 
-def _to_pixels(images: jax.Array) -> jax.Array:
-    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
-
-
 def _cut(rows: np.ndarray) -> Iterator[np.ndarray]:
     """ROWS at a time, the last filled up, so that one compiled function serves."""
     for first in range(0, len(rows), ROWS):
@@ -160,118 +151,3 @@ def _cut(rows: np.ndarray) -> Iterator[np.ndarray]:
 
 def _joined(parts: Sequence[Any], count: int) -> np.ndarray:
     return np.concatenate([np.asarray(part) for part in parts])[:count]
-
-
-class CodeRows:
-    """A picture set as rows of codes and prompts; indexing is safe in threads.
-
-    `cut` counts the captions that were too long, `width` is the longest prompt's count of ids: what
-    all are padded to. Codes are there after `cache`.
-    """
-
-    def __init__(self, images: ImageSet, layout: Layout, tokenizer: Any):
-        self.images, self.layout, self.tokenizer = images, layout, tokenizer
-        self.store: ArrayCache | None = None
-        self._keys: tuple[str, ...] = ()
-        prompts = [self._prompt(i) for i in range(len(images.records))]
-        self.cut = sum(prompt.cut for prompt in prompts)
-        self.width = max((len(prompt.ids) for prompt in prompts), default=0) or 1
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __repr__(self) -> str:
-        return repr(self.images)
-
-    def cache(self, store: ArrayCache, vq: ImageTokenizer) -> None:
-        """Encode the pictures whose codes `store` lacks, and serve rows from there."""
-
-        def encode(pixels: np.ndarray) -> dict[str, np.ndarray]:
-            made = vq.reconstruct(pixels)
-            codes = made.codes.astype(vq.cfg.code_dtype)
-            return {"codes": codes, "psnr": made.psnr, "ssim": made.ssim}
-
-        done = total = 0
-        for done, total in store_moments(store, self.images, encode, ROWS):
-            if done % (64 * ROWS) == 0:
-                print(f"encoding pictures: {done} of {total}", flush=True)
-        if total:
-            print(f"encoded {done} pictures of {self.images.records.spec}", flush=True)
-        self.store, self._keys = store, example_keys(self.images)
-
-    def caption(self, index: int) -> str:
-        return self.images.captions[index]
-
-    def stored(self, index: int) -> Row:
-        """The picture's codes (Y, X), and the PSNR and SSIM of what the tokenizer makes of them."""
-        assert self.store is not None
-        return self.store.get(self._keys[index])
-
-    def __getitem__(self, index: int) -> Row:
-        """codes [S], prompt [C] padded on the right, its length, and weight 1."""
-        ids = self._prompt(index).ids
-        prompt = np.full(self.width, self.layout.pad, np.int32)
-        prompt[: len(ids)] = ids
-        return {
-            "codes": self.stored(index)["codes"].ravel(),
-            "prompt": prompt,
-            "length": np.int32(len(ids)),  # type: ignore[dict-item]
-            "weights": np.float32(1),  # type: ignore[dict-item]
-        }
-
-    def blocks(self) -> Iterator[Int[np.ndarray, "B S"]]:
-        """The codes of all pictures, BLOCK at a time."""
-        for first in range(0, len(self), BLOCK):
-            some = range(first, min(first + BLOCK, len(self)))
-            yield np.stack([self.stored(i)["codes"].ravel() for i in some])
-
-    def _prompt(self, index: int) -> Any:
-        return encode_prompt(self.layout, self.tokenizer, self.caption(index))
-
-
-def code_counts(rows: CodeRows, vq: ImageTokenizer) -> Int[np.ndarray, " K"]:
-    """How often each code stands in the cache; UserError where the codebook has no such code."""
-    counts = np.zeros(vq.cfg.codes, np.int64)
-    for block in rows.blocks():
-        check_codes(block, vq.cfg, f"the cache of {rows.images.records.spec}")
-        counts += np.bincount(block.ravel(), minlength=vq.cfg.codes)
-    return counts
-
-
-def entropy(counts: Int[np.ndarray, " K"]) -> float:
-    """Of the codes as independent draws, nats: what a model of their frequencies alone reaches."""
-    shares = counts[counts > 0] / counts.sum()
-    return float(-np.sum(shares * np.log(shares)))
-
-
-def nearest(rows: CodeRows, grids: Int[np.ndarray, "N S"]) -> np.ndarray:
-    """The Hamming distance of each grid to the nearest of all cached ones, as a share; [N].
-
-    0 is a picture of the set, code for code; memory is that of one block.
-    """
-    best = np.ones(len(grids))
-    for block in rows.blocks():
-        for i, codes in enumerate(grids):
-            best[i] = min(best[i], np.mean(block != codes, axis=1).min())
-    return best
-
-
-class Ceiling(NamedTuple):
-    """What the tokenizer alone makes of the pictures: no model above it does better."""
-
-    text: str
-    worst: UInt8[np.ndarray, "H W 3"]
-
-
-def ceiling(rows: CodeRows, vq: ImageTokenizer, cell: int) -> Ceiling:
-    """PSNR over the cache, and the pictures that came out worst: target, reconstruction."""
-    found = np.array([rows.stored(i)["psnr"] for i in range(len(rows))])
-    order = np.argsort(found, kind="stable")[:WORST]
-    made = vq.decode(np.stack([rows.stored(int(i))["codes"] for i in order]))
-    pairs = [(rows.images[int(i)].pixels, one) for i, one in zip(order, made, strict=True)]
-    captions = [f"{found[i]:.1f} dB {rows.caption(int(i))}" for i in order]
-    text = (
-        f"tokenizer ceiling: {len(found)} pictures come back at {found.mean():.1f} dB PSNR on"
-        f" average, {np.quantile(found, 0.05):.1f} at the 5 % worst, {found.min():.1f} at worst"
-    )
-    return Ceiling(text, grid(pairs, captions, ("target", "reconstruction"), cell))

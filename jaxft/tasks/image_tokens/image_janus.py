@@ -20,7 +20,7 @@ from jaxft.models.pipelines.janus import KIND, Janus, JanusConfig
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.tasks.image_tokens.image_codes import ImageTokenizer, unit_rows
 from jaxft.tasks.image_tokens.image_layout import CAPTION, check_tokenizer, row_length
-from jaxft.tasks.options import ImageTokenOptions
+from jaxft.tasks.image_tokens.options import ImageTokenOptions
 from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.folders import janus_original as janus_layout
 from jaxft.weights.folders.diffusers import Renamed, open_component

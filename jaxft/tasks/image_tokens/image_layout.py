@@ -12,9 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Int
 
 from jaxft.core.errors import UserError
 from jaxft.data.text.vocabulary import check_ids
@@ -236,55 +235,3 @@ def null_prompt(layout: Layout, ids: list[int]) -> list[int]:
     prompts, counts = np.array([ids or [layout.pad]], np.int32), np.array([len(ids)], np.int32)
     captions, lengths = layout.without_caption(prompts, counts)
     return captions[0, : int(lengths[0])].tolist()
-
-
-# ---- training rows --------------------------------------------------------------------------
-
-
-class TrainRows(NamedTuple):
-    """Rows of a batch, padded on the right: a causal model's real tokens never see the padding.
-
-    places: where image_targets are predicted from. text_targets, text_weights: of the first
-    C places; the weights of a row add up to 1, or to 0 without a prompt.
-    images: which of the tokens are codes.
-    """
-
-    tokens: Int[Array, "B T"]
-    images: Bool[Array, "B T"]
-    places: Int[Array, "B S"]
-    image_targets: Int[Array, "B S"]
-    text_targets: Int[Array, "B C"]
-    text_weights: Float[Array, "B C"]
-
-
-def train_rows(
-    layout: Layout,
-    captions: Int[Array, "B C"],
-    lengths: Int[Array, " B"],
-    codes: Int[Array, "B S"],
-    dropped: Bool[Array, " B"],
-) -> TrainRows:
-    """`prompt BOI codes` of each row, the null for its prompt if `dropped`; for use inside jit.
-
-    captions: prompts padded on the right, `lengths` real ids each.
-    """
-    width, count = captions.shape[1], layout.count
-    captions, lengths = jnp.asarray(captions, jnp.int32), jnp.asarray(lengths, jnp.int32)
-    null, shorter = layout.without_caption(captions, lengths)
-    captions = jnp.where(dropped[:, None], null, captions)
-    lengths = jnp.where(dropped, shorter, lengths)[:, None]
-    ids = codes.astype(jnp.int32) + layout.image_offset
-    after = jnp.arange(width + count)[None] - lengths  # 0 at BOI, k at code k - 1
-    image = jnp.take_along_axis(ids, jnp.clip(after - 1, 0, count - 1), axis=1)
-    image = jnp.where(after == 0, layout.boi, jnp.where(after < count, image, layout.pad))
-    text = jnp.pad(captions, ((0, 0), (0, count)))
-    tokens = jnp.where(after < 0, text, image)
-    spoken = (jnp.arange(width)[None] < lengths) & ~dropped[:, None]
-    return TrainRows(
-        tokens,
-        (after > 0) & (after < count),
-        lengths + jnp.arange(count),
-        ids,
-        tokens[:, 1 : width + 1],
-        spoken / jnp.maximum(lengths, 1.0),  # a prompt of no tokens has no weight, and no 0 / 0
-    )

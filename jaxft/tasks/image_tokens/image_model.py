@@ -26,8 +26,8 @@ from jaxft.tasks.image_tokens.image_layout import (
     read_layout,
     row_length,
 )
-from jaxft.tasks.llm.task import model_part
-from jaxft.tasks.options import ImageTokenOptions, TokenSample
+from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
+from jaxft.tasks.llm.opened import model_part
 from jaxft.weights.adapters.peft_folder import CONFIG, MERGE
 from jaxft.weights.folders.transformers import Source, export_config, open_source
 from jaxft.weights.graft import Grafted

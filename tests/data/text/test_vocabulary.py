@@ -9,12 +9,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from jaxft import train
-from jaxft.core.config import read_config
 from jaxft.core.errors import UserError
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.tasks import Request
-from jaxft.tasks.llm.task import LLM
-from jaxft.tasks.options import LLMOptions
+from tests.whole import open_run
 
 ROOT = Path(__file__).resolve().parents[3]
 NEW = "<|new|>"  # id 320, of a model with 320 rows
@@ -42,7 +40,7 @@ def opened(make_config, tmp_path):
             file = tmp_path / f"{name}.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in records))
             places[f"data.{name}"] = f"jsonl:{file}"
-        return LLM(read_config(make_config(folder, {**places, **changes}), LLMOptions))
+        return open_run(make_config(folder, {**places, **changes}))
 
     return task
 
@@ -80,16 +78,16 @@ def test_case_llm_01_a_label_and_a_prompt_beyond_the_table(larger, opened):
         opened(larger, labelled)
     task = opened(larger, [FITS])
     with pytest.raises(UserError, match=r"prompt 'say <\|new\|>': token .* id 320"):
-        task.complete({}, ["say " + NEW], Request())
+        task.preview.complete({}, ["say " + NEW], Request())
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_serves_where_none_of_them_is_used(larger, opened):
-    assert len(opened(larger, [FITS]).train_set) == 1
+    assert len(opened(larger, [FITS]).train) == 1
 
 
 def test_a_table_with_more_rows_than_the_tokenizer_has_tokens(make_folder, opened):
     """Phi's and Qwen's tables are padded to round sizes."""
-    assert len(opened(make_folder(vocab_size=384), [FITS]).train_set) == 1
+    assert len(opened(make_folder(vocab_size=384), [FITS]).train) == 1
 
 
 @pytest.mark.parametrize("key", ["eos_token", "pad_token", "bos_token"])
@@ -97,7 +95,7 @@ def test_special_tokens_beyond_the_table(larger, opened, tmp_path, key):
     """A BOS that the tokenizer does not add is in no row, so it is let through."""
     folder = edited(larger, tmp_path, "tokenizer_config.json", **{key: NEW})
     if key == "bos_token":
-        assert opened(folder, [FITS]).train_set is not None
+        assert opened(folder, [FITS]).train is not None
         return
     with pytest.raises(UserError, match=r"token '<\|new\|>' has the id 320"):
         opened(folder, [FITS])

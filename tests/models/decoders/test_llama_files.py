@@ -21,8 +21,8 @@ from jaxft.models.decoders.llama_config import LlamaConfig
 from jaxft.models.decoders.llama_files import HEAD, TABLE, as_decoder, open_decoder, with_prefix
 from jaxft.models.decoders.sampling import Sampling
 from jaxft.tasks.image_tokens.image_model import open_model
-from jaxft.tasks.llm.task import load, model_part
-from jaxft.tasks.options import ImageTokenOptions, TokenSample
+from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
+from jaxft.tasks.llm.opened import load, model_part
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders.transformers import open_source
 from tests.tiny_autoencoders import make_vqmodel

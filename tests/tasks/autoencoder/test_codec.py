@@ -1,6 +1,7 @@
 """The face that both kinds of autoencoder show: which one, its losses, what an export writes."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from jaxft.core.errors import UserError
 from jaxft.core.sharding import one_device_mesh, shardings
 from jaxft.models.autoencoders import vqgan
 from jaxft.models.autoencoders.vqgan import Quantized
-from jaxft.tasks.autoencoder.codec import CODEBOOK, _stray, open_codec, side_files
+from jaxft.tasks.autoencoder.codec import CODEBOOK, _stray, open_codec
+from jaxft.tasks.autoencoder.exports import side_files
 from jaxft.weights import transfer
 from jaxft.weights.folders.diffusers import open_component
 from tests.tiny_autoencoders import make_janus, make_vae, make_vqmodel
@@ -131,7 +133,8 @@ def test_side_files(tmp_path):
     (folder / "parity.json").write_text("{}")
     source = open_component(str(folder), "vae")
     codec = open_codec(source.config, "config.json")
-    whole, rewritten = (side_files(codec, source, None, flag) for flag in (False, True))
+    job = SimpleNamespace(opened=SimpleNamespace(codec=codec, source=source), dtype="source")
+    whole, rewritten = (side_files(job, touched) for touched in (set(), {"vae."}))
     assert set(rewritten) == {"config.json", "LICENSE"}
     assert set(whole) == {*rewritten, "diffusion_pytorch_model.safetensors"}
     config = rewritten["config.json"]

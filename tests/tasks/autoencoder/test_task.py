@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import JanusVQVAE
 
 from jaxft import train
-from jaxft.runs import run as runs
+from tests import whole as runs
 from tests.interrupted import kill_after, start, timeless
 from tests.tiny_autoencoders import (
     SIZE,
@@ -169,8 +169,8 @@ def test_dead_codes_are_reported(work, images, one_device, tmp_path, capsys):
 
 
 def test_nothing_is_advised_to_who_revives(models, images, one_device, capsys):
-    task = runs.open_run(make_config(models["vqmodel"], images, {"loss.revive": 1.0})).task
-    found = task._usage(np.repeat(np.arange(4), 4).reshape(1, 4, 4))
+    task = runs.open_run(make_config(models["vqmodel"], images, {"loss.revive": 1.0}))
+    found = task.preview._usage(np.repeat(np.arange(4), 4).reshape(1, 4, 4))
     assert found["dead_codes"] == 12 and found["codebook_used"] == 0.25
     assert found["codebook_perplexity"] == pytest.approx(4)
     shown = capsys.readouterr().out
@@ -251,6 +251,6 @@ def test_it_makes_nothing_of_a_prompt(models, images, one_device):
     from jaxft.core.errors import UserError
     from jaxft.tasks import Request
 
-    task = runs.open_run(make_config(models["vae"], images)).task
+    task = runs.open_run(make_config(models["vae"], images))
     with pytest.raises(UserError, match="nothing of a prompt"):
-        task.complete({}, ["a cat"], Request())
+        task.preview.complete({}, ["a cat"], Request())

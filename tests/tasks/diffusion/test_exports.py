@@ -23,9 +23,9 @@ from jaxft.core.params import bind
 from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.stable_diffusion import Guidance
 from jaxft.noise.samplers import SAMPLERS
-from jaxft.runs import run as runs
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders.diffusers import legacy_part, open_pipeline, part
+from tests import whole as runs
 from tests.tiny_pipelines import make_pipeline
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -120,7 +120,7 @@ def drawn(done):
     """{sampler: what jaxft draws from `noise` with the run's last checkpoint, in [0, 1]}."""
     run, params, step = runs.restore_run(done.work, None)
     assert step == 2
-    task, params = run.task, {path: np.asarray(x) for path, x in params.items()}
+    task, params = run, {path: np.asarray(x) for path, x in params.items()}
     ids = np.stack([task._tokenize(prompt) for prompt in PROMPTS])
     start = noise().transpose(0, 2, 3, 1)
 

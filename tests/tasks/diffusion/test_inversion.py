@@ -17,8 +17,8 @@ from jaxft.core.params import bind
 from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.stable_diffusion import Guidance
 from jaxft.noise.samplers import SAMPLERS
-from jaxft.runs import run as runs
 from jaxft.tasks.diffusion import inversion
+from tests import whole as runs
 from tests.tiny_diffusion import flags_of, make_pictures
 from tests.tiny_pipelines import make_pipeline
 
@@ -86,7 +86,7 @@ def files(folder):
 def draw_jax(work, noise):
     """What jaxft draws with a run's averaged weights, in [0, 1]."""
     run, params, step = runs.restore_run(work, None)
-    task, params = run.task, {path: np.asarray(x) for path, x in params.items()}
+    task, params = run, {path: np.asarray(x) for path, x in params.items()}
     ids = np.stack([task._tokenize(prompt) for prompt in PROMPTS])
     assert step == 4
     sampler = SAMPLERS["ddim"](task.model_cfg.schedule, STEPS)
@@ -168,16 +168,16 @@ def test_only_the_rows_train_and_what_is_cached(done):
     shown = json.loads((done.work / "config.json").read_text())
     run = runs.open_run(shown)
     end = ".inversion.embedding"
-    count = len(run.task.model_cfg.texts)
+    count = len(run.opened.model_cfg.texts)
     assert len(run.chosen) == count and all(path.endswith(end) for path in run.chosen)
     with jax.set_mesh(run.mesh):
         params = runs.load_params(run)
     table = np.asarray(params["text_encoder.token_embedding.embedding"], np.float32)
     rows = np.asarray(params["text_encoder" + end])
-    letter = run.task.captions.ids_of("a")[0]
+    letter = run.opened.captions.ids_of("a")[0]
     assert np.array_equal(rows, np.tile(table[letter], (len(rows), 1)))
-    run.task.prepare(params, run.chosen)
-    row = run.task.train_set[0]
+    run.encode(params, run.chosen)
+    row = run.train[0]
     assert {"mean", "ids"} <= row.keys() and "context" not in row, "captions are encoded anew"
 
 

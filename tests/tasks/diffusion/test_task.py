@@ -18,10 +18,10 @@ from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.errors import UserError
 from jaxft.core.params import bind
 from jaxft.core.step import sample_keys
-from jaxft.runs import run as runs
 from jaxft.runs.watch import Watch
 from jaxft.tasks import Request
-from jaxft.tasks.diffusion.latents import Encoders
+from jaxft.tasks.diffusion.encoding import Encoders
+from tests import whole as runs
 from tests.interrupted import kill_after, timeless
 from tests.tiny_diffusion import flags_of, make_config, make_pictures
 from tests.tiny_pipelines import make_pipeline
@@ -88,7 +88,7 @@ def loss_of(run, params, batch):
     keys = sample_keys(0, 0, batch["sample_ids"])
 
     def loss(params, batch):
-        total, weight = run.task.loss(bind(run.task.template, params), batch, keys, 0)[0]
+        total, weight = run.objective.loss(bind(run.opened.template, params), batch, keys, 0)[0]
         return total / weight
 
     with jax.set_mesh(run.mesh):
@@ -102,16 +102,16 @@ def both(opened, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     changes = {"buckets": True, "flip": True, "batch_size": 4}
     (without, params), (within, _) = (opened({**changes, "cache": c}) for c in ("", cache))
-    within.task.prepare(params, within.chosen)
+    within.encode(params, within.chosen)
     return without, within, params, cache
 
 
 def test_cached_rows_equal_uncached_rows(both):
     without, within, params, _ = both
     rows = slice(0, 4)
-    pairs = list(zip(without.task.shapes(rows), within.task.shapes(rows), strict=True))
+    pairs = list(zip(without.shapes(rows), within.shapes(rows), strict=True))
     assert len(pairs) == 2, "a bucket for each shape of picture"
-    encoders = Encoders(within.task.template, within.task.dtype, params)
+    encoders = Encoders(within.opened.template, within.opened.dtype, params)
     for computed, stored in pairs:
         assert computed.keys() - stored.keys() == {"pixels", "ids"}
         assert stored.keys() - computed.keys() == {"mean", "logvar", "context", "pooled"}
@@ -128,7 +128,7 @@ def test_cached_rows_equal_uncached_rows(both):
 def test_time_ids_tell_original_crop_and_bucket(both):
     """A mirrored picture is mirrored before the crop, so its crop is as true."""
     seen = set()
-    for step, batch in zip(range(8), both[0].task.train_batches(0, slice(0, 4)), strict=False):
+    for step, batch in zip(range(8), both[0].train.batches(0, slice(0, 4)), strict=False):
         sizes = {SIZES[i % 12 % 2] for i in batch["sample_ids"]}
         assert len(sizes) == 1, f"batch {step} mixes buckets"
         original, target = np.array(sizes.pop()), np.array(batch["pixels"].shape[1:3])
@@ -141,8 +141,8 @@ def test_time_ids_tell_original_crop_and_bucket(both):
 
 def test_embeddings_are_not_stored_while_a_text_encoder_trains(opened, tmp_path):
     run, params = opened({"cache": tmp_path, "trainable": "unet.*|text_encoder.*"})
-    run.task.prepare(params, run.chosen)
-    assert "ids" in run.task.train_set[0] and "mean" in run.task.train_set[0]
+    run.encode(params, run.chosen)
+    assert "ids" in run.train[0] and "mean" in run.train[0]
 
 
 def test_only_what_makes_moments_names_their_cache(both, opened):
@@ -150,7 +150,7 @@ def test_only_what_makes_moments_names_their_cache(both, opened):
 
     def folders(changed):
         run, _ = opened({"buckets": True, "flip": True, "cache": cache})
-        run.task.prepare(changed, run.chosen)
+        run.encode(changed, run.chosen)
         return set(os.listdir(cache))
 
     before = folders(params)
@@ -163,15 +163,15 @@ def test_only_what_makes_moments_names_their_cache(both, opened):
 def test_the_vae_does_not_train(opened):
     run, params = opened({"trainable": ""})
     with pytest.raises(UserError, match="trains the VAE"):
-        run.task.prepare(params, run.chosen)
+        run.encode(params, run.chosen)
 
 
 def test_prior_pictures_have_their_weight(opened, tmp_path):
     prior = make_pictures(tmp_path / "prior", 24, seed=1)
     run, params = opened({"prior.data": prior, "prior.weight": 0.25, "eval_examples": 1})
-    task = run.task
-    assert task.n_examples() == 48, "own pictures twice, as often as the prior's"
-    rows = [task.train_set[i] for i in (0, 1, 30, 31)]
+    task = run
+    assert len(task.train) == 48, "own pictures twice, as often as the prior's"
+    rows = [task.train[i] for i in (0, 1, 30, 31)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     batch["sample_ids"] = np.arange(4, dtype=np.int32)
     both = loss_of(run, params, batch)
@@ -189,7 +189,7 @@ def test_evaluations_are_repeatable(opened):
     for size in (8, 8, 4):
         run, params = opened({"batch_size": size, "eval_examples": 10})
         with jax.set_mesh(run.mesh):
-            reports.append(run.task.evaluate(params, run.mesh).metrics)
+            reports.append(run.preview.evaluate(params, run.mesh).metrics)
     assert reports[0] == reports[1], "bitwise"
     times = [int(name.removeprefix("loss_t")) for name in reports[0] if "loss_t" in name]
     assert times == [62, 187, 312, 437, 562, 687, 812, 937]
@@ -331,7 +331,7 @@ def test_eight_devices_evaluate_and_draw_as_one(finished, plain, pictures, tmp_p
 def test_sampling_with_a_sampler_that_is_none(opened):
     run, params = opened({})
     with pytest.raises(UserError, match="--sampler='plms' is not one of ddim, euler, dpm"):
-        run.task.complete(params, ["a"], Request(sampler="plms"))
+        run.preview.complete(params, ["a"], Request(sampler="plms"))
 
 
 # ---- mistakes -----------------------------------------------------------------------------
@@ -405,16 +405,14 @@ def test_a_bucket_smaller_than_a_batch_and_long_captions_are_told(opened, tmp_pa
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {"data.train": spec, "data.eval": "", "buckets": True, "batch_size": 4, "flip": True}
     run, _ = opened(changes)
-    assert run.task.data_report()["truncated_captions"] == 2, "each picture once"
-    told = run.task.describe()
+    assert run.train.report()["truncated_captions"] == 2, "each picture once"
+    told = run.describe()
     assert "; 2 captions longer than 77 tokens, cut" in told
     assert "fewer than batch_size" not in told, "12 and 6"
     run, _ = opened({**changes, "batch_size": 8})
-    height, width = run.task.train_set.sizes[
-        int(np.argmin(np.bincount(run.task.train_set.bucket_of)))
-    ]
+    height, width = run.train.sizes[int(np.argmin(np.bincount(run.train.bucket_of)))]
     words = f"; bucket {height}x{width} has 6 images, fewer than batch_size=8: repeated"
-    assert words in run.task.describe()
+    assert words in run.describe()
 
 
 def test_components_of_two_models(fails, plain, tmp_path):
@@ -437,11 +435,8 @@ def test_bad_pictures_are_left_out_up_to_one_in_a_hundred(fails, opened, tmp_pat
     spec = make_pictures(tmp_path / "pictures", 100)
     (tmp_path / "pictures" / "07.png").write_bytes(b"<html>")
     run, _ = opened({"data.train": spec})
-    assert run.task.n_examples() == 99 and run.task.data_report()["bad"] == 1
-    assert (
-        run.task.data_report()["truncated_captions"] == 0
-        and "tokens, cut" not in run.task.describe()
-    )
+    assert len(run.train) == 99 and run.train.report()["bad"] == 1
+    assert run.train.report()["truncated_captions"] == 0 and "tokens, cut" not in run.describe()
     assert "left out 1 bad images" in capfd.readouterr().out
     Watch(run, tmp_path, total=1, start=0)
     line = json.loads((tmp_path / "bad_samples.jsonl").read_text())

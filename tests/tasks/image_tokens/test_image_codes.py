@@ -5,6 +5,7 @@ import json
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +19,21 @@ from jaxft.data.cache import ArrayCache
 from jaxft.data.images.dataset import ImageSet
 from jaxft.data.sources.images import open_images
 from jaxft.tasks.image_tokens import image_codes
-from jaxft.tasks.image_tokens.image_codes import CodeRows, ImageTokenizer, open_tokenizer
+from jaxft.tasks.image_tokens import rows as row_module
+from jaxft.tasks.image_tokens.image_codes import ImageTokenizer, open_tokenizer
 from jaxft.tasks.image_tokens.image_layout import extended
+from jaxft.tasks.image_tokens.rows import CodeRows
 from tests.tiny_autoencoders import make_janus, make_vqmodel
 from tests.tiny_image_tokens import CODES, GRID, SIZE, make_pictures
 
 COUNT = 10
+
+
+def opened_of(layout, tokenizer):
+    model = SimpleNamespace(
+        tokenizer=tokenizer, vq=SimpleNamespace(cfg=SimpleNamespace(code_dtype=np.uint16))
+    )
+    return SimpleNamespace(cfg=None, options=None, layout=layout, model=model)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +54,7 @@ def make_rows(work, tokenizer_folder):
 
     def make(flips=False):
         images = ImageSet(open_images(f"folder:{work / 'pictures'}"), SIZE, 2, False, flips)
-        return CodeRows(images, layout, tokenizer)
+        return CodeRows(opened_of(layout, tokenizer), images, "demo")
 
     return make
 
@@ -120,7 +130,7 @@ def test_memory_is_that_of_a_batch(work, make_rows, vq, monkeypatch):
         0,
         [],
     )
-    made = CodeRows(images, make_rows().layout, make_rows().tokenizer)
+    made = CodeRows(opened_of(make_rows().layout, make_rows().tokenizer), images, "demo")
     load = ImageSet.__getitem__
 
     def freed():
@@ -142,7 +152,7 @@ def test_memory_is_that_of_a_batch(work, make_rows, vq, monkeypatch):
 
     monkeypatch.setattr(ImageSet, "__getitem__", counted)
     monkeypatch.setattr(ImageTokenizer, "reconstruct", encode)
-    monkeypatch.setattr(image_codes, "ROWS", 3)
+    monkeypatch.setattr(row_module, "ROWS", 3)
     made.cache(ArrayCache(work / "small", "x"), vq)
     gc.collect()
     assert sizes == [3] * 20 and most <= 3 * 8 and alive <= 3 * 8
@@ -214,9 +224,8 @@ def test_codes_beyond_the_codebook_are_refused(make_rows, work, vq):
     for i in range(len(rows)):
         codes = np.full((GRID, GRID), CODES, np.uint16)
         store.put(rows.images.key(i), {"codes": codes})
-    rows.cache(store, vq)
     with pytest.raises(UserError, match=f"code {CODES}, but the codebook has {CODES} rows"):
-        image_codes.code_counts(rows, vq)
+        rows.cache(store, vq)
     with pytest.raises(UserError, match=f"code {CODES}, but"):
         vq.decode(np.full((1, GRID, GRID), CODES))
 
@@ -224,29 +233,28 @@ def test_codes_beyond_the_codebook_are_refused(make_rows, work, vq):
 def test_counts_and_their_entropy(rows, vq):
     codes = np.concatenate(list(rows.blocks()))
     assert codes.shape == (2 * COUNT, GRID * GRID)
-    counts = image_codes.code_counts(rows, vq)
-    np.testing.assert_array_equal(counts, np.bincount(codes.ravel(), minlength=CODES))
+    np.testing.assert_array_equal(rows.counts, np.bincount(codes.ravel(), minlength=CODES))
     shares = np.array([1, 1, 2]) / 4
     expected = -(shares * np.log(shares)).sum()
-    assert image_codes.entropy(np.array([5, 0, 5, 10])) == pytest.approx(expected)
+    assert row_module.entropy(np.array([5, 0, 5, 10])) == pytest.approx(expected)
 
 
 def test_a_copy_of_a_training_picture_is_found(rows, monkeypatch):
-    monkeypatch.setattr(image_codes, "BLOCK", 7)
+    monkeypatch.setattr(row_module, "BLOCK", 7)
     copy = rows.stored(9)["codes"].ravel().copy()
     near = copy.copy()
     near[:4] = (near[:4] + 1) % CODES
     far = np.full_like(copy, CODES + 1)
-    found = image_codes.nearest(rows, np.stack([copy, near, far]))
+    found = row_module.nearest(rows, np.stack([copy, near, far]))
     assert found[0] == 0 and found[1] <= 4 / len(copy) and found[2] == 1
 
 
 def test_the_ceiling_shows_the_worst_first(rows, vq):
-    seen = image_codes.ceiling(rows, vq, 24)
+    text, sheet = row_module.ceiling(rows), row_module.worst_pictures(rows, vq, 24)
     quality = [float(rows.stored(i)["psnr"]) for i in range(len(rows))]
-    assert f"{np.mean(quality):.1f} dB" in seen.text and f"{min(quality):.1f} at worst" in seen.text
+    assert f"{np.mean(quality):.1f} dB" in text and f"{min(quality):.1f} at worst" in text
     made = vq.reconstruct(np.stack([rows.images[i].pixels for i in range(3)]))
     error = (made.pixels.astype(float) - [rows.images[i].pixels for i in range(3)]) / 127.5
     expected = 10 * np.log10(4 / np.square(error).mean((1, 2, 3)))
     np.testing.assert_allclose(quality[:3], expected, atol=0.1)
-    assert seen.worst.ndim == 3 and seen.worst.dtype == np.uint8
+    assert sheet.ndim == 3 and sheet.dtype == np.uint8

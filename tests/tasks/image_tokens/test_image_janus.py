@@ -22,14 +22,14 @@ from jaxft import export as exports
 from jaxft import train
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
-from jaxft.runs import run as runs
 from jaxft.tasks import Request
 from jaxft.tasks.image_tokens.image_layout import encode_prompt, null_prompt
 from jaxft.tasks.image_tokens.image_model import open_model
-from jaxft.tasks.options import ImageTokenOptions, TokenLoss, TokenSample
+from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenLoss, TokenSample
 from jaxft.weights import transfer
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders.janus_original import transformers_keyed
+from tests import whole as runs
 from tests.tiny_image_tokens import arguments
 from tests.tiny_janus import CODES, GRID, SIZE, make_janus_model, make_work
 
@@ -180,20 +180,20 @@ def test_p3_the_exported_folder_draws_the_same_without_jaxft(trained):
     assert len({tuple(row) for row in expected.tolist()}) == 3, "rows are to differ"
     run, params, _ = runs.restore_run(trained, None)
     with jax.set_mesh(run.mesh):
-        codes = run.task._draw(params, CAPTIONS, Request(temperature=0.0, guidance=5.0))
+        codes = run.preview._sample(params, CAPTIONS, Request(temperature=0.0, guidance=5.0))
     np.testing.assert_array_equal(codes.reshape(3, -1), expected.numpy())
-    pixels = run.task.model.vq.decode(codes)
+    pixels = run.opened.model.vq.decode(codes)
     with torch.no_grad():
         theirs = model.decode_image_tokens(expected)
     processor = JanusImageProcessorPil.from_pretrained(export)
     theirs = processor.postprocess(list(theirs.permute(0, 3, 1, 2).numpy()))
     shown = np.stack(theirs["pixel_values"]).transpose(0, 2, 3, 1)
     assert np.abs(shown.astype(int) - pixels).max() <= 1
-    rows = run.task.train_set
+    rows = run.train
     x = np.stack([rows.images[i].pixels for i in range(8)]).astype(np.float32) / 127.5 - 1
     with torch.no_grad():
         found = model.model.vqmodel.encode(torch.from_numpy(x).permute(0, 3, 1, 2)).image_tokens
-    run.task.prepare({}, set())
+    run.encode({}, set())
     cached = np.stack([rows.stored(i)["codes"] for i in range(8)])
     np.testing.assert_array_equal(found.view(8, GRID, GRID).numpy(), cached)
     assert len(np.unique(cached)) > CODES // 3

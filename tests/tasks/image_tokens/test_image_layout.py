@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from jaxft.core.errors import UserError
+from jaxft.objectives.codes import train_rows
 from jaxft.tasks.image_tokens import image_layout as layouts
 from jaxft.tasks.image_tokens.image_layout import ImageLayout
 
@@ -47,7 +48,7 @@ def test_rows_are_prompt_boi_codes(rows, data):
     codes = np.array(
         [data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n)) for _ in rows], np.uint16
     )
-    made = layouts.train_rows(SMALL, captions, lengths, codes, dropped)
+    made = train_rows(SMALL, captions, lengths, codes, dropped)
     for row, (length, drop) in enumerate(rows):
         prompt = [SMALL.null] if drop else captions[row, :length].tolist()
         ids = [SMALL.image_offset + int(code) for code in codes[row]]
@@ -72,7 +73,7 @@ def test_rows_are_prompt_boi_codes(rows, data):
 @pytest.mark.parametrize("length", [4, 0])
 def test_the_null_of_training_is_the_null_of_sampling(length):
     captions, codes = np.full((1, 4), 3), np.zeros((1, 6), int)
-    made = layouts.train_rows(SMALL, captions, np.array([length]), codes, np.array([True]))
+    made = train_rows(SMALL, captions, np.array([length]), codes, np.array([True]))
     tokens, mask = layouts.left_padded(SMALL, [layouts.null_prompt(SMALL, [3] * length)])
     prompt = tokens[0, mask[0] > 0]
     assert prompt.tolist() == [SMALL.null, SMALL.boi]

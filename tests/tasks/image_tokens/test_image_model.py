@@ -10,10 +10,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from jaxft import export
-from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.tasks.image_tokens.image_model import open_folder, open_model
-from jaxft.tasks.options import ImageTokenOptions, TokenSample
+from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
+from jaxft.tasks.image_tokens.task import IMAGE_TOKENS
 from tests.tiny_autoencoders import make_vqmodel
 from tests.tiny_image_tokens import CODES, SIZE
 
@@ -150,10 +150,11 @@ def test_the_authors_layout_is_of_a_janus_alone(whole):
 
 def test_an_adapter_needs_a_base_that_is_there(make_folder, vq):
     model = open_model(str(make_folder()), options(graft=str(vq)), True, 0)
-    task = SimpleNamespace(parts=(model.part,), EXPORT_KINDS=("folder",))
-    cfg = SimpleNamespace(lora=Lora(rank=1), model="x")
+    opened, task = SimpleNamespace(parts=(model.part,)), IMAGE_TOKENS
+    cfg, leaves = SimpleNamespace(model="x"), {"a.lora_a": None}
     with pytest.raises(UserError, match="was grafted onto x"):
-        export.check_kind(SimpleNamespace(task=task, cfg=cfg, chosen=set()), "adapter")
+        run = SimpleNamespace(task=task, opened=opened, cfg=cfg, leaves=leaves, chosen=set())
+        export.check_kind(run, "adapter")
 
 
 def test_a_graft_has_no_resolution_of_its_own(make_folder, vq, whole):

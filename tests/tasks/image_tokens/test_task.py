@@ -15,10 +15,12 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from jaxft import train
 from jaxft.core.errors import UserError
 from jaxft.data.cache import ArrayCache
+from jaxft.data.loader import subset
 from jaxft.models.decoders.sampling import Sampling
-from jaxft.runs import run as runs
 from jaxft.tasks import Request
-from jaxft.tasks.image_tokens import task as image_tokens
+from jaxft.tasks.image_tokens import preview
+from jaxft.tasks.image_tokens.rows import open_store
+from tests import whole as runs
 from tests.interrupted import kill_after, start, timeless
 from tests.tiny_autoencoders import make_vqmodel
 from tests.tiny_image_tokens import CODES, GRID, SIZE, arguments, make_config, make_pictures
@@ -138,11 +140,11 @@ def test_the_exported_folder_draws_the_same_without_jaxft(trained):
     run, params, _ = runs.restore_run(trained, None)
     how = Request(temperature=0.0, guidance=3.0)
     with jax.set_mesh(run.mesh):
-        codes = run.task._draw(params, captions, how)
-        compiled = run.task._generate._cache_size()
-        looks = run.task.complete(params, captions, how)
-        run.task._draw(params, captions, how._replace(guidance=1.5, seed=2))
-    assert run.task._generate._cache_size() == compiled, "one program for every guidance"
+        codes = run.preview._sample(params, captions, how)
+        compiled = run.preview._generate._cache_size()
+        looks = run.preview.complete(params, captions, how)
+        run.preview._sample(params, captions, how._replace(guidance=1.5, seed=2))
+    assert run.preview._generate._cache_size() == compiled, "one program for every guidance"
     np.testing.assert_array_equal(codes, expected)
     for look, wanted in zip(looks, pixels, strict=True):
         made = look.pictures["made"]
@@ -168,7 +170,7 @@ def test_a_head_of_zeros_foretells_nothing(trained, work, pictures):
     with jax.set_mesh(run.mesh):
         params = runs.load_params(run)
         params["lm_head.kernel"] = params["lm_head.kernel"] * 0
-        found = run.task.evaluate(params, run.mesh).metrics
+        found = run.preview.evaluate(params, run.mesh).metrics
     assert found["ce"] == pytest.approx(math.log(TEXT + 4 + CODES), rel=1e-6)
     assert found["caption_use"] == pytest.approx(0, abs=1e-6)
 
@@ -189,19 +191,19 @@ def test_a_grid_shows_target_tokenizer_and_generated(trained, work, pictures, mo
     run = runs.open_run(
         make_config(trained / "export", pictures, work / "cache", {"eval_generated": 4})
     )
-    task, seen = run.task, {}
-    task.prepare({}, set())
-    chosen = [int(i) for i in image_tokens.subset(task.eval_set, 4, 0).ids]
-    copies = np.stack([task.eval_set.stored(i)["codes"] for i in chosen])
-    monkeypatch.setattr(task, "_drawn", lambda *_: (copies, 1.0))
-    monkeypatch.setattr(task, "kid", lambda *_: 0.0)
-    monkeypatch.setattr(image_tokens, "grid", lambda *shown: seen.update(enumerate(shown[:3])))
-    metrics, _ = task._generated({})
+    task, seen = run, {}
+    task.encode({}, set())
+    chosen = [int(i) for i in subset(task.held_out, 4, 0).ids]
+    copies = np.stack([task.held_out.stored(i)["codes"] for i in chosen])
+    monkeypatch.setattr(task.preview, "_sample", lambda *_: (copies, 1.0))
+    monkeypatch.setattr(task.preview, "kid", lambda *_: 0.0)
+    monkeypatch.setattr(preview, "grid", lambda *shown: seen.update(enumerate(shown[:3])))
+    metrics, _ = task.preview._generated({})
     cells, captions, headers = seen.values()
     assert headers == ("target", "tokenizer", "generated")
-    assert captions == [task.eval_set.caption(i) for i in chosen]
+    assert captions == [task.held_out.caption(i) for i in chosen]
     for (target, back, made), i in zip(cells, chosen, strict=True):
-        np.testing.assert_array_equal(target, task.eval_set.images[i].pixels)
+        np.testing.assert_array_equal(target, task.held_out.images[i].pixels)
         np.testing.assert_array_equal(back, made)
         assert (back != target).any()
     assert metrics["train_distance_least"] == metrics["train_distance_mean"] == 0
@@ -217,16 +219,16 @@ def test_what_the_config_says_of_sampling_is_how_it_draws(trained, work, picture
         "sample.top_k": 5,
         "sample.top_p": 0.9,
     }
-    task = runs.open_run(make_config(trained / "export", pictures, work / "cache", keys)).task
+    task = runs.open_run(make_config(trained / "export", pictures, work / "cache", keys))
     seen = []
 
     def draw(params, tokens, mask, keys, guidance, how):
         seen.append((guidance, how))
         return np.zeros((len(tokens) // 2, GRID * GRID), int)
 
-    monkeypatch.setattr(task, "_generate", draw)
-    task._draw({}, ["a"], Request())
-    task._draw({}, ["a"], Request(guidance=0.0, temperature=0.0, top_k=0))
+    monkeypatch.setattr(task.preview, "_generate", draw)
+    task.preview._sample({}, ["a"], Request())
+    task.preview._sample({}, ["a"], Request(guidance=0.0, temperature=0.0, top_k=0))
     assert seen == [(2.5, Sampling(0.5, 5, 0.9)), (0.0, Sampling(0.0, 0, 0.9))]
 
 
@@ -235,8 +237,8 @@ def test_a_cache_of_others_is_said_and_codes_that_cannot_be_are_refused(
 ):
     """Also where they are held-out pictures' alone."""
     config = make_config(trained / "export", pictures, work / "stale")
-    task = runs.open_run(config).task
-    vq, store = task.model.vq, ArrayCache(work / "stale", "codes of another")
+    task = runs.open_run(config)
+    vq, store = task.opened.model.vq, ArrayCache(work / "stale", "codes of another")
     good = {
         "codes": np.zeros((GRID, GRID), np.uint16),
         "psnr": np.float32(9),
@@ -245,29 +247,29 @@ def test_a_cache_of_others_is_said_and_codes_that_cannot_be_are_refused(
     good = {name: np.asarray(one) for name, one in good.items()}
     store.put("x", good)
     store.close()
-    own = task._store()
+    own = open_store(task.opened)
     said = capsys.readouterr().out
     assert "codes of 1 other tokenizers" in said and "encoded anew" in said and not len(own)
     for i in range(24):
         bad = {**good, "codes": good["codes"] + np.uint16(CODES)}
-        own.put(task.eval_set.images.key(i), bad if i == 5 else good)
+        own.put(task.held_out.images.key(i), bad if i == 5 else good)
     own.close()
-    task.train_set.images.records = task.train_set.images.records.keep([0, 1])
+    task.train.images.records = task.train.images.records.keep([0, 1])
     with pytest.raises(
         UserError, match=f"code {CODES}, but the codebook has {vq.cfg.codes}"
     ) as error:
-        task.prepare({}, set())
+        task.encode({}, set())
     assert "\n" not in str(error.value) and "pictures" in str(error.value)
 
 
 def test_crops_and_mirrors_are_rows_of_their_own(trained, work, pictures):
     keys = {"crops": 3, "flip": True}
-    task = runs.open_run(make_config(trained / "export", pictures, work / "crops", keys)).task
-    assert task.n_examples() == 24 * 6 and len(task.eval_set) == 24
+    task = runs.open_run(make_config(trained / "export", pictures, work / "crops", keys))
+    assert len(task.train) == 24 * 6 and len(task.held_out) == 24
     assert "24 images, mirrored too, 3 crops each" in task.describe()
     assert "loss 1 image;" in task.describe(), "which loss it was"
-    task.prepare({}, set())
-    rows = np.stack([task.train_set[i]["codes"] for i in range(0, 24 * 6, 24)])
+    task.encode({}, set())
+    rows = np.stack([task.train[i]["codes"] for i in range(0, 24 * 6, 24)])
     assert rows.dtype == np.uint16 and len(np.unique(rows, axis=0)) > 3
 
 
@@ -291,12 +293,12 @@ def test_a_mistake_is_one_line_of_the_command(trained, work, pictures, capsys, c
 
 def test_long_captions_and_oblong_pictures_are_counted(trained, work, pictures):
     config = make_config(trained / "export", pictures, work / "cache", {"max_caption_tokens": 6})
-    task = runs.open_run(config).task
-    report = task.data_report()
+    task = runs.open_run(config)
+    report = task.train.report()
     assert report["cropped"] == 5 and 0 < report["truncated_captions"] < 24
     assert f"5 cropped, {report['truncated_captions']} truncated captions" in task.describe()
-    task.prepare({}, set())
-    batch = next(task.train_batches(0, slice(0, 8)))
+    task.encode({}, set())
+    batch = next(task.train.batches(0, slice(0, 8)))
     assert batch["prompt"].shape == (8, 6) and batch["length"].max() <= 6
 
 

@@ -16,10 +16,10 @@ from jaxft.data.text.dataset import (
     label_rows,
     load_text,
 )
-from jaxft.runs import run as runs
+from jaxft.objectives.next_token import NextToken
 from jaxft.tasks.common.tokenizers import load_tokenizer
-from jaxft.tasks.llm.task import LLM
 from jaxft.weights.folders.transformers import open_source
+from tests import whole as runs
 
 LABELS = ["ac", "ad", "ae", "aec"]
 
@@ -28,7 +28,7 @@ def test_throughput_counts_a_packed_token_once():
     """Segments count up along a shared row, so their sum would count its last example often."""
     example = Example(np.arange(5, dtype=np.int32), np.ones(5, np.float32))
     packed = collate_rows([[example] * 3, [example]], 16)
-    assert LLM.__new__(LLM).units(packed) == 4 * 4
+    assert NextToken(None, "none", 16, 16).units(packed) == 4 * 4
 
 
 def theirs(model, tokenizer, text, template):
@@ -55,7 +55,7 @@ def test_case_llm_05_labels_are_scored_as_they_are_trained(
     places = {"data.train": f"jsonl:{file}", "data.eval": f"jsonl:{file}"}
     run = runs.open_run(make_config(folder, {**places, "template": template, "eval_examples": 0}))
     with jax.set_mesh(run.mesh):
-        report = run.task.evaluate(runs.load_params(run), run.mesh)
+        report = run.preview.evaluate(runs.load_params(run), run.mesh)
     model, tokenizer = (
         LlamaForCausalLM.from_pretrained(folder),
         AutoTokenizer.from_pretrained(folder),

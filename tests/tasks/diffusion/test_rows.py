@@ -1,5 +1,7 @@
 """Rows of moments and embeddings: what is stored, under which name, and what a row holds."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,17 +10,10 @@ from jaxft.core.errors import UserError
 from jaxft.data.cache import ArrayCache
 from jaxft.data.images.dataset import ImageSet
 from jaxft.data.sources.images import open_images
-from jaxft.tasks.diffusion import latents
-from jaxft.tasks.diffusion.latents import (
-    Rows,
-    Share,
-    Stores,
-    collate,
-    fingerprint,
-    ids_key,
-    store_moments,
-    store_texts,
-)
+from jaxft.tasks.common import encoded
+from jaxft.tasks.common.encoded import collate, fingerprint, store_pictures
+from jaxft.tasks.diffusion.encoding import store_texts
+from jaxft.tasks.diffusion.rows import PictureRows, Share, Stores, ids_key
 from tests.tiny_diffusion import make_pictures
 
 SIZES = ((24, 20), (20, 48), (16, 16))
@@ -26,6 +21,21 @@ SIZES = ((24, 20), (20, 48), (16, 16))
 
 def tokenize(caption):
     return np.frombuffer(caption.encode().ljust(40)[:40], np.uint8).astype(np.int32)[None]
+
+
+class Tokenized:
+    """Captions as their letters."""
+
+    new, length = (), 40
+
+    def __call__(self, caption):
+        return tokenize(caption)
+
+    def too_long(self, captions):
+        return 0
+
+
+OPENED = SimpleNamespace(captions=Tokenized())
 
 
 def encode(pixels):
@@ -45,10 +55,10 @@ def images(tmp_path):
 
 
 def test_stored_rows_are_what_the_encoders_say_of_each_picture(images, tmp_path):
-    rows = Rows([Share(images)], tokenize)
+    rows = PictureRows(OPENED, [Share(images)], "demo")
     plain = [rows[i] for i in range(len(rows))]
     moments, texts = ArrayCache(tmp_path, "moments"), ArrayCache(tmp_path, "texts")
-    assert list(store_moments(moments, images, encode, 4))[-1] == (14, 14)
+    assert list(store_pictures(moments, images, encode, 4))[-1] == (14, 14)
     captions = [rows.caption(i) for i in range(len(rows))]
     assert list(store_texts(texts, captions, tokenize, embed, 4))[-1] == (7, 7), "once a caption"
     rows.use(Stores(moments, texts))
@@ -61,7 +71,7 @@ def test_stored_rows_are_what_the_encoders_say_of_each_picture(images, tmp_path)
     mirrored = rows[7]
     assert np.array_equal(mirrored["context"], rows[0]["context"])
     again = ArrayCache(tmp_path, "moments")
-    assert not list(store_moments(again, images, encode, 4)), "a second run computes nothing"
+    assert not list(store_pictures(again, images, encode, 4)), "a second run computes nothing"
 
 
 def test_a_changed_picture_is_computed_again(tmp_path):
@@ -70,7 +80,7 @@ def test_a_changed_picture_is_computed_again(tmp_path):
 
     def fill():
         images = ImageSet(open_images(spec), 16, 4, use_buckets=False)
-        return list(store_moments(cache, images, encode, 4))
+        return list(store_pictures(cache, images, encode, 4))
 
     assert fill() == [(4, 4)]
     file, other = tmp_path / "pictures" / "00.png", tmp_path / "pictures" / "01.png"
@@ -97,7 +107,7 @@ def test_a_mixture_repeats_and_weighs(tmp_path):
         ImageSet(open_images(make_pictures(tmp_path / name, count, seed=count)), 16, 4, False)
         for name, count in (("own", 3), ("prior", 7))
     )
-    rows = Rows([Share(own, 2), Share(prior, 1, 0.5)], tokenize)
+    rows = PictureRows(OPENED, [Share(own, 2), Share(prior, 1, 0.5)], "demo")
     assert len(rows) == 13
     assert [float(rows[i]["weights"]) for i in range(13)] == [1.0] * 6 + [0.5] * 7
     assert np.array_equal(rows[0]["pixels"], rows[3]["pixels"])
@@ -109,13 +119,13 @@ def test_sizes_of_a_mixture_are_counted_together(tmp_path):
     wide = make_pictures(tmp_path / "wide", 2, sizes=((16, 32),))
     both = make_pictures(tmp_path / "both", 3, sizes=((32, 16), (16, 32)))
     sets = [ImageSet(open_images(spec), 16, 4, use_buckets=True) for spec in (wide, both)]
-    rows = Rows([Share(images) for images in sets], tokenize)
+    rows = PictureRows(OPENED, [Share(images) for images in sets], "demo")
     for i in range(len(rows)):
         assert rows[i]["pixels"].shape[:2] == rows.sizes[rows.bucket_of[i]]
 
 
 def test_padding_has_weight_0_even_where_a_host_has_no_row(images):
-    rows = Rows([Share(images)], tokenize)
+    rows = PictureRows(OPENED, [Share(images)], "demo")
     batch = collate([rows[0], rows[0]], batch_rows=4)
     assert batch["weights"].tolist() == [1, 1, 0, 0] and batch["pixels"].shape[0] == 4
     alone = collate([], batch_rows=2, filler=rows[0])
@@ -145,22 +155,22 @@ def test_hosts_wait_for_each_others_shares(tmp_path, monkeypatch):
         theirs.flush()
 
     mine.put("a", {"mean": np.zeros(1, np.float32)})
-    monkeypatch.setattr(latents.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(latents.time, "sleep", nap)
-    latents._wait_for_others(mine, ["a", "b"])
+    monkeypatch.setattr(encoded.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(encoded.time, "sleep", nap)
+    encoded._wait_for_others(mine, ["a", "b"])
     assert len(naps) == 1 and "b" in mine
 
 
 def test_hosts_that_share_no_disk_are_told_so(tmp_path, monkeypatch):
     mine, clock = ArrayCache(tmp_path, "moments", 0), iter(range(0, 10**6, 100))
-    monkeypatch.setattr(latents.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(latents.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(latents.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(encoded.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(encoded.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(encoded.time, "monotonic", lambda: float(next(clock)))
     with pytest.raises(UserError, match="nothing from the other hosts for 10 minutes: 1 entries"):
-        latents._wait_for_others(mine, ["a"])
+        encoded._wait_for_others(mine, ["a"])
 
 
 def test_stacking_needs_the_keys_of_one_kind(images):
-    rows = Rows([Share(images)], tokenize)
+    rows = PictureRows(OPENED, [Share(images)], "demo")
     with pytest.raises(KeyError):
         collate([rows[0], {"weights": np.float32(1)}], batch_rows=2)

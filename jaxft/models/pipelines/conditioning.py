@@ -1,0 +1,109 @@
+"""Picture conditioning of a UNet: channels of a masked picture, or of the source of an edit."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from jaxft.models.autoencoders import vae
+from jaxft.models.pipelines.stable_diffusion import (
+    NOTHING,
+    SOURCE,
+    PipelineConfig,
+    StableDiffusion,
+)
+from jaxft.nn.pixels import to_float
+
+BOXES = 4  # rectangles of a random mask, at most
+SIDES = (0.1, 0.7)  # of a rectangle, as parts of the picture's
+WHOLE = 0.25  # share of rows whose whole picture is masked, as in RunwayML's training
+
+
+def condition(
+    model: StableDiffusion,
+    cfg: PipelineConfig,
+    batch: Mapping[str, Any],
+    keys: PRNGKeyArray | None,
+    dtype: jnp.dtype,
+) -> Float[Array, "B Y X K"] | None:
+    """Return the UNet's channels beside the noisy latents; None for text-to-image.
+
+    They are those of diffusers' trainers and pipelines.
+
+    HOLE: the mask's pixel at the corner of each latent's, then the scaled latents of `pixels`,
+    grey where masked; the mask is `mask` of the batch, else drawn with `keys`, else the centre.
+    With `keys` latents are drawn, else they are the mode. SOURCE: the mode of `source`, unscaled.
+    """
+    if cfg.sees == NOTHING:
+        return None
+    if cfg.sees == SOURCE:
+        return model.vae.encode(to_float(batch["source"]).astype(dtype)).mean
+    pixels = to_float(batch["pixels"])
+    own = None if keys is None else jax.vmap(jax.random.split)(keys)
+    mask = _mask(batch, None if own is None else own[:, 0])
+    moments = model.vae.encode((pixels * (1.0 - mask)).astype(dtype))
+    latents = moments.mean if own is None else vae.sample(moments, own[:, 1])
+    factor = cfg.vae.factor
+    corners = mask[:, ::factor, ::factor]
+    return jnp.concatenate([corners, cfg.vae.scale(latents.astype(jnp.float32))], axis=-1)
+
+
+def _mask(batch: Mapping[str, Any], keys: PRNGKeyArray | None) -> Float[Array, "B Y X 1"]:
+    if "mask" in batch:
+        return jnp.asarray(batch["mask"], jnp.float32)
+    rows, height, width, _ = batch["pixels"].shape
+    if keys is not None:
+        return random_masks(keys, (height, width))
+    return jnp.broadcast_to(centre_mask((height, width)), (rows, height, width, 1))
+
+
+def random_masks(keys: PRNGKeyArray, size: tuple[int, int]) -> Float[Array, "B Y X 1"]:
+    """Return 1 where a picture is to be filled: up to BOXES rectangles, or all of it.
+
+    WHOLE of the rows are filled as a whole.
+    """
+    return jax.vmap(partial(_random_mask, size=size))(keys)
+
+
+def _random_mask(key: PRNGKeyArray, size: tuple[int, int]) -> Float[Array, "Y X 1"]:
+    count, lengths, places, whole = jax.random.split(key, 4)
+    used = jnp.arange(BOXES) < jax.random.randint(count, (), 1, BOXES + 1)
+    side = jax.random.uniform(lengths, (2, BOXES, 1), minval=SIDES[0], maxval=SIDES[1])
+    start = jax.random.uniform(places, (2, BOXES, 1)) - side / 2  # cut at the borders
+    ys, xs = ((jnp.arange(n) + 0.5) / n for n in size)
+    inside_y = (ys >= start[0]) & (ys < start[0] + side[0])
+    inside_x = (xs >= start[1]) & (xs < start[1] + side[1])
+    boxes = used[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]
+    masked = boxes.any(axis=0) | (jax.random.uniform(whole) < WHOLE)
+    return masked[..., None].astype(jnp.float32)
+
+
+def centre_mask(size: tuple[int, int]) -> Float[np.ndarray, "Y X 1"]:
+    """Return 1 in the middle half of both sides, which evaluations fill."""
+    ys, xs = ((np.arange(n) + 0.5) / n for n in size)
+    inside = (abs(ys - 0.5) < 0.25)[:, None] & (abs(xs - 0.5) < 0.25)
+    return inside[..., None].astype(np.float32)
+
+
+def captions_dropped(
+    cfg: PipelineConfig, drawn: Float[Array, " B"], share: float
+) -> Bool[Array, " B"]:
+    """Return the rows that lose their caption.
+
+    With a source picture, `share` of all rows lose the caption alone and `share` lose both.
+    """
+    return drawn < (2 * share if cfg.sees == SOURCE else share)
+
+
+def drop_sources(
+    cfg: PipelineConfig, seen: Array | None, drawn: Float[Array, " B"], share: float
+) -> Array | None:
+    """Return zeros for the source pictures of rows that lose them, alone or with the caption."""
+    if seen is None or cfg.sees != SOURCE:
+        return seen
+    dropped = (drawn >= share) & (drawn < 3 * share)
+    return jnp.where(dropped[:, None, None, None], 0.0, seen)

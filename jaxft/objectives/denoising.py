@@ -1,0 +1,124 @@
+"""Denoising: the squared error of a UNet's prediction at a random timestep."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.core.params import ADDED
+from jaxft.core.step import Batch, Metrics, stream
+from jaxft.models.autoencoders import vae
+from jaxft.models.autoencoders.vae import Moments
+from jaxft.models.pipelines import conditioning
+from jaxft.models.pipelines.stable_diffusion import (
+    PipelineConfig,
+    StableDiffusion,
+    Text,
+    drop_captions,
+    zeroed,
+)
+from jaxft.nn.pixels import to_float
+from jaxft.noise import ddpm as noise_algebra
+
+# Streams of a row's own key.
+LATENT, NOISE, TIME, DROP, OFFSET, ADAPTER, PICTURE = range(7)
+
+
+@dataclass(frozen=True, eq=False)
+class Denoising:
+    """Epsilon or v-prediction of a latent diffusion model.
+
+    empty_ids: int32 [E, T], the token ids of the empty caption. dropout: adapters draw a mask.
+    image_flops: of a forward pass, an image.
+    """
+
+    cfg: PipelineConfig
+    dtype: Any
+    remat: str
+    empty_ids: np.ndarray
+    caption_dropout: float = 0.0
+    noise_offset: float = 0.0
+    min_snr_gamma: float = 0.0
+    dropout: bool = False
+    image_flops: float = 0.0
+    unit: ClassVar[str] = "images"
+
+    def units(self, batch: Mapping[str, np.ndarray]) -> int:
+        return len(batch["weights"])
+
+    def flops(self, chosen: set[str]) -> float:
+        """Count the UNet's forward pass and both halves of backward; adapters have one half."""
+        passes = 2 if all(re.fullmatch(ADDED, path) for path in chosen) else 3
+        return passes * self.image_flops
+
+    def loss(
+        self, model: StableDiffusion, batch: Batch, keys: jax.Array, step: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
+        """Return the squared errors, summed by min-SNR and prior weights, and the latter's sum."""
+        cfg, schedule, share = self.cfg, self.cfg.schedule, self.caption_dropout
+        latents = self.latents(model, batch, stream(keys, LATENT))
+        noise = normal(stream(keys, NOISE), latents.shape[1:])
+        if self.noise_offset:
+            noise = noise_algebra.offset_noise(stream(keys, OFFSET), noise, self.noise_offset)
+        t = noise_algebra.draw_timesteps(stream(keys, TIME), schedule)
+        adapter = stream(keys, ADAPTER) if self.dropout else None
+        text = self.text(model, batch, adapter)
+        extra = conditioning.condition(model, cfg, batch, stream(keys, PICTURE), self.dtype)
+        if share:
+            drawn = jax.vmap(jax.random.uniform)(stream(keys, DROP))
+            dropped = conditioning.captions_dropped(cfg, drawn, share)
+            text = drop_captions(text, self.null(model), dropped)
+            extra = conditioning.drop_sources(cfg, extra, drawn, share)
+        errors = self.errors(model, batch, latents, noise, t, text, extra, adapter)
+        if self.min_snr_gamma:
+            errors *= noise_algebra.min_snr_weights(schedule, t, self.min_snr_gamma)
+        return (jnp.sum(errors * batch["weights"]), jnp.sum(batch["weights"])), {}
+
+    def errors(
+        self,
+        model: StableDiffusion,
+        batch: Batch,
+        latents: jax.Array,
+        noise: jax.Array,
+        t: jax.Array,
+        text: Text,
+        extra: jax.Array | None,
+        keys: jax.Array | None,
+    ) -> jax.Array:
+        """Return the mean squared error of each row [B] at timestep `t`."""
+        schedule = self.cfg.schedule
+        noisy = noise_algebra.add_noise(schedule, latents, noise, t)
+        out = model.predict(
+            noisy, t, text, batch["time_ids"],
+            dtype=self.dtype, seen=extra, keys=keys, remat=self.remat,
+        )  # fmt: skip
+        return noise_algebra.squared_error(out, noise_algebra.target(schedule, latents, noise, t))
+
+    def latents(self, model: StableDiffusion, batch: Batch, keys: Any) -> jax.Array:
+        """Return scaled latents, fp32: sampled with `keys`, else the mode of the posterior."""
+        if "mean" in batch:
+            moments = Moments(batch["mean"], batch["logvar"])
+        else:
+            moments = model.vae.encode(to_float(batch["pixels"]).astype(self.dtype))
+        drawn = moments.mean if keys is None else vae.sample(moments, keys)
+        return self.cfg.vae.scale(drawn.astype(jnp.float32))
+
+    def text(self, model: StableDiffusion, batch: Batch, keys: Any) -> Text:
+        if "context" in batch:
+            return Text(batch["context"], batch.get("pooled"))
+        return model.encode_text(batch["ids"], dtype=self.dtype, keys=keys)
+
+    def null(self, model: StableDiffusion) -> Text:
+        """Return the null caption of one row, by the text encoders as they are now."""
+        empty = jnp.asarray(self.empty_ids)[None]
+        made = model.encode_text(empty, dtype=self.dtype)
+        return zeroed(made) if self.cfg.zero_null else made
+
+
+def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return fp32 noise [B, *shape], each row's by its own key."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)

@@ -1,0 +1,82 @@
+"""Next-token prediction: the cross-entropy of the tokens that a row trains."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.core.step import Batch, Metrics
+from jaxft.kernels.cross_entropy import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Cross-entropy of a decoder over rows of `seq_len` positions.
+
+    width: the most positions that any row trains. packed: rows hold several examples, told apart
+    by segment_ids. dropout: adapters draw a mask. token_flops: of a forward pass, a token.
+    """
+
+    dtype: Any
+    remat: str
+    seq_len: int
+    width: int
+    packed: bool = False
+    dropout: bool = False
+    token_flops: float = 0.0
+    unit: ClassVar[str] = "tokens"
+
+    def loss(
+        self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
+        """Return the summed cross-entropy, the number of trained tokens, and correct ones."""
+        dropout = keys if self.dropout else None
+        hidden = self.hidden(model, batch, dropout)
+        total, sums = self.cross_entropy(model, hidden, batch, dropout)
+        return (total, sums["weight"]), {"token_accuracy": sums["correct"]}
+
+    def units(self, batch: Mapping[str, np.ndarray]) -> int:
+        return int(np.count_nonzero(batch["segment_ids"]))  # numbered from 1 in a shared row
+
+    def flops(self, chosen: set[str]) -> float:
+        """Count the forward pass and both halves of backward; a frozen base has one half."""
+        passes = 2 if all(".lora_" in path for path in chosen) else 3
+        return passes * self.token_flops
+
+    def hidden(self, model: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:
+        """Return the last hidden states [B, T, D].
+
+        A row of one example is padded on the right. Under a causal mask no real token attends to
+        the padding, so it needs no segments, and the fastest causal kernel serves.
+        """
+        places = (batch["positions"], batch["segment_ids"]) if self.packed else (None, None)
+        return model.hidden(
+            batch["tokens"], *places, keys=keys, remat=self.remat, dtype=self.dtype
+        )[0]
+
+    def cross_entropy(
+        self, model: Any, hidden: jax.Array, batch: Batch, keys: jax.Array | None
+    ) -> tuple[jax.Array, Metrics]:
+        """Return the summed cross-entropy of hidden states [B, T, D] and its parts."""
+        hidden, targets, weights = self.trained_only(hidden, batch, self.width)
+        head, vocab_first = model.head()
+        features = model.features(hidden, keys)
+        return linear_cross_entropy(features, head, targets, weights, vocab_first=vocab_first)
+
+    def trained_only(
+        self, hidden: jax.Array, batch: Batch, width: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return hidden states, targets and weights at the `width` positions that rows may train.
+
+        Where a completion alone is trained, this spares the head most of its work.
+        """
+        if 2 * width > self.seq_len:
+            return hidden, batch["targets"], batch["weights"]
+        places = jax.lax.top_k(batch["weights"], width)[1]  # [B, W]
+        targets, weights = (
+            jnp.take_along_axis(batch[name], places, axis=1) for name in ("targets", "weights")
+        )
+        return jnp.take_along_axis(hidden, places[..., None], axis=1), targets, weights

@@ -1,0 +1,112 @@
+"""From a config to a model on a mesh: what every command opens first. It reads no data."""
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from jaxft.core import config as configs
+from jaxft.core import runtime, sharding
+from jaxft.core.config import Config
+from jaxft.core.errors import UserError
+from jaxft.core.params import ADDED, Leaf, Params, describe, flatten, select
+from jaxft.tasks import OPTIONS, Data, Opened, Preview, Task, check_task, get_task
+from jaxft.weights import transfer
+
+
+class Run(NamedTuple):
+    """A config made concrete: task, opened model, mesh, parameters by name and the trained ones."""
+
+    cfg: Config
+    task: Task
+    opened: Opened
+    mesh: Mesh
+    leaves: dict[str, Leaf]
+    shardings: dict[str, NamedSharding]
+    chosen: set[str]
+
+    @property
+    def trained_leaves(self) -> dict[str, Leaf]:
+        return {path: leaf for path, leaf in self.leaves.items() if path in self.chosen}
+
+
+def open_run(config: Mapping[str, Any]) -> Run:
+    """Read the config, find the devices, open the model's folder. No weights are loaded yet."""
+    name = str(config.get("task"))
+    check_task(name)
+    cfg, task = configs.read_config(config, OPTIONS[name]), get_task(name)
+    if cfg.lora.base and cfg.task != "llm":
+        raise UserError(f"lora.base={cfg.lora.base!r} is for task=llm, which goes on from adapters")
+    runtime.start()
+    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    _check_batch(cfg, mesh)
+    if cfg.export.kind not in (kinds := (*task.writers, "none")):
+        raise UserError(f"export.kind={cfg.export.kind!r} is not one of {', '.join(kinds)}")
+    opened = task.open(cfg)
+    leaves = describe(opened.template)
+    adds = any(re.fullmatch(ADDED, path) for path in leaves)
+    pattern = opened.cfg.trainable or (ADDED if adds else ".*")
+    places = sharding.shardings(leaves, mesh)
+    auxiliary = tuple(part.prefix for part in opened.parts if part.aid)
+    can_train = {path: leaf for path, leaf in leaves.items() if not path.startswith(auxiliary)}
+    chosen = select(pattern, can_train)
+    return Run(opened.cfg, task, opened, mesh, leaves, places, chosen)
+
+
+def read_data(run: Run) -> Data:
+    """Read the training rows, and the evaluation rows where the config names some."""
+    cfg = run.cfg
+    train = run.task.read(run.opened, cfg.data.train, True)
+    held_out = run.task.read(run.opened, cfg.data.eval, False) if cfg.data.eval else None
+    return Data(train, held_out)
+
+
+def preview(run: Run, data: Data, params: Params) -> Preview:
+    """Return the preview of a model on its rows, which are encoded first where they need it."""
+    sets = [rows for rows in (data.train, data.held_out) if rows is not None]
+    run.task.encode(run.opened, params, run.chosen, sets)
+    facts = data.facts if data.train is None else data.train.report()
+    return run.task.preview(run.opened, data._replace(facts=facts))
+
+
+def load_params(run: Run, wanted: set[str] | None = None) -> Params:
+    """Return parameters (all, or those `wanted`), imported or drawn, born sharded.
+
+    Adapters and new tokens are fp32 whatever the base is.
+    """
+    dtype = runtime.resolve_dtype(run.cfg.param_dtype)
+    wanted = set(run.leaves) if wanted is None else wanted
+    params: Params = {}
+    for part in run.opened.parts:
+        if part.aid or run.cfg.init == "pretrained":
+            params |= transfer.load(part, run.leaves, run.shardings, dtype, wanted)
+    missing = wanted - params.keys()
+    if missing:
+        params |= _draw(run, missing, dtype)
+    initial = run.opened.initial()
+    for path in wanted & initial.keys():
+        array = initial[path]
+        place = partial(lambda host, index: host[index], array)
+        params[path] = jax.make_array_from_callback(array.shape, run.shardings[path], place)
+    return {path: params[path] for path in run.leaves if path in wanted}
+
+
+def _draw(run: Run, paths: set[str], dtype: Any) -> Params:
+    def build() -> Params:
+        drawn = flatten(run.opened.build(jax.random.key(run.cfg.seed)))
+        kept = {path: drawn[path] for path in paths}
+        return {p: x if re.fullmatch(ADDED, p) else x.astype(dtype) for p, x in kept.items()}
+
+    return jax.jit(build, out_shardings={path: run.shardings[path] for path in paths})()
+
+
+def _check_batch(cfg: Config, mesh: Mesh) -> None:
+    ways, micro = sharding.batch_ways(mesh), cfg.batch_size // cfg.micro_batches
+    if micro % ways:
+        raise UserError(
+            f"batch_size={cfg.batch_size} / micro_batches={cfg.micro_batches} = {micro} rows does"
+            f" not divide over data x fsdp = {ways} devices; change one of them"
+        )

@@ -1,0 +1,70 @@
+"""A run folder, or a config before training, as a model with its parameters."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxft.core import config as configs
+from jaxft.core import runtime
+from jaxft.core.checkpoint import Checkpoints
+from jaxft.core.config import Arguments
+from jaxft.core.errors import UserError
+from jaxft.core.params import Params
+from jaxft.runs.opening import Run, load_params, open_run
+from jaxft.runs.state import abstract_state, model_params
+from jaxft.runs.watch import MANIFEST
+from jaxft.runs.workdir import read_config_file
+from jaxft.tasks import OPTIONS
+
+
+def restore_run(
+    workdir: Path, at: int | None, overrides: Iterable[tuple[str, str]] = ()
+) -> tuple[Run, Params, int]:
+    """Return (run, all parameters, step) of a run folder; the latest step unless one is named.
+
+    No data is read. Overrides change how the model is measured (`data.eval`), never what it was
+    trained on.
+    """
+    read_config_file(workdir)  # raises where this is no run folder
+    runtime.join()
+    saved = Checkpoints(workdir)
+    at = saved.latest() if at is None else at
+    if at is None:
+        raise UserError(f"{workdir} has no checkpoint yet; train first")
+    run = open_run(configs.resolve_config(saved.config(at), overrides, OPTIONS))
+    with jax.set_mesh(run.mesh):
+        state, _ = saved.restore(at, abstract_state(run))
+        params = model_params(load_params(run, set(run.leaves) - run.chosen), state)
+    saved.close()
+    return run, params, at
+
+
+def open_any(arguments: Arguments) -> tuple[Run, Params, int]:
+    """Return (run, parameters, step) of `--workdir` at `--step`, or of an untrained `--config`."""
+    options, overrides = arguments
+    if "workdir" in options:
+        return restore_run(Path(options["workdir"]), step_option(options), overrides)
+    if "config" not in options:
+        raise UserError("give --workdir=DIR (a run folder) or --config=FILE (an untrained model)")
+    config = configs.load_config(options["config"], overrides, OPTIONS)
+    runtime.join()
+    run = open_run(config)
+    with jax.set_mesh(run.mesh):
+        return run, load_params(run), 0
+
+
+def facts(workdir: str | None) -> Mapping[str, Any]:
+    """Return what a run wrote down about its training data; {} where there is no manifest."""
+    file = Path(workdir or "") / MANIFEST
+    return json.loads(file.read_text())["data"] if workdir and file.is_file() else {}
+
+
+def step_option(options: Mapping[str, str]) -> int | None:
+    """Return `--step` as a number, None for the latest."""
+    text = options.get("step")
+    if text is not None and not text.isdigit():
+        raise UserError(f"--step={text!r} must be the number of a checkpoint")
+    return None if text is None else int(text)

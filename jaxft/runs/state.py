@@ -1,0 +1,127 @@
+"""The state of a run: durations, optimiser, parameters and moments before a step."""
+
+import re
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jaxft.core import config as configs
+from jaxft.core import optim, runtime
+from jaxft.core.checkpoint import Checkpoints
+from jaxft.core.params import ADDED, Params, trainable_table
+from jaxft.core.step import State, init_state, state_shardings
+from jaxft.runs.opening import Run, load_params
+from jaxft.tasks import Rows
+
+
+class Plan(NamedTuple):
+    """The optimiser of a run and its duration in steps."""
+
+    total: int
+    schedule: optax.Schedule
+    tx: optax.GradientTransformation
+
+
+def make_plan(run: Run, examples: int) -> Plan:
+    """Return durations in steps, the schedule and the Optax chain, for a set of `examples`."""
+    cfg, o = run.cfg, run.cfg.optim
+    total = configs.steps(cfg.total, cfg.batch_size, examples, "total")
+    warmup = configs.steps(o.warmup, cfg.batch_size, examples, "optim.warmup")
+    warmup = min(warmup, max(total - 1, 0))  # a short trial run of a config is not an error
+    schedule = optim.schedule(o.schedule, o.lr, warmup, max(total, 1))
+    return Plan(total, schedule, _optimizer(run, schedule))
+
+
+def _optimizer(run: Run, schedule: optax.Schedule) -> optax.GradientTransformation:
+    o = run.cfg.optim
+    return optim.make_optimizer(
+        o.name,
+        schedule,
+        b1=o.b1,
+        b2=o.b2,
+        weight_decay=o.weight_decay,
+        clip=o.clip,
+        leaves=run.trained_leaves,
+    )
+
+
+class Periods(NamedTuple):
+    """Numbers of steps between two of a kind; 0 is never."""
+
+    log: int
+    eval: int
+    save: int
+    sample: int
+
+
+def periods(run: Run, examples: int) -> Periods:
+    """Return `every.…` in steps, for a set of `examples`."""
+    every, size = run.cfg.every, run.cfg.batch_size
+    pairs = zip(Periods._fields, (every.log, every.eval, every.save, every.sample), strict=True)
+    return Periods(*(configs.steps(value, size, examples, f"every.{key}") for key, value in pairs))
+
+
+def fresh_state(run: Run, tx: optax.GradientTransformation, trained: Params) -> State:
+    """Return the state before step 0, sharded as the step wants it."""
+    shards = run_state_shardings(run, tx)
+    init = jax.jit(partial(init_state, tx, ema=run.cfg.optim.ema), out_shardings=shards)
+    return init(trained)
+
+
+def run_state_shardings(run: Run, tx: optax.GradientTransformation) -> State:
+    """Return the sharding of each array of the state."""
+    return state_shardings(tx, run.trained_leaves, run.shardings, run.cfg.optim.ema, run.mesh)
+
+
+def abstract_state(run: Run, tx: optax.GradientTransformation | None = None) -> State:
+    """Return shapes, dtypes and shardings of the state, to restore a checkpoint against.
+
+    Without `tx` the run's own: its structure depends on no duration, and so on no data.
+    """
+    tx = _optimizer(run, optax.constant_schedule(0.0)) if tx is None else tx
+    dtype = runtime.resolve_dtype(run.cfg.param_dtype)
+    params: Any = {
+        path: jax.ShapeDtypeStruct(leaf.shape, np.float32 if re.fullmatch(ADDED, path) else dtype)
+        for path, leaf in run.trained_leaves.items()
+    }
+    shapes = jax.eval_shape(partial(init_state, tx, ema=run.cfg.optim.ema), params)
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+        shapes,
+        run_state_shardings(run, tx),
+    )
+
+
+def model_params(frozen: Params, state: State) -> Params:
+    """Return every parameter as evaluation, sampling and export use it: averages where kept."""
+    return {**frozen, **(state.ema or state.params)}
+
+
+def start_state(run: Run, plan: Plan, saved: Checkpoints, start: int) -> tuple[State, Params]:
+    """Return (state, frozen parameters) before step `start`: fresh, or from that checkpoint."""
+    if not start:
+        params = load_params(run)
+        frozen = {path: x for path, x in params.items() if path not in run.chosen}
+        return fresh_state(run, plan.tx, {path: params[path] for path in run.chosen}), frozen
+    state, _ = saved.restore(start, abstract_state(run, plan.tx))
+    print(f"resumed from step {start}", flush=True)
+    return state, load_params(run, set(run.leaves) - run.chosen)
+
+
+def summary(run: Run, plan: Plan, rows: Rows) -> str:
+    """Return the first lines of a run, with the defaults that were chosen for this machine."""
+    cfg = run.cfg
+    micro = f" in {cfg.micro_batches} micro-batches" if cfg.micro_batches > 1 else ""
+    lines = [
+        f"model {cfg.model} ({cfg.init}), {run.opened.describe()}; {rows.describe()}",
+        f"devices {runtime.describe_devices()}, mesh {dict(run.mesh.shape)};"
+        f" compute {runtime.resolve_dtype(cfg.compute_dtype)}, parameters {cfg.param_dtype},"
+        f" remat {runtime.resolve_remat(cfg.remat)}",
+        f"{plan.total} steps of {cfg.batch_size} examples{micro}, {cfg.optim.name} at"
+        f" {cfg.optim.lr:g} ({cfg.optim.schedule})",
+        trainable_table(run.leaves, run.chosen),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""Evaluation of an autoencoder: PSNR, SSIM, perceptual distance, codebook use."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft.core.errors import UserError
+from jaxft.core.params import Params, bind
+from jaxft.core.sharding import constrain, local_rows, place_batch
+from jaxft.core.step import Batch, cast
+from jaxft.data.images.dataset import collate
+from jaxft.data.loader import eval_batches, subset
+from jaxft.models.autoencoders.vqgan import codebook_usage
+from jaxft.models.critics import perceptual
+from jaxft.nn.pixels import to_float, to_pixels
+from jaxft.tasks import Data, Look, Report, Request
+from jaxft.tasks.autoencoder.opened import OpenedAutoencoder
+from jaxft.tasks.common.image_metrics import psnr, ssim
+from jaxft.tasks.common.kid_lite0 import KidLite0
+from jaxft.tasks.common.pictures import grid
+from jaxft.tasks.common.sheets import CELL, SHOWN
+
+
+class AutoencoderPreview:
+    """An autoencoder on its evaluation set; `jaxft.tasks.Preview`."""
+
+    def __init__(self, opened: OpenedAutoencoder, data: Data):
+        self.opened, self.rows = opened, data.held_out
+        self.kid = KidLite0()
+
+    def evaluate(self, params: Params, mesh: Mesh) -> Report:
+        if self.rows is None or self.opened.measure is None:
+            return Report({})
+        data = subset(self.rows.images, self.opened.options.eval_examples, self.opened.cfg.seed)
+        size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches
+        pack = partial(collate, size=self.rows.images.sizes[0])
+        parts: list[dict[str, np.ndarray]] = []
+        for batch in eval_batches(data, size, pack, local_rows(mesh, size)):
+            made = self._measure(params, place_batch(batch, mesh))
+            parts.append({k: np.asarray(v) for k, v in made.items()})
+        whole = {k: np.concatenate([part[k] for part in parts])[: len(data)] for k in parts[0]}
+        names = ("psnr", "ssim", "l1", self.opened.measure.name)
+        metrics = {name: float(np.mean(whole[name])) for name in names}
+        metrics["kid-lite0"] = self.kid(whole["target"], whole["made"])
+        if self.opened.codec.codes:
+            metrics |= self._usage(whole["codes"])
+        return Report(
+            metrics, pictures={"reconstructions": _worst_first(whole, self.opened.measure.name)}
+        )
+
+    def _usage(self, codes: np.ndarray) -> dict[str, float]:
+        """Return how much of the codebook the images use; print a line where part of it is dead."""
+        counts = np.bincount(codes.ravel(), minlength=self.opened.codec.codes)
+        usage = codebook_usage(jnp.asarray(counts))
+        dead = int(np.sum(counts == 0))
+        if dead and jax.process_index() == 0:
+            asked = (
+                "" if self.opened.losses.revive else "; loss.revive=1.0 pulls them back in training"
+            )
+            print(
+                f"{dead} of {self.opened.codec.codes} codes are dead: none of {codes.size} latents"
+                f" of {len(codes)} images chose them{asked}",
+                flush=True,
+            )
+        return {
+            "codebook_used": float(usage.used),
+            "codebook_perplexity": float(usage.perplexity),
+            "dead_codes": float(dead),
+        }
+
+    @partial(jax.jit, static_argnums=0)
+    def _measure(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """Return numbers and pictures of each row, on every process."""
+        assert self.opened.measure is not None
+        exact = {path: x for path, x in params.items() if path.startswith("perceptual.")}
+        model = bind(self.opened.template, cast(params, self.opened.dtype) | exact)
+        x = to_float(batch["pixels"])
+        made = self.opened.codec.reconstruct(model.vae, x.astype(self.opened.dtype), None, "none")
+        y = jnp.clip(made.images.astype(jnp.float32), -1.0, 1.0)
+        found = {
+            "psnr": psnr(x, y),
+            "ssim": ssim(x, y),
+            "l1": jnp.mean(jnp.abs(x - y), axis=(1, 2, 3)),
+            self.opened.measure.name: perceptual.distance(model.perceptual, x, y),
+            "target": batch["pixels"],
+            "made": to_pixels(y),
+        }
+        if made.codes is not None:
+            found["codes"] = made.codes
+        return {name: constrain(value, *(None,) * value.ndim) for name, value in found.items()}
+
+    def sample(self, params: Params) -> Look:
+        return Look()  # the sheet of an evaluation has all that there is to show
+
+    def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
+        raise UserError(
+            f"{self.opened.cfg.model} is an autoencoder, which makes nothing of a prompt; look at"
+            " samples/ of its run, or run python -m jaxft.evaluate"
+        )
+
+
+def _worst_first(whole: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Return target | reconstruction | difference of the images with the largest distance."""
+    worst = np.argsort(-whole[name])[:SHOWN]
+    rows, captions = [], []
+    for i in worst:
+        x, y = whole["target"][i], whole["made"][i]
+        difference = np.abs(x.astype(np.int16) - y).astype(np.uint8)
+        rows.append([x, y, 255 - difference])
+        captions.append(f"{name} {whole[name][i]:.3f}, {whole['psnr'][i]:.1f} dB")
+    return grid(rows, captions, ("target", "made", "difference"), CELL)

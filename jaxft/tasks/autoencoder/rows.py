@@ -1,0 +1,46 @@
+"""Pictures to train an autoencoder on, mirrored ones too."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.data.images.dataset import ImageSet, collate
+from jaxft.data.loader import train_loader
+from jaxft.data.sources.images import open_images
+from jaxft.tasks.autoencoder.opened import OpenedAutoencoder
+
+
+class ImageRows:
+    """A picture set as pixels, read in every step; `jaxft.tasks.Rows`."""
+
+    def __init__(self, opened: OpenedAutoencoder, spec: str, training: bool):
+        self.cfg, self.name = opened.cfg, spec
+        records, side = open_images(spec, captions=False), opened.options.resolution
+        self.images = ImageSet(records, side, opened.codec.cfg.factor, False, training)
+        self.bad = self.images.bad
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, start_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
+        return train_loader(
+            self.images,
+            batch_size=self.cfg.batch_size,
+            seed=self.cfg.seed,
+            start_step=start_step,
+            collate_fn=collate,
+            rows=rows,
+        )
+
+    def spec(self, rows: slice) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+        batch = collate([], batch_rows=rows.stop - rows.start, size=self.images.sizes[0])
+        batch["sample_ids"] = np.zeros(rows.stop - rows.start, np.int32)
+        yield {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+
+    def report(self) -> dict[str, Any]:
+        return self.images.report
+
+    def describe(self) -> str:
+        return f"{self.name}: {len(self.images.records)} images, mirrored too"

@@ -1,0 +1,122 @@
+"""Export writers that several tasks share: a Hugging Face folder and a PEFT adapter."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path, PurePath
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.core import runtime
+from jaxft.core.params import ADDED, NEW_TOKENS
+from jaxft.nn import lora
+from jaxft.tasks import Job, Writer
+from jaxft.weights import transfer
+from jaxft.weights.adapters import peft
+from jaxft.weights.files.tensor_files import STEMS, write_sharded
+from jaxft.weights.transfer import Part
+
+Files = Mapping[str, Path | bytes]  # by name: a file to copy, or content
+SHARD_BYTES = {STEMS[0]: 5 * 10**9, STEMS[1]: 10**10}  # where transformers and diffusers split
+
+
+def adapter(write: Callable[[Job], None]) -> Writer:
+    """Return the export kind of an adapter."""
+    return Writer(write, "lora.rank > 0", r".*\.lora_[ab]", ADDED)
+
+
+def parts(job: Job) -> list[Part]:
+    """Return the parts of a model that an export holds: all but auxiliary networks."""
+    return [part for part in job.opened.parts if not part.aid]
+
+
+def stated_dtype(job: Job) -> str | None:
+    """Return the dtype that an export states in its configs; None keeps each tensor's own."""
+    return None if job.dtype == "source" else job.dtype
+
+
+def write_folder(job: Job, side_files: Callable[[Job, set[str]], Files]) -> None:
+    """Write the model as a Hugging Face folder, with adapters merged into it.
+
+    `side_files(job, rewritten)` returns all that stands beside the weights of the parts with those
+    prefixes. The files of the other parts are copied.
+    """
+    touched = {part.prefix for part in parts(job) if _touched(job, part)}
+    files = side_files(job, touched)
+    for part in parts(job):
+        if part.prefix in touched or not _has_weights(files, part.folder):
+            made, folder = merged(job, part), job.folder / part.folder
+            folder.mkdir(exist_ok=True)
+            write_sharded(folder, made.tensors, made.infos, SHARD_BYTES[part.stem], part.stem)
+    copy(files, job.folder)
+
+
+def _touched(job: Job, part: Part) -> bool:
+    """Tell whether a part's files differ from the source's."""
+    inside = (path for path in job.chosen if path.startswith(part.prefix))
+    trained = any(not re.fullmatch(NEW_TOKENS, path) for path in inside)
+    return trained or part.tensors is None or job.dtype != "source" or not part.prefix
+
+
+def _has_weights(files: Files, folder: str) -> bool:
+    """Tell whether a copy serves; a part that is read in another layout has none that would."""
+    paths = map(PurePath, files)
+    return any(p.parent == PurePath(folder) and p.suffix == ".safetensors" for p in paths)
+
+
+def merged(job: Job, part: Part) -> transfer.Export:
+    """Return a part's tensors with what was trained, adapters merged."""
+    whole = part.tensors is None
+    np_dtype = None if job.dtype == "source" else np.dtype(runtime.resolve_dtype(job.dtype))
+    trained = {p: job.params[p] for p in job.leaves if whole or p in job.chosen}
+    return transfer.export(part, job.leaves, trained, _deltas(job), np_dtype)
+
+
+def _deltas(job: Job) -> dict[str, Callable[[int], np.ndarray]]:
+    """Return the fp32 update of every adapted kernel, layer by layer."""
+    cfg = job.opened.cfg.lora
+    factor = lora.scale(cfg) if cfg.rank else 0.0
+    deltas: dict[str, Callable[[int], np.ndarray]] = {}
+    for path in lora.adapted(job.leaves):
+        a, b = (transfer.to_host(job.params[f"{path}.lora_{x}"]) for x in "ab")
+        stacked = job.leaves[f"{path}.kernel"].stacked
+        deltas[f"{path}.kernel"] = partial(_layer_delta, a, b, factor, stacked)
+    return deltas
+
+
+def _layer_delta(a: np.ndarray, b: np.ndarray, factor: float, stacked: bool, i: int) -> np.ndarray:
+    return lora.delta(a[i], b[i], factor) if stacked else lora.delta(a, b, factor)
+
+
+def write_adapter(job: Job, files: Files) -> None:
+    """Write the adapters as a PEFT folder, and beside them all of `files` but the model's own."""
+    for part in parts(job):
+        peft.write(job.folder, part, job.leaves, adapters(job), job.opened.cfg.lora, part.name)
+    base = ("config.json", "generation_config.json")
+    copy({name: content for name, content in files.items() if name not in base}, job.folder)
+
+
+def adapters(job: Job) -> dict[str, np.ndarray]:
+    """Return the adapters and what trained beside them, by path."""
+    paths = [path for path in job.leaves if re.fullmatch(ADDED, path) or path in job.chosen]
+    return {path: transfer.to_host(job.params[path]) for path in paths}
+
+
+def copy(files: Files, folder: Path) -> None:
+    """Write files into a folder; of many processes the first does it."""
+    for name, content in files.items() if jax.process_index() == 0 else ():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        else:
+            shutil.copyfile(content, target)
+
+
+def dump(config: Mapping[str, Any]) -> bytes:
+    """Return a config as the bytes of its JSON file."""
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

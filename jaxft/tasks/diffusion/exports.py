@@ -1,0 +1,112 @@
+"""Exports of a diffusion model: folder, single file, LoRA, the rows of a new word."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxft.core import runtime
+from jaxft.core.params import NEW_TOKENS
+from jaxft.models.pipelines import ldm
+from jaxft.nn import lora
+from jaxft.tasks import Job, Writer
+from jaxft.tasks.common import writers
+from jaxft.tasks.diffusion import inversion
+from jaxft.tasks.diffusion.opened import OpenedPipeline
+from jaxft.weights.adapters import pipeline as pipeline_lora
+from jaxft.weights.files.tensor_files import write_sharded
+from jaxft.weights.folders import single_file
+from jaxft.weights.folders.diffusers import OPTIONAL, Changes, pipeline_files
+
+
+def side_files(job: Job, rewritten: set[str]) -> writers.Files:
+    """Return configs, tokenizers, scheduler and the weights of parts that did not change."""
+    names = frozenset(prefix.removesuffix(".") for prefix in rewritten)
+    changes = Changes(names, dict(job.opened.model_cfg.scheduler))
+    return dict(pipeline_files(job.opened.pipeline, changes))
+
+
+def _write_folder(job: Job) -> None:
+    """Write the folder of diffusers, adapters merged."""
+    writers.write_folder(job, side_files)
+
+
+def _write_single_file(job: Job) -> None:
+    """Write NAME.safetensors in LDM's layout, and its configs and tokenizers beside it."""
+    _write_ldm(job)
+    files = side_files(job, {part.prefix for part in writers.parts(job)})
+    left_out = ("README.md", *(f"{name}/" for name in OPTIONAL))
+    kept = {name: content for name, content in files.items() if not name.startswith(left_out)}
+    writers.copy(kept, job.folder)
+
+
+def _write_ldm(job: Job) -> None:
+    layouts, parts = ldm.layouts(job.opened.pipeline), {}
+    for part in writers.parts(job):
+        parts[part.folder] = writers.merged(job, part), layouts[part.folder]
+    markers = single_file.markers(_scheduler(job.opened))
+    single_file.write(job.folder / f"{job.name}.safetensors", parts, markers, _modelspec(job))
+
+
+def _write_lora(job: Job) -> None:
+    """Write the adapters in diffusers' format and in kohya's."""
+    leaves, cfg, parts = job.leaves, job.opened.cfg, writers.parts(job)
+    pipeline_lora.check(parts, leaves)
+    arrays, scale, kind = writers.adapters(job), lora.scale(cfg.lora), ldm.kind(job.opened.pipeline)
+    pipeline_lora.write_peft(job.folder, parts, leaves, arrays, scale)
+    rank, alpha = cfg.lora.rank, scale * cfg.lora.rank
+    stated = pipeline_lora.metadata(kind, job.name, cfg.model, rank, alpha)
+    stated |= _modelspec(job, "lora")
+    pipeline_lora.write_kohya(job.folder, job.name, parts, leaves, arrays, scale, stated)
+
+
+def _write_inversion(job: Job) -> None:
+    """Write `learned_embeds.safetensors`, as diffusers' load_textual_inversion reads it."""
+    word = job.opened.options.inversion
+    dtype = np.float32 if job.dtype == "source" else runtime.resolve_dtype(job.dtype)
+    learned = inversion.learned(word.token, job.params)
+    tensors = {key: rows.astype(np.dtype(dtype)) for key, rows in learned.items()}
+    infos = {key: (rows.shape, rows.dtype) for key, rows in tensors.items()}
+    about = {"token": word.token, "init": word.init, "base": Path(job.opened.cfg.model).name}
+    write_sharded(job.folder, tensors.items(), infos, stem=inversion.STEM, metadata=about)
+
+
+def _write_all(job: Job) -> None:
+    """Write the folder, the single file in it, and under lora/ the LoRA, where there is one."""
+    _write_folder(job)
+    _write_ldm(job)
+    if job.opened.cfg.lora.rank:  # a folder of its own: these are merged in what lies above
+        (job.folder / "lora").mkdir()
+        _write_lora(job._replace(folder=job.folder / "lora"))
+
+
+def _modelspec(job: Job, adapter: str = "") -> dict[str, str]:
+    opened = job.opened
+    kind, size = ldm.kind(opened.pipeline), opened.options.resolution
+    return single_file.modelspec(kind, job.name, size, _scheduler(opened), adapter)
+
+
+def _scheduler(opened: OpenedPipeline) -> dict[str, Any]:
+    return {**opened.pipeline.scheduler, **dict(opened.model_cfg.scheduler)}
+
+
+def _with_new_word(write: Callable[[Job], None]) -> Callable[[Job], None]:
+    """Return a writer that adds the rows of a new word, where the run has one."""
+
+    def both(job: Job) -> None:
+        write(job)
+        if any(re.fullmatch(NEW_TOKENS, path) for path in job.leaves):
+            _write_inversion(job)
+
+    return both
+
+
+WRITERS = {
+    "folder": Writer(_with_new_word(_write_folder)),
+    "single_file": Writer(_with_new_word(_write_single_file)),
+    "lora": writers.adapter(_with_new_word(_write_lora)),
+    "inversion": Writer(_write_inversion, "inversion.token", NEW_TOKENS, NEW_TOKENS),
+    "all": Writer(_with_new_word(_write_all)),
+}

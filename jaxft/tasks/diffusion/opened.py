@@ -1,0 +1,117 @@
+"""A Stable Diffusion folder or file, opened for training."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxft.core import runtime
+from jaxft.core.config import Config
+from jaxft.core.errors import UserError
+from jaxft.core.params import describe
+from jaxft.models import flops
+from jaxft.models.pipelines import stable_diffusion
+from jaxft.models.pipelines.ldm import open_model
+from jaxft.models.pipelines.stable_diffusion import PipelineConfig, StableDiffusion, Text
+from jaxft.nn import lora
+from jaxft.noise.samplers import SAMPLERS
+from jaxft.tasks.common.tokenizers import load_tokenizer
+from jaxft.tasks.diffusion import inversion
+from jaxft.tasks.diffusion.captions import Captions
+from jaxft.tasks.diffusion.options import DiffusionOptions
+from jaxft.weights.adapters import pipeline as pipeline_lora
+
+KINDS = {
+    stable_diffusion.NOTHING: "",
+    stable_diffusion.HOLE: " inpainting",
+    stable_diffusion.SOURCE: " InstructPix2Pix",
+}
+
+
+class OpenedPipeline:
+    """A pipeline with its tokenizers; `jaxft.tasks.Opened`."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.options = cfg, DiffusionOptions(**cfg.own)
+        options = self.options
+        prediction = options.prediction or None
+        self.pipeline = open_model(cfg.model, cfg.init == "pretrained", prediction=prediction)
+        self.model_cfg = PipelineConfig.of(self.pipeline, options.prediction, options.zero_snr)
+        check_sampler("sample.sampler", options.sample.sampler)
+        check(options.caption_dropout, self.model_cfg)
+        new = inversion.names(options.inversion)
+        self.model_cfg = inversion.extended(self.model_cfg, len(new))
+        self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
+        self.remat = runtime.resolve_remat(cfg.remat)
+        self.template = jax.eval_shape(self.build, jax.random.key(0))
+        self.parts = stable_diffusion.parts(self.pipeline, self.model_cfg)
+        if cfg.export.kind == "lora" or (cfg.export.kind == "all" and cfg.lora.rank):
+            pipeline_lora.check(self.parts, describe(self.template))
+        names = ("tokenizer", "tokenizer_2")[: len(self.model_cfg.texts)]
+        folders = [self.pipeline.tokenizer_dir(name) for name in names]
+        tokenizers = [load_tokenizer(folder, "clip") for folder in folders]
+        self.captions = Captions(tokenizers, self.model_cfg.texts, new)
+        if new:
+            inversion.check(cfg, self.captions, describe(self.template))
+        self.captions.too_long(options.sample.prompts)  # checks their tokens
+
+    def build(self, key: jax.Array) -> nnx.Module:
+        model = StableDiffusion(self.model_cfg, key=key)
+        lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
+        return model
+
+    def initial(self) -> dict[str, np.ndarray]:
+        own, leaves = self.options.inversion, describe(self.template)
+        return inversion.initial(own, self.captions, self.parts, leaves) if own.token else {}
+
+    def describe(self) -> str:
+        cfg = self.model_cfg
+        size = " XL" if cfg.sdxl else ""
+        terminal = ", zero terminal SNR" if cfg.schedule.zero_snr else ""
+        return f"Stable Diffusion{size}{KINDS[cfg.sees]}, {cfg.schedule.prediction}{terminal}"
+
+    def text_shapes(self) -> Text:
+        """Return the shapes of one caption's embedding."""
+        ids = jax.ShapeDtypeStruct((1, *self.captions("").shape), np.int32)
+        encode = partial(StableDiffusion.encode_text, dtype=self.dtype)
+        return jax.eval_shape(encode, self.template, ids)
+
+    def image_flops(self) -> float:
+        """Return the FLOPs of the UNet's forward pass, an image of the full resolution."""
+        cfg, side = self.model_cfg, self.options.resolution // self.model_cfg.vae.factor
+        latents = jax.ShapeDtypeStruct((1, side, side, cfg.unet.in_channels), self.dtype)
+        times = jax.ShapeDtypeStruct((1, 6), np.float32)
+
+        def forward(model: StableDiffusion, latents: Any, text: Text, times: Any) -> jax.Array:
+            return model.predict(latents, times[:, 0], text, times, dtype=self.dtype)
+
+        return flops.count(forward, self.template, latents, self.text_shapes(), times)
+
+
+def check_sampler(key: str, name: str) -> None:
+    """Raise UserError for an unknown sampler, naming its config key or option."""
+    if name not in SAMPLERS:
+        raise UserError(f"{key}={name!r} is not one of {', '.join(SAMPLERS)}")
+
+
+def check(share: float, cfg: PipelineConfig) -> None:
+    """Raise UserError for a UNet of an unknown kind, and for a `share` of captions to drop.
+
+    All that is dropped must not be more than all rows.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"caption_dropout={share} must be at least 0 and below 1")
+    if not cfg.sees:
+        latent = cfg.vae.latent_channels
+        raise UserError(
+            f"unet/config.json: in_channels={cfg.unet.in_channels}, but of a VAE with"
+            f" latent_channels={latent} a text-to-image UNet takes {latent}, InstructPix2Pix"
+            f" {2 * latent}, inpainting {2 * latent + 1}; other kinds are not supported"
+        )
+    if cfg.sees == stable_diffusion.SOURCE and share > 1 / 3:
+        raise UserError(
+            f"caption_dropout={share} must be at most 1/3 for InstructPix2Pix: as many"
+            " rows lose the caption, the picture, and both; the paper has 0.05"
+        )

@@ -1,0 +1,150 @@
+"""Evaluation and samples of a diffusion model: errors at fixed timesteps, pictures, kid-lite0."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft.core.params import Params, bind
+from jaxft.core.sharding import constrain, local_rows, place_batch
+from jaxft.core.step import Batch, cast, stream
+from jaxft.data.images.buckets import make_buckets
+from jaxft.data.loader import eval_batches, subset
+from jaxft.models.pipelines import stable_diffusion
+from jaxft.models.pipelines.conditioning import condition
+from jaxft.models.pipelines.stable_diffusion import NOTHING, Guidance
+from jaxft.nn.pixels import to_pixels
+from jaxft.noise.samplers import SAMPLERS
+from jaxft.objectives.denoising import Denoising, normal
+from jaxft.tasks import Data, Look, Report, Request
+from jaxft.tasks.common.encoded import collate
+from jaxft.tasks.common.kid_lite0 import KidLite0
+from jaxft.tasks.common.pictures import grid
+from jaxft.tasks.common.sheets import CELL, SHOWN, Compared, portions
+from jaxft.tasks.diffusion import conditioning
+from jaxft.tasks.diffusion.opened import OpenedPipeline, check_sampler
+
+BINS = 8  # timesteps at which validation measures, equally far apart
+
+
+class DiffusionPreview:
+    """A pipeline on its evaluation set; `jaxft.tasks.Preview`."""
+
+    def __init__(self, opened: OpenedPipeline, data: Data):
+        self.opened, self.data, self.rows = opened, data, data.held_out
+        self.dtype = opened.dtype
+        self.objective = Denoising(opened.model_cfg, self.dtype, opened.remat, opened.captions(""))
+        self.kid = KidLite0() if opened.options.eval_generated and self.rows else None
+        self.compared = Compared()
+
+    def evaluate(self, params: Params, mesh: Mesh) -> Report:
+        """Errors at fixed timesteps and noise, and pictures of held-out captions."""
+        if self.rows is None:
+            return Report({})
+        data = subset(self.rows, self.opened.options.eval_examples, self.opened.cfg.seed)
+        size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches
+        sums, padded = np.zeros(BINS), partial(collate, filler=data[0])
+        for batch in eval_batches(data, size, padded, local_rows(mesh, size)):
+            sums += np.asarray(self._bins(params, place_batch(batch, mesh)))
+        errors = sums / len(data)
+        metrics = {"loss": float(np.mean(errors))}
+        metrics |= {f"loss_t{t}": float(e) for t, e in zip(self._times(), errors, strict=True)}
+        if not self.opened.options.eval_generated:
+            return Report(metrics)
+        chosen = subset(self.rows, self.opened.options.eval_generated, self.opened.cfg.seed).ids
+        given = conditioning.held_out(self.opened.model_cfg, self.rows, chosen)
+        captions = [self.rows.caption(int(i)) for i in chosen]
+        made = self._sample(params, captions, Request(), given)
+        images = self.rows.shares[0].images
+        wanted = np.stack([images[int(i)].pixels for i in chosen])
+        if self.kid:
+            metrics["kid-lite0"] = self.kid(wanted, made)
+        columns = {"given": conditioning.shown(given), "target": wanted}
+        return Report(metrics, pictures={"held-out": self.compared.sheet(captions, columns, made)})
+
+    def _times(self) -> np.ndarray:
+        steps = self.opened.model_cfg.schedule.train_steps
+        return ((np.arange(BINS) + 0.5) * steps / BINS).astype(np.int32)
+
+    @partial(jax.jit, static_argnums=0)
+    def _bins(self, params: Params, batch: Batch) -> jax.Array:
+        """Summed errors at each of BINS timesteps; a row's noise is its own on every run."""
+        model = bind(self.opened.template, cast(params, self.dtype))
+        latents = self.objective.latents(model, batch, None)
+        text, rows = self.objective.text(model, batch, None), batch["weights"]
+        seen = condition(model, self.opened.model_cfg, batch, None, self.dtype)
+        base = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(batch["sample_ids"])
+
+        def at(number_and_time: tuple[jax.Array, jax.Array]) -> jax.Array:
+            number, time = number_and_time
+            noise = normal(stream(base, number), latents.shape[1:])
+            t = jnp.broadcast_to(time, rows.shape)
+            errors = self.objective.errors(model, batch, latents, noise, t, text, seen, None)
+            return jnp.sum(errors * (rows > 0))
+
+        return jax.lax.map(at, (jnp.arange(BINS), jnp.asarray(self._times())))
+
+    def sample(self, params: Params) -> Look:
+        prompts = list(self.opened.options.sample.prompts)
+        if not prompts and self.rows is None:
+            prompts = sorted({self.data.train.caption(i) for i in range(len(self.data.train))})
+        if not prompts or (self.opened.model_cfg.sees != NOTHING and self.rows is None):
+            return Look()  # an evaluation shows held-out captions; only it has pictures to draw on
+        prompts = prompts[: 2 * SHOWN]
+        given = conditioning.held_out(self.opened.model_cfg, self.rows, range(len(prompts)))
+        made = self._sample(params, prompts, Request(), given)
+        seen = conditioning.shown(given)
+        rows = made[:, None] if seen is None else np.stack([seen, made], axis=1)
+        return Look(pictures={"prompts": grid(list(rows), prompts, (), CELL)})
+
+    def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
+        cfg, side = self.opened.model_cfg, self.opened.options.resolution
+        sizes = make_buckets(side, cfg.multiple) if self.opened.options.buckets else ((side, side),)
+        given = conditioning.asked(cfg, request, sizes, len(prompts))
+        request = request._replace(image=None, mask=None)  # now in `given`
+        made = self._sample(params, prompts, request, given)
+        return [Look(pictures={"made": one}) for one in made]
+
+    def _sample(
+        self, params: Params, prompts: list[str], request: Request, given: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """Pictures uint8 (N, Y, X, 3); each one's noise depends on the seed and its place alone.
+
+        `given` is what the UNet sees of each. Always as many at a time as a micro-batch has:
+        others beside it would round it otherwise.
+        """
+        if request.sampler is not None:
+            check_sampler("--sampler", request.sampler)
+        size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches
+        ids = np.stack([self.opened.captions(prompt) for prompt in prompts])
+        made = [
+            np.asarray(self._generate(params, rows, places, request, seen))
+            for places, (rows, seen) in portions((ids, given), len(ids), size)
+        ]
+        return np.concatenate(made)[: len(ids)]
+
+    @partial(jax.jit, static_argnums=(0, 4))
+    def _generate(
+        self, params: Params, ids: Any, places: Any, request: Request, given: Batch
+    ) -> jax.Array:
+        cfg, options = self.opened.model_cfg, self.opened.options.sample
+        model = bind(self.opened.template, cast(params, self.dtype))
+        text = model.encode_text(ids, dtype=self.dtype)
+        null = jax.tree.map(lambda x: jnp.repeat(x, len(ids), axis=0), self.objective.null(model))
+        seen = condition(model, cfg, given, None, self.dtype)
+        side = self.opened.options.resolution // cfg.vae.factor
+        size = (side, side) if seen is None else seen.shape[1:3]
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(request.seed)))(places)
+        noise = normal(keys, (*size, cfg.unet.out_channels))
+        make = SAMPLERS[request.sampler or options.sampler]
+        scale = options.guidance if request.guidance is None else request.guidance
+        image = options.image_guidance if request.image_guidance is None else request.image_guidance
+        images = stable_diffusion.generate(
+            model, cfg, text, null, noise, make(cfg.schedule, request.steps or options.steps),
+            Guidance(scale, options.rescale, image), self.dtype, seen,
+        )  # fmt: skip
+        return constrain(to_pixels(images), None, None, None, None)

@@ -1,0 +1,181 @@
+"""Evaluation and samples of an image-token model: cross-entropy, pictures, kid-lite0."""
+
+import math
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft.core import runtime
+from jaxft.core.params import Params, bind
+from jaxft.core.sharding import constrain, local_rows, place_batch
+from jaxft.core.step import Batch, Metrics, cast
+from jaxft.data.loader import eval_batches, subset
+from jaxft.models.autoencoders.vqgan import codebook_usage
+from jaxft.models.decoders.sampling import Sampling
+from jaxft.models.pipelines.image_decode import generate_codes
+from jaxft.objectives.codes import CodePrediction
+from jaxft.tasks import Data, Look, Report, Request
+from jaxft.tasks.common.encoded import collate
+from jaxft.tasks.common.kid_lite0 import KidLite0
+from jaxft.tasks.common.pictures import grid
+from jaxft.tasks.common.sheets import CELL, SHOWN
+from jaxft.tasks.image_tokens.image_layout import encode_prompt, left_padded, null_prompt
+from jaxft.tasks.image_tokens.opened import OpenedImageModel
+from jaxft.tasks.image_tokens.rows import nearest, worst_pictures
+
+SMALL = 2**24  # weights of a model whose products, a token a row, gain nothing from threads
+
+
+class ImageTokenPreview:
+    """An image-token model on its evaluation set; `jaxft.tasks.Preview`."""
+
+    def __init__(self, opened: OpenedImageModel, data: Data):
+        self.opened, self.data, self.rows = opened, data, data.held_out
+        self.dtype, options = opened.dtype, opened.options
+        self.objective = CodePrediction(
+            opened.layout, opened.model.speaker, self.dtype, opened.remat, options.loss
+        )
+        self.kid = KidLite0() if options.eval_generated and self.rows else None
+        size = sum(x.size for x in jax.tree.leaves(opened.template))
+        compiled = runtime.compiler_options(loop=True) if size < SMALL else None
+        self._generate = jax.jit(self._codes, static_argnums=5, compiler_options=compiled)
+        self._shown = False  # the tokenizer's sheet is for the first report
+
+    def evaluate(self, params: Params, mesh: Mesh) -> Report:
+        """Return the loss on held-out pictures with captions and without, and generated ones."""
+        rows = self.rows
+        pictures = self._tokenizer_sheet()
+        if rows is None:
+            return Report({}, pictures=pictures)
+        data = subset(rows, self.opened.options.eval_examples, self.opened.cfg.seed)
+        size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches
+        padded, sums = partial(collate, filler=data[0]), {}
+        for batch in eval_batches(data, size, padded, local_rows(mesh, size)):
+            for name, value in self._score(params, place_batch(batch, mesh)).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        metrics = {name: value / len(data) for name, value in sums.items()}
+        metrics["caption_use"] = metrics["ce_null"] - metrics["ce"]
+        metrics |= self._baselines(data)
+        if not self.opened.options.eval_generated:
+            return Report(metrics, pictures=pictures)
+        measured, shown = self._generated(params)
+        return Report(metrics | measured, pictures={**pictures, "held-out": shown})
+
+    def _tokenizer_sheet(self) -> dict[str, np.ndarray]:
+        """Return the pictures that the tokenizer reconstructs worst, at the first evaluation."""
+        shown, self._shown = self._shown, True
+        if shown or self.data.train is None:
+            return {}
+        return {"tokenizer": worst_pictures(self.data.train, self.opened.model.vq, CELL)}
+
+    def _baselines(self, data: Any) -> dict[str, float]:
+        """Return bounds of the cross-entropy, and the quality of the tokenizer alone."""
+        stored = [self.rows.stored(int(i)) for i in data.ids]
+        unigram = self.data.facts.get("unigram_entropy")
+        known = {} if unigram is None else {"unigram_entropy": unigram}
+        return {
+            "ln_k": math.log(self.opened.layout.codes),
+            **known,
+            "tokenizer_psnr": float(np.mean([one["psnr"] for one in stored])),
+            "tokenizer_ssim": float(np.mean([one["ssim"] for one in stored])),
+        }
+
+    @partial(jax.jit, static_argnums=0)
+    def _score(self, params: Params, batch: Batch) -> Metrics:
+        """Sums over rows of their mean cross-entropy, with caption and without."""
+        model = bind(self.opened.template, cast(params, self.dtype))
+        never = jnp.zeros(len(batch["weights"]), bool)
+        _, with_caption = self.objective.cross_entropy(model, batch, never, None)
+        _, without = self.objective.cross_entropy(model, batch, ~never, None)
+        found = {"ce": with_caption["image_ce"], "ce_null": without["image_ce"]}
+        rest = {
+            name: with_caption[name] for name in ("accuracy", "text_ce") if name in with_caption
+        }
+        return {**found, **rest}
+
+    def _generated(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
+        """Pictures drawn for held-out captions: numbers, and a grid beside what was wanted."""
+        rows, vq = self.rows, self.opened.model.vq
+        assert rows is not None and self.kid is not None
+        chosen = subset(rows, self.opened.options.eval_generated, self.opened.cfg.seed).ids
+        captions = [rows.caption(int(i)) for i in chosen]
+        codes, rate = self._sample(params, captions, Request())
+        made = vq.decode(codes)
+        wanted = np.stack([rows.images[int(i)].pixels for i in chosen])
+        back = vq.decode(np.stack([rows.stored(int(i))["codes"] for i in chosen]))
+        usage = codebook_usage(jnp.bincount(codes.ravel(), length=self.opened.layout.codes))
+        with jax.set_mesh(vq.mesh):
+            distance = self.kid(wanted, made)
+        metrics = {
+            "kid-lite0": distance,
+            "codebook_used": float(usage.used),
+            "codebook_perplexity": float(usage.perplexity),
+        }
+        if self.data.train is not None:
+            far = nearest(self.data.train, codes.reshape(len(codes), -1))
+            metrics["train_distance_least"] = float(far.min())
+            metrics["train_distance_mean"] = float(far.mean())
+        metrics["sampled_images_per_s"] = rate
+        shown = np.linspace(0, len(chosen) - 1, min(SHOWN, len(chosen))).astype(int)
+        cells = [(wanted[i], back[i], made[i]) for i in shown]
+        headers = ("target", "tokenizer", "generated")
+        return metrics, grid(cells, [captions[i] for i in shown], headers, CELL)
+
+    def sample(self, params: Params) -> Look:
+        prompts = list(self.opened.options.sample.prompts)
+        if not prompts and self.rows is None:
+            images = self.data.train.images
+            prompts = sorted({images.captions[i] for i in range(len(images.records))})[: 2 * SHOWN]
+        if not prompts:
+            return Look()  # an evaluation shows held-out captions
+        made = self.opened.model.vq.decode(self._sample(params, prompts, Request())[0])
+        return Look(pictures={"prompts": grid([[one] for one in made], prompts, (), CELL)})
+
+    def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
+        made = self.opened.model.vq.decode(self._sample(params, prompts, request)[0])
+        return [Look(pictures={"made": one}) for one in made]
+
+    def _sample(
+        self, params: Params, prompts: list[str], request: Request
+    ) -> tuple[np.ndarray, float]:
+        """Codes, and images a second: of the fastest portion, as the first may have to compile.
+
+        Always as many at a time as a micro-batch has: others beside it would round it otherwise.
+        """
+        options, layout = self.opened.options.sample, self.opened.layout
+        size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches
+        how = Sampling(
+            *(
+                getattr(options if getattr(request, name) is None else request, name)
+                for name in Sampling._fields
+            )
+        )
+        guidance = options.guidance if request.guidance is None else request.guidance
+        ids = [encode_prompt(layout, self.opened.model.tokenizer, prompt).ids for prompt in prompts]
+        made, seconds = [], []
+        for first in range(0, len(ids), size):
+            began = time.perf_counter()
+            rows = [ids[(first + i) % len(ids)] for i in range(size)]
+            nulls = [null_prompt(layout, one) for one in rows]
+            tokens, mask = left_padded(layout, rows + nulls)
+            draws = jax.random.key(request.seed), np.arange(first, first + size)
+            made.append(np.asarray(self._generate(params, tokens, mask, draws, guidance, how)))
+            seconds.append(time.perf_counter() - began)
+        codes = np.concatenate(made)[: len(ids)].reshape(-1, *layout.grid)
+        return codes, size / min(seconds)
+
+    def _codes(
+        self, params: Params, tokens: Any, mask: Any, draws: tuple, guidance: Any, how: Sampling
+    ) -> jax.Array:
+        layout, model = self.opened.layout, bind(self.opened.template, cast(params, self.dtype))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(*draws)
+        codes = generate_codes(
+            self.opened.model.speaker(model), tokens, mask, keys,
+            count=layout.count, guidance=guidance, how=how, dtype=self.dtype,
+        )  # fmt: skip
+        return constrain(codes, None, None)

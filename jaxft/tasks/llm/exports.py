@@ -1,0 +1,30 @@
+"""Exports of a language model: the merged folder, or its adapter."""
+
+from jaxft.tasks import Job, Writer
+from jaxft.tasks.common import writers
+from jaxft.tasks.llm.opened import eos_ids
+from jaxft.weights.folders.transformers import export_config
+
+
+def side_files(job: Job, rewritten: set[str]) -> writers.Files:
+    """Return configs, tokenizer, licence and card, true of what is exported."""
+    opened = job.opened
+    source, files = opened.source, dict(opened.source.side_files)
+    config = export_config(source.config, writers.stated_dtype(job))
+    if config != source.config or opened.kept:
+        files["config.json"] = writers.dump(config)
+    ends, own = source.generation_config, opened.tokenizer.eos_token_id
+    known = eos_ids(ends.get("eos_token_id") or config.get("eos_token_id"))
+    if source.tokenizer and own not in known:  # else generate passes the adapter's EOS by
+        files["generation_config.json"] = writers.dump({**ends, "eos_token_id": [own, *known]})
+    return files
+
+
+def _write_adapter(job: Job) -> None:
+    writers.write_adapter(job, side_files(job, {""}))
+
+
+WRITERS = {
+    "merged": Writer(lambda job: writers.write_folder(job, side_files)),
+    "adapter": writers.adapter(_write_adapter),
+}

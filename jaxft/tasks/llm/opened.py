@@ -1,0 +1,110 @@
+"""A causal language model's folder, or an adapter's with its base, opened for training."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxft.core import runtime
+from jaxft.core.config import Config
+from jaxft.core.errors import UserError
+from jaxft.core.params import Leaf, bind, describe
+from jaxft.core.sharding import one_device_mesh, shardings
+from jaxft.data.text.vocabulary import check_ids
+from jaxft.models.decoders import llama
+from jaxft.models.decoders.llama import Llama, LlamaConfig
+from jaxft.models.decoders.llama_files import open_decoder
+from jaxft.nn import lora
+from jaxft.tasks.common.tokenizers import load_tokenizer
+from jaxft.tasks.llm.options import LLMOptions
+from jaxft.weights import transfer
+from jaxft.weights.adapters import peft
+from jaxft.weights.adapters.peft_folder import fit, open_adapted
+from jaxft.weights.folders.transformers import Source
+from jaxft.weights.transfer import Part
+
+
+class OpenedDecoder:
+    """A decoder with its tokenizer; `jaxft.tasks.Opened`."""
+
+    def __init__(self, cfg: Config):
+        opened = open_adapted(
+            cfg.model, cfg.lora.base, weights=cfg.init == "pretrained", opener=open_decoder
+        )
+        self.source, self.adapter, self.kept = opened
+        self.options = LLMOptions(**cfg.own)
+        self.model_cfg = LlamaConfig.from_hf(self.source.config)
+        part = model_part(self.source, self.model_cfg)._replace(kept=self.kept)
+        if self.adapter:
+            self.adapter = fit(self.adapter, part.entries(_plain_leaves(self.model_cfg)))
+            cfg = dataclasses.replace(cfg, lora=self.adapter.lora)
+        self.cfg = cfg
+        self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
+        self.remat = runtime.resolve_remat(cfg.remat)
+        self.template = jax.eval_shape(self.build, jax.random.key(0))
+        self.parts = (part,)
+        self.tokenizer = load_tokenizer(self.source.tokenizer_dir())
+        self._check_pad()
+
+    def build(self, key: jax.Array) -> nnx.Module:
+        model = Llama(self.model_cfg, key=key)
+        lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
+        return model
+
+    def initial(self) -> dict[str, np.ndarray]:
+        if not self.adapter:
+            return {}
+        return peft.load(self.adapter, self.parts[0], describe(self.template))
+
+    def describe(self) -> str:
+        kept = f" with the adapter's own {', '.join(self.kept)}" if self.kept else ""
+        return f"{self.source.config.get('model_type')}{kept}"
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """Return every id that ends a text: the generation config's, config's and tokenizer's."""
+        ids = {self.tokenizer.eos_token_id}
+        for config in (self.source.generation_config, self.source.config):
+            ids |= set(eos_ids(config.get("eos_token_id")))
+        return tuple(sorted(ids))
+
+    def _check_pad(self) -> None:
+        """Raise UserError for a pad token without a row: transformers would index the table."""
+        rows, tokenizer = self.model_cfg.vocab_size, self.tokenizer
+        if tokenizer.pad_token_id is not None:
+            where = f"{self.source.name}: pad_token of tokenizer_config.json"
+            check_ids([tokenizer.pad_token_id], rows, tokenizer, where)
+        stated = self.source.config.get("pad_token_id")
+        if isinstance(stated, int) and stated >= rows:
+            raise UserError(
+                f"{self.source.name}/config.json: pad_token_id={stated}, but vocab_size={rows};"
+                " transformers does not open such a model; set pad_token_id to null"
+            )
+
+
+def model_part(source: Source, cfg: LlamaConfig) -> Part:
+    """Return the part that fills the model's parameters and that an export writes."""
+    drop = ("lm_head.weight",) if cfg.tied else ()
+    rules, sizes = llama.RULES, llama.sizes(cfg)
+    return Part("", source.name, source.tensors, rules, sizes, llama.ignore(cfg), drop)
+
+
+def eos_ids(value: int | list[int] | None) -> list[int]:
+    """Return the ids of a config's eos_token_id: none, one or several."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _plain_leaves(cfg: LlamaConfig) -> dict[str, Leaf]:
+    """Return the parameters of a model without adapters."""
+    return describe(jax.eval_shape(lambda key: Llama(cfg, key=key), jax.random.key(0)))
+
+
+def load(spec: str, dtype: str) -> Llama:
+    """Load the model of a folder, file, `pip:PACKAGE` or hub id, whole on the first device."""
+    source = open_decoder(spec)
+    cfg = LlamaConfig.from_hf(source.config)
+    leaves, mesh = _plain_leaves(cfg), one_device_mesh()
+    template = jax.eval_shape(lambda key: Llama(cfg, key=key), jax.random.key(0))
+    places = shardings(leaves, mesh)
+    params = transfer.load(model_part(source, cfg), leaves, places, dtype, set(leaves))
+    return bind(template, params)

@@ -1,0 +1,189 @@
+"""Evaluation and samples of a language model: loss, label accuracy, continuations."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft.core.params import Params, bind
+from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
+from jaxft.core.step import Batch, Metrics, cast
+from jaxft.data.loader import Subset, eval_batches, subset
+from jaxft.data.text import dataset as text
+from jaxft.data.text.vocabulary import check_ids
+from jaxft.models.decoders.generate import generate
+from jaxft.models.decoders.sampling import Sampling
+from jaxft.objectives.next_token import NextToken
+from jaxft.tasks import Data, Look, Report, Request
+from jaxft.tasks.llm.opened import OpenedDecoder
+
+SHOWN = 5  # rows of predictions in a report
+SAMPLE_TOKENS = 48  # new tokens of a sample during training
+
+
+class DecoderPreview:
+    """A decoder on its evaluation set; `jaxft.tasks.Preview`.
+
+    Evaluation rows hold one example each, so that the numbers of a command are those of the run.
+    """
+
+    def __init__(self, opened: OpenedDecoder, data: Data):
+        self.opened, self.data = opened, data
+        self.options, self.tokenizer, self.dtype = opened.options, opened.tokenizer, opened.dtype
+        held_out, seq_len = data.held_out, opened.options.seq_len
+        width = held_out.width if held_out else seq_len
+        self.objective = NextToken(self.dtype, opened.remat, seq_len, width)
+        known = set(data.facts.get("labels", ()))
+        self.labels = tuple(sorted(known | set(held_out.data.labels if held_out else ())))
+
+    # ---- evaluation -----------------------------------------------------------------------
+
+    def evaluate(self, params: Params, mesh: Mesh) -> Report:
+        if self.data.held_out is None:
+            return Report({})
+        rows, labels = self.data.held_out.data, self.labels
+        view = subset(rows, self.options.eval_examples, self.opened.cfg.seed)
+        sums, guesses = self._run(params, mesh, view)
+        metrics = _language_metrics(sums, int(rows.n_bytes[view.ids].sum()))
+        if not labels:
+            return Report(metrics)
+        records = [rows.records[int(rows.record_ids[i])] for i in view.ids]
+        named = [labels[guess] for guess in guesses]
+        right = [name == record["label"] for name, record in zip(named, records, strict=True)]
+        metrics["accuracy"] = float(np.mean(right))
+        shown = [
+            (record["text"], record["label"], name)
+            for record, name in zip(records[:SHOWN], named, strict=False)
+        ]
+        return Report(metrics, ("text", "label", "predicted"), tuple(shown))
+
+    def _run(self, params: Params, mesh: Mesh, view: Subset) -> tuple[dict[str, float], list[int]]:
+        """Return sums over the set and, for classification, the best label of every row."""
+        cfg, labels, collate = self.opened.cfg, self.labels, self.data.held_out.collate
+        size = 4 * cfg.batch_size // cfg.micro_batches
+        firsts = text.first_tokens(self._label_rows(view, 0)) if labels else None
+        label_ids = np.zeros(1, np.int32) if firsts is None else firsts
+        sums: dict[str, float] = {}
+        guesses: list[int] = []
+        for batch in eval_batches(view, size, collate, local_rows(mesh, size)):
+            part, best = self._score(params, place_batch(batch, mesh), label_ids)
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            guesses += np.asarray(best).tolist()
+        if labels and firsts is None:
+            candidates = (self._label_rows(view, i) for i in range(len(view)))
+            guesses = [self._best_label(params, mesh, rows) for rows in candidates]
+        return sums, guesses[: len(view)]
+
+    @partial(jax.jit, static_argnums=0)
+    def _score(self, params: Params, batch: Batch, label_ids: jax.Array) -> tuple[Metrics, Any]:
+        """Return sums of a batch, and each row's likeliest of `label_ids` [B].
+
+        A label is scored at the row's first trained target.
+        """
+        model = bind(self.opened.template, cast(params, self.dtype))
+        hidden = self.objective.hidden(model, batch, None)
+        total, sums = self.objective.cross_entropy(model, hidden, batch, None)
+        first = jnp.argmax(batch["weights"] > 0, axis=1)
+        at_label = jnp.take_along_axis(hidden, first[:, None, None], axis=1)  # [B, 1, D]
+        best = jnp.argmax(model.logits(at_label)[:, 0, label_ids], axis=-1)
+        sums = {"nll": total, "weight": sums["weight"], "correct": sums["correct"]}
+        return sums, constrain(best, None)
+
+    def _label_rows(self, view: Subset, index: int) -> list[text.Example]:
+        """Return a record's row with each of the labels."""
+        rows = self.data.held_out.data
+        record = rows.records[int(rows.record_ids[view.ids[index]])]
+        template, seq_len = self.options.template, self.options.seq_len
+        return text.label_rows(self.tokenizer, record["text"], self.labels, template, seq_len)
+
+    def _best_label(self, params: Params, mesh: Mesh, rows: list[text.Example]) -> int:
+        """Return the row of the lowest total loss: that of its label, what follows it and EOS."""
+        ways = batch_ways(mesh)
+        batch = self.data.held_out.collate(rows, batch_rows=-(-len(rows) // ways) * ways)
+        most = int(batch["weights"].sum(axis=1).max())
+        width = min(-(-most // 8) * 8, self.options.seq_len)  # few widths are few compilations
+        losses = self._row_loss(params, place_batch(batch, mesh), width)
+        return int(np.argmin(np.asarray(losses)[: len(rows)]))
+
+    @partial(jax.jit, static_argnums=(0, 3))
+    def _row_loss(self, params: Params, batch: Batch, width: int) -> jax.Array:
+        """Return the summed loss of each row [B], of which at most `width` positions train."""
+        model = bind(self.opened.template, cast(params, self.dtype))
+        hidden = self.objective.hidden(model, batch, None)
+        hidden, targets, weights = self.objective.trained_only(hidden, batch, width)
+        nll = -jax.nn.log_softmax(model.logits(hidden))
+        picked = jnp.take_along_axis(nll, targets[..., None], axis=-1)[..., 0]
+        return constrain(jnp.sum(picked * weights, axis=1), None)
+
+    # ---- sampling -------------------------------------------------------------------------
+
+    def sample(self, params: Params) -> Look:
+        rows = (self.data.held_out or self.data.train).data
+        if rows.labels:
+            return Look()
+        prompts = [_prompt(rows[i]) for i in range(min(SHOWN, len(rows)))]
+        texts = self._continue(params, prompts, SAMPLE_TOKENS, Sampling(), 0)
+        pairs = zip(prompts, texts, strict=True)
+        return Look("\n".join(f"{self.tokenizer.decode(ids)!r} -> {made!r}" for ids, made in pairs))
+
+    def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
+        """Continue all prompts in one batch, each to an end-of-sequence id or `max_new` tokens."""
+        ids = [text.prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
+        vocabulary = self.opened.model_cfg.vocab_size
+        for prompt, row in zip(prompts, ids, strict=True):
+            check_ids(row, vocabulary, self.tokenizer, f"prompt {prompt[:60]!r}")
+        top_p = 1.0 if request.top_p is None else request.top_p
+        how = Sampling(request.temperature or 0.0, request.top_k or 0, top_p)
+        made = self._continue(params, ids, request.max_new, how, request.seed)
+        return [Look(prompt + text) for prompt, text in zip(prompts, made, strict=True)]
+
+    def _continue(
+        self, params: Params, prompts: list[np.ndarray], max_new: int, how: Sampling, seed: int
+    ) -> list[str]:
+        width = max(len(ids) for ids in prompts)
+        tokens = np.zeros((len(prompts), width), np.int32)
+        segments = np.zeros_like(tokens)
+        for row, ids in enumerate(prompts):
+            tokens[row, width - len(ids) :], segments[row, width - len(ids) :] = ids, 1
+        keys = jax.random.split(jax.random.key(seed), len(prompts))
+        made, lengths = self._generate(params, tokens, segments, keys, max_new, how)
+        stops = set(self.opened.stop_ids())
+        pairs = zip(np.asarray(made), np.asarray(lengths), strict=True)
+        rows = [row[:n].tolist() for row, n in pairs]
+        kept = [ids[:-1] if ids and ids[-1] in stops else ids for ids in rows]
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in kept]
+
+    @partial(jax.jit, static_argnums=(0, 5, 6))
+    def _generate(
+        self, params: Params, tokens: Any, segments: Any, keys: Any, max_new: int, how: Sampling
+    ) -> tuple[jax.Array, jax.Array]:
+        model = bind(self.opened.template, cast(params, self.dtype))
+        made, lengths = generate(
+            model, tokens, segments, keys,
+            max_new=max_new, stop_ids=self.opened.stop_ids(), how=how, dtype=self.dtype,
+        )  # fmt: skip
+        return constrain(made, None, None), constrain(lengths, None)
+
+
+def _prompt(example: text.Example) -> np.ndarray:
+    """Return the tokens before a row's first trained one, or its first 32 if it trains all."""
+    first = int(np.argmax(example.weights > 0))
+    return example.tokens[: first if first > 1 else min(32, len(example.tokens) - 1)]
+
+
+def _language_metrics(sums: dict[str, float], n_bytes: int) -> dict[str, float]:
+    """Return the mean loss over all trained tokens of the set, and what follows from it."""
+    weight = max(sums["weight"], 1.0)
+    loss = sums["nll"] / weight
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": sums["nll"] / math.log(2) / max(n_bytes, 1),
+        "token_accuracy": sums["correct"] / weight,
+        "tokens": sums["weight"],
+    }
