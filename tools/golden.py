@@ -55,11 +55,19 @@ LORA = {"lora.rank": 4, "optim.lr": 1e-2}
 TOKEN_LORA = {**LORA, "lora.targets": r".*self_attn\.[qkvo]_proj"}
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 EMOJI = {"data.train": "demo:emoji/valid"}
-PICTURES = {"data.train": "folder:{folder}/pictures", "resolution": 32, "init": "random"}
+PICTURES = {"data.train": "folder:{folder}/pictures", "resolution": 32}
 DRAWN = {"cache": "{cache}", "sample.prompts": "['stone river']"}
 DEMO_SD = {**EMOJI, **DRAWN, "sample.steps": 4}
-TINY_SD = {"model": "{folder}/pipeline", **PICTURES, **DRAWN, "sample.steps": 4, "optim.lr": 1e-3}
-TOKENS = {**EMOJI, **DRAWN}
+TINY_SD = {
+    **PICTURES,
+    **DRAWN,
+    "model": "{folder}/pipeline",
+    "resolution": 16,
+    "sample.steps": 2,
+    "optim.lr": 1e-3,
+}
+TOKENS = {**PICTURES, **DRAWN, "resolution": 64, "batch_size": 4}
+TOKEN_MESH = {"mesh.data": 4, "mesh.fsdp": 2}  # its 5 heads divide by no tensor axis
 VAE = {**PICTURES, "trainable": ".*", "loss.perceptual": 0.0, "optim.lr": 1e-3}
 ADVERSARIAL = {"loss.adversarial": 0.5, "loss.adversarial_start": "2_steps"}
 
@@ -94,19 +102,28 @@ CASES: dict[str, Case] = {
     "llm-8-devices": _text("llama", MESH, devices=8),
     "llm-window-8-devices": _text("qwen2-alternating", MESH, devices=8, slow=True),
     "llm-optimised": _text("llama", sample=WRITE, slow=True, optimised=True),
-    "diffusion-ema": Case("diffusion", {**TINY_SD, "optim.ema": 0.9}, sample=DRAW),
-    "diffusion-micro-batches": Case("diffusion", {**TINY_SD, "micro_batches": 2}),
-    "diffusion-lora": Case(
-        "diffusion", {**TINY_SD, **LORA, "trainable": ""}, kinds=("all",), sample=DRAW
+    "diffusion-ema": Case("diffusion", {**TINY_SD, "optim.ema": 0.9}),
+    "diffusion-lora": Case("diffusion", {**TINY_SD, **LORA, "trainable": ""}, kinds=("all",)),
+    "diffusion-micro-batches": Case(
+        "diffusion", {**TINY_SD, "micro_batches": 2}, sample=DRAW, slow=True
     ),
-    "diffusion-8-devices": Case("diffusion", TINY_SD, devices=8),
+    "diffusion-8-devices": Case("diffusion", TINY_SD, devices=8, slow=True),
     "image-tokens-full": Case("image_tokens", TOKENS, sample=DRAW),
-    "image-tokens-lora": Case("image_tokens", {**TOKENS, **TOKEN_LORA}, kinds=("adapter",)),
-    "image-tokens-8-devices": Case("image_tokens", {**TOKENS, **MESH}, devices=8),
-    "autoencoder-adversarial": Case(
-        "autoencoder", {"model": "{folder}/pipeline", **VAE, **ADVERSARIAL}
+    "image-tokens-lora": Case(
+        "image_tokens", {**TOKENS, **TOKEN_LORA}, kinds=("adapter",), slow=True
     ),
-    "autoencoder-vq": Case("autoencoder", {"model": "{folder}/vq", **VAE, "loss.revive": 0.1}),
+    "image-tokens-8-devices": Case(
+        "image_tokens", {**TOKENS, **TOKEN_MESH, "batch_size": 8}, devices=8, slow=True
+    ),
+    "autoencoder": Case("autoencoder", {"model": "{folder}/pipeline", **VAE}),
+    "autoencoder-vq-adversarial": Case(
+        "autoencoder",
+        {"model": "{folder}/vq", **VAE, **ADVERSARIAL, "loss.revive": 0.1},
+        slow=True,
+    ),
+    "demo-image-tokens": Case(
+        "image_tokens", {**EMOJI, **DRAWN}, sample=DRAW, slow=True, optimised=True
+    ),
     "demo-diffusion-ema": Case("diffusion", {**DEMO_SD, "optim.ema": 0.9}, sample=DRAW, slow=True),
     "demo-diffusion-micro-batches": Case("diffusion", {**DEMO_SD, "micro_batches": 2}, slow=True),
     "demo-diffusion-lora": Case(
@@ -117,7 +134,7 @@ CASES: dict[str, Case] = {
         slow=True,
     ),
     "demo-diffusion-8-devices": Case("diffusion", DEMO_SD, devices=8, slow=True),
-    "demo-autoencoder": Case("autoencoder", EMOJI, slow=True),
+    "demo-autoencoder": Case("autoencoder", EMOJI, slow=True, optimised=True),
 }
 
 

@@ -1,36 +1,18 @@
 """Small models and data that the golden runs read, written from a seed without jaxft."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from golden_files import write_json, write_tensors
+from golden_pictures import write_pipeline, write_vq
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = ("<s>", "</s>", "<pad>")
 VOCAB = 264  # 256 bytes, the special tokens, and rows that no token has
-WORDS = [
-    "stone",
-    "river",
-    "of",
-    "small",
-    "bread",
-    "that",
-    "grows",
-    "and",
-    "a",
-    "person",
-    "who",
-    "sells",
-    "warm",
-    "light",
-    "in",
-    "the",
-    "south",
-]
+WORDS = ("stone", "river", "of", "bread", "that", "grows", "and", "a", "person", "warm", "light")
 LABELS = ("plant", "person", "act", "artifact")
 SHAPE = {
     "vocab_size": VOCAB,
@@ -78,8 +60,8 @@ def write_material(folder: Path) -> None:
         _write_decoder(folder / name, config)
     _write_records(folder)
     _write_pictures(folder / "pictures")
-    _write_pipeline(folder / "pipeline")
-    _write_vq(folder / "vq")
+    write_pipeline(folder / "pipeline")
+    write_vq(folder / "vq")
 
 
 # ---- language models and their records ----------------------------------------------------------
@@ -90,7 +72,7 @@ def _write_decoder(folder: Path, config: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True)
     names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
     class_name = names.get(config["model_type"], "SmolLM3") + "ForCausalLM"
-    _write_json(folder / "config.json", {"architectures": [class_name], **config})
+    write_json(folder / "config.json", {"architectures": [class_name], **config})
     _write_tokenizer(folder)
     rng = np.random.default_rng(0)
     tensors = {
@@ -160,10 +142,10 @@ def _write_tokenizer(folder: Path) -> None:
             "merges": [],
         },
     }
-    _write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer.json", tokenizer)
     named = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL, strict=True))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 128, **named}
-    _write_json(folder / "tokenizer_config.json", about)
+    write_json(folder / "tokenizer_config.json", about)
 
 
 def _write_records(folder: Path) -> None:
@@ -182,7 +164,7 @@ def _write_records(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text(lines)
 
 
-# ---- pictures and their models ------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------
 
 
 def _write_pictures(folder: Path) -> None:
@@ -196,74 +178,3 @@ def _write_pictures(folder: Path) -> None:
         coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
         rows.append({"file_name": f"{i:02}.png", "text": " ".join(rng.choice(WORDS, 1 + i % 5))})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _write_pipeline(folder: Path) -> None:
-    """Write the configs of the demo pipeline in smaller sizes; `init=random` draws weights."""
-    (source,) = (file.parent for file in ROOT.rglob("emoji-sd/model_index.json"))
-    unet = {
-        "block_out_channels": [16, 32],
-        "cross_attention_dim": 32,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "norm_num_groups": 8,
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    }
-    vae = {
-        "block_out_channels": [8, 16],
-        "down_block_types": ["DownEncoderBlock2D"] * 2,
-        "norm_num_groups": 4,
-        "sample_size": 32,
-        "up_block_types": ["UpDecoderBlock2D"] * 2,
-    }
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 1,
-        "projection_dim": 32,
-    }
-    for name, changes in {"unet": unet, "vae": vae, "text_encoder": text}.items():
-        (folder / name).mkdir(parents=True)
-        config = json.loads((source / name / "config.json").read_text())
-        _write_json(folder / name / "config.json", {**config, **changes})
-    for name in ("scheduler", "tokenizer"):
-        shutil.copytree(source / name, folder / name)
-    shutil.copy(source / "model_index.json", folder)
-
-
-def _write_vq(folder: Path) -> None:
-    """Write the config of a small VQModel; `init=random` draws the weights."""
-    folder.mkdir()
-    config = {
-        "_class_name": "VQModel",
-        "block_out_channels": [8, 16],
-        "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
-        "latent_channels": 4,
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "num_vq_embeddings": 32,
-        "sample_size": 32,
-        "up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
-        "vq_embed_dim": 4,
-    }
-    _write_json(folder / "config.json", config)
-
-
-# ---- files --------------------------------------------------------------------------------------
-
-
-def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write fp32 arrays as a safetensors file."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, array in tensors.items():
-        start, end = end, end + array.nbytes
-        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    content = b"".join(np.ascontiguousarray(array).tobytes() for array in tensors.values())
-    file.write_bytes(len(text).to_bytes(8, "little") + text + content)
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
