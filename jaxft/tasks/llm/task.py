@@ -18,14 +18,12 @@ from jax.sharding import Mesh
 from jaxft.core import runtime
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
-from jaxft.core.params import Leaf, Params, bind, describe
+from jaxft.core.params import Params, bind, describe
 from jaxft.core.sharding import (
     batch_ways,
     constrain,
     local_rows,
-    one_device_mesh,
     place_batch,
-    shardings,
 )
 from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data.loader import Subset, eval_batches, subset, train_loader
@@ -33,20 +31,18 @@ from jaxft.data.text import dataset as text
 from jaxft.data.text.packing import Packing, make_packing
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.kernels.cross_entropy import linear_cross_entropy
-from jaxft.models.decoders import llama
+from jaxft.models import registry
+from jaxft.models.decoders.decoder import Decoder
+from jaxft.models.decoders.files import open_decoder
 from jaxft.models.decoders.generate import generate
-from jaxft.models.decoders.llama import Llama, LlamaConfig
-from jaxft.models.decoders.llama_files import open_decoder
 from jaxft.models.decoders.sampling import Sampling
 from jaxft.nn import lora
 from jaxft.tasks import Look, Report, Request
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.tasks.options import LLMOptions
-from jaxft.weights import transfer
 from jaxft.weights.adapters import peft as adapters
 from jaxft.weights.adapters.peft_folder import fit, open_adapted
-from jaxft.weights.folders.transformers import Source, export_config
-from jaxft.weights.transfer import Part
+from jaxft.weights.folders.transformers import export_config
 
 SHOWN = 5  # rows of predictions in a report
 
@@ -64,11 +60,17 @@ class LLM:
         )
         self.source, self.adapter, self.kept = opened
         self.options = LLMOptions(**cfg.own)
-        self.model_cfg = LlamaConfig.from_hf(self.source.config)
-        part = model_part(self.source, self.model_cfg)._replace(kept=self.kept)
+        self.architecture = registry.find(self.source.config, "decoder")
+        self.model_cfg = self.architecture.config(self.source.config, "config.json")
+        part = self.architecture.part(self.source, self.model_cfg)._replace(kept=self.kept)
         if self.adapter:
-            self.adapter = fit(self.adapter, part.entries(_plain_leaves(self.model_cfg)))
+            module = partial(self.architecture.module, self.model_cfg)
+            plain = jax.eval_shape(lambda key: module(key=key), jax.random.key(0))
+            self.adapter = fit(self.adapter, part.entries(describe(plain)))
             cfg = dataclasses.replace(cfg, lora=self.adapter.lora)
+        elif not cfg.lora.targets:
+            lora_cfg = dataclasses.replace(cfg.lora, targets=self.architecture.lora)
+            cfg = dataclasses.replace(cfg, lora=lora_cfg)
         self.cfg = cfg
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.remat = runtime.resolve_remat(cfg.remat)
@@ -86,7 +88,7 @@ class LLM:
         self._trained_width = min(longest, self.options.seq_len)
 
     def build(self, key: jax.Array) -> nnx.Module:
-        model = Llama(self.model_cfg, key=key)
+        model = self.architecture.module(self.model_cfg, key=key)
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
         return model
 
@@ -132,7 +134,7 @@ class LLM:
         )
 
     def loss(
-        self, model: Llama, batch: Batch, keys: jax.Array, step: jax.Array
+        self, model: Decoder, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
         dropout = keys if self.cfg.lora.dropout else None
         hidden = self._hidden(model, batch, dropout)
@@ -148,7 +150,7 @@ class LLM:
     def flops_per_unit(self, chosen: set[str]) -> float:
         """Forward and both halves of the backward pass; a frozen base has only one of them."""
         passes = 2 if all(".lora_" in path for path in chosen) else 3
-        return passes * llama.flops_per_token(self.model_cfg, self.options.seq_len)
+        return passes * self.architecture.flops(self.model_cfg, self.options.seq_len)
 
     def exported(self, params: Params) -> Params:
         return params
@@ -346,7 +348,7 @@ class LLM:
         assert self.packing is not None
         return self.packing.groups([self.train_set.inputs(i) for i in sample_ids])
 
-    def _hidden(self, model: Llama, batch: Batch, keys: jax.Array | None) -> jax.Array:
+    def _hidden(self, model: Decoder, batch: Batch, keys: jax.Array | None) -> jax.Array:
         """The model's last hidden states.
 
         A row of one example is padded on the right: under a causal mask no real token sees the
@@ -358,7 +360,7 @@ class LLM:
         )[0]
 
     def _cross_entropy(
-        self, model: Llama, hidden: jax.Array, batch: Batch, keys: jax.Array | None
+        self, model: Decoder, hidden: jax.Array, batch: Batch, keys: jax.Array | None
     ) -> tuple:
         hidden, targets, weights = self._trained_only(hidden, batch, self._trained_width)
         head, vocab_first = model.head()
@@ -375,29 +377,6 @@ class LLM:
         places = jax.lax.top_k(batch["weights"], width)[1]
         kept = [jnp.take_along_axis(batch[name], places, axis=1) for name in ("targets", "weights")]
         return jnp.take_along_axis(hidden, places[..., None], axis=1), *kept
-
-
-def model_part(source: Source, cfg: LlamaConfig) -> Part:
-    """The part that fills the model's parameters and that an export writes."""
-    drop = ("lm_head.weight",) if cfg.tied else ()
-    rules, sizes = llama.RULES, llama.sizes(cfg)
-    return Part("", source.name, source.tensors, rules, sizes, llama.ignore(cfg), drop)
-
-
-def _plain_leaves(cfg: LlamaConfig) -> dict[str, Leaf]:
-    """The parameters of a model without adapters."""
-    return describe(jax.eval_shape(lambda key: Llama(cfg, key=key), jax.random.key(0)))
-
-
-def load(spec: str, dtype: str) -> Llama:
-    """The model of a folder, file, `pip:PACKAGE` or hub id, whole on the first device."""
-    source = open_decoder(spec)
-    cfg = LlamaConfig.from_hf(source.config)
-    template = jax.eval_shape(lambda key: Llama(cfg, key=key), jax.random.key(0))
-    leaves, mesh = describe(template), one_device_mesh()
-    places = shardings(leaves, mesh)
-    params = transfer.load(model_part(source, cfg), leaves, places, dtype, set(leaves))
-    return bind(template, params)
 
 
 def _dump(config: Mapping[str, Any]) -> bytes:
