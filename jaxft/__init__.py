@@ -1,16 +1,29 @@
 """jaxft: fine-tune diffusion, LLaMA-family and image-token models in JAX, back to PyTorch."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxft.loading import Loaded
 
 __version__ = "0.1.0"
 
 
-def load(path_or_id: str, dtype: str = "float32") -> Any:
-    """A pretrained model for a notebook: `model(tokens)` gives fp32 logits [B, T, V].
+def load(path_or_id: str, dtype: str = "float32") -> Loaded:
+    """Return a pretrained model of any family for a notebook.
 
-    `path_or_id` is a Hugging Face folder, a .gguf file, `pip:PACKAGE` or a hub id; `dtype` is that
-    of the parameters. Raises `jaxft.core.errors.UserError` for what is absent or not supported.
+    It has `params`, `config`, `model`, and a `tokenizer` that is None where there is none.
+
+    Of a language model `loaded(tokens)` returns fp32 logits [B, T, V], and
+    `loaded.generate(prompts)` texts. Of Stable Diffusion and of an image-token model
+    `loaded.sample(prompts)` returns pictures, uint8 [N, Y, X, 3]. Of an autoencoder
+    `loaded(images)` returns the images, encoded and decoded.
+
+    `path_or_id` is a Hugging Face folder, a single file (.gguf, .safetensors), `pip:PACKAGE`,
+    `demo:NAME` or a hub id. `dtype` is the dtype of the parameters. Raises
+    `jaxft.core.errors.UserError` for a model that is absent or not supported.
     """
-    from jaxft.tasks.llm.opened import load as load_llm  # importing jaxft itself touches no device
+    from jaxft.loading import load as load_any  # importing jaxft itself touches no device
 
-    return load_llm(path_or_id, dtype)
+    return load_any(path_or_id, dtype)

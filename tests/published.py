@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxft.core.errors import UserError
-from jaxft.models.decoders.llama_config import LlamaConfig
+from jaxft.models import registry
 from tests.stock_llama import fits, ours, theirs
 
 FOLDER = Path(__file__).resolve().parent / "published"
@@ -49,16 +49,17 @@ def language_models() -> list[Row]:
 
 def _language_model(name: str, config: dict[str, Any]) -> Row:
     try:
-        cfg = LlamaConfig.from_hf(config)
+        cfg = registry.read_decoder(config)
     except UserError as error:
         return Row(name, FAMILY, "refused", str(error))
     assert ours(config) == theirs(config), name
     tensors = fits(config)
-    windows = {window for window in cfg.windows if window}
+    windows = {layer.window for layer in cfg.layers if layer.window}
+    unrotated = sum(layer.rope is None for layer in cfg.layers)
     notes = [f"model_type {config['model_type']}", f"{tensors} tensors"]
     notes += ["tied embeddings"] if cfg.tied else []
     notes += [f"window {window}" for window in sorted(windows)]
-    notes += [] if all(cfg.rotary) else [f"{cfg.rotary.count(False)} layers without positions"]
+    notes += [f"{unrotated} layers without positions"] if unrotated else []
     if name in RUN:
         return Row(name, FAMILY, "opens, trains, exports", ", ".join(notes))
     kinds = {language_model_configs()[run]["model_type"]: run for run in RUN}

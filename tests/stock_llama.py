@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from jaxft.core.params import describe
+from jaxft.models import registry
 from jaxft.models.decoders import llama
-from jaxft.models.decoders.llama import Llama
-from jaxft.models.decoders.llama_config import LlamaConfig
+from jaxft.models.decoders.decoder import Decoder
 from jaxft.weights import rules
 
 
@@ -56,9 +56,18 @@ def theirs(config):
 
 def ours(config):
     """The fields of our config by name, frequencies as a tuple that compares approximately."""
-    cfg = LlamaConfig.from_hf(config)
+    cfg = registry.read_decoder(config)
     made = {name: getattr(cfg, name) for name in cfg.__dataclass_fields__}
-    return {**made, "rope": (cfg.rope.scale, pytest.approx(cfg.rope.inv_freq, rel=1e-6))}
+    layers, (rope,) = made.pop("layers"), made.pop("ropes")
+    assert {(layer.norms, layer.activation) for layer in layers} == {("pre", "silu")}
+    return {
+        **made,
+        "num_layers": len(layers),
+        "qk_norm": layers[0].qk_norm,
+        "windows": tuple(layer.window for layer in layers),
+        "rotary": tuple(layer.rope is not None for layer in layers),
+        "rope": (rope.scale, pytest.approx(rope.inv_freq, rel=1e-6)),
+    }
 
 
 def fits(config):
@@ -66,11 +75,11 @@ def fits(config):
 
     Raises UserError where one is missing, left over or of another shape. Returns their count.
     """
-    cfg = LlamaConfig.from_hf(config)
+    cfg = registry.read_decoder(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_class(config))
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    leaves = describe(jax.eval_shape(lambda: Llama(cfg, key=jax.random.key(0))))
+    leaves = describe(jax.eval_shape(lambda: Decoder(cfg, key=jax.random.key(0))))
     skipped = llama.ignore(cfg)
     entries = rules.plan(llama.RULES, leaves, shapes, llama.sizes(cfg), skipped)
     covered = {key for entry in entries for key in entry.keys}

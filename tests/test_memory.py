@@ -18,7 +18,7 @@ import jax, jaxft
 jax.devices()
 start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model = jaxft.load(sys.argv[1], dtype=sys.argv[2])
-jax.block_until_ready(jax.tree.leaves(model))
+jax.block_until_ready(model.params)
 print(start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

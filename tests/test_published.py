@@ -9,10 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jaxft import train
+from jaxft import load, train
 from jaxft.core.errors import UserError
-from jaxft.models.decoders.llama_config import LlamaConfig
-from jaxft.tasks.llm.opened import load
+from jaxft.models import registry
 from tests.published import FOLDER, RUN, language_model_configs, language_models
 
 CONFIGS = language_model_configs()
@@ -44,7 +43,7 @@ def test_every_published_language_model_is_right_or_refused_by_name():
 def test_another_family_says_which_ones_there_are(name):
     kind = CONFIGS[name]["model_type"]
     with pytest.raises(UserError, match=rf"model_type='{kind}' is not supported.*give a model of"):
-        LlamaConfig.from_hf(CONFIGS[name])
+        registry.read_decoder(CONFIGS[name])
 
 
 def narrow(name):

@@ -1,7 +1,5 @@
 """The parity certificate against PyTorch: `python -m jaxft.verify DIR [--out FILE] [--long N]`."""
 
-import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,12 +7,10 @@ from typing import Any
 from jaxft.core import runtime
 from jaxft.core.config import parse_arguments
 from jaxft.core.errors import UserError
-from jaxft.models.pipelines.ldm import SINGLE
+from jaxft.loading import family_of
 from jaxft.verify import autoencoder, diffusion, image_tokens, llm
 from jaxft.verify.llm import hf_folder
 from jaxft.verify.report import Check, show, write
-from jaxft.weights.folders.diffusers import open_pipeline
-from jaxft.weights.locate import INDEX, demo_folder
 
 __all__ = ["certify", "hf_folder", "main"]
 
@@ -48,37 +44,13 @@ def _main(argv: list[str]) -> bool:
 def certify(spec: str, far: int = 4096) -> tuple[dict[str, Any], list[Check]]:
     """(certificate, checks) of the model that `spec` names; `far` is a language model's.
 
-    What the folder holds says what it is: a pipeline, an autoencoder, an image-token model, else a
-    language model.
-    Raises UserError for what cannot be compared.
+    The family is that of `jaxft.load`. Raises UserError for models that cannot be compared.
     """
-    if _is_pipeline(spec):
+    family = family_of(spec)
+    if family == "pipeline":
         return diffusion.certify(spec)
-    if autoencoder.is_autoencoder(_config(spec)):
+    if family == "autoencoder":
         return autoencoder.certify(spec)
-    if image_tokens.is_image_tokens(spec):
+    if family == "image_tokens":
         return image_tokens.certify(spec, far)
     return llm.certify(spec, far)
-
-
-def _is_pipeline(spec: str) -> bool:
-    path = demo_folder(spec) if spec.startswith("demo:") else Path(spec).expanduser()
-    if path.exists():
-        alone = path.suffix in SINGLE and not (path.parent / "config.json").is_file()
-        return alone or (path / INDEX).is_file()
-    if not spec.startswith("pip:") and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec):
-        return False
-    try:
-        open_pipeline(spec, weights=False)
-    except UserError:
-        return False
-    return True
-
-
-def _config(spec: str) -> dict[str, Any]:
-    """config.json of a folder; nothing where there is none that can be read."""
-    try:
-        content = json.loads((Path(spec).expanduser() / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -22,11 +22,6 @@ KL = "AutoencoderKL"
 ROWS, GRID = 2, (8, 6)  # pictures, and the latents of each: a transpose would show
 
 
-def is_autoencoder(config: dict[str, Any]) -> bool:
-    """Whether a config.json is of a kind that this file compares."""
-    return config.get("model_type") == JANUS or config.get("_class_name") in (KL, "VQModel")
-
-
 def certify(spec: str) -> tuple[dict[str, Any], list[Check]]:
     """(certificate, checks) of an autoencoder's folder, both sides in fp32."""
     source = open_component(spec, "vae")

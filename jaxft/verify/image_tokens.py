@@ -14,11 +14,9 @@ from jaxft.core import runtime
 from jaxft.core.params import Leaf, Params, bind, describe
 from jaxft.models.decoders.sampling import Sampling
 from jaxft.models.pipelines.image_decode import generate_codes
-from jaxft.models.pipelines.janus import KIND
 from jaxft.objectives.codes import train_rows
 from jaxft.tasks.image_tokens.image_janus import JanusFolder
 from jaxft.tasks.image_tokens.image_layout import (
-    FILE,
     encode_prompt,
     left_padded,
     null_prompt,
@@ -38,7 +36,6 @@ from jaxft.verify.report import (
     start,
     worst_gradient,
 )
-from jaxft.weights.folders.transformers import open_source
 from jaxft.weights.rules import to_torch
 
 CAPTIONS = ("a red apple on a table", "water", "two people and a small dog in front of a house")
@@ -59,15 +56,6 @@ class Oracle(NamedTuple):
     weights: dict[str, str]
     drawn: Int[np.ndarray, "B S"]
     report: Mapping[str, Any]
-
-
-def is_image_tokens(spec: str) -> bool:
-    """Whether `spec` is a folder of either family."""
-    folder = Path(spec).expanduser()
-    if not (folder / "config.json").is_file():
-        return False
-    config = open_source(str(folder), weights=False).config
-    return (folder / FILE).is_file() or config.get("model_type") == KIND
 
 
 def certify(spec: str, far: int) -> tuple[dict[str, Any], list[Check]]:

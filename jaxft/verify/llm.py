@@ -18,11 +18,12 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf, Params, bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
 from jaxft.kernels.cross_entropy import linear_cross_entropy
-from jaxft.models.decoders.llama import Llama, LlamaConfig
-from jaxft.models.decoders.llama_files import open_decoder
+from jaxft.models import registry
+from jaxft.models.decoders.config import DecoderConfig
+from jaxft.models.decoders.decoder import Decoder
+from jaxft.models.decoders.files import open_decoder
 from jaxft.nn import lora
 from jaxft.tasks.common.tokenizers import load_tokenizer
-from jaxft.tasks.llm.opened import model_part
 from jaxft.verify import rounding
 from jaxft.verify.report import (
     PLAIN_DOTS,
@@ -70,7 +71,7 @@ class Subject(NamedTuple):
     source: Source
     part: Part
     adapter: PeftAdapter | None
-    template: Llama
+    template: Decoder
     leaves: dict[str, Leaf]
 
     @property
@@ -137,14 +138,15 @@ def open_subject(spec: str) -> Subject:
     """
     opened = open_adapted(spec, opener=open_decoder)
     source, adapter = opened.source, opened.adapter
-    cfg = LlamaConfig.from_hf(source.config)
-    part = model_part(source, cfg)
-    template = jax.eval_shape(lambda key: Llama(cfg, key=key), jax.random.key(0))
+    architecture = registry.find(source.config, "decoder")
+    cfg = architecture.config(source.config, "config.json")
+    part = architecture.part(source, cfg)
+    template = jax.eval_shape(lambda key: architecture.module(cfg, key=key), jax.random.key(0))
     if adapter:
         adapter = fit(adapter, part.entries(describe(template)))
 
-        def build(key: jax.Array) -> Llama:
-            model = Llama(cfg, key=key)
+        def build(key: jax.Array) -> Decoder:
+            model = architecture.module(cfg, key=key)
             lora.add(model, adapter.lora, key)
             return model
 
@@ -167,14 +169,16 @@ def make_cases(subject: Subject, far: int) -> dict[str, Case]:
     return cases
 
 
-def _random_row(rng: np.random.Generator, cfg: LlamaConfig, length: int) -> Int[np.ndarray, "B T"]:
+def _random_row(
+    rng: np.random.Generator, cfg: DecoderConfig, length: int
+) -> Int[np.ndarray, "B T"]:
     """Any ids but the pad token's: transformers gives its embedding no gradient even where the id
     is a token of the text, jaxft masks by spans alone."""
     after = rng.integers(1, cfg.vocab_size, (1, length), np.int32)
     return (after + (cfg.pad_id or 0)) % cfg.vocab_size
 
 
-def _text_row(source: Source, cfg: LlamaConfig) -> Int[np.ndarray, "B T"]:
+def _text_row(source: Source, cfg: DecoderConfig) -> Int[np.ndarray, "B T"]:
     ids = load_tokenizer(source.tokenizer_dir())(TEXT * 2, add_special_tokens=False)["input_ids"]
     if not ids or max(ids) >= cfg.vocab_size:
         raise UserError(

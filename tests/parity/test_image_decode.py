@@ -10,13 +10,13 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from jaxft import load
 from jaxft.core.sharding import one_device_mesh
-from jaxft.models.decoders import llama
+from jaxft.models.decoders import decoder
 from jaxft.models.decoders.sampling import Sampling, pick
 from jaxft.models.pipelines import image_decode
 from jaxft.models.pipelines.image_decode import Unified, generate_codes
 from jaxft.tasks.image_tokens.image_layout import extended, left_padded, null_prompt
-from jaxft.tasks.llm.opened import load
 
 TEXT, CODES, COUNT = 320, 24, 20
 GREEDY = Sampling()
@@ -67,15 +67,15 @@ def stock(folder, guidance):
 
 
 @pytest.mark.parametrize(
-    ("smallest_span", "apart"),
-    [(COUNT, llama.APART), (6, llama.APART), (COUNT, -1)],
+    ("smallest_span", "unstacked"),
+    [(COUNT, decoder.UNSTACKED_BYTES), (6, decoder.UNSTACKED_BYTES), (COUNT, -1)],
     ids=["whole", "spans", "stacked layers"],
 )
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_greedy_codes_equal_stock_generate(folder, guidance, smallest_span, apart, monkeypatch):
+def test_greedy_codes_equal_stock_generate(folder, guidance, smallest_span, unstacked, monkeypatch):
     """P4, prompts of unequal lengths padded on the left."""
     monkeypatch.setattr(image_decode, "SMALLEST_SPAN", smallest_span)
-    monkeypatch.setattr(llama, "APART", apart)
+    monkeypatch.setattr(decoder, "UNSTACKED_BYTES", unstacked)
     expected = stock(folder, guidance)
     assert expected.shape == (len(PROMPTS), COUNT) and expected.min() >= 0
     assert len({tuple(row) for row in expected}) == len(PROMPTS), "rows are to differ"

@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxft.core import params as P
 from jaxft.core.sharding import batch_sharding, make_mesh, shardings
+from jaxft.models import registry
 from jaxft.models.decoders import llama
-from jaxft.models.decoders.llama import Llama
-from jaxft.models.decoders.llama_config import LlamaConfig
+from jaxft.models.decoders.cache import init_cache
+from jaxft.models.decoders.decoder import Decoder, flops_per_token
 from jaxft.weights import rules
 
 TINY = {
@@ -103,8 +104,8 @@ def pair(name, **more):
         for key, tensor in hf.named_parameters():
             if key.endswith(("bias", "norm.weight")):
                 tensor.add_(0.2 * torch.randn_like(tensor))
-    cfg = LlamaConfig.from_hf(config)
-    template = jax.eval_shape(lambda: Llama(cfg, key=jax.random.key(0)))
+    cfg = registry.read_decoder(config)
+    template = jax.eval_shape(lambda: Decoder(cfg, key=jax.random.key(0)))
     state = {k: v.numpy() for k, v in hf.state_dict().items()}
     return hf, P.bind(template, load(cfg, template, state))
 
@@ -200,7 +201,7 @@ def test_greedy_decoding_with_the_cache_is_token_equal(name):
         hidden, cache = model.hidden(ids, segment_ids=segments, cache=cache)
         return model.logits(hidden[:, -1:]).argmax(-1).astype(jnp.int32), cache
 
-    cache = llama.init_cache(model.cfg, 3, prompt.shape[1] + new)
+    cache = init_cache(model.cfg, 3, prompt.shape[1] + new)
     ids, cache = step(model, prompt, mask, cache)
     got = [ids]
     for _ in range(new - 1):
@@ -282,8 +283,8 @@ def test_t31_rules_give_every_tensor_back_bitwise():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_head_follows_the_config(tied):
-    cfg = LlamaConfig.from_hf({**TINY, "model_type": "llama", "tie_word_embeddings": tied})
-    model = jax.jit(lambda: Llama(cfg, key=jax.random.key(0)), compiler_options=QUICK)()
+    cfg = registry.read_decoder({**TINY, "model_type": "llama", "tie_word_embeddings": tied})
+    model = jax.jit(lambda: Decoder(cfg, key=jax.random.key(0)), compiler_options=QUICK)()
     matrix, vocab_first = model.head()
     assert vocab_first == tied and ("lm_head.kernel" in P.describe(model)) == (not tied)
     assert matrix.shape == ((96, 32) if tied else (32, 96))
@@ -321,10 +322,10 @@ COLLECTIVE = r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute|reduce
 
 
 def test_flops_count_two_a_weight_and_half_the_attention():
-    cfg = LlamaConfig.from_hf({**TINY, "model_type": "llama"})
-    model = jax.eval_shape(lambda: Llama(cfg, key=jax.random.key(0)))
+    cfg = registry.read_decoder({**TINY, "model_type": "llama"})
+    model = jax.eval_shape(lambda: Decoder(cfg, key=jax.random.key(0)))
     weights = sum(np.prod(x.shape) for p, x in P.describe(model).items() if "kernel" in p)
     attention = 4 * 32 * (100 + 1) / 2 * cfg.num_layers
-    assert llama.flops_per_token(cfg, 100) == 2 * weights + attention
-    windowed = LlamaConfig.from_hf({**TINY, "model_type": "mistral", "sliding_window": 1})
-    assert llama.flops_per_token(windowed, 100) == 2 * weights + 4 * 32 * cfg.num_layers
+    assert flops_per_token(cfg, 100) == 2 * weights + attention
+    windowed = registry.read_decoder({**TINY, "model_type": "mistral", "sliding_window": 1})
+    assert flops_per_token(windowed, 100) == 2 * weights + 4 * 32 * cfg.num_layers

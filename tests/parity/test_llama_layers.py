@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
+from jaxft.models import registry
 from jaxft.models.decoders import llama
+from jaxft.models.decoders.decoder import Decoder
 from jaxft.models.decoders.generate import generate
-from jaxft.models.decoders.llama import Llama
-from jaxft.models.decoders.llama_config import LlamaConfig
 from jaxft.models.decoders.sampling import Sampling
 from jaxft.weights import rules
 
@@ -105,8 +105,8 @@ def pair(kind, changes, folder):
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float().eval()
-    cfg = LlamaConfig.from_hf(config)
-    template = jax.eval_shape(lambda: Llama(cfg, key=jax.random.key(0)))
+    cfg = registry.read_decoder(config)
+    template = jax.eval_shape(lambda: Decoder(cfg, key=jax.random.key(0)))
     state, made = {k: v.numpy() for k, v in theirs.state_dict().items()}, {}
     shapes, sizes = {k: v.shape for k, v in state.items()}, llama.sizes(cfg)
     leaves = P.describe(template)
@@ -170,5 +170,5 @@ def test_greedy_decoding_crosses_the_limit_as_transformers_does(case, tmp_path, 
 )
 def test_what_the_class_cannot_build_or_contradicts_is_refused(kind, changes, message):
     with pytest.raises(UserError, match=message) as caught:
-        LlamaConfig.from_hf({"model_type": kind, **TINY, **changes})
+        registry.read_decoder({"model_type": kind, **TINY, **changes})
     assert "\n" not in str(caught.value)

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from jaxft import verify
 from jaxft.export import export_folder
-from jaxft.models.decoders import llama
+from jaxft.models.decoders import decoder, llama
 from jaxft.nn import rope
 from jaxft.verify import llm, report
 from jaxft.weights import transfer
@@ -125,7 +125,7 @@ def test_t03_another_rope_on_one_side_fails_far_out(folder, out, monkeypatch, ca
     def drifting(positions, *args):
         return real(positions + (positions >= 128), *args)
 
-    monkeypatch.setattr(llama.rope, "cos_sin", drifting)
+    monkeypatch.setattr(decoder.rope, "cos_sin", drifting)
     code, checks, content = certificate(folder, out)
     assert code == 1 and not content["passed"]
     failed = failures(checks)

@@ -9,7 +9,6 @@ from transformers import JanusVQVAE
 
 from jaxft import verify
 from jaxft.models.autoencoders import vqgan
-from jaxft.verify import autoencoder
 from tests.tiny_autoencoders import make_janus, make_vae, make_vqmodel
 
 FORWARD = {"vae": ("mean", "logvar", "pictures"), "tokenizer": ("latents", "pictures")}
@@ -87,6 +86,6 @@ def test_janus_codes_are_the_stock_search_where_rows_have_unit_length(tmp_path):
 
 
 def test_what_is_an_autoencoder():
-    assert autoencoder.is_autoencoder({"model_type": "janus_vqgan"})
-    assert autoencoder.is_autoencoder({"_class_name": "AutoencoderKL"})
-    assert not autoencoder.is_autoencoder({"model_type": "llama"})
+    assert registry.family({"model_type": "janus_vqgan"}) == "autoencoder"
+    assert registry.family({"_class_name": "AutoencoderKL"}) == "autoencoder"
+    assert registry.family({"model_type": "llama"}) != "autoencoder"

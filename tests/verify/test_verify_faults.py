@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from jaxft.models.decoders import llama
+from jaxft.models.decoders import decoder, llama
 from jaxft.models.denoisers import unet as unets
 from jaxft.verify import component, diffusion, llm
 from jaxft.weights.rules import Rule
@@ -121,17 +121,17 @@ def test_rotated_pairs_of_the_other_layout_fail(asked, monkeypatch):
         turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
         return turned.reshape(x.shape)
 
-    monkeypatch.setattr(llama.rope, "rotate", rotate)
+    monkeypatch.setattr(decoder.rope, "rotate", rotate)
     assert failed(asked.figures()) >= NEAR
 
 
 def test_one_swapped_pair_of_rotary_frequencies_fails(asked, monkeypatch):
-    real = llama.rope.cos_sin
+    real = decoder.rope.cos_sin
 
     def swapped(*arguments):
         return tuple(part[..., jnp.array([1, 0, 2, 3])] for part in real(*arguments))
 
-    monkeypatch.setattr(llama.rope, "cos_sin", swapped)
+    monkeypatch.setattr(decoder.rope, "cos_sin", swapped)
     assert failed(asked.figures()) >= NEAR
 
 

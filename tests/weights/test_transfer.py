@@ -10,8 +10,9 @@ from jax.sharding import AxisType, Mesh
 from jaxft.core import sharding
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
+from jaxft.models import registry
 from jaxft.models.decoders import llama
-from jaxft.models.decoders.llama import Llama, LlamaConfig
+from jaxft.models.decoders.decoder import Decoder
 from jaxft.weights import transfer
 from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.folders.transformers import open_source
@@ -25,8 +26,8 @@ class Opened:
 
     def __init__(self, folder, sizes=(2, 2, 2)):
         self.source = open_source(str(folder))
-        self.cfg = LlamaConfig.from_hf(self.source.config)
-        self.template = jax.eval_shape(lambda: Llama(self.cfg, key=jax.random.key(0)))
+        self.cfg = registry.read_decoder(self.source.config)
+        self.template = jax.eval_shape(lambda: Decoder(self.cfg, key=jax.random.key(0)))
         self.leaves = describe(self.template)
         drop = ("lm_head.weight",) if self.cfg.tied else ()
         names = llama.RULES, llama.sizes(self.cfg), llama.ignore(self.cfg), drop

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import attention
 from jaxft.models.autoencoders.vae_config import VAEConfig
+from jaxft.models.registry import Architecture
 from jaxft.nn.conv import (
     BOTTOM_RIGHT,
     WHOLE,
@@ -272,6 +273,16 @@ RULES = (
     Rule("{p}.weight", "{p}.scale"),
     Rule("{p}.bias", "{p}.bias"),
     *(Rule(f"{{p}}.{old}.bias", f"{{p}}.{new}.bias") for old, new in _OLD.items()),
+)
+
+
+ARCHITECTURE = Architecture(
+    family="autoencoder",
+    class_name=lambda config: "AutoencoderKL",
+    config=VAEConfig.from_hf,
+    module=VAE,
+    rules=lambda cfg: RULES,
+    sizes=sizes,
 )
 
 

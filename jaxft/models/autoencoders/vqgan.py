@@ -8,7 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.models.autoencoders import vae
-from jaxft.models.autoencoders.vq_config import JANUS, VQConfig
+from jaxft.models.autoencoders.vq_config import DIFFUSERS, JANUS, VQConfig
+from jaxft.models.registry import Architecture
 from jaxft.nn.conv import WHOLE, Conv
 from jaxft.nn.linear import gather_rows
 from jaxft.weights.rules import Rule
@@ -186,3 +187,13 @@ def original_rules(cfg: VQConfig) -> tuple[Rule, ...]:
             key = key.replace(theirs, original)
         table.append(rule._replace(key=key))
     return tuple(table)
+
+
+ARCHITECTURE = Architecture(
+    family="autoencoder",
+    class_name=lambda config: "JanusVQVAE" if config.get("model_type") == JANUS else DIFFUSERS,
+    config=VQConfig.from_hf,
+    module=VQModel,
+    rules=rules,
+    ignore=lambda cfg: IGNORE,
+)

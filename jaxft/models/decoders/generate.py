@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxft.models.decoders.llama import Llama, init_cache
+from jaxft.models.decoders.cache import init_cache
+from jaxft.models.decoders.decoder import Decoder
 from jaxft.models.decoders.sampling import Sampling, pick
 
 
@@ -22,7 +23,7 @@ class _Loop(NamedTuple):
 
 
 def generate(
-    model: Llama,
+    model: Decoder,
     tokens: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     keys: PRNGKeyArray,
@@ -39,7 +40,7 @@ def generate(
     """
     rows, prompt = tokens.shape
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-    blocks = model.apart()
+    blocks = model.unstacked()
     step = partial(model.hidden, blocks=blocks, dtype=dtype)
     cache = init_cache(model.cfg, rows, prompt + max_new, dtype, bool(blocks))
     hidden, cache = step(tokens, positions, segment_ids, cache=cache)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import attention
 from jaxft.models.denoisers.unet_config import UNetConfig
+from jaxft.models.registry import Architecture
 from jaxft.nn.conv import (
     ALL_SIDES,
     WHOLE,
@@ -329,4 +330,12 @@ RULES = (
     Rule(_T + "ff.net.0.proj.bias", _J + "ff.proj.bias"),
     Rule(_T + "ff.net.2.weight", _J + "ff.out.kernel", _DENSE),
     Rule(_T + "ff.net.2.bias", _J + "ff.out.bias"),
+)
+
+ARCHITECTURE = Architecture(
+    family="denoiser",
+    class_name=lambda config: "UNet2DConditionModel",
+    config=UNetConfig.from_hf,
+    module=UNet,
+    rules=rules,
 )

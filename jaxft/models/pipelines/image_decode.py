@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxft.kernels.cross_entropy import linear_cross_entropy
-from jaxft.models.decoders.llama import Cache, Llama, init_cache, lengthened
+from jaxft.models.decoders.cache import Cache, init_cache, lengthened
+from jaxft.models.decoders.decoder import Decoder
 from jaxft.models.decoders.sampling import Sampling, pick
 from jaxft.nn.linear import gather_rows
 
@@ -24,7 +25,7 @@ class Speaker(Protocol):
     """
 
     @property
-    def llama(self) -> Llama:
+    def llama(self) -> Decoder:
         """What all tokens go through."""
         ...
 
@@ -64,7 +65,7 @@ class Speaker(Protocol):
 class Unified(NamedTuple):
     """A language model whose vocabulary holds the codes, as ids from `offset` on."""
 
-    llama: Llama
+    llama: Decoder
     offset: int
     codes: int
 
@@ -135,7 +136,7 @@ def generate_codes(
     """
     llama, scores = speaker.llama, speaker.scorer()
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    blocks, ends = llama.apart(), _span_ends(count)
+    blocks, ends = llama.unstacked(), _span_ends(count)
     step = partial(llama.hidden, blocks=blocks, dtype=dtype)
     cache = init_cache(llama.cfg, len(tokens), tokens.shape[1], dtype, bool(blocks))
     prompts = speaker.embed(tokens, jnp.zeros(tokens.shape, bool), dtype)

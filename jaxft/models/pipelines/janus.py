@@ -16,16 +16,18 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxft.core.errors import UserError
 from jaxft.kernels.cross_entropy import linear_cross_entropy
+from jaxft.models import registry
 from jaxft.models.autoencoders.vq_config import JANUS as VQ_KIND
 from jaxft.models.autoencoders.vq_config import VQConfig
-from jaxft.models.decoders import llama
-from jaxft.models.decoders.llama import Llama
-from jaxft.models.decoders.llama_config import LlamaConfig
+from jaxft.models.decoders import decoder, llama
+from jaxft.models.decoders.config import DecoderConfig
+from jaxft.models.decoders.decoder import Decoder
 from jaxft.models.pipelines.image_decode import score
+from jaxft.models.registry import Architecture
 from jaxft.nn.linear import Linear, gather_rows
 from jaxft.weights.rules import Rule, renamed
 
-KIND, ARCHITECTURE = "janus", "JanusForConditionalGeneration"
+KIND, CLASS_NAME = "janus", "JanusForConditionalGeneration"
 
 # What transformers' vision_config and vq_config assume where a config.json has no such key.
 VISION_DEFAULTS = {"image_size": 384, "patch_size": 16, "num_image_tokens": 576}
@@ -44,7 +46,7 @@ class JanusConfig:
     depth: of the aligner, in layers. grid: codes a side of an image. vq: the tokenizer's own.
     """
 
-    text: LlamaConfig
+    text: DecoderConfig
     vq: VQConfig
     depth: int
     grid: int
@@ -58,7 +60,7 @@ class JanusConfig:
         vq = {**VQ_DEFAULTS, **(config.get("vq_config") or {})}
         _check_sizes("vision_config", vision, VISION_DEFAULTS, where)
         _check_sizes("vq_config", vq, VQ_DEFAULTS.keys() - {"hidden_act"}, where)
-        text = LlamaConfig.from_hf({"model_type": "llama", **(config.get("text_config") or {})})
+        text = registry.read_decoder({"model_type": "llama", **(config.get("text_config") or {})})
         grid = vision["image_size"] // vision["patch_size"]
         _check(vq, vision, text.hidden_size, grid, where)
         return cls(
@@ -157,14 +159,14 @@ class Janus(nnx.Module):
     def __init__(self, cfg: JanusConfig, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 4)
         self.cfg = cfg
-        self.language_model = Llama(cfg.text, key=keys[0])
+        self.language_model = Decoder(cfg.text, key=keys[0])
         std, dim = cfg.text.initializer_range, cfg.vq.code_dim
         self.generation_embeddings = CodeTable(cfg.vq.codes, dim, key=keys[1], std=std)
         self.generation_aligner = Aligner(cfg, key=keys[2])
         self.generation_head = Head(cfg, key=keys[3])
 
     @property
-    def llama(self) -> Llama:
+    def llama(self) -> Decoder:
         return self.language_model
 
     def embed(
@@ -212,7 +214,7 @@ def flops_per_token(cfg: JanusConfig, length: int) -> float:
     """Forward matmul FLOPs of one token in a row of `length`, with the head of codes for text's."""
     d = cfg.text.hidden_size
     own = cfg.depth * d * d + cfg.vq.code_dim * d
-    return llama.flops_per_token(replace(cfg.text, vocab_size=cfg.vq.codes), length) + 2.0 * own
+    return decoder.flops_per_token(replace(cfg.text, vocab_size=cfg.vq.codes), length) + 2.0 * own
 
 
 # Tensors that make no parameter here: what understands images, the head of text, the tokenizer.
@@ -245,4 +247,15 @@ RULES = (
             Rule(f"model.generation_{name}.bias", f"generation_{name}.bias"),
         )
     ),
+)
+ARCHITECTURE = Architecture(
+    family="image_tokens",
+    class_name=lambda config: CLASS_NAME,
+    config=JanusConfig.from_hf,
+    module=Janus,
+    rules=lambda cfg: RULES,
+    sizes=lambda cfg: llama.sizes(cfg.text),
+    ignore=lambda cfg: CARRIED,
+    flops=flops_per_token,
+    lora=r"language_model\..*_proj",
 )

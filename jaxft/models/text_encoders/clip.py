@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import attention
+from jaxft.models.registry import Architecture
 from jaxft.nn.linear import Embedding, Linear, gather_rows
 from jaxft.nn.norm import LayerNorm
 from jaxft.weights.fields import fields
@@ -322,4 +323,17 @@ RULES = (
     *(rule._replace(key="text_model." + rule.key) for rule in _INNER),
     *_INNER,
     Rule("text_projection.weight", "text_projection.kernel", "p d -> d p"),
+)
+
+PROJECTED = "CLIPTextModelWithProjection"
+ARCHITECTURE = Architecture(
+    family="text_encoder",
+    class_name=lambda config: (
+        PROJECTED if PROJECTED in (config.get("architectures") or ()) else "CLIPTextModel"
+    ),
+    config=lambda config, where: CLIPTextConfig.from_hf(config, where=where),
+    module=CLIPText,
+    rules=lambda cfg: RULES,
+    sizes=sizes,
+    ignore=ignore,
 )

@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params
+from jaxft.models import registry
 from jaxft.models.autoencoders import vae, vqgan
 from jaxft.models.autoencoders.vae import VAE
-from jaxft.models.autoencoders.vae_config import VAEConfig
-from jaxft.models.autoencoders.vq_config import DIFFUSERS, JANUS, VQConfig
+from jaxft.models.autoencoders.vq_config import JANUS, VQConfig
 from jaxft.models.autoencoders.vqgan import Quantized, VQModel
 from jaxft.objectives.reconstruction import Made
 from jaxft.weights.folders.transformers import Source
@@ -63,22 +63,15 @@ class Codec(NamedTuple):
 
 def open_codec(config: Mapping[str, Any], where: str) -> Codec:
     """The codec of a config.json; UserError where it is of something else, or not of RGB."""
-    name = config.get("_class_name", KL)
-    if config.get("model_type") == JANUS or name == DIFFUSERS:
-        cfg = VQConfig.from_hf(config, where)
-        kind = cfg.kind
-        return Codec(kind, cfg, VQModel, vqgan.rules(cfg), vqgan.IGNORE, _through_codes)
-    if name != KL or "model_type" in config:
-        found = config.get("model_type", name)
-        raise UserError(
-            f"{where} is of {found!r}, no autoencoder that is known here: expected {KL},"
-            f" {DIFFUSERS} (diffusers) or model_type {JANUS} (transformers)"
-        )
-    cfg = VAEConfig.from_hf(config, where)
+    architecture = registry.find({"_class_name": KL, **config}, "autoencoder", where)
+    cfg, module = architecture.config(config, where), architecture.module
+    rules, ignore = architecture.rules(cfg), architecture.ignore(cfg)
+    if isinstance(cfg, VQConfig):
+        return Codec(cfg.kind, cfg, module, rules, ignore, _through_codes)
     for key, channels in (("in_channels", cfg.in_channels), ("out_channels", cfg.out_channels)):
         if channels != 3:
             raise UserError(f"{where}: {key}={channels} is not supported; images have 3 channels")
-    return Codec(KL, cfg, VAE, vae.RULES, (), _through_latents)
+    return Codec(KL, cfg, module, rules, ignore, _through_latents)
 
 
 def _through_latents(model: VAE, images: Array, keys: PRNGKeyArray | None, remat: str) -> Made:

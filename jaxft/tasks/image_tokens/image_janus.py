@@ -10,13 +10,13 @@ import jax
 from flax import nnx
 
 from jaxft.core.errors import UserError
+from jaxft.models import registry
 from jaxft.models.autoencoders.vq_config import JANUS as VQ_KIND
 from jaxft.models.autoencoders.vq_config import VQConfig
-from jaxft.models.decoders import llama
-from jaxft.models.decoders.llama_config import LlamaConfig
-from jaxft.models.decoders.llama_files import HEAD, with_prefix
+from jaxft.models.decoders.config import DecoderConfig
+from jaxft.models.decoders.files import HEAD, with_prefix
 from jaxft.models.pipelines import janus
-from jaxft.models.pipelines.janus import KIND, Janus, JanusConfig
+from jaxft.models.pipelines.janus import Janus, JanusConfig
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.tasks.image_tokens.image_codes import ImageTokenizer, unit_rows
 from jaxft.tasks.image_tokens.image_layout import CAPTION, check_tokenizer, row_length
@@ -80,14 +80,12 @@ class JanusFolder(NamedTuple):
     tokenizer: Any
 
     @property
-    def cfg(self) -> LlamaConfig:
+    def cfg(self) -> DecoderConfig:
         return self.whole.text
 
     @property
     def part(self) -> Part:
-        rules, sizes = janus.RULES, llama.sizes(self.whole.text)
-        tensors, name = self.source.tensors, self.source.name
-        return Part("", name, tensors, rules, sizes, janus.CARRIED, whole=WHOLE)
+        return janus.ARCHITECTURE.part(self.source, self.whole)._replace(whole=WHOLE)
 
     @property
     def about(self) -> str:
@@ -147,11 +145,9 @@ def _own_colours(processor: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_janus(source: Source) -> bool:
-    """In transformers' layout or the original one."""
+    """Return whether a folder is a Janus, in transformers' layout or the original one."""
     names = source.config.get("architectures") or ()
-    return source.config.get("model_type") in (KIND, janus_layout.KIND) or (
-        janus.ARCHITECTURE in names
-    )
+    return registry.family(source.config) == "image_tokens" or janus.CLASS_NAME in names
 
 
 def open_janus(spec: str, source: Source, options: ImageTokenOptions) -> JanusFolder:

@@ -9,11 +9,11 @@ import jax
 from flax import nnx
 
 from jaxft.core.errors import UserError
-from jaxft.models.decoders import llama
-from jaxft.models.decoders.llama import Llama
-from jaxft.models.decoders.llama_config import LlamaConfig
-from jaxft.models.decoders.llama_files import HEAD, TABLE, as_decoder
+from jaxft.models import registry
+from jaxft.models.decoders.config import DecoderConfig
+from jaxft.models.decoders.files import HEAD, TABLE, as_decoder
 from jaxft.models.pipelines.image_decode import Speaker, Unified
+from jaxft.models.registry import Architecture
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.tasks.image_tokens.image_codes import ImageTokenizer, open_tokenizer
 from jaxft.tasks.image_tokens.image_janus import is_janus, open_janus
@@ -27,7 +27,6 @@ from jaxft.tasks.image_tokens.image_layout import (
     row_length,
 )
 from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
-from jaxft.tasks.llm.opened import model_part
 from jaxft.weights.adapters.peft_folder import CONFIG, MERGE
 from jaxft.weights.folders.transformers import Source, export_config, open_source
 from jaxft.weights.graft import Grafted
@@ -46,7 +45,7 @@ class ImageModel(Protocol):
     @property
     def source(self) -> Source: ...
     @property
-    def cfg(self) -> LlamaConfig: ...
+    def cfg(self) -> DecoderConfig: ...
     @property
     def layout(self) -> Layout: ...
     @property
@@ -86,27 +85,31 @@ class UnifiedModel(NamedTuple):
     """
 
     source: Source
-    cfg: LlamaConfig
+    cfg: DecoderConfig
     layout: ImageLayout
     vq: ImageTokenizer
     tokenizer: Any
 
     @property
     def part(self) -> Part:
-        return model_part(self.source, self.cfg)
+        return self.architecture.part(self.source, self.cfg)
+
+    @property
+    def architecture(self) -> Architecture:
+        return registry.find(self.source.config, "decoder")
 
     @property
     def about(self) -> str:
         return f"in one vocabulary with {self.layout.text_vocab} of text; no caption is NULL"
 
     def build(self, key: jax.Array) -> nnx.Module:
-        return Llama(self.cfg, key=key)
+        return self.architecture.module(self.cfg, key=key)
 
     def speaker(self, model: Any) -> Unified:
         return Unified(model, self.layout.image_offset, self.layout.codes)
 
     def flops_per_token(self, length: int) -> float:
-        return llama.flops_per_token(self.cfg, length)
+        return self.architecture.flops(self.cfg, length)
 
     def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
         """All that an export holds beside the language model's weights."""
@@ -146,7 +149,7 @@ def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) 
         layout = read_layout(content, f"{spec}/{FILE}")
     layout = _changed(layout, options)
     where = spec if options.graft else f"{spec}/{FILE}"
-    cfg = LlamaConfig.from_hf(source.config)
+    cfg = registry.read_decoder(source.config)
     _check_fit(layout, cfg, vq, options, where)
     check_tokenizer(layout, tokenizer, where)
     return UnifiedModel(source, cfg, layout, vq, tokenizer)
@@ -169,7 +172,7 @@ def _grafted(
     source: Source, options: ImageTokenOptions, vq: ImageTokenizer, seed: int
 ) -> tuple[Source, ImageLayout]:
     """The text model with four more rows and one for each code, in both of its tables."""
-    vocab = LlamaConfig.from_hf(source.config).vocab_size
+    vocab = registry.read_decoder(source.config).vocab_size
     side = options.resolution // vq.cfg.factor
     layout = extended(vocab, vq.cfg.codes, (side, side), vq.fingerprint)
     config, tensors = {**source.config, "vocab_size": layout.vocab_size}, source.tensors
@@ -208,7 +211,7 @@ def _check_keys(spec: str, options: ImageTokenOptions, has_layout: bool) -> None
 
 def _check_fit(
     layout: ImageLayout,
-    cfg: LlamaConfig,
+    cfg: DecoderConfig,
     vq: ImageTokenizer,
     options: ImageTokenOptions,
     where: str,

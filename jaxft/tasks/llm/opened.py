@@ -1,6 +1,7 @@
 """A causal language model's folder, or an adapter's with its base, opened for training."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,20 +10,15 @@ from flax import nnx
 from jaxft.core import runtime
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
-from jaxft.core.params import Leaf, bind, describe
-from jaxft.core.sharding import one_device_mesh, shardings
+from jaxft.core.params import describe
 from jaxft.data.text.vocabulary import check_ids
-from jaxft.models.decoders import llama
-from jaxft.models.decoders.llama import Llama, LlamaConfig
-from jaxft.models.decoders.llama_files import open_decoder
+from jaxft.models import registry
+from jaxft.models.decoders.files import open_decoder
 from jaxft.nn import lora
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.tasks.llm.options import LLMOptions
-from jaxft.weights import transfer
 from jaxft.weights.adapters import peft
 from jaxft.weights.adapters.peft_folder import fit, open_adapted
-from jaxft.weights.folders.transformers import Source
-from jaxft.weights.transfer import Part
 
 
 class OpenedDecoder:
@@ -34,11 +30,17 @@ class OpenedDecoder:
         )
         self.source, self.adapter, self.kept = opened
         self.options = LLMOptions(**cfg.own)
-        self.model_cfg = LlamaConfig.from_hf(self.source.config)
-        part = model_part(self.source, self.model_cfg)._replace(kept=self.kept)
+        self.architecture = registry.find(self.source.config, "decoder")
+        self.model_cfg = self.architecture.config(self.source.config, "config.json")
+        part = self.architecture.part(self.source, self.model_cfg)._replace(kept=self.kept)
         if self.adapter:
-            self.adapter = fit(self.adapter, part.entries(_plain_leaves(self.model_cfg)))
+            module = partial(self.architecture.module, self.model_cfg)
+            plain = jax.eval_shape(lambda key: module(key=key), jax.random.key(0))
+            self.adapter = fit(self.adapter, part.entries(describe(plain)))
             cfg = dataclasses.replace(cfg, lora=self.adapter.lora)
+        elif not cfg.lora.targets:
+            targets = dataclasses.replace(cfg.lora, targets=self.architecture.lora)
+            cfg = dataclasses.replace(cfg, lora=targets)
         self.cfg = cfg
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.remat = runtime.resolve_remat(cfg.remat)
@@ -48,7 +50,7 @@ class OpenedDecoder:
         self._check_pad()
 
     def build(self, key: jax.Array) -> nnx.Module:
-        model = Llama(self.model_cfg, key=key)
+        model = self.architecture.module(self.model_cfg, key=key)
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
         return model
 
@@ -82,29 +84,6 @@ class OpenedDecoder:
             )
 
 
-def model_part(source: Source, cfg: LlamaConfig) -> Part:
-    """Return the part that fills the model's parameters and that an export writes."""
-    drop = ("lm_head.weight",) if cfg.tied else ()
-    rules, sizes = llama.RULES, llama.sizes(cfg)
-    return Part("", source.name, source.tensors, rules, sizes, llama.ignore(cfg), drop)
-
-
 def eos_ids(value: int | list[int] | None) -> list[int]:
     """Return the ids of a config's eos_token_id: none, one or several."""
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _plain_leaves(cfg: LlamaConfig) -> dict[str, Leaf]:
-    """Return the parameters of a model without adapters."""
-    return describe(jax.eval_shape(lambda key: Llama(cfg, key=key), jax.random.key(0)))
-
-
-def load(spec: str, dtype: str) -> Llama:
-    """Load the model of a folder, file, `pip:PACKAGE` or hub id, whole on the first device."""
-    source = open_decoder(spec)
-    cfg = LlamaConfig.from_hf(source.config)
-    leaves, mesh = _plain_leaves(cfg), one_device_mesh()
-    template = jax.eval_shape(lambda key: Llama(cfg, key=key), jax.random.key(0))
-    places = shardings(leaves, mesh)
-    params = transfer.load(model_part(source, cfg), leaves, places, dtype, set(leaves))
-    return bind(template, params)

@@ -1,6 +1,5 @@
 """Causal language models of the LLaMA family: text, prompt and completion, classification."""
 
-from jaxft.models.decoders import llama
 from jaxft.objectives.next_token import NextToken
 from jaxft.tasks import Task
 from jaxft.tasks.llm.exports import WRITERS
@@ -10,7 +9,8 @@ from jaxft.tasks.llm.rows import TokenRows
 
 
 def _objective(opened: OpenedDecoder, rows: TokenRows) -> NextToken:
-    seq_len = opened.options.seq_len
+    seq_len, flops = opened.options.seq_len, opened.architecture.flops
+    assert flops is not None  # of every decoder
     return NextToken(
         opened.dtype,
         opened.remat,
@@ -18,7 +18,7 @@ def _objective(opened: OpenedDecoder, rows: TokenRows) -> NextToken:
         rows.width,
         packed=rows.packing is not None,
         dropout=bool(opened.cfg.lora.dropout),
-        token_flops=llama.flops_per_token(opened.model_cfg, seq_len),
+        token_flops=flops(opened.model_cfg, seq_len),
     )
 
 

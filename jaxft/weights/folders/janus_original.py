@@ -17,7 +17,7 @@ from jaxft.weights.relaid import Place, Relaid, relaid
 from jaxft.weights.rules import Rule, renamed
 from jaxft.weights.transfer import Export
 
-KIND, ARCHITECTURE = "multi_modality", "MultiModalityCausalLM"
+KIND, CLASS_NAME = "multi_modality", "MultiModalityCausalLM"
 _VQ, _GEN = "model.vqmodel.", "gen_vision_model."
 _VISION, _TOWER = "model.vision_model.", "vision_model.vision_tower."
 _LAYER, _BLOCK = _VISION + "encoder.layers.{m}.", _TOWER + "blocks.{m}."
@@ -165,7 +165,7 @@ def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return {"cls": cls, "model_type": kind, "params": params}
 
     made = {
-        "architectures": [ARCHITECTURE],
+        "architectures": [CLASS_NAME],
         "model_type": KIND,
         "language_config": text,
         "vision_config": one("CLIPVisionTower", "vision", tower),

@@ -56,7 +56,7 @@ def test_kinds(tmp_path, name):
 
 @pytest.mark.parametrize("config", [{"model_type": "llama"}, {"_class_name": "AutoencoderTiny"}])
 def test_other_models_are_refused(config):
-    with pytest.raises(UserError, match=r"here/config\.json is of .*expected AutoencoderKL"):
+    with pytest.raises(UserError, match=r"here/config\.json: .* is not supported.*AutoencoderKL"):
         open_codec(config, "here/config.json")
 
 

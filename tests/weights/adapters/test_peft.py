@@ -16,8 +16,9 @@ from jaxft.core import sharding
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf, bind, describe
+from jaxft.models import registry
 from jaxft.models.decoders import llama
-from jaxft.models.decoders.llama import Llama, LlamaConfig
+from jaxft.models.decoders.decoder import Decoder
 from jaxft.nn import lora
 from jaxft.weights import transfer
 from jaxft.weights.adapters import peft as adapters
@@ -37,10 +38,10 @@ class Adapted:
 
     def __init__(self, folder, cfg):
         source = open_source(str(folder))
-        self.cfg, model_cfg = cfg, LlamaConfig.from_hf(source.config)
+        self.cfg, model_cfg = cfg, registry.read_decoder(source.config)
 
         def build():
-            model = Llama(model_cfg, key=jax.random.key(0))
+            model = Decoder(model_cfg, key=jax.random.key(0))
             lora.add(model, cfg, jax.random.key(1))
             return model
 

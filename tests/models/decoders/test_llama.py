@@ -6,10 +6,12 @@ import json
 import pytest
 
 from jaxft.core.errors import UserError
-from jaxft.models.decoders.llama_config import LlamaConfig
-from jaxft.models.decoders.llama_keys import ARCHITECTURES, BASES, COMMON, KEYS
+from jaxft.models import registry
+from jaxft.models.decoders import llama, qwen
+from jaxft.models.decoders.config import COMMON
 from tests.stock_llama import ours, theirs
 
+KEYS = {**llama.KEYS, **qwen.KEYS}
 ROPE = (
     "rope_theta",
     "rope_scaling",
@@ -36,12 +38,12 @@ def test_null_is_what_the_class_makes_of_it_or_is_refused_by_name(kind):
     for key in ALL:
         config = {"model_type": kind, **TINY, "head_dim": 16, key: None}
         if key == "layer_types" and kind == "mistral":
-            continue  # AutoConfig takes another class: test_llama_config has it
+            continue  # AutoConfig takes another class: test_llama_layers has it
         try:
             want = theirs(config)
         except Exception:
             with pytest.raises(UserError, match=rf"{key}( is |=)null"):
-                LlamaConfig.from_hf(config)
+                registry.read_decoder(config)
             refused.append(key)
         else:
             assert ours(config) == want, key
@@ -62,18 +64,21 @@ def test_absent_keys_are_those_of_the_class(kind):
 def test_a_wrong_type_is_one_line(kind, wrong):
     for key in {*KEYS[kind], *ROPE}:
         try:
-            LlamaConfig.from_hf({"model_type": kind, **TINY, key: wrong})
+            registry.read_decoder({"model_type": kind, **TINY, key: wrong})
         except UserError as error:
             assert "\n" not in str(error) and key.split("_")[0] in str(error), key
 
 
 def test_case_llm_17_base_and_other_architectures():
-    for kind, base, causal in zip(KEYS, BASES, ARCHITECTURES, strict=True):
-        for name in (base, causal):
-            LlamaConfig.from_hf({"model_type": kind, **TINY, "architectures": [name]})
+    for kind, causal in zip(
+        registry.TABLE["decoder"], registry.class_names("decoder"), strict=True
+    ):
+        assert kind in KEYS
+        for name in (causal.replace("ForCausalLM", "Model"), causal):
+            registry.read_decoder({"model_type": kind, **TINY, "architectures": [name]})
         other = [causal.replace("CausalLM", "SequenceClassification")]
         with pytest.raises(UserError, match=r"SequenceClassification.*supported are Llama"):
-            LlamaConfig.from_hf({"model_type": kind, **TINY, "architectures": other})
+            registry.read_decoder({"model_type": kind, **TINY, "architectures": other})
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,7 @@ def test_case_llm_17_base_and_other_architectures():
 )
 def test_what_would_be_computed_otherwise_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        LlamaConfig.from_hf({"model_type": "llama", **TINY, **changes})
+        registry.read_decoder({"model_type": "llama", **TINY, **changes})
 
 
 def test_the_table_names_values_that_json_has():

@@ -1,15 +1,14 @@
 """A language model's folder as transformers reads it, under the names that its weight table has."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from jaxft.core.errors import UserError
-from jaxft.models.decoders import llama
-from jaxft.models.decoders.llama_config import LlamaConfig
-from jaxft.models.decoders.llama_keys import ARCHITECTURES, CLASSES, architecture
+from jaxft.models import registry
 from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.folders.transformers import Source, open_source
 from jaxft.weights.relaid import Place, Relaid
@@ -19,33 +18,68 @@ HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 PREFIX = "model."  # base_model_prefix of the causal language models, and of Janus
 
 
+def check_causal(config: Mapping[str, Any]) -> None:
+    """Raise UserError where config.json states the head of another task, or layers not made here.
+
+    Those are layers that attend to later tokens, or layers of several sizes.
+    """
+    stated, causal = _stated(config), registry.class_names("decoder")
+    if stated and not any(name in causal or name in _bases(causal) for name in stated):
+        raise UserError(
+            f"config.json: architectures={stated} is not a causal language model;"
+            f" supported are {', '.join(causal)}: give the language model that it was made from"
+        )
+    if not config.get("is_causal", True):
+        raise UserError(
+            f"config.json: is_causal={json.dumps(config['is_causal'])} lets tokens see later ones,"
+            " which no layer here does; give the causal language model that it was made from"
+        )
+    if config.get("per_layer_config") is not None:
+        raise UserError(
+            "config.json: per_layer_config is not supported, only layers of one size; give the"
+            " model that it was pruned from"
+        )
+
+
+def _stated(config: Mapping[str, Any]) -> list[str]:
+    stated = config.get("architectures") or []
+    return stated if isinstance(stated, list) else [stated]
+
+
+def _bases(causal: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the classes without a head."""
+    return tuple(f"{name.removesuffix('ForCausalLM')}Model" for name in causal)
+
+
 def open_decoder(spec: str, weights: bool = True) -> Source:
-    """Open what `spec` names as the causal language model that transformers loads from it."""
+    """Open the causal language model that transformers loads from `spec`."""
     return as_decoder(open_source(spec, weights))
 
 
 def as_decoder(source: Source) -> Source:
-    """The source under its weight table's names, with a config.json that its weights agree with.
+    """Return the source under its weight table's names, with a config.json that fits its weights.
 
     transformers 5 reads a base model's tensors, which have no `model.` in front; a tied model of
     which only the head is stored; and where a tied model's file has another head than its
     embedding, it uses that head. Older ones tie by the flag alone, so the flag then turns false.
     Raises UserError for a config.json that is not supported and for an untied model without head.
     """
-    tied, config = LlamaConfig.from_hf(source.config).tied, dict(source.config)
+    architecture = registry.find(source.config, "decoder")
+    cfg, config = architecture.config(source.config, "config.json"), dict(source.config)
     stated = config.get("architectures")
-    if stated and not any(name in ARCHITECTURES for name in stated):
-        config["architectures"] = [f"{CLASSES[architecture(config)]}ForCausalLM"]
+    if stated and not any(name in registry.class_names("decoder") for name in stated):
+        config["architectures"] = [architecture.class_name(config)]
     tensors = source.tensors
     if tensors is not None:
-        tensors = with_prefix(tensors, lambda key: bool(renamed(llama.RULES, key)), source.name)
+        rules = architecture.rules(cfg)
+        tensors = with_prefix(tensors, lambda key: bool(renamed(rules, key)), source.name)
         keys = set(tensors.keys())
-        if tied and HEAD in keys and TABLE not in keys:
+        if cfg.tied and HEAD in keys and TABLE not in keys:
             places = {TABLE if key == HEAD else key: Place(key) for key in tensors.keys()}  # noqa: SIM118
             tensors = Relaid(tensors, places)
-        elif tied and HEAD in keys and not _equal(tensors):
+        elif cfg.tied and HEAD in keys and not _equal(tensors):
             config["tie_word_embeddings"] = False
-        elif not tied and HEAD not in keys and TABLE in keys:
+        elif not cfg.tied and HEAD not in keys and TABLE in keys:
             raise UserError(
                 f"{source.name}: missing tensor {HEAD}: these are the weights of a base model, and"
                 " config.json does not tie a head to its embedding; give the causal language"
@@ -59,7 +93,7 @@ def as_decoder(source: Source) -> Source:
 
 
 def with_prefix(tensors: Tensors, known: Callable[[str], bool], where: str) -> Tensors:
-    """The tensors with PREFIX added to a name, or taken off it, where only that makes it `known`.
+    """Return the tensors with PREFIX added to a name, or taken off, where only that is `known`.
 
     So transformers loads a base model as one with a head, and the reverse. Raises UserError for
     two tensors that become one.
@@ -75,7 +109,7 @@ def with_prefix(tensors: Tensors, known: Callable[[str], bool], where: str) -> T
 
 
 def _equal(tensors: Tensors) -> bool:
-    """Whether head and embedding have equal values, whatever their dtypes."""
+    """Return whether head and embedding have equal values, whatever their dtypes."""
     if tensors.info(HEAD)[0] != tensors.info(TABLE)[0]:
         return False
     head, table = tensors.read(HEAD), tensors.read(TABLE)

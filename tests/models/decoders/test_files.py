@@ -12,17 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModelForCausalLM
 
-from jaxft import sample, train
+from jaxft import load, sample, train
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
+from jaxft.models import registry
+from jaxft.models.decoders.decoder import Decoder
+from jaxft.models.decoders.files import HEAD, TABLE, as_decoder, open_decoder, with_prefix
 from jaxft.models.decoders.generate import generate
-from jaxft.models.decoders.llama import Llama
-from jaxft.models.decoders.llama_config import LlamaConfig
-from jaxft.models.decoders.llama_files import HEAD, TABLE, as_decoder, open_decoder, with_prefix
 from jaxft.models.decoders.sampling import Sampling
 from jaxft.tasks.image_tokens.image_model import open_model
 from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
-from jaxft.tasks.llm.opened import load, model_part
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders.transformers import open_source
 from tests.tiny_autoencoders import make_vqmodel
@@ -96,9 +95,10 @@ def test_cases_llm_03_and_12_tensors_are_those_that_transformers_loads(name, tie
     own_head = "another head" in name or name == "prefix on the head"
     assert bool(model.all_tied_weights_keys) is not own_head
     assert source.config["tie_word_embeddings"] is not own_head
-    cfg = LlamaConfig.from_hf(source.config)
-    template = jax.eval_shape(lambda: Llama(cfg, key=jax.random.key(0)))
-    entries = model_part(source, cfg).entries(describe(template))
+    cfg = registry.read_decoder(source.config)
+    template = jax.eval_shape(lambda: Decoder(cfg, key=jax.random.key(0)))
+    part = registry.find(source.config, "decoder").part(source, cfg)
+    entries = part.entries(describe(template))
     names = {key for entry in entries for key in entry.keys}
     state = model.state_dict()
     assert names == set(state) - (set() if own_head else {HEAD})
@@ -153,7 +153,7 @@ def test_case_llm_03_tied_flag_with_a_head_of_its_own(
 
 
 def test_case_llm_03_it_samples_as_transformers_does(another_head, quick):
-    model, ids = load(str(another_head), "float32"), IDS[:, :4]
+    model, ids = load(str(another_head)).model, IDS[:, :4]
     made, _ = generate(
         model, ids, np.ones_like(ids), jax.random.split(jax.random.key(0), 1), max_new=6,
         stop_ids=(), how=Sampling(), dtype=jnp.float32,
@@ -238,4 +238,5 @@ def test_a_source_that_needs_nothing_stays_as_it_is(tied):
     assert opened.tensors is source.tensors and opened.config == source.config
     assert opened.side_files == source.side_files
     assert with_prefix(source.tensors, lambda key: True, "x") is not source.tensors
-    assert isinstance(model_part(opened, load(str(tied), "float32").cfg).tensors, TensorFiles)
+    part = registry.find(opened.config, "decoder").part(opened, load(str(tied)).config)
+    assert isinstance(part.tensors, TensorFiles)

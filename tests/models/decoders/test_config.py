@@ -1,16 +1,22 @@
-"""config.json to LlamaConfig: defaults and layer patterns of transformers, one-line errors."""
+"""config.json to DecoderConfig: defaults and layer patterns of transformers, one-line errors."""
+
+import dataclasses
 
 import pytest
 from transformers import AutoConfig
 
 from jaxft.core.errors import UserError
-from jaxft.models.decoders.llama_config import LlamaConfig
-from jaxft.models.decoders.llama_keys import KEYS
+from jaxft.models import registry
+from jaxft.models.decoders import llama, qwen
+from jaxft.models.decoders.config import LayerSpec, layer_scans
+
+KEYS = {**llama.KEYS, **qwen.KEYS}
+F, S = LayerSpec(), LayerSpec(window=4)
 
 
 @pytest.mark.parametrize("kind", KEYS)
 def test_absent_keys_take_the_defaults_of_transformers(kind):
-    theirs, ours = AutoConfig.for_model(kind), LlamaConfig.from_hf({"model_type": kind})
+    theirs, ours = AutoConfig.for_model(kind), registry.read_decoder({"model_type": kind})
     for name, value in {
         "vocab_size": ours.vocab_size,
         "hidden_size": ours.hidden_size,
@@ -63,16 +69,16 @@ def test_absent_keys_take_the_defaults_of_transformers(kind):
     ],
 )
 def test_windows_by_layer(config, windows):
-    got = LlamaConfig.from_hf({"num_hidden_layers": 6, **config}).windows
-    assert list(got) == windows
+    layers = registry.read_decoder({"num_hidden_layers": 6, **config}).layers
+    assert [layer.window for layer in layers] == windows
 
 
 def test_nope_layers_and_several_eos_ids():
     base = {"model_type": "smollm3", "num_hidden_layers": 6, "eos_token_id": [5, 6]}
-    cfg = LlamaConfig.from_hf({**base, "no_rope_layer_interval": 3})
-    assert cfg.rotary == (True, True, False) * 2 and cfg.eos_ids == (5, 6)
-    listed = LlamaConfig.from_hf({**base, "no_rope_layers": [1, 0, 1, 1, 0, 1, 1, 1]})
-    assert listed.rotary == (True, False, True, True, False, True)
+    cfg = registry.read_decoder({**base, "no_rope_layer_interval": 3})
+    assert [layer.rope for layer in cfg.layers] == [0, 0, None] * 2 and cfg.eos_ids == (5, 6)
+    listed = registry.read_decoder({**base, "no_rope_layers": [1, 0, 1, 1, 0, 1, 1, 1]})
+    assert [layer.rope for layer in listed.layers] == [0, None, 0, 0, None, 0]
 
 
 @pytest.mark.parametrize(
@@ -95,5 +101,31 @@ def test_nope_layers_and_several_eos_ids():
 )
 def test_what_is_not_supported_says_so_in_one_line(config, text):
     with pytest.raises(UserError, match=text) as caught:
-        LlamaConfig.from_hf(config)
+        registry.read_decoder(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "scans"),
+    [
+        ([F] * 32, [(0, [F], 32)]),
+        ([F], [(0, [F], 1)]),
+        ([S, F] * 3, [(0, [S, F], 3)]),
+        (([S] * 5 + [F]) * 5 + [S] * 2, [(0, [S] * 5 + [F], 5), (30, [S], 2)]),
+        ([F] * 20 + [S] * 12, [(0, [F], 20), (20, [S], 12)]),
+        ([F, F, S, S], [(0, [F, F, S, S], 1)]),
+        ([F] * 9 + [S, F] * 3, [(0, [F], 9), (9, [S, F], 3)]),
+    ],
+    ids=["equal", "one", "alternating", "5:1 and a rest", "from a layer on", "short", "both"],
+)
+def test_layers_are_cut_into_scans_of_a_period(layers, scans):
+    found = layer_scans(tuple(layers))
+    assert [(one.start, list(one.period), one.times) for one in found] == scans
+    assert [spec for one in found for spec in one.period * one.times] == layers
+
+
+def test_layers_of_two_shapes_are_no_config():
+    layers = (LayerSpec(), LayerSpec(norms="post"))
+    cfg = registry.read_decoder({"model_type": "llama"})
+    with pytest.raises(ValueError, match="layers with different norms"):
+        dataclasses.replace(cfg, layers=layers)

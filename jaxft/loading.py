@@ -1,0 +1,354 @@
+"""Pretrained models of every family for a notebook, as `jaxft.load` returns them."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from jaxft.core.errors import UserError
+from jaxft.core.params import Params, bind, describe
+from jaxft.core.sharding import one_device_mesh, shardings
+from jaxft.data.text.dataset import prompt_tokens
+from jaxft.data.text.vocabulary import check_ids
+from jaxft.models import registry
+from jaxft.models.autoencoders.vae import VAE
+from jaxft.models.autoencoders.vqgan import VQModel
+from jaxft.models.decoders.config import DecoderConfig
+from jaxft.models.decoders.decoder import Decoder
+from jaxft.models.decoders.generate import generate
+from jaxft.models.decoders.sampling import Sampling
+from jaxft.models.pipelines import stable_diffusion
+from jaxft.models.pipelines.image_decode import generate_codes
+from jaxft.models.pipelines.ldm import SINGLE, open_model
+from jaxft.models.pipelines.stable_diffusion import (
+    NOTHING,
+    Guidance,
+    PipelineConfig,
+    StableDiffusion,
+    zeroed,
+)
+from jaxft.noise.samplers import SAMPLERS
+from jaxft.tasks.common.tokenizers import load_tokenizer
+from jaxft.tasks.diffusion.captions import Captions
+from jaxft.tasks.image_tokens.image_layout import FILE, encode_prompt, left_padded, null_prompt
+from jaxft.tasks.image_tokens.image_model import ImageModel, open_folder
+from jaxft.weights import transfer
+from jaxft.weights.folders.diffusers import Pipeline, open_component, open_pipeline
+from jaxft.weights.folders.transformers import TOKENIZER_FILES, Source, open_source
+from jaxft.weights.locate import INDEX, demo_folder
+from jaxft.weights.transfer import Part
+
+
+@dataclass(frozen=True)
+class LoadedDecoder:
+    """A causal language model; `model.hidden`, `model.head` and the cache are for own loops."""
+
+    params: Params
+    config: DecoderConfig
+    model: Decoder
+    source: Source
+
+    @cached_property
+    def tokenizer(self) -> Any | None:
+        """The folder's tokenizer, read when it is first asked for; None where there is none."""
+        there = TOKENIZER_FILES & self.source.side_files.keys()
+        return load_tokenizer(self.source.tokenizer_dir()) if there else None
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Return fp32 logits. A token attends to its own segment, 0 is padding."""
+        return self.model(tokens, positions, segment_ids)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Return the continuation of each prompt, up to an end token or `max_new` tokens.
+
+        temperature 0 is greedy, top_k 0 and top_p 1 are off. A row's draws depend on `seed` and on
+        its place. Raises UserError for a model without a tokenizer, and for a token that it has no
+        row of.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            self.source.tokenizer_dir()  # raises the error that says which files are missing
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows = [prompt_tokens(tokenizer, text) for text in texts]
+        for text, row in zip(texts, rows, strict=True):
+            check_ids(row, self.config.vocab_size, tokenizer, f"prompt {text[:60]!r}")
+        tokens, segments = _left_padded(rows)
+        stops, keys = self._stop_ids(), jax.random.split(jax.random.key(seed), len(rows))
+        how, dtype = (
+            Sampling(temperature, top_k, top_p),
+            self.params["embed_tokens.embedding"].dtype,
+        )
+        made, lengths = _generate(
+            self.model, tokens, segments, keys,
+            max_new=max_new, stop_ids=stops, how=how, dtype=dtype,
+        )  # fmt: skip
+        kept = [row[:n] for row, n in zip(np.asarray(made), np.asarray(lengths), strict=True)]
+        kept = [row[:-1] if len(row) and row[-1] in stops else row for row in kept]
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in kept]
+
+    def _stop_ids(self) -> tuple[int, ...]:
+        """Return the ids that end a text, by generation config, config and tokenizer."""
+        stated = self.source.generation_config.get("eos_token_id") or ()
+        own = self.tokenizer.eos_token_id if self.tokenizer else None
+        ids = {*self.config.eos_ids, *(stated if isinstance(stated, list | tuple) else (stated,))}
+        return tuple(sorted(ids | (set() if own is None else {own})))
+
+
+_generate = jax.jit(generate, static_argnames=("max_new", "stop_ids", "how", "dtype"))
+
+
+def _left_padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return prompts [B, T] padded on the left, and their segments, 0 on the padding."""
+    width = max(len(row) for row in rows)
+    tokens = np.zeros((len(rows), width), np.int32)
+    segments = np.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, width - len(row) :], segments[i, width - len(row) :] = row, 1
+    return tokens, segments
+
+
+@dataclass(frozen=True)
+class LoadedImageTokens:
+    """A model that continues a caption with an image's codes; `config` is its decoder's."""
+
+    params: Params
+    config: DecoderConfig
+    tokenizer: Any
+    model: nnx.Module
+    opened: ImageModel
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], images: Bool[Array, "B T"]
+    ) -> Float[Array, "B T K"]:
+        """Return fp32 logits of the next code after each token. `images` marks the codes."""
+        speaker = self.opened.speaker(self.model)
+        dtype = jax.tree.leaves(self.params)[0].dtype
+        hidden, _ = speaker.llama.hidden(embeds=speaker.embed(tokens, images, dtype))
+        flat = speaker.scorer()(hidden.reshape(-1, hidden.shape[-1]))  # [B * T, K]
+        return flat.reshape(*hidden.shape[:2], -1)
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        guidance: float = 3.0,
+        seed: int = 0,
+    ) -> UInt8[np.ndarray, "N Y X 3"]:
+        """Return a picture of each prompt, guided away from no caption by `guidance` (1 is off)."""
+        layout, texts = self.opened.layout, [prompts] if isinstance(prompts, str) else prompts
+        rows = [encode_prompt(layout, self.tokenizer, text).ids for text in texts]
+        nulls = [null_prompt(layout, row) for row in rows]
+        tokens, mask = map(jnp.asarray, left_padded(layout, rows + nulls))
+        keys = jax.random.split(jax.random.key(seed), len(rows))
+        how, dtype = Sampling(temperature, top_k, top_p), jax.tree.leaves(self.params)[0].dtype
+
+        @jax.jit
+        def draw(model: nnx.Module) -> Int[Array, "N S"]:
+            return generate_codes(
+                self.opened.speaker(model), tokens, mask, keys,
+                count=layout.count, guidance=guidance, how=how, dtype=dtype,
+            )  # fmt: skip
+
+        codes = np.asarray(draw(self.model)).reshape(-1, *layout.grid)  # [N, Y, X]
+        return self.opened.vq.decode(codes)
+
+
+@dataclass(frozen=True)
+class LoadedAutoencoder:
+    """A VAE or a VQ tokenizer of images; `model.encode` and `model.decode` are its halves."""
+
+    params: Params
+    config: Any
+    model: VAE | VQModel
+    tokenizer: None = None
+
+    def __call__(self, images: Float[Array, "B Y X 3"]) -> Float[Array, "B Y X 3"]:
+        """Return images within [-1, 1], encoded to their likeliest latents or codes and decoded."""
+        found = self.model.encode(images)
+        if isinstance(self.model, VAE):
+            return self.model.decode(found.mean.astype(images.dtype))
+        return self.model.decode(found.quantized.astype(images.dtype))
+
+
+@dataclass(frozen=True)
+class LoadedPipeline:
+    """A Stable Diffusion pipeline; `tokenizer` maps a caption to ids for each text encoder."""
+
+    params: Params
+    config: PipelineConfig
+    tokenizer: Captions
+    model: StableDiffusion
+
+    def __call__(
+        self,
+        latents: Float[Array, "B Y X C"],
+        timesteps: Float[Array, " B"],
+        captions: Sequence[str],
+    ) -> Float[Array, "B Y X C"]:
+        """Return the UNet's prediction for noisy, scaled latents of pictures in their full size."""
+        text = self.model.encode_text(self._ids(captions), dtype=latents.dtype)
+        y, x = (side * self.config.vae.factor for side in latents.shape[1:3])
+        size = jnp.broadcast_to(jnp.array([y, x, 0, 0, y, x], jnp.float32), (len(latents), 6))
+        return self.model.predict(latents, timesteps, text, size, dtype=latents.dtype)
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        size: int | None = None,
+        steps: int = 30,
+        guidance: float = 7.5,
+        sampler: str = "dpm++",
+        seed: int = 0,
+    ) -> UInt8[np.ndarray, "N Y X 3"]:
+        """Return a picture of each prompt. A row's noise depends on `seed` and on its place.
+
+        size: pixels a side, by default the size that unet/config.json states. sampler: ddim, euler
+        or dpm++. Raises UserError for a UNet that needs a picture, which `jaxft.sample` gives.
+        """
+        cfg, texts = self.config, [prompts] if isinstance(prompts, str) else list(prompts)
+        if cfg.sees != NOTHING:
+            raise UserError(
+                "this pipeline draws on a picture; use python -m jaxft.sample --workdir DIR"
+                " --image FILE of a run"
+            )
+        if sampler not in SAMPLERS:
+            raise UserError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}")
+        side = (size or cfg.unet.sample_size * cfg.vae.factor) // cfg.vae.factor
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(texts)))
+        shape, dtype = (side, side, cfg.unet.out_channels), jax.tree.leaves(self.params)[0].dtype
+
+        @jax.jit
+        def draw(model: StableDiffusion, ids: Array) -> UInt8[Array, "N Y X 3"]:
+            text = model.encode_text(ids[1:], dtype=dtype)
+            null = model.encode_text(ids[:1], dtype=dtype)
+            null = zeroed(null) if cfg.zero_null else null
+            null = jax.tree.map(lambda x: jnp.repeat(x, len(texts), axis=0), null)
+            noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+            images = stable_diffusion.generate(
+                model, cfg, text, null, noise, SAMPLERS[sampler](cfg.schedule, steps),
+                Guidance(guidance), dtype,
+            )  # fmt: skip
+            return jnp.round((images + 1.0) * 127.5).astype(jnp.uint8)
+
+        return np.asarray(draw(self.model, self._ids(["", *texts])))
+
+    def _ids(self, captions: Sequence[str]) -> Int[np.ndarray, "B E T"]:
+        return np.stack([self.tokenizer(caption) for caption in captions])
+
+
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """One component of a pipeline by itself: a UNet, or a CLIP text encoder."""
+
+    params: Params
+    config: Any
+    model: Any
+    tokenizer: None = None
+
+    def __call__(self, *inputs: Array) -> Any:
+        """Return the outputs of the model for its own inputs."""
+        return self.model(*inputs)
+
+
+Loaded = LoadedDecoder | LoadedImageTokens | LoadedAutoencoder | LoadedPipeline | LoadedNetwork
+
+
+def load(spec: str, dtype: str = "float32") -> Loaded:
+    """Return the model that `spec` names, whole on the first device; see `jaxft.load`."""
+    kind = family_of(spec)
+    if kind == "pipeline":
+        return _load_pipeline(open_model(spec), dtype)
+    if kind == "image_tokens":
+        opened = open_folder(spec)
+        model, params = _bound(opened.build, (opened.part,), dtype)
+        return LoadedImageTokens(params, opened.cfg, opened.tokenizer, model, opened)
+    if kind == "decoder":
+        source = open_source(spec)
+        architecture = registry.find(source.config, kind)
+        source = architecture.opened(source)
+    else:
+        source = open_component(spec, kind)
+        architecture = registry.find(source.config, kind)
+    cfg = architecture.config(source.config, f"{spec}/config.json")
+    build = lambda key: architecture.module(cfg, key=key)  # noqa: E731
+    model, params = _bound(build, (architecture.part(source, cfg),), dtype)
+    if kind == "decoder":
+        return LoadedDecoder(params, cfg, model, source)
+    return (LoadedAutoencoder if kind == "autoencoder" else LoadedNetwork)(params, cfg, model)
+
+
+def _load_pipeline(pipeline: Pipeline, dtype: str) -> LoadedPipeline:
+    cfg = PipelineConfig.of(pipeline)
+    names = ("tokenizer", "tokenizer_2")[: len(cfg.texts)]
+    tokenizers = [load_tokenizer(pipeline.tokenizer_dir(name), "clip") for name in names]
+    build = lambda key: StableDiffusion(cfg, key=key)  # noqa: E731
+    model, params = _bound(build, stable_diffusion.parts(pipeline, cfg), dtype)
+    return LoadedPipeline(params, cfg, Captions(tokenizers, cfg.texts), model)
+
+
+def _bound(build: Any, parts: Sequence[Part], dtype: str) -> tuple[Any, Params]:
+    """Return the module that `build` makes of a key, with the parameters of its parts in it."""
+    template = jax.eval_shape(build, jax.random.key(0))
+    leaves, params = describe(template), {}
+    places = shardings(leaves, one_device_mesh())
+    for part in parts:
+        own = {path for path in leaves if path.startswith(part.prefix)}
+        params |= transfer.load(part, leaves, places, dtype, own)
+    return bind(template, params), params
+
+
+def family_of(spec: str) -> str:
+    """Return "pipeline" or a family of the registry's table for what `spec` names.
+
+    A folder's own files decide: model_index.json, imagetoken.json, config.json. All that none of
+    them claims is taken for a decoder, whose reading says what is not supported.
+    """
+    path = demo_folder(spec) if spec.startswith("demo:") else Path(spec).expanduser()
+    if path.exists():
+        alone = path.suffix in SINGLE and not (path.parent / "config.json").is_file()
+        if alone or (path / INDEX).is_file():
+            return "pipeline"
+    elif spec.startswith("pip:") or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec):
+        try:
+            open_pipeline(spec, weights=False)
+            return "pipeline"
+        except UserError:
+            pass
+    found = registry.family(_config(path))
+    return "image_tokens" if (path / FILE).is_file() else found or "decoder"
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    """Return config.json of a folder, nothing where there is none that can be read."""
+    try:
+        content = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,258 @@
+"""The configuration of a decoder, layer by layer, and the reading of a config.json's keys.
+
+An absent key has the default of the class of its model_type. null is a value like any other:
+the class takes it for some keys, and refuses it for the others, as here.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Literal, NamedTuple
+
+from jaxft.core.errors import UserError
+from jaxft.nn import rope
+
+LONGEST_PERIOD = 8  # layers that are compiled apart in one scan
+ACTIVATION_NAMES = {"silu": "silu", "swish": "silu"}  # two names of one function
+OLD_NAMES = {"attention": "full_attention"}  # transformers renames it on reading
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The kind of one layer. Every field is a Python value, so a step is compiled for it.
+
+    window: the number of keys that a query attends to, its own included; None attends to all.
+    rope: the index of the rotation in `DecoderConfig.ropes`; None leaves positions out.
+    norms: "pre" is x + f(norm(x)), "post" is x + norm(f(x)), "sandwich" is x + norm(f(norm(x))).
+    activation: a key of `decoder.ACTIVATIONS`. qk_norm: an RMSNorm of every head's q and k.
+    """
+
+    window: int | None = None
+    rope: int | None = 0
+    norms: Literal["pre", "post", "sandwich"] = "pre"
+    activation: str = "silu"
+    qk_norm: bool = False
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The values of a whole decoder, and the kind of each of its layers.
+
+    Raises ValueError for layers whose parameters differ: they are stacked in one array.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    rms_norm_eps: float
+    initializer_range: float
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    ropes: tuple[rope.Rope, ...]
+    layers: tuple[LayerSpec, ...]
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if len({(layer.norms, layer.qk_norm) for layer in self.layers}) != 1:
+            raise ValueError("layers with different norms have different parameters")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+
+class LayerScan(NamedTuple):
+    """Layers from `start` on that one scan runs: a period of kinds, repeated."""
+
+    start: int
+    period: tuple[LayerSpec, ...]
+    times: int
+
+
+def layer_scans(layers: tuple[LayerSpec, ...], start: int = 0) -> tuple[LayerScan, ...]:
+    """Cut layers into scans, so that few of them are compiled.
+
+    A pattern of up to LONGEST_PERIOD layers is one scan, and a scan for what remains of it. Other
+    layers (windows from some layer on) are a scan for each row of equal ones.
+    """
+    if not layers:
+        return ()
+    period = next(n for n in range(1, len(layers) + 1) if layers[n:] == layers[:-n])
+    times = len(layers) // period
+    if period > LONGEST_PERIOD:
+        period, times = 1, len(list(takewhile(lambda layer: layer == layers[0], layers)))
+    done = period * times
+    return (LayerScan(start, layers[:period], times), *layer_scans(layers[done:], start + done))
+
+
+# ---- the keys of config.json ------------------------------------------------------------------
+
+SIZE, COUNT = "a whole number above 0", "a whole number from 0 on"
+NUMBER, FLAG, NAME = "a number from 0 on", "true or false", "a name"
+IDS, NAMES, FLAGS = "a token id or a list of them", "a list of names", "a list of 0 and 1"
+
+
+class Key(NamedTuple):
+    """The default of a key, the values that it takes, and whether null is one of them."""
+
+    default: Any
+    values: str
+    null: bool = False
+
+
+COMMON = {
+    "hidden_size": Key(4096, SIZE),
+    "num_hidden_layers": Key(32, SIZE),
+    "num_attention_heads": Key(32, SIZE),
+    "hidden_act": Key("silu", NAME),
+    "initializer_range": Key(0.02, NUMBER),
+    "rms_norm_eps": Key(1e-6, NUMBER),
+    "tie_word_embeddings": Key(False, FLAG),
+    "bos_token_id": Key(None, IDS, null=True),
+    "eos_token_id": Key(None, IDS, null=True),
+    "pad_token_id": Key(None, IDS, null=True),
+    "layer_types": Key(None, NAMES, null=True),
+}
+
+
+def read_keys(config: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
+    """Return the value of every key of a class, its default where config.json lacks it.
+
+    Raises UserError for a value of another type, and for a null that the class refuses.
+    """
+    for name, key in keys.items():
+        if name in config:
+            _check(name, config[name], key)
+    return {name: config.get(name, key.default) for name, key in keys.items()}
+
+
+def _check(name: str, value: Any, key: Key) -> None:
+    if value is None and not key.null:
+        instead = "" if key.default is None else f" for {json.dumps(key.default)}"
+        raise UserError(
+            f"config.json: {name} is null, which transformers refuses too; expected {key.values}:"
+            f" give it, or leave the key out{instead}"
+        )
+    if value is not None and not _fits(value, key.values):
+        raise UserError(f"config.json: {name}={json.dumps(value)}; expected {key.values}")
+
+
+def _fits(value: Any, values: str) -> bool:
+    if values in (SIZE, COUNT):
+        return type(value) is int and value >= (values == SIZE)
+    if values == NUMBER:
+        return type(value) in (int, float) and 0 <= value < math.inf
+    if values == FLAG:
+        return type(value) is bool
+    if values == NAME:
+        return type(value) is str
+    if values == NAMES:
+        return type(value) is list and all(type(one) is str for one in value)
+    if values == IDS and type(value) is int:
+        return True
+    return type(value) is list and all(type(one) in (int, bool) for one in value)
+
+
+def decoder_config(
+    config: Mapping[str, Any],
+    c: Mapping[str, Any],
+    layers: tuple[LayerSpec, ...],
+    *,
+    qkv_bias: bool,
+    default_theta: float = 1e4,
+) -> DecoderConfig:
+    """Return the configuration of a decoder with one rope and LLaMA's key names.
+
+    config: config.json. c: its keys as `read_keys` returns them. layers: one spec a layer.
+    Raises UserError for shapes that do not fit each other, and for a rope that is not supported.
+    """
+    heads = c["num_attention_heads"]
+    kv_heads = c["num_key_value_heads"] or heads
+    head_dim = c["head_dim"] or c["hidden_size"] // heads
+    if c["head_dim"] is None and c["hidden_size"] % heads:
+        raise UserError(
+            f"config.json: hidden_size={c['hidden_size']} is not a multiple of"
+            f" num_attention_heads={heads}; set head_dim"
+        )
+    if heads % kv_heads:
+        raise UserError(
+            f"config.json: num_attention_heads={heads} is not a multiple of"
+            f" num_key_value_heads={kv_heads}"
+        )
+    if head_dim % 2:
+        raise UserError(f"config.json: head_dim={head_dim} is odd, but rope rotates pairs")
+    eos = c["eos_token_id"]
+    return DecoderConfig(
+        vocab_size=c["vocab_size"],
+        hidden_size=c["hidden_size"],
+        intermediate_size=c["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_positions=c["max_position_embeddings"],
+        rms_norm_eps=c["rms_norm_eps"],
+        initializer_range=c["initializer_range"],
+        tied=c["tie_word_embeddings"],
+        qkv_bias=qkv_bias,
+        o_bias=bool(c.get("attention_bias")),
+        mlp_bias=bool(c.get("mlp_bias")),
+        ropes=(rope.from_hf({**config, **c}, head_dim, default_theta),),
+        layers=layers,
+        bos_id=c["bos_token_id"],
+        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        pad_id=c["pad_token_id"],
+    )
+
+
+def activation(c: Mapping[str, Any]) -> str:
+    """Return the activation that `hidden_act` names. Raises UserError for all but SiLU."""
+    if c["hidden_act"] not in ACTIVATION_NAMES:
+        raise UserError(
+            f"config.json: hidden_act={c['hidden_act']!r} is not supported, only"
+            f" {' or '.join(ACTIVATION_NAMES)}"
+        )
+    return ACTIVATION_NAMES[c["hidden_act"]]
+
+
+def layer_windows(
+    c: Mapping[str, Any], window: int | None, sliding: tuple[bool, ...]
+) -> tuple[int | None, ...]:
+    """Return each layer's window in tokens, None for full attention.
+
+    `layer_types` of config.json wins over `sliding`, the class's own choice of layers. Raises
+    UserError for layer types that are not supported or contradict `sliding_window`.
+    """
+    if c["layer_types"] is not None:
+        sliding = _listed(c["layer_types"], c["num_hidden_layers"], window)
+    if window == 0 and any(sliding):
+        raise UserError("config.json: sliding_window=0 sees nothing; expected a number or null")
+    return tuple(window if slides else None for slides in sliding)
+
+
+def _listed(types: list[str], count: int, window: int | None) -> tuple[bool, ...]:
+    """Return for each layer whether `layer_types` gives it a sliding window."""
+    names = [OLD_NAMES.get(name, name) for name in types]
+    if len(names) != count:
+        raise UserError(f"config.json: layer_types has {len(names)} entries for {count} layers")
+    for name in names:
+        if name not in ("full_attention", "sliding_attention"):
+            raise UserError(
+                f"config.json: layer_types has {name!r}; supported are full_attention,"
+                " sliding_attention"
+            )
+    if "sliding_attention" in names and window is None:
+        raise UserError(
+            "config.json: layer_types asks for sliding_attention, but sliding_window is not set"
+            " (or use_sliding_window is false)"
+        )
+    return tuple(name == "sliding_attention" for name in names)

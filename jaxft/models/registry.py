@@ -1,0 +1,128 @@
+"""The one table from a config.json's model_type or class name to the code of that architecture.
+
+A package outside of jaxft adds a decoder by an entry point of the group `jaxft.architectures`: its
+name is a model_type, its value `module:ATTRIBUTE` of an Architecture. All commands find it, and so
+does a run folder that is opened again, without a config key or a call.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from jaxft.core.errors import UserError
+from jaxft.models.decoders.config import DecoderConfig
+from jaxft.weights.folders.transformers import Source
+from jaxft.weights.rules import Rule
+from jaxft.weights.transfer import Part
+
+GROUP = "jaxft.architectures"
+NEAREST = 10  # names in an error
+TABLE: dict[str, dict[str, str]] = {
+    "decoder": {
+        "llama": "jaxft.models.decoders.llama:ARCHITECTURE",
+        "mistral": "jaxft.models.decoders.llama:ARCHITECTURE",
+        "ministral": "jaxft.models.decoders.llama:ARCHITECTURE",
+        "qwen2": "jaxft.models.decoders.qwen:ARCHITECTURE",
+        "qwen3": "jaxft.models.decoders.qwen:ARCHITECTURE",
+        "smollm3": "jaxft.models.decoders.llama:ARCHITECTURE",
+    },
+    "image_tokens": {
+        "janus": "jaxft.models.pipelines.janus:ARCHITECTURE",
+        "multi_modality": "jaxft.models.pipelines.janus:ARCHITECTURE",
+    },
+    "autoencoder": {
+        "AutoencoderKL": "jaxft.models.autoencoders.vae:ARCHITECTURE",
+        "VQModel": "jaxft.models.autoencoders.vqgan:ARCHITECTURE",
+        "janus_vqgan": "jaxft.models.autoencoders.vqgan:ARCHITECTURE",
+    },
+    "denoiser": {"UNet2DConditionModel": "jaxft.models.denoisers.unet:ARCHITECTURE"},
+    "text_encoder": {
+        "clip_text_model": "jaxft.models.text_encoders.clip:ARCHITECTURE",
+        "clip": "jaxft.models.text_encoders.clip:ARCHITECTURE",
+    },
+}
+
+
+def _unchanged(source: Source) -> Source:
+    return source
+
+
+def _nothing(cfg: Any) -> tuple[str, ...]:
+    return ()
+
+
+def _no_sizes(cfg: Any) -> dict[str, int]:
+    return {}
+
+
+class Architecture(NamedTuple):
+    """All that the rest of jaxft asks about one architecture. `cfg` is what `config` returns.
+
+    class_name: of a config.json, the class that transformers or diffusers builds. config: reads a
+    config.json, called with it and its name in errors, and raises UserError for values that no
+    layer computes. module: called with (cfg, key=key). rules, sizes: the weight table, and
+    the dims that its layouts name. ignore: tensors that make no parameter and that an export
+    copies. drop: tensors that training would leave stale. flops: the forward FLOPs of one token in
+    a row of a length, None for models without tokens. lora: a regex over projections, the default
+    of `lora.targets`. opened: the folder's source under its weight table's names.
+    """
+
+    family: str
+    class_name: Callable[[Mapping[str, Any]], str]
+    config: Callable[[Mapping[str, Any], str], Any]
+    module: Callable[..., nnx.Module]
+    rules: Callable[[Any], tuple[Rule, ...]]
+    sizes: Callable[[Any], Mapping[str, int]] = _no_sizes
+    ignore: Callable[[Any], tuple[str, ...]] = _nothing
+    drop: Callable[[Any], tuple[str, ...]] = _nothing
+    flops: Callable[[Any, int], float] | None = None
+    lora: str = ""
+    opened: Callable[[Source], Source] = _unchanged
+
+    def part(self, source: Source, cfg: Any) -> Part:
+        """Return the part that fills the model's parameters and that an export writes."""
+        tables = self.rules(cfg), self.sizes(cfg), self.ignore(cfg), self.drop(cfg)
+        return Part("", source.name, source.tensors, *tables)
+
+
+def find(config: Mapping[str, Any], family: str, where: str = "config.json") -> Architecture:
+    """Return the architecture of a config.json within a family of TABLE.
+
+    Raises UserError for a name that is not in the table, with those that are nearest to it.
+    """
+    key = "model_type" if "model_type" in config or family == "decoder" else "_class_name"
+    name, known = config.get(key), TABLE[family]
+    if name not in known and family == "decoder":
+        known = known | {one.name: one.value for one in entry_points(group=GROUP)}
+    if name not in known:
+        # All of them in their order, or of more the likeliest.
+        near = tuple(known)
+        if len(near) > NEAREST:
+            near = difflib.get_close_matches(str(name), near, NEAREST, 0.0)
+        raise UserError(
+            f"{where}: {key}={name!r} is not supported; supported are {', '.join(near)}: give a"
+            " model of one of these"
+        )
+    module, _, attribute = known[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def family(config: Mapping[str, Any]) -> str | None:
+    """Return the family of TABLE that has a config.json's model_type or class name, if one has."""
+    name = config.get("model_type", config.get("_class_name"))
+    return next((one for one, names in TABLE.items() if name in names), None)
+
+
+def read_decoder(config: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
+    """Read the config.json of a causal language model. Raises UserError as `find` does."""
+    return find(config, "decoder", where).config(config, where)
+
+
+def class_names(family: str) -> tuple[str, ...]:
+    """Return the class of every name that the table has for a family, in its order."""
+    configs = [{"model_type": name, "_class_name": name} for name in TABLE[family]]
+    return tuple(find(config, family).class_name(config) for config in configs)
