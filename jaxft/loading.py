@@ -88,9 +88,9 @@ class LoadedDecoder:
         its place. Raises UserError for a model without a tokenizer, and for a token that it has no
         row of.
         """
-        tokenizer = self.tokenizer
-        if tokenizer is None:
+        if self.tokenizer is None:
             self.source.tokenizer_dir()  # raises the error that says which files are missing
+        tokenizer: Any = self.tokenizer
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows = [prompt_tokens(tokenizer, text) for text in texts]
         for text, row in zip(texts, rows, strict=True):
@@ -190,10 +190,9 @@ class LoadedAutoencoder:
 
     def __call__(self, images: Float[Array, "B Y X 3"]) -> Float[Array, "B Y X 3"]:
         """Return images within [-1, 1], encoded to their likeliest latents or codes and decoded."""
-        found = self.model.encode(images)
         if isinstance(self.model, VAE):
-            return self.model.decode(found.mean.astype(images.dtype))
-        return self.model.decode(found.quantized.astype(images.dtype))
+            return self.model.decode(self.model.encode(images).mean.astype(images.dtype))
+        return self.model.decode(self.model.encode(images).quantized.astype(images.dtype))
 
 
 @dataclass(frozen=True)
@@ -240,7 +239,9 @@ class LoadedPipeline:
             )
         if sampler not in SAMPLERS:
             raise UserError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}")
-        side = (size or cfg.unet.sample_size * cfg.vae.factor) // cfg.vae.factor
+        if size is None and cfg.unet.sample_size is None:
+            raise UserError("unet/config.json has no sample_size; give size=512, in pixels a side")
+        side = (cfg.unet.sample_size or 0) if size is None else size // cfg.vae.factor
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(texts)))
         shape, dtype = (side, side, cfg.unet.out_channels), jax.tree.leaves(self.params)[0].dtype
 
@@ -259,8 +260,8 @@ class LoadedPipeline:
 
         return np.asarray(draw(self.model, self._ids(["", *texts])))
 
-    def _ids(self, captions: Sequence[str]) -> Int[np.ndarray, "B E T"]:
-        return np.stack([self.tokenizer(caption) for caption in captions])
+    def _ids(self, captions: Sequence[str]) -> Int[Array, "B E T"]:
+        return jnp.asarray([self.tokenizer(caption) for caption in captions])
 
 
 @dataclass(frozen=True)

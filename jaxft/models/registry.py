@@ -11,8 +11,6 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
-from flax import nnx
-
 from jaxft.core.errors import UserError
 from jaxft.models.decoders.config import DecoderConfig
 from jaxft.weights.folders.transformers import Source
@@ -59,6 +57,10 @@ def _no_sizes(cfg: Any) -> dict[str, int]:
     return {}
 
 
+def _no_flops(cfg: Any, length: int) -> float:
+    return 0.0
+
+
 class Architecture(NamedTuple):
     """All that the rest of jaxft asks about one architecture. `cfg` is what `config` returns.
 
@@ -67,19 +69,19 @@ class Architecture(NamedTuple):
     layer computes. module: called with (cfg, key=key). rules, sizes: the weight table, and
     the dims that its layouts name. ignore: tensors that make no parameter and that an export
     copies. drop: tensors that training would leave stale. flops: the forward FLOPs of one token in
-    a row of a length, None for models without tokens. lora: a regex over projections, the default
+    a row of a length, 0 for models without tokens. lora: a regex over projections, the default
     of `lora.targets`. opened: the folder's source under its weight table's names.
     """
 
     family: str
     class_name: Callable[[Mapping[str, Any]], str]
     config: Callable[[Mapping[str, Any], str], Any]
-    module: Callable[..., nnx.Module]
+    module: Callable[..., Any]
     rules: Callable[[Any], tuple[Rule, ...]]
     sizes: Callable[[Any], Mapping[str, int]] = _no_sizes
     ignore: Callable[[Any], tuple[str, ...]] = _nothing
     drop: Callable[[Any], tuple[str, ...]] = _nothing
-    flops: Callable[[Any, int], float] | None = None
+    flops: Callable[[Any, int], float] = _no_flops
     lora: str = ""
     opened: Callable[[Source], Source] = _unchanged
 

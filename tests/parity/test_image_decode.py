@@ -31,7 +31,7 @@ def folder(request, make_folder):
 
 
 def ours(folder, guidance, how=GREEDY, seed=0, prompts=PROMPTS):
-    model = load(str(folder), "float32")
+    model = load(str(folder)).model
     null = [null_prompt(LAYOUT, ids) for ids in prompts]
     tokens, mask = left_padded(LAYOUT, prompts + null)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(prompts)))
@@ -118,7 +118,7 @@ def test_trap15_the_mix_is_fp32_where_the_model_computes_in_bf16(folder, monkeyp
         return pick(logits, keys, how)
 
     monkeypatch.setattr(image_decode, "pick", spy)
-    model = Unified(load(str(folder), "bfloat16"), LAYOUT.image_offset, CODES)
+    model = Unified(load(str(folder), "bfloat16").model, LAYOUT.image_offset, CODES)
     tokens, mask = left_padded(LAYOUT, [[5, 6], [LAYOUT.null]])
     keys = jax.random.split(jax.random.key(0), 1)
     draw = partial(generate_codes, model, tokens, mask, keys)

@@ -292,9 +292,11 @@ def test_tied_head_follows_the_config(tied):
     assert ("lm_head.weight" in names) == (not tied)
 
 
-@pytest.mark.parametrize("unroll", [None, 1])  # one by one, as a CPU likes it; a loop
-def test_logits_and_gradients_do_not_depend_on_the_mesh(capfd, unroll):
-    _, model = pair("qwen2")
+@pytest.mark.parametrize(  # one by one, as a CPU likes it; a loop; loops over a period and a rest
+    ("name", "layers", "unroll"), [("qwen2", 4, None), ("qwen2", 4, 1), ("smollm3", 9, 1)]
+)
+def test_logits_and_gradients_do_not_depend_on_the_mesh(capfd, name, layers, unroll):
+    _, model = pair(name, num_hidden_layers=layers)
     ids = tokens(8, 16)
 
     def loss(params, ids):

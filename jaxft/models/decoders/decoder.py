@@ -220,7 +220,7 @@ class Decoder(nnx.Module):
             x, cache = self._one_by_one(x, context, cache, blocks)
             return self.norm(x), cache
         unroll = _unroll(self.cfg.num_layers) if unroll is None else unroll
-        carry = x, None if cache is None else (cache.k, cache.v)
+        carry: tuple[Array, Any] = x, None if cache is None else (cache.k, cache.v)
         for part in layer_scans(self.cfg.layers):
             carry = self._scan(part, carry, context, keys, remat, unroll)
         x, memory = carry

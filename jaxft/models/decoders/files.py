@@ -19,9 +19,10 @@ PREFIX = "model."  # base_model_prefix of the causal language models, and of Jan
 
 
 def check_causal(config: Mapping[str, Any]) -> None:
-    """Raise UserError where config.json states the head of another task, or layers not made here.
+    """Check the head and the layers that a config.json states.
 
-    Those are layers that attend to later tokens, or layers of several sizes.
+    Raises UserError for the head of another task, for layers that attend to later tokens, and for
+    layers of several sizes.
     """
     stated, causal = _stated(config), registry.class_names("decoder")
     if stated and not any(name in causal or name in _bases(causal) for name in stated):
@@ -59,10 +60,11 @@ def open_decoder(spec: str, weights: bool = True) -> Source:
 def as_decoder(source: Source) -> Source:
     """Return the source under its weight table's names, with a config.json that fits its weights.
 
-    transformers 5 reads a base model's tensors, which have no `model.` in front; a tied model of
-    which only the head is stored; and where a tied model's file has another head than its
-    embedding, it uses that head. Older ones tie by the flag alone, so the flag then turns false.
-    Raises UserError for a config.json that is not supported and for an untied model without head.
+    As transformers 5 does, it takes a base model's tensors, which have no `model.` in front, and
+    the head for the table of a tied model whose file has no table. If a tied model's file has a
+    head that differs from its table, transformers 5 uses that head. Older versions tie by the flag
+    alone, so the flag then turns false. Raises UserError for a config.json that is not supported,
+    and for an untied model without head.
     """
     architecture = registry.find(source.config, "decoder")
     cfg, config = architecture.config(source.config, "config.json"), dict(source.config)

@@ -13,7 +13,7 @@ from jaxft.models.decoders.sampling import Sampling, pick
 
 
 class _Loop(NamedTuple):
-    """The carry: tokens made so far, how many, which rows are done, cache, last logits."""
+    """State of the loop: tokens made, their count, finished rows, the cache, the last logits."""
 
     made: Int[Array, "B M"]
     count: Int[Array, ""]
@@ -35,8 +35,8 @@ def generate(
 ) -> tuple[Int[Array, "B M"], Int[Array, " B"]]:
     """Continue left-padded prompts (segment 0 on the padding) by up to `max_new` tokens.
 
-    `keys` holds one PRNG key a row. Returns (tokens [B, max_new], lengths [B]): a row stops at the
-    first of `stop_ids`, which its length counts; past its length a row repeats that id.
+    `keys` holds one PRNG key a row. Returns (tokens [B, max_new], lengths [B]). A row stops at the
+    first of `stop_ids`, which its length counts. Past its length a row repeats that id.
     """
     rows, prompt = tokens.shape
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)

@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p."""
+"""The next token from logits: greedy, temperature, top-k, top-p."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 class Sampling(NamedTuple):
-    """temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+    """Filters of the next token: temperature 0 is greedy, top_k 0 and top_p 1 are off."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -16,10 +16,10 @@ class Sampling(NamedTuple):
 
 
 def pick(logits: Float[Array, "B V"], keys: PRNGKeyArray, how: Sampling) -> Int[Array, " B"]:
-    """One token id a row from fp32 logits; `keys` holds one PRNG key a row.
+    """Return one token id a row from fp32 logits. `keys` holds one PRNG key a row.
 
-    Filters follow transformers' warpers: temperature first, then top-k (ties of the kth stay),
-    then top-p (Holtzman et al. 2020, arXiv:1904.09751; the first token past the mass stays).
+    The order is that of transformers' warpers: temperature, then top-k with all ties of the kth,
+    then top-p with the first token past the mass (Holtzman et al. 2020, arXiv:1904.09751).
     """
     if how.temperature == 0:
         return jnp.argmax(logits, axis=-1)
