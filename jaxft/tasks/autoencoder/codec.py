@@ -33,7 +33,7 @@ class Codec(NamedTuple):
 
     kind: str
     cfg: Any
-    module: Callable[..., VAE | VQModel]
+    module: Callable[..., nnx.Module]
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...]
     reconstruct: Callable[[Any, Array, PRNGKeyArray | None, str], Made]
