@@ -157,7 +157,7 @@ def test_hosts_wait_for_each_others_shares(tmp_path, monkeypatch):
     mine.put("a", {"mean": np.zeros(1, np.float32)})
     monkeypatch.setattr(encoded.jax, "process_count", lambda: 2)
     monkeypatch.setattr(encoded.time, "sleep", nap)
-    encoded._wait_for_others(mine, ["a", "b"])
+    encoded.wait_for_others(mine, ["a", "b"])
     assert len(naps) == 1 and "b" in mine
 
 
@@ -167,7 +167,7 @@ def test_hosts_that_share_no_disk_are_told_so(tmp_path, monkeypatch):
     monkeypatch.setattr(encoded.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(encoded.time, "monotonic", lambda: float(next(clock)))
     with pytest.raises(UserError, match="nothing from the other hosts for 10 minutes: 1 entries"):
-        encoded._wait_for_others(mine, ["a"])
+        encoded.wait_for_others(mine, ["a"])
 
 
 def test_stacking_needs_the_keys_of_one_kind(images):
