@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from transformers import JanusVQVAE
 
 from jaxft import verify
+from jaxft.models import registry
 from jaxft.models.autoencoders import vqgan
 from tests.tiny_autoencoders import make_janus, make_vae, make_vqmodel
 
