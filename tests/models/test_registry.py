@@ -72,5 +72,5 @@ def test_a_package_adds_a_decoder_but_replaces_none(tmp_path, monkeypatch):
 def test_a_type_that_is_no_name_is_refused_too():
     for config in ({"model_type": ["llama"]}, {"model_type": {}}, {}):
         assert registry.find_family(config) is None
-        with pytest.raises(UserError, match="model_type=.* is not supported"):
+        with pytest.raises(UserError, match=r"model_type=.* is not supported"):
             registry.find(config, "decoder")
