@@ -342,7 +342,7 @@ def family_of(spec: str) -> str:
             return "pipeline"
         except UserError:
             pass
-    found = registry.family(_config(path))
+    found = registry.find_family(_config(path))
     return "image_tokens" if (path / FILE).is_file() else found or "decoder"
 
 

@@ -45,22 +45,6 @@ TABLE: dict[str, dict[str, str]] = {
 }
 
 
-def _unchanged(source: Source) -> Source:
-    return source
-
-
-def _nothing(cfg: Any) -> tuple[str, ...]:
-    return ()
-
-
-def _no_sizes(cfg: Any) -> dict[str, int]:
-    return {}
-
-
-def _no_flops(cfg: Any, length: int) -> float:
-    return 0.0
-
-
 class Architecture(NamedTuple):
     """All that the rest of jaxft asks about one architecture. `cfg` is what `config` returns.
 
@@ -78,12 +62,12 @@ class Architecture(NamedTuple):
     config: Callable[[Mapping[str, Any], str], Any]
     module: Callable[..., Any]
     rules: Callable[[Any], tuple[Rule, ...]]
-    sizes: Callable[[Any], Mapping[str, int]] = _no_sizes
-    ignore: Callable[[Any], tuple[str, ...]] = _nothing
-    drop: Callable[[Any], tuple[str, ...]] = _nothing
-    flops: Callable[[Any, int], float] = _no_flops
+    sizes: Callable[[Any], Mapping[str, int]] = lambda cfg: {}
+    ignore: Callable[[Any], tuple[str, ...]] = lambda cfg: ()
+    drop: Callable[[Any], tuple[str, ...]] = lambda cfg: ()
+    flops: Callable[[Any, int], float] = lambda cfg, length: 0.0
     lora: str = ""
-    opened: Callable[[Source], Source] = _unchanged
+    opened: Callable[[Source], Source] = lambda source: source
 
     def part(self, source: Source, cfg: Any) -> Part:
         """Return the part that fills the model's parameters and that an export writes."""
@@ -98,11 +82,10 @@ def find(config: Mapping[str, Any], family: str, where: str = "config.json") -> 
     """
     key = "model_type" if "model_type" in config or family == "decoder" else "_class_name"
     name, known = config.get(key), TABLE[family]
-    if name not in known and family == "decoder":
+    if name not in tuple(known) and family == "decoder":
         known = known | {one.name: one.value for one in entry_points(group=GROUP)}
-    if name not in known:
-        # All of them in their order, or of more the likeliest.
-        near = tuple(known)
+    if name not in tuple(known):  # a tuple, for a name of JSON may be a list
+        near = list(known)
         if len(near) > NEAREST:
             near = difflib.get_close_matches(str(name), near, NEAREST, 0.0)
         raise UserError(
@@ -113,10 +96,10 @@ def find(config: Mapping[str, Any], family: str, where: str = "config.json") -> 
     return getattr(import_module(module), attribute)
 
 
-def family(config: Mapping[str, Any]) -> str | None:
+def find_family(config: Mapping[str, Any]) -> str | None:
     """Return the family of TABLE that has a config.json's model_type or class name, if one has."""
     name = config.get("model_type", config.get("_class_name"))
-    return next((one for one, names in TABLE.items() if name in names), None)
+    return next((one for one, names in TABLE.items() if name in tuple(names)), None)
 
 
 def read_decoder(config: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:

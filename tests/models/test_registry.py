@@ -33,7 +33,7 @@ def test_the_table_has_no_other_names():
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_name_has_its_code(name):
-    family = registry.family(named(name))
+    family = registry.find_family(named(name))
     found = registry.find(named(name), family)
     assert (found.family, found.class_name(named(name))) == (family, CLASSES[name])
 
@@ -67,3 +67,10 @@ def test_a_package_adds_a_decoder_but_replaces_none(tmp_path, monkeypatch):
     assert registry.find({"model_type": "llama"}, "decoder") is llama.ARCHITECTURE
     with pytest.raises(UserError, match=r"model_type='yours'.*smollm3, mine"):
         registry.find({"model_type": "yours"}, "decoder")
+
+
+def test_a_type_that_is_no_name_is_refused_too():
+    for config in ({"model_type": ["llama"]}, {"model_type": {}}, {}):
+        assert registry.find_family(config) is None
+        with pytest.raises(UserError, match=r"model_type=.* is not supported"):
+            registry.find(config, "decoder")

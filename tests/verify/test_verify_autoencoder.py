@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from transformers import JanusVQVAE
 
 from jaxft import verify
+from jaxft.models import registry
 from jaxft.models.autoencoders import vqgan
 from tests.tiny_autoencoders import make_janus, make_vae, make_vqmodel
 
@@ -86,6 +87,6 @@ def test_janus_codes_are_the_stock_search_where_rows_have_unit_length(tmp_path):
 
 
 def test_what_is_an_autoencoder():
-    assert registry.family({"model_type": "janus_vqgan"}) == "autoencoder"
-    assert registry.family({"_class_name": "AutoencoderKL"}) == "autoencoder"
-    assert registry.family({"model_type": "llama"}) != "autoencoder"
+    assert registry.find_family({"model_type": "janus_vqgan"}) == "autoencoder"
+    assert registry.find_family({"_class_name": "AutoencoderKL"}) == "autoencoder"
+    assert registry.find_family({"model_type": "llama"}) != "autoencoder"

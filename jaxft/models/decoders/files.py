@@ -24,8 +24,10 @@ def check_causal(config: Mapping[str, Any]) -> None:
     Raises UserError for the head of another task, for layers that attend to later tokens, and for
     layers of several sizes.
     """
-    stated, causal = _stated(config), registry.class_names("decoder")
-    if stated and not any(name in causal or name in _bases(causal) for name in stated):
+    stated, causal = config.get("architectures") or [], registry.class_names("decoder")
+    stated = stated if isinstance(stated, list) else [stated]
+    known = {*causal, *(name.replace("ForCausalLM", "Model") for name in causal)}
+    if stated and known.isdisjoint(stated):
         raise UserError(
             f"config.json: architectures={stated} is not a causal language model;"
             f" supported are {', '.join(causal)}: give the language model that it was made from"
@@ -40,16 +42,6 @@ def check_causal(config: Mapping[str, Any]) -> None:
             "config.json: per_layer_config is not supported, only layers of one size; give the"
             " model that it was pruned from"
         )
-
-
-def _stated(config: Mapping[str, Any]) -> list[str]:
-    stated = config.get("architectures") or []
-    return stated if isinstance(stated, list) else [stated]
-
-
-def _bases(causal: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the classes without a head."""
-    return tuple(f"{name.removesuffix('ForCausalLM')}Model" for name in causal)
 
 
 def open_decoder(spec: str, weights: bool = True) -> Source:

@@ -147,7 +147,7 @@ def _own_colours(processor: dict[str, Any]) -> dict[str, Any]:
 def is_janus(source: Source) -> bool:
     """Return whether a folder is a Janus, in transformers' layout or the original one."""
     names = source.config.get("architectures") or ()
-    return registry.family(source.config) == "image_tokens" or janus.CLASS_NAME in names
+    return registry.find_family(source.config) == "image_tokens" or janus.CLASS_NAME in names
 
 
 def open_janus(spec: str, source: Source, options: ImageTokenOptions) -> JanusFolder:
