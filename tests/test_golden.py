@@ -43,7 +43,8 @@ def test_the_figures_are_of_this_kind_of_machine():
 )
 def test_the_figures_are_as_stored(workers, name):
     made = workers.run(name).figures
-    assert not golden.differences(STORED["cases"][name], made, EXACT, name)
+    lines = golden.differences(STORED["cases"][name], made, EXACT, name)
+    assert not lines, "\n".join(lines)
 
 
 # ---- the comparison can fail --------------------------------------------------------------------
