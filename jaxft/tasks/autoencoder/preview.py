@@ -30,10 +30,10 @@ class AutoencoderPreview:
 
     def __init__(self, opened: OpenedAutoencoder, data: Data):
         self.opened, self.rows = opened, data.held_out
-        self.kid = KidLite0()
+        self.kid = KidLite0() if self.rows else None
 
     def evaluate(self, params: Params, mesh: Mesh) -> Report:
-        if self.rows is None or self.opened.measure is None:
+        if self.rows is None or self.kid is None or self.opened.measure is None:
             return Report({})
         data = subset(self.rows.images, self.opened.options.eval_examples, self.opened.cfg.seed)
         size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches

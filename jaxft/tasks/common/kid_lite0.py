@@ -12,6 +12,7 @@ from jaxft.core.params import Params, bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
 from jaxft.models.critics import efficientnet
 from jaxft.models.critics.efficientnet import EfficientNetLite0
+from jaxft.nn.pixels import to_float
 from jaxft.tasks.common.image_metrics import kid
 from jaxft.weights import transfer
 from jaxft.weights.files.tensor_files import TensorFiles
@@ -31,7 +32,8 @@ class KidLite0:
         part = Part("", str(folder), TensorFiles.open(folder), rules, efficientnet.SIZES, ignore)
         self.mesh = one_device_mesh()
         places = shardings(leaves, self.mesh)
-        self.params = transfer.load(part, leaves, places, jnp.float32, set(leaves))
+        with jax.set_mesh(self.mesh):  # the run's own may have many devices
+            self.params = transfer.load(part, leaves, places, jnp.float32, set(leaves))
 
     def __call__(
         self, reference: UInt8[np.ndarray, "N Y X 3"], made: UInt8[np.ndarray, "M Y X 3"]
@@ -45,12 +47,11 @@ class KidLite0:
         for first in range(0, len(pictures), ROWS):
             rows = pictures[first : first + ROWS]
             padded = np.concatenate([rows, np.repeat(rows[-1:], ROWS - len(rows), axis=0)])
-            with jax.set_mesh(self.mesh):  # the run's own may have many devices
+            with jax.set_mesh(self.mesh):
                 pooled = self._pooled(self.params, padded)
             parts.append(np.asarray(pooled)[: len(rows)])
         return np.concatenate(parts)
 
     @partial(jax.jit, static_argnums=0)
     def _pooled(self, params: Params, pictures: jax.Array) -> jax.Array:
-        images = pictures.astype(jnp.float32) / 127.5 - 1.0
-        return bind(self.template, params).pooled(images)
+        return bind(self.template, params).pooled(to_float(pictures))

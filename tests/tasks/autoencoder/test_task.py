@@ -240,10 +240,10 @@ def test_losses_that_could_do_nothing(fails, models):
 
 def test_an_adversarial_start_beyond_the_run_is_warned_of(models, images, one_device, capsys):
     late = {"loss.adversarial": 0.5, "loss.adversarial_start": "5_steps"}
-    runs.open_run(make_config(models["vae"], images, late))
+    assert runs.open_run(make_config(models["vae"], images, late)).objective.start == 5
     shown = capsys.readouterr().out
     assert "warning: loss.adversarial_start='5_steps'" in shown and "never train" in shown
-    runs.open_run(make_config(models["vae"], images, {**late, "total": "6_steps"}))
+    assert runs.open_run(make_config(models["vae"], images, {**late, "total": "6_steps"})).objective
     assert "warning" not in capsys.readouterr().out
 
 

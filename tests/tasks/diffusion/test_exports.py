@@ -121,20 +121,24 @@ def drawn(done):
     run, params, step = runs.restore_run(done.work, None)
     assert step == 2
     task, params = run, {path: np.asarray(x) for path, x in params.items()}
-    ids = np.stack([task._tokenize(prompt) for prompt in PROMPTS])
+    ids = np.stack([task.opened.captions(prompt) for prompt in PROMPTS])
     start = noise().transpose(0, 2, 3, 1)
 
     @jax.jit
     def draw(params, sampler):
-        model = bind(task.template, params)
-        text = model.encode_text(ids, dtype=task.dtype)
-        null = jax.tree.map(lambda x: jax.numpy.repeat(x, len(ids), axis=0), task._null(model))
-        cfg, guidance = task.model_cfg, Guidance(GUIDANCE)
+        model = bind(task.opened.template, params)
+        text = model.encode_text(ids, dtype=task.opened.dtype)
+        null = jax.tree.map(
+            lambda x: jax.numpy.repeat(x, len(ids), axis=0), task.objective.null(model)
+        )
+        cfg, guidance = task.opened.model_cfg, Guidance(GUIDANCE)
         return stable_diffusion.generate(
-            model, cfg, text, null, start, sampler, guidance, task.dtype
+            model, cfg, text, null, start, sampler, guidance, task.opened.dtype
         )
 
-    samplers = {name: make(task.model_cfg.schedule, STEPS) for name, make in SAMPLERS.items()}
+    samplers = {
+        name: make(task.opened.model_cfg.schedule, STEPS) for name, make in SAMPLERS.items()
+    }
     return {name: np.asarray(draw(params, one)) / 2 + 0.5 for name, one in samplers.items()}
 
 

@@ -87,17 +87,26 @@ def draw_jax(work, noise):
     """What jaxft draws with a run's averaged weights, in [0, 1]."""
     run, params, step = runs.restore_run(work, None)
     task, params = run, {path: np.asarray(x) for path, x in params.items()}
-    ids = np.stack([task._tokenize(prompt) for prompt in PROMPTS])
+    ids = np.stack([task.opened.captions(prompt) for prompt in PROMPTS])
     assert step == 4
-    sampler = SAMPLERS["ddim"](task.model_cfg.schedule, STEPS)
+    sampler = SAMPLERS["ddim"](task.opened.model_cfg.schedule, STEPS)
 
     @jax.jit
     def draw(params, start):
-        model = bind(task.template, params)
-        text = model.encode_text(ids, dtype=task.dtype)
-        null = jax.tree.map(lambda x: jax.numpy.repeat(x, len(ids), axis=0), task._null(model))
+        model = bind(task.opened.template, params)
+        text = model.encode_text(ids, dtype=task.opened.dtype)
+        null = jax.tree.map(
+            lambda x: jax.numpy.repeat(x, len(ids), axis=0), task.objective.null(model)
+        )
         return stable_diffusion.generate(
-            model, task.model_cfg, text, null, start, sampler, Guidance(GUIDANCE), task.dtype
+            model,
+            task.opened.model_cfg,
+            text,
+            null,
+            start,
+            sampler,
+            Guidance(GUIDANCE),
+            task.opened.dtype,
         )
 
     return np.asarray(draw(params, noise.transpose(0, 2, 3, 1))) / 2 + 0.5

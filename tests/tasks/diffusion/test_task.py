@@ -19,7 +19,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import bind
 from jaxft.core.step import sample_keys
 from jaxft.runs.watch import Watch
-from jaxft.tasks import Request
+from jaxft.tasks import Data, Request
 from jaxft.tasks.diffusion.encoding import Encoders
 from tests import whole as runs
 from tests.interrupted import kill_after, timeless
@@ -438,7 +438,8 @@ def test_bad_pictures_are_left_out_up_to_one_in_a_hundred(fails, opened, tmp_pat
     assert len(run.train) == 99 and run.train.report()["bad"] == 1
     assert run.train.report()["truncated_captions"] == 0 and "tokens, cut" not in run.describe()
     assert "left out 1 bad images" in capfd.readouterr().out
-    Watch(run, tmp_path, total=1, start=0)
+    data = Data(run.train, run.held_out)
+    Watch(run, data, run.objective, run.preview, tmp_path, total=1, start=0)
     line = json.loads((tmp_path / "bad_samples.jsonl").read_text())
     assert line["name"].endswith("07.png") and "decode" in line["error"]
     (tmp_path / "pictures" / "08.png").write_bytes(b"")
