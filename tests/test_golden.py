@@ -10,7 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import golden
-from golden_files import write_tensors
+from golden_figures import differences, tensor_figures
+from safetensors.numpy import save_file
 
 STORED = golden.read_figures()
 HERE = golden.machine()
@@ -43,7 +44,7 @@ def test_the_figures_are_of_this_kind_of_machine():
 )
 def test_the_figures_are_as_stored(workers, name):
     made = workers.run(name).figures
-    lines = golden.differences(STORED["cases"][name], made, EXACT, name)
+    lines = differences(STORED["cases"][name], made, EXACT, name)
     assert not lines, "\n".join(lines)
 
 
@@ -73,7 +74,7 @@ def changed(keys, value):
 
 def test_equal_figures_have_no_difference():
     for exact in (True, False):
-        assert golden.differences(FIGURES, copy.deepcopy(FIGURES), exact) == []
+        assert differences(FIGURES, copy.deepcopy(FIGURES), exact) == []
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -93,7 +94,7 @@ def test_equal_figures_have_no_difference():
     ],
 )
 def test_these_differ_on_every_machine(keys, value, exact):
-    assert len(golden.differences(FIGURES, changed(keys, value), exact)) == 1
+    assert len(differences(FIGURES, changed(keys, value), exact)) == 1
 
 
 @pytest.mark.parametrize(
@@ -107,14 +108,14 @@ def test_these_differ_on_every_machine(keys, value, exact):
     ],
 )
 def test_these_differ_on_the_same_kind_of_machine_alone(keys, value):
-    assert len(golden.differences(FIGURES, changed(keys, value), exact=True)) == 1
-    assert golden.differences(FIGURES, changed(keys, value), exact=False) == []
+    assert len(differences(FIGURES, changed(keys, value), exact=True)) == 1
+    assert differences(FIGURES, changed(keys, value), exact=False) == []
 
 
 def test_a_checksum_covers_names_shapes_and_bytes(tmp_path):
     def checksum(tensors):
-        write_tensors(tmp_path / "a.safetensors", tensors)
-        return golden.tensor_figures(tmp_path / "a.safetensors")
+        save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
+        return tensor_figures(tmp_path / "a.safetensors")
 
     x = np.arange(6, dtype=np.float32)
     whole = {"a": x, "b": 2 * x}

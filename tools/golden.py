@@ -10,11 +10,9 @@ the runs afterwards.
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
 import io
 import json
-import math
 import os
 import platform
 import subprocess
@@ -27,17 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
-import numpy as np
+from golden_figures import differences, folder_figures, losses, picture_figures
 from golden_material import write_material
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "tests" / "golden" / "figures.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "tokenizers", "transformers")
-DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "U8": "u1"}
 PROCESSOR = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
-LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-4  # relative, on another kind of machine
 # Compiling takes a third of the time so. A refactoring that leaves the program as it is leaves
 # these bits too.
 QUICK = {
@@ -150,7 +144,7 @@ def serve(folder: Path) -> None:
         log = io.StringIO()
         try:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                answer = {"figures": run_case(line.strip(), folder)}
+                answer: dict[str, Any] = {"figures": run_case(line.strip(), folder)}
         except Exception:
             answer = {"error": log.getvalue()[-4000:] + traceback.format_exc()}
         answer["cpu_s"] = time.process_time() - began
@@ -173,17 +167,17 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
     flags = [f"--config.{key}={str(value).format(**places)}" for key, value in changes.items()]
     config = ROOT / "configs" / f"{case.config}.py"
     _command(jaxft.train.main, ["--config", str(config), "--workdir", str(run), *flags])
-    exports = _folder_figures(run / "export", folder)
+    exports = folder_figures(run / "export", folder)
     for kind in case.kinds:
         out = run / f"export-{kind}"
         _command(jaxft.export.main, ["--workdir", str(run), "--kind", kind, "--out", str(out)])
-        exports |= {f"{kind}/{key}": value for key, value in _folder_figures(out, folder).items()}
+        exports |= {f"{kind}/{key}": value for key, value in folder_figures(out, folder).items()}
     samples: dict[str, Any] = {}
     if case.sample:
         text = _command(jaxft.sample.main, ["--workdir", str(run), *case.sample])
         samples["printed"] = text.replace(str(folder), "FOLDER")
-    samples |= {file.name: _picture_figures(file) for file in sorted(run.glob("samples/*.png"))}
-    return {"losses": _losses(run / "metrics.jsonl"), "exports": exports, "samples": samples}
+    samples |= {file.name: picture_figures(file) for file in sorted(run.glob("samples/*.png"))}
+    return {"losses": losses(run / "metrics.jsonl"), "exports": exports, "samples": samples}
 
 
 def _command(main: Any, arguments: list[str]) -> str:
@@ -195,59 +189,6 @@ def _command(main: Any, arguments: list[str]) -> str:
     if code:
         raise RuntimeError(f"exit code {code} of {' '.join(arguments)}")
     return printed.getvalue()
-
-
-def _losses(file: Path) -> list[str]:
-    records = [json.loads(line) for line in file.read_text().splitlines()]
-    return [float(record["loss"]).hex() for record in records if "loss" in record]
-
-
-def _folder_figures(out: Path, folder: Path) -> dict[str, Any]:
-    """Return figures of each file below `out`; paths of this machine do not count in texts."""
-    figures: dict[str, Any] = {}
-    for file in sorted(path for path in out.rglob("*") if path.is_file()):
-        name = file.relative_to(out).as_posix()
-        if file.suffix == ".safetensors":
-            figures[name] = tensor_figures(file)
-        else:
-            content = file.read_bytes()
-            for place, word in ((folder, b"FOLDER"), (_demo(), b"DEMO")):
-                content = content.replace(str(place).encode(), word)
-            figures[name] = {"sha256": hashlib.sha256(content).hexdigest()}
-    return figures
-
-
-def _demo() -> Path:
-    """Return the folder of the demo models, wherever it lies in the package."""
-    (file,) = ROOT.rglob("emoji-sd/model_index.json")
-    return file.parent.parent
-
-
-def tensor_figures(file: Path) -> dict[str, Any]:
-    """Return the count, the norm and a checksum of names, dtypes, shapes and bytes of all tensors.
-
-    The header is parsed here: safetensors' NumPy reader has no bfloat16.
-    """
-    content = file.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    header.pop("__metadata__", None)
-    digest, squares = hashlib.sha256(), []
-    for name, info in sorted(header.items()):
-        first, last = (start + offset for offset in info["data_offsets"])
-        raw = content[first:last]
-        digest.update(json.dumps([name, info["dtype"], info["shape"]]).encode() + raw)
-        dtype = ml_dtypes.bfloat16 if info["dtype"] == "BF16" else np.dtype(DTYPES[info["dtype"]])
-        squares.append(float(np.square(np.frombuffer(raw, dtype).astype(np.float64)).sum()))
-    norm = math.sqrt(math.fsum(squares))
-    return {"tensors": len(header), "norm": norm.hex(), "sha256": digest.hexdigest()}
-
-
-def _picture_figures(file: Path) -> dict[str, Any]:
-    with Image.open(file) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    checksum = hashlib.sha256(pixels.tobytes()).hexdigest()
-    return {"shape": list(pixels.shape), "sha256": checksum}
 
 
 # ---- processes ----------------------------------------------------------------------------------
@@ -342,38 +283,6 @@ def machine() -> dict[str, Any]:
         "cores": int(os.environ.get("NPROC", cores or 1)),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-
-
-def differences(stored: Any, made: Any, exact: bool, where: str = "") -> list[str]:
-    """Return a line for each figure that differs; a missing or new one always does.
-
-    exact: compare every bit. Otherwise losses and norms have their tolerance, and checksums and
-    texts are not compared.
-    """
-    if isinstance(stored, Mapping) and isinstance(made, Mapping):
-        lines = [f"{where}: missing {key}" for key in sorted(stored.keys() - made.keys())]
-        lines += [f"{where}: new {key}" for key in sorted(made.keys() - stored.keys())]
-        pairs = [(f"{where}/{key}", stored[key], made[key]) for key in stored if key in made]
-    elif isinstance(stored, list) and isinstance(made, list) and len(stored) == len(made):
-        lines = []
-        pairs = [(f"{where}[{i}]", *pair) for i, pair in enumerate(zip(stored, made, strict=True))]
-    else:
-        return [] if stored == made else _leaf_difference(stored, made, exact, where)
-    return lines + [line for at, a, b in pairs for line in differences(a, b, exact, at)]
-
-
-def _leaf_difference(stored: Any, made: Any, exact: bool, where: str) -> list[str]:
-    name = where.rpartition("/")[2].partition("[")[0]
-    tolerance = {"losses": LOSS_TOLERANCE, "norm": NORM_TOLERANCE}.get(name)
-    if tolerance and isinstance(stored, str) and isinstance(made, str):
-        old, new = float.fromhex(stored), float.fromhex(made)
-        relative = abs(new - old) / abs(old) if old else math.inf
-        if not exact and relative <= tolerance:
-            return []
-        return [f"{where}: stored {old:.9g}, made {new:.9g}, relative {relative:.1e}"]
-    if name in ("sha256", "printed") and not exact:
-        return []
-    return [f"{where}: stored {stored!r}, made {made!r}"]
 
 
 def read_figures() -> dict[str, Any]:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from golden_files import write_json, write_tensors
-from golden_pictures import write_pipeline, write_vq
+from golden_pictures import write_json, write_pipeline, write_vq
 from PIL import Image
+from safetensors.numpy import save_file
 
 SPECIAL = ("<s>", "</s>", "<pad>")
 VOCAB = 264  # 256 bytes, the special tokens, and rows that no token has
@@ -78,7 +78,7 @@ def _write_decoder(folder: Path, config: Mapping[str, Any]) -> None:
     tensors = {
         name: _draw(rng, name, shape) for name, shape in sorted(_decoder_shapes(config).items())
     }
-    write_tensors(folder / "model.safetensors", tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def _decoder_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from golden_files import write_json, write_tensors
+from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS, TIME, TEXT = (16, 32), 64, 32  # channels of the UNet's two levels, and its conditioning
@@ -185,7 +185,7 @@ def _write_model(folder: Path, config: Mapping[str, Any], shapes: Shapes, stem: 
     write_json(folder / "config.json", config)
     rng = np.random.default_rng(3)
     tensors = {name: _draw(rng, name, shape) for name, shape in sorted(shapes.items())}
-    write_tensors(folder / f"{stem}.safetensors", tensors)
+    save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
 
 
 def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -195,3 +195,8 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nda
         return (0.1 * drawn + float("norm" in name and name.endswith("weight"))).astype(np.float32)
     fan_in = 1.0 if "embed" in name and len(shape) == 2 else np.prod(shape[1:])
     return (drawn / np.sqrt(fan_in)).astype(np.float32)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a readable JSON file."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
