@@ -10,14 +10,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import attention
+from jaxft.kernels.loops import unrolls, unstacks
 from jaxft.models.decoders.llama_config import LlamaConfig
 from jaxft.nn import rope
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.norm import RMSNorm
 from jaxft.weights.rules import Rule
 
-APART = 2**30  # bytes of layers that decoding may hold a second time
-FEW = 8  # layers that a CPU's step is compiled for one by one
 UNLIMITED = 2**30  # the window of a full-attention layer among windowed ones
 
 
@@ -261,7 +260,7 @@ class Llama(nnx.Module):
         On a CPU such a loop reads them in place: from a stack it copies each layer for each token.
         """
         size = sum(x.nbytes for x in jax.tree.leaves(self.layers))
-        if jax.default_backend() != "cpu" or size > APART:
+        if not unstacks(size):
             return ()
         layers = range(self.cfg.num_layers)
         return tuple(jax.tree.map(lambda x, i=i: x[i], self.layers) for i in layers)
@@ -295,7 +294,8 @@ class Llama(nnx.Module):
         unroll: int | None,
     ) -> tuple[Array, Cache | None]:
         same, varying = _per_layer_inputs(self.cfg)
-        unroll = _unroll(self.cfg.num_layers) if unroll is None else unroll
+        if unroll is None:
+            unroll = 0 if unrolls(self.cfg.num_layers) else 1
 
         def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
             block, arrays = xs
@@ -363,11 +363,6 @@ def _per_layer_inputs(cfg: LlamaConfig) -> tuple[Layer, dict[str, Array]]:
         windows = [UNLIMITED if window is None else window for window in cfg.windows]
         varying["window"] = jnp.array(windows, jnp.int32)
     return Layer(varying["index"][0], cfg.rotary[0], cfg.windows[0]), varying
-
-
-def _unroll(layers: int) -> int:
-    """On a CPU a loop copies each layer's weights, and stacks what its backward pass reads."""
-    return int(jax.default_backend() != "cpu" or layers > FEW)
 
 
 REMAT = {
