@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.core.errors import UserError
-from jaxft.noise.process import offset_noise, squared_error
 from jaxft.noise.samplers import SAMPLERS, Sampler
 from jaxft.noise.schedule import Schedule
 
@@ -82,23 +81,3 @@ class DDPM:
         if name not in SAMPLERS:
             raise UserError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
         return SAMPLERS[name](self.schedule, steps)
-
-
-# The process of today's one caller, function by function.
-__all__ = ["offset_noise", "squared_error"]
-
-
-def draw_timesteps(keys: PRNGKeyArray, schedule: Schedule) -> Int[Array, "B"]:
-    return DDPM(schedule).draw_times(keys, ())
-
-
-def add_noise(schedule: Schedule, x0: Array, noise: Array, t: Array) -> Array:
-    return DDPM(schedule).add_noise(x0, noise, t)
-
-
-def target(schedule: Schedule, x0: Array, noise: Array, t: Array) -> Array:
-    return DDPM(schedule).target(x0, noise, t)
-
-
-def min_snr_weights(schedule: Schedule, t: Array, gamma: float) -> Array:
-    return DDPM(schedule, gamma).weights(t)

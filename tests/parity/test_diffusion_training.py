@@ -16,7 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.sharding import local_rows, place_batch
 from jaxft.core.step import sample_keys
-from jaxft.noise.ddpm import draw_timesteps, offset_noise
+from jaxft.noise.process import offset_noise
 from jaxft.runs import run as runs
 from jaxft.tasks.diffusion import task as diffusion
 from jaxft.weights import transfer
@@ -148,7 +148,7 @@ def draws(run, step, batch):
     return (
         to_torch(diffusion._normal(stream(diffusion.LATENT), shape)),
         to_torch(noise),
-        torch.tensor(np.array(draw_timesteps(stream(diffusion.TIME), run.task.model_cfg.schedule))),
+        torch.tensor(np.array(run.task.process.draw_times(stream(diffusion.TIME), shape[:2]))),
         torch.tensor(np.array(uniform < options.caption_dropout)),
     )
 

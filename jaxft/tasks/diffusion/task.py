@@ -39,7 +39,8 @@ from jaxft.models.pipelines.stable_diffusion import (
     zeroed,
 )
 from jaxft.nn import lora
-from jaxft.noise import ddpm as noise_algebra
+from jaxft.noise.ddpm import DDPM
+from jaxft.noise.process import NoiseProcess, offset_noise, squared_error
 from jaxft.noise.samplers import SAMPLERS
 from jaxft.tasks import Look, Report, Request
 from jaxft.tasks.common.kid_lite0 import KidLite0
@@ -86,6 +87,7 @@ class Diffusion:
         _check(options, self.model_cfg)
         new = inversion.names(options.inversion)
         self.model_cfg = inversion.extended(self.model_cfg, len(new))
+        self.process: NoiseProcess = DDPM(self.model_cfg.schedule, options.min_snr_gamma)
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.remat = runtime.resolve_remat(cfg.remat)
         self.template = jax.eval_shape(self.build, jax.random.key(0))
@@ -230,12 +232,12 @@ class Diffusion:
         self, model: StableDiffusion, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
         """The squared error of the prediction, each row by its min-SNR and prior weight."""
-        schedule, options = self.model_cfg.schedule, self.options
+        options = self.options
         latents = self._latents(model, batch, stream(keys, LATENT))
         noise = _normal(stream(keys, NOISE), latents.shape[1:])
         if options.noise_offset:
-            noise = noise_algebra.offset_noise(stream(keys, OFFSET), noise, options.noise_offset)
-        t = noise_algebra.draw_timesteps(stream(keys, TIME), schedule)
+            noise = offset_noise(stream(keys, OFFSET), noise, options.noise_offset)
+        t = self.process.draw_times(stream(keys, TIME), latents.shape[1:3])
         adapter = stream(keys, ADAPTER) if self.cfg.lora.dropout else None
         text = self._text(model, batch, adapter)
         cfg, share = self.model_cfg, options.caption_dropout
@@ -246,8 +248,7 @@ class Diffusion:
             text = drop_captions(text, self._null(model), dropped)
             seen = picture_inputs.drop_sources(cfg, seen, drawn, share)
         errors = self._errors(model, batch, latents, noise, t, text, seen, adapter)
-        if options.min_snr_gamma:
-            errors *= noise_algebra.min_snr_weights(schedule, t, options.min_snr_gamma)
+        errors *= self.process.weights(t)
         return (jnp.sum(errors * batch["weights"]), jnp.sum(batch["weights"])), {}
 
     def _errors(
@@ -262,13 +263,12 @@ class Diffusion:
         keys: jax.Array | None,
     ) -> jax.Array:
         """Each row's own mean squared error at timestep `t`."""
-        schedule = self.model_cfg.schedule
-        noisy = noise_algebra.add_noise(schedule, latents, noise, t)
+        noisy = self.process.add_noise(latents, noise, t)
         out = model.predict(
             noisy, t, text, batch["time_ids"],
             dtype=self.dtype, seen=seen, keys=keys, remat=self.remat,
         )  # fmt: skip
-        return noise_algebra.squared_error(out, noise_algebra.target(schedule, latents, noise, t))
+        return squared_error(out, self.process.target(latents, noise, t))
 
     def _latents(self, model: StableDiffusion, batch: Batch, keys: Any) -> jax.Array:
         """Scaled latents, fp32: drawn where there are `keys`, else the posterior's mode."""
@@ -303,7 +303,8 @@ class Diffusion:
             sums += np.asarray(self._bins(params, place_batch(batch, mesh)))
         errors = sums / len(data)
         metrics = {"loss": float(np.mean(errors))}
-        metrics |= {f"loss_t{t}": float(e) for t, e in zip(self._times(), errors, strict=True)}
+        times = self.process.evaluation_times(BINS)
+        metrics |= {f"loss_t{t}": float(e) for t, e in zip(times, errors, strict=True)}
         if not self.options.eval_generated:
             return Report(metrics)
         chosen = subset(self.eval_set, self.options.eval_generated, self.cfg.seed).ids
@@ -316,10 +317,6 @@ class Diffusion:
             metrics["kid-lite0"] = self.kid(wanted, made)
         columns = {"given": picture_inputs.shown(given), "target": wanted}
         return Report(metrics, pictures={"held-out": self.compared.sheet(captions, columns, made)})
-
-    def _times(self) -> np.ndarray:
-        steps = self.model_cfg.schedule.train_steps
-        return ((np.arange(BINS) + 0.5) * steps / BINS).astype(np.int32)
 
     @partial(jax.jit, static_argnums=0)
     def _bins(self, params: Params, batch: Batch) -> jax.Array:
@@ -337,7 +334,8 @@ class Diffusion:
             errors = self._errors(model, batch, latents, noise, t, text, seen, None)
             return jnp.sum(errors * (rows > 0))
 
-        return jax.lax.map(at, (jnp.arange(BINS), jnp.asarray(self._times())))
+        times = jnp.asarray(self.process.evaluation_times(BINS))
+        return jax.lax.map(at, (jnp.arange(BINS), times))
 
     def sample(self, params: Params) -> Look:
         prompts = list(self.options.sample.prompts)
@@ -391,11 +389,11 @@ class Diffusion:
         size = (side, side) if seen is None else seen.shape[1:3]
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(request.seed)))(places)
         noise = _normal(keys, (*size, cfg.unet.out_channels))
-        make = SAMPLERS[request.sampler or options.sampler]
+        name, steps = request.sampler or options.sampler, request.steps or options.steps
         scale = options.guidance if request.guidance is None else request.guidance
         image = options.image_guidance if request.image_guidance is None else request.image_guidance
         images = stable_diffusion.generate(
-            model, cfg, text, null, noise, make(cfg.schedule, request.steps or options.steps),
+            model, cfg, text, null, noise, self.process.sampler(name, steps, size),
             Guidance(scale, options.rescale, image), self.dtype, seen,
         )  # fmt: skip
         pixels = jnp.round((images + 1.0) * 127.5).astype(jnp.uint8)
