@@ -68,8 +68,7 @@ def device(mesh: Any = None) -> Device:
     if found is None:
         chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
         found = jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
-    platform = "gpu" if found.platform in ("cuda", "rocm") else found.platform
-    return Device(platform, found.device_kind)
+    return Device(found.platform, found.device_kind)
 
 
 def compiler_options(mesh: Any = None, loop: bool = False) -> dict[str, str] | None:
@@ -186,10 +185,14 @@ def resolve_remat(name: str, mesh: Any = None) -> str:
 
 
 def describe_devices(mesh: Any = None) -> str:
-    """Return a phrase such as "8 x cpu" or "1 x NVIDIA H200", of a mesh or of all devices."""
+    """Return a phrase such as "8 x cpu" or "1 x NVIDIA H200".
+
+    mesh: as in `device`. Without a mesh all devices count.
+    """
     import jax
 
-    return f"{jax.device_count() if mesh is None else mesh.size} x {device(mesh).kind}"
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return f"{mesh.size or jax.device_count()} x {device(mesh).kind}"
 
 
 def manifest(mesh: Any, data: dict) -> dict:

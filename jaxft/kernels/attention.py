@@ -48,7 +48,7 @@ def attention(
     if window is not None and not causal:
         raise ValueError("window needs causal=True: it counts keys before the query")
     if (q_segments is None) != (kv_segments is None):
-        raise ValueError("kv_segments needs q_segments: a query sees the keys of its own segment")
+        raise ValueError("kv_segments needs q_segments: attention stays within a segment")
     aligned = q.shape[1] == k.shape[1]
     in_order = causal and aligned and q_positions is None
     if in_order and q_segments is None and not isinstance(window, jax.Array) and cudnn_takes(q):

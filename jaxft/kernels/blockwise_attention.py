@@ -22,7 +22,7 @@ CPU_SCORES, ACCELERATOR_SCORES = 2**25, 2**28
 SMALLEST_BLOCK = 16  # queries
 BLOCK_MULTIPLE = 8  # queries, a TPU's sublanes
 CAUSAL_SPANS, SMALLEST_SPAN = 3, 32  # 3 spans of causal queries need 2/3 of the products
-MASKED = -1e30  # added to scores; finite, so that a query without keys stays finite
+MASKED = -1e30  # added to scores. Finite, so that a query without keys stays finite
 
 
 class KeysValues(NamedTuple):
@@ -45,7 +45,7 @@ class Span(NamedTuple):
 
 
 class Blocking(NamedTuple):
-    """What is static: the kind of mask, the factor on scores, and how queries are cut."""
+    """Static settings: the kind of mask, the factor on scores, and the spans of queries."""
 
     causal: bool
     scale: float

@@ -89,7 +89,7 @@ class Conv(nnx.Module):
     def convolve(
         self, x: Float[Array, "B Y X C"], kernel: Float[Array, "size size C F"]
     ) -> Float[Array, "B Y2 X2 F"]:
-        """Return x convolved with another kernel, at this layer's stride and padding; no bias."""
+        """Return x convolved with another kernel, at this layer's stride and padding, no bias."""
         # Gathered where it is used: left to itself XLA (jax 0.10) shards the channels over the axis
         # of the batch, and in the loop over micro-batches it then mixes up the batch's rows.
         kernel = constrain(kernel.astype(x.dtype), *REPLICATED_KERNEL)

@@ -1,4 +1,4 @@
-"""The only projection of the project, with the slot that a LoRA adapter fits in; embeddings."""
+"""The only projection of the project, with the slot of a LoRA adapter, and the embedding."""
 
 from typing import NamedTuple
 
@@ -81,7 +81,7 @@ class Linear(nnx.Module):
         return jnp.concatenate([x, low.astype(x.dtype)], axis=-1)  # [..., D + r]
 
     def wide_kernel(self) -> Float[Array, "E F"]:
-        """Return the kernel [D, F], concatenated with its adapter's B to [D + r, F]; no bias."""
+        """Return the kernel [D, F], concatenated with its adapter's B to [D + r, F]."""
         kernel: Array = self.kernel[...]
         if self.lora_b is None:
             return kernel

@@ -54,6 +54,7 @@ def test_the_device_is_that_of_the_mesh_in_use():
         assert runtime.device() == ("gpu", "NVIDIA H200")
         assert runtime.device(make_mesh()) == here, "a mesh at hand comes before the one in use"
         mesh = jax.sharding.get_abstract_mesh()
+        assert runtime.describe_devices() == "8 x NVIDIA H200"
     assert runtime.device(mesh) == ("gpu", "NVIDIA H200") and runtime.device() == here
     assert runtime.describe_devices(mesh) == "8 x NVIDIA H200"
     assert runtime.describe_devices() == "8 x cpu"
@@ -67,7 +68,7 @@ def test_a_mesh_of_topology_devices_is_a_mesh():
     """jax.experimental.topologies gives devices without a client, of any platform."""
 
     class TopologyDevice:
-        platform, device_kind, id, process_index = "cuda", "NVIDIA H200", 0, 0
+        platform, device_kind, id, process_index = "gpu", "NVIDIA H200", 0, 0
         client = None
 
     mesh = jax.sharding.Mesh(np.array([TopologyDevice()]).reshape(1, 1, 1), AXES)

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from math import exp, inf
 
 import jax
@@ -62,6 +63,8 @@ PROCESSES: dict[str, NoiseProcess] = {
     "shifted flow": RectifiedFlow(3.0),
     "flow by tokens": RectifiedFlow(by_tokens=True),
 }
+# The compiler's own optimisations are most of the time of these tests.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 MEMBERS = [name for name in vars(NoiseProcess) if not name.startswith("_")]
 
 
@@ -108,7 +111,7 @@ def test_a_perfect_denoiser_has_no_loss_and_another_has_gradients(name):
     rows = jnp.broadcast_to(x0, (64, 4, 6, 3))
     perfect = knowing(process, x0)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     @jax.value_and_grad
     def scaled(factor):
         return loss(process, lambda x, t: factor * perfect(x, t), rows, keys)
@@ -121,7 +124,10 @@ def test_a_perfect_denoiser_has_no_loss_and_another_has_gradients(name):
 def test_a_perfect_denoiser_samples_its_image(name):
     process, x0 = PROCESSES[name], normal(1, 4, 6, 3)
     sampler = process.sampler("euler", 10, x0.shape[1:3])
-    made = denoise(knowing(process, x0), normal(5, 4, 6, 3, seed=1), sampler)
+    draw = jax.jit(
+        lambda noise: denoise(knowing(process, x0), noise, sampler), compiler_options=QUICK
+    )
+    made = draw(normal(5, 4, 6, 3, seed=1))
     np.testing.assert_allclose(made, jnp.broadcast_to(x0, made.shape), atol=2e-3)
 
 
