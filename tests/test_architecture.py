@@ -128,6 +128,21 @@ def test_oracles_stay_out_of_the_run_time(path):
         assert name.split(".")[0] not in {"tests", "tools", "configs"}, f"{path} imports {name}"
 
 
+DEVICE_ROOMS = ("kernels", "core", "runs")  # `runs` writes its devices into records
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_device_is_asked_in_one_function(path):
+    """`core.runtime.device` reads it from the mesh in use; only kernels/ choose by it."""
+    tree = ast.parse(path.read_text())
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    if path != PACKAGE / "core" / "runtime.py":
+        asked = attributes & {"default_backend", "abstract_device", "default_device"}
+        assert not asked, f"{path} reads {asked}; ask jaxft.core.runtime.device"
+    asks = "jaxft.core.runtime.device" in imports(path) or "runtime.device(" in path.read_text()
+    assert not asks or room(path) in DEVICE_ROOMS, f"{path} chooses by device outside kernels/"
+
+
 def test_no_inheritance_beyond_modules_and_records():
     allowed = {"Module", "NamedTuple", "Protocol", "ValueError", "Generic"}
     for path in FILES:

@@ -124,7 +124,7 @@ def _open(
     import jax
 
     from jaxft.core.sharding import local_rows
-    from jaxft.runs import run as runs
+    from tests import whole as runs
 
     changes = {
         "model": str(folder),
@@ -171,7 +171,6 @@ def _first_draws(run: Any, batch: dict) -> dict[str, Any]:
 
     from jaxft.core.step import sample_keys
     from jaxft.models.autoencoders import vae
-    from jaxft.noise.ddpm import draw_timesteps
     from jaxft.objectives.denoising import LATENT, NOISE, TIME
 
     cfg, keys = run.opened.model_cfg, sample_keys(run.cfg.seed, 0, batch["sample_ids"])
@@ -181,10 +180,11 @@ def _first_draws(run: Any, batch: dict) -> dict[str, Any]:
 
     drawn = vae.sample(vae.Moments(batch["mean"], batch["logvar"]), stream(LATENT))
     noise = jax.vmap(partial(jax.random.normal, shape=drawn.shape[1:]))(stream(NOISE))
+    times = run.opened.process.draw_times(stream(TIME), drawn.shape[1:3])
     return {
         "latents": np.moveaxis(np.asarray(cfg.vae.scale(drawn)), -1, 1),
         "noise": np.moveaxis(np.asarray(noise), -1, 1),
-        "timesteps": np.asarray(draw_timesteps(stream(TIME), cfg.schedule)).astype(np.int64),
+        "timesteps": np.asarray(times).astype(np.int64),
         "context": np.asarray(batch["context"], np.float32),
     }
 

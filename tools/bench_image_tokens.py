@@ -74,7 +74,7 @@ def _compare_drawing(args: argparse.Namespace, folder: Path, work: Path) -> dict
     """The codes of one picture at temperature 0, with guidance; the same ones on all sides."""
     import jax
 
-    from jaxft.runs import run as runs
+    from tests import whole as runs
     from jaxft.tasks import Request
 
     run = _open(args, folder, work, 1)
@@ -140,7 +140,7 @@ def _compare_training(args: argparse.Namespace, folder: Path, work: Path) -> dic
     import jax
 
     from jaxft.core.sharding import local_rows
-    from jaxft.runs import run as runs
+    from tests import whole as runs
 
     run = _open(args, folder, work, args.batch)
     with jax.set_mesh(run.mesh):

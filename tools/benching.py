@@ -57,7 +57,7 @@ def start(gpu: bool) -> None:
 def open_run(name: str, changes: Mapping[str, Any]) -> Any:
     """The run of configs/NAME.py with these keys; no step of it moves a weight."""
     from jaxft.core.config import load_config
-    from jaxft.runs import run as runs
+    from tests import whole as runs
     from jaxft.tasks import OPTIONS
 
     still = {**changes, "data.eval": "", "export.kind": "none", **STILL_OPTIM}
@@ -76,7 +76,7 @@ def jaxft_contestants(
     import jax.numpy as jnp
 
     from jaxft.core.sharding import place_batch
-    from jaxft.runs import run as runs
+    from tests import whole as runs
 
     plan = runs.make_plan(run)
     with jax.set_mesh(run.mesh):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-from published import Row, language_models  # noqa: E402
-from published_pipelines import pipelines  # noqa: E402
+from tests.published import Row, language_models  # noqa: E402
+from tests.published_pipelines import pipelines  # noqa: E402
 
 PAGE_TEXT = """# Published checkpoints
 

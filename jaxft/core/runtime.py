@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxft.core.errors import UserError
 
@@ -47,14 +47,36 @@ def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     return 0
 
 
-def compiler_options(platform: str | None = None, loop: bool = False) -> dict[str, str] | None:
-    """What XLA is told beside the program, for this platform or the default one.
+class Device(NamedTuple):
+    """Platform ("cpu", "gpu" or "tpu") and kind, such as "NVIDIA H200" or "TPU v5 lite"."""
 
-    loop: the program repeats small products many times, as decoding of a small model does.
+    platform: str
+    kind: str
+
+
+def device(mesh: Any = None) -> Device:
+    """Return the device that a program is traced for: the one place that asks.
+
+    mesh: concrete or abstract. By default the mesh in use answers, so that a step may be traced
+    here for devices of another machine. Without a mesh, as in a user's plain call of a model, jax's
+    default device answers.
     """
     import jax
 
-    if (platform or jax.default_backend()) != "cpu":
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    found = mesh.abstract_mesh.abstract_device
+    if found is None:
+        chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+        found = jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
+    return Device(found.platform, found.device_kind)
+
+
+def compiler_options(mesh: Any = None, loop: bool = False) -> dict[str, str] | None:
+    """Return options for XLA, by the platform of this mesh, or of the mesh in use.
+
+    loop: the program repeats small products many times, as decoding of a small model does.
+    """
+    if device(mesh).platform != "cpu":
         return None
     return CPU_LOOP_OPTIONS if loop else CPU_OPTIONS
 
@@ -140,30 +162,37 @@ def start() -> None:
         ) from None
 
 
-def resolve_dtype(name: str) -> Any:
-    """A jnp dtype by name; "auto" is bfloat16 where the hardware has it, float32 on a CPU."""
-    import jax
+def resolve_dtype(name: str, mesh: Any = None) -> Any:
+    """Return a jnp dtype by name. "auto" is float32 on a CPU and bfloat16 on other devices.
+
+    mesh: as in `device`.
+    """
     import jax.numpy as jnp
 
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if device(mesh).platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
-def resolve_remat(name: str) -> str:
-    """ "auto" is no rematerialisation on a CPU and "dots" elsewhere."""
-    import jax
+def resolve_remat(name: str, mesh: Any = None) -> str:
+    """Return a remat policy by name. "auto" is "none" on a CPU and "dots" on other devices.
 
+    mesh: as in `device`.
+    """
     if name == "auto":
-        return "none" if jax.default_backend() == "cpu" else "dots"
+        return "none" if device(mesh).platform == "cpu" else "dots"
     return name
 
 
-def describe_devices() -> str:
-    """Such as "8 x cpu" or "1 x NVIDIA H200"."""
+def describe_devices(mesh: Any = None) -> str:
+    """Return a phrase such as "8 x cpu" or "1 x NVIDIA H200".
+
+    mesh: as in `device`. Without a mesh all devices count.
+    """
     import jax
 
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return f"{mesh.size or jax.device_count()} x {device(mesh).kind}"
 
 
 def manifest(mesh: Any, data: dict) -> dict:
@@ -174,7 +203,7 @@ def manifest(mesh: Any, data: dict) -> dict:
     return {
         "versions": {name: _version(name) for name in names},
         "python": platform.python_version(),
-        "devices": describe_devices(),
+        "devices": describe_devices(mesh),
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

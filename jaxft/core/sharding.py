@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf
+from jaxft.core.runtime import device
 
 AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -37,7 +38,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
     if prod(sizes) != count:
         raise UserError(
             f"mesh {asked} needs {prod(sizes)} devices, but {count} are here"
-            f" ({jax.default_backend()}); set one of mesh.data, mesh.fsdp, mesh.tensor to -1"
+            f" ({device().platform}); set one of mesh.data, mesh.fsdp, mesh.tensor to -1"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 

@@ -123,7 +123,7 @@ def make_step(
 
     # Inputs come as they were placed; outputs are named, else the second step compiles again.
     places = (shardings, replicated(mesh))
-    options = compiler_options(mesh.devices.flat[0].platform)
+    options = compiler_options(mesh)
     return jax.jit(train_step, out_shardings=places, donate_argnums=0, compiler_options=options)
 
 

@@ -1,1 +1,1 @@
-"""Kernels: the only room that asks which device it is, a reference beside every tuned path."""
+"""Kernels: the only room that chooses by device, with a reference beside each tuned path."""

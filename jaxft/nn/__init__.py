@@ -1,1 +1,1 @@
-"""What models are made of."""
+"""Parts of models: modules with their parameters, and the LoRA slot."""

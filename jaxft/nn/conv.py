@@ -11,24 +11,19 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import constrain
+from jaxft.kernels.conv import Padding, convolve
 from jaxft.nn.linear import Adapter, Linear, dropout
 from jaxft.nn.norm import GroupNorm
 
-Padding = tuple[tuple[int, int], tuple[int, int]]
+# Logical axes of a kernel [y, x, in, out]: one channel dim over fsdp, or none where it is 3 or 4.
+SHARDED_KERNEL = (None, None, None, "embed")
+REPLICATED_KERNEL = (None, None, None, None)
 
-# Logical axes of a kernel (y, x, in, out): one channel dim over fsdp, or none where it is 3 or 4.
-SHARDED = (None, None, None, "embed")
-WHOLE = (None, None, None, None)
-
-# From so many channels on, XLA:CPU is faster with a matrix product than with its own convolution:
-# two times at 640 channels, mostly in the gradients; at 64 it is three times slower.
-WIDE = 128
-
-# What a stride-2 convolution pads: the UNet's on all sides, the VAE's bottom and right alone.
+# Padding of a stride-2 convolution: the UNet pads all sides, the VAE bottom and right alone.
 ALL_SIDES: Padding = ((1, 1), (1, 1))
 BOTTOM_RIGHT: Padding = ((0, 1), (0, 1))
 
-# What the backward pass finds of a block's forward pass; the rest is computed again.
+# Policies for what a block's forward pass saves for the backward pass. It recomputes the rest.
 REMAT = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -39,12 +34,12 @@ REMAT = {
 
 
 class Conv(nnx.Module):
-    """y = x * W + b (cross-correlation); with an adapter also + scale * (x * A) B.
+    """Convolution y = x * W + b (cross-correlation), and with an adapter + scale * (x * A) B.
 
-    Shapes: x (B, Y, X, in) -> (B, Y', X', out). `padding` is ((top, bottom), (left, right)), or one
-    number for all sides. The adapter's A is a convolution of the same size, stride and padding to
-    r channels, its B a 1x1 one, as PEFT and kohya have it. Initialised as torch's Conv2d, but for
-    the bias, which is zero.
+    x [B, Y, X, in] -> y [B, Y2, X2, out]. W [size, size, in, out]. `padding` is ((top, bottom),
+    (left, right)), or one number for all sides. The adapter's A [size, size, in, r] is a
+    convolution of the same stride and padding, its B [r, out] a 1x1 one, as in PEFT and kohya. W is
+    initialised as torch's Conv2d, b is zero.
     """
 
     def __init__(
@@ -57,7 +52,7 @@ class Conv(nnx.Module):
         stride: int = 1,
         padding: int | Padding = 0,
         bias: bool = True,
-        axes: tuple[str | None, ...] = SHARDED,
+        axes: tuple[str | None, ...] = SHARDED_KERNEL,
     ):
         shape = (size, size, in_channels, out_channels)
         bound = (size * size * in_channels) ** -0.5
@@ -76,52 +71,36 @@ class Conv(nnx.Module):
     def __call__(
         self, x: Float[Array, "B Y X C"], keys: PRNGKeyArray | None = None
     ) -> Float[Array, "B Y2 X2 F"]:
-        """`keys`, one a row of x, turn the adapter's dropout on; without them there is none."""
+        """Return y in x's dtype.
+
+        keys: one PRNG key for each row of x turns the adapter's dropout on. The default is none.
+        """
         # By this name a remat policy can keep what no policy for matrix products would.
         y = checkpoint_name(self.convolve(x, self.kernel[...]), "conv")
         if self.lora_a is not None and self.lora_b is not None:
-            y = y + self._adapted(x, self.lora_a[...], self.lora_b[...], keys)
+            if keys is not None and self.adapter.dropout > 0:
+                x = dropout(x, keys, self.adapter)
+            low = self.convolve(x, self.lora_a[...])  # [B, Y2, X2, r]
+            y = y + self.adapter.scale * jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y
 
-    def convolve(self, x: Array, kernel: Array) -> Array:
-        """x with another kernel, at this layer's stride and padding; no bias."""
-        wide = x.shape[-1] >= WIDE and jax.default_backend() == "cpu"
-        convolve = _by_columns if wide else _direct
+    def convolve(
+        self, x: Float[Array, "B Y X C"], kernel: Float[Array, "size size C F"]
+    ) -> Float[Array, "B Y2 X2 F"]:
+        """Return x convolved with another kernel, at this layer's stride and padding, no bias."""
         # Gathered where it is used: left to itself XLA (jax 0.10) shards the channels over the axis
-        # that the batch lies on, and in the loop over micro-batches then mixes up the batch's rows.
-        kernel = constrain(kernel.astype(x.dtype), *WHOLE)
+        # of the batch, and in the loop over micro-batches it then mixes up the batch's rows.
+        kernel = constrain(kernel.astype(x.dtype), *REPLICATED_KERNEL)
         return convolve(x, kernel, self.stride, self.padding)
-
-    def _adapted(self, x: Array, a: Array, b: Array, keys: PRNGKeyArray | None) -> Array:
-        if keys is not None and self.adapter.dropout > 0:
-            x = dropout(x, keys, self.adapter)
-        return self.adapter.scale * jnp.tensordot(self.convolve(x, a), b.astype(x.dtype), 1)
-
-
-def _direct(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    layout = ("NHWC", "HWIO", "NHWC")
-    strides = (stride, stride)
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
-
-
-def _by_columns(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """One matrix product with what the kernel sees at each place (im2col)."""
-    size, out = kernel.shape[0], kernel.shape[-1]
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    y, width = ((side - size) // stride + 1 for side in padded.shape[1:3])
-    taps = [
-        padded[:, i : i + stride * (y - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
-        for i in range(size)
-        for j in range(size)
-    ]
-    columns = jnp.concatenate(taps, axis=-1)
-    return jnp.tensordot(columns, kernel.reshape(-1, out), 1)
 
 
 class Downsample(nnx.Module):
-    """Half the size by a 3x3 convolution of stride 2; ALL_SIDES rounds up, BOTTOM_RIGHT down."""
+    """3x3 convolution of stride 2, which halves height and width.
+
+    With padding ALL_SIDES odd sizes are rounded up, with BOTTOM_RIGHT down.
+    """
 
     def __init__(self, channels: int, padding: Padding, *, key: PRNGKeyArray):
         self.conv = Conv(channels, channels, 3, key=key, stride=2, padding=padding)
@@ -133,7 +112,10 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Twice the size by repetition, cut to `size` (Y, X) where that is odd; then a 3x3 conv."""
+    """Nearest-neighbour upsampling to twice the size, followed by a 3x3 convolution.
+
+    `size` (Y, X) crops in between, to reach odd sizes.
+    """
 
     def __init__(self, channels: int, *, key: PRNGKeyArray):
         self.conv = Conv(channels, channels, 3, key=key, padding=1)
@@ -144,22 +126,18 @@ class Upsample(nnx.Module):
         size: tuple[int, int] | None = None,
         keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "B Y2 X2 C"]:
-        x = upsample_nearest(x)
+        b, y, width, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (b, y, 2, width, 2, c))  # pixels repeated
+        x = x.reshape(b, 2 * y, 2 * width, c)  # [B, 2 Y, 2 X, C]
         return self.conv(x if size is None else x[:, : size[0], : size[1]], keys)
 
 
-def upsample_nearest(x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 C"]:
-    """Every pixel twice in both directions."""
-    b, y, width, c = x.shape
-    twice = jnp.broadcast_to(x[:, :, None, :, None], (b, y, 2, width, 2, c))
-    return twice.reshape(b, 2 * y, 2 * width, c)
-
-
 class ResnetBlock(nnx.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + time))); a 1x1 conv on x where the widths differ.
+    """Residual block x + conv(silu(norm(conv(silu(norm(x))) + time))).
 
-    `time_dim` is the width of the time embedding that __call__ takes; None (the VAE's) is none.
-    diffusers' ResnetBlock2D, whose names it carries.
+    Where input and output channels differ, a 1x1 convolution is applied to x first. `time_dim` is
+    the width of the time embedding that __call__ takes. It is None in a VAE, which has none.
+    diffusers' ResnetBlock2D, with its names.
     """
 
     def __init__(
@@ -198,9 +176,10 @@ class ResnetBlock(nnx.Module):
 
 
 def runner(remat: str) -> Callable[..., Array]:
-    """Calls a block on activations, keeping for the backward pass what `remat` names.
+    """Return a function that calls a block on activations and saves what `remat` names.
 
-    UserError where that is neither "none" nor of REMAT.
+    The result is constrained to the batch's sharding. Raises UserError where `remat` is neither
+    "none" nor a key of REMAT.
     """
     if remat != "none" and remat not in REMAT:
         known = ", ".join(("auto", "none", *REMAT))
@@ -213,10 +192,10 @@ def runner(remat: str) -> Callable[..., Array]:
 
 
 def dense(inputs: int, outputs: int, *, key: PRNGKeyArray, bias: bool = True) -> Linear:
-    """A plain (in) -> (out) projection, fsdp over its input, with the spread of torch's Linear."""
+    """Return a projection [in, out], fsdp over its input, initialised as wide as torch's Linear."""
     return Linear((inputs,), (outputs,), ("embed", "mlp"), key=key, bias=bias, std=spread(inputs))
 
 
 def spread(inputs: int) -> float:
-    """The standard deviation of torch's initial weights, uniform within 1 / sqrt(inputs)."""
+    """Return the standard deviation of torch's weights, uniform within 1 / sqrt(inputs)."""
     return (3 * inputs) ** -0.5

@@ -1,17 +1,21 @@
-"""The only projection of the project, with the slot that a LoRA adapter fits in."""
+"""The only projection of the project, with the slot of a LoRA adapter, and the embedding."""
 
-from functools import partial
-from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxft.kernels.matmul import matmul
 
 
 class Adapter(NamedTuple):
-    """How an adapter acts: scale (alpha / r), dropout on its input, and its own RNG stream."""
+    """Settings of one adapter.
+
+    scale: alpha / r. dropout: the share of its input that is dropped. stream: folded into the PRNG
+    keys, so that two adapters drop differently.
+    """
 
     scale: float
     dropout: float = 0.0
@@ -19,9 +23,10 @@ class Adapter(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """y = x W + b over the trailing `in_shape` dims; with an adapter also + scale * (x A) B.
+    """Projection y = x W + b, and with an adapter + scale * (x A) B.
 
-    Shapes: x (..., *in_shape) -> (..., *out_shape). `axes` are the logical axes of both.
+    x [..., *in_shape] -> y [..., *out_shape]. W [*in_shape, *out_shape], A [*in_shape, r],
+    B [r, *out_shape], b [*out_shape]. `axes` are the logical axes of W.
     LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
     """
 
@@ -49,10 +54,14 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "..."], keys: PRNGKeyArray | None = None
     ) -> Float[Array, "..."]:
-        """`keys`, one a row of x, turn the adapter's dropout on; without them there is none."""
-        y: Array = contract(x, self.kernel[...].astype(x.dtype), self.inputs)
+        """Return y in x's dtype.
+
+        keys: one PRNG key for each row of x turns the adapter's dropout on. The default is none.
+        """
+        y: Array = matmul(x, self.kernel[...].astype(x.dtype), self.inputs)
         if self.lora_a is not None and self.lora_b is not None:
-            y = y + self._adapted(x, keys, self.lora_a[...], self.lora_b[...])
+            low = self._low(x, keys)
+            y = y + self.adapter.scale * jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y
@@ -60,67 +69,39 @@ class Linear(nnx.Module):
     def wide_input(
         self, x: Float[Array, "... D"], keys: PRNGKeyArray | None = None
     ) -> Float[Array, "... E"]:
-        """Return x with its adapter's scale * (x A) beside it, for a product with `wide_kernel`.
+        """Return x [..., D], concatenated with scale * (x A), for a product with `wide_kernel`.
 
-        `keys` as in `__call__`: dropout acts on the adapter's input alone. This is for callers
-        that multiply by the kernel elsewhere. An adapter that is added to a bf16 kernel is rounded
-        away until it is large: its steps are far below the kernel's last bit.
+        Without an adapter it is x. keys: as in `__call__`. Dropout acts on the adapter's input
+        alone. This is for callers that multiply by the kernel elsewhere. An adapter that is added
+        to a bf16 kernel is rounded away: its steps are far below the kernel's last bit.
         """
         if self.lora_a is None:
             return x
-        inputs = x
-        if keys is not None and self.adapter.dropout > 0:
-            inputs = dropout(x, keys, self.adapter)
-        low = jnp.tensordot(inputs, self.lora_a[...].astype(x.dtype), self.inputs)
-        return jnp.concatenate([x, (self.adapter.scale * low).astype(x.dtype)], axis=-1)
+        low = self.adapter.scale * self._low(x, keys)
+        return jnp.concatenate([x, low.astype(x.dtype)], axis=-1)  # [..., D + r]
 
     def wide_kernel(self) -> Float[Array, "E F"]:
-        """The kernel with its adapter's B below it; the bias is not in it."""
+        """Return the kernel [D, F], concatenated with its adapter's B to [D + r, F]."""
         kernel: Array = self.kernel[...]
         if self.lora_b is None:
             return kernel
         return jnp.concatenate([kernel, self.lora_b[...].astype(kernel.dtype)])
 
-    def _adapted(self, x: Array, keys: PRNGKeyArray | None, a: Array, b: Array) -> Array:
+    def _low(self, x: Array, keys: PRNGKeyArray | None) -> Float[Array, "... r"]:
+        """Return x A, with dropout where there are keys."""
+        assert self.lora_a is not None
         if keys is not None and self.adapter.dropout > 0:
             x = dropout(x, keys, self.adapter)
-        low = jnp.tensordot(x, a.astype(x.dtype), self.inputs)
-        return self.adapter.scale * jnp.tensordot(low, b.astype(x.dtype), 1)
+        return jnp.tensordot(x, self.lora_a[...].astype(x.dtype), self.inputs)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def contract(x: Array, kernel: Array, inputs: int) -> Any:
-    """tensordot(x, kernel, inputs), with gradients whose operands XLA:CPU writes in one piece.
+def dropout(
+    x: Float[Array, "B ..."], keys: PRNGKeyArray, adapter: Adapter
+) -> Float[Array, "B ..."]:
+    """Drop elements of x and scale the others up (inverted dropout).
 
-    Left alone it fuses the activation's derivative into a transposing copy for the kernel's
-    gradient: strided reads, ten times the time of the copy alone. On an accelerator this is
-    tensordot and its usual gradients.
+    keys: one a row. A row's mask depends on its own key, and not on its batch or mesh.
     """
-    return jnp.tensordot(x, kernel, inputs)
-
-
-def _contract_forward(x: Array, kernel: Array, inputs: int) -> tuple[Array, tuple[Array, Array]]:
-    return jnp.tensordot(x, kernel, inputs), (x, kernel)
-
-
-def _contract_backward(inputs: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    if jax.default_backend() == "cpu":
-        x, dy = jax.lax.optimization_barrier(x), jax.lax.optimization_barrier(dy)
-    outs, rows = kernel.ndim - inputs, x.ndim - inputs
-    dims = tuple(range(dy.ndim - outs, dy.ndim)), tuple(range(inputs, kernel.ndim))
-    dx = jax.lax.dot_general(dy, kernel, (dims, ((), ())))
-    # Matrices, since of these alone XLA:CPU's products read a transposed one as it lies.
-    x, dy = x.reshape(prod(x.shape[:rows]), -1), dy.reshape(prod(x.shape[:rows]), -1)
-    dkernel = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
-    return dx, dkernel.reshape(kernel.shape)
-
-
-contract.defvjp(_contract_forward, _contract_backward)
-
-
-def dropout(x: Array, keys: PRNGKeyArray, adapter: Adapter) -> Array:
-    """Inverted dropout whose mask depends on a row's own key only, not on its batch or mesh."""
     keep = 1.0 - adapter.dropout
 
     def kept(key: PRNGKeyArray) -> Array:
@@ -130,22 +111,24 @@ def dropout(x: Array, keys: PRNGKeyArray, adapter: Adapter) -> Array:
 
 
 class Embedding(nnx.Module):
-    """A table of row vectors: token ids (...) -> (..., D)."""
+    """Table of row vectors [rows, D]: token ids [...] -> [..., D]."""
 
     def __init__(self, rows: int, dim: int, *, key: PRNGKeyArray, std: float = 0.02):
         table = std * jax.random.normal(key, (rows, dim))
         self.embedding = nnx.Param(table, axes=("vocab", "embed"))
 
-    def __call__(self, ids: Array, dtype: jnp.dtype | None = None) -> Array:
+    def __call__(
+        self, ids: Int[Array, "..."], dtype: jnp.dtype | None = None
+    ) -> Float[Array, "... D"]:
         table = self.embedding[...]
         return gather_rows(table if dtype is None else table.astype(dtype), ids)
 
 
-def gather_rows(table: Array, ids: Array) -> Array:
-    """table[ids] with the table made whole over its columns first.
+def gather_rows(table: Float[Array, "V D"], ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Return table[ids], from a table that is replicated first.
 
-    Indexing a table sharded over both dims makes XLA rematerialise it ("Involuntary full
-    rematerialization"); gathering it once is one all-gather.
+    Where a table is sharded over both dims, indexing makes XLA rematerialise it ("Involuntary full
+    rematerialization"). Replicating costs one all-gather.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:

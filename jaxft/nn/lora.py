@@ -19,15 +19,16 @@ from jaxft.nn.linear import Adapter, Linear
 
 
 def scale(cfg: Lora) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
+    """Return alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
     return cfg.alpha / (sqrt(cfg.rank) if cfg.rslora else cfg.rank)
 
 
 def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
-    """Give every projection whose path `cfg.targets` matches whole an adapter; rank 0 adds none.
+    """Add an adapter to each projection of which `cfg.targets` matches the whole path.
 
-    A starts Kaiming-uniform (a = sqrt 5) and B zero, as PEFT's do; both are fp32 and keep the
-    leading "layers" dim of their kernel. Zero matches raise, listing all projections.
+    Rank 0 adds none. A is Kaiming-uniform (a = sqrt 5) and B zero, as in PEFT. Both are fp32 and
+    keep the leading "layers" dim of their kernel. Raises UserError where nothing matches, with a
+    list of all projections.
     """
     if cfg.rank == 0:
         return
@@ -48,12 +49,13 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
 
 
 def projections(model: nnx.Module) -> dict[str, Linear | Conv]:
-    """Every Linear and Conv by dotted path."""
+    """Return every Linear and Conv by dotted path."""
     found = sorted((".".join(map(str, path)), m) for path, m in nnx.iter_modules(model))
     return {path: m for path, m in found if isinstance(m, Linear | Conv)}
 
 
 def _attach(linear: Any, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
+    """Add A [*lead, *ins, r] and B [*lead, r, *outs] to a kernel [*lead, *ins, *outs]."""
     axes = linear.kernel.get_metadata()["axes"]
     shape, n = linear.kernel.shape, linear.inputs
     lead = shape[: len(shape) - len(axes)]
@@ -67,10 +69,13 @@ def _attach(linear: Any, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
 
 
 def adapted(paths: Mapping) -> list[str]:
-    """The projections that carry an adapter, from parameter paths."""
+    """Return the paths of projections with an adapter, from the paths of parameters."""
     return [path.removesuffix(".lora_a") for path in paths if path.endswith(".lora_a")]
 
 
 def delta(a: np.ndarray, b: np.ndarray, factor: float) -> np.ndarray:
-    """factor * A B of one layer in fp32, shaped as its kernel (a convolution's too)."""
+    """Return factor * A B of one layer in fp32, in the shape of its kernel.
+
+    a: [*ins, r], of a convolution [size, size, in, r]. b: [r, *outs].
+    """
     return factor * np.tensordot(a.astype(np.float32), b.astype(np.float32), 1)

@@ -1,4 +1,4 @@
-"""Normalisation layers; statistics always in fp32."""
+"""Normalisation layers. Their statistics are always fp32."""
 
 from functools import partial
 
@@ -9,9 +9,10 @@ from jaxtyping import Array, Float
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last dim, cast to x's dtype before the scale, as Llama does.
+    """Root mean square norm x / rms(x) * scale over the last dim.
 
-    Zhang & Sennrich 2019, arXiv:1910.07467; the order of the cast is transformers' LlamaRMSNorm.
+    It casts to x's dtype before the scale, as transformers' LlamaRMSNorm does.
+    Zhang & Sennrich 2019, arXiv:1910.07467.
     """
 
     def __init__(self, dim: int, *, eps: float):
@@ -30,7 +31,7 @@ def _rms(x: Array, scale: Array, eps: float) -> Array:
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(var + eps) * scale + bias over the last dim, all of it in fp32."""
+    """Layer norm (x - mean) / sqrt(var + eps) * scale + bias over the last dim, all in fp32."""
 
     def __init__(self, dim: int, *, eps: float):
         self.scale = nnx.Param(jnp.ones((dim,)), axes=("norm",))
@@ -38,12 +39,19 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        normed = _standardised(x.astype(jnp.float32), (-1,), self.eps)
+        # In two passes: E[x^2] - E[x]^2 cancels where the mean is large.
+        centred = x.astype(jnp.float32)
+        centred = centred - jnp.mean(centred, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.eps)
         return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class GroupNorm(nnx.Module):
-    """As LayerNorm, over the pixels and the channels of each group (Wu & He, arXiv:1803.08494)."""
+    """Group norm: as LayerNorm, over the pixels and the channels of each group.
+
+    Wu & He 2018, arXiv:1803.08494.
+    """
 
     def __init__(self, channels: int, *, groups: int, eps: float):
         self.scale = nnx.Param(jnp.ones((channels,)), axes=("norm",))
@@ -57,17 +65,11 @@ class GroupNorm(nnx.Module):
         return (centred * (spread * self.scale[...]) + self.bias[...]).astype(x.dtype)
 
     def _mean(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B 1 1 C"]:
-        """Each channel's group's mean; over the pixels first, which keeps whole rows of channels.
+        """Return for each channel the mean of its group.
 
-        On a CPU this is 8 times as fast as one mean over pixels and channels of a group.
+        The mean over pixels comes first: on a CPU that is 8 times as fast as one mean over pixels
+        and channels of a group.
         """
-        channels = jnp.mean(x, axis=(1, 2)).reshape(len(x), self.groups, -1)
+        channels = jnp.mean(x, axis=(1, 2)).reshape(len(x), self.groups, -1)  # [B, groups, .]
         means = jnp.broadcast_to(jnp.mean(channels, axis=-1, keepdims=True), channels.shape)
-        return means.reshape(len(x), 1, 1, -1)
-
-
-def _standardised(x: Array, over: tuple[int, ...], eps: float) -> Array:
-    """Zero mean, unit variance in two passes: E[x^2] - E[x]^2 cancels where the mean is big."""
-    centred = x - jnp.mean(x, axis=over, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=over, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + eps)
+        return means.reshape(len(x), 1, 1, -1)  # [B, 1, 1, C]

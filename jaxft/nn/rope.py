@@ -12,22 +12,22 @@ from jaxtyping import Array, Float, Int
 from jaxft.core.errors import UserError
 
 SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-# Numbers of a rope dict. null is another default where transformers computes one.
+# Keys of a rope dict that are numbers. Some may be null, where transformers computes a default.
 ORIGINAL = "original_max_position_embeddings"
 NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
-FROM_LENGTHS = ("yarn", "longrope")  # their factor may be the ratio of two lengths
+FROM_LENGTHS = ("yarn", "longrope")  # a null factor is the ratio of two lengths
 OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 class Ntk(NamedTuple):
-    """`dynamic`: beyond `limit` positions the base grows with the batch's longest row."""
+    """Setting of `dynamic`: beyond `limit` positions the base grows with the longest row."""
 
     limit: int
     factor: float
 
 
 class Long(NamedTuple):
-    """`longrope`: the frequencies of a batch that goes beyond `limit` positions."""
+    """Setting of `longrope`: the frequencies of a batch that goes beyond `limit` positions."""
 
     limit: int
     inv_freq: tuple[float, ...]
@@ -42,12 +42,13 @@ class Rope(NamedTuple):
 
 
 def from_hf(config: Mapping[str, Any], head_dim: int, default_theta: float = 10000.0) -> Rope:
-    """The rotation a config.json asks for, in the dialect of transformers 4 or of 5.
+    """Return the rotation of a config.json, in the dialect of transformers 4 or of 5.
 
     transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`. Where a
-    file holds both, `rope_scaling` describes the scaling and the theta inside the chosen dict wins
-    over the one outside, as transformers 5 reads it. Formulas: transformers modeling_rope_utils.
+    file holds both, `rope_scaling` describes the scaling, and a theta inside the chosen dict comes
+    before the one outside, as in transformers 5.
     Raises UserError for a rope type that is not supported or that lacks a key.
+    Formulas: transformers' modeling_rope_utils.
     """
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, dict):
@@ -89,9 +90,9 @@ def _check_numbers(kind: str, rope: Mapping[str, Any]) -> None:
 
 
 def frequencies(rope: Rope, positions: Int[Array, "B T"]) -> Float[Array, " half"]:
-    """The frequencies of a batch: for some kinds they depend on its largest position.
+    """Return the frequencies of a batch. For some kinds they depend on its largest position.
 
-    A row's padding counts, where it has positions, as it does in transformers.
+    Padding counts where it has positions, as in transformers.
     """
     inv_freq = jnp.array(rope.inv_freq)
     if rope.beyond is None:
@@ -109,7 +110,7 @@ def frequencies(rope: Rope, positions: Int[Array, "B T"]) -> Float[Array, " half
 def cos_sin(
     positions: Int[Array, "B T"], inv_freq: Float[Array, " half"], scale: float = 1.0
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """cos and sin of every position's angles, fp32 whatever the activations are."""
+    """Return cos and sin of the angles at each position, times `scale`, always fp32."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq, jnp.float32)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
@@ -117,18 +118,21 @@ def cos_sin(
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T N H"]:
-    """Rotate dims (i, i + H/2) of each head together, in fp32 (Su et al. 2021, arXiv:2104.09864).
+    """Rotate dims (i, i + H/2) of each head together, in fp32.
 
-    This half-split pairing is that of Hugging Face files; Meta's files pair (2i, 2i + 1).
+    Hugging Face files pair dims this way, Meta's files pair (2i, 2i + 1).
+    Su et al. 2021, arXiv:2104.09864.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, T, N, half]
+    cos, sin = cos[..., None, :], sin[..., None, :]  # [B, T, 1, half]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
 
 def _scaled(kind: str, rope: Mapping[str, Any], head_dim: int) -> Rope:
-    periods = _periods(rope["rope_theta"], head_dim)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    # theta^(2i/H). The power in fp64, rounded once, is nearest to torch's in fp32.
+    periods = np.power(float(rope["rope_theta"]), exponents.astype(np.float64)).astype(np.float32)
     inv_freq, scale, beyond = np.float32(1) / periods, 1.0, None
     if kind == "dynamic":
         beyond = Ntk(rope["longest"], rope["factor"])
@@ -147,14 +151,11 @@ def _floats(inv_freq: np.ndarray) -> tuple[float, ...]:
     return tuple(float(f) for f in inv_freq.astype(np.float32))
 
 
-def _periods(theta: float, head_dim: int) -> np.ndarray:
-    """theta^(2i/H): the power in fp64, rounded once, is nearest to torch's fp32 one."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return np.power(float(theta), exponents.astype(np.float64)).astype(np.float32)
-
-
 def _llama3(inv_freq: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:
-    """Llama 3.1: long waves slowed by `factor`, short ones kept, a linear blend between."""
+    """Return Llama 3.1's frequencies: long waves slowed by `factor`, short ones kept.
+
+    Those between are a linear blend.
+    """
     factor, low, high = (rope[k] for k in ("factor", "low_freq_factor", "high_freq_factor"))
     wavelength = 2 * np.float32(math.pi) / inv_freq
     blend = (rope[ORIGINAL] / wavelength - low) / (high - low)
@@ -164,7 +165,7 @@ def _llama3(inv_freq: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:
 
 
 def _yarn(periods: np.ndarray, rope: Mapping[str, Any], dim: int) -> tuple[np.ndarray, float]:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): NTK-by-parts and the attention factor."""
+    """Return NTK-by-parts frequencies and attention factor of YaRN (Peng et al., 2309.00071)."""
     original, factor = rope[ORIGINAL], rope["factor"] or rope["longest"] / rope[ORIGINAL]
 
     def boundary(rotations: float) -> float:
@@ -182,7 +183,10 @@ def _yarn(periods: np.ndarray, rope: Mapping[str, Any], dim: int) -> tuple[np.nd
 
 
 def _longrope(periods: np.ndarray, rope: Mapping[str, Any]) -> tuple[np.ndarray, Long, float]:
-    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): a divisor for each frequency, in two sets."""
+    """Return short and long frequencies and the attention factor of LongRoPE.
+
+    The file has a divisor for each frequency, in two sets. Ding et al. 2024, arXiv:2402.13753.
+    """
     sets = []
     for key in ("short_factor", "long_factor"):
         factors = rope[key]

@@ -1,1 +1,1 @@
-"""Noise processes: times, noising, targets, weights, and the samplers that undo them."""
+"""Noise processes: times, noise, targets and weights of training, and samplers."""

@@ -1,4 +1,4 @@
-"""Samplers: DDIM, Euler and DPM-Solver++ as tables of coefficients that one `lax.scan` reads.
+"""Samplers: DDIM, Euler and DPM-Solver++ as tables of coefficients for one `lax.scan`.
 
 The tables are computed in fp64 on the host, with diffusers' rounding and final values.
 """
@@ -13,16 +13,19 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft.core.errors import UserError
-from jaxft.noise.ddpm import FILE, Schedule
+from jaxft.noise.schedule import FILE, Schedule
 
 TINY = 2.0**-24  # diffusers' last alpha_bar in place of 0, so that its sigma is finite
 
 
 class Step(NamedTuple):
-    """One sampler step, or all of them (steps,): every sampler is linear in what it has.
+    """Coefficients of one sampler step, or of all of them [steps].
 
-    The model sees `model_x` x at `timestep` and answers `out`;
-    x0 = x0_x x + x0_out out, clipped;  x <- x_x x + x_out out + x_x0 x0 + x_before x0_before.
+    Every sampler is linear in the latents x, the model's output and the last two estimates of x0:
+
+        out = model(model_x x, timestep)
+        x0  = x0_x x + x0_out out, clipped
+        x  <- x_x x + x_out out + x_x0 x0 + x_before x0_of_the_step_before
     """
 
     timestep: Any
@@ -36,7 +39,7 @@ class Step(NamedTuple):
 
 
 class Sampler(NamedTuple):
-    """A table of steps (fp32), what unit noise starts with, and the bound on x0 (often inf)."""
+    """Table of steps (fp32), the factor on the first unit noise, the bound on x0 (often inf)."""
 
     steps: Step
     start: Any
@@ -46,7 +49,7 @@ class Sampler(NamedTuple):
 def take_step(
     step: Step, clip: Array, x: Array, out: Array, before: Array
 ) -> tuple[Float[Array, "B Y X C"], Float[Array, "B Y X C"]]:
-    """The next x, and this step's estimate of x0, which the next step takes as `before`."""
+    """Return the next x, and this step's estimate of x0, which the next step takes as `before`."""
     x0 = jnp.clip(step.x0_x * x + step.x0_out * out, -clip, clip)
     return step.x_x * x + step.x_out * out + step.x_x0 * x0 + step.x_before * before, x0
 
@@ -54,7 +57,11 @@ def take_step(
 def denoise(
     model: Callable[[Array, Array], Array], noise: Float[Array, "B Y X C"], sampler: Sampler
 ) -> Float[Array, "B Y X C"]:
-    """Latents from unit noise; `model(x, t)` predicts as the schedule says, t a fp32 scalar."""
+    """Return latents sampled from unit noise.
+
+    model: called with latents [B, Y, X, C] and a time, a fp32 scalar of the noise process. Returns
+    its prediction, shaped as the latents.
+    """
     x = sampler.start * noise.astype(jnp.float32)
 
     def body(carry: tuple[Array, Array], step: Step) -> tuple[tuple[Array, Array], None]:
@@ -72,9 +79,11 @@ def guide(
     guidance: float | Array,
     rescale: float | Array = 0.0,
 ) -> Float[Array, "B Y X C"]:
-    """Classifier-free guidance (Ho & Salimans 2022, 2207.12598), its contrast partly undone.
+    """Return the output of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
 
-    `rescale` in [0, 1] mixes in the guided output at cond's standard deviation: Lin et al., 3.4.
+    guidance: 1 is the conditional output alone. rescale: in [0, 1], the share of the guided output
+    that is brought to cond's standard deviation, against too much contrast (Lin et al. 2023,
+    arXiv:2305.08891, section 3.4).
     """
     uncond, cond = uncond.astype(jnp.float32), cond.astype(jnp.float32)
     return _rescaled(uncond + guidance * (cond - uncond), cond, rescale)
@@ -88,9 +97,10 @@ def guide_edit(
     image_guidance: float | Array,
     rescale: float | Array = 0.0,
 ) -> Float[Array, "B Y X C"]:
-    """Guidance by a source picture, then by the text: InstructPix2Pix (2211.09800), eq. 3.
+    """Return the output of guidance by a source picture and by the text.
 
-    `image` saw the picture alone, `cond` the text as well, `uncond` neither.
+    uncond, image, cond: outputs without conditioning, with the picture alone, and with both.
+    rescale: as in `guide`. InstructPix2Pix (Brooks et al. 2022, arXiv:2211.09800), eq. 3.
     """
     uncond, image, cond = (x.astype(jnp.float32) for x in (uncond, image, cond))
     guided = uncond + image_guidance * (image - uncond) + guidance * (cond - image)
@@ -105,7 +115,7 @@ def _rescaled(guided: Array, cond: Array, rescale: float | Array) -> Array:
 
 
 def ddim(schedule: Schedule, steps: int) -> Sampler:
-    """Deterministic DDIM: Song et al. 2020, arXiv:2010.02502, eq. 12 with sigma = 0."""
+    """Return deterministic DDIM: Song et al. 2020, arXiv:2010.02502, eq. 12 with sigma = 0."""
     times = _times(schedule, steps, schedule.spacing or "leading", extra=0)
     t = times.round().astype(int)
     before, bar = t - schedule.train_steps // steps, schedule.alphas_bar
@@ -122,7 +132,10 @@ def ddim(schedule: Schedule, steps: int) -> Sampler:
 
 
 def euler(schedule: Schedule, steps: int) -> Sampler:
-    """Euler's method on x0 + sigma noise: Karras et al. 2022, arXiv:2206.00364, Algorithm 1."""
+    """Return Euler's method on x0 + sigma noise.
+
+    Karras et al. 2022, arXiv:2206.00364, Algorithm 1.
+    """
     spacing = schedule.spacing or "linspace"
     times = _times(schedule, steps, spacing, extra=0)
     sigma = _sigmas(schedule, times)
@@ -136,7 +149,7 @@ def euler(schedule: Schedule, steps: int) -> Sampler:
 
 
 def dpm_solver(schedule: Schedule, steps: int) -> Sampler:
-    """DPM-Solver++(2M), midpoint: Lu et al. 2022, arXiv:2211.01095, Algorithm 2."""
+    """Return DPM-Solver++(2M), midpoint: Lu et al. 2022, arXiv:2211.01095, Algorithm 2."""
     times = _times(schedule, steps, schedule.spacing or "linspace", extra=1).round()
     sigma = _sigmas(schedule, times)
     now, ratio = sigma[:-1], sigma[1:] / sigma[:-1]
@@ -170,9 +183,10 @@ def _sampler(table: Step, start: float, clip: float) -> Sampler:
 
 
 def _times(schedule: Schedule, steps: int, spacing: str, extra: int) -> np.ndarray:
-    """The timesteps of a run, descending: Lin et al., table 2, with diffusers' rounding.
+    """Return the timesteps of a sampler, descending: Lin et al., table 2, with diffusers' rounding.
 
-    DPM++ spaces leading and linspace as for one step more (`extra`), of which it leaves out t = 0.
+    extra: DPM++ spaces "leading" and "linspace" as for one step more, and leaves out t = 0. Raises
+    UserError for more steps than training had.
     """
     count = schedule.train_steps
     if not 1 <= steps <= count:
@@ -193,7 +207,10 @@ def _times(schedule: Schedule, steps: int, spacing: str, extra: int) -> np.ndarr
 
 
 def _sigmas(schedule: Schedule, times: np.ndarray) -> np.ndarray:
-    """Noise over signal at each time, and after the last step: (steps + 1,)."""
+    """Return noise over signal at each time and after the last step, fp64 [steps + 1].
+
+    Raises UserError for a schedule that Euler and DPM++ do not support.
+    """
     if schedule.bent:
         raise UserError(
             f"{FILE}: {', '.join(schedule.bent)} is not supported by this sampler;"
@@ -206,7 +223,7 @@ def _sigmas(schedule: Schedule, times: np.ndarray) -> np.ndarray:
 
 
 def _x0_of_sigma_space(schedule: Schedule, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x0 = first * x + second * out where x = x0 + sigma noise."""
+    """Return the factors of x and of the model's output in x0, where x = x0 + sigma noise."""
     if schedule.prediction == "epsilon":
         return np.ones_like(sigma), -sigma
     return 1.0 / (sigma**2 + 1.0), -sigma / np.sqrt(sigma**2 + 1.0)

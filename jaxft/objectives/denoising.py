@@ -22,7 +22,7 @@ from jaxft.models.pipelines.stable_diffusion import (
     zeroed,
 )
 from jaxft.nn.pixels import to_float
-from jaxft.noise import ddpm as noise_algebra
+from jaxft.noise.process import NoiseProcess, offset_noise, squared_error
 
 # Streams of a row's own key.
 LATENT, NOISE, TIME, DROP, OFFSET, ADAPTER, PICTURE = range(7)
@@ -30,19 +30,19 @@ LATENT, NOISE, TIME, DROP, OFFSET, ADAPTER, PICTURE = range(7)
 
 @dataclass(frozen=True, eq=False)
 class Denoising:
-    """Epsilon or v-prediction of a latent diffusion model.
+    """Prediction of what a noise process asks of a latent diffusion model.
 
     empty_ids: int32 [E, T], the token ids of the empty caption. dropout: adapters draw a mask.
     image_flops: of a forward pass, an image.
     """
 
     cfg: PipelineConfig
+    process: NoiseProcess
     dtype: Any
     remat: str
     empty_ids: np.ndarray
     caption_dropout: float = 0.0
     noise_offset: float = 0.0
-    min_snr_gamma: float = 0.0
     dropout: bool = False
     image_flops: float = 0.0
     unit: ClassVar[str] = "images"
@@ -58,13 +58,13 @@ class Denoising:
     def loss(
         self, model: StableDiffusion, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
-        """Return the squared errors, summed by min-SNR and prior weights, and the latter's sum."""
-        cfg, schedule, share = self.cfg, self.cfg.schedule, self.caption_dropout
+        """Return the sum of weighted squared errors, and the sum of the rows' own weights."""
+        cfg, share = self.cfg, self.caption_dropout
         latents = self.latents(model, batch, stream(keys, LATENT))
         noise = normal(stream(keys, NOISE), latents.shape[1:])
         if self.noise_offset:
-            noise = noise_algebra.offset_noise(stream(keys, OFFSET), noise, self.noise_offset)
-        t = noise_algebra.draw_timesteps(stream(keys, TIME), schedule)
+            noise = offset_noise(stream(keys, OFFSET), noise, self.noise_offset)
+        t = self.process.draw_times(stream(keys, TIME), latents.shape[1:3])
         adapter = stream(keys, ADAPTER) if self.dropout else None
         text = self.text(model, batch, adapter)
         extra = conditioning.condition(model, cfg, batch, stream(keys, PICTURE), self.dtype)
@@ -74,8 +74,7 @@ class Denoising:
             text = drop_captions(text, self.null(model), dropped)
             extra = conditioning.drop_sources(cfg, extra, drawn, share)
         errors = self.errors(model, batch, latents, noise, t, text, extra, adapter)
-        if self.min_snr_gamma:
-            errors *= noise_algebra.min_snr_weights(schedule, t, self.min_snr_gamma)
+        errors *= self.process.weights(t)
         return (jnp.sum(errors * batch["weights"]), jnp.sum(batch["weights"])), {}
 
     def errors(
@@ -90,13 +89,12 @@ class Denoising:
         keys: jax.Array | None,
     ) -> jax.Array:
         """Return the mean squared error of each row [B] at timestep `t`."""
-        schedule = self.cfg.schedule
-        noisy = noise_algebra.add_noise(schedule, latents, noise, t)
+        noisy = self.process.add_noise(latents, noise, t)
         out = model.predict(
             noisy, t, text, batch["time_ids"],
             dtype=self.dtype, seen=extra, keys=keys, remat=self.remat,
         )  # fmt: skip
-        return noise_algebra.squared_error(out, noise_algebra.target(schedule, latents, noise, t))
+        return squared_error(out, self.process.target(latents, noise, t))
 
     def latents(self, model: StableDiffusion, batch: Batch, keys: Any) -> jax.Array:
         """Return scaled latents, fp32: sampled with `keys`, else the mode of the posterior."""

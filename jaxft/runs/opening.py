@@ -45,7 +45,8 @@ def open_run(config: Mapping[str, Any]) -> Run:
     _check_batch(cfg, mesh)
     if cfg.export.kind not in (kinds := (*task.writers, "none")):
         raise UserError(f"export.kind={cfg.export.kind!r} is not one of {', '.join(kinds)}")
-    opened = task.open(cfg)
+    with jax.set_mesh(mesh):  # "auto" resolves by the devices of the run
+        opened = task.open(cfg)
     leaves = describe(opened.template)
     adds = any(re.fullmatch(ADDED, path) for path in leaves)
     pattern = opened.cfg.trainable or (ADDED if adds else ".*")

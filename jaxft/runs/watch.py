@@ -52,7 +52,7 @@ class Watch:
         self.primary = jax.process_index() == 0
         self.writer = MetricWriter(workdir, total, start, primary=self.primary)
         self.throughput = Throughput(
-            jax.devices()[0].device_kind, jax.device_count(), objective.unit
+            runtime.device(run.mesh).kind, jax.device_count(), objective.unit
         )
         rows = local_rows(run.mesh, run.cfg.batch_size)  # tensor parallel processes have the same
         self.processes = run.cfg.batch_size / (rows.stop - rows.start)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
-from jaxft.core.sharding import make_mesh
+from jaxft.core.sharding import AXES, make_mesh
+from tests.devices import traced_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,11 +36,54 @@ def test_auto_is_fp32_without_rematerialisation_on_a_cpu():
     assert runtime.resolve_remat("full") == "full"
 
 
-def test_auto_is_bf16_with_rematerialisation_elsewhere(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert runtime.resolve_dtype("auto") == jnp.bfloat16
-    assert runtime.resolve_remat("auto") == "dots"
-    assert runtime.resolve_dtype("float32") == jnp.float32
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_auto_is_bf16_with_rematerialisation_elsewhere(platform):
+    with traced_for(platform):
+        assert runtime.resolve_dtype("auto") == jnp.bfloat16
+        assert runtime.resolve_remat("auto") == "dots"
+        assert runtime.resolve_dtype("float32") == jnp.float32
+        assert runtime.compiler_options() is runtime.compiler_options(loop=True) is None
+    assert runtime.compiler_options() == runtime.CPU_OPTIONS
+    assert runtime.compiler_options(loop=True) == runtime.CPU_LOOP_OPTIONS
+
+
+def test_the_device_is_that_of_the_mesh_in_use():
+    here = runtime.Device("cpu", "cpu")
+    assert runtime.device() == runtime.device(make_mesh(2, 2, 2)) == here
+    with traced_for("gpu", (2, 2, 2)):
+        assert runtime.device() == ("gpu", "NVIDIA H200")
+        assert runtime.device(make_mesh()) == here, "a mesh at hand comes before the one in use"
+        mesh = jax.sharding.get_abstract_mesh()
+        assert runtime.describe_devices() == "8 x NVIDIA H200"
+    assert runtime.device(mesh) == ("gpu", "NVIDIA H200") and runtime.device() == here
+    assert runtime.describe_devices(mesh) == "8 x NVIDIA H200"
+    assert runtime.describe_devices() == "8 x cpu"
+    with jax.default_device("cpu"):
+        assert runtime.device() == here
+    with jax.default_device(jax.devices()[1]):
+        assert runtime.device() == here
+
+
+def test_a_mesh_of_topology_devices_is_a_mesh():
+    """jax.experimental.topologies gives devices without a client, of any platform."""
+
+    class TopologyDevice:
+        platform, device_kind, id, process_index = "gpu", "NVIDIA H200", 0, 0
+        client = None
+
+    mesh = jax.sharding.Mesh(np.array([TopologyDevice()]).reshape(1, 1, 1), AXES)
+    assert runtime.device(mesh) == ("gpu", "NVIDIA H200")
+    assert runtime.resolve_dtype("auto", mesh) == jnp.bfloat16
+    assert runtime.compiler_options(mesh) is None
+
+
+def test_one_function_is_traced_anew_for_another_device():
+    traced = []
+    call = jax.jit(lambda x: traced.append(runtime.device().platform) or x)
+    for platform in ("cpu", "gpu", "cpu", "tpu", "gpu"):
+        with traced_for(platform):
+            call.trace(jnp.ones(3))
+    assert traced == ["cpu", "gpu", "tpu"]
 
 
 @pytest.mark.parametrize(

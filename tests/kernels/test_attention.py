@@ -1,4 +1,4 @@
-"""The attention function against a plain softmax, its masks, blocks and memory."""
+"""The attention function against its formula: masks, positions, meshes, the choice of a form."""
 
 from functools import partial
 
@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from jaxft.core.sharding import batch_sharding, make_mesh
-from jaxft.kernels import attention as module
-from jaxft.kernels.attention import attention, block_size
+from jaxft.kernels import blockwise_attention as module
+from jaxft.kernels.attention import attention, cudnn_takes, reference
+from jaxft.kernels.blockwise_attention import block_size, cut_spans
+from tests.devices import traced_for
 
 # The compiler's own optimisations are most of the time of these tests.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -23,15 +25,6 @@ def data(batch=2, length=37, heads=4, kv_heads=2, dim=8, kv_length=None):
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def plain(q, k, v, mask=None, scale=None):
-    """Repeat the heads, make every score, softmax."""
-    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (scale or q.shape[-1] ** -0.5)
-    if mask is not None:
-        scores = jnp.where(mask[:, None], scores, -jnp.inf)
-    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, -1), v)
-
-
 def same(args, ours, mask, scale=None, length=None):
     """Outputs and gradients agree, over the first `length` queries."""
 
@@ -42,7 +35,7 @@ def same(args, ours, mask, scale=None, length=None):
 
         return jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*args)
 
-    got, want = both(ours), both(partial(plain, mask=mask, scale=scale))
+    got, want = both(ours), both(partial(reference, mask=mask, scale=scale))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -57,9 +50,9 @@ def blocks(request, monkeypatch):
     smallest = 8 if spans else 16
     monkeypatch.setattr(module, "SMALLEST_BLOCK", smallest)
     assert block_size(2, 37, 4, 37) == (37 if count == "one block" else smallest)
-    cut = module._spans((2, 37, 4, 8), 37, True)
-    assert any(one.size < one.end - one.start for one in cut) == (count == "many")
-    assert module._span_ends(37) == ([16, 32, 37] if spans else [37])
+    cut = cut_spans((2, 37, 4, 8), 37, True)
+    assert any(one.block < one.stop - one.start for one in cut) == (count == "many")
+    assert [one.stop for one in cut] == ([16, 32, 37] if spans else [37])
 
 
 def test_causal_with_grouped_heads(blocks):
@@ -114,29 +107,13 @@ def test_one_query_against_a_cache_equals_the_last_row():
 
 
 def test_positions_not_indices_decide_when_given():
-    length = module.SPANS * module.SMALLEST_SPAN + 2  # rows in order would be cut into spans
+    length = module.CAUSAL_SPANS * module.SMALLEST_SPAN + 2  # rows in order would be cut into spans
     q, k, v = data(length=length)
     order = jax.random.permutation(jax.random.key(1), length)
     want = attention(q, k, v, causal=True)[:, order]
     positions = jnp.broadcast_to(order, (2, length))
     got = attention(q[:, order], k[:, order], v[:, order], causal=True, q_positions=positions)
     np.testing.assert_allclose(got, want, atol=1e-6)
-
-
-def test_t5_bf16_sums_key_gradients_over_blocks_in_fp32(monkeypatch):
-    monkeypatch.setattr(module, "CPU_SCORES", 1)
-    q, k, v = (x.astype(jnp.bfloat16) for x in data(length=1024, kv_length=8, heads=2, kv_heads=1))
-    grad = jit(jax.grad(lambda v: attention(q, k, v, causal=False).astype(jnp.float32).sum()))
-    want = jax.grad(lambda v: plain(*(x.astype(jnp.float32) for x in (q, k, v))).sum())(v)
-    np.testing.assert_allclose(grad(v), want.astype(jnp.float32), rtol=0.01)
-    assert attention(q, k, v, causal=False).dtype == jnp.bfloat16
-
-
-def test_memory_grows_with_the_block_and_not_with_all_scores():
-    args = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in data(1, 8192, 4, 4, 16)]
-    step = jax.jit(jax.grad(lambda *a: attention(*a, causal=True).sum(), argnums=(0, 1, 2)))
-    scores = 4 * 4 * 8192 * 8192
-    assert step.lower(*args).compile().memory_analysis().temp_size_in_bytes < scores / 8
 
 
 def test_meshes_keep_the_batch_and_the_heads_apart(capfd):
@@ -162,3 +139,61 @@ def test_meshes_keep_the_batch_and_the_heads_apart(capfd):
 def test_contradictions_raise(more, text):
     with pytest.raises(ValueError, match=text):
         attention(*data(), **more)
+
+
+def test_the_reference_is_jaxs_own_attention():
+    q, k, v = data(kv_length=11, kv_heads=4)
+    mask = jnp.arange(37)[None, :, None] % 11 >= jnp.arange(11)
+    want = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=0.3)
+    np.testing.assert_allclose(reference(q, k, v, mask, 0.3), want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "dim", "takes"),
+    [
+        ("gpu", jnp.bfloat16, 64, True),
+        ("gpu", jnp.float16, 256, True),
+        ("gpu", jnp.float32, 64, False),
+        ("gpu", jnp.bfloat16, 264, False),
+        ("gpu", jnp.bfloat16, 36, False),
+        ("tpu", jnp.bfloat16, 64, False),
+        ("cpu", jnp.bfloat16, 64, False),
+    ],
+)
+def test_flash_attention_runs_on_a_gpu_in_half_precision(platform, dtype, dim, takes):
+    with traced_for(platform):
+        assert cudnn_takes(jax.ShapeDtypeStruct((1, 8, 2, dim), dtype)) == takes
+
+
+@pytest.mark.parametrize(
+    ("more", "flash"),
+    [
+        ({}, True),
+        ({"window": 5}, True),
+        ({"window": jnp.int32(5)}, False),
+        ({"q_segments": jnp.ones((2, 37), jnp.int32)}, False),
+        ({"q_positions": jnp.arange(37)[None]}, False),
+        ({"causal": False}, False),
+    ],
+)
+def test_on_a_gpu_the_mask_decides_between_cudnn_and_blocks(more, flash, monkeypatch):
+    """jax asks the card for its cuDNN while it traces, so the call is recorded here."""
+    calls = []
+
+    def record(q, k, v, **how):
+        calls.append(how)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    args = [x.astype(jnp.bfloat16) for x in data()]
+    with traced_for("gpu"):
+        jax.eval_shape(lambda *a: attention(*a, **{"causal": True, **more}), *args)
+    assert len(calls) == flash
+    if flash:
+        left = (4, 0) if more else None
+        assert calls[0] == {
+            "scale": 8**-0.5,
+            "is_causal": True,
+            "local_window_size": left,
+            "implementation": "cudnn",
+        }

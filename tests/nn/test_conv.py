@@ -13,8 +13,7 @@ from jaxft.core.sharding import make_mesh, shardings
 from jaxft.nn.conv import (
     ALL_SIDES,
     BOTTOM_RIGHT,
-    WHOLE,
-    WIDE,
+    REPLICATED_KERNEL,
     Conv,
     Downsample,
     ResnetBlock,
@@ -191,25 +190,7 @@ def test_conv_kernels_shard_one_channel_dim_and_narrow_ones_stay_whole():
     mesh = make_mesh(fsdp=8)
     wide = shardings(P.describe(made(lambda: Conv(4, 320, 3, key=KEY))), mesh)
     assert wide["kernel"].spec[3] == "fsdp" and wide["bias"].is_fully_replicated
-    narrow = shardings(P.describe(made(lambda: Conv(320, 4, 3, key=KEY, axes=WHOLE))), mesh)
+    narrow = shardings(
+        P.describe(made(lambda: Conv(320, 4, 3, key=KEY, axes=REPLICATED_KERNEL))), mesh
+    )
     assert all(sharding.is_fully_replicated for sharding in narrow.values())
-
-
-@pytest.mark.parametrize(
-    ("size", "stride", "padding"), [(3, 1, 1), (3, 2, BOTTOM_RIGHT), (1, 1, 0)]
-)
-def test_wide_convolutions_are_matrix_products_with_the_same_gradients(size, stride, padding):
-    conv = made(lambda: Conv(WIDE, 5, size, key=KEY, stride=stride, padding=padding))
-    x, sides = image(2, 7, 6, WIDE), conv.padding
-    strides, layout = (stride, stride), ("NHWC", "HWIO", "NHWC")
-
-    def direct(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, strides, sides, dimension_numbers=layout)
-
-    ours, ours_back = jax.vjp(conv.convolve, x, conv.kernel[...])
-    theirs, theirs_back = jax.vjp(direct, x, conv.kernel[...])
-    close(ours, theirs)
-    for one, other in zip(ours_back(theirs), theirs_back(theirs), strict=True):
-        close(one, other)
-    text = str(jax.make_jaxpr(conv.convolve)(x, conv.kernel[...]))
-    assert "conv_general_dilated" not in text

@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from jaxft.core.errors import UserError
-from jaxft.noise import ddpm as diffusion
 from jaxft.noise import samplers
-from jaxft.noise.ddpm import Schedule
+from jaxft.noise import schedule as diffusion
+from jaxft.noise.schedule import Schedule
 
 BASE = {
     "beta_end": 0.012,

@@ -27,7 +27,6 @@ from jaxft.data.images.dataset import fit
 from jaxft.models.pipelines import conditioning as pure
 from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.stable_diffusion import HOLE, NOTHING, SOURCE, Guidance
-from jaxft.noise.ddpm import draw_timesteps
 from jaxft.noise.samplers import ddim
 from jaxft.objectives import denoising as diffusion
 from jaxft.tasks import Request
@@ -124,7 +123,7 @@ def their_loss(kind, pipe, task, batch, keys, share):
     stream, shape = partial(diffusion.stream, keys), (SIDE // 2, SIDE // 2, 4)
     noise = to_torch(diffusion.normal(stream(diffusion.NOISE), shape))
     eps = to_torch(diffusion.normal(stream(diffusion.LATENT), shape))
-    t = draw_timesteps(stream(diffusion.TIME), task.opened.model_cfg.schedule)
+    t = task.opened.process.draw_times(stream(diffusion.TIME), shape[:2])
     t = torch.tensor(np.array(t)).long()
     u = torch.tensor(np.array(jax.vmap(jax.random.uniform)(stream(diffusion.DROP))))
     latents = their_latents(pipe, to_torch(batch["pixels"]) / 127.5 - 1, eps)

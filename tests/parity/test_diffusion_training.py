@@ -16,7 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.sharding import local_rows, place_batch
 from jaxft.core.step import sample_keys
-from jaxft.noise.ddpm import draw_timesteps, offset_noise
+from jaxft.noise.process import offset_noise
 from jaxft.objectives import denoising as diffusion
 from jaxft.weights import transfer
 from jaxft.weights.adapters import pipeline as pipeline_lora
@@ -141,7 +141,6 @@ def draws(run, step, batch):
     stream, options = partial(diffusion.stream, keys), run.opened.options
     side = options.resolution // run.opened.model_cfg.vae.factor
     shape = (side, side, run.opened.model_cfg.vae.latent_channels)
-    schedule = run.opened.model_cfg.schedule
     noise = diffusion.normal(stream(diffusion.NOISE), shape)
     if options.noise_offset:
         noise = offset_noise(stream(diffusion.OFFSET), noise, options.noise_offset)
@@ -149,7 +148,7 @@ def draws(run, step, batch):
     return (
         to_torch(diffusion.normal(stream(diffusion.LATENT), shape)),
         to_torch(noise),
-        torch.tensor(np.array(draw_timesteps(stream(diffusion.TIME), schedule))),
+        torch.tensor(np.array(run.opened.process.draw_times(stream(diffusion.TIME), shape[:2]))),
         torch.tensor(np.array(uniform < options.caption_dropout)),
     )
 

@@ -12,7 +12,7 @@ from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcess
 
 from jaxft import load
 from jaxft.core.sharding import one_device_mesh
-from jaxft.models.decoders import decoder
+from jaxft.kernels import loops
 from jaxft.models.decoders.sampling import Sampling, pick
 from jaxft.models.pipelines import image_decode
 from jaxft.models.pipelines.image_decode import Unified, generate_codes
@@ -68,14 +68,14 @@ def stock(folder, guidance):
 
 @pytest.mark.parametrize(
     ("smallest_span", "unstacked"),
-    [(COUNT, decoder.UNSTACKED_BYTES), (6, decoder.UNSTACKED_BYTES), (COUNT, -1)],
+    [(COUNT, loops.UNSTACKED_BYTES), (6, loops.UNSTACKED_BYTES), (COUNT, -1)],
     ids=["whole", "spans", "stacked layers"],
 )
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_greedy_codes_equal_stock_generate(folder, guidance, smallest_span, unstacked, monkeypatch):
     """P4, prompts of unequal lengths padded on the left."""
-    monkeypatch.setattr(image_decode, "SMALLEST_SPAN", smallest_span)
-    monkeypatch.setattr(decoder, "UNSTACKED_BYTES", unstacked)
+    monkeypatch.setattr(loops, "SMALLEST_CACHE_SPAN", smallest_span)
+    monkeypatch.setattr(loops, "UNSTACKED_BYTES", unstacked)
     expected = stock(folder, guidance)
     assert expected.shape == (len(PROMPTS), COUNT) and expected.min() >= 0
     assert len({tuple(row) for row in expected}) == len(PROMPTS), "rows are to differ"

@@ -22,8 +22,8 @@ from jaxft.models.autoencoders.vq_config import VQConfig
 from jaxft.models.denoisers import unet_config
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.text_encoders.clip import CLIPTextConfig
-from jaxft.noise import ddpm as diffusion
-from jaxft.noise.ddpm import Schedule
+from jaxft.noise import schedule as diffusion
+from jaxft.noise.schedule import Schedule
 from jaxft.weights.fields import fields
 
 pytestmark = pytest.mark.usefixtures("one_thread")

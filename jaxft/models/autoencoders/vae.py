@@ -15,7 +15,7 @@ from jaxft.models.autoencoders.vae_config import VAEConfig
 from jaxft.models.registry import Architecture
 from jaxft.nn.conv import (
     BOTTOM_RIGHT,
-    WHOLE,
+    REPLICATED_KERNEL,
     Conv,
     Downsample,
     ResnetBlock,
@@ -160,7 +160,7 @@ class Encoder(nnx.Module):
         self.down_blocks = nnx.List([DownBlock(cfg, i, key=keys[i + 3]) for i in levels])
         self.mid_block = MidBlock(cfg, key=keys[1])
         self.conv_norm_out = GroupNorm(last, groups=cfg.groups, eps=EPS)
-        self.conv_out = Conv(last, cfg.moments, 3, key=keys[2], padding=1, axes=WHOLE)
+        self.conv_out = Conv(last, cfg.moments, 3, key=keys[2], padding=1, axes=REPLICATED_KERNEL)
 
     def __call__(
         self, x: Float[Array, "B Y X C"], remat: str = "none"
@@ -182,7 +182,9 @@ class Decoder(nnx.Module):
         levels = reversed(range(len(cfg.widths)))
         self.up_blocks = nnx.List([UpBlock(cfg, i, key=keys[i + 3]) for i in levels])
         self.conv_norm_out = GroupNorm(first, groups=cfg.groups, eps=EPS)
-        self.conv_out = Conv(first, cfg.out_channels, 3, key=keys[2], padding=1, axes=WHOLE)
+        self.conv_out = Conv(
+            first, cfg.out_channels, 3, key=keys[2], padding=1, axes=REPLICATED_KERNEL
+        )
 
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
         return self.conv_out(self.features(x))
@@ -209,9 +211,11 @@ class VAE(nnx.Module):
         self.encoder = Encoder(cfg, key=keys[0])
         self.decoder = Decoder(cfg, key=keys[1])
         both, one = 2 * cfg.latent_channels, cfg.latent_channels
-        quant = Conv(both, both, 1, key=keys[2], axes=WHOLE) if cfg.quant_conv else None
+        quant = Conv(both, both, 1, key=keys[2], axes=REPLICATED_KERNEL) if cfg.quant_conv else None
         self.quant_conv = nnx.data(quant)
-        post = Conv(one, one, 1, key=keys[3], axes=WHOLE) if cfg.post_quant_conv else None
+        post = (
+            Conv(one, one, 1, key=keys[3], axes=REPLICATED_KERNEL) if cfg.post_quant_conv else None
+        )
         self.post_quant_conv = nnx.data(post)
 
     def encode(self, images: Float[Array, "B Y X C"], remat: str = "none") -> Moments:

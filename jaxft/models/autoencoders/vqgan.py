@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxft.models.autoencoders import vae
 from jaxft.models.autoencoders.vq_config import DIFFUSERS, JANUS, VQConfig
 from jaxft.models.registry import Architecture
-from jaxft.nn.conv import WHOLE, Conv
+from jaxft.nn.conv import REPLICATED_KERNEL, Conv
 from jaxft.nn.linear import gather_rows
 from jaxft.weights.rules import Rule
 
@@ -68,9 +68,9 @@ class VQModel(nnx.Module):
         self.encoder = vae.Encoder(cfg, key=keys[0])
         self.decoder = vae.Decoder(cfg, key=keys[1])
         latents, dim = cfg.latent_channels, cfg.code_dim
-        self.quant_conv = Conv(latents, dim, 1, key=keys[2], axes=WHOLE)
+        self.quant_conv = Conv(latents, dim, 1, key=keys[2], axes=REPLICATED_KERNEL)
         self.quantize = Codebook(cfg.codes, dim, key=keys[3])
-        self.post_quant_conv = Conv(dim, latents, 1, key=keys[4], axes=WHOLE)
+        self.post_quant_conv = Conv(dim, latents, 1, key=keys[4], axes=REPLICATED_KERNEL)
 
     def encode(self, images: Float[Array, "B Y X C"], remat: str = "none") -> Quantized:
         """Images (B, Y, X, 3) within [-1, 1] to codes, `cfg.factor` times smaller."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxft.nn.conv import WHOLE, Conv
+from jaxft.nn.conv import REPLICATED_KERNEL, Conv
 from jaxft.nn.norm import GroupNorm
 
 WIDTHS = (64, 128, 256, 512)  # pix2pix's three strided layers and one more
@@ -32,7 +32,7 @@ class PatchGAN(nnx.Module):
             ]
         )
         self.norms = nnx.List([GroupNorm(width, groups=GROUPS, eps=1e-5) for width in WIDTHS[1:]])
-        self.conv_out = _conv(WIDTHS[-1], 1, 1, bias=True, key=keys[-1], axes=WHOLE)
+        self.conv_out = _conv(WIDTHS[-1], 1, 1, bias=True, key=keys[-1], axes=REPLICATED_KERNEL)
 
     def __call__(self, images: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2"]:
         """One logit a patch of 70 pixels, fp32; above 0 is real."""

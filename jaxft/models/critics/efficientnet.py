@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxft.nn.conv import WHOLE
+from jaxft.nn.conv import REPLICATED_KERNEL
 from jaxft.weights.rules import Rule
 
 EPS = 1e-3  # of every norm, as TensorFlow's EfficientNets have it
@@ -58,7 +58,7 @@ class SameConv(nnx.Module):
         shape = (size, size, inputs // groups, outputs)
         std = (2 / (size * size * inputs // groups)) ** 0.5
         kernel = std * jax.random.normal(key, shape)
-        self.kernel = nnx.Param(kernel, axes=WHOLE, inputs=3)
+        self.kernel = nnx.Param(kernel, axes=REPLICATED_KERNEL, inputs=3)
         self.stride, self.groups = stride, groups
 
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:

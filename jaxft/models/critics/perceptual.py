@@ -12,7 +12,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import describe
 from jaxft.models.critics import efficientnet
 from jaxft.models.critics.efficientnet import EfficientNetLite0
-from jaxft.nn.conv import WHOLE, Conv
+from jaxft.nn.conv import REPLICATED_KERNEL, Conv
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
 from jaxft.weights.rules import Rule
 from jaxft.weights.transfer import Part
@@ -45,7 +45,7 @@ class LpipsVGG16(nnx.Module):
         convs, inputs = [], 3
         for width in (width for widths in SLICES for width in widths):
             key, own = jax.random.split(key)
-            convs.append(Conv(inputs, width, 3, key=own, padding=1, axes=WHOLE))
+            convs.append(Conv(inputs, width, 3, key=own, padding=1, axes=REPLICATED_KERNEL))
             inputs = width
         self.convs = nnx.List(convs)
         uniform = [jnp.full((widths[-1],), 1 / widths[-1]) for widths in SLICES]

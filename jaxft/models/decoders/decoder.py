@@ -11,14 +11,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import attention
+from jaxft.kernels.loops import unrolls, unstacks
 from jaxft.models.decoders.cache import Cache, append, default_positions, place
 from jaxft.models.decoders.config import DecoderConfig, LayerScan, LayerSpec, layer_scans
 from jaxft.nn import rope
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.norm import RMSNorm
 
-UNSTACKED_BYTES = 2**30  # bytes of layers that decoding may hold a second time
-SCAN_MIN_LAYERS = 9  # a CPU's step is compiled for fewer layers one by one
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
 
 Memory = tuple[Array, Array]  # keys and values of the cache, as `Cache` holds them
@@ -219,7 +218,8 @@ class Decoder(nnx.Module):
         if blocks and cache is not None:
             x, cache = self._one_by_one(x, context, cache, blocks)
             return self.norm(x), cache
-        unroll = _unroll(self.cfg.num_layers) if unroll is None else unroll
+        if unroll is None:
+            unroll = 0 if unrolls(self.cfg.num_layers) else 1
         carry: tuple[Array, Any] = x, None if cache is None else (cache.k, cache.v)
         for part in layer_scans(self.cfg.layers):
             carry = self._scan(part, carry, context, keys, remat, unroll)
@@ -234,7 +234,7 @@ class Decoder(nnx.Module):
         On a CPU such a loop reads them in place. From a stack it copies each layer for each token.
         """
         size = sum(x.nbytes for x in jax.tree.leaves(self.layers))
-        if jax.default_backend() != "cpu" or size > UNSTACKED_BYTES:
+        if not unstacks(size):
             return ()
         layers = range(self.cfg.num_layers)
         return tuple(jax.tree.map(lambda x, i=i: x[i], self.layers) for i in layers)
@@ -315,11 +315,6 @@ class Decoder(nnx.Module):
         matrix = matrix.astype(hidden.dtype)
         features = self.features(hidden)
         return jnp.einsum(spec, features, matrix, preferred_element_type=jnp.float32)  # [B, T, V]
-
-
-def _unroll(layers: int) -> int:
-    """On a CPU a loop copies each layer's weights, and stacks the inputs of its backward pass."""
-    return int(jax.default_backend() != "cpu" or layers >= SCAN_MIN_LAYERS)
 
 
 REMAT = {

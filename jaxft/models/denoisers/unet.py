@@ -14,7 +14,7 @@ from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.registry import Architecture
 from jaxft.nn.conv import (
     ALL_SIDES,
-    WHOLE,
+    REPLICATED_KERNEL,
     Conv,
     Downsample,
     ResnetBlock,
@@ -23,9 +23,9 @@ from jaxft.nn.conv import (
     runner,
     spread,
 )
+from jaxft.nn.embedding import timestep_embedding
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import GroupNorm, LayerNorm
-from jaxft.noise.ddpm import timestep_embedding
 from jaxft.weights.rules import Rule
 
 
@@ -229,7 +229,9 @@ class UNet(nnx.Module):
         keys, width = _stream(key), cfg.channels[0]
         levels = range(len(cfg.channels))
         self.cfg = cfg
-        self.conv_in = Conv(cfg.in_channels, width, 3, key=next(keys), padding=1, axes=WHOLE)
+        self.conv_in = Conv(
+            cfg.in_channels, width, 3, key=next(keys), padding=1, axes=REPLICATED_KERNEL
+        )
         self.time_embedding = TimeEmbedding(width, cfg.time_dim, key=next(keys))
         added = cfg.added_dim and TimeEmbedding(cfg.added_dim, cfg.time_dim, key=next(keys))
         self.add_embedding = nnx.data(added or None)
@@ -237,7 +239,9 @@ class UNet(nnx.Module):
         self.mid_block = MidBlock(cfg, key=next(keys))
         self.up_blocks = nnx.List([UpBlock(cfg, i, key=next(keys)) for i in reversed(levels)])
         self.conv_norm_out = GroupNorm(width, groups=cfg.groups, eps=cfg.eps)
-        self.conv_out = Conv(width, cfg.out_channels, 3, key=next(keys), padding=1, axes=WHOLE)
+        self.conv_out = Conv(
+            width, cfg.out_channels, 3, key=next(keys), padding=1, axes=REPLICATED_KERNEL
+        )
 
     def __call__(
         self,

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxft.kernels.cross_entropy import linear_cross_entropy
+from jaxft.kernels.loops import cache_growth
 from jaxft.models.decoders.cache import Cache, init_cache, lengthened
 from jaxft.models.decoders.decoder import Decoder
 from jaxft.models.decoders.sampling import Sampling, pick
 from jaxft.nn.linear import gather_rows
-
-SPANS, SMALLEST_SPAN = 4, 32  # of codes that are drawn before the cache grows
 
 
 class Speaker(Protocol):
@@ -136,7 +135,7 @@ def generate_codes(
     """
     llama, scores = speaker.llama, speaker.scorer()
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    blocks, ends = llama.unstacked(), _span_ends(count)
+    blocks, ends = llama.unstacked(), cache_growth(count)
     step = partial(llama.hidden, blocks=blocks, dtype=dtype)
     cache = init_cache(llama.cfg, len(tokens), tokens.shape[1], dtype, bool(blocks))
     prompts = speaker.embed(tokens, jnp.zeros(tokens.shape, bool), dtype)
@@ -167,9 +166,3 @@ def generate_codes(
         (cache, code), made = jax.lax.scan(body, (cache, code), jnp.arange(start, end))
         codes.append(made)
     return jnp.concatenate(codes).T
-
-
-def _span_ends(count: int) -> list[int]:
-    """After how many codes the cache grows: a CPU is slowed down by every slot that is read."""
-    spans = max(1, min(SPANS, count // SMALLEST_SPAN)) if jax.default_backend() == "cpu" else 1
-    return [count * (i + 1) // spans for i in range(spans)]

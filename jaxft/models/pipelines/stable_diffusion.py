@@ -19,8 +19,8 @@ from jaxft.models.denoisers.unet_config import FILE as UNET_FILE
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.text_encoders import clip
 from jaxft.models.text_encoders.clip import CLIPText, CLIPTextConfig
-from jaxft.noise.ddpm import CHOICES, ZERO_SNR, Schedule
 from jaxft.noise.samplers import Sampler, denoise, guide, guide_edit
+from jaxft.noise.schedule import CHOICES, ZERO_SNR, Schedule
 from jaxft.weights.folders.diffusers import SCHEDULER, TEXT_ENCODERS, Pipeline, legacy_part, part
 from jaxft.weights.transfer import Part
 

@@ -16,6 +16,8 @@ from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.ldm import open_model
 from jaxft.models.pipelines.stable_diffusion import PipelineConfig, StableDiffusion, Text
 from jaxft.nn import lora
+from jaxft.noise.ddpm import DDPM
+from jaxft.noise.process import NoiseProcess
 from jaxft.noise.samplers import SAMPLERS
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.tasks.diffusion import inversion
@@ -43,6 +45,7 @@ class OpenedPipeline:
         check(options.caption_dropout, self.model_cfg)
         new = inversion.names(options.inversion)
         self.model_cfg = inversion.extended(self.model_cfg, len(new))
+        self.process: NoiseProcess = DDPM(self.model_cfg.schedule, options.min_snr_gamma)
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.remat = runtime.resolve_remat(cfg.remat)
         self.template = jax.eval_shape(self.build, jax.random.key(0))

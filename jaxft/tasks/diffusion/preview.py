@@ -18,7 +18,6 @@ from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.conditioning import condition
 from jaxft.models.pipelines.stable_diffusion import NOTHING, Guidance
 from jaxft.nn.pixels import to_pixels
-from jaxft.noise.samplers import SAMPLERS
 from jaxft.objectives.denoising import Denoising, normal
 from jaxft.tasks import Data, Look, Report, Request
 from jaxft.tasks.common.encoded import collate
@@ -37,7 +36,9 @@ class DiffusionPreview:
     def __init__(self, opened: OpenedPipeline, data: Data):
         self.opened, self.data, self.rows = opened, data, data.held_out
         self.dtype = opened.dtype
-        self.objective = Denoising(opened.model_cfg, self.dtype, opened.remat, opened.captions(""))
+        self.objective = Denoising(
+            opened.model_cfg, opened.process, self.dtype, opened.remat, opened.captions("")
+        )
         self.kid = KidLite0() if opened.options.eval_generated and self.rows else None
         self.compared = Compared()
 
@@ -52,7 +53,8 @@ class DiffusionPreview:
             sums += np.asarray(self._bins(params, place_batch(batch, mesh)))
         errors = sums / len(data)
         metrics = {"loss": float(np.mean(errors))}
-        metrics |= {f"loss_t{t}": float(e) for t, e in zip(self._times(), errors, strict=True)}
+        times = self.opened.process.evaluation_times(BINS)
+        metrics |= {f"loss_t{t}": float(e) for t, e in zip(times, errors, strict=True)}
         if not self.opened.options.eval_generated:
             return Report(metrics)
         chosen = subset(self.rows, self.opened.options.eval_generated, self.opened.cfg.seed).ids
@@ -65,10 +67,6 @@ class DiffusionPreview:
             metrics["kid-lite0"] = self.kid(wanted, made)
         columns = {"given": conditioning.shown(given), "target": wanted}
         return Report(metrics, pictures={"held-out": self.compared.sheet(captions, columns, made)})
-
-    def _times(self) -> np.ndarray:
-        steps = self.opened.model_cfg.schedule.train_steps
-        return ((np.arange(BINS) + 0.5) * steps / BINS).astype(np.int32)
 
     @partial(jax.jit, static_argnums=0)
     def _bins(self, params: Params, batch: Batch) -> jax.Array:
@@ -86,7 +84,8 @@ class DiffusionPreview:
             errors = self.objective.errors(model, batch, latents, noise, t, text, seen, None)
             return jnp.sum(errors * (rows > 0))
 
-        return jax.lax.map(at, (jnp.arange(BINS), jnp.asarray(self._times())))
+        times = jnp.asarray(self.opened.process.evaluation_times(BINS))
+        return jax.lax.map(at, (jnp.arange(BINS), times))
 
     def sample(self, params: Params) -> Look:
         prompts = list(self.opened.options.sample.prompts)
@@ -140,11 +139,11 @@ class DiffusionPreview:
         size = (side, side) if seen is None else seen.shape[1:3]
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(request.seed)))(places)
         noise = normal(keys, (*size, cfg.unet.out_channels))
-        make = SAMPLERS[request.sampler or options.sampler]
+        name, steps = request.sampler or options.sampler, request.steps or options.steps
         scale = options.guidance if request.guidance is None else request.guidance
         image = options.image_guidance if request.image_guidance is None else request.image_guidance
         images = stable_diffusion.generate(
-            model, cfg, text, null, noise, make(cfg.schedule, request.steps or options.steps),
+            model, cfg, text, null, noise, self.opened.process.sampler(name, steps, size),
             Guidance(scale, options.rescale, image), self.dtype, seen,
         )  # fmt: skip
         return constrain(to_pixels(images), None, None, None, None)

@@ -13,12 +13,12 @@ def _objective(opened: OpenedPipeline, rows: PictureRows) -> Denoising:
     options = opened.options
     return Denoising(
         opened.model_cfg,
+        opened.process,
         opened.dtype,
         opened.remat,
         opened.captions(""),
         caption_dropout=options.caption_dropout,
         noise_offset=options.noise_offset,
-        min_snr_gamma=options.min_snr_gamma,
         dropout=bool(opened.cfg.lora.dropout),
         image_flops=opened.image_flops(),
     )

@@ -1,0 +1,68 @@
+"""The protocol of a noise process, and the parts of a loss that every process shares."""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num, PRNGKeyArray
+
+from jaxft.noise.samplers import Sampler
+
+
+class NoiseProcess(Protocol):
+    """Noise that a denoiser is trained to predict, and the samplers that remove it.
+
+    A time t is a number of the process's own kind: an int timestep of DDPM, a float sigma of flow
+    matching. Training, evaluation and samplers use the same kind, and the denoiser takes it.
+    `size` is (Y, X) of the latents. Some processes shift their times for larger images (SD 3,
+    FLUX). The others ignore it.
+    """
+
+    def draw_times(self, keys: PRNGKeyArray, size: tuple[int, ...]) -> Num[Array, "B"]:
+        """Sample a training time for each key. A row's time depends on its own key alone."""
+        ...
+
+    def add_noise(
+        self, x0: Float[Array, "B Y X C"], noise: Float[Array, "B Y X C"], t: Num[Array, "B"]
+    ) -> Float[Array, "B Y X C"]:
+        """Return the noisy latents at times t, the denoiser's input in training."""
+        ...
+
+    def target(
+        self, x0: Float[Array, "B Y X C"], noise: Float[Array, "B Y X C"], t: Num[Array, "B"]
+    ) -> Float[Array, "B Y X C"]:
+        """Return the values that the denoiser learns to predict."""
+        ...
+
+    def weights(self, t: Num[Array, "B"]) -> Float[Array, "B"]:
+        """Return the factor of each row's squared error."""
+        ...
+
+    def evaluation_times(self, count: int) -> Num[np.ndarray, "count"]:
+        """Return fixed times, equally far apart, at which validation measures."""
+        ...
+
+    def sampler(self, name: str, steps: int, size: tuple[int, ...]) -> Sampler:
+        """Return the steps of a sampler. Raises UserError for a name that it does not have."""
+        ...
+
+
+def squared_error(
+    out: Float[Array, "B Y X C"], target: Float[Array, "B Y X C"]
+) -> Float[Array, "B"]:
+    """Return the mean squared error of each row, in fp32. Rows are weighted afterwards."""
+    error = jnp.square(out.astype(jnp.float32) - target.astype(jnp.float32))
+    return jnp.mean(error, axis=(1, 2, 3))
+
+
+def offset_noise(
+    keys: PRNGKeyArray, noise: Float[Array, "B Y X C"], strength: float
+) -> Float[Array, "B Y X C"]:
+    """Return noise plus `strength` times one normal number for each row and channel.
+
+    keys: one a row. Source: Guttenberg 2023, "Diffusion with Offset Noise".
+    """
+    channels = noise.shape[-1:]
+    shift = jax.vmap(lambda key: jax.random.normal(key, channels, noise.dtype))(keys)  # [B, C]
+    return noise + strength * shift[:, None, None]
