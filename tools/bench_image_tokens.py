@@ -74,8 +74,8 @@ def _compare_drawing(args: argparse.Namespace, folder: Path, work: Path) -> dict
     """The codes of one picture at temperature 0, with guidance; the same ones on all sides."""
     import jax
 
-    from tests import whole as runs
     from jaxft.tasks import Request
+    from tests import whole as runs
 
     run = _open(args, folder, work, 1)
     caption = run.train.caption(0)

@@ -57,8 +57,8 @@ def start(gpu: bool) -> None:
 def open_run(name: str, changes: Mapping[str, Any]) -> Any:
     """The run of configs/NAME.py with these keys; no step of it moves a weight."""
     from jaxft.core.config import load_config
-    from tests import whole as runs
     from jaxft.tasks import OPTIONS
+    from tests import whole as runs
 
     still = {**changes, "data.eval": "", "export.kind": "none", **STILL_OPTIM}
     given = [(key, str(value)) for key, value in still.items()]
