@@ -187,8 +187,19 @@ TESTED_WITH = {
     "export.py": "test_commands.py",
     "core/errors.py": "test_bad_input.py",
     "models/decoders/generate.py": "test_commands.py",
-    "runs/run.py": "runs/test_train.py",
+    "objectives/next_token.py": "parity/test_training.py",
+    "objectives/denoising.py": "parity/test_diffusion_training.py",
+    "objectives/codes.py": "parity/test_image_tokens_training.py",
+    "objectives/reconstruction.py": "parity/test_autoencoder_training.py",
+    "runs/opening.py": "runs/test_moved_data.py",
+    "runs/restoring.py": "runs/test_moved_data.py",
+    "runs/state.py": "runs/test_train.py",
+    "runs/compiling.py": "runs/test_train.py",
     "runs/watch.py": "runs/test_train.py",
+    "tasks/common/encoded.py": "tasks/diffusion/test_task.py",
+    "tasks/common/writers.py": "test_commands.py",
+    "tasks/diffusion/encoding.py": "tasks/diffusion/test_task.py",
+    "tasks/diffusion/conditioning.py": "parity/test_conditioning.py",
     "verify/__main__.py": "verify/test_verify.py",
     "verify/llm.py": "verify/test_verify.py",
     "verify/report.py": "verify/test_verify.py",
@@ -197,11 +208,16 @@ TESTED_WITH = {
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_every_module_has_its_test_file(path):
-    """tests/ mirrors jaxft/; a model's tests against its PyTorch twin stand in tests/parity/."""
+    """tests/ mirrors jaxft/; a model's tests against its PyTorch twin stand in tests/parity/.
+
+    The parts of a task are tested together, by its test_task.py.
+    """
     if path.name == "__init__.py":
         return
     place, name = path.parent.relative_to(PACKAGE), f"test_{path.stem}.py"
     verify = f"test_verify_{path.stem}.py"
     known = TESTED_WITH.get(str(path.relative_to(PACKAGE)), f"verify/{verify}")
-    homes = (place / name, Path("parity") / name, Path(known))
+    homes = [place / name, Path("parity") / name, Path(known)]
+    if path.stem in ("options", "opened", "rows", "preview", "exports"):
+        homes.append(place / "test_task.py")
     assert any((ROOT / "tests" / home).exists() for home in homes), f"no test file for {path}"

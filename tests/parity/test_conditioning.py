@@ -142,7 +142,7 @@ def test_the_loss_is_that_of_plain_torch(opened, pipelines, kind):
     share = 0.2
     changes = {"caption_dropout": share, "min_snr_gamma": 0.0, "cache": ""}
     run, params = opened(kind, changes)
-    batch = next(run.shapes(slice(0, 8)))
+    batch = run.shapes(slice(0, 8))[0]
     batch["sample_ids"] = np.arange(8, dtype=np.int32)
     keys = sample_keys(0, 3, batch["sample_ids"])
 

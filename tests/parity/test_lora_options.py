@@ -72,7 +72,7 @@ def a_batch(task):
             "weights": np.ones(2, np.float32),
         }
         return {**row, "sample_ids": np.arange(2, dtype=np.int32)}
-    return next(iter(task.shapes(slice(0, 8))))
+    return task.shapes(slice(0, 8))[0]
 
 
 @pytest.fixture

@@ -44,12 +44,6 @@ def grid(
     return np.asarray(sheet)
 
 
-def to_pixels(images: np.ndarray) -> UInt8[np.ndarray, "*b Y X 3"]:
-    """Floats in [-1, 1] as uint8; what lies outside is cut."""
-    images = np.nan_to_num(np.asarray(images, np.float32), nan=-1.0)
-    return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
 def _enlarged(image: np.ndarray, least: int) -> np.ndarray:
     factor = max(1, -(-least // max(image.shape[:2])))
     return image.repeat(factor, axis=0).repeat(factor, axis=1)

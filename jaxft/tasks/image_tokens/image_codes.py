@@ -60,7 +60,8 @@ class ImageTokenizer:
         part = Part("", spec, self.source.tensors, rules, {}, vqgan.IGNORE)
         self.mesh = one_device_mesh()
         places = shardings(leaves, self.mesh)
-        self.params = transfer.load(part, leaves, places, jnp.float32, set(leaves))
+        with jax.set_mesh(self.mesh):
+            self.params = transfer.load(part, leaves, places, jnp.float32, set(leaves))
         self.fingerprint = fingerprint(self.params, FINDS, self.cfg.l2)
 
     @property

@@ -1,9 +1,9 @@
-"""Sheets of pictures: places, enlargement, captions, and floats as grey levels."""
+"""Sheets of pictures: places, enlargement, captions."""
 
 import numpy as np
 
 from jaxft.tasks.common.lettering import LINE, wrap
-from jaxft.tasks.common.pictures import GAP, grid, to_pixels
+from jaxft.tasks.common.pictures import GAP, grid
 
 RED, BLUE = (np.full((8, 8, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
 
@@ -50,8 +50,3 @@ def test_long_captions_are_wrapped_to_their_row_and_headers_to_their_column():
 def test_case_img_16_captions_in_any_script_are_told_apart():
     first, second = (grid([[RED]], [text], least=96) for text in ("猫と家", "犬と木"))
     assert first.shape == second.shape and (first != second).any()
-
-
-def test_floats_become_grey_levels_and_nan_black():
-    found = to_pixels(np.array([-1.0, 0.0, 1.0, 2.0, -9.0, np.nan]))
-    assert found.tolist() == [0, 128, 255, 255, 0, 0]
