@@ -85,7 +85,7 @@ def _compare_drawing(args: argparse.Namespace, folder: Path, work: Path) -> dict
     def draw() -> float:
         with jax.set_mesh(run.mesh):
             request = Request(guidance=args.guidance, temperature=0.0)
-            return _checksum(run.preview._sample(params, [caption], request))
+            return _checksum(run.preview._sample(params, [caption], request)[0])
 
     peers = [_stock(args, folder, caption, compiled=False)]
     if not args.no_compile:

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.core.config import read_config
 from jaxft.core.params import bind, describe
 from jaxft.core.sharding import make_mesh
 from jaxft.core.step import sample_keys
 from jaxft.nn import conv, linear, lora
-from jaxft.tasks import OPTIONS, task_class
+from tests import whole
 from tests.tiny_autoencoders import make_vqmodel
 from tests.tiny_diffusion import make_config as diffusion_config
 from tests.tiny_diffusion import make_pictures as captioned
@@ -23,7 +22,14 @@ from tests.tiny_janus import SIZE, make_janus_model
 from tests.tiny_pipelines import make_pipeline
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-LORA = {"lora.rank": 2, "lora.alpha": 4.0, "lora.dropout": 0.5, "trainable": ""}
+LORA = {
+    "mesh.data": 8,
+    "mesh.fsdp": 1,
+    "lora.rank": 2,
+    "lora.alpha": 4.0,
+    "lora.dropout": 0.5,
+    "trainable": "",
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +59,12 @@ def opened(make_folder, make_config, pictures, tmp_path_factory):
         shown = captioned(work / name / "pictures")
         return diffusion_config(work / name / "folder", shown, {**changes, "caption_dropout": 0.1})
 
-    def task(name, targets):
-        found = config(name, targets)
-        own = OPTIONS[found["task"]]
-        return task_class(found["task"])(read_config(found, own))
-
-    return task
+    return lambda name, targets: whole.open_run(config(name, targets))
 
 
 def a_batch(task):
     """Shapes of a batch; the pictures' codes and moments need no encoder here."""
-    if hasattr(task, "layout"):  # an image-token task
+    if task.cfg.task == "image_tokens":
         rows = task.train
         row = {
             "codes": np.zeros((2, task.opened.layout.count), np.int32),
@@ -119,12 +120,12 @@ def test_case_llm_08_dropout_acts_on_every_projection(opened, drawn, family, tar
     assert not missing
     drawn.clear()
     params = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in leaves_of(task).items()}
+    score = getattr(type(task.preview), "_score", None)
     if family.startswith("llm"):
-        jax.eval_shape(type(task)._score, task, params, batch, jnp.zeros(1, jnp.int32))
-        assert not drawn
-    elif hasattr(task, "layout"):
-        jax.eval_shape(type(task)._score, task, params, batch)
-        assert not drawn
+        jax.eval_shape(score, task.preview, params, batch, jnp.zeros(1, jnp.int32))
+    elif task.cfg.task == "image_tokens":
+        jax.eval_shape(score, task.preview, params, batch)
+    assert not drawn
 
 
 def leaves_of(task):

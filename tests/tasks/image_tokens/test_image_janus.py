@@ -180,7 +180,7 @@ def test_p3_the_exported_folder_draws_the_same_without_jaxft(trained):
     assert len({tuple(row) for row in expected.tolist()}) == 3, "rows are to differ"
     run, params, _ = runs.restore_run(trained, None)
     with jax.set_mesh(run.mesh):
-        codes = run.preview._sample(params, CAPTIONS, Request(temperature=0.0, guidance=5.0))
+        codes, _ = run.preview._sample(params, CAPTIONS, Request(temperature=0.0, guidance=5.0))
     np.testing.assert_array_equal(codes.reshape(3, -1), expected.numpy())
     pixels = run.opened.model.vq.decode(codes)
     with torch.no_grad():

@@ -140,7 +140,7 @@ def test_the_exported_folder_draws_the_same_without_jaxft(trained):
     run, params, _ = runs.restore_run(trained, None)
     how = Request(temperature=0.0, guidance=3.0)
     with jax.set_mesh(run.mesh):
-        codes = run.preview._sample(params, captions, how)
+        codes, _ = run.preview._sample(params, captions, how)
         compiled = run.preview._generate._cache_size()
         looks = run.preview.complete(params, captions, how)
         run.preview._sample(params, captions, how._replace(guidance=1.5, seed=2))
@@ -169,6 +169,7 @@ def test_a_head_of_zeros_foretells_nothing(trained, work, pictures):
     run = runs.open_run(config)
     with jax.set_mesh(run.mesh):
         params = runs.load_params(run)
+        run.encode(params)
         params["lm_head.kernel"] = params["lm_head.kernel"] * 0
         found = run.preview.evaluate(params, run.mesh).metrics
     assert found["ce"] == pytest.approx(math.log(TEXT + 4 + CODES), rel=1e-6)
