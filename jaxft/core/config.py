@@ -29,15 +29,18 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """rank 0 is off; `targets` is a regex over the paths of projections; `base` is the model under
-    an adapter, where `model` is a PEFT folder whose own config names none or another one."""
+    """Low-rank adapters. rank 0 is off, and `targets` is a regex over the paths of projections.
+
+    `from_`, the key `lora.from`, is a LoRA file or a PEFT folder to go on from. It has its own
+    rank, alpha and targets: the values 0, 0.0 and "" leave them to it.
+    """
 
     rank: int = 0
     alpha: float = 1.0
     targets: str = ""
     rslora: bool = False
     dropout: float = 0.0
-    base: str = ""
+    from_: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,9 @@ AT_LEAST = {
     "optim.clip": 0,
     "optim.weight_decay": 0,
 }
+RENAMED = {  # keys of former versions, and what is written in place of them
+    "lora.base": "give the base by model=MODEL and the adapter by lora.from=FOLDER",
+}
 BELOW_ONE = ("lora.dropout", "optim.b1", "optim.b2", "optim.ema")
 DURATIONS = ("total", "optim.warmup", "every.log", "every.eval", "every.save", "every.sample")
 
@@ -165,7 +171,8 @@ def load_config(
     """The resolved config of a file's `get_config()` with overrides applied.
 
     A path that does not exist is looked up beside the installed package, so that
-    `configs/llm.py` works from a wheel too.
+    `configs/llm.py` works from a wheel too. With an override of `lora.from`, the file's `trainable`
+    and its section `lora` are left out.
     """
     file = Path(path)
     if not file.is_file():
@@ -180,7 +187,10 @@ def load_config(
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {file} defines no get_config(); copy one from configs/")
-    return resolve_config(module.get_config().to_dict(), overrides, options)
+    config, overrides = module.get_config().to_dict(), list(overrides)
+    if dict(overrides).get("lora.from"):  # what the file says of adapters is of other ones
+        config |= {"lora": {"alpha": 0.0}, "trainable": ""}
+    return resolve_config(config, overrides, options)
 
 
 def resolve_config(
@@ -263,6 +273,7 @@ def override(
         node = node.get(section) if isinstance(node, dict) else None
     known = isinstance(node, dict) and (key in kinds or leaf in node)
     if not known or isinstance(node.get(leaf), dict):
+        _refuse_renamed(key)
         hint = _near(key, {**flatten_config(config), **kinds}, "keys are")
         raise UserError(f"unknown config key {key!r}; {hint}")
     node[leaf] = _plain(_convert(key, text, kinds.get(key) or type(node[leaf])), key)
@@ -319,33 +330,39 @@ def _complete(config: dict[str, Any], schema: type, prefix: str) -> dict[str, An
     kinds: dict[str, Any] = {}
     for f in dataclasses.fields(schema):
         kind: Any = f.type
+        name = _key(f)
         if dataclasses.is_dataclass(kind):
-            absent = f.name not in config
-            section = {} if absent else config[f.name]
+            absent = name not in config
+            section = {} if absent else config[name]
             if isinstance(section, dict):
-                kinds |= _complete(section, kind, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+                kinds |= _complete(section, kind, f"{prefix}{name}.")  # type: ignore[arg-type]
             if absent and f.default is not dataclasses.MISSING:
-                config[f.name] = section
+                config[name] = section
         elif isinstance(kind, type) or get_origin(kind) is tuple:
-            kinds[prefix + f.name] = kind
+            kinds[prefix + name] = kind
             if f.default is not dataclasses.MISSING:
-                config.setdefault(f.name, _plain(f.default, prefix + f.name))
-            if kind is float and type(config.get(f.name)) is int:
-                config[f.name] = float(config[f.name])
+                config.setdefault(name, _plain(f.default, prefix + name))
+            if kind is float and type(config.get(name)) is int:
+                config[name] = float(config[name])
     return kinds
+
+
+def _key(f: dataclasses.Field) -> str:
+    """Return the config key of a field: one named as a word of Python has an underscore behind."""
+    return f.name.removesuffix("_")
 
 
 def _needed(schema: type) -> set[str]:
     """The fields that a config has to give."""
     return {
-        f.name
+        _key(f)
         for f in dataclasses.fields(schema)
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
 
 
 def _build(schema: type[Schema], values: Mapping[str, Any], prefix: str) -> Schema:
-    fields = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    fields = {_key(f): f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
     _check_keys(set(values), set(fields), _needed(schema), prefix)
     built: dict[str, Any] = {}
     for name, value in values.items():
@@ -353,11 +370,10 @@ def _build(schema: type[Schema], values: Mapping[str, Any], prefix: str) -> Sche
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, Mapping):
                 raise UserError(f"config key {prefix}{name}={value!r} must be a section of keys")
-            built[name] = _build(kind, value, f"{prefix}{name}.")  # type: ignore[arg-type]
+            value = _build(kind, value, f"{prefix}{name}.")  # type: ignore[arg-type]
         elif isinstance(kind, type) or get_origin(kind) is tuple:
-            built[name] = _typed(prefix + name, value, kind)
-        else:
-            built[name] = value
+            value = _typed(prefix + name, value, kind)
+        built[fields[name].name] = value
     return schema(**built)
 
 
@@ -367,10 +383,16 @@ def _flat(node: Any) -> dict[str, Any]:
 
 def _check_keys(got: set[str], known: set[str], needed: set[str], prefix: str) -> None:
     for name in sorted(got - known):
+        _refuse_renamed(prefix + name)
         raise UserError(f"unknown config key {prefix}{name!r}; {_near(name, known, 'keys are')}")
     missing = sorted(prefix + name for name in needed - got)
     if missing:
         raise UserError(f"config is missing {', '.join(missing)}; add them to the config file")
+
+
+def _refuse_renamed(key: str) -> None:
+    if key in RENAMED:
+        raise UserError(f"config key {key} is gone: {RENAMED[key]}")
 
 
 def _check_choices(cfg: Config) -> None:

@@ -1,7 +1,8 @@
 """Low-rank adapters: add them to the projections that a regex names, and merge them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import prod, sqrt
 from typing import Any
 from zlib import crc32
@@ -66,6 +67,30 @@ def _attach(linear: Any, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
     b = jnp.zeros((*lead, cfg.rank, *outs))
     linear.lora_b = nnx.data(nnx.Param(b, axes=("lora", *axes[n:]), inputs=1))
     linear.adapter = Adapter(scale(cfg), cfg.dropout, crc32(path.encode()))
+
+
+def continued(asked: Lora, own: Lora, paths: Iterable[str]) -> Lora:
+    """Return the settings of an adapter to go on from: its own, with the run's dropout if set.
+
+    `asked` holds the run's settings, `own` the adapter's, and `paths` all projections. Raises
+    UserError for a setting of the run that contradicts the adapter.
+    """
+    name = asked.from_
+    for key, value in (("rank", asked.rank), ("alpha", asked.alpha), ("rslora", asked.rslora)):
+        if value and value != getattr(own, key):
+            raise UserError(
+                f"lora.{key}={value}, but {name} has {key} {getattr(own, key):g}; leave it out, or"
+                " give another lora.from"
+            )
+    if asked.targets:
+        for path in paths:
+            wanted, there = (re.fullmatch(one.targets, path) for one in (asked, own))
+            if bool(wanted) != bool(there):
+                also = "adapts" if there else "does not adapt"
+                raise UserError(
+                    f"lora.targets={asked.targets!r}, but {name} {also} {path}; leave it out"
+                )
+    return replace(own, dropout=asked.dropout or own.dropout, from_=name)
 
 
 def adapted(paths: Mapping) -> list[str]:

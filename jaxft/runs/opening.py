@@ -38,8 +38,6 @@ def open_run(config: Mapping[str, Any]) -> Run:
     name = str(config.get("task"))
     check_task(name)
     cfg, task = configs.read_config(config, OPTIONS[name]), get_task(name)
-    if cfg.lora.base and cfg.task != "llm":
-        raise UserError(f"lora.base={cfg.lora.base!r} is for task=llm, which goes on from adapters")
     runtime.start()
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     _check_batch(cfg, mesh)

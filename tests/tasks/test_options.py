@@ -72,7 +72,7 @@ def leaves_of(schema, prefix=""):
         if dataclasses.is_dataclass(f.type):
             found |= leaves_of(f.type, f"{prefix}{f.name}.")
         elif f.name != "own":
-            found.add(prefix + f.name)
+            found.add(prefix + f.name.removesuffix("_"))
     return found
 
 

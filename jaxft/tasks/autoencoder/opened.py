@@ -66,9 +66,11 @@ class OpenedAutoencoder:
         """Raise UserError for losses that the model or the trained parameters cannot have."""
         runner(self.remat)
         losses, trainable = self.losses, self.cfg.trainable or ".*"
-        if self.cfg.lora.rank:
+        rank, start = self.cfg.lora.rank, self.cfg.lora.from_
+        if rank or start:
+            given = f"lora.from={start!r}" if start else f"lora.rank={rank}"
             raise UserError(
-                f"lora.rank={self.cfg.lora.rank}, but an autoencoder takes no adapters; set"
+                f"{given}, but an autoencoder takes no adapters; set"
                 " lora.rank=0 and name what trains in trainable"
             )
         if not (losses.l1 or losses.l2 or losses.perceptual):

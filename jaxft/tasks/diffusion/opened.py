@@ -1,5 +1,6 @@
 """A Stable Diffusion folder or file, opened for training."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -8,12 +9,11 @@ import numpy as np
 from flax import nnx
 
 from jaxft.core import runtime
-from jaxft.core.config import Config
+from jaxft.core.config import Config, Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
 from jaxft.models import flops
-from jaxft.models.pipelines import stable_diffusion
-from jaxft.models.pipelines.ldm import open_model
+from jaxft.models.pipelines import ldm, stable_diffusion
 from jaxft.models.pipelines.stable_diffusion import PipelineConfig, StableDiffusion, Text
 from jaxft.nn import lora
 from jaxft.noise.ddpm import DDPM
@@ -24,6 +24,7 @@ from jaxft.tasks.diffusion import inversion
 from jaxft.tasks.diffusion.captions import Captions
 from jaxft.tasks.diffusion.options import DiffusionOptions
 from jaxft.weights.adapters import pipeline as pipeline_lora
+from jaxft.weights.adapters.pipeline_file import PipelineLora, load, open_lora
 
 KINDS = {
     stable_diffusion.NOTHING: "",
@@ -36,10 +37,10 @@ class OpenedPipeline:
     """A pipeline with its tokenizers; `jaxft.tasks.Opened`."""
 
     def __init__(self, cfg: Config):
-        self.cfg, self.options = cfg, DiffusionOptions(**cfg.own)
+        self.options = DiffusionOptions(**cfg.own)
         options = self.options
         prediction = options.prediction or None
-        self.pipeline = open_model(cfg.model, cfg.init == "pretrained", prediction=prediction)
+        self.pipeline = ldm.open_model(cfg.model, cfg.init == "pretrained", prediction=prediction)
         self.model_cfg = PipelineConfig.of(self.pipeline, options.prediction, options.zero_snr)
         check_sampler("sample.sampler", options.sample.sampler)
         check(options.caption_dropout, self.model_cfg)
@@ -48,8 +49,13 @@ class OpenedPipeline:
         self.process: NoiseProcess = DDPM(self.model_cfg.schedule, options.min_snr_gamma)
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.remat = runtime.resolve_remat(cfg.remat)
-        self.template = jax.eval_shape(self.build, jax.random.key(0))
         self.parts = stable_diffusion.parts(self.pipeline, self.model_cfg)
+        self.adapter: PipelineLora | None = None
+        if cfg.lora.from_:
+            self.adapter, adapted = self._read_adapter(cfg.lora)
+            cfg = dataclasses.replace(cfg, lora=adapted)
+        self.cfg = cfg
+        self.template = jax.eval_shape(self.build, jax.random.key(0))
         if cfg.export.kind == "lora" or (cfg.export.kind == "all" and cfg.lora.rank):
             pipeline_lora.check(self.parts, describe(self.template))
         names = ("tokenizer", "tokenizer_2")[: len(self.model_cfg.texts)]
@@ -67,7 +73,22 @@ class OpenedPipeline:
 
     def initial(self) -> dict[str, np.ndarray]:
         own, leaves = self.options.inversion, describe(self.template)
-        return inversion.initial(own, self.captions, self.parts, leaves) if own.token else {}
+        made = inversion.initial(own, self.captions, self.parts, leaves) if own.token else {}
+        return made | load(self.adapter, leaves) if self.adapter else made
+
+    def _read_adapter(self, asked: Lora) -> tuple[PipelineLora, Lora]:
+        """Open the file of `lora.from`, and return it with the settings that it decides."""
+        everywhere = Lora(rank=1, targets=".*")
+
+        def build(key: jax.Array) -> nnx.Module:
+            model = StableDiffusion(self.model_cfg, key=key)
+            lora.add(model, everywhere, key)
+            return model
+
+        model = jax.eval_shape(build, jax.random.key(0))
+        layouts = ldm.layouts(self.pipeline)
+        found = open_lora(asked.from_, self.parts, describe(model), layouts)
+        return found, lora.continued(asked, found.lora, lora.projections(model))
 
     def describe(self) -> str:
         cfg = self.model_cfg

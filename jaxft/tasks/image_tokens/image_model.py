@@ -27,7 +27,7 @@ from jaxft.tasks.image_tokens.image_layout import (
     row_length,
 )
 from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
-from jaxft.weights.adapters.peft_folder import CONFIG, MERGE
+from jaxft.weights.adapters.peft_folder import GIVE_BASE, is_adapter
 from jaxft.weights.folders.transformers import Source, export_config, open_source
 from jaxft.weights.graft import Grafted
 from jaxft.weights.locate import demo_folder
@@ -132,8 +132,8 @@ def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) 
     A Janus is family J, all else family N. Raises UserError for an adapter's folder, and where the
     language model, its imagetoken.json, the VQ tokenizer and the options do not fit each other.
     """
-    if (Path(spec).expanduser() / CONFIG).is_file():
-        raise UserError(f"{spec} is an adapter, which only task=llm goes on from; {MERGE}")
+    if is_adapter(spec):
+        raise UserError(f"model={spec} is an adapter; {GIVE_BASE}")
     source = open_source(str(demo_folder(spec)) if spec.startswith("demo:") else spec, weights)
     if is_janus(source):
         return open_janus(spec, source, options)

@@ -1,5 +1,9 @@
 """An image-token model's folder with its VQ tokenizer, opened for training."""
 
+import dataclasses
+import re
+from pathlib import Path
+
 import jax
 import numpy as np
 from flax import nnx
@@ -7,18 +11,21 @@ from flax import nnx
 from jaxft.core import runtime
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
+from jaxft.core.params import ADDED, describe
 from jaxft.data.images.dataset import CORNERS
 from jaxft.nn import lora
 from jaxft.tasks.image_tokens.image_layout import encode_prompt
 from jaxft.tasks.image_tokens.image_model import open_model
 from jaxft.tasks.image_tokens.options import ImageTokenOptions
+from jaxft.weights.adapters import peft, peft_folder
+from jaxft.weights.adapters.peft_folder import PeftAdapter
 
 
 class OpenedImageModel:
     """An image-token model of either family; `jaxft.tasks.Opened`."""
 
     def __init__(self, cfg: Config):
-        self.cfg, self.options = cfg, ImageTokenOptions(**cfg.own)
+        self.options = ImageTokenOptions(**cfg.own)
         _check(self.options)
         pretrained = cfg.init == "pretrained"
         self.model = open_model(cfg.model, self.options, pretrained, cfg.seed)
@@ -27,8 +34,11 @@ class OpenedImageModel:
             self.model.original_files(None)  # an error is better now than after training
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.remat = runtime.resolve_remat(cfg.remat)
-        self.template = jax.eval_shape(self.build, jax.random.key(0))
         self.parts = (self.model.part,)
+        self.adapter: PeftAdapter | None = None
+        self.saved: dict[str, np.ndarray] = {}
+        self.cfg = self._with_adapter(cfg) if cfg.lora.from_ else cfg
+        self.template = jax.eval_shape(self.build, jax.random.key(0))
         for prompt in self.options.sample.prompts:  # likewise
             encode_prompt(self.layout, self.model.tokenizer, prompt)
 
@@ -38,7 +48,22 @@ class OpenedImageModel:
         return model
 
     def initial(self) -> dict[str, np.ndarray]:
-        return {}
+        if self.adapter is None:
+            return {}
+        return self.saved | peft.load(self.adapter, self.parts[0], describe(self.template))
+
+    def _with_adapter(self, cfg: Config) -> Config:
+        """Read the PEFT folder of `lora.from`, and return the config with what it decides.
+
+        The modules that it holds whole train again, unless `trainable` says otherwise.
+        """
+        part, plain = self.parts[0], jax.eval_shape(self.model.build, jax.random.key(0))
+        found = peft_folder.read(Path(cfg.lora.from_).expanduser(), cfg.model, part.whole)
+        self.saved = peft.load_whole(found, part, describe(plain))
+        self.adapter = peft_folder.fit(found, part.entries(describe(plain)))
+        own = lora.continued(cfg.lora, self.adapter.lora, lora.projections(plain))
+        trainable = cfg.trainable or "|".join((ADDED, *map(re.escape, self.saved)))
+        return dataclasses.replace(cfg, lora=own, trainable=trainable)
 
     def describe(self) -> str:
         layout, loss = self.layout, self.options.loss

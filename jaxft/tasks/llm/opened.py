@@ -26,7 +26,7 @@ class OpenedDecoder:
 
     def __init__(self, cfg: Config):
         opened = open_adapted(
-            cfg.model, cfg.lora.base, weights=cfg.init == "pretrained", opener=open_decoder
+            cfg.model, cfg.lora.from_, weights=cfg.init == "pretrained", opener=open_decoder
         )
         self.source, self.adapter, self.kept = opened
         self.options = LLMOptions(**cfg.own)
@@ -37,7 +37,9 @@ class OpenedDecoder:
             module = partial(self.architecture.module, self.model_cfg)
             plain = jax.eval_shape(lambda key: module(key=key), jax.random.key(0))
             self.adapter = fit(self.adapter, part.entries(describe(plain)))
-            cfg = dataclasses.replace(cfg, lora=self.adapter.lora)
+            asked, own = cfg.lora, self.adapter.lora
+            own = lora.continued(asked, own, lora.projections(plain)) if asked.from_ else own
+            cfg = dataclasses.replace(cfg, lora=own)
         elif not cfg.lora.targets:
             targets = dataclasses.replace(cfg.lora, targets=self.architecture.lora)
             cfg = dataclasses.replace(cfg, lora=targets)

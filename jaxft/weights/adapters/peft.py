@@ -11,7 +11,15 @@ import numpy as np
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf
-from jaxft.weights.adapters.peft_folder import BASE, PREFIX, STEM, PeftAdapter, base_name
+from jaxft.weights.adapters.peft_folder import (
+    BASE,
+    FACTOR,
+    GIVE_BASE,
+    PREFIX,
+    STEM,
+    PeftAdapter,
+    base_name,
+)
 from jaxft.weights.files.tensor_files import write_sharded
 from jaxft.weights.rules import Entry, to_jax, to_torch
 from jaxft.weights.transfer import Part
@@ -140,9 +148,33 @@ def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[s
         if to_torch(np.broadcast_to(np.int8(0), want), layout, part.sizes).shape != got:
             raise UserError(
                 f"{adapter.name}: tensor {key} {got} does not fit rank {adapter.lora.rank} on this"
-                " base model; give the base that the adapter was trained on by lora.base=MODEL"
+                f" base model; {GIVE_BASE}"
             )
         arrays[path][layer] = to_jax(adapter.tensors.read(key), layout, part.sizes)
+    return arrays
+
+
+def load_whole(
+    adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]
+) -> dict[str, np.ndarray]:
+    """Return the parameters of modules that an adapter's file holds whole, by jaxft path, fp32.
+
+    Tensors are named as PEFT saves them. Raises UserError for one outside of `part.whole`.
+    """
+    keys = {key for key in adapter.tensors.keys() if not FACTOR.fullmatch(key)}  # noqa: SIM118
+    arrays: dict[str, np.ndarray] = {}
+    for entry in part.entries(leaves):
+        if keys.issuperset(entry.keys) and entry.path.startswith(
+            tuple(f"{w}." for w in part.whole)
+        ):
+            read = [adapter.tensors.read(key).astype(np.float32) for key in entry.keys]
+            made = [to_jax(tensor, entry.layout, part.sizes) for tensor in read]
+            arrays[entry.path] = np.stack(made) if entry.stacked else made[0]
+            keys -= set(entry.keys)
+            if arrays[entry.path].shape != leaves[entry.path].shape:
+                raise UserError(f"{adapter.name}: {entry.keys[0]} is of another size; {GIVE_BASE}")
+    if keys:
+        raise UserError(f"{adapter.name}: tensor {min(keys)} has no place in {adapter.base}")
     return arrays
 
 

