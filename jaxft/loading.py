@@ -36,6 +36,7 @@ from jaxft.models.pipelines.stable_diffusion import (
     StableDiffusion,
     zeroed,
 )
+from jaxft.nn.pixels import to_pixels
 from jaxft.noise.samplers import SAMPLERS
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.tasks.diffusion.captions import Captions
@@ -256,7 +257,7 @@ class LoadedPipeline:
                 model, cfg, text, null, noise, SAMPLERS[sampler](cfg.schedule, steps),
                 Guidance(guidance), dtype,
             )  # fmt: skip
-            return jnp.round((images + 1.0) * 127.5).astype(jnp.uint8)
+            return to_pixels(images)
 
         return np.asarray(draw(self.model, self._ids(["", *texts])))
 

@@ -115,11 +115,6 @@ class MetricWriter:
         if self._primary:
             self._events.add_image(name, image, step, dataformats="HWC")
 
-    def text(self, step: int, name: str, text: str) -> None:
-        """A text (Markdown) for TensorBoard."""
-        if self._primary:
-            self._events.add_text(name, text, step)
-
     def close(self) -> None:
         """Flush all and end the progress line."""
         if self._primary:

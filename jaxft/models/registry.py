@@ -102,9 +102,9 @@ def find_family(config: Mapping[str, Any]) -> str | None:
     return next((one for one, names in TABLE.items() if name in tuple(names)), None)
 
 
-def read_decoder(config: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
+def read_decoder(config: Mapping[str, Any]) -> DecoderConfig:
     """Read the config.json of a causal language model. Raises UserError as `find` does."""
-    return find(config, "decoder", where).config(config, where)
+    return find(config, "decoder").config(config, "config.json")
 
 
 def class_names(family: str) -> tuple[str, ...]:

@@ -191,9 +191,9 @@ def runner(remat: str) -> Callable[..., Array]:
     return run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat])
 
 
-def dense(inputs: int, outputs: int, *, key: PRNGKeyArray, bias: bool = True) -> Linear:
+def dense(inputs: int, outputs: int, *, key: PRNGKeyArray) -> Linear:
     """Return a projection [in, out], fsdp over its input, initialised as wide as torch's Linear."""
-    return Linear((inputs,), (outputs,), ("embed", "mlp"), key=key, bias=bias, std=spread(inputs))
+    return Linear((inputs,), (outputs,), ("embed", "mlp"), key=key, bias=True, std=spread(inputs))
 
 
 def spread(inputs: int) -> float:

@@ -14,15 +14,14 @@ from jaxft.weights.files.tensor_files import STEMS
 from jaxft.weights.folders.transformers import SIDE_FILES
 
 INDEX = "model_index.json"
-VARIANTS = ("", "fp16", "bf16", "fp32")  # taken in this order where none is asked for
+VARIANTS = ("", "fp16", "bf16", "fp32")  # of a weight file's name; the first there is is read
 
 
-def locate(spec: str, file: str, weights: bool, variant: str | None) -> Path:
+def locate(spec: str, file: str, weights: bool) -> Path:
     """Return the folder that `spec` names; `file` (model_index.json) is what it should hold.
 
     `spec` is a path, `pip:PACKAGE`, `demo:NAME` or a hub id org/name, which may name a subfolder.
-    weights=False downloads none, and `variant` ("fp16") downloads no other.
-    Raises UserError where there is no such folder.
+    weights=False downloads none. Raises UserError where there is no such folder.
     """
     if spec.startswith("pip:"):
         return _in_package(spec.removeprefix("pip:"), file)
@@ -37,7 +36,7 @@ def locate(spec: str, file: str, weights: bool, variant: str | None) -> Path:
             f"model {spec!r}: no such folder; expected a diffusers folder with {file}, pip:PACKAGE "
             "or a hub id org/name"
         )
-    return _from_hub(hub[1], hub[2].strip("/"), weights, variant)
+    return _from_hub(hub[1], hub[2].strip("/"), weights)
 
 
 def demo_folder(spec: str) -> Path:
@@ -65,10 +64,10 @@ def _in_package(package: str, file: str) -> Path:
     raise UserError(f"pip:{package}: expected one {file} inside, found {shown}; give its path")
 
 
-def _from_hub(repo: str, sub: str, weights: bool, variant: str | None) -> Path:
+def _from_hub(repo: str, sub: str, weights: bool) -> Path:
     """Download the files that `wanted` lists. Return the cache where the hub is out of reach."""
     try:
-        names = wanted(huggingface_hub.list_repo_files(repo), sub, weights, variant)
+        names = wanted(huggingface_hub.list_repo_files(repo), sub, weights)
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=names)) / sub
     except Exception as error:  # the hub client's errors share no base class
         if (cached := _cached(repo)) is not None:
@@ -87,8 +86,8 @@ def _cached(repo: str) -> Path | None:
         return None
 
 
-def wanted(names: Sequence[str], sub: str, weights: bool, variant: str | None) -> list[str]:
-    """Files of a repository that a pipeline needs: one spelling of each weight, no copies."""
+def wanted(names: Sequence[str], sub: str, weights: bool) -> list[str]:
+    """Return the files of a repository that a pipeline needs, one spelling of each weight."""
     inside = [PurePosixPath(n) for n in names if not sub or n.startswith(sub + "/")]
     depth = len(PurePosixPath(sub).parts)
     near = [path for path in inside if len(path.parts) - depth in (1, 2)]
@@ -96,8 +95,8 @@ def wanted(names: Sequence[str], sub: str, weights: bool, variant: str | None) -
     bulky = []
     for folder in {path.parent for path in near} if weights else ():
         here = [p for p in near if p.parent == folder and p.suffix == ".safetensors"]
-        for infix in (variant,) if variant is not None else VARIANTS:
-            match = re.compile(_weight_pattern(infix or ""))
+        for infix in VARIANTS:
+            match = re.compile(_weight_pattern(infix))
             if chosen := [path for path in here if match.fullmatch(path.name)]:
                 bulky += chosen
                 break

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
@@ -206,25 +205,6 @@ def test_d10_both_attention_spellings_load_and_the_new_one_is_written():
     for key, tensor in back.items():
         np.testing.assert_array_equal(tensor, new[key])
     hf.load_state_dict({k: torch.tensor(v) for k, v in back.items()}, strict=True)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_d10_single_files_store_the_attention_as_convolutions(family):
-    """What our LDM table writes, diffusers' own converter turns into its names."""
-    hf, model = make(family)
-    table = vae.single_file_rules(model.cfg)
-    ldm = written(model, table)
-    if model.cfg.mid_attention:
-        assert ldm["encoder.mid.attn_1.q.weight"].ndim == 4
-    tensors = {f"first_stage_model.{k}": torch.tensor(v) for k, v in ldm.items()}
-    converted = convert_ldm_vae_checkpoint(tensors, FAMILIES[family])
-    state = hf.state_dict()
-    assert set(converted) == set(state)
-    for key, tensor in state.items():
-        np.testing.assert_array_equal(converted[key], tensor)
-    params = P.flatten(model)
-    for path, array in load(model, ldm, table).items():
-        np.testing.assert_array_equal(array, params[path])
 
 
 def test_d11_force_upcast_is_known_and_bf16_is_finite():

@@ -40,10 +40,9 @@ def test_the_hub_gives_one_spelling_of_each_weight():
     ]
     small = {n for n in names if n.endswith((".json", ".txt", ".md"))} - {"deep/er/config.json"}
     text = {names[8], names[9]}
-    assert set(wanted(names, "", True, None)) == small | text | {names[5]}
-    assert set(wanted(names, "", True, "fp16")) == small | text | {names[6]}
-    assert set(wanted(names, "", False, None)) == small
-    assert wanted(names, "unet", True, None) == [names[3], names[5]]
+    assert set(wanted(names, "", True)) == small | text | {names[5]}
+    assert set(wanted(names, "", False)) == small
+    assert wanted(names, "unet", True) == [names[3], names[5]]
 
 
 def test_a_hub_id_may_name_a_subfolder_and_serves_from_the_cache(folder, monkeypatch):

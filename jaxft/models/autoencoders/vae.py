@@ -290,11 +290,6 @@ ARCHITECTURE = Architecture(
 )
 
 
-def single_file_rules(cfg: Levels) -> tuple[Rule, ...]:
-    """The table for LDM's layout, as single files have it after `first_stage_model.`."""
-    return ldm_rules(tuple(reversed(range(len(cfg.widths)))))
-
-
 def ldm_rules(up: tuple[int, ...]) -> tuple[Rule, ...]:
     """The table for names of taming-transformers, where up block i is called `decoder.up.{up[i]}`.
 

@@ -58,10 +58,6 @@ ATTENDS = {
     "AttnUpDecoderBlock2D": True,
 }
 
-# The tokenizers that LlamaGen published, as a JanusVQVAE folder has them (arXiv:2406.06525).
-VQ_16: dict[str, Any] = {"model_type": JANUS, "num_patches": 24}
-VQ_8: dict[str, Any] = {**VQ_16, "channel_multiplier": (1, 2, 2, 4), "num_patches": 48}
-
 
 @dataclass(frozen=True)
 class VQConfig:

@@ -165,11 +165,6 @@ def rules(cfg: VQConfig) -> tuple[Rule, ...]:
     return (_CODEBOOK, *(vae.ldm_rules(ups) if cfg.kind == JANUS else vae.RULES))
 
 
-def taming_rules(cfg: VQConfig) -> tuple[Rule, ...]:
-    """The table for checkpoints of taming-transformers (VQGAN f16 and its like)."""
-    return (_CODEBOOK, *vae.single_file_rules(cfg))
-
-
 def original_rules(cfg: VQConfig) -> tuple[Rule, ...]:
     """The table for checkpoints of LlamaGen, and of Janus after `gen_vision_model.`."""
     renames = {

@@ -50,15 +50,13 @@ OPEN_CLIP = {
 }
 
 
-def open_model(
-    spec: str, weights: bool = True, variant: str | None = None, prediction: str | None = None
-) -> Pipeline:
+def open_model(spec: str, weights: bool = True, prediction: str | None = None) -> Pipeline:
     """A diffusers folder, `pip:` package or hub id as `open_pipeline` has it, or a single file.
 
     A single file's components come under diffusers' keys and shapes: from here on it is a folder.
     """
     if not spec.endswith(SINGLE):
-        return open_pipeline(spec, weights, variant)
+        return open_pipeline(spec, weights)
     pipeline = open_single_file(spec, weights, prediction)
     if not weights:
         return pipeline

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 LINE = 18  # pixels from line to line
 _SIZE, _BASELINE = 12, 14
+MOST_LINES = 16  # of one text
 _MARGIN = 4  # pixels above and below a line that marks may reach into
 _FINER = 4  # letters are drawn this much larger and reduced, for even spaces between them
 _FOLDER = Path(__file__).parent / "fonts"
@@ -27,27 +28,27 @@ class Lines(NamedTuple):
     leftward: bool = False
 
 
-def wrap(text: str, width: int, most: int = 16) -> Lines:
+def wrap(text: str, width: int) -> Lines:
     """Break a text between words, or within one that is wider than `width` between its letters.
 
-    Scripts without spaces break between letters. Of a text with more than `most` lines the last
+    Scripts without spaces break between letters. Of a text with more than MOST_LINES the last
     one ends in an ellipsis. A character that no font has is written as its code, such as [U+E000].
     """
     text = unicodedata.normalize("NFC", " ".join(text.split()))
     lines = [""]
     for space, piece in (piece for word in text.split(" ") for piece in _pieces(word, width)):
-        if len(lines) > most:
+        if len(lines) > MOST_LINES:
             break
         longer = lines[-1] + (" " if space and lines[-1] else "") + piece
         if lines[-1] and _width(longer) > width:
             lines.append(piece)
         else:
             lines[-1] = longer
-    if len(lines) > most:
-        rest = _clusters(lines[most - 1])
+    if len(lines) > MOST_LINES:
+        rest = _clusters(lines[MOST_LINES - 1])
         while rest and _width("".join(rest) + "…") > width:
             rest.pop()
-        lines = [*lines[: most - 1], "".join(rest).rstrip() + "…"]
+        lines = [*lines[: MOST_LINES - 1], "".join(rest).rstrip() + "…"]
     return Lines(tuple(lines), _is_leftward(text))
 
 

@@ -81,14 +81,14 @@ class Changes(NamedTuple):
 UNCHANGED = Changes()
 
 
-def open_pipeline(spec: str, weights: bool = True, variant: str | None = None) -> Pipeline:
+def open_pipeline(spec: str, weights: bool = True) -> Pipeline:
     """Open a folder with model_index.json, a `pip:PACKAGE` that holds one, or a hub id.
 
-    A hub id may name a subfolder (org/name/sub). `variant` ("fp16") takes `*.fp16.safetensors`;
-    without it they serve where the plain file is absent. weights=False reads configs alone.
+    A hub id may name a subfolder (org/name/sub). Where a plain weight file is absent, one of
+    VARIANTS (`*.fp16.safetensors`) is read. weights=False reads configs alone.
     Raises UserError naming whatever is absent, unreachable or damaged.
     """
-    folder = locate(spec, INDEX, weights, variant)
+    folder = locate(spec, INDEX, weights)
     if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
         found = _json(folder / "config.json")
         raise UserError(
@@ -103,30 +103,28 @@ def open_pipeline(spec: str, weights: bool = True, variant: str | None = None) -
         name=spec,
         index=index,
         components={
-            key: _component(f"{spec}/{key}", folder / key, weights, variant)
+            key: _component(f"{spec}/{key}", folder / key, weights)
             for key in COMPONENTS
             if key in named
         },
         scheduler=_json(folder / SCHEDULER),
-        files=_other_files(folder, index, named, variant),
+        files=_other_files(folder, index, named),
         folder=folder,
     )
 
 
-def open_component(
-    spec: str, kind: str, weights: bool = True, variant: str | None = None
-) -> Source:
+def open_component(spec: str, kind: str, weights: bool = True) -> Source:
     """Open one component's own folder, or the subfolder `kind` ("vae") of a pipeline's.
 
     `spec` as in `open_pipeline`; the class is for the caller to check.
     """
-    folder = locate(spec, "config.json", weights, variant)
+    folder = locate(spec, "config.json", weights)
     if (folder / kind / "config.json").is_file():
         folder = folder / kind
-    return _component(spec, folder, weights, variant)
+    return _component(spec, folder, weights)
 
 
-def _component(name: str, folder: Path, weights: bool, variant: str | None) -> Source:
+def _component(name: str, folder: Path, weights: bool) -> Source:
     config = _json(folder / "config.json")
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -135,19 +133,18 @@ def _component(name: str, folder: Path, weights: bool, variant: str | None) -> S
             " not supported, so give the model as it was before"
         )
     stems = STEMS if "model_type" in config else STEMS[::-1]
-    files = _weight_files(folder, variant, stems) if weights else {}
-    tensors = _open_weights(folder, files, variant) if weights else None
+    files = _weight_files(folder, stems) if weights else {}
+    tensors = _open_weights(folder, files) if weights else None
     side = {"config.json": folder / "config.json", **files}
     return Source(name, config, tensors, side, folder)
 
 
-def _open_weights(folder: Path, files: Files, variant: str | None) -> Tensors:
+def _open_weights(folder: Path, files: Files) -> Tensors:
     if not files:
-        if not variant and any(path.suffix in PICKLES for path in folder.iterdir()):
+        if any(path.suffix in PICKLES for path in folder.iterdir()):
             return TensorFiles.open(folder)  # whose error tells how to convert them
-        which = f" of variant {variant!r}" if variant else ""
         raise UserError(
-            f"{folder}: found no {STEMS[0]}.safetensors or {STEMS[1]}.safetensors{which}; give a "
+            f"{folder}: found no {STEMS[0]}.safetensors or {STEMS[1]}.safetensors; give a "
             "folder saved by save_pretrained, with its weights"
         )
     # As in diffusers and transformers, an index names shards and no more: all their tensors count.
@@ -155,14 +152,14 @@ def _open_weights(folder: Path, files: Files, variant: str | None) -> Tensors:
     return widened(as_matrices(TensorFiles.open(shards)))
 
 
-def _weight_files(folder: Path, variant: str | None, stems: Sequence[str] = STEMS) -> Files:
+def _weight_files(folder: Path, stems: Sequence[str] = STEMS) -> Files:
     """Return the weights of a folder under the names without a variant, or nothing.
 
     `stems` are the library's own name first: of two files with weights, it reads that one. Where
     there are shards and a single file, diffusers reads the shards, transformers the single file.
     """
     for stem in stems:
-        for infix in (variant,) if variant is not None else VARIANTS:
+        for infix in VARIANTS:
             dotted = f".{infix}" if infix else ""
             single = folder / f"{stem}{dotted}.safetensors"
             index = folder / f"{stem}.safetensors.index{dotted}.json"
@@ -197,7 +194,7 @@ def _sharded(index: Path, stem: str, dotted: str) -> Files:
 
 
 def _other_files(
-    folder: Path, index: Mapping[str, Any], named: Iterable[str], variant: str | None
+    folder: Path, index: Mapping[str, Any], named: Iterable[str]
 ) -> dict[str, Path | bytes]:
     """Everything that is no component: side files at the top, and the index's other folders."""
     found: Files = {
@@ -211,7 +208,7 @@ def _other_files(
             if _names(index, key) and key not in OPTIONAL:
                 raise UserError(f"{folder / key}: missing, but {INDEX} names it; copy it there")
             continue
-        weights = _weight_files(folder / key, variant) or _weight_files(folder / key, None)
+        weights = _weight_files(folder / key)
         here = sorted(path for path in (folder / key).iterdir() if path.is_file())
         small = {path.name: path for path in here if not weights or _is_small(path)}
         found |= {f"{key}/{name}": content for name, content in (small | weights).items()}

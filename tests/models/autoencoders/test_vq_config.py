@@ -9,9 +9,12 @@ from transformers import JanusVQVAEConfig
 
 from jaxft.core.errors import UserError
 from jaxft.models.autoencoders import vq_config
-from jaxft.models.autoencoders.vq_config import VQ_8, VQ_16, VQConfig, check_codes
+from jaxft.models.autoencoders.vq_config import VQConfig, check_codes
 
 JANUS = {"model_type": "janus_vqgan"}
+# The tokenizers that LlamaGen published, as a JanusVQVAE folder has them (arXiv:2406.06525).
+VQ_16 = {**JANUS, "num_patches": 24}
+VQ_8 = {**VQ_16, "channel_multiplier": (1, 2, 2, 4), "num_patches": 48}
 DIFFUSERS = {"_class_name": "VQModel", "norm_num_groups": 4, "block_out_channels": [8]}
 ATTENDING = {
     **DIFFUSERS,

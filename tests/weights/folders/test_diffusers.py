@@ -120,7 +120,7 @@ def test_a_pickle_tells_how_to_convert_it(folder):
         open_pipeline(str(folder))
 
 
-def test_variants_are_taken_where_asked_or_alone(folder, tmp_path):
+def test_variants_are_taken_where_they_are_alone(folder, tmp_path):
     plain = folder / "unet/diffusion_pytorch_model.safetensors"
     half = plain.with_name("diffusion_pytorch_model.fp16.safetensors")
     tensors = TensorFiles.open(plain)
@@ -128,14 +128,11 @@ def test_variants_are_taken_where_asked_or_alone(folder, tmp_path):
     arrays = ((k, tensors.read(k).astype(np.float16)) for k in infos)
     write_sharded(folder / "unet", arrays, infos, stem="diffusion_pytorch_model.fp16")
 
-    def dtype(variant=None):
-        source = open_component(str(folder), "unet", variant=variant)
+    def dtype():
+        source = open_component(str(folder), "unet")
         return source.tensors.info("conv_in.weight")[1], source.side_files
 
     assert dtype()[0] == np.float32
-    assert dtype("fp16")[0] == np.float16
-    with pytest.raises(UserError, match=r"found no .* of variant 'bf16'"):
-        dtype("bf16")
     plain.unlink()
     found, files = dtype()
     assert found == np.float16 and files["diffusion_pytorch_model.safetensors"] == half
