@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-from jaxft.core import config as configs
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
 
@@ -15,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    arguments = configs.parse_arguments(argv, ("config", "workdir", "step"))
+    arguments = runtime.parse_arguments(argv, ("config", "workdir", "step"))
     import jax
 
     from jaxft.core.metrics import table

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    parsed = configs.parse_arguments(argv, ("workdir", "step", "out", "kind", "dtype"))
+    parsed = runtime.parse_arguments(argv, ("workdir", "step", "out", "kind", "dtype"))
     options = parsed.options
     if "workdir" not in options:
         raise UserError("--workdir is missing: python -m jaxft.export --workdir DIR")

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params, bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
@@ -45,7 +46,7 @@ from jaxft.tasks.image_tokens.image_model import ImageModel, open_folder
 from jaxft.weights import transfer
 from jaxft.weights.folders.diffusers import Pipeline, open_component, open_pipeline
 from jaxft.weights.folders.transformers import TOKENIZER_FILES, Source, open_source
-from jaxft.weights.locate import INDEX, demo_folder
+from jaxft.weights.locate import INDEX
 from jaxft.weights.transfer import Part
 
 
@@ -332,7 +333,7 @@ def family_of(spec: str) -> str:
     A folder's own files decide: model_index.json, imagetoken.json, config.json. All that none of
     them claims is taken for a decoder, whose reading says what is not supported.
     """
-    path = demo_folder(spec) if spec.startswith("demo:") else Path(spec).expanduser()
+    path = demo_path(spec, "model") or Path(spec).expanduser()
     if path.exists():
         alone = path.suffix in SINGLE and not (path.parent / "config.json").is_file()
         if alone or (path / INDEX).is_file():

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jaxft.core import config as configs
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
 from jaxft.tasks.common.pictures import grid
@@ -30,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> None:
     texts = ("sampler", "image", "mask")
     plain = ("config", "workdir", "step", "prompt", "prompts", "out")
-    arguments = configs.parse_arguments(argv, (*plain, *texts, *NUMBERS, *COUNTS))
+    arguments = runtime.parse_arguments(argv, (*plain, *texts, *NUMBERS, *COUNTS))
     options = arguments.options
     kinds = {**NUMBERS, **COUNTS}
     asked = {n: _numbers(options, n, kind) for n, kind in kinds.items() if n in options}

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    options, overrides = configs.parse_arguments(argv, ("config", "workdir"))
+    options, overrides = runtime.parse_arguments(argv, ("config", "workdir"))
     if "config" not in options:
         raise UserError("--config is missing: python -m jaxft.train --config configs/llm.py")
     config = configs.load_config(options["config"], overrides, OPTIONS)

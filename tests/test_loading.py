@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, CLIPTextModel, LlamaForCausalLM
 
 import jaxft
 from jaxft import loading
+from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
 from tests.tiny_autoencoders import make_janus, make_vae
 from tests.tiny_janus import make_janus_model
@@ -69,7 +70,7 @@ def test_an_image_token_model_of_one_vocabulary(quick):
     assert isinstance(loaded, loading.LoadedImageTokens) and loaded.tokenizer is not None
     ids = np.random.default_rng(0).integers(3, layout.text_vocab, (1, 6), np.int32)
     got = loaded(ids, np.zeros(ids.shape, bool))
-    folder = loading.demo_folder(EMOJI)
+    folder = demo_path(EMOJI, "model")
     stock = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         want = stock(torch.tensor(ids).long()).logits.numpy()

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 from jaxft import train
-from jaxft.core.config import load_config, parse_arguments, read_config
+from jaxft.core import runtime
+from jaxft.core.config import demo_path, load_config, read_config
 from jaxft.tasks import OPTIONS
-from jaxft.weights.locate import demo_folder
 from tests.tiny_autoencoders import make_vae, make_vqmodel
 from tests.tiny_diffusion import flags_of, make_pictures
 from tests.tiny_janus import make_janus_model
@@ -100,7 +100,7 @@ def test_every_shipped_config_is_among_them():
 
 
 def option(line: Line, name: str) -> str:
-    return parse_arguments(line.arguments, ("config", "workdir")).options.get(name, "")
+    return runtime.parse_arguments(line.arguments, ("config", "workdir")).options.get(name, "")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def option(line: Line, name: str) -> str:
     ids=lambda line: f"{line.page}-{line.arguments[-1]}",
 )
 def test_a_printed_config_is_read_as_it_stands(line):
-    overrides = parse_arguments(line.arguments, ("config", "workdir")).overrides
+    overrides = runtime.parse_arguments(line.arguments, ("config", "workdir")).overrides
     config = load_config(str(ROOT / option(line, "config")), overrides, OPTIONS)
     read_config(config, OPTIONS[config["task"]])
 
@@ -181,7 +181,7 @@ def lay_out(place: Path, shelf: Path, page: str) -> None:
     for name, there in names.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).symlink_to((shelf / there).resolve())
-    (place / "MODEL").symlink_to(demo_folder("demo:emoji-tokens"))
+    (place / "MODEL").symlink_to(demo_path("demo:emoji-tokens", "model"))
     (place / "configs").symlink_to(ROOT / "configs")
     if page == "diffusion.md":  # it samples runs that it does not train
         for name in ("inpaint", "edit"):
@@ -231,7 +231,7 @@ def shortened(line: Line) -> list[str]:
         return []
     name = Path(option(line, "config")).stem
     keys = dict(SHORT[name])
-    given = dict(parse_arguments(line.arguments, ("config", "workdir")).overrides)
+    given = dict(runtime.parse_arguments(line.arguments, ("config", "workdir")).overrides)
     if name == "llm" and "model" not in given:
         # The 135 M-parameter default takes minutes: `pytest -m slow` trains it.
         keys |= {"model": "path/to/folder"}

@@ -28,11 +28,8 @@ def bench_image_tokens(args: argparse.Namespace) -> None:
     start(False)
     import torch
 
-    from jaxft.weights.locate import demo_folder
-
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    is_demo = args.model.startswith("demo:")
-    folder = Path(demo_folder(args.model)) if is_demo else Path(args.model)
+    folder = demo_path(args.model, "model") or Path(args.model)
     with tempfile.TemporaryDirectory(prefix="jaxft-bench-") as name:
         drawing = _compare_drawing(args, folder, Path(name))
         training = _compare_training(args, folder, Path(name))

@@ -5,18 +5,26 @@ Nothing heavy is imported here, so that a mistyped key fails before jax or weigh
 
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
-from jaxft.core.errors import UserError
+from jaxft.core.errors import UserError, near
 
 Schema = TypeVar("Schema")
 PACKAGE = Path(__file__).resolve().parent.parent
+DEMOS = {  # what ships in jaxft/demo, by the config key that may name it as "demo:NAME"
+    "model": ("emoji-sd", "emoji-tokens"),
+    "perceptual": ("efficientnet-lite0",),
+    "texts": (
+        *("supersense/train.jsonl", "supersense/valid.jsonl"),
+        *("novel/train.txt", "novel/valid.txt"),
+    ),
+    "images": ("emoji/train", "emoji/valid", "stickers/train", "stickers/valid"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,40 +137,7 @@ RENAMED = {  # keys of former versions, and what is written in place of them
 }
 BELOW_ONE = ("lora.dropout", "optim.b1", "optim.b2", "optim.ema")
 DURATIONS = ("total", "optim.warmup", "every.log", "every.eval", "every.save", "every.sample")
-
-
 MAPPING: Mapping[str, type] = {}
-
-
-class Arguments(NamedTuple):
-    """A command line: its plain options and its `--config.…` overrides, in order."""
-
-    options: dict[str, str]
-    overrides: list[tuple[str, str]]
-
-
-def parse_arguments(argv: Iterable[str], allowed: Iterable[str]) -> Arguments:
-    """Split `--name=value` / `--name value` into options and config overrides.
-
-    Raises UserError for anything else, with the nearest allowed option.
-    """
-    allowed, words = tuple(allowed), list(argv)
-    options: dict[str, str] = {}
-    overrides: list[tuple[str, str]] = []
-    while words:
-        word = words.pop(0)
-        name, has_value, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not (name in allowed or name.startswith("config.")):
-            raise UserError(f"unknown argument {word!r}; {_near(name, allowed, 'options are')}")
-        if not has_value:
-            if not words or words[0].startswith("--"):
-                raise UserError(f"--{name} needs a value: --{name}=VALUE")
-            value = words.pop(0)
-        if name.startswith("config."):
-            overrides.append((name.removeprefix("config."), value))
-        else:
-            options[name] = value
-    return Arguments(options, overrides)
 
 
 def load_config(
@@ -226,10 +201,25 @@ def read_config(config: Mapping[str, Any], own: type | None = None) -> Config:
     _check_keys(set(config), shared | ours, needed, "")
     values: dict[str, Any] = {k: v for k, v in config.items() if k in ours}
     if own:
-        values = _flat(_build(own, values, ""))
+        values = vars(_build(own, values, ""))
     cfg = _build(Config, {**{k: config[k] for k in shared & set(config)}, "own": values}, "")
     _check_choices(cfg)
     return cfg
+
+
+def demo_path(spec: str, kind: str) -> Path | None:
+    """Return the place of `demo:NAME`, None for a spec of another scheme.
+
+    A name is a place in DEMOS without its suffix. Raises UserError for one that `kind` lacks.
+    """
+    if not spec.startswith("demo:"):
+        return None
+    name = spec.removeprefix("demo:")
+    places = {place.partition(".")[0]: place for place in DEMOS[kind]}
+    if name not in places:
+        names = ", ".join(f"demo:{known}" for known in places)
+        raise UserError(f"unknown demo {kind} {spec!r}: expected one of {names}")
+    return PACKAGE / "demo" / places[name]
 
 
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -274,7 +264,7 @@ def override(
     known = isinstance(node, dict) and (key in kinds or leaf in node)
     if not known or isinstance(node.get(leaf), dict):
         _refuse_renamed(key)
-        hint = _near(key, {**flatten_config(config), **kinds}, "keys are")
+        hint = near(key, {**flatten_config(config), **kinds}, "keys are")
         raise UserError(f"unknown config key {key!r}; {hint}")
     node[leaf] = _plain(_convert(key, text, kinds.get(key) or type(node[leaf])), key)
 
@@ -377,14 +367,10 @@ def _build(schema: type[Schema], values: Mapping[str, Any], prefix: str) -> Sche
     return schema(**built)
 
 
-def _flat(node: Any) -> dict[str, Any]:
-    return {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
-
-
 def _check_keys(got: set[str], known: set[str], needed: set[str], prefix: str) -> None:
     for name in sorted(got - known):
         _refuse_renamed(prefix + name)
-        raise UserError(f"unknown config key {prefix}{name!r}; {_near(name, known, 'keys are')}")
+        raise UserError(f"unknown config key {prefix}{name!r}; {near(name, known, 'keys are')}")
     missing = sorted(prefix + name for name in needed - got)
     if missing:
         raise UserError(f"config is missing {', '.join(missing)}; add them to the config file")
@@ -399,7 +385,7 @@ def _check_choices(cfg: Config) -> None:
     leaves = flatten_config(dataclasses.asdict(cfg))
     for key, choices in CHOICES.items():
         if leaves[key] not in choices:
-            hint = _near(str(leaves[key]), choices, "it is one of")
+            hint = near(str(leaves[key]), choices, "it is one of")
             raise UserError(f"config key {key}={leaves[key]!r} is not known; {hint}")
     for key, least in AT_LEAST.items():
         if leaves[key] < least:
@@ -413,13 +399,3 @@ def _check_choices(cfg: Config) -> None:
         raise UserError(
             f"batch_size={cfg.batch_size} does not split into micro_batches={cfg.micro_batches}"
         )
-
-
-def _near(name: str, known: Iterable[str], intro: str) -> str:
-    """A did-you-mean, or the list when nothing is near."""
-    known = list(known)
-    leaf = {k.rsplit(".", 1)[-1]: k for k in known}
-    close = difflib.get_close_matches(name, known, 1, 0.6) or [
-        leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf, 1, 0.6)
-    ]
-    return f"did you mean {close[0]!r}?" if close else f"{intro} {', '.join(sorted(known))}"

@@ -1,5 +1,18 @@
 """The one exception for everything that a user can cause; its text is one line."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """A mistake in a file, key or value; commands print it as one line and exit non-zero."""
+
+
+def near(name: str, known: Iterable[str], intro: str) -> str:
+    """Return a did-you-mean for an unknown name, or the list of known ones when none is near."""
+    known = list(known)
+    leaf = {k.rsplit(".", 1)[-1]: k for k in known}
+    close = difflib.get_close_matches(name, known, 1, 0.6) or [
+        leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf, 1, 0.6)
+    ]
+    return f"did you mean {close[0]!r}?" if close else f"{intro} {', '.join(sorted(known))}"

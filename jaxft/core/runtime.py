@@ -6,11 +6,11 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxft.core.errors import UserError
+from jaxft.core.errors import UserError, near
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 # XLA:CPU's default hands matrix products to YNNPACK too, where its own take a tenth off a training
@@ -20,6 +20,37 @@ CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDU
 # need: without the second a small model draws its codes 3 % faster.
 CPU_LOOP_OPTIONS = {**CPU_OPTIONS, "xla_disable_hlo_passes": "tree_reduction_rewriter"}
 CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+class Arguments(NamedTuple):
+    """A command line: its plain options and its `--config.…` overrides, in order."""
+
+    options: dict[str, str]
+    overrides: list[tuple[str, str]]
+
+
+def parse_arguments(argv: Iterable[str], allowed: Iterable[str]) -> Arguments:
+    """Split `--name=value` / `--name value` into options and config overrides.
+
+    Raises UserError for anything else, with the nearest allowed option.
+    """
+    allowed, words = tuple(allowed), list(argv)
+    options: dict[str, str] = {}
+    overrides: list[tuple[str, str]] = []
+    while words:
+        word = words.pop(0)
+        name, has_value, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not (name in allowed or name.startswith("config.")):
+            raise UserError(f"unknown argument {word!r}; {near(name, allowed, 'options are')}")
+        if not has_value:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"--{name} needs a value: --{name}=VALUE")
+            value = words.pop(0)
+        if name.startswith("config."):
+            overrides.append((name.removeprefix("config."), value))
+        else:
+            options[name] = value
+    return Arguments(options, overrides)
 
 
 def restart_with_huge_pages() -> None:

@@ -10,7 +10,6 @@ import jax
 from jaxft.core import config as configs
 from jaxft.core import runtime
 from jaxft.core.checkpoint import Checkpoints
-from jaxft.core.config import Arguments
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params
 from jaxft.runs.opening import Run, load_params, open_run
@@ -42,7 +41,7 @@ def restore_run(
     return run, params, at
 
 
-def open_any(arguments: Arguments) -> tuple[Run, Params, int]:
+def open_any(arguments: runtime.Arguments) -> tuple[Run, Params, int]:
     """Return (run, parameters, step) of `--workdir` at `--step`, or of an untrained `--config`."""
     options, overrides = arguments
     if "workdir" in options:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.core import runtime
-from jaxft.core.config import parse_arguments
 from jaxft.core.errors import UserError
+from jaxft.core.runtime import parse_arguments
 from jaxft.loading import family_of
 from jaxft.verify import autoencoder, diffusion, image_tokens, llm
 from jaxft.verify.llm import hf_folder

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import huggingface_hub
 
-from jaxft.core.config import PACKAGE
+from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
 from jaxft.weights.files.tensor_files import STEMS
 from jaxft.weights.folders.transformers import SIDE_FILES
@@ -25,8 +25,8 @@ def locate(spec: str, file: str, weights: bool) -> Path:
     """
     if spec.startswith("pip:"):
         return _in_package(spec.removeprefix("pip:"), file)
-    if spec.startswith("demo:"):
-        return demo_folder(spec)
+    if (demo := demo_path(spec, "model")) is not None:
+        return demo
     path = Path(spec).expanduser()
     if path.is_dir():
         return path
@@ -37,16 +37,6 @@ def locate(spec: str, file: str, weights: bool) -> Path:
             "or a hub id org/name"
         )
     return _from_hub(hub[1], hub[2].strip("/"), weights)
-
-
-def demo_folder(spec: str) -> Path:
-    """Return the folder of `demo:NAME`, which ships with jaxft."""
-    folder = PACKAGE / "demo" / spec.removeprefix("demo:")
-    if folder.is_dir():
-        return folder
-    marks = (INDEX, "imagetoken.json")
-    found = sorted(path.parent.name for mark in marks for path in folder.parent.glob(f"*/{mark}"))
-    raise UserError(f"model {spec!r}: there is no such demo model; there is {', '.join(found)}")
 
 
 def _in_package(package: str, file: str) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxft.core import config as configs
-from jaxft.core.config import load_config, override, parse_arguments, read_config
+from jaxft.core.config import DEMOS, demo_path, load_config, override, read_config
 from jaxft.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,35 +28,6 @@ class Own:
 @pytest.fixture
 def config():
     return load_config(LLM)
-
-
-# ---- the command line -----------------------------------------------------------------------
-
-
-def test_both_spellings_of_an_option():
-    words = ["--config=a.py", "--workdir", "w", "--config.lr", "1", "--config.b.c=x=y"]
-    options, overrides = parse_arguments(words, ("config", "workdir"))
-    assert options == {"config": "a.py", "workdir": "w"}
-    assert overrides == [("lr", "1"), ("b.c", "x=y")]
-
-
-def test_a_negative_value_may_stand_apart():
-    assert parse_arguments(["--config.mesh.fsdp", "-1"], ()).overrides == [("mesh.fsdp", "-1")]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--workdri=x"], r"'--workdri=x'; did you mean 'workdir'\?"),
-        (["llm.py"], r"unknown argument 'llm.py'"),
-        (["--zzz=1"], r"options are config, workdir"),
-        (["--workdir"], r"--workdir needs a value: --workdir=VALUE"),
-        (["--workdir", "--config=x"], r"--workdir needs a value"),
-    ],
-)
-def test_arguments_that_are_not_understood(words, message):
-    with pytest.raises(UserError, match=message):
-        parse_arguments(words, ("config", "workdir"))
 
 
 # ---- overrides ------------------------------------------------------------------------------
@@ -276,3 +247,12 @@ def test_the_module_command_itself():
     )
     line = "jaxft: unknown config key 'optm.lr'; did you mean 'optim.lr'?\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+@pytest.mark.parametrize("kind", DEMOS)
+def test_what_ships_is_there_by_its_name(kind):
+    for place in DEMOS[kind]:
+        assert demo_path(f"demo:{place.partition('.')[0]}", kind).exists()
+    assert demo_path("folder:emoji/train", kind) is None and demo_path("demo", kind) is None
+    with pytest.raises(UserError, match=rf"unknown demo {kind} 'demo:x': expected one of demo:"):
+        demo_path("demo:x", kind)

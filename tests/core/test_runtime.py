@@ -222,3 +222,34 @@ def test_a_revision_is_known_only_in_a_checkout(monkeypatch):
     assert revision is None or len(revision) == 40
     monkeypatch.setenv("PATH", "")
     assert runtime.manifest(make_mesh(), {})["revision"] is None
+
+
+# ---- the command line -----------------------------------------------------------------------
+
+
+def test_both_spellings_of_an_option():
+    words = ["--config=a.py", "--workdir", "w", "--config.lr", "1", "--config.b.c=x=y"]
+    options, overrides = runtime.parse_arguments(words, ("config", "workdir"))
+    assert options == {"config": "a.py", "workdir": "w"}
+    assert overrides == [("lr", "1"), ("b.c", "x=y")]
+
+
+def test_a_negative_value_may_stand_apart():
+    assert runtime.parse_arguments(["--config.mesh.fsdp", "-1"], ()).overrides == [
+        ("mesh.fsdp", "-1")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--workdri=x"], r"'--workdri=x'; did you mean 'workdir'\?"),
+        (["llm.py"], r"unknown argument 'llm.py'"),
+        (["--zzz=1"], r"options are config, workdir"),
+        (["--workdir"], r"--workdir needs a value: --workdir=VALUE"),
+        (["--workdir", "--config=x"], r"--workdir needs a value"),
+    ],
+)
+def test_arguments_that_are_not_understood(words, message):
+    with pytest.raises(UserError, match=message):
+        runtime.parse_arguments(words, ("config", "workdir"))

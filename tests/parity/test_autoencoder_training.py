@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from transformers import JanusVQVAE
 
 from jaxft.core.checkpoint import Checkpoints
+from jaxft.core.config import demo_path
 from jaxft.core.sharding import local_rows, place_batch
 from jaxft.core.step import sample_keys
 from jaxft.models.critics import discriminator
-from jaxft.models.critics.perceptual import DEMO_FOLDER
+from jaxft.models.critics.perceptual import DEMO
 from jaxft.weights import transfer
 from tests import whole as runs
 from tests.parity.test_discriminator import oracle as patchgan
@@ -133,7 +134,7 @@ CODECS = {"vae": TorchKL, "vqmodel": partial(TorchVQ, VQModel, revive=REVIVE)}
 def reconstruction(losses, x, y):
     terms = {"l1": losses["l1"] * (x - y).abs().mean(), "l2": losses["l2"] * F.mse_loss(x, y)}
     if losses["perceptual"]:
-        stored = load_file(DEMO_FOLDER / "model.safetensors")
+        stored = load_file(demo_path(DEMO, "perceptual") / "model.safetensors")
         w = {key: tensor.double() for key, tensor in stored.items()}
         terms["perceptual"] = losses["perceptual"] * lite0(w, x, y).mean()
     return {name: term for name, term in terms.items() if losses[name]}

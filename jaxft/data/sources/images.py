@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
 from jaxft.data.sources.image_folders import Files, open_edited, open_folder
 from jaxft.data.sources.image_records import (
@@ -17,10 +18,9 @@ from jaxft.data.sources.image_records import (
 )
 from jaxft.data.sources.image_tables import open_table
 from jaxft.data.sources.image_tars import open_tars
-from jaxft.data.sources.texts import DEMO_FOLDER, tfds_arguments
+from jaxft.data.sources.texts import tfds_arguments
 
 SCHEMES = "folder:PATH, wds:TARS, hf:PATH, tfds:NAME[:SPLIT][@DATA_DIR] or demo:emoji/train"
-DEMO_SETS = ("emoji/train", "emoji/valid", "stickers/train", "stickers/valid")
 
 
 def open_images(spec: str, captions: bool = True, edited: bool = False) -> Records:
@@ -37,11 +37,8 @@ def open_images(spec: str, captions: bool = True, edited: bool = False) -> Recor
     source: Source
     if scheme == "folder" and rest:
         source, left_out = open_folder(spec, Path(rest).expanduser(), captions)
-    elif scheme == "demo":
-        if rest not in DEMO_SETS:
-            names = ", ".join(f"demo:{name}" for name in DEMO_SETS)
-            raise UserError(f"unknown demo images {spec!r}: expected one of {names}")
-        source, left_out = open_folder(spec, DEMO_FOLDER / rest, captions)
+    elif (demo := demo_path(spec, "images")) is not None:
+        source, left_out = open_folder(spec, demo, captions)
     elif scheme == "wds" and rest:
         source, left_out = open_tars(spec, rest, captions)
     elif scheme == "hf" and rest:

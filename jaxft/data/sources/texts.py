@@ -9,16 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
 from jaxft.data.sources.files import find_files, refuse_mixed_folders
 
-DEMO_FOLDER = Path(__file__).parents[2] / "demo"
-DEMO_FILES = {
-    "supersense/train": "supersense/train.jsonl",
-    "supersense/valid": "supersense/valid.jsonl",
-    "novel/train": "novel/train.txt",
-    "novel/valid": "novel/valid.txt",
-}
 SCHEMES = "jsonl:FILE, text:FILE_OR_FOLDER_OR_GLOB, demo:NAME or tfds:NAME[:SPLIT][@DATA_DIR]"
 _TFDS_SPEC = re.compile(r"(?P<name>[^:@]+(:\d+\.\d+\.\d+)?)(:(?P<split>[^@]+))?(@(?P<folder>.+))?")
 
@@ -46,8 +40,9 @@ def open_records(spec: str) -> Records:
         return JsonlRecords(spec, Path(rest).expanduser())
     if scheme == "text" and rest:
         return TextFiles(spec, _text_paths(spec, rest))
-    if scheme == "demo":
-        return _open_demo(spec, rest)
+    if (demo := demo_path(spec, "texts")) is not None:
+        texts = demo.suffix == ".txt"
+        return TextFiles(spec, [demo]) if texts else JsonlRecords(spec, demo)
     if scheme == "tfds" and rest:
         return _open_tfds(spec, rest)
     hint = f"; did you mean {_guess_spec(spec)}?" if Path(spec).expanduser().exists() else ""
@@ -167,16 +162,6 @@ def _text_paths(spec: str, pattern: str) -> list[Path]:
     if not any(p.stat().st_size for p in paths):
         raise UserError(f"{spec} is empty: every file it names has 0 bytes")
     return paths
-
-
-def _open_demo(spec: str, name: str) -> Records:
-    if name not in DEMO_FILES:
-        names = ", ".join(f"demo:{known}" for known in DEMO_FILES)
-        raise UserError(f"unknown demo data {spec!r}: expected one of {names}")
-    path = DEMO_FOLDER / DEMO_FILES[name]
-    if path.suffix == ".txt":
-        return TextFiles(spec, _text_paths(spec, str(path)))
-    return JsonlRecords(spec, path)
 
 
 class TfdsRecords:

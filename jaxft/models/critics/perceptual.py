@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
 from jaxft.models.critics import efficientnet
@@ -18,7 +19,6 @@ from jaxft.weights.rules import Rule
 from jaxft.weights.transfer import Part
 
 DEMO = "demo:efficientnet-lite0"
-DEMO_FOLDER = Path(__file__).parents[2] / "demo" / "efficientnet-lite0"
 EPS = 1e-10  # of LPIPS's normalisation
 
 # Channels of VGG16's 13 convolutions, by the slice that LPIPS cuts after each pooling's ReLU.
@@ -129,7 +129,7 @@ def open_perceptual(spec: str) -> Opened:
     The network is known by its tensors, and all of them are checked here. UserError where the file
     is missing or belongs to another network.
     """
-    path = DEMO_FOLDER if spec == DEMO else Path(spec).expanduser()
+    path = demo_path(spec, "perceptual") or Path(spec).expanduser()
     if not path.exists():
         raise UserError(
             f"perceptual={spec!r}: no such file or folder; expected {DEMO}, or safetensors of VGG16"

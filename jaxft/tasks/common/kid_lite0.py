@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxft.core.config import PACKAGE
+from jaxft.core.config import demo_path
 from jaxft.core.params import Params, bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
 from jaxft.models.critics import efficientnet
 from jaxft.models.critics.efficientnet import EfficientNetLite0
+from jaxft.models.critics.perceptual import DEMO
 from jaxft.nn.pixels import to_float
 from jaxft.tasks.common.image_metrics import kid
 from jaxft.weights import transfer
@@ -27,7 +28,8 @@ class KidLite0:
     def __init__(self) -> None:
         self.template = jax.eval_shape(lambda k: EfficientNetLite0(key=k), jax.random.key(0))
         leaves = describe(self.template)
-        folder = PACKAGE / "demo" / "efficientnet-lite0"
+        folder = demo_path(DEMO, "perceptual")
+        assert folder is not None
         rules, ignore = efficientnet.RULES, efficientnet.IGNORE
         part = Part("", str(folder), TensorFiles.open(folder), rules, efficientnet.SIZES, ignore)
         self.mesh = one_device_mesh()

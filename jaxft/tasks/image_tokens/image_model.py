@@ -30,7 +30,6 @@ from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
 from jaxft.weights.adapters.peft_folder import GIVE_BASE, is_adapter
 from jaxft.weights.folders.transformers import Source, export_config, open_source
 from jaxft.weights.graft import Grafted
-from jaxft.weights.locate import demo_folder
 from jaxft.weights.transfer import Part
 
 TABLES = (TABLE, HEAD)  # a row an id
@@ -134,7 +133,7 @@ def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) 
     """
     if is_adapter(spec):
         raise UserError(f"model={spec} is an adapter; {GIVE_BASE}")
-    source = open_source(str(demo_folder(spec)) if spec.startswith("demo:") else spec, weights)
+    source = open_source(spec, weights)
     if is_janus(source):
         return open_janus(spec, source, options)
     source = as_decoder(source)

@@ -14,6 +14,7 @@ from typing import Any
 
 import huggingface_hub
 
+from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
 from jaxft.weights.files.gguf import GgufFile
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
@@ -106,13 +107,15 @@ def export_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any
 
 
 def open_source(spec: str, weights: bool = True) -> Source:
-    """Open a folder, a .safetensors beside config.json, a .gguf, `pip:PACKAGE` or hub `org/name`.
+    """Open a folder, a .safetensors beside config.json, a .gguf, or what else names a model.
 
+    That is `pip:PACKAGE`, `demo:NAME`, or a hub id `org/name`.
     A path that exists never touches the network. With `weights=False` none are read or downloaded.
     Raises UserError for whatever is absent, unreachable or damaged.
     """
     if spec.startswith("pip:"):
         return _open_path(spec, _in_package(spec.removeprefix("pip:")), weights)
+    spec = str(demo_path(spec, "model") or spec)
     path = Path(spec).expanduser()
     if path.exists():
         return _open_path(spec, path, weights)

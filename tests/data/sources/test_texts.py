@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxft.core.config import DEMOS, PACKAGE
 from jaxft.core.errors import UserError
-from jaxft.data.sources.texts import DEMO_FILES, DEMO_FOLDER, open_records
+from jaxft.data.sources.texts import open_records
 
 
 def one_line_error(action) -> str:
@@ -118,10 +119,10 @@ def test_demo_sets_hold_what_their_names_say():
 
 def test_demo_names_are_listed_and_the_folder_stays_small():
     message = one_line_error(lambda: open_records("demo:supersense"))
-    assert all(f"demo:{name}" in message for name in DEMO_FILES)
-    text_parts = [DEMO_FOLDER / "supersense", DEMO_FOLDER / "novel"]
+    assert all(f"demo:{name.partition('.')[0]}" in message for name in DEMOS["texts"])
+    text_parts = [PACKAGE / "demo" / name for name in ("supersense", "novel")]
     assert sum(p.stat().st_size for part in text_parts for p in part.iterdir()) < 2_000_000
-    notice = (DEMO_FOLDER / "NOTICE.md").read_text()
+    notice = (PACKAGE / "demo" / "NOTICE.md").read_text()
     assert "WordNet 3.0 Copyright 2006 by Princeton University" in notice
     assert "public domain" in notice
 
