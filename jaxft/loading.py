@@ -41,7 +41,12 @@ from jaxft.nn.pixels import to_pixels
 from jaxft.noise.samplers import SAMPLERS
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.tasks.diffusion.captions import Captions
-from jaxft.tasks.image_tokens.image_layout import FILE, encode_prompt, left_padded, null_prompt
+from jaxft.tasks.image_tokens.image_layout import (
+    LAYOUT_JSON,
+    encode_prompt,
+    left_padded,
+    null_prompt,
+)
 from jaxft.tasks.image_tokens.image_model import ImageModel, open_folder
 from jaxft.weights import transfer
 from jaxft.weights.folders.diffusers import Pipeline, open_component, open_pipeline
@@ -345,7 +350,7 @@ def family_of(spec: str) -> str:
         except UserError:
             pass
     found = registry.find_family(_config(path))
-    return "image_tokens" if (path / FILE).is_file() else found or "decoder"
+    return "image_tokens" if (path / LAYOUT_JSON).is_file() else found or "decoder"
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

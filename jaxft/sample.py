@@ -13,7 +13,7 @@ from jaxft.tasks.common.pictures import grid
 NUMBERS = {"temperature": float, "top_p": float, "guidance": float, "image_guidance": float}
 COUNTS = {"max_new": int, "top_k": int, "steps": int, "seed": int, "copies": int}
 ACROSS = 8  # pictures in a row of the grid
-CELL = 96  # least pixels of a picture in a sweep's grid
+SWEEP_CELL = 96  # least pixels of a picture in a sweep's grid
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,7 +96,7 @@ def _save(
     else:
         lines = [[cell[i] for cell in row] for i in range(len(prompts)) for row in rows]
         captions = [", ".join((prompt, _label(row))) for prompt in prompts for row in down]
-        sheet = grid(lines, captions, [_label(column) for column in across], CELL)
+        sheet = grid(lines, captions, [_label(column) for column in across], SWEEP_CELL)
     Image.fromarray(sheet).save(out / "grid.png")
     print(f"{len(pictures)} pictures and grid.png in {out}")
 

@@ -143,6 +143,41 @@ def test_the_device_is_asked_in_one_function(path):
     assert not asks or room(path) in DEVICE_ROOMS, f"{path} chooses by device outside kernels/"
 
 
+# Constants with one meaning, of which each module of a kind has its own.
+ONE_A_MODULE = {
+    "ARCHITECTURE",  # the record of a model
+    "RULES",  # the weight table of a model
+    "IGNORE",  # tensors of its checkpoints that make no parameter
+    "WRITERS",  # the export kinds of a task
+    "FILE",  # the config file that a module reads
+    "DEFAULTS",  # values of its absent keys
+    "NULLS",  # what its keys may have in place of a value
+    "KEYS",  # the keys of a decoder's config.json by model_type
+    "CLASSES",  # the class names of a decoder by model_type
+}
+
+
+def public_names(path: Path) -> set[str]:
+    """The classes and constants that a module defines; one with an underscore is its own affair."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            found.add(node.name)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets:
+            parts = getattr(target, "elts", [target])
+            found |= {part.id for part in parts if isinstance(part, ast.Name)}
+    return {name for name in found if not name.startswith("_")}
+
+
+def test_no_name_has_two_meanings():
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for name in public_names(path) - ONE_A_MODULE:
+            homes.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
+    assert not {name: where for name, where in homes.items() if len(where) > 1}
+
+
 def test_no_inheritance_beyond_modules_and_records():
     allowed = {"Module", "NamedTuple", "Protocol", "ValueError", "Generic"}
     for path in FILES:

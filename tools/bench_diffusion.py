@@ -83,11 +83,11 @@ def _make_pictures(folder: Path, count: int, side: int) -> str:
 
 def _narrowed(share: float | str) -> dict[str, Any]:
     """What of the UNet's config.json differs from SD 1.5's."""
-    from jaxft.weights.folders.known_configs import COMPONENTS
+    from jaxft.weights.folders.known_configs import KNOWN_COMPONENTS
 
     if isinstance(share, str):
         return TINY_UNET
-    whole = COMPONENTS["sd1"]["unet"]["block_out_channels"]
+    whole = KNOWN_COMPONENTS["sd1"]["unet"]["block_out_channels"]
     return {"block_out_channels": [round(channels * share) for channels in whole]}
 
 
@@ -99,10 +99,14 @@ def _make_pipeline(
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from jaxft.weights.folders.known_configs import COMPONENTS, INDEX, SCHEDULER
+    from jaxft.weights.folders.known_configs import (
+        KNOWN_COMPONENTS,
+        KNOWN_INDEXES,
+        KNOWN_SCHEDULERS,
+    )
 
     torch.manual_seed(0)
-    configs = COMPONENTS["sd1"]
+    configs = KNOWN_COMPONENTS["sd1"]
     models: dict[str, Any] = {
         "unet": UNet2DConditionModel.from_config({**configs["unet"], **unet}),
         "vae": AutoencoderKL.from_config({**configs["vae"], **vae}),
@@ -113,8 +117,8 @@ def _make_pipeline(
     text.save_pretrained(folder / "text_encoder")
     shutil.copytree(ROOT / "jaxft" / "demo" / "tokenizer-clip-4k", folder / "tokenizer")
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER["sd1"]))
-    (folder / "model_index.json").write_text(json.dumps(INDEX["sd1"]))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(KNOWN_SCHEDULERS["sd1"]))
+    (folder / "model_index.json").write_text(json.dumps(KNOWN_INDEXES["sd1"]))
 
 
 def _open(
@@ -217,12 +221,12 @@ def _torch_loss(
     import torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
-    from jaxft.weights.folders.known_configs import SCHEDULER
+    from jaxft.weights.folders.known_configs import KNOWN_SCHEDULERS
 
     device = "cuda" if args.gpu else "cpu"
     unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet")
     unet.to(device, memory_format=layout).train()
-    scheduler: Any = DDPMScheduler.from_config(SCHEDULER["sd1"])
+    scheduler: Any = DDPMScheduler.from_config(KNOWN_SCHEDULERS["sd1"])
     tensors = {name: torch.tensor(array, device=device) for name, array in given.items()}
     latents, noise = (tensors[key].to(memory_format=layout) for key in ("latents", "noise"))
     timesteps, context = tensors["timesteps"], tensors["context"]

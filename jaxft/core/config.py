@@ -28,7 +28,7 @@ DEMOS = {  # what ships in jaxft/demo, by the config key that may name it as "de
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class DataKeys:
     """Which records train and which evaluate, as `kind:place` (jsonl:, text:, demo:, tfds:)."""
 
     train: str
@@ -86,7 +86,7 @@ class Every:
 
 
 @dataclasses.dataclass(frozen=True)
-class Export:
+class ExportKeys:
     kind: str
     dtype: str
 
@@ -106,12 +106,12 @@ class Config:
     compute_dtype: str
     param_dtype: str
     remat: str
-    data: Data
+    data: DataKeys
     lora: Lora = Lora()
     optim: Optim
     mesh: MeshShape
     every: Every
-    export: Export
+    export: ExportKeys
     own: Mapping[str, Any]
 
 

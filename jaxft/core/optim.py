@@ -13,7 +13,7 @@ from optax import contrib
 from jaxft.core.errors import UserError
 from jaxft.core.params import MATRICES, Leaf, Params
 
-EPS = 1e-8
+ADAM_EPS = 1e-8
 ADVERSARY = "discriminator."  # the paths of a second player
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
@@ -198,7 +198,7 @@ def _adam(b1: float, b2: float) -> optax.GradientTransformation:
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
         m_hat, v_hat = debias(mu, b1, count), debias(nu, b2, count)
-        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + EPS), m_hat, v_hat)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + ADAM_EPS), m_hat, v_hat)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(optax.scale_by_adam(b1, b2).init, update)

@@ -13,7 +13,7 @@ from jaxft.core.params import Leaf
 from jaxft.core.runtime import device
 
 AXES = ("data", "fsdp", "tensor")
-RULES: dict[str, str | tuple[str, ...] | None] = {
+AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "embed": "fsdp",
     "heads": "tensor",
@@ -50,7 +50,7 @@ def one_device_mesh() -> Mesh:
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """The mesh axes of a parameter or activation with these logical axes."""
-    return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
+    return PartitionSpec(*(AXIS_RULES[axis] if axis else None for axis in axes))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -62,7 +62,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     names = [
-        axis if axis and x.shape[dim] % _ways(RULES[axis], mesh.shape) == 0 else None
+        axis if axis and x.shape[dim] % _ways(AXIS_RULES[axis], mesh.shape) == 0 else None
         for dim, axis in enumerate(axes)
     ]
     return jax.lax.with_sharding_constraint(x, spec(tuple(names)))
@@ -82,7 +82,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Dim 0 over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    return NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
@@ -124,7 +124,7 @@ def abstract_batch(spec: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict
 
 def batch_ways(mesh: Mesh) -> int:
     """How many parts the global batch is cut into."""
-    return _ways(RULES["batch"], mesh.shape)
+    return _ways(AXIS_RULES["batch"], mesh.shape)
 
 
 def _ways(rule: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> int:
@@ -135,7 +135,7 @@ def _ways(rule: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> int:
 def _indivisible(path: str, leaf: Leaf, mesh: Mesh) -> list[str]:
     lines = []
     for dim, axis in enumerate(leaf.axes):
-        rule = RULES[axis] if axis else None
+        rule = AXIS_RULES[axis] if axis else None
         if leaf.shape[dim] % _ways(rule, mesh.shape):
             lines.append(
                 f"{path}: dim {dim} of {leaf.shape} is not divisible by"

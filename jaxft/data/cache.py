@@ -22,9 +22,9 @@ from jaxft.core.errors import UserError
 from jaxft.data.loader import Examples, read_ahead
 
 Arrays = dict[str, np.ndarray]
-Layout = tuple[tuple[str, str, tuple[int, ...]], ...]  # name, dtype and shape of each array
+ArrayLayout = tuple[tuple[str, str, tuple[int, ...]], ...]  # name, dtype and shape of each array
 
-SHARD_BYTES = 256 << 20
+CACHE_SHARD_BYTES = 256 << 20
 
 
 class Keyed(Protocol):
@@ -39,7 +39,7 @@ class _Entry(NamedTuple):
     shard: int
     offset: int
     checksum: int
-    layout: Layout
+    layout: ArrayLayout
 
 
 @dataclass
@@ -83,7 +83,7 @@ class ArrayCache:
         self.folder = Path(folder).expanduser() / f"{slug or 'cache'}-{digest}"
         self._host, self._lock = host, threading.RLock()
         self._entries: dict[str, _Entry] = {}
-        self._layouts: dict[Layout, Layout] = {}
+        self._layouts: dict[ArrayLayout, ArrayLayout] = {}
         self._shards: list[_Shard] = []
         self._writer: _Writer | None = None
         with self._disk_errors():
@@ -181,9 +181,9 @@ class ArrayCache:
             shard.indexed += len(line)
             shard.end = max(shard.end, offset + n_bytes)
 
-    def _append(self, key: str, layout: Layout, data: bytes) -> None:
+    def _append(self, key: str, layout: ArrayLayout, data: bytes) -> None:
         writer = self._writer
-        if writer is None or self._shards[writer.shard].end + len(data) > SHARD_BYTES:
+        if writer is None or self._shards[writer.shard].end + len(data) > CACHE_SHARD_BYTES:
             self.close()
             writer = self._writer = self._open_writer(len(data))
         shard = self._shards[writer.shard]
@@ -202,7 +202,7 @@ class ArrayCache:
             path = self.folder / f"host-{self._host:05d}-{count:05d}.bin"
             count += 1
             end = self._shards[known[path]].end if path in known else 0
-            if end and end + n_bytes > SHARD_BYTES:
+            if end and end + n_bytes > CACHE_SHARD_BYTES:
                 continue
             data = open(path, "ab")  # noqa: SIM115 - the writer keeps it
             if not _locked(data):
@@ -257,7 +257,7 @@ def _locked(file: BinaryIO) -> bool:
     return True
 
 
-def _parse(line: bytes) -> tuple[str, int, int, int, Layout] | None:
+def _parse(line: bytes) -> tuple[str, int, int, int, ArrayLayout] | None:
     """Key, offset, bytes, checksum and layout of an index line; None where it is torn."""
     if not line.endswith(b"\n"):
         return None

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxft.core.errors import UserError
 
-Batch = dict[str, np.ndarray]
+HostBatch = dict[str, np.ndarray]
 
 
 class Examples(Protocol):
@@ -26,7 +26,7 @@ class Collate(Protocol):
     With a layout it gets the examples of each row as a list.
     """
 
-    def __call__(self, examples: Sequence[Any], *, batch_rows: int) -> Batch: ...
+    def __call__(self, examples: Sequence[Any], *, batch_rows: int) -> HostBatch: ...
 
 
 class Batches(Protocol):
@@ -37,7 +37,7 @@ class Batches(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
-class Layout(Protocol):
+class RowSharing(Protocol):
     """Which of a batch's samples (by place) share which row, the same on every process."""
 
     def __call__(self, sample_ids: Sequence[int]) -> list[list[int]]: ...
@@ -51,7 +51,7 @@ def train_loader(
     start_step: int,
     collate_fn: Collate,
     rows: slice | None = None,
-    layout: Layout | None = None,
+    layout: RowSharing | None = None,
     threads: int = 2,
 ) -> grain.DatasetIterator:
     """Endless host batches from step `start_step` on, read ahead in threads.
@@ -102,12 +102,12 @@ class _Batches:
     batch_size: int
     rows: slice
     collate_fn: Collate
-    layout: Layout | None = None
+    layout: RowSharing | None = None
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> HostBatch:
         if self.layout is not None:
             return self._laid_out(index, self.layout)
         first = index * self.batch_size
@@ -118,7 +118,7 @@ class _Batches:
         sample_ids[: len(ids)] = ids
         return {**batch, "sample_ids": sample_ids}
 
-    def _laid_out(self, index: int, layout: Layout) -> Batch:
+    def _laid_out(self, index: int, layout: RowSharing) -> HostBatch:
         first = index * self.batch_size
         ids = [int(self.order[place]) for place in range(first, first + self.batch_size)]
         groups = layout(ids)

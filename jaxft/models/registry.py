@@ -19,7 +19,7 @@ from jaxft.weights.transfer import Part
 
 GROUP = "jaxft.architectures"
 NEAREST = 10  # names in an error
-TABLE: dict[str, dict[str, str]] = {
+MODEL_TYPES: dict[str, dict[str, str]] = {
     "decoder": {
         "llama": "jaxft.models.decoders.llama:ARCHITECTURE",
         "mistral": "jaxft.models.decoders.llama:ARCHITECTURE",
@@ -76,12 +76,12 @@ class Architecture(NamedTuple):
 
 
 def find(config: Mapping[str, Any], family: str, where: str = "config.json") -> Architecture:
-    """Return the architecture of a config.json within a family of TABLE.
+    """Return the architecture of a config.json within a family of MODEL_TYPES.
 
     Raises UserError for a name that is not in the table, with those that are nearest to it.
     """
     key = "model_type" if "model_type" in config or family == "decoder" else "_class_name"
-    name, known = config.get(key), TABLE[family]
+    name, known = config.get(key), MODEL_TYPES[family]
     if name not in tuple(known) and family == "decoder":
         known = known | {one.name: one.value for one in entry_points(group=GROUP)}
     if name not in tuple(known):  # a tuple, for a name of JSON may be a list
@@ -97,9 +97,9 @@ def find(config: Mapping[str, Any], family: str, where: str = "config.json") -> 
 
 
 def find_family(config: Mapping[str, Any]) -> str | None:
-    """Return the family of TABLE that has a config.json's model_type or class name, if one has."""
+    """Return the family that has a config.json's model_type or class name, None if none has."""
     name = config.get("model_type", config.get("_class_name"))
-    return next((one for one, names in TABLE.items() if name in tuple(names)), None)
+    return next((one for one, names in MODEL_TYPES.items() if name in tuple(names)), None)
 
 
 def read_decoder(config: Mapping[str, Any]) -> DecoderConfig:
@@ -109,5 +109,5 @@ def read_decoder(config: Mapping[str, Any]) -> DecoderConfig:
 
 def class_names(family: str) -> tuple[str, ...]:
     """Return the class of every name that the table has for a family, in its order."""
-    configs = [{"model_type": name, "_class_name": name} for name in TABLE[family]]
+    configs = [{"model_type": name, "_class_name": name} for name in MODEL_TYPES[family]]
     return tuple(find(config, family).class_name(config) for config in configs)

@@ -24,7 +24,7 @@ ALL_SIDES: Padding = ((1, 1), (1, 1))
 BOTTOM_RIGHT: Padding = ((0, 1), (0, 1))
 
 # Policies for what a block's forward pass saves for the backward pass. It recomputes the rest.
-REMAT = {
+CONV_REMAT = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names("conv"),
@@ -179,16 +179,16 @@ def runner(remat: str) -> Callable[..., Array]:
     """Return a function that calls a block on activations and saves what `remat` names.
 
     The result is constrained to the batch's sharding. Raises UserError where `remat` is neither
-    "none" nor a key of REMAT.
+    "none" nor a key of CONV_REMAT.
     """
-    if remat != "none" and remat not in REMAT:
-        known = ", ".join(("auto", "none", *REMAT))
+    if remat != "none" and remat not in CONV_REMAT:
+        known = ", ".join(("auto", "none", *CONV_REMAT))
         raise UserError(f"remat={remat!r} is not for convolutions; choose one of {known}")
 
     def run(block: Callable[..., Array], x: Array, *rest: Any) -> Array:
         return constrain(block(x, *rest), "batch", *[None] * (x.ndim - 1))
 
-    return run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat])
+    return run if remat == "none" else jax.checkpoint(run, policy=CONV_REMAT[remat])
 
 
 def dense(inputs: int, outputs: int, *, key: PRNGKeyArray) -> Linear:

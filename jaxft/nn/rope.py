@@ -14,9 +14,9 @@ from jaxft.core.errors import UserError
 SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 # Keys of a rope dict that are numbers. Some may be null, where transformers computes a default.
 ORIGINAL = "original_max_position_embeddings"
-NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
+ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
 FROM_LENGTHS = ("yarn", "longrope")  # a null factor is the ratio of two lengths
-OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+ROPE_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 class Ntk(NamedTuple):
@@ -77,9 +77,9 @@ def from_hf(config: Mapping[str, Any], head_dim: int, default_theta: float = 100
 
 
 def _check_numbers(kind: str, rope: Mapping[str, Any]) -> None:
-    for key in (*NUMBERS, *OPTIONAL):
+    for key in (*ROPE_NUMBERS, *ROPE_OPTIONAL):
         value = rope.get(key, 1.0)
-        free = key in OPTIONAL or (key == "factor" and kind in FROM_LENGTHS)
+        free = key in ROPE_OPTIONAL or (key == "factor" and kind in FROM_LENGTHS)
         if value is None and free:
             continue
         number = value if isinstance(value, int | float) and value is not True else 0

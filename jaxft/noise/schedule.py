@@ -62,7 +62,7 @@ NULLS: dict[str, Any] = dict.fromkeys(
     ),
     False,
 )
-CHOICES = {
+SCHEDULE_CHOICES = {
     "beta_schedule": ("linear", "scaled_linear"),
     "prediction_type": ("epsilon", "v_prediction"),
     "timestep_spacing": (None, "leading", "trailing", "linspace"),
@@ -176,14 +176,14 @@ class Schedule:
 
 
 def _read(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """Return the value of each key of DEFAULTS. Raises UserError where it is none of CHOICES."""
+    """Return the value of each key of DEFAULTS. Raises UserError for an unknown one."""
     defaults = {**DEFAULTS, **CLASS_DEFAULTS.get(name, {})}
     given = config.get("trained_betas") is not None
     unused = ("beta_start", "beta_end", "beta_schedule") if given else ()
     unused += () if config.get("clip_sample", True) else ("clip_sample_range",)
     nulls = {**NULLS, **{key: defaults[key] for key in unused}}
     get = fields(config, defaults, nulls, where)
-    for key, allowed in CHOICES.items():
+    for key, allowed in SCHEDULE_CHOICES.items():
         value = get.get(key, config.get(key, False))
         if value in allowed and (value is not None or key not in config or key == "thresholding"):
             continue

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-MOST = 1e4  # of the adaptive weight
+MOST_WEIGHT = 1e4  # of the adaptive weight
 
 
 class Pull(NamedTuple):
@@ -60,7 +60,7 @@ def adaptive_weight(
     rec_norm, adv_norm = (
         jnp.linalg.norm(back(gradient)[0].astype(jnp.float32)) / rows for gradient in (rec, adv)
     )
-    return jax.lax.stop_gradient(jnp.clip(rec_norm / (adv_norm + 1e-4), 0.0, MOST))
+    return jax.lax.stop_gradient(jnp.clip(rec_norm / (adv_norm + 1e-4), 0.0, MOST_WEIGHT))
 
 
 def hinge(real: Float[Array, "B Y X"], fake: Float[Array, "B Y X"]) -> Float[Array, "B"]:

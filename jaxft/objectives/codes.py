@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxft.core.step import Batch, Metrics, stream
 from jaxft.models.pipelines.image_decode import Speaker
 
-DROP, ADAPTER = range(2)  # streams of a row's own key
+CAPTION_STREAM, ADAPTER_STREAM = range(2)  # streams of a row's own key
 
 
 class RowLayout(Protocol):
@@ -80,8 +80,8 @@ class CodePrediction:
 
         Sums over rows, and their count, do not depend on how a batch is cut.
         """
-        dropped = jax.vmap(jax.random.uniform)(stream(keys, DROP)) < self.caption_dropout
-        adapter = stream(keys, ADAPTER) if self.dropout else None
+        dropped = jax.vmap(jax.random.uniform)(stream(keys, CAPTION_STREAM)) < self.caption_dropout
+        adapter = stream(keys, ADAPTER_STREAM) if self.dropout else None
         total, metrics = self.cross_entropy(model, batch, dropped, adapter)
         return (total, jnp.sum(batch["weights"])), metrics
 

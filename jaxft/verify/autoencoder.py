@@ -11,15 +11,15 @@ from jaxft.models.autoencoders import vae, vqgan
 from jaxft.models.autoencoders.vae import VAE
 from jaxft.models.autoencoders.vae_config import VAEConfig
 from jaxft.models.autoencoders.vq_config import JANUS, VQConfig
-from jaxft.models.autoencoders.vqgan import UNIT, VQModel
-from jaxft.verify.component import Subject, channels_first, channels_last, check, normal
+from jaxft.models.autoencoders.vqgan import UNIT_TOLERANCE, VQModel
+from jaxft.tasks.autoencoder.codec import KL
+from jaxft.verify.component import ComponentSubject, channels_first, channels_last, check, normal
 from jaxft.verify.report import Check, certificate, start
 from jaxft.weights.folders.diffusers import open_component
 from jaxft.weights.folders.transformers import Source
 from jaxft.weights.transfer import Part
 
-KL = "AutoencoderKL"
-ROWS, GRID = 2, (8, 6)  # pictures, and the latents of each: a transpose would show
+VERIFIED_ROWS, GRID = 2, (8, 6)  # pictures, and the latents of each: a transpose would show
 
 
 def certify(spec: str) -> tuple[dict[str, Any], list[Check]]:
@@ -40,10 +40,12 @@ def certify(spec: str) -> tuple[dict[str, Any], list[Check]]:
     return certificate(spec, found.checks, oracles, about), found.checks
 
 
-def vae_subject(source: Source, part: Part, cfg: VAEConfig) -> Subject:
+def vae_subject(source: Source, part: Part, cfg: VAEConfig) -> ComponentSubject:
     """AutoencoderKL: moments of pictures, and pictures of latents that are not theirs."""
     images = _images(cfg.factor)
-    latents = np.asarray(cfg.unscale(jnp.asarray(normal(1, ROWS, *GRID, cfg.latent_channels))))
+    latents = np.asarray(
+        cfg.unscale(jnp.asarray(normal(1, VERIFIED_ROWS, *GRID, cfg.latent_channels)))
+    )
 
     def theirs(model: Any) -> dict[str, Any]:
         found = model.encode(channels_first(images, model)).latent_dist
@@ -57,16 +59,16 @@ def vae_subject(source: Source, part: Part, cfg: VAEConfig) -> Subject:
         return {"mean": found.mean, "logvar": found.logvar, "pictures": back}
 
     template = jax.eval_shape(lambda: VAE(cfg, key=jax.random.key(0)))
-    return Subject("vae", source, part, template, ("diffusers", KL), theirs, ours)
+    return ComponentSubject("vae", source, part, template, ("diffusers", KL), theirs, ours)
 
 
-def vq_subject(source: Source, cfg: VQConfig) -> Subject:
+def vq_subject(source: Source, cfg: VQConfig) -> ComponentSubject:
     """A VQ tokenizer: latents and codes of pictures, and pictures of other codes."""
     stem = "model" if cfg.kind == JANUS else "diffusion_pytorch_model"
     rules = vqgan.rules(cfg)
     part = Part("vae.", source.name, source.tensors, rules, {}, vqgan.IGNORE, stem=stem)
     images = _images(cfg.factor)
-    codes = np.random.default_rng(1).integers(0, cfg.codes, (ROWS, *GRID), np.int32)
+    codes = np.random.default_rng(1).integers(0, cfg.codes, (VERIFIED_ROWS, *GRID), np.int32)
 
     def theirs(model: Any) -> dict[str, Any]:
         latents = model.quant_conv(model.encoder(channels_first(images, model)))
@@ -82,7 +84,7 @@ def vq_subject(source: Source, cfg: VQConfig) -> Subject:
 
     template = jax.eval_shape(lambda: VQModel(cfg, key=jax.random.key(0)))
     stock = ("transformers", "JanusVQVAE") if cfg.kind == JANUS else ("diffusers", "VQModel")
-    return Subject("tokenizer", source, part, template, stock, theirs, ours)
+    return ComponentSubject("tokenizer", source, part, template, stock, theirs, ours)
 
 
 def _their_codes(model: Any, latents: Any, cfg: VQConfig) -> Any:
@@ -94,13 +96,13 @@ def _their_codes(model: Any, latents: Any, cfg: VQConfig) -> Any:
     import torch
 
     table = model.quantize.embedding.weight.detach()
-    if cfg.l2 and bool(((table.norm(dim=-1) - 1).abs() >= UNIT).any()):
+    if cfg.l2 and bool(((table.norm(dim=-1) - 1).abs() >= UNIT_TOLERANCE).any()):
         z = torch.nn.functional.normalize(channels_last(latents).flatten(0, 2), dim=-1)
         found = torch.cdist(z, torch.nn.functional.normalize(table, dim=-1)).argmin(-1)
     else:
         found = model.quantize(latents)[2]
         found = found[2] if isinstance(found, tuple) else found
-    return found.view(ROWS, *GRID).int()
+    return found.view(VERIFIED_ROWS, *GRID).int()
 
 
 def _their_pictures(model: Any, codes: np.ndarray, cfg: VQConfig) -> Any:
@@ -111,7 +113,7 @@ def _their_pictures(model: Any, codes: np.ndarray, cfg: VQConfig) -> Any:
         model.quantize.quant_state_dims = list(GRID)  # it takes every picture for a square
         return model.decode(flat.flatten(1))
     model.register_to_config(lookup_from_codebook=True)
-    shape = (ROWS, *GRID, cfg.code_dim)
+    shape = (VERIFIED_ROWS, *GRID, cfg.code_dim)
     return model.decode(flat.flatten(), force_not_quantize=True, shape=shape).sample
 
 
@@ -119,5 +121,5 @@ def _images(factor: int) -> Float[np.ndarray, "B Y X C"]:
     """Noise over a ramp along one diagonal: no flip and no transpose of it is itself."""
     height, width = (side * factor for side in GRID)
     y, x = np.mgrid[:height, :width] / max(height, width)
-    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (ROWS, height, width, 3))
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (VERIFIED_ROWS, height, width, 3))
     return (noise + (y + 2 * x)[..., None] / 3 - 0.5).astype(np.float32)

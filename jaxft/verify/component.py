@@ -39,7 +39,7 @@ ONCE = {
 }
 
 
-class Subject(NamedTuple):
+class ComponentSubject(NamedTuple):
     """A network under test, opened but not loaded.
 
     `stock` names the library and class that it is compared with. `theirs(stock model)` and
@@ -65,7 +65,7 @@ class Subject(NamedTuple):
         return sum(math.prod(leaf.shape) for leaf in describe(self.template).values())
 
 
-class Oracle(NamedTuple):
+class ComponentOracle(NamedTuple):
     """Results of the stock model in fp32; gradients by torch key of the outputs' sum along `ways`.
 
     `others` are the same outputs rounded otherwise (in float64, and in fp32 anew), `distances` what
@@ -88,7 +88,7 @@ class Result(NamedTuple):
     about: dict[str, Any]
 
 
-def check(subject: Subject) -> Result:
+def check(subject: ComponentSubject) -> Result:
     """Every figure of one network; one of the two models is in memory at a time."""
     oracle = ask(subject)
     params = load(subject.part, subject.leaves)
@@ -100,7 +100,7 @@ def check(subject: Subject) -> Result:
     return Result([*checks, trip], about)
 
 
-def ask(subject: Subject) -> Oracle:
+def ask(subject: ComponentSubject) -> ComponentOracle:
     """Load the stock model on the CPU; outputs and gradients in fp32, and how far they round."""
     model, report = open_stock(subject)
     weights = rounding.digests(model)
@@ -114,11 +114,11 @@ def ask(subject: Subject) -> Oracle:
     for _ in rounding.variants(model, gradients, distances):
         for name, out in _run(subject, model, ways)[0].items():
             others[name].append(out)
-    return Oracle(outputs, others, ways, gradients, distances, weights, report)
+    return ComponentOracle(outputs, others, ways, gradients, distances, weights, report)
 
 
 def _run(
-    subject: Subject, model: Any, ways: dict[str, np.ndarray]
+    subject: ComponentSubject, model: Any, ways: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(outputs, ways) of a stock model, whose gradients are then there; new ways for {}."""
     import torch
@@ -144,7 +144,7 @@ def _ways(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return ways
 
 
-def open_stock(subject: Subject) -> tuple[Any, Mapping[str, Any]]:
+def open_stock(subject: ComponentSubject) -> tuple[Any, Mapping[str, Any]]:
     """The stock model and what it says of its loading."""
     import torch
 
@@ -187,7 +187,7 @@ def load(part: Part, leaves: Mapping[str, Leaf]) -> Params:
     return transfer.load(part, own, places, jnp.float32, set(own))
 
 
-def compare(subject: Subject, params: Params, oracle: Oracle) -> list[Check]:
+def compare(subject: ComponentSubject, params: Params, oracle: ComponentOracle) -> list[Check]:
     """Weights, outputs and gradients against the oracle's."""
     prefix = subject.part.prefix
 
@@ -234,7 +234,7 @@ def compare_output(
 
 
 def _torch_keyed(
-    subject: Subject, arrays: Params, oracle: Oracle
+    subject: ComponentSubject, arrays: Params, oracle: ComponentOracle
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Our weights or gradients by the stock model's own keys, which a file's may be older than."""
     part, own = subject.part, describe(subject.template)

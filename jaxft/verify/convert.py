@@ -19,7 +19,13 @@ from jaxft.weights.files.tensor_files import DTYPE_NAMES, PICKLES, STEMS, write_
 from jaxft.weights.locate import INDEX
 
 # Weights by their names in transformers' and diffusers' folders; a trainer's state is none.
-WEIGHTS = ("pytorch_model*.bin", f"{STEMS[1]}*.bin", f"{STEMS[1]}*.pt", "model*.pt", "model*.pth")
+PICKLED_WEIGHTS = (
+    "pytorch_model*.bin",
+    f"{STEMS[1]}*.bin",
+    f"{STEMS[1]}*.pt",
+    "model*.pt",
+    "model*.pth",
+)
 NESTED = ("state_dict", "model_state_dict", "model", "module", "params")
 
 
@@ -64,7 +70,7 @@ def _pickles(folder: Path) -> list[Path]:
         names = set(json.loads(index.read_text())["weight_map"].values())
         if all((folder / name).is_file() for name in names):
             return [folder / name for name in sorted(names)]
-    found = [path for pattern in WEIGHTS for path in sorted(folder.glob(pattern))]
+    found = [path for pattern in PICKLED_WEIGHTS for path in sorted(folder.glob(pattern))]
     plain = [path for path in found if path.stem in ("pytorch_model", *STEMS)]
     shards = [path for path in found if "-of-" in path.stem]
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)

@@ -28,7 +28,7 @@ from jaxft.verify import rounding
 from jaxft.verify.autoencoder import vae_subject
 from jaxft.verify.component import (
     ONCE,
-    Subject,
+    ComponentSubject,
     as_input,
     channels_first,
     channels_last,
@@ -44,21 +44,21 @@ from jaxft.weights.folders.diffusers import TEXT_ENCODERS, Pipeline
 from jaxft.weights.transfer import Part
 
 ORACLES = ("torch", "diffusers", "transformers")
-STEPS, GUIDANCE, SIDE = 5, 4.0, 32  # SIDE: latents of a picture's long side, at most
+STEPS, PIPELINE_GUIDANCE, SIDE = 5, 4.0, 32  # SIDE: latents of a picture's long side, at most
 CAPTIONS = ("a red circle above a small house", "two cats asleep, seen from far away")
-CLASSES = {
+PIPELINE_CLASSES = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
 }
 
 
-class Opened(NamedTuple):
+class PipelineSubject(NamedTuple):
     """A pipeline under test: `ids` of CAPTIONS and of "" (B + 1, E, T), latents' (Y, X)."""
 
     pipeline: Pipeline
     cfg: PipelineConfig
-    subjects: list[Subject]
+    subjects: list[ComponentSubject]
     ids: Int[np.ndarray, "B E T"]
     size: tuple[int, int]
 
@@ -70,7 +70,7 @@ class Opened(NamedTuple):
     def sampler(self) -> str:
         """The folder's own where it is one of ours; DDIM can run any schedule."""
         stated = self.pipeline.scheduler.get("_class_name")
-        own = [name for name, cls in CLASSES.items() if cls == stated]
+        own = [name for name, cls in PIPELINE_CLASSES.items() if cls == stated]
         return own[0] if own and not self.cfg.schedule.bent else "ddim"
 
 
@@ -95,14 +95,14 @@ def certify(spec: str) -> tuple[dict[str, Any], list[Check]]:
         "trajectory": {
             "sampler": opened.sampler,
             "steps": STEPS,
-            "guidance": GUIDANCE,
+            "guidance": PIPELINE_GUIDANCE,
             "pixels": [height, width],
         },
     }
     return certificate(spec, checks, ORACLES, more), checks
 
 
-def open_pipeline(spec: str) -> Opened:
+def open_pipeline(spec: str) -> PipelineSubject:
     """Open a pipeline; every tensor is accounted for before one is read."""
     pipeline = open_model(spec)
     cfg = PipelineConfig.of(pipeline)
@@ -115,7 +115,7 @@ def open_pipeline(spec: str) -> Opened:
     subjects.append(_unet_subject(pipeline, unet, cfg, size))
     for subject in subjects:
         subject.part.entries(subject.leaves)
-    return Opened(pipeline, cfg, subjects, ids, size)
+    return PipelineSubject(pipeline, cfg, subjects, ids, size)
 
 
 def _tokens(pipeline: Pipeline, cfg: PipelineConfig) -> Int[np.ndarray, "B E T"]:
@@ -153,7 +153,7 @@ def _size(pipeline: Pipeline, cfg: PipelineConfig) -> tuple[int, int]:
 
 def _text_subject(
     pipeline: Pipeline, part: Part, cfg: CLIPTextConfig, ids: Int[np.ndarray, "B T"]
-) -> Subject:
+) -> ComponentSubject:
     name = part.prefix.removesuffix(".")
 
     def theirs(model: Any) -> dict[str, Any]:
@@ -179,12 +179,12 @@ def _text_subject(
     template = jax.eval_shape(lambda: CLIPText(cfg, key=jax.random.key(0)))
     kind = "CLIPTextModelWithProjection" if cfg.projection_dim else "CLIPTextModel"
     stock = ("transformers", kind)
-    return Subject(name, pipeline.components[name], part, template, stock, theirs, ours)
+    return ComponentSubject(name, pipeline.components[name], part, template, stock, theirs, ours)
 
 
 def _unet_subject(
     pipeline: Pipeline, part: Part, whole: PipelineConfig, size: tuple[int, int]
-) -> Subject:
+) -> ComponentSubject:
     cfg, rows = whole.unet, 2
     latents = normal(1, rows, *size, cfg.in_channels)
     times = np.array([whole.schedule.train_steps - 1, 1], np.int32)
@@ -216,13 +216,15 @@ def _unet_subject(
 
     template = jax.eval_shape(lambda: UNet(cfg, key=jax.random.key(0)))
     stock = ("diffusers", "UNet2DConditionModel")
-    return Subject("unet", pipeline.components["unet"], part, template, stock, theirs, ours)
+    return ComponentSubject(
+        "unet", pipeline.components["unet"], part, template, stock, theirs, ours
+    )
 
 
 # ---- all of them together -----------------------------------------------------------------
 
 
-def _trajectory(opened: Opened) -> Check:
+def _trajectory(opened: PipelineSubject) -> Check:
     """Pictures of CAPTIONS by diffusers' pipeline and by jaxft's sampler from the same noise."""
     theirs, *others = _their_pictures(opened)
     ours = _our_pictures(opened)
@@ -231,7 +233,7 @@ def _trajectory(opened: Opened) -> Check:
     return compare_output(name, ours, theirs, others, f"{free:.0%} of the values not clipped")
 
 
-def _their_pictures(opened: Opened) -> list[Float[np.ndarray, "B Y X 3"]]:
+def _their_pictures(opened: PipelineSubject) -> list[Float[np.ndarray, "B Y X 3"]]:
     """As a user of diffusers gets them in fp32, within [0, 1]; then the same, rounded otherwise."""
     import torch
 
@@ -245,7 +247,7 @@ def _their_pictures(opened: Opened) -> list[Float[np.ndarray, "B Y X 3"]]:
                 prompt=list(CAPTIONS),
                 latents=channels_first(opened.noise, pipe.unet),
                 num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
+                guidance_scale=PIPELINE_GUIDANCE,
                 height=height,
                 width=width,
                 output_type="pt",
@@ -255,9 +257,9 @@ def _their_pictures(opened: Opened) -> list[Float[np.ndarray, "B Y X 3"]]:
     return [draw(), *(draw() for _ in rounding.variants(torch.nn.ModuleList(parts), {}, {}))]
 
 
-def _their_pipeline(opened: Opened) -> Any:
+def _their_pipeline(opened: PipelineSubject) -> Any:
     pipeline, cfg = opened.pipeline, opened.cfg
-    scheduler = stock_class("diffusers", CLASSES[opened.sampler])
+    scheduler = stock_class("diffusers", PIPELINE_CLASSES[opened.sampler])
     made: dict[str, Any] = {one.name: open_stock(one)[0] for one in opened.subjects}
     made["scheduler"] = scheduler.from_config(pipeline.scheduler)
     for i, text in enumerate(cfg.texts):
@@ -274,7 +276,7 @@ def _their_pipeline(opened: Opened) -> Any:
     return pipe
 
 
-def _our_pictures(opened: Opened) -> Float[np.ndarray, "B Y X 3"]:
+def _our_pictures(opened: PipelineSubject) -> Float[np.ndarray, "B Y X 3"]:
     """As `sample` makes them, within [0, 1]."""
     cfg = opened.cfg
     template = jax.eval_shape(lambda: StableDiffusion(cfg, key=jax.random.key(0)))
@@ -290,7 +292,7 @@ def _our_pictures(opened: Opened) -> Float[np.ndarray, "B Y X 3"]:
         text = jax.tree.map(lambda x: x[:-1], every)
         null = jax.tree.map(lambda x: jnp.repeat(x[-1:], len(noise), axis=0), every)
         null = zeroed(null) if cfg.zero_null else null
-        guidance = Guidance(GUIDANCE)
+        guidance = Guidance(PIPELINE_GUIDANCE)
         return generate(model, cfg, text, null, noise, sampler, guidance, jnp.float32)
 
     return (np.asarray(call(params, opened.ids, opened.noise)) + 1) / 2

@@ -38,11 +38,15 @@ from jaxft.verify.report import (
 )
 from jaxft.weights.rules import to_torch
 
-CAPTIONS = ("a red apple on a table", "water", "two people and a small dog in front of a house")
-GUIDANCE, LONGEST = 3.0, 24  # codes that are drawn at most
+DRAWN_CAPTIONS = (
+    "a red apple on a table",
+    "water",
+    "two people and a small dog in front of a house",
+)
+DRAWN_GUIDANCE, MOST_CODES = 3.0, 24  # codes that are drawn at most
 
 
-class Oracle(NamedTuple):
+class JanusOracle(NamedTuple):
     """Results of stock transformers on a Janus in fp32; gradients by torch key.
 
     `rounding` is that of the loss, `distances` what the gradients differ by when they are rounded
@@ -78,7 +82,7 @@ def _unified(spec: str, model: ImageModel, far: int) -> tuple[dict[str, Any], li
     about, checks = certify_language_model(spec, far)
     tokenizer, more = certify_tokenizer(str(Path(spec).expanduser() / "vq"))
     leaves = _leaves(model)
-    count = min(LONGEST, model.layout.count)
+    count = min(MOST_CODES, model.layout.count)
     theirs = _unified_codes(model, count)
     drawn = _differing(_draw(model, leaves, load(model.part, leaves), count), theirs)
     about = {"language_model": about, "tokenizer": tokenizer["components"]}
@@ -100,7 +104,7 @@ def _unified_codes(model: Any, count: int) -> Int[np.ndarray, "B S"]:
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
-        guidance_scale=GUIDANCE,
+        guidance_scale=DRAWN_GUIDANCE,
         negative_prompt_ids=torch.tensor([[layout.null, layout.boi]] * len(tokens)),
         suppress_tokens=list(range(layout.image_offset)),
         pad_token_id=layout.pad,
@@ -113,7 +117,7 @@ def _unified_codes(model: Any, count: int) -> Int[np.ndarray, "B S"]:
 
 def _janus(model: JanusFolder) -> tuple[dict[str, Any], list[Check]]:
     found = check(vq_subject(model.vq.source, model.vq.cfg))
-    leaves, count = _leaves(model), min(LONGEST, model.layout.count)
+    leaves, count = _leaves(model), min(MOST_CODES, model.layout.count)
     rows = _rows(model)
     oracle = _ask(model, rows, count)
     params = load(model.part, leaves)
@@ -129,7 +133,7 @@ def _janus(model: JanusFolder) -> tuple[dict[str, Any], list[Check]]:
 def _rows(model: ImageModel) -> dict[str, np.ndarray]:
     """Prompts, padded to the limit, and codes; of the last row the caption is dropped."""
     layout = model.layout
-    prompts = [encode_prompt(layout, model.tokenizer, caption).ids for caption in CAPTIONS]
+    prompts = [encode_prompt(layout, model.tokenizer, caption).ids for caption in DRAWN_CAPTIONS]
     captions = np.full((len(prompts), layout.max_caption_tokens), layout.pad, np.int32)
     for row, ids in enumerate(prompts):
         captions[row, : len(ids)] = ids
@@ -144,7 +148,7 @@ def _rows(model: ImageModel) -> dict[str, np.ndarray]:
     }
 
 
-def _ask(model: JanusFolder, rows: Mapping[str, np.ndarray], count: int) -> Oracle:
+def _ask(model: JanusFolder, rows: Mapping[str, np.ndarray], count: int) -> JanusOracle:
     """The composed loss of transformers' modules, row by row, and what `generate` draws."""
     import torch
     from transformers import JanusForConditionalGeneration
@@ -165,7 +169,7 @@ def _ask(model: JanusFolder, rows: Mapping[str, np.ndarray], count: int) -> Orac
         again = _losses(stock, model, rows)
         again.mean().backward()
         own = max(own, (again - losses).abs().mean().item())
-    return Oracle(loss, own, gradients, distances, weights, drawn, report)
+    return JanusOracle(loss, own, gradients, distances, weights, drawn, report)
 
 
 def _losses(stock: Any, model: JanusFolder, rows: Mapping[str, np.ndarray]) -> Any:
@@ -184,7 +188,7 @@ def _their_codes(stock: Any, model: JanusFolder, count: int) -> Int[np.ndarray, 
     stock.generation_config.bos_token_id = model.layout.bos
     stock.generation_config.pad_token_id = model.layout.pad
     tokens, mask = (torch.from_numpy(x.astype(np.int64)) for x in _prompts(model))
-    how = {"generation_mode": "image", "guidance_scale": GUIDANCE, "do_sample": False}
+    how = {"generation_mode": "image", "guidance_scale": DRAWN_GUIDANCE, "do_sample": False}
     return stock.generate(tokens, attention_mask=mask, **how).numpy()
 
 
@@ -216,7 +220,7 @@ def _gradients(
     leaves: Mapping[str, Leaf],
     params: Params,
     rows: Mapping[str, np.ndarray],
-    oracle: Oracle,
+    oracle: JanusOracle,
 ) -> list[Check]:
     template = jax.eval_shape(model.build, jax.random.key(0))
 
@@ -257,7 +261,7 @@ def _leaves(model: ImageModel) -> dict[str, Leaf]:
 def _prompts(model: ImageModel) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, mask) of the captions alone, padded on the left no wider than needed."""
     layout = model.layout
-    prompts = [encode_prompt(layout, model.tokenizer, caption).ids for caption in CAPTIONS]
+    prompts = [encode_prompt(layout, model.tokenizer, caption).ids for caption in DRAWN_CAPTIONS]
     tokens, mask = left_padded(layout, prompts)
     width = max(map(len, prompts)) + 1
     return tokens[:, -width:], mask[:, -width:]
@@ -267,7 +271,9 @@ def _draw(
     model: ImageModel, leaves: Mapping[str, Leaf], params: Params, count: int
 ) -> Int[np.ndarray, "B S"]:
     template = jax.eval_shape(model.build, jax.random.key(0))
-    prompts = [encode_prompt(model.layout, model.tokenizer, caption).ids for caption in CAPTIONS]
+    prompts = [
+        encode_prompt(model.layout, model.tokenizer, caption).ids for caption in DRAWN_CAPTIONS
+    ]
     nulls = [null_prompt(model.layout, ids) for ids in prompts]
     tokens, mask = map(jnp.asarray, left_padded(model.layout, [*prompts, *nulls]))
     keys = jax.random.split(jax.random.key(0), len(prompts))
@@ -277,7 +283,7 @@ def _draw(
         speaker = model.speaker(bind(template, params))
         return generate_codes(
             speaker, tokens, mask, keys,
-            count=count, guidance=GUIDANCE, how=Sampling(), dtype=jnp.float32,
+            count=count, guidance=DRAWN_GUIDANCE, how=Sampling(), dtype=jnp.float32,
         )  # fmt: skip
 
     return np.asarray(call(params))
@@ -285,4 +291,6 @@ def _draw(
 
 def _differing(ours: np.ndarray, theirs: np.ndarray) -> Check:
     wrong = int((ours != theirs).sum()) if ours.shape == theirs.shape else theirs.size
-    return Check("greedy codes, differing", wrong, 0, f"of {theirs.size}, guidance {GUIDANCE:g}")
+    return Check(
+        "greedy codes, differing", wrong, 0, f"of {theirs.size}, guidance {DRAWN_GUIDANCE:g}"
+    )

@@ -37,16 +37,16 @@ from jaxft.verify.report import (
 )
 from jaxft.weights import transfer
 from jaxft.weights.adapters import peft as adapters
-from jaxft.weights.adapters.peft_folder import PREFIX, PeftAdapter, fit, open_adapted
+from jaxft.weights.adapters.peft_folder import PEFT_PREFIX, PeftAdapter, fit, open_adapted
 from jaxft.weights.files.tensor_files import write_sharded
 from jaxft.weights.folders.transformers import TOKENIZER_FILES, Source
 from jaxft.weights.rules import to_torch
 from jaxft.weights.transfer import Part
 
-TRIP, WEIGHTS = "round trip, differing tensors", "weights, differing tensors"
+TRIP, WEIGHT_DIGESTS = "round trip, differing tensors", "weights, differing tensors"
 ROW = 64  # positions compared in each case
-SMALL = 200_000_000  # up to so many parameters a row of full length is run too
-TEXT = (
+FULL_LENGTH_SIZE = 200_000_000  # up to so many parameters a row of full length is run too
+SAMPLE_TEXT = (
     "The committee met on a Tuesday in 1987, above the harbour, and heard 3 reports: on the tides,"
     " on the price of rope (it had doubled), and one, written by hand, on what the town would do if"
     " the ferry stopped. Nobody asked who had written it; everybody knew. "
@@ -164,7 +164,7 @@ def make_cases(subject: Subject, far: int) -> dict[str, Case]:
     start = min(far, cfg.max_positions - ROW)
     if start > 0:
         cases["far"] = Case(tokens, start)
-        if subject.size <= SMALL:
+        if subject.size <= FULL_LENGTH_SIZE:
             cases["long"] = Case(_random_row(rng, cfg, start + ROW), 0)
     return cases
 
@@ -179,7 +179,9 @@ def _random_row(
 
 
 def _text_row(source: Source, cfg: DecoderConfig) -> Int[np.ndarray, "B T"]:
-    ids = load_tokenizer(source.tokenizer_dir())(TEXT * 2, add_special_tokens=False)["input_ids"]
+    ids = load_tokenizer(source.tokenizer_dir())(SAMPLE_TEXT * 2, add_special_tokens=False)[
+        "input_ids"
+    ]
     if not ids or max(ids) >= cfg.vocab_size:
         raise UserError(
             f"{source.name}: the tokenizer gives ids up to {max(ids, default=None)}, config.json"
@@ -280,7 +282,7 @@ def compare(
     subject: Subject, params: Params, cases: Mapping[str, Case], oracle: Oracle
 ) -> list[Check]:
     """Weights, logits, loss and gradients beside the oracle's."""
-    same = same_weights(WEIGHTS, torch_keyed(subject, params), oracle.weights)
+    same = same_weights(WEIGHT_DIGESTS, torch_keyed(subject, params), oracle.weights)
     logits = _logits(subject, params, cases, oracle)
     return [same, *logits, *_gradients(subject, params, cases["near"].tokens, oracle)]
 
@@ -318,7 +320,7 @@ def compare_logits(
     allowed = rounding.bound(own, largest)
     kl = rounding.divergence(theirs, ours)
     own_kl = max(rounding.divergence(theirs, one) for one in others)
-    least = (rounding.UNIT * largest) ** 2
+    least = (rounding.FLOAT32_UNIT * largest) ** 2
     chosen = np.take_along_axis(theirs, ours.argmax(-1)[..., None], -1)[..., 0]
     lost = theirs.max(-1) - chosen
     agreement = float((theirs.argmax(-1) == ours.argmax(-1)).mean())
@@ -399,5 +401,5 @@ def torch_keyed(
         for letter, leaf, layout in slot.sides():
             array = np.asarray(arrays[f"{slot.path}.{leaf}"])
             array = array if slot.layer is None else array[slot.layer]
-            key = f"{PREFIX}{slot.module}.lora_{letter}.weight"
+            key = f"{PEFT_PREFIX}{slot.module}.lora_{letter}.weight"
             yield key, to_torch(array, layout, part.sizes)

@@ -20,12 +20,14 @@ import numpy as np
 MULTIPLE = 6.0
 DRAWS = 2
 LARGE = 2_000_000_000  # parameters: 16 GB in float64
-UNIT = 2.0**-23  # one rounding of float32; a model that is exact by luck is not asked for more
+FLOAT32_UNIT = (
+    2.0**-23
+)  # one rounding of float32; a model that is exact by luck is not asked for more
 
 
 def bound(own: float, scale: float = 1.0) -> float:
     """Largest distance that rounding explains, for values up to `scale`."""
-    return MULTIPLE * max(own, UNIT * scale)
+    return MULTIPLE * max(own, FLOAT32_UNIT * scale)
 
 
 def names_of(model: Any) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def _redrawn(model: Any, seed: int) -> Iterator[None]:
         if not isinstance(output, torch.Tensor) or not output.is_floating_point():
             return output
         step = torch.randint(0, 2, output.shape, generator=generator, dtype=torch.int8)
-        return output * (1 - UNIT * step.to(output.dtype))
+        return output * (1 - FLOAT32_UNIT * step.to(output.dtype))
 
     layers = [one for one in model.modules() if next(one.children(), None) is None]
     handles = [one.register_forward_hook(move) for one in layers]

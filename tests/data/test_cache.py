@@ -121,7 +121,7 @@ def test_two_processes_of_one_host_write_to_shards_of_their_own(tmp_path):
 
 
 def test_shards_roll_and_are_continued(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SHARD_BYTES", 200)
+    monkeypatch.setattr(module, "CACHE_SHARD_BYTES", 200)
     for run in range(3):
         cache = ArrayCache(tmp_path, "n")
         for i in range(run * 5, run * 5 + 5):

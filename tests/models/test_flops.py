@@ -7,7 +7,7 @@ import pytest
 from jaxft.models.denoisers.unet import Added, UNet
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.flops import count
-from jaxft.weights.folders.known_configs import COMPONENTS
+from jaxft.weights.folders.known_configs import KNOWN_COMPONENTS
 from tests.devices import traced_for
 
 
@@ -51,7 +51,7 @@ def test_loops_branches_and_what_is_wrapped():
     [("sd1", 64, 0.803), ("sd2", 64, 0.804), ("sd2", 96, 2.149), ("sdxl", 128, 6.761)],
 )
 def test_published_unets(kind, side, expected):
-    cfg = UNetConfig.from_hf(COMPONENTS[kind]["unet"])
+    cfg = UNetConfig.from_hf(KNOWN_COMPONENTS[kind]["unet"])
     template = jax.eval_shape(lambda key: UNet(cfg, key=key), jax.random.key(0))
     added = Added(jnp.zeros((1, 1280)), jnp.zeros((1, 6))) if cfg.added_dim else None
     x, t = jnp.zeros((1, side, side, 4)), jnp.zeros((1,))

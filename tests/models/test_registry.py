@@ -28,7 +28,7 @@ def named(name):
 
 
 def test_the_table_has_no_other_names():
-    assert {name for names in registry.TABLE.values() for name in names} == CLASSES.keys()
+    assert {name for names in registry.MODEL_TYPES.values() for name in names} == CLASSES.keys()
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -45,8 +45,8 @@ def test_a_mistral_of_listed_layers_is_another_class():
 
 def test_an_unknown_type_names_at_most_ten_and_the_nearest_first(monkeypatch):
     more = {f"other{i}": "x:Y" for i in range(30)} | {"gemma2": "x:Y", "gemma3_text": "x:Y"}
-    table = {**registry.TABLE, "decoder": registry.TABLE["decoder"] | more}
-    monkeypatch.setattr(registry, "TABLE", table)
+    table = {**registry.MODEL_TYPES, "decoder": registry.MODEL_TYPES["decoder"] | more}
+    monkeypatch.setattr(registry, "MODEL_TYPES", table)
     with pytest.raises(UserError, match=r"^here: model_type='gemma3' is not supported") as caught:
         registry.find({"model_type": "gemma3"}, "decoder", "here")
     shown = str(caught.value).partition("supported are ")[2].partition(":")[0].split(", ")

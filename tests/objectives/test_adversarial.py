@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.objectives.adversarial import MOST, adaptive_weight, hinge, pull, steer
+from jaxft.objectives.adversarial import MOST_WEIGHT, adaptive_weight, hinge, pull, steer
 
 X = jax.random.normal(jax.random.key(0), (2, 3, 3, 2))
 
@@ -39,7 +39,7 @@ def test_steering_by_a_pull_is_the_gradient_of_the_loss():
     np.testing.assert_allclose(made(0.7), jax.grad(lambda w: loss(make(w)))(0.7), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("rec", "adv", "wanted"), [(3.0, 1.5, 2.0), (1.0, 0.0, MOST)])
+@pytest.mark.parametrize(("rec", "adv", "wanted"), [(3.0, 1.5, 2.0), (1.0, 0.0, MOST_WEIGHT)])
 def test_adaptive_weight_is_a_bounded_ratio(rec, adv, wanted):
     kernel = jnp.ones((2, 2))
     weight = adaptive_weight(lambda k: X @ k, kernel, rec * 1e4 * X, adv * 1e4 * X, jnp.float32(1))

@@ -18,7 +18,7 @@ from jaxft import train
 from jaxft.core.step import sample_keys
 from jaxft.data.loader import subset
 from jaxft.export import export_folder
-from jaxft.objectives.codes import DROP
+from jaxft.objectives.codes import CAPTION_STREAM
 from jaxft.tasks.common.encoded import collate
 from jaxft.tasks.image_tokens.image_layout import read_layout
 from tests import plain_torch
@@ -99,7 +99,7 @@ def row_losses(model, layout, batch, dropped, z):
 def dropped_rows(step, batch):
     """Which rows of a step train without their caption."""
     keys = sample_keys(SEED, step, batch["sample_ids"])
-    streams = jax.vmap(lambda key: jax.random.fold_in(key, DROP))(keys)
+    streams = jax.vmap(lambda key: jax.random.fold_in(key, CAPTION_STREAM))(keys)
     return np.asarray(jax.vmap(jax.random.uniform)(streams) < COMMON["caption_dropout"])
 
 

@@ -15,7 +15,7 @@ from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.ldm import open_model
 from jaxft.models.pipelines.stable_diffusion import PipelineConfig, StableDiffusion, Text, zeroed
 from jaxft.weights import transfer
-from jaxft.weights.folders.known_configs import COMPONENTS, INDEX, SCHEDULER
+from jaxft.weights.folders.known_configs import KNOWN_COMPONENTS, KNOWN_INDEXES, KNOWN_SCHEDULERS
 from tests import whole as runs
 from tests.tiny_diffusion import make_config, make_pictures
 from tests.tiny_pipelines import make_pipeline, make_tokenizer
@@ -144,11 +144,11 @@ def full_size(tmp_path):
     folder = tmp_path / "sdxl"
     for name in ("tokenizer", "tokenizer_2"):
         make_tokenizer(tmp_path / "letters")[0].save_pretrained(folder / name)
-    for name, config in {**COMPONENTS["sdxl"], "scheduler": SCHEDULER["sdxl"]}.items():
+    for name, config in {**KNOWN_COMPONENTS["sdxl"], "scheduler": KNOWN_SCHEDULERS["sdxl"]}.items():
         (folder / name).mkdir(parents=True)
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         (folder / name / file).write_text(json.dumps(config))
-    (folder / "model_index.json").write_text(json.dumps(INDEX["sdxl"]))
+    (folder / "model_index.json").write_text(json.dumps(KNOWN_INDEXES["sdxl"]))
     return folder
 
 

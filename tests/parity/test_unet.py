@@ -19,7 +19,7 @@ from jaxft.core.sharding import make_mesh, shardings
 from jaxft.models.denoisers import unet
 from jaxft.models.denoisers.unet import Added, UNet
 from jaxft.models.denoisers.unet_config import UNetConfig
-from jaxft.nn.conv import REMAT, runner
+from jaxft.nn.conv import CONV_REMAT, runner
 from jaxft.nn.linear import Adapter
 from jaxft.nn.norm import GroupNorm
 from jaxft.weights import rules
@@ -227,7 +227,7 @@ def test_remat_changes_no_gradient_and_saves_memory():
     block = jax.jit(lambda: unet.MidBlock(cfg, key=jax.random.key(0)))()
     x, time, context = random(1, 8, 8, 64), random(1, cfg.time_dim), random(1, 7, 24)
     grads, memory = {}, {}
-    for remat in ("none", *REMAT):
+    for remat in ("none", *CONV_REMAT):
 
         def loss(block, remat=remat):
             shared = unet.Shared(time, context, None, runner(remat))
@@ -236,7 +236,7 @@ def test_remat_changes_no_gradient_and_saves_memory():
         step = jax.jit(jax.grad(loss)).lower(block).compile(QUICK)
         memory[remat] = step.memory_analysis().temp_size_in_bytes
         grads[remat] = P.flatten(step(block))
-    for remat in REMAT:
+    for remat in CONV_REMAT:
         assert max(worst(grads[remat][p], grads["none"][p]) for p in grads["none"]) < 1e-4
     assert memory["none"] > 1.3 * memory["dots"] > 1.5 * memory["full"]
 
@@ -371,7 +371,7 @@ def test_d17_attention_logits_and_softmax_are_fp32_in_bf16():
     params = {"to_q.kernel": 4 * eye, "to_k.kernel": 4 * eye, "to_v.kernel": eye}
     params |= {"to_out.kernel": eye, "to_out.bias": 0 * eye[0]}  # logits of a hundred
     module = P.bind(
-        jax.eval_shape(lambda: unet.Attention(32, 32, 1, key=jax.random.key(0))), params
+        jax.eval_shape(lambda: unet.UNetAttention(32, 32, 1, key=jax.random.key(0))), params
     )
     x = random(1, 64, 32).astype(jnp.bfloat16).astype(np.float32)
     exact, half = module(x, x, None), module(jnp.bfloat16(x), jnp.bfloat16(x), None)

@@ -15,7 +15,7 @@ from jaxft.core.errors import UserError
 from jaxft.models.autoencoders import vae
 from jaxft.models.autoencoders.vae import VAE, Moments
 from jaxft.models.autoencoders.vae_config import VAEConfig
-from jaxft.nn.conv import REMAT
+from jaxft.nn.conv import CONV_REMAT
 from jaxft.weights import rules
 
 # The compiler's own optimisations are most of the time of these tests.
@@ -270,12 +270,12 @@ def test_remat_changes_no_gradient_and_holds_less():
         return jnp.sum(jnp.square(y))
 
     grads, held = {}, {}
-    for remat in ("none", *REMAT):
+    for remat in ("none", *CONV_REMAT):
         one = partial(loss, remat)
         back = jax.eval_shape(lambda model, one=one: jax.vjp(one, model)[1], model)
         held[remat] = sum(leaf.size for leaf in jax.tree.leaves(back))
         grads[remat] = P.flatten(jax.jit(jax.grad(one), compiler_options=QUICK)(model))
-    for remat in REMAT:
+    for remat in CONV_REMAT:
         for path, slope in grads["none"].items():
             limit = 1e-4 * float(jnp.abs(slope).max()) + 1e-6
             np.testing.assert_allclose(grads[remat][path], slope, rtol=0, atol=limit)

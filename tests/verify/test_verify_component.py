@@ -7,7 +7,7 @@ import pytest
 
 from jaxft.verify.component import compare_output
 from jaxft.verify.report import worst_gradient
-from jaxft.verify.rounding import MULTIPLE, UNIT
+from jaxft.verify.rounding import FLOAT32_UNIT, MULTIPLE
 
 
 def test_outputs_are_compared_relative_to_the_largest_value():
@@ -66,4 +66,4 @@ def test_a_bound_is_a_multiple_of_the_oracles_own_rounding():
         near, far = (theirs + np.float32(share * own * MULTIPLE) for share in (0.9, 1.1))
         assert compare_output("x", near, theirs, [wide]).passed
         assert not compare_output("x", far, theirs, [wide]).passed
-    assert compare_output("x", theirs, theirs, [theirs]).bound == MULTIPLE * UNIT
+    assert compare_output("x", theirs, theirs, [theirs]).bound == MULTIPLE * FLOAT32_UNIT

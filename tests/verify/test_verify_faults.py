@@ -89,10 +89,10 @@ def test_a_weight_that_is_a_thousandth_off_fails(asked, path):
     """All values of a tensor, and then one alone, which no output shows."""
     whole = asked.params[path] * 1.001
     figures = asked.figures(params={**asked.params, path: whole})
-    assert {llm.WEIGHTS} | NEAR <= failed(figures)
+    assert {llm.WEIGHT_DIGESTS} | NEAR <= failed(figures)
     one = asked.params[path].at[(0,) * whole.ndim].multiply(1.001)
     keyed = llm.torch_keyed(asked.subject, {**asked.params, path: one})
-    found = llm.same_weights(llm.WEIGHTS, keyed, asked.oracle.weights)
+    found = llm.same_weights(llm.WEIGHT_DIGESTS, keyed, asked.oracle.weights)
     assert found.figure == 1 and not found.passed
 
 
@@ -111,7 +111,7 @@ def changed(asked, tmp_path, key, value):
 @pytest.mark.parametrize(("key", "value"), [("rms_norm_eps", 1e-5), ("rope_theta", 10100.0)])
 def test_another_number_of_the_config_fails(asked, tmp_path, key, value):
     found = failed(asked.figures(changed(asked, tmp_path, key, value)))
-    assert found >= NEAR and llm.WEIGHTS not in found
+    assert found >= NEAR and llm.WEIGHT_DIGESTS not in found
 
 
 def test_rotated_pairs_of_the_other_layout_fail(asked, monkeypatch):
@@ -138,7 +138,7 @@ def test_one_swapped_pair_of_rotary_frequencies_fails(asked, monkeypatch):
 def test_a_missing_bias_fails(asked):
     path = "layers.self_attn.v_proj.bias"
     without = {**asked.params, path: jnp.zeros_like(asked.params[path])}
-    assert {llm.WEIGHTS} | NEAR <= failed(asked.figures(params=without))
+    assert {llm.WEIGHT_DIGESTS} | NEAR <= failed(asked.figures(params=without))
 
 
 def test_gate_and_up_the_other_way_round_fail(asked, monkeypatch):
@@ -152,7 +152,7 @@ def test_gate_and_up_the_other_way_round_fail(asked, monkeypatch):
     subject = llm.open_subject(str(asked.folder))
     found = failed(asked.figures(subject, llm._load(subject)))
     assert found >= NEAR
-    assert llm.WEIGHTS not in found, "the table is consistent with itself, and wrong"
+    assert llm.WEIGHT_DIGESTS not in found, "the table is consistent with itself, and wrong"
 
 
 # ---- Stable Diffusion's networks ------------------------------------------------------------

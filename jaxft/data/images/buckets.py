@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxft.core.errors import UserError
-from jaxft.data.loader import Batch, Collate, Examples, checked_rows, read_ahead
+from jaxft.data.loader import Collate, Examples, HostBatch, checked_rows, read_ahead
 
 Size = tuple[int, int]  # height, width
 
@@ -99,7 +99,7 @@ class _Planned:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> HostBatch:
         whole = self.plan.plan(index)
         ids = whole[self.rows]
         batch = self.collate_fn([self.dataset[int(i)] for i in ids], batch_rows=len(ids))

@@ -24,7 +24,7 @@ _CAPTION_ENDINGS = (".txt", ".caption")  # the second is kohya's default
 
 
 @dataclass(frozen=True)
-class Files:
+class ImageFiles:
     """One picture a file; `captions` is as long as `paths`."""
 
     paths: Sequence[Path]
@@ -46,7 +46,7 @@ class Files:
             raise UserError(f"cannot read {self.paths[index]}: {error.strerror or error}") from None
 
 
-def open_folder(spec: str, folder: Path, captions: bool) -> tuple[Files, list[Bad]]:
+def open_folder(spec: str, folder: Path, captions: bool) -> tuple[ImageFiles, list[Bad]]:
     """The pictures of a folder, and those that are left out because nothing here reads them.
 
     The set has the pictures that a list (`_LISTS`) in the folder itself names, or else lists in
@@ -78,7 +78,7 @@ def open_folder(spec: str, folder: Path, captions: bool) -> tuple[Files, list[Ba
     ]
 
 
-def open_edited(spec: str, folder: Path) -> Files:
+def open_edited(spec: str, folder: Path) -> ImageFiles:
     """The pictures that those of a folder were edited from, as the list in it names them."""
     found = next((folder / name for name in _LISTS if (folder / name).is_file()), None)
     if not spec.startswith("folder:") or found is None:
@@ -89,7 +89,7 @@ def open_edited(spec: str, folder: Path) -> Files:
     return _files(*_read_lists(spec, [found]), False, "source")
 
 
-def _listed(spec: str, lists: list[Path], captions: bool, pictures: Sequence[Path]) -> Files:
+def _listed(spec: str, lists: list[Path], captions: bool, pictures: Sequence[Path]) -> ImageFiles:
     rows, bad = _read_lists(spec, lists)
     listed = _files(rows, bad, captions, "file_name")
     # Pictures in other columns, such as "source", are named as well.
@@ -145,7 +145,7 @@ def _read_csv(spec: str, path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         raise UserError(f"cannot read {path} ({spec}): {error}") from None
 
 
-def _files(rows: Sequence[_Row], bad: list[Bad], captions: bool, key: str) -> Files:
+def _files(rows: Sequence[_Row], bad: list[Bad], captions: bool, key: str) -> ImageFiles:
     """The files that the rows name under `key`, in their order, with their captions."""
     paths, texts = [], []
     for where, folder, row in rows:
@@ -155,7 +155,7 @@ def _files(rows: Sequence[_Row], bad: list[Bad], captions: bool, key: str) -> Fi
         except UserError as error:
             bad.append(Bad(where, str(error)))
     refuse_bad(bad, "rows of metadata are bad")
-    return Files(paths, texts)
+    return ImageFiles(paths, texts)
 
 
 def _path(folder: Path, row: dict[str, Any], where: str, key: str) -> Path:
@@ -171,7 +171,7 @@ def _path(folder: Path, row: dict[str, Any], where: str, key: str) -> Path:
     return path
 
 
-def _beside(paths: Sequence[Path], files: dict[Path, Path], captions: bool) -> Files:
+def _beside(paths: Sequence[Path], files: dict[Path, Path], captions: bool) -> ImageFiles:
     """The pictures with their captions; `files` are all files by name with a lower-case ending."""
     texts, bad = [], []
     for path in paths:
@@ -182,7 +182,7 @@ def _beside(paths: Sequence[Path], files: dict[Path, Path], captions: bool) -> F
         except UserError as error:
             bad.append(Bad(str(path), str(error)))
     refuse_bad(bad, f"of {len(paths)} images have no caption that can be read")
-    return Files(paths, texts)
+    return ImageFiles(paths, texts)
 
 
 def _caption_beside(path: Path, beside: Path | None, captions: bool) -> str:

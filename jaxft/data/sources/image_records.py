@@ -48,7 +48,7 @@ class Bad(NamedTuple):
     error: str
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """The methods of each kind of set; every one is safe in threads."""
 
     def __len__(self) -> int: ...
@@ -71,8 +71,8 @@ class Records:
     """
 
     spec: str
-    source: Source
-    edited: Source | None = None
+    source: ImageSource
+    edited: ImageSource | None = None
     left_out: tuple[Bad, ...] = ()
     sizes: np.ndarray | None = field(default=None, compare=False)
 
@@ -104,7 +104,7 @@ class Records:
 class _Kept:
     """Some of a source's pictures."""
 
-    source: Source
+    source: ImageSource
     indices: Sequence[int]
 
     def __len__(self) -> int:

@@ -7,12 +7,12 @@ from typing import Any
 
 from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
-from jaxft.data.sources.image_folders import Files, open_edited, open_folder
+from jaxft.data.sources.image_folders import ImageFiles, open_edited, open_folder
 from jaxft.data.sources.image_records import (
     CAPTION_KEYS,
     Bad,
+    ImageSource,
     Records,
-    Source,
     caption_of,
     count_unreadable,
 )
@@ -20,11 +20,11 @@ from jaxft.data.sources.image_tables import open_table
 from jaxft.data.sources.image_tars import open_tars
 from jaxft.data.sources.texts import tfds_arguments
 
-SCHEMES = "folder:PATH, wds:TARS, hf:PATH, tfds:NAME[:SPLIT][@DATA_DIR] or demo:emoji/train"
+IMAGE_SCHEMES = "folder:PATH, wds:TARS, hf:PATH, tfds:NAME[:SPLIT][@DATA_DIR] or demo:emoji/train"
 
 
 def open_images(spec: str, captions: bool = True, edited: bool = False) -> Records:
-    """Open the set that `spec` names (see SCHEMES); only names and captions are read at once.
+    """Open the set that `spec` names (see IMAGE_SCHEMES); only names and captions are read at once.
 
     captions: whether every picture must have one; without, those that have none get "".
     edited: whether every picture must name the one that it was edited from.
@@ -34,7 +34,7 @@ def open_images(spec: str, captions: bool = True, edited: bool = False) -> Recor
     """
     scheme, _, rest = spec.partition(":")
     left_out: list[Bad] = []
-    source: Source
+    source: ImageSource
     if scheme == "folder" and rest:
         source, left_out = open_folder(spec, Path(rest).expanduser(), captions)
     elif (demo := demo_path(spec, "images")) is not None:
@@ -47,7 +47,7 @@ def open_images(spec: str, captions: bool = True, edited: bool = False) -> Recor
         source = _open_tfds(spec, rest, captions)
     else:
         hint = f"; did you mean folder:{spec}?" if Path(spec).expanduser().is_dir() else ""
-        raise UserError(f"unknown image source {spec!r}: expected {SCHEMES}{hint}")
+        raise UserError(f"unknown image source {spec!r}: expected {IMAGE_SCHEMES}{hint}")
     if not len(source):
         found = f", but {count_unreadable(left_out)}" if left_out else ""
         raise UserError(f"{spec!r} holds no image: expected files such as *.png or *.jpg{found}")
@@ -80,7 +80,7 @@ class _Rows:
     def content(self, index: int, /) -> bytes:
         value = self.image(index)
         if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
-            return Files([self.folder / value["path"]], [""]).content(0)
+            return ImageFiles([self.folder / value["path"]], [""]).content(0)
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
             raise UserError(f"{self.name(index)}: the image is missing: expected its bytes")

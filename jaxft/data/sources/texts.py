@@ -13,11 +13,11 @@ from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
 from jaxft.data.sources.files import find_files, refuse_mixed_folders
 
-SCHEMES = "jsonl:FILE, text:FILE_OR_FOLDER_OR_GLOB, demo:NAME or tfds:NAME[:SPLIT][@DATA_DIR]"
+TEXT_SCHEMES = "jsonl:FILE, text:FILE_OR_FOLDER_OR_GLOB, demo:NAME or tfds:NAME[:SPLIT][@DATA_DIR]"
 _TFDS_SPEC = re.compile(r"(?P<name>[^:@]+(:\d+\.\d+\.\d+)?)(:(?P<split>[^@]+))?(@(?P<folder>.+))?")
 
 
-class Records(Protocol):
+class TextRecords(Protocol):
     """A random-access set of records; `repr` is the same in every process and run."""
 
     def __len__(self) -> int: ...
@@ -29,8 +29,8 @@ class Records(Protocol):
         ...
 
 
-def open_records(spec: str) -> Records:
-    """Open the set that `spec` names: jsonl:, text:, demo: or tfds: (see SCHEMES).
+def open_records(spec: str) -> TextRecords:
+    """Open the set that `spec` names: jsonl:, text:, demo: or tfds: (see TEXT_SCHEMES).
 
     Contents are read when indexed; only line offsets are found at once. Raises UserError for an
     unknown spec, a missing file or an empty set.
@@ -46,7 +46,7 @@ def open_records(spec: str) -> Records:
     if scheme == "tfds" and rest:
         return _open_tfds(spec, rest)
     hint = f"; did you mean {_guess_spec(spec)}?" if Path(spec).expanduser().exists() else ""
-    raise UserError(f"unknown data source {spec!r}: expected {SCHEMES}{hint}")
+    raise UserError(f"unknown data source {spec!r}: expected {TEXT_SCHEMES}{hint}")
 
 
 def _guess_spec(path: str) -> str:
@@ -210,7 +210,7 @@ def tfds_arguments(spec: str, rest: str) -> tuple[Any, str, dict[str, Any]]:
     return tfds, match["name"], where
 
 
-def _open_tfds(spec: str, rest: str) -> Records:
+def _open_tfds(spec: str, rest: str) -> TextRecords:
     tfds, name, where = tfds_arguments(spec, rest)
     try:
         source: Any = tfds.data_source(name, **where)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxft.core.errors import UserError
-from jaxft.data.sources.texts import Records, open_records
+from jaxft.data.sources.texts import TextRecords, open_records
 from jaxft.data.text.vocabulary import check_ids
 
 Tokenizer = Any  # a fast tokenizer of transformers; its classes are slow to import
@@ -233,7 +233,7 @@ class TextDataset:
 
     def __init__(
         self,
-        records: Records,
+        records: TextRecords,
         tokens: Int[np.ndarray, " total"],
         trained: Bool[np.ndarray, " total"],
         spans: Int[np.ndarray, "n 2"],
@@ -304,7 +304,7 @@ def load_text(
 
 
 def _encode_all(
-    records: Records,
+    records: TextRecords,
     kind: tuple[str, ...],
     encoder: Encoder,
     template: str | None,
@@ -354,7 +354,7 @@ def _windows(start: int, stop: int, seq_len: int) -> list[tuple[int, int]]:
 
 
 def _pack(
-    records: Records,
+    records: TextRecords,
     rows: list[Encoded],
     spans: list[tuple[int, int]],
     record_ids: list[int],
@@ -387,7 +387,7 @@ def _pack(
     )
 
 
-def _nothing_left(records: Records, counts: Counter) -> UserError:
+def _nothing_left(records: TextRecords, counts: Counter) -> UserError:
     return UserError(
         f"{records!r} leaves nothing to train on: of {counts['records']} records "
         f"{counts['empty']} are empty and {counts['untrained']} have no trained token; "

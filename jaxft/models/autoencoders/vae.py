@@ -26,7 +26,7 @@ from jaxft.nn.conv import (
 from jaxft.nn.norm import GroupNorm
 from jaxft.weights.rules import Rule
 
-EPS = 1e-6  # of every norm; no config.json says it
+VAE_EPS = 1e-6  # of every norm; no config.json says it
 
 
 class Levels(Protocol):
@@ -72,12 +72,12 @@ def sample(moments: Moments, keys: PRNGKeyArray) -> Float[Array, "B Y X C"]:
     return moments.mean + jnp.exp(0.5 * moments.logvar) * noise
 
 
-class Attention(nnx.Module):
+class PixelAttention(nnx.Module):
     """x + attention over all pixels, one head as wide as x."""
 
     def __init__(self, width: int, groups: int, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 4)
-        self.group_norm = GroupNorm(width, groups=groups, eps=EPS)
+        self.group_norm = GroupNorm(width, groups=groups, eps=VAE_EPS)
         self.to_q = dense(width, width, key=keys[0])
         self.to_k = dense(width, width, key=keys[1])
         self.to_v = dense(width, width, key=keys[2])
@@ -90,21 +90,21 @@ class Attention(nnx.Module):
         return x + self.to_out(attention(q, k, v, causal=False)).reshape(x.shape)
 
 
-class MidBlock(nnx.Module):
+class VAEMidBlock(nnx.Module):
     """Two resnets, and between them attention where the config asks for it."""
 
     def __init__(self, cfg: Levels, *, key: PRNGKeyArray):
         first, second, third = jax.random.split(key, 3)
         width = cfg.widths[-1]
         self.resnets = nnx.List([_resnet(cfg, width, width, key=k) for k in (first, second)])
-        attentions = [Attention(width, cfg.groups, key=third)] if cfg.mid_attention else []
+        attentions = [PixelAttention(width, cfg.groups, key=third)] if cfg.mid_attention else []
         self.attentions = nnx.List(attentions)
 
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         return _in_turn(self.resnets, self.attentions, x)
 
 
-class DownBlock(nnx.Module):
+class VAEDownBlock(nnx.Module):
     """Resnets, each with attention where the level attends; half the size but on the last."""
 
     def __init__(self, cfg: Levels, level: int, *, key: PRNGKeyArray):
@@ -115,7 +115,7 @@ class DownBlock(nnx.Module):
             [_resnet(cfg, one, width, key=k) for one, k in zip(inputs, keys, strict=False)]
         )
         rest = keys[cfg.layers + 1 :] if cfg.down_attends[level] else ()
-        self.attentions = nnx.List([Attention(width, cfg.groups, key=k) for k in rest])
+        self.attentions = nnx.List([PixelAttention(width, cfg.groups, key=k) for k in rest])
         last = level == len(cfg.widths) - 1
         down = [] if last else [Downsample(width, BOTTOM_RIGHT, key=keys[cfg.layers])]
         self.downsamplers = nnx.List(down)
@@ -127,7 +127,7 @@ class DownBlock(nnx.Module):
         return x
 
 
-class UpBlock(nnx.Module):
+class VAEUpBlock(nnx.Module):
     """As DownBlock with one resnet more; then twice the size except on the first level."""
 
     def __init__(self, cfg: Levels, level: int, *, key: PRNGKeyArray):
@@ -138,7 +138,7 @@ class UpBlock(nnx.Module):
             [_resnet(cfg, one, width, key=k) for one, k in zip(inputs, keys, strict=False)]
         )
         rest = keys[cfg.layers + 2 :] if cfg.up_attends[-1 - level] else ()
-        self.attentions = nnx.List([Attention(width, cfg.groups, key=k) for k in rest])
+        self.attentions = nnx.List([PixelAttention(width, cfg.groups, key=k) for k in rest])
         up = [] if level == 0 else [Upsample(width, key=keys[cfg.layers + 1])]
         self.upsamplers = nnx.List(up)
 
@@ -149,7 +149,7 @@ class UpBlock(nnx.Module):
         return x
 
 
-class Encoder(nnx.Module):
+class VAEEncoder(nnx.Module):
     """Images to what the quant convolution takes: both moments, or a VQ tokenizer's latents."""
 
     def __init__(self, cfg: Levels, *, key: PRNGKeyArray):
@@ -157,9 +157,9 @@ class Encoder(nnx.Module):
         first, last = cfg.widths[0], cfg.widths[-1]
         self.conv_in = Conv(cfg.in_channels, first, 3, key=keys[0], padding=1)
         levels = range(len(cfg.widths))
-        self.down_blocks = nnx.List([DownBlock(cfg, i, key=keys[i + 3]) for i in levels])
-        self.mid_block = MidBlock(cfg, key=keys[1])
-        self.conv_norm_out = GroupNorm(last, groups=cfg.groups, eps=EPS)
+        self.down_blocks = nnx.List([VAEDownBlock(cfg, i, key=keys[i + 3]) for i in levels])
+        self.mid_block = VAEMidBlock(cfg, key=keys[1])
+        self.conv_norm_out = GroupNorm(last, groups=cfg.groups, eps=VAE_EPS)
         self.conv_out = Conv(last, cfg.moments, 3, key=keys[2], padding=1, axes=REPLICATED_KERNEL)
 
     def __call__(
@@ -171,17 +171,17 @@ class Encoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
-class Decoder(nnx.Module):
+class VAEDecoder(nnx.Module):
     """Latents after the post-quant convolution to images."""
 
     def __init__(self, cfg: Levels, *, key: PRNGKeyArray):
         keys = jax.random.split(key, len(cfg.widths) + 3)
         first, last = cfg.widths[0], cfg.widths[-1]
         self.conv_in = Conv(cfg.latent_channels, last, 3, key=keys[0], padding=1)
-        self.mid_block = MidBlock(cfg, key=keys[1])
+        self.mid_block = VAEMidBlock(cfg, key=keys[1])
         levels = reversed(range(len(cfg.widths)))
-        self.up_blocks = nnx.List([UpBlock(cfg, i, key=keys[i + 3]) for i in levels])
-        self.conv_norm_out = GroupNorm(first, groups=cfg.groups, eps=EPS)
+        self.up_blocks = nnx.List([VAEUpBlock(cfg, i, key=keys[i + 3]) for i in levels])
+        self.conv_norm_out = GroupNorm(first, groups=cfg.groups, eps=VAE_EPS)
         self.conv_out = Conv(
             first, cfg.out_channels, 3, key=keys[2], padding=1, axes=REPLICATED_KERNEL
         )
@@ -208,8 +208,8 @@ class VAE(nnx.Module):
     def __init__(self, cfg: VAEConfig, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 4)
         self.cfg = cfg
-        self.encoder = Encoder(cfg, key=keys[0])
-        self.decoder = Decoder(cfg, key=keys[1])
+        self.encoder = VAEEncoder(cfg, key=keys[0])
+        self.decoder = VAEDecoder(cfg, key=keys[1])
         both, one = 2 * cfg.latent_channels, cfg.latent_channels
         quant = Conv(both, both, 1, key=keys[2], axes=REPLICATED_KERNEL) if cfg.quant_conv else None
         self.quant_conv = nnx.data(quant)
@@ -240,11 +240,11 @@ class VAE(nnx.Module):
 
 
 def _resnet(cfg: Levels, inputs: int, outputs: int, *, key: PRNGKeyArray) -> ResnetBlock:
-    return ResnetBlock(inputs, outputs, key=key, groups=cfg.groups, eps=EPS)
+    return ResnetBlock(inputs, outputs, key=key, groups=cfg.groups, eps=VAE_EPS)
 
 
 def _in_turn(
-    resnets: Iterable[ResnetBlock], attentions: Iterable[Attention], x: Float[Array, "B Y X C"]
+    resnets: Iterable[ResnetBlock], attentions: Iterable[PixelAttention], x: Float[Array, "B Y X C"]
 ) -> Float[Array, "B Y X F"]:
     """After each resnet its attention, if there is one."""
     for resnet, attend in zip_longest(resnets, attentions):

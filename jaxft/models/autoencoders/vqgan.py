@@ -14,7 +14,7 @@ from jaxft.nn.conv import REPLICATED_KERNEL, Conv
 from jaxft.nn.linear import gather_rows
 from jaxft.weights.rules import Rule
 
-UNIT = 1e-6  # how far from 1 the length of a row may be that counts as unit
+UNIT_TOLERANCE = 1e-6  # how far from 1 the length of a row may be that counts as unit
 
 
 class Quantized(NamedTuple):
@@ -65,8 +65,8 @@ class VQModel(nnx.Module):
     def __init__(self, cfg: VQConfig, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 5)
         self.cfg = cfg
-        self.encoder = vae.Encoder(cfg, key=keys[0])
-        self.decoder = vae.Decoder(cfg, key=keys[1])
+        self.encoder = vae.VAEEncoder(cfg, key=keys[0])
+        self.decoder = vae.VAEDecoder(cfg, key=keys[1])
         latents, dim = cfg.latent_channels, cfg.code_dim
         self.quant_conv = Conv(latents, dim, 1, key=keys[2], axes=REPLICATED_KERNEL)
         self.quantize = Codebook(cfg.codes, dim, key=keys[3])
@@ -107,14 +107,14 @@ def straight_through(
     return z + jax.lax.stop_gradient(quantized - z)
 
 
-class Losses(NamedTuple):
+class QuantiserLosses(NamedTuple):
     """Means over each image's codes and channels, without weights."""
 
     codebook: Float[Array, "B"]
     commitment: Float[Array, "B"]
 
 
-def losses(z: Float[Array, "B Y X C"], quantized: Float[Array, "B Y X C"]) -> Losses:
+def losses(z: Float[Array, "B Y X C"], quantized: Float[Array, "B Y X C"]) -> QuantiserLosses:
     """|quantized - sg z|^2 and |sg quantized - z|^2; the second takes beta, as LlamaGen has it.
 
     diffusers and transformers put beta on the first by an old mistake of taming's.
@@ -122,7 +122,7 @@ def losses(z: Float[Array, "B Y X C"], quantized: Float[Array, "B Y X C"]) -> Lo
     held = jax.lax.stop_gradient(quantized), jax.lax.stop_gradient(z)
     over = (1, 2, 3)
     codebook = jnp.mean(jnp.square(quantized - held[1]), axis=over)
-    return Losses(codebook, jnp.mean(jnp.square(held[0] - z), axis=over))
+    return QuantiserLosses(codebook, jnp.mean(jnp.square(held[0] - z), axis=over))
 
 
 class Usage(NamedTuple):
@@ -143,10 +143,10 @@ def unit_codebook(cfg: VQConfig, table: Float[Array, "K C"]) -> Float[Array, "K 
     """The codebook as an export writes it: with rows of unit length if cfg.l2.
 
     transformers searches with the rows as they are stored: only so does it find our codes. A
-    table whose rows have it within UNIT comes back as it is, bit for bit.
+    table whose rows have it within UNIT_TOLERANCE comes back as it is, bit for bit.
     """
     lengths = jnp.linalg.norm(table, axis=-1)
-    if not cfg.l2 or bool(jnp.all(jnp.abs(lengths - 1) < UNIT)):
+    if not cfg.l2 or bool(jnp.all(jnp.abs(lengths - 1) < UNIT_TOLERANCE)):
         return table
     return normalised(table)
 

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxft.nn.conv import REPLICATED_KERNEL
 from jaxft.weights.rules import Rule
 
-EPS = 1e-3  # of every norm, as TensorFlow's EfficientNets have it
+BATCH_NORM_EPS = 1e-3  # of every norm, as TensorFlow's EfficientNets have it
 IMAGE_SIZE = 224  # what it was trained on
-STEM, HEAD = 32, 1280
+STEM_WIDTH, HEAD_WIDTH = 32, 1280
 
 
 class Stage(NamedTuple):
@@ -73,7 +73,7 @@ class SameConv(nnx.Module):
 
 
 class FrozenNorm(nnx.Module):
-    """Batch norm with its stored statistics: (x - mean) / sqrt(var + EPS) * scale + bias.
+    """Batch norm with its stored statistics: (x - mean) / sqrt(var + eps) * scale + bias.
 
     Ioffe & Szegedy 2015, arXiv:1502.03167, inference form; the two factors are made in fp32.
     """
@@ -87,11 +87,11 @@ class FrozenNorm(nnx.Module):
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         wide = [p[...].astype(jnp.float32) for p in (self.scale, self.bias, self.mean, self.var)]
         scale, bias, mean, var = wide
-        factor = scale * jax.lax.rsqrt(var + EPS)
+        factor = scale * jax.lax.rsqrt(var + BATCH_NORM_EPS)
         return x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)
 
 
-class Block(nnx.Module):
+class InvertedBottleneck(nnx.Module):
     """Widen, convolve each channel, narrow; plus x where neither size nor width changes."""
 
     def __init__(self, inputs: int, stage: Stage, stride: int, *, key: PRNGKeyArray):
@@ -127,17 +127,17 @@ class EfficientNetLite0(nnx.Module):
 
     def __init__(self, *, key: PRNGKeyArray):
         keys = iter(jax.random.split(key, 2 + sum(stage.blocks for stage in STAGES)))
-        self.conv_stem = SameConv(3, STEM, 3, key=next(keys), stride=2)
-        self.bn0 = FrozenNorm(STEM)
-        blocks, width = [], STEM
+        self.conv_stem = SameConv(3, STEM_WIDTH, 3, key=next(keys), stride=2)
+        self.bn0 = FrozenNorm(STEM_WIDTH)
+        blocks, width = [], STEM_WIDTH
         for stage in STAGES:
             for i in range(stage.blocks):
                 stride = stage.stride if i == 0 else 1
-                blocks.append(Block(width, stage, stride, key=next(keys)))
+                blocks.append(InvertedBottleneck(width, stage, stride, key=next(keys)))
                 width = stage.width
         self.blocks = nnx.List(blocks)
-        self.conv_head = SameConv(width, HEAD, 1, key=next(keys))
-        self.bn1 = FrozenNorm(HEAD)
+        self.conv_head = SameConv(width, HEAD_WIDTH, 1, key=next(keys))
+        self.bn1 = FrozenNorm(HEAD_WIDTH)
 
     def stages(self, images: Float[Array, "B Y X C"]) -> tuple[Float[Array, "B _ _ _"], ...]:
         """The last block's output at each of five resolutions, 1/2 to 1/32; nothing is resized."""

@@ -19,7 +19,7 @@ from jaxft.weights.rules import Rule
 from jaxft.weights.transfer import Part
 
 DEMO = "demo:efficientnet-lite0"
-EPS = 1e-10  # of LPIPS's normalisation
+LPIPS_EPS = 1e-10  # of LPIPS's normalisation
 
 # Channels of VGG16's 13 convolutions, by the slice that LPIPS cuts after each pooling's ReLU.
 SLICES = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
@@ -99,14 +99,14 @@ def distance(
 
 
 def _unit(x: Array) -> Array:
-    """x / (|x| + EPS) over the channels; a pixel without features stays zero, gradient too."""
+    """x / (|x| + eps) over the channels; a pixel without features stays zero, gradient too."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     present = square > 0
     length = jnp.sqrt(jnp.where(present, square, 1.0))  # sqrt has no gradient at 0
-    return jnp.where(present, x / (length + EPS), 0.0)
+    return jnp.where(present, x / (length + LPIPS_EPS), 0.0)
 
 
-class Opened(NamedTuple):
+class PerceptualNetwork(NamedTuple):
     """A perceptual network's module class and the checkpoint that fills it."""
 
     name: str
@@ -123,7 +123,7 @@ class Opened(NamedTuple):
         return Part(prefix, where, self.tensors, self.rules, self.sizes, self.ignore)
 
 
-def open_perceptual(spec: str) -> Opened:
+def open_perceptual(spec: str) -> PerceptualNetwork:
     """`demo:efficientnet-lite0`, or a safetensors file or folder of one of the two networks.
 
     The network is known by its tensors, and all of them are checked here. UserError where the file
@@ -142,11 +142,11 @@ def open_perceptual(spec: str) -> Opened:
     return opened
 
 
-def _recognised(spec: str, tensors: Tensors) -> Opened:
+def _recognised(spec: str, tensors: Tensors) -> PerceptualNetwork:
     keys = set(tensors.keys())
     if "_conv_stem.weight" in keys:
         rules, sizes, ignore = efficientnet.RULES, efficientnet.SIZES, efficientnet.IGNORE
-        return Opened(
+        return PerceptualNetwork(
             EfficientNetLite0.name, EfficientNetLite0, spec, tensors, rules, sizes, ignore
         )
     for first, rules in VGG_RULES.items():
@@ -154,7 +154,7 @@ def _recognised(spec: str, tensors: Tensors) -> Opened:
             # LPIPS's own state dict names each head twice.
             twice = (r"lins\..*",) if "lin0.model.1.weight" in keys else ()
             ignore = (r"classifier\..*", r"scaling_layer\..*", *twice)
-            return Opened(LpipsVGG16.name, LpipsVGG16, spec, tensors, rules, {}, ignore)
+            return PerceptualNetwork(LpipsVGG16.name, LpipsVGG16, spec, tensors, rules, {}, ignore)
     some = ", ".join(sorted(keys)[:3]) or "no tensor"
     raise UserError(
         f"perceptual={spec!r} is of another network: expected {' or '.join(VGG_RULES)} (VGG16,"

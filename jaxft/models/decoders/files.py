@@ -10,11 +10,10 @@ import numpy as np
 from jaxft.core.errors import UserError
 from jaxft.models import registry
 from jaxft.weights.files.tensor_files import Tensors
-from jaxft.weights.folders.transformers import Source, open_source
+from jaxft.weights.folders.transformers import HEAD, TABLE, Source, open_source
 from jaxft.weights.relaid import Place, Relaid
 from jaxft.weights.rules import renamed
 
-HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 PREFIX = "model."  # base_model_prefix of the causal language models, and of Janus
 
 

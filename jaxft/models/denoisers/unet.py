@@ -45,7 +45,7 @@ class Shared(NamedTuple):
     run: Callable[..., Array]
 
 
-class Attention(nnx.Module):
+class UNetAttention(nnx.Module):
     """Multi-head attention from image tokens to themselves or to the context; q, k, v no bias."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, *, key: PRNGKeyArray):
@@ -87,9 +87,9 @@ class TransformerBlock(nnx.Module):
     def __init__(self, dim: int, context_dim: int, heads: int, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 3)
         self.norm1 = LayerNorm(dim, eps=1e-5)
-        self.attn1 = Attention(dim, dim, heads, key=keys[0])
+        self.attn1 = UNetAttention(dim, dim, heads, key=keys[0])
         self.norm2 = LayerNorm(dim, eps=1e-5)
-        self.attn2 = Attention(dim, context_dim, heads, key=keys[1])
+        self.attn2 = UNetAttention(dim, context_dim, heads, key=keys[1])
         self.norm3 = LayerNorm(dim, eps=1e-5)
         self.ff = FeedForward(dim, key=keys[2])
 

@@ -19,8 +19,8 @@ from jaxft.models.pipelines.stable_diffusion import (
 from jaxft.nn.pixels import to_float
 
 BOXES = 4  # rectangles of a random mask, at most
-SIDES = (0.1, 0.7)  # of a rectangle, as parts of the picture's
-WHOLE = 0.25  # share of rows whose whole picture is masked, as in RunwayML's training
+MASK_SIDES = (0.1, 0.7)  # of a rectangle, as parts of the picture's
+WHOLE_SHARE = 0.25  # share of rows whose whole picture is masked, as in RunwayML's training
 
 
 def condition(
@@ -72,13 +72,13 @@ def random_masks(keys: PRNGKeyArray, size: tuple[int, int]) -> Float[Array, "B Y
 def _random_mask(key: PRNGKeyArray, size: tuple[int, int]) -> Float[Array, "Y X 1"]:
     count, lengths, places, whole = jax.random.split(key, 4)
     used = jnp.arange(BOXES) < jax.random.randint(count, (), 1, BOXES + 1)
-    side = jax.random.uniform(lengths, (2, BOXES, 1), minval=SIDES[0], maxval=SIDES[1])
+    side = jax.random.uniform(lengths, (2, BOXES, 1), minval=MASK_SIDES[0], maxval=MASK_SIDES[1])
     start = jax.random.uniform(places, (2, BOXES, 1)) - side / 2  # cut at the borders
     ys, xs = ((jnp.arange(n) + 0.5) / n for n in size)
     inside_y = (ys >= start[0]) & (ys < start[0] + side[0])
     inside_x = (xs >= start[1]) & (xs < start[1] + side[1])
     boxes = used[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]
-    masked = boxes.any(axis=0) | (jax.random.uniform(whole) < WHOLE)
+    masked = boxes.any(axis=0) | (jax.random.uniform(whole) < WHOLE_SHARE)
     return masked[..., None].astype(jnp.float32)
 
 

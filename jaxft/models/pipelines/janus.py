@@ -131,7 +131,7 @@ class Aligner(nnx.Module):
         return x
 
 
-class Head(nnx.Module):
+class CodeHead(nnx.Module):
     """From hidden states to codes: linear, exact GELU, linear."""
 
     def __init__(self, cfg: JanusConfig, *, key: PRNGKeyArray):
@@ -163,7 +163,7 @@ class Janus(nnx.Module):
         std, dim = cfg.text.initializer_range, cfg.vq.code_dim
         self.generation_embeddings = CodeTable(cfg.vq.codes, dim, key=keys[1], std=std)
         self.generation_aligner = Aligner(cfg, key=keys[2])
-        self.generation_head = Head(cfg, key=keys[3])
+        self.generation_head = CodeHead(cfg, key=keys[3])
 
     @property
     def llama(self) -> Decoder:

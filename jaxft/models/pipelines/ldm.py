@@ -8,8 +8,14 @@ from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.text_encoders import clip
 from jaxft.models.text_encoders.clip import VISION, CLIPTextConfig
 from jaxft.weights.folders.diffusers import Pipeline, open_pipeline
-from jaxft.weights.folders.single_file import TEXT, UNET, Layout, as_diffusers, open_single_file
-from jaxft.weights.folders.single_file import VAE as FIRST_STAGE
+from jaxft.weights.folders.single_file import (
+    TEXT_PREFIXES,
+    UNET_PREFIX,
+    LDMLayout,
+    as_diffusers,
+    open_single_file,
+)
+from jaxft.weights.folders.single_file import VAE_PREFIX as FIRST_STAGE
 
 SINGLE = (".safetensors", ".ckpt", ".pt", ".bin")
 RESNET = {
@@ -76,21 +82,21 @@ def kind(pipeline: Pipeline) -> str:
     return "sd1" if act == "quick_gelu" else "sd2"
 
 
-def layouts(pipeline: Pipeline) -> dict[str, Layout]:
+def layouts(pipeline: Pipeline) -> dict[str, LDMLayout]:
     """The single-file layout of every component, from its config."""
     configs = {name: source.config for name, source in pipeline.components.items()}
     made = {
         "unet": unet_layout(UNetConfig.from_hf(configs["unet"])),
         "vae": vae_layout(VAEConfig.from_hf(configs["vae"])),
     }
-    for name, prefix in TEXT[kind(pipeline)].items():
+    for name, prefix in TEXT_PREFIXES[kind(pipeline)].items():
         projects = name == "text_encoder_2"
         cfg = CLIPTextConfig.from_hf(configs[name], projects, f"{name}/config.json")
         made[name] = clip_layout(cfg, prefix)
     return made
 
 
-def unet_layout(cfg: UNetConfig) -> Layout:
+def unet_layout(cfg: UNetConfig) -> LDMLayout:
     """input_blocks, middle_block and output_blocks, each one counted through all levels."""
     names = dict(UNET_ENDS)
     for ours, theirs in _unet_blocks(cfg):
@@ -98,7 +104,7 @@ def unet_layout(cfg: UNetConfig) -> Layout:
             names |= {f"{ours}.{one}": f"{theirs}.{other}" for one, other in RESNET.items()}
         else:
             names[ours] = theirs
-    return Layout(UNET, names)
+    return LDMLayout(UNET_PREFIX, names)
 
 
 def _unet_blocks(cfg: UNetConfig) -> Iterator[tuple[str, str]]:
@@ -127,7 +133,7 @@ def _unet_blocks(cfg: UNetConfig) -> Iterator[tuple[str, str]]:
             yield f"{up}.upsamplers.0.conv", f"output_blocks.{block - 1}.{after}.conv"
 
 
-def vae_layout(cfg: VAEConfig) -> Layout:
+def vae_layout(cfg: VAEConfig) -> LDMLayout:
     """The decoder counts its levels from the image; attention is of 1x1 convolutions."""
     names, arrows = {}, {}
     top = len(cfg.widths) - 1
@@ -150,13 +156,13 @@ def vae_layout(cfg: VAEConfig) -> Layout:
     for ours, theirs in resnets.items():
         names[f"{ours}.conv_shortcut"] = f"{theirs}.nin_shortcut"
     # Losses and averages of LDM's training, which no reader takes.
-    return Layout(FIRST_STAGE, names, arrows, ignore=r"(loss|model_ema)\..*")
+    return LDMLayout(FIRST_STAGE, names, arrows, ignore=r"(loss|model_ema)\..*")
 
 
-def clip_layout(cfg: CLIPTextConfig, prefix: str) -> Layout:
+def clip_layout(cfg: CLIPTextConfig, prefix: str) -> LDMLayout:
     """transformers' own names after `…transformer.`; open_clip's after `…model.`, q, k, v fused."""
     if prefix.endswith("transformer."):
-        return Layout(prefix, {}, ignore=VISION)
+        return LDMLayout(prefix, {}, ignore=VISION)
     names = {
         "text_model.embeddings.token_embedding": "token_embedding",
         "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -169,6 +175,6 @@ def clip_layout(cfg: CLIPTextConfig, prefix: str) -> Layout:
     ignore = "|".join((r"attn_mask|.*position_ids", *clip.ignore(cfg)))
     ignore = rf"{ignore}|transformer\.resblocks\.{cfg.num_layers}\..*"
     if cfg.projection_dim is None:
-        return Layout(prefix, names, fused=True, ignore=ignore)
+        return LDMLayout(prefix, names, fused=True, ignore=ignore)
     names["text_projection.weight"] = "text_projection"
-    return Layout(prefix, names, {"text_projection.weight": "d p -> p d"}, True, ignore)
+    return LDMLayout(prefix, names, {"text_projection.weight": "d p -> p d"}, True, ignore)

@@ -20,7 +20,7 @@ from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.text_encoders import clip
 from jaxft.models.text_encoders.clip import CLIPText, CLIPTextConfig
 from jaxft.noise.samplers import Sampler, denoise, guide, guide_edit
-from jaxft.noise.schedule import CHOICES, ZERO_SNR, Schedule
+from jaxft.noise.schedule import SCHEDULE_CHOICES, ZERO_SNR, Schedule
 from jaxft.weights.folders.diffusers import SCHEDULER, TEXT_ENCODERS, Pipeline, legacy_part, part
 from jaxft.weights.transfer import Part
 
@@ -94,7 +94,7 @@ class PipelineConfig:
 
 def _changes(pipeline: Pipeline, prediction: str, zero_snr: bool) -> dict[str, Any]:
     """The keys of the folder's scheduler_config.json that the run's own two options change."""
-    known = CHOICES["prediction_type"]
+    known = SCHEDULE_CHOICES["prediction_type"]
     if prediction and prediction not in known:
         raise UserError(f"prediction={prediction!r} is not one of {', '.join(known)}, or empty")
     old = {"prediction_type": "epsilon", **pipeline.scheduler}

@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "eos_token_id": TRUE_EOS,
 }
 VISION = r"vision_model\..*|visual_projection\.weight|logit_scale"  # of a whole CLIPModel
-ACTIVATIONS = ("quick_gelu", "gelu")
+CLIP_ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,10 @@ class CLIPTextConfig:
         # A null projection_dim serves where nothing projects.
         nulls: dict[str, Any] = {} if projects else {"projection_dim": None}
         get = fields(config, DEFAULTS, nulls, where)
-        if get["hidden_act"] not in ACTIVATIONS:
+        if get["hidden_act"] not in CLIP_ACTIVATIONS:
             raise UserError(
-                f"{where}: hidden_act={get['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}"
+                f"{where}: hidden_act={get['hidden_act']!r} is not one of"
+                f" {', '.join(CLIP_ACTIVATIONS)}"
             )
         if not isinstance(get["eos_token_id"], int):
             raise UserError(f"{where}: eos_token_id={get['eos_token_id']!r} has to be one number")
@@ -116,7 +117,7 @@ class CLIPTextConfig:
         return self.eos_token_id == LEGACY_EOS and self.vocab_size <= CLIP_VOCAB
 
 
-class Encoded(NamedTuple):
+class EncodedText(NamedTuple):
     """What the families take. SD 1 and 2: `normed`; SDXL: `hidden` with skip=1, `pooled` of #2.
 
     hidden: hidden_states[-(skip + 1)], raw. normed: the final norm of that. pooled: the final norm
@@ -139,7 +140,7 @@ class SmallTable(nnx.Module):
         return gather_rows(self.embedding[...].astype(dtype), numbers)
 
 
-class Attention(nnx.Module):
+class CLIPAttention(nnx.Module):
     """Causal multi-head self-attention with biases; padding is not masked, as SD has it."""
 
     def __init__(self, cfg: CLIPTextConfig, *, key: PRNGKeyArray):
@@ -156,7 +157,7 @@ class Attention(nnx.Module):
         return self.out_proj(attention(q, k, v, causal=True), keys)
 
 
-class MLP(nnx.Module):
+class CLIPMLP(nnx.Module):
     """fc2(act(fc1 x)); the act is x sigmoid(1.702 x) or the exact (erf) GELU."""
 
     def __init__(self, cfg: CLIPTextConfig, *, key: PRNGKeyArray):
@@ -175,15 +176,15 @@ class MLP(nnx.Module):
         return self.fc2(h, keys)
 
 
-class Block(nnx.Module):
+class CLIPLayer(nnx.Module):
     """One pre-norm encoder layer."""
 
     def __init__(self, cfg: CLIPTextConfig, *, key: PRNGKeyArray):
         first, second = jax.random.split(key)
         self.layer_norm1 = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
-        self.self_attn = Attention(cfg, key=first)
+        self.self_attn = CLIPAttention(cfg, key=first)
         self.layer_norm2 = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
-        self.mlp = MLP(cfg, key=second)
+        self.mlp = CLIPMLP(cfg, key=second)
 
     def __call__(
         self, x: Float[Array, "B T D"], keys: PRNGKeyArray | None = None
@@ -207,7 +208,7 @@ class CLIPText(nnx.Module):
             new = jax.random.fold_in(tokens, 1)
             self.inversion = nnx.data(SmallTable(cfg.new_tokens, d, key=new))
         keys = jax.random.split(layers, cfg.num_layers)
-        self.layers = jax.vmap(lambda key: Block(cfg, key=key))(keys)
+        self.layers = jax.vmap(lambda key: CLIPLayer(cfg, key=key))(keys)
         self.final_layer_norm = LayerNorm(d, eps=cfg.layer_norm_eps)
         self.text_projection = nnx.data(None)
         if cfg.projection_dim is not None:
@@ -222,7 +223,7 @@ class CLIPText(nnx.Module):
         keys: PRNGKeyArray | None = None,
         unroll: int = 1,
         dtype: Any = jnp.float32,
-    ) -> Encoded:
+    ) -> EncodedText:
         """Encode padded ids (B, T <= max_positions), computing in `dtype`.
 
         skip: how many of the last layers `normed` and `hidden` leave out (diffusers' clip_skip;
@@ -241,7 +242,7 @@ class CLIPText(nnx.Module):
         x, hidden = self._scan(x, count - skip, keys, unroll)
         last = self.final_layer_norm(x)
         normed = last if skip == 0 else self.final_layer_norm(hidden)
-        return Encoded(normed, hidden, self._pool(last, ids, keys))
+        return EncodedText(normed, hidden, self._pool(last, ids, keys))
 
     def _tokens(self, ids: Array, dtype: Any) -> Array:
         """Rows of the vocabulary's table, and from its end on of the new tokens'."""
@@ -257,7 +258,7 @@ class CLIPText(nnx.Module):
     ) -> tuple[Array, Array]:
         """The last layer's output, and that of layer number `wanted` (0: the embeddings)."""
 
-        def body(carry: tuple[Array, Array], xs: tuple[Block, Array]) -> tuple:
+        def body(carry: tuple[Array, Array], xs: tuple[CLIPLayer, Array]) -> tuple:
             (x, hidden), (block, number) = carry, xs
             own = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
             x = block(x, own)

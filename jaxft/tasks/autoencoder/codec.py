@@ -21,7 +21,7 @@ from jaxft.weights.rules import Rule
 from jaxft.weights.transfer import Part
 
 KL = "AutoencoderKL"
-CODEBOOK = "vae.quantize.embedding"
+CODEBOOK_PATH = "vae.quantize.embedding"
 
 
 class Codec(NamedTuple):
@@ -57,9 +57,9 @@ class Codec(NamedTuple):
 
     def exported(self, params: Params) -> Params:
         """The parameters as an export writes them: vqgan.unit_codebook says why."""
-        if not self.codes or CODEBOOK not in params:
+        if not self.codes or CODEBOOK_PATH not in params:
             return params
-        return {**params, CODEBOOK: vqgan.unit_codebook(self.cfg, params[CODEBOOK])}
+        return {**params, CODEBOOK_PATH: vqgan.unit_codebook(self.cfg, params[CODEBOOK_PATH])}
 
 
 def open_codec(config: Mapping[str, Any], where: str) -> Codec:

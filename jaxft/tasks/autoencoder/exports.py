@@ -9,7 +9,7 @@ from jaxft.weights.folders.transformers import SIDE_FILES, export_config
 ORIGINALS_ONLY = ("parity.json", ".index.json")
 
 
-def side_files(job: Job, rewritten: set[str]) -> writers.Files:
+def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
     """Return config.json, licence and card, and the weights where they did not change."""
     codec, source = job.opened.codec, job.opened.source
     assert source.folder is not None

@@ -12,9 +12,9 @@ from jaxft.core.config import Config
 from jaxft.core.errors import UserError
 from jaxft.models.critics import perceptual
 from jaxft.models.critics.discriminator import LEAST, PatchGAN
-from jaxft.models.critics.perceptual import Opened
+from jaxft.models.critics.perceptual import PerceptualNetwork
 from jaxft.nn.conv import runner
-from jaxft.tasks.autoencoder.codec import CODEBOOK, Codec, open_codec
+from jaxft.tasks.autoencoder.codec import CODEBOOK_PATH, Codec, open_codec
 from jaxft.tasks.autoencoder.options import AutoencoderOptions, Losses
 from jaxft.weights.folders.diffusers import open_component
 
@@ -22,7 +22,9 @@ from jaxft.weights.folders.diffusers import open_component
 class Trainee(nnx.Module):
     """The autoencoder, the discriminator and the perceptual network: None where unused."""
 
-    def __init__(self, codec: Codec, losses: Losses, measure: Opened | None, *, key: jax.Array):
+    def __init__(
+        self, codec: Codec, losses: Losses, measure: PerceptualNetwork | None, *, key: jax.Array
+    ):
         first, second, third = jax.random.split(key, 3)
         self.vae = codec.module(codec.cfg, key=first)
         self.discriminator = nnx.data(PatchGAN(key=second) if losses.adversarial else None)
@@ -87,11 +89,11 @@ class OpenedAutoencoder:
                 f"loss.adversarial={losses.adversarial:g} needs a discriminator that trains, but"
                 rf" trainable={trainable!r} leaves it out; add |discriminator\..*"
             )
-        if losses.revive and not (self.codec.codes and re.fullmatch(trainable, CODEBOOK)):
+        if losses.revive and not (self.codec.codes and re.fullmatch(trainable, CODEBOOK_PATH)):
             raise UserError(
                 f"loss.revive={losses.revive:g} needs a codebook that trains, but"
                 + (
-                    f" trainable={trainable!r} leaves out {CODEBOOK}; "
+                    f" trainable={trainable!r} leaves out {CODEBOOK_PATH}; "
                     if self.codec.codes
                     else f" {self.cfg.model} has none; "
                 )

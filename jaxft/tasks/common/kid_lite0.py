@@ -19,7 +19,7 @@ from jaxft.weights import transfer
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.transfer import Part
 
-ROWS = 16  # images at a time
+KID_ROWS = 16  # images at a time
 
 
 class KidLite0:
@@ -46,9 +46,9 @@ class KidLite0:
     def features(self, pictures: UInt8[np.ndarray, "N Y X 3"]) -> np.ndarray:
         """Pooled features, (N, 1280)."""
         parts = []
-        for first in range(0, len(pictures), ROWS):
-            rows = pictures[first : first + ROWS]
-            padded = np.concatenate([rows, np.repeat(rows[-1:], ROWS - len(rows), axis=0)])
+        for first in range(0, len(pictures), KID_ROWS):
+            rows = pictures[first : first + KID_ROWS]
+            padded = np.concatenate([rows, np.repeat(rows[-1:], KID_ROWS - len(rows), axis=0)])
             with jax.set_mesh(self.mesh):
                 pooled = self._pooled(self.params, padded)
             parts.append(np.asarray(pooled)[: len(rows)])

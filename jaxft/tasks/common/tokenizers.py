@@ -9,9 +9,9 @@ import tokenizers
 
 from jaxft.core.errors import UserError
 
-FILE = "tokenizer.json"
+TOKENIZER_JSON = "tokenizer.json"
 JSON_FILES = (
-    FILE,
+    TOKENIZER_JSON,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -56,13 +56,14 @@ def _unreadable(folder: Path, error: Exception) -> UserError:
             " never run; convert the tokenizer to tokenizer.json once, where you trust that code,"
             " and delete auto_map"
         )
-    if FILE in configs:
+    if TOKENIZER_JSON in configs:
         try:
-            tokenizers.Tokenizer.from_file(str(folder / FILE))
+            tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
         except Exception as inner:
             return UserError(
-                f"{folder / FILE}: tokenizers {version('tokenizers')} cannot read it ({inner}); a"
-                " newer one may have written it: pip install -U tokenizers transformers"
+                f"{folder / TOKENIZER_JSON}: tokenizers {version('tokenizers')} cannot read it"
+                f" ({inner}); a newer one may have written it: pip install -U tokenizers"
+                " transformers"
             )
     elif pieces := [name for name in SENTENCEPIECE if (folder / name).is_file()]:
         return UserError(

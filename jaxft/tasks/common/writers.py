@@ -20,7 +20,7 @@ from jaxft.weights.adapters import peft
 from jaxft.weights.files.tensor_files import STEMS, write_sharded
 from jaxft.weights.transfer import Part
 
-Files = Mapping[str, Path | bytes]  # by name: a file to copy, or content
+SideFiles = Mapping[str, Path | bytes]  # by name: a file to copy, or content
 SHARD_BYTES = {STEMS[0]: 5 * 10**9, STEMS[1]: 10**10}  # where transformers and diffusers split
 
 
@@ -39,7 +39,7 @@ def stated_dtype(job: Job) -> str | None:
     return None if job.dtype == "source" else job.dtype
 
 
-def write_folder(job: Job, side_files: Callable[[Job, set[str]], Files]) -> None:
+def write_folder(job: Job, side_files: Callable[[Job, set[str]], SideFiles]) -> None:
     """Write the model as a Hugging Face folder, with adapters merged into it.
 
     `side_files(job, rewritten)` returns all that stands beside the weights of the parts with those
@@ -62,7 +62,7 @@ def _touched(job: Job, part: Part) -> bool:
     return trained or part.tensors is None or job.dtype != "source" or not part.prefix
 
 
-def _has_weights(files: Files, folder: str) -> bool:
+def _has_weights(files: SideFiles, folder: str) -> bool:
     """Tell whether a copy serves; a part that is read in another layout has none that would."""
     paths = map(PurePath, files)
     return any(p.parent == PurePath(folder) and p.suffix == ".safetensors" for p in paths)
@@ -92,7 +92,7 @@ def _layer_delta(a: np.ndarray, b: np.ndarray, factor: float, stacked: bool, i: 
     return lora.delta(a[i], b[i], factor) if stacked else lora.delta(a, b, factor)
 
 
-def write_adapter(job: Job, files: Files) -> None:
+def write_adapter(job: Job, files: SideFiles) -> None:
     """Write the adapters as a PEFT folder, and beside them all of `files` but the model's own."""
     for part in parts(job):
         peft.write(job.folder, part, job.leaves, adapters(job), job.opened.cfg.lora, part.name)
@@ -106,7 +106,7 @@ def adapters(job: Job) -> dict[str, np.ndarray]:
     return {path: transfer.to_host(job.params[path]) for path in paths}
 
 
-def copy(files: Files, folder: Path) -> None:
+def copy(files: SideFiles, folder: Path) -> None:
     """Write files into a folder; of many processes the first does it."""
     for name, content in files.items() if jax.process_index() == 0 else ():
         target = folder / name

@@ -11,7 +11,7 @@ from jaxft.core.errors import UserError
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.models.text_encoders.clip import CLIPTextConfig
 
-AT_ONCE = 1024  # captions that are counted together
+COUNTED_TOGETHER = 1024  # captions that are counted together
 
 
 class Captions:
@@ -49,8 +49,8 @@ class Captions:
 
     def too_long(self, captions: Sequence[str]) -> int:
         """The number of captions that are cut for some encoder; all of their tokens are checked."""
-        starts = range(0, len(captions), AT_ONCE)
-        return sum(self._cut(captions[start : start + AT_ONCE]) for start in starts)
+        starts = range(0, len(captions), COUNTED_TOGETHER)
+        return sum(self._cut(captions[start : start + COUNTED_TOGETHER]) for start in starts)
 
     def names_new(self, caption: str) -> bool:
         """Whether every encoder reads the new word in a caption."""

@@ -28,7 +28,7 @@ from jaxft.tasks.diffusion.opened import OpenedPipeline
 from jaxft.tasks.diffusion.rows import PictureRows, Stores, ids_key
 from jaxft.weights.transfer import to_host
 
-AT_ONCE = 16  # pictures or captions that are encoded together
+ENCODED_TOGETHER = 16  # pictures or captions that are encoded together
 
 
 def encode(
@@ -52,7 +52,7 @@ def encode(
     moments, texts = ArrayCache(folder, name, jax.process_index()), None
     if cfg.sees == NOTHING:
         for images in (share.images for rows in sets for share in rows.shares):
-            tell("moments", store_pictures(moments, images, local.moments, AT_ONCE))
+            tell("moments", store_pictures(moments, images, local.moments, ENCODED_TOGETHER))
     else:
         moments = None
         print("moments are not cached: the UNet sees pictures, encoded in each step", flush=True)
@@ -60,7 +60,7 @@ def encode(
         name = fingerprint(local.params, ("text_encoder",), "texts", dtype, cfg.texts)
         texts = ArrayCache(folder, name, jax.process_index())
         captions = [rows.caption(i) for rows in sets for i in range(len(rows))]
-        made = store_texts(texts, captions, opened.captions, local.texts, AT_ONCE)
+        made = store_texts(texts, captions, opened.captions, local.texts, ENCODED_TOGETHER)
         tell("embeddings", made)
     for rows in sets:
         rows.use(Stores(moments, texts))

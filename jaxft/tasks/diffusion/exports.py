@@ -21,7 +21,7 @@ from jaxft.weights.folders import single_file
 from jaxft.weights.folders.diffusers import OPTIONAL, Changes, pipeline_files
 
 
-def side_files(job: Job, rewritten: set[str]) -> writers.Files:
+def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
     """Return configs, tokenizers, scheduler and the weights of parts that did not change."""
     names = frozenset(prefix.removesuffix(".") for prefix in rewritten)
     changes = Changes(names, dict(job.opened.model_cfg.scheduler))
@@ -70,7 +70,7 @@ def _write_inversion(job: Job) -> None:
     tensors = {key: rows.astype(np.dtype(dtype)) for key, rows in learned.items()}
     infos = {key: (rows.shape, rows.dtype) for key, rows in tensors.items()}
     about = {"token": word.token, "init": word.init, "base": Path(job.opened.cfg.model).name}
-    write_sharded(job.folder, tensors.items(), infos, stem=inversion.STEM, metadata=about)
+    write_sharded(job.folder, tensors.items(), infos, stem=inversion.EMBEDS_STEM, metadata=about)
 
 
 def _write_all(job: Job) -> None:

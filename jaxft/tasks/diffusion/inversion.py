@@ -15,9 +15,9 @@ from jaxft.tasks.diffusion.captions import Captions
 from jaxft.tasks.diffusion.options import Inversion
 from jaxft.weights.transfer import Part, to_host
 
-STEM = "learned_embeds"  # what diffusers' load_textual_inversion looks for in a folder
+EMBEDS_STEM = "learned_embeds"  # what diffusers' load_textual_inversion looks for in a folder
 XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-MOST = 64  # vectors; a caption has 77 tokens
+MOST_VECTORS = 64  # vectors; a caption has 77 tokens
 
 
 def names(options: Inversion) -> tuple[str, ...]:
@@ -34,8 +34,8 @@ def names(options: Inversion) -> tuple[str, ...]:
         raise UserError(
             f"inversion.init is empty: give the word that {token} starts as, such as 'toy'"
         )
-    if not 1 <= count <= MOST:
-        raise UserError(f"inversion.vectors={count} must be from 1 to {MOST}")
+    if not 1 <= count <= MOST_VECTORS:
+        raise UserError(f"inversion.vectors={count} must be from 1 to {MOST_VECTORS}")
     return (token, *(f"{token}_{i}" for i in range(1, count)))
 
 

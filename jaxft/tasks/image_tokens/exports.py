@@ -6,7 +6,7 @@ from jaxft.weights.files.tensor_files import write_sharded
 from jaxft.weights.folders import janus_original
 
 
-def side_files(job: Job, rewritten: set[str]) -> writers.Files:
+def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
     """Return configs, tokenizer, layout and the VQ tokenizer's folder."""
     return job.opened.model.side_files(writers.stated_dtype(job))
 

@@ -31,13 +31,13 @@ from jaxft.weights.patch import Mapped
 from jaxft.weights.rules import Rule, renamed
 from jaxft.weights.transfer import Part
 
-ROWS = 16  # pictures that are encoded or decoded together
+CODED_TOGETHER = 16  # pictures that are encoded or decoded together
 FINDS = ("encoder.", "quant_conv.", "quantize.")  # the parameters that decide a picture's codes
-CODEBOOK = "quantize.embedding.weight"
+CODEBOOK_KEY = "quantize.embedding.weight"
 BEST = 100.0  # dB: a picture that comes back exactly has no finite PSNR
 
 
-class Reconstruction(NamedTuple):
+class CodedPictures(NamedTuple):
     """A batch of pictures through the tokenizer and back."""
 
     codes: Int[np.ndarray, "B Y X"]
@@ -75,11 +75,11 @@ class ImageTokenizer:
             files = _rewritten(self.source, files)
         return {f"vq/{name}": path for name, path in files.items()}
 
-    def reconstruct(self, pixels: UInt8[np.ndarray, "B Y X 3"]) -> Reconstruction:
+    def reconstruct(self, pixels: UInt8[np.ndarray, "B Y X 3"]) -> CodedPictures:
         """Any number of pictures."""
         with jax.set_mesh(self.mesh):
             made = [self._reconstruct(self.params, rows) for rows in _cut(pixels)]
-        return Reconstruction(*(_joined(arrays, len(pixels)) for arrays in zip(*made, strict=True)))
+        return CodedPictures(*(_joined(arrays, len(pixels)) for arrays in zip(*made, strict=True)))
 
     def decode(self, codes: Int[np.ndarray, "B Y X"]) -> UInt8[np.ndarray, "B Y2 X2 3"]:
         """Pictures of any number of code grids; UserError where the codebook has no such code."""
@@ -89,11 +89,11 @@ class ImageTokenizer:
         return _joined(made, len(codes))
 
     @partial(jax.jit, static_argnums=0)
-    def _reconstruct(self, params: Params, pixels: Any) -> Reconstruction:
+    def _reconstruct(self, params: Params, pixels: Any) -> CodedPictures:
         model, x = bind(self.template, params), to_float(pixels)
         found = model.encode(x)
         y = jnp.clip(model.decode(found.quantized), -1.0, 1.0)
-        return Reconstruction(found.codes, to_pixels(y), jnp.minimum(psnr(x, y), BEST), ssim(x, y))  # type: ignore[arg-type]
+        return CodedPictures(found.codes, to_pixels(y), jnp.minimum(psnr(x, y), BEST), ssim(x, y))  # type: ignore[arg-type]
 
     @partial(jax.jit, static_argnums=0)
     def _decode(self, params: Params, codes: Any) -> Any:
@@ -107,10 +107,10 @@ def open_tokenizer(spec: str) -> ImageTokenizer:
     assert source.tensors is not None
     cfg = VQConfig.from_hf(source.config, f"{source.folder}/config.json")
     tensors = _stock_keyed(source.tensors, cfg)
-    if cfg.l2 and CODEBOOK in set(tensors.keys()):
-        stored = jnp.asarray(tensors.read(CODEBOOK), jnp.float32)
+    if cfg.l2 and CODEBOOK_KEY in set(tensors.keys()):
+        stored = jnp.asarray(tensors.read(CODEBOOK_KEY), jnp.float32)
         if vqgan.unit_codebook(cfg, stored) is not stored:
-            tensors = unit_rows(tensors, cfg, CODEBOOK)
+            tensors = unit_rows(tensors, cfg, CODEBOOK_KEY)
     return ImageTokenizer(spec, dataclasses.replace(source, tensors=tensors))
 
 
@@ -145,9 +145,9 @@ def _rewritten(source: Source, files: dict[str, Path | bytes]) -> dict[str, Path
 
 
 def _cut(rows: np.ndarray) -> Iterator[np.ndarray]:
-    """ROWS at a time, the last filled up, so that one compiled function serves."""
-    for first in range(0, len(rows), ROWS):
-        yield np.resize(rows[first : first + ROWS], (ROWS, *rows.shape[1:]))
+    """CODED_TOGETHER at a time, the last filled up, so that one compiled function serves."""
+    for first in range(0, len(rows), CODED_TOGETHER):
+        yield np.resize(rows[first : first + CODED_TOGETHER], (CODED_TOGETHER, *rows.shape[1:]))
 
 
 def _joined(parts: Sequence[Any], count: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from jaxft.models import registry
 from jaxft.models.autoencoders.vq_config import JANUS as VQ_KIND
 from jaxft.models.autoencoders.vq_config import VQConfig
 from jaxft.models.decoders.config import DecoderConfig
-from jaxft.models.decoders.files import HEAD, with_prefix
+from jaxft.models.decoders.files import with_prefix
 from jaxft.models.pipelines import janus
 from jaxft.models.pipelines.janus import Janus, JanusConfig
 from jaxft.tasks.common.tokenizers import load_tokenizer
@@ -24,19 +24,19 @@ from jaxft.tasks.image_tokens.options import ImageTokenOptions
 from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.folders import janus_original as janus_layout
 from jaxft.weights.folders.diffusers import Renamed, open_component
-from jaxft.weights.folders.transformers import Source, export_config
+from jaxft.weights.folders.transformers import HEAD, Source, export_config
 from jaxft.weights.patch import Overlaid
 from jaxft.weights.transfer import Part
 
 # Templates of the releases: of Janus-Pro, whose tokenizer has the roles, and of Janus 1.3B.
 PRO, OLD = f"<|User|>: {CAPTION}\n\n<|Assistant|>:", f"User: {CAPTION}\n\nAssistant:"
 BOI, PAD = "<begin_of_image>", "<｜▁pad▁｜>"
-LONGEST = 128  # tokens of a prompt, where nothing says another number
+JANUS_PROMPT_TOKENS = 128  # tokens of a prompt, where nothing says another number
 GUIDANCE = 5  # the authors' own
-CODEBOOK = f"{janus.VQ}quantize.embedding.weight"
-TABLE = "model.language_model.embed_tokens.weight"
+JANUS_CODEBOOK = f"{janus.VQ}quantize.embedding.weight"
+JANUS_TABLE = "model.language_model.embed_tokens.weight"
 COLOURS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-WHOLE = ("generation_embeddings", "generation_aligner", "generation_head")
+GENERATION_MODULES = ("generation_embeddings", "generation_aligner", "generation_head")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class JanusFolder(NamedTuple):
 
     @property
     def part(self) -> Part:
-        return janus.ARCHITECTURE.part(self.source, self.whole)._replace(whole=WHOLE)
+        return janus.ARCHITECTURE.part(self.source, self.whole)._replace(whole=GENERATION_MODULES)
 
     @property
     def about(self) -> str:
@@ -152,7 +152,7 @@ def is_janus(source: Source) -> bool:
 
 def open_janus(spec: str, source: Source, options: ImageTokenOptions) -> JanusFolder:
     """The folder of a Janus; UserError where its pieces and the options do not fit."""
-    if source.config.get("model_type") == janus_layout.KIND:
+    if source.config.get("model_type") == janus_layout.ORIGINAL_TYPE:
         source = janus_layout.as_transformers(source)
     cfg = JanusConfig.from_hf(source.config, f"{spec}/config.json")
     _check(spec, source, cfg, options)
@@ -179,7 +179,7 @@ def open_janus(spec: str, source: Source, options: ImageTokenOptions) -> JanusFo
 
 def _patched(tensors: Tensors, config: dict[str, Any], vq: VQConfig, spec: str) -> Tensors:
     """The codebook as transformers' search needs it, and a head of text where it was tied."""
-    found = unit_rows(tensors, vq, CODEBOOK)
+    found = unit_rows(tensors, vq, JANUS_CODEBOOK)
     if HEAD in set(tensors.keys()):
         return found
     if config.get("tie_word_embeddings") is False:
@@ -187,7 +187,7 @@ def _patched(tensors: Tensors, config: dict[str, Any], vq: VQConfig, spec: str) 
             f"{spec}: missing tensor {HEAD}: these are the weights of a JanusModel, which has no"
             " head of text; give the folder of the JanusForConditionalGeneration"
         )
-    return Overlaid(found, Renamed(tensors, {HEAD: TABLE}))
+    return Overlaid(found, Renamed(tensors, {HEAD: JANUS_TABLE}))
 
 
 def _another_decoder(
@@ -197,7 +197,7 @@ def _another_decoder(
     source = open_component(spec, "vq")
     if source.config.get("model_type") != VQ_KIND or source.tensors is None:
         raise UserError(f"tokenizer={spec!r} is no {VQ_KIND} folder, so a Janus cannot hold it")
-    found = unit_rows(source.tensors, own.cfg, CODEBOOK.removeprefix(janus.VQ))
+    found = unit_rows(source.tensors, own.cfg, JANUS_CODEBOOK.removeprefix(janus.VQ))
     other = ImageTokenizer(spec, dataclasses.replace(source, tensors=found))
     if (other.cfg.codes, other.fingerprint) != (own.cfg.codes, own.fingerprint):
         raise UserError(
@@ -220,7 +220,7 @@ def _layout(spec: str, cfg: JanusConfig, options: ImageTokenOptions, tokenizer: 
                 " original Janus there"
             )
     prompt = options.prompt or (PRO if "<|User|>" in vocabulary else OLD)
-    longest = options.max_caption_tokens or LONGEST
+    longest = options.max_caption_tokens or JANUS_PROMPT_TOKENS
     grid, rows = (cfg.grid, cfg.grid), cfg.text.vocab_size
     return JanusLayout(bos, boi, pad, cfg.vq.codes, grid, prompt, longest, rows)
 

@@ -18,13 +18,13 @@ from jaxtyping import Int
 from jaxft.core.errors import UserError
 from jaxft.data.text.vocabulary import check_ids
 
-FILE = "imagetoken.json"
+LAYOUT_JSON = "imagetoken.json"
 SPECIALS = ("boi", "eoi", "null", "pad")
 CAPTION = "{caption}"
-LONGEST = 64  # tokens of a prompt, where nothing says another number
+PROMPT_TOKENS = 64  # tokens of a prompt, where nothing says another number
 
 
-class Layout(Protocol):
+class ImageTokenLayout(Protocol):
     """What a row of either family is made of; in it code c is the token image_offset + c.
 
     text_vocab: the ids that a prompt may hold are below it. grid: rows and columns of codes,
@@ -61,7 +61,7 @@ class Layout(Protocol):
         ...
 
 
-def row_length(layout: Layout) -> int:
+def row_length(layout: ImageTokenLayout) -> int:
     """The most tokens that the model sees of a row: the last code is only a target."""
     return layout.max_caption_tokens + layout.count
 
@@ -114,7 +114,7 @@ def extended(text_vocab: int, codes: int, grid: tuple[int, int], vq: str) -> Ima
     """The layout of a text model that gets four special rows and a row for each code."""
     boi = text_vocab
     return ImageLayout(
-        text_vocab, boi, boi + 1, boi + 2, boi + 3, boi + 4, codes, grid, CAPTION, LONGEST, vq
+        text_vocab, boi, boi + 1, boi + 2, boi + 3, boi + 4, codes, grid, CAPTION, PROMPT_TOKENS, vq
     )
 
 
@@ -134,7 +134,7 @@ def read_layout(content: bytes, where: str) -> ImageLayout:
     return layout
 
 
-def check_tokenizer(layout: Layout, tokenizer: Any, where: str) -> None:
+def check_tokenizer(layout: ImageTokenLayout, tokenizer: Any, where: str) -> None:
     """Refuse a template that this tokenizer would tear apart, and special ids that text has."""
     if layout.prompt.count(CAPTION) != 1:
         raise UserError(f"{where}: prompt={layout.prompt!r} must contain {CAPTION} once")
@@ -195,7 +195,7 @@ class Prompt(NamedTuple):
     cut: bool
 
 
-def encode_prompt(layout: Layout, tokenizer: Any, caption: str) -> Prompt:
+def encode_prompt(layout: ImageTokenLayout, tokenizer: Any, caption: str) -> Prompt:
     """What the tokenizer itself makes of the filled template.
 
     Of a caption that is too long the longest beginning that fits stays: what the template puts
@@ -214,12 +214,12 @@ def encode_prompt(layout: Layout, tokenizer: Any, caption: str) -> Prompt:
     return Prompt(ids, cut)
 
 
-def _ids(layout: Layout, tokenizer: Any, caption: str) -> list[int]:
+def _ids(layout: ImageTokenLayout, tokenizer: Any, caption: str) -> list[int]:
     return list(tokenizer(layout.prompt.replace(CAPTION, caption))["input_ids"])
 
 
 def left_padded(
-    layout: Layout, prompts: list[list[int]]
+    layout: ImageTokenLayout, prompts: list[list[int]]
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
     """Prompts with BOI as the sampler takes them: (tokens, mask), max_caption_tokens + 1 wide."""
     tokens = np.full((len(prompts), layout.max_caption_tokens + 1), layout.pad, np.int32)
@@ -230,7 +230,7 @@ def left_padded(
     return tokens, mask
 
 
-def null_prompt(layout: Layout, ids: list[int]) -> list[int]:
+def null_prompt(layout: ImageTokenLayout, ids: list[int]) -> list[int]:
     """What stands for this prompt where there is no caption, by the rule of training."""
     prompts, counts = np.array([ids or [layout.pad]], np.int32), np.array([len(ids)], np.int32)
     captions, lengths = layout.without_caption(prompts, counts)

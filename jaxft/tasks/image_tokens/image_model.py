@@ -11,16 +11,16 @@ from flax import nnx
 from jaxft.core.errors import UserError
 from jaxft.models import registry
 from jaxft.models.decoders.config import DecoderConfig
-from jaxft.models.decoders.files import HEAD, TABLE, as_decoder
+from jaxft.models.decoders.files import as_decoder
 from jaxft.models.pipelines.image_decode import Speaker, Unified
 from jaxft.models.registry import Architecture
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.tasks.image_tokens.image_codes import ImageTokenizer, open_tokenizer
 from jaxft.tasks.image_tokens.image_janus import is_janus, open_janus
 from jaxft.tasks.image_tokens.image_layout import (
-    FILE,
+    LAYOUT_JSON,
     ImageLayout,
-    Layout,
+    ImageTokenLayout,
     check_tokenizer,
     extended,
     read_layout,
@@ -28,7 +28,7 @@ from jaxft.tasks.image_tokens.image_layout import (
 )
 from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
 from jaxft.weights.adapters.peft_folder import GIVE_BASE, is_adapter
-from jaxft.weights.folders.transformers import Source, export_config, open_source
+from jaxft.weights.folders.transformers import HEAD, TABLE, Source, export_config, open_source
 from jaxft.weights.graft import Grafted
 from jaxft.weights.transfer import Part
 
@@ -46,7 +46,7 @@ class ImageModel(Protocol):
     @property
     def cfg(self) -> DecoderConfig: ...
     @property
-    def layout(self) -> Layout: ...
+    def layout(self) -> ImageTokenLayout: ...
     @property
     def vq(self) -> ImageTokenizer: ...
     @property
@@ -115,7 +115,7 @@ class UnifiedModel(NamedTuple):
         files = dict(self.source.side_files)
         config = export_config(self.source.config, dtype)
         files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-        files[FILE] = self.layout.to_json().encode()
+        files[LAYOUT_JSON] = self.layout.to_json().encode()
         return {**files, **self.vq.files}
 
     def original_files(self, dtype: str | None) -> dict[str, Path | bytes]:
@@ -137,7 +137,7 @@ def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) 
     if is_janus(source):
         return open_janus(spec, source, options)
     source = as_decoder(source)
-    found = source.side_files.get(FILE)
+    found = source.side_files.get(LAYOUT_JSON)
     _check_keys(spec, options, found is not None)
     vq = open_tokenizer(options.graft or options.tokenizer or _own_vq(spec, source))
     tokenizer = load_tokenizer(source.tokenizer_dir())
@@ -145,9 +145,9 @@ def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) 
         source, layout = _grafted(source, options, vq, seed)
     else:
         content = found if isinstance(found, bytes) else found.read_bytes()
-        layout = read_layout(content, f"{spec}/{FILE}")
+        layout = read_layout(content, f"{spec}/{LAYOUT_JSON}")
     layout = _changed(layout, options)
-    where = spec if options.graft else f"{spec}/{FILE}"
+    where = spec if options.graft else f"{spec}/{LAYOUT_JSON}"
     cfg = registry.read_decoder(source.config)
     _check_fit(layout, cfg, vq, options, where)
     check_tokenizer(layout, tokenizer, where)
@@ -163,7 +163,9 @@ def open_folder(spec: str) -> ImageModel:
 
 def _own_vq(spec: str, source: Source) -> str:
     if source.folder is None or not (source.folder / "vq" / "config.json").is_file():
-        raise UserError(f"{spec} has no vq/config.json beside {FILE}; give tokenizer=VQ_FOLDER")
+        raise UserError(
+            f"{spec} has no vq/config.json beside {LAYOUT_JSON}; give tokenizer=VQ_FOLDER"
+        )
     return str(source.folder / "vq")
 
 
@@ -189,12 +191,13 @@ def _changed(layout: ImageLayout, options: ImageTokenOptions) -> ImageLayout:
 def _check_keys(spec: str, options: ImageTokenOptions, has_layout: bool) -> None:
     if has_layout and options.graft:
         raise UserError(
-            f"graft={options.graft!r}, but {spec} speaks codes already (it has {FILE}); leave"
-            " graft empty, or give tokenizer=VQ_FOLDER of the same codes"
+            f"graft={options.graft!r}, but {spec} speaks codes already (it has {LAYOUT_JSON});"
+            " leave graft empty, or give tokenizer=VQ_FOLDER of the same codes"
         )
     if not has_layout and not options.graft:
         raise UserError(
-            f"{spec} has no {FILE}, so it is a text model; give graft=VQ_FOLDER to teach it images"
+            f"{spec} has no {LAYOUT_JSON}, so it is a text model; give graft=VQ_FOLDER to teach it"
+            " images"
         )
     if options.graft and not options.resolution:
         raise UserError(

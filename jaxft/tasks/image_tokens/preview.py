@@ -28,7 +28,7 @@ from jaxft.tasks.image_tokens.image_layout import encode_prompt, left_padded, nu
 from jaxft.tasks.image_tokens.opened import OpenedImageModel
 from jaxft.tasks.image_tokens.rows import nearest, worst_pictures
 
-SMALL = 2**24  # weights of a model whose products, a token a row, gain nothing from threads
+FEW_WEIGHTS = 2**24  # weights of a model whose products, a token a row, gain nothing from threads
 
 
 class ImageTokenPreview:
@@ -42,7 +42,7 @@ class ImageTokenPreview:
         )
         self.kid = KidLite0() if options.eval_generated and self.rows else None
         size = sum(x.size for x in jax.tree.leaves(opened.template))
-        compiled = runtime.compiler_options(loop=True) if size < SMALL else None
+        compiled = runtime.compiler_options(loop=True) if size < FEW_WEIGHTS else None
         self._generate = jax.jit(self._codes, static_argnums=5, compiler_options=compiled)
         self._shown = False  # the tokenizer's sheet is for the first report
 

@@ -17,7 +17,7 @@ from jaxft.data.sources.images import open_images
 from jaxft.models.autoencoders.vq_config import check_codes
 from jaxft.tasks.common.encoded import Row, collate, store_pictures
 from jaxft.tasks.common.pictures import grid
-from jaxft.tasks.image_tokens.image_codes import ROWS, ImageTokenizer
+from jaxft.tasks.image_tokens.image_codes import CODED_TOGETHER, ImageTokenizer
 from jaxft.tasks.image_tokens.image_layout import encode_prompt
 from jaxft.tasks.image_tokens.opened import OpenedImageModel
 
@@ -99,8 +99,8 @@ class CodeRows:
             return {"codes": codes, "psnr": made.psnr, "ssim": made.ssim}
 
         done = total = 0
-        for done, total in store_pictures(store, self.images, encode, ROWS):
-            if done % (64 * ROWS) == 0:
+        for done, total in store_pictures(store, self.images, encode, CODED_TOGETHER):
+            if done % (64 * CODED_TOGETHER) == 0:
                 print(f"encoding pictures: {done} of {total}", flush=True)
         if total:
             print(f"encoded {done} pictures of {self.images.records.spec}", flush=True)

@@ -6,7 +6,7 @@ from jaxft.tasks.llm.opened import eos_ids
 from jaxft.weights.folders.transformers import export_config
 
 
-def side_files(job: Job, rewritten: set[str]) -> writers.Files:
+def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
     """Return configs, tokenizer, licence and card, true of what is exported."""
     opened = job.opened
     source, files = opened.source, dict(opened.source.side_files)

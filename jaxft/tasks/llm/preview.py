@@ -21,7 +21,7 @@ from jaxft.objectives.next_token import NextToken
 from jaxft.tasks import Data, Look, Report, Request
 from jaxft.tasks.llm.opened import OpenedDecoder
 
-SHOWN = 5  # rows of predictions in a report
+SHOWN_PREDICTIONS = 5  # rows of predictions in a report
 SAMPLE_TOKENS = 48  # new tokens of a sample during training
 
 
@@ -57,7 +57,7 @@ class DecoderPreview:
         metrics["accuracy"] = float(np.mean(right))
         shown = [
             (record["text"], record["label"], name)
-            for record, name in zip(records[:SHOWN], named, strict=False)
+            for record, name in zip(records[:SHOWN_PREDICTIONS], named, strict=False)
         ]
         return Report(metrics, ("text", "label", "predicted"), tuple(shown))
 
@@ -126,7 +126,7 @@ class DecoderPreview:
         rows = (self.data.held_out or self.data.train).data
         if rows.labels:
             return Look()
-        prompts = [_prompt(rows[i]) for i in range(min(SHOWN, len(rows)))]
+        prompts = [_prompt(rows[i]) for i in range(min(SHOWN_PREDICTIONS, len(rows)))]
         texts = self._continue(params, prompts, SAMPLE_TOKENS, Sampling(), 0)
         pairs = zip(prompts, texts, strict=True)
         return Look("\n".join(f"{self.tokenizer.decode(ids)!r} -> {made!r}" for ids, made in pairs))

@@ -12,11 +12,11 @@ from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf
 from jaxft.weights.adapters.peft_folder import (
+    ADAPTER_STEM,
     BASE,
     FACTOR,
     GIVE_BASE,
-    PREFIX,
-    STEM,
+    PEFT_PREFIX,
     PeftAdapter,
     base_name,
 )
@@ -71,15 +71,15 @@ def write(
     modules = {slot.module for slot in adapted}
     for slot in adapted:
         for letter, leaf, layout in slot.sides():
-            key = f"{PREFIX}{slot.module}.lora_{letter}.weight"
+            key = f"{PEFT_PREFIX}{slot.module}.lora_{letter}.weight"
             tensors[key] = to_torch(_factor(slot, leaf, arrays), layout, part.sizes)
     for key in part.kept:
         assert part.tensors is not None
         module = key.removesuffix(".weight")
         inside = "base_layer." if module in modules else ""
-        tensors[f"{PREFIX}{module}.{inside}weight"] = part.tensors.read(key)
+        tensors[f"{PEFT_PREFIX}{module}.{inside}weight"] = part.tensors.read(key)
     infos = {key: (array.shape, array.dtype) for key, array in tensors.items()}
-    write_sharded(folder, tensors.items(), infos, stem=STEM)
+    write_sharded(folder, tensors.items(), infos, stem=ADAPTER_STEM)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -114,7 +114,7 @@ def _saved(
         for i, key in enumerate(entry.keys if entry.path in arrays else ()):
             array = np.asarray(arrays[entry.path], np.float32)
             one = array[i] if entry.stacked else array
-            tensors[f"{PREFIX}{key}"] = to_torch(one, entry.layout, part.sizes)
+            tensors[f"{PEFT_PREFIX}{key}"] = to_torch(one, entry.layout, part.sizes)
     return tensors
 
 

@@ -14,14 +14,14 @@ from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
 from jaxft.weights.folders.diffusers import Renamed
-from jaxft.weights.folders.transformers import TOKENIZER_FILES, Source, open_source
+from jaxft.weights.folders.transformers import HEAD, TABLE, TOKENIZER_FILES, Source, open_source
 from jaxft.weights.patch import Overlaid
 from jaxft.weights.rules import Entry
 
 CONFIG = "adapter_config.json"
 BASE = "base_model_name_or_path"
-PREFIX = "base_model.model."
-STEM = "adapter_model"
+PEFT_PREFIX = "base_model.model."
+ADAPTER_STEM = "adapter_model"
 UNSUPPORTED = (  # fields of PEFT's LoraConfig that make more of it than W + scale * A B
     "use_dora",
     "modules_to_save",
@@ -47,7 +47,6 @@ GIVE_BASE = "give its base by model=MODEL and the adapter by lora.from=FOLDER"
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base too
 FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")  # an adapter's name may be inside
 WRAPPERS = re.compile(r"(?:^module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENIZER = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("spiece.model", "sentencepiece*", "chat_template*", "*.tiktoken"),
@@ -67,7 +66,7 @@ class PeftAdapter(NamedTuple):
     tensors: Tensors
 
 
-class Opened(NamedTuple):
+class AdaptedSource(NamedTuple):
     """A model, and the adapter on it if `spec` was a PEFT folder.
 
     `kept` names the tensors of the source that are the adapter's own: resized or saved embeddings.
@@ -83,7 +82,7 @@ def open_adapted(
     adapter: str = "",
     weights: bool = True,
     opener: Callable[[str, bool], Source] = open_source,
-) -> Opened:
+) -> AdaptedSource:
     """Open a model by `opener`, and a PEFT folder on it.
 
     `adapter` names the folder that lies on the model `spec`. Without it `spec` may itself be a PEFT
@@ -95,12 +94,12 @@ def open_adapted(
     if not is_adapter(folder):
         if adapter:
             raise UserError(f"lora.from={adapter!r}: no {CONFIG} there; give a folder of PEFT's")
-        return Opened(opener(spec, weights))
+        return AdaptedSource(opener(spec, weights))
     if base and is_adapter(base):
         raise UserError(f"model={base!r} is an adapter too; give the model below it to lora.from")
     found = read(Path(folder).expanduser(), base)
     source, kept = _laid_over(found, _open_base(found, weights, opener))
-    return Opened(_with_tokenizer(source, Path(folder).expanduser()), found, kept)
+    return AdaptedSource(_with_tokenizer(source, Path(folder).expanduser()), found, kept)
 
 
 def is_adapter(spec: str) -> bool:
@@ -147,7 +146,7 @@ def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter
 
 def _tensors(folder: Path) -> Tensors:
     """The adapter's tensors without PEFT's prefix and what wrappers of training left in names."""
-    file, pickle = folder / f"{STEM}.safetensors", folder / f"{STEM}.bin"
+    file, pickle = folder / f"{ADAPTER_STEM}.safetensors", folder / f"{ADAPTER_STEM}.bin"
     if not file.exists() and pickle.exists():
         raise UserError(
             f"{pickle}: pickle files can run code and are refused; convert it once where PyTorch is"
@@ -162,8 +161,8 @@ def _tensors(folder: Path) -> Tensors:
         if ".lora_embedding_" in key:
             raise UserError(f"{folder}: {key} adapts an embedding, which is not supported; {MERGE}")
         name = WRAPPERS.sub("", key).replace(".base_layer.", ".")
-        while name.startswith(PREFIX):
-            name = name.removeprefix(PREFIX)
+        while name.startswith(PEFT_PREFIX):
+            name = name.removeprefix(PEFT_PREFIX)
         if factor := FACTOR.fullmatch(name):
             name = f"{factor[1]}.lora_{factor[2]}.weight"
         if name in names:

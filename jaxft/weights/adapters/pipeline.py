@@ -15,7 +15,7 @@ from jaxft.weights.folders.diffusers import legacy_part
 from jaxft.weights.rules import to_torch
 from jaxft.weights.transfer import Part
 
-STEM = "pytorch_lora_weights"  # what diffusers' load_lora_weights looks for in a folder
+LORA_STEM = "pytorch_lora_weights"  # what diffusers' load_lora_weights looks for in a folder
 KOHYA = {
     "unet": ("lora_unet_",),
     "text_encoder": ("lora_te_", "lora_te1_"),
@@ -91,7 +91,7 @@ def write_peft(
             continue
         tensors[f"{site.name}.lora_A.weight"] = a
         tensors[f"{site.name}.lora_B.weight"] = scale * b
-    return _write(folder, STEM, tensors)
+    return _write(folder, LORA_STEM, tensors)
 
 
 def write_kohya(

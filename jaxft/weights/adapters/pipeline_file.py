@@ -13,10 +13,10 @@ from safetensors import safe_open
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf
-from jaxft.weights.adapters.pipeline import KOHYA, STEM, Site, sites
+from jaxft.weights.adapters.pipeline import KOHYA, LORA_STEM, Site, sites
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders.diffusers import LEGACY
-from jaxft.weights.folders.single_file import Layout, renamed
+from jaxft.weights.folders.single_file import LDMLayout, renamed
 from jaxft.weights.rules import to_jax, to_torch
 from jaxft.weights.transfer import Part
 
@@ -36,7 +36,7 @@ OTHER_METHODS = {  # a piece of a key, and the method that it belongs to
     ".diff_b.": "full differences of weights",
     ".lora_B.bias.": "LoRA with biases",
 }
-GIVE_BASE = "give the model that the LoRA was trained on by model=MODEL"
+GIVE_TRAINED_BASE = "give the model that the LoRA was trained on by model=MODEL"
 
 
 class AdaptedSite(NamedTuple):
@@ -57,7 +57,7 @@ class PipelineLora(NamedTuple):
 
 
 def open_lora(
-    spec: str, parts: Sequence[Part], leaves: Mapping[str, Leaf], layouts: Mapping[str, Layout]
+    spec: str, parts: Sequence[Part], leaves: Mapping[str, Leaf], layouts: Mapping[str, LDMLayout]
 ) -> PipelineLora:
     """Open a LoRA file, or a folder with one, for the pipeline that it was trained on.
 
@@ -79,7 +79,7 @@ def open_lora(
     adapted = tuple(_adapted(file, tensors, one, leaves, stated) for one in matched)
     if odd:
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        raise UserError(f"{file}: no place for {odd[0]}{more} in this model; {GIVE_BASE}")
+        raise UserError(f"{file}: no place for {odd[0]}{more} in this model; {GIVE_TRAINED_BASE}")
     if not adapted:
         raise UserError(f"{file} holds no tensors; give the file of a LoRA by lora.from=FILE")
     rank = max(one.rank for one in adapted)
@@ -117,18 +117,19 @@ def load(found: PipelineLora, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarra
 def _file(spec: str) -> Path:
     path = Path(spec).expanduser()
     if path.is_dir():
-        named = path / f"{STEM}.safetensors"
+        named = path / f"{LORA_STEM}.safetensors"
         others = sorted(path.glob("*.safetensors"))
         path = others[0] if len(others) == 1 else named
     if not path.is_file():
         raise UserError(
-            f"lora.from={spec!r}: no such file; expected {STEM}.safetensors or a file of kohya's"
+            f"lora.from={spec!r}: no such file; expected {LORA_STEM}.safetensors or a file of"
+            " kohya's"
         )
     return path
 
 
 def _match(
-    keys: Sequence[str], places: Sequence[Site], layouts: Mapping[str, Layout]
+    keys: Sequence[str], places: Sequence[Site], layouts: Mapping[str, LDMLayout]
 ) -> tuple[list[tuple[Site, dict[str, str]]], list[str]]:
     """Return each site with its keys by side, and the keys that have no site."""
     known = {name: site for site in places for name in _names(site, layouts)}
@@ -153,7 +154,7 @@ def _side(key: str) -> tuple[str, str]:
     return "", key
 
 
-def _names(site: Site, layouts: Mapping[str, Layout]) -> Iterator[str]:
+def _names(site: Site, layouts: Mapping[str, LDMLayout]) -> Iterator[str]:
     """Yield all beginnings of keys that mean this site."""
     module = site.slot.module
     yield site.name
@@ -205,7 +206,7 @@ def _adapted(
         if len(got) != len(want) or [*got[:axis], "rank", *got[axis + 1 :]] != want:
             raise UserError(
                 f"{file}: {keys[side]} {got} does not fit {site.name} of this model, which takes"
-                f" [{', '.join(map(str, want))}]; {GIVE_BASE}"
+                f" [{', '.join(map(str, want))}]; {GIVE_TRAINED_BASE}"
             )
         ranks.append(got[axis])
     if ranks[0] != ranks[1]:

@@ -31,7 +31,7 @@ TYPES = {
     30: ("BF16", 1, 2, np.dtype(ml_dtypes.bfloat16)),
 }
 # Types of ggml that are not read, by their names in llama.cpp.
-UNREAD = {
+UNREAD_TYPES = {
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
     16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
     22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
@@ -310,7 +310,7 @@ class _Header:
         kind, offset = self.integer(4), self.integer(8)
         if kind not in TYPES:
             expected = ", ".join(row[0] for row in TYPES.values())
-            own = UNREAD.get(kind, kind)
+            own = UNREAD_TYPES.get(kind, kind)
             raise UserError(
                 f"{self.path}: {name!r} has ggml type {own}; expected {expected}. Give the model's"
                 " F16, BF16 or Q8_0 file, or its HF folder"

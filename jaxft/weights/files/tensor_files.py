@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from jaxft.core.errors import UserError
 
 STEMS = ("model", "diffusion_pytorch_model")
-INDEX = ".safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
 LFS = b"version https://git-lfs"  # what git leaves in a file's place without its LFS extension
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHARD = r".+-\d+-of-\d+\.safetensors"
@@ -77,7 +77,7 @@ class TensorFiles:
         if not isinstance(where, str | Path):
             return cls(_merge([Path(file) for file in where]))
         path = Path(where)
-        if path.name.endswith(INDEX):
+        if path.name.endswith(INDEX_SUFFIX):
             return cls(_open_index(path))
         return cls(_open_folder(path) if path.is_dir() else _header(path))
 
@@ -105,12 +105,12 @@ def _open_folder(folder: Path) -> dict[str, _Place]:
         # As transformers and diffusers do: a single file wins over an index left beside it.
         if (path := folder / f"{stem}.safetensors").exists():
             return _header(path)
-        if (path := folder / f"{stem}{INDEX}").exists():
+        if (path := folder / f"{stem}{INDEX_SUFFIX}").exists():
             return _open_index(path)
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise _pickle_error(pickles[0], folder)
-    found = f"{folder}: found neither model.safetensors nor model{INDEX}"
+    found = f"{folder}: found neither model.safetensors nor model{INDEX_SUFFIX}"
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if any(name.startswith("consolidated") for name in names):
         raise UserError(
@@ -178,7 +178,7 @@ def _open_index(index: Path) -> dict[str, _Place]:
         names.add(name)
     missing = sorted(name for name in names if not (index.parent / name).is_file())
     if missing:
-        stem = index.name.removesuffix(INDEX)
+        stem = index.name.removesuffix(INDEX_SUFFIX)
         found = {path.name for path in index.parent.glob(f"{stem}-*.safetensors")} - names
         other = f", but there is {min(found)}: the index is of another save" if found else ""
         raise UserError(
@@ -303,7 +303,7 @@ def write_sharded(
         }
         total = sum(_nbytes(info) for info in infos.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{stem}{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / f"{stem}{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n")
     return files
 
 

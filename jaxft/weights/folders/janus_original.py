@@ -17,12 +17,12 @@ from jaxft.weights.relaid import Place, Relaid, relaid
 from jaxft.weights.rules import Rule, renamed
 from jaxft.weights.transfer import Export
 
-KIND, CLASS_NAME = "multi_modality", "MultiModalityCausalLM"
+ORIGINAL_TYPE, ORIGINAL_CLASS = "multi_modality", "MultiModalityCausalLM"
 _VQ, _GEN = "model.vqmodel.", "gen_vision_model."
 _VISION, _TOWER = "model.vision_model.", "vision_model.vision_tower."
 _LAYER, _BLOCK = _VISION + "encoder.layers.{m}.", _TOWER + "blocks.{m}."
 # From transformers' names to the original ones; the first that fits counts, either way.
-TABLE = (
+ORIGINAL_NAMES = (
     Rule("lm_head.weight", "language_model.lm_head.weight"),
     Rule("model.language_model.{p}", "language_model.model.{p}"),
     Rule("model.generation_embeddings.weight", "gen_embed.weight"),
@@ -48,12 +48,13 @@ TABLE = (
     Rule(_LAYER + "mlp.{p}", _BLOCK + "mlp.{p}"),
 )
 BACK = tuple(
-    Rule(rule.path, rule.key, " -> ".join(reversed(rule.layout.split(" -> ")))) for rule in TABLE
+    Rule(rule.path, rule.key, " -> ".join(reversed(rule.layout.split(" -> "))))
+    for rule in ORIGINAL_NAMES
 )
 # Where q, k and v are one tensor, in this order.
 _NUMBER = {"m": r"(\d+)"}
 FUSED = re.compile(_LAYER.format(**_NUMBER) + r"self_attn\.([qkv])_proj\.(\w+)")
-WHOLE = re.compile(_BLOCK.format(**_NUMBER) + r"attn\.qkv\.(\w+)")
+FUSED_QKV = re.compile(_BLOCK.format(**_NUMBER) + r"attn\.qkv\.(\w+)")
 # What transformers' class has no place for: the tower's pooling, statistics of VQ training.
 DROPPED = re.compile(r"vision_model\.vision_tower\.attn_pool\..*|.*\.quantize\.codebook_used")
 
@@ -64,7 +65,7 @@ def transformers_keyed(tensors: Tensors, where: str) -> Relaid:
     for key in tensors.keys():  # noqa: SIM118 (a Tensors is no dict)
         if DROPPED.fullmatch(key):
             continue
-        if match := WHOLE.fullmatch(key):
+        if match := FUSED_QKV.fullmatch(key):
             stem = f"{_LAYER.format(m=match[1])}self_attn."
             for third, letter in enumerate("qkv"):
                 places[f"{stem}{letter}_proj.{match[2]}"] = Place(key, third=third)
@@ -84,7 +85,7 @@ def _to_original(key: str) -> Place:
     if match := FUSED.fullmatch(key):
         name = f"{_BLOCK.format(m=match[1])}attn.qkv.{match[3]}"
         return Place(name, third="qkv".index(match[2]))
-    name, layout = renamed(TABLE, key) or (key, "")
+    name, layout = renamed(ORIGINAL_NAMES, key) or (key, "")
     return Place(name, layout)
 
 
@@ -165,8 +166,8 @@ def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return {"cls": cls, "model_type": kind, "params": params}
 
     made = {
-        "architectures": [CLASS_NAME],
-        "model_type": KIND,
+        "architectures": [ORIGINAL_CLASS],
+        "model_type": ORIGINAL_TYPE,
         "language_config": text,
         "vision_config": one("CLIPVisionTower", "vision", tower),
         "aligner_config": one("MlpProjector", "aligner", {**mlp, "input_dim": 1024}),

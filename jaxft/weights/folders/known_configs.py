@@ -14,7 +14,7 @@ _BETAS = {
     "set_alpha_to_one": False,
 }
 # SD 2 has no prediction_type here: the 768 px and the base model differ.
-SCHEDULER: dict[str, dict[str, Any]] = {
+KNOWN_SCHEDULERS: dict[str, dict[str, Any]] = {
     "sd1": {**_BETAS, "_class_name": "PNDMScheduler", "skip_prk_steps": True},
     "sd2": {**_BETAS, "_class_name": "DDIMScheduler"},
     "sdxl": {
@@ -83,7 +83,7 @@ _CLIP_L: dict[str, Any] = {
     "projection_dim": 768,
     "vocab_size": 49408,
 }
-COMPONENTS: dict[str, dict[str, dict[str, Any]]] = {
+KNOWN_COMPONENTS: dict[str, dict[str, dict[str, Any]]] = {
     "sd1": {"unet": _UNET, "vae": _VAE, "text_encoder": _CLIP_L},
     "sd2": {
         "unet": {
@@ -141,22 +141,22 @@ _PARTS: dict[str, Any] = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-INDEX: dict[str, dict[str, Any]] = {
+KNOWN_INDEXES: dict[str, dict[str, Any]] = {
     kind: {
         "_class_name": "StableDiffusionPipeline",
         **_PARTS,
-        "scheduler": ["diffusers", SCHEDULER[kind]["_class_name"]],
+        "scheduler": ["diffusers", KNOWN_SCHEDULERS[kind]["_class_name"]],
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
         "requires_safety_checker": False,
     }
     for kind in ("sd1", "sd2")
 }
-INDEX["sdxl"] = {
+KNOWN_INDEXES["sdxl"] = {
     "_class_name": "StableDiffusionXLPipeline",
     "force_zeros_for_empty_prompt": True,
     **_PARTS,
-    "scheduler": ["diffusers", SCHEDULER["sdxl"]["_class_name"]],
+    "scheduler": ["diffusers", KNOWN_SCHEDULERS["sdxl"]["_class_name"]],
     "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
     "tokenizer_2": ["transformers", "CLIPTokenizer"],
 }

@@ -15,14 +15,14 @@ MARKS = (
     (r".*experts\.\w+_(blocks|scales)", "mxfp4"),
     (r".*\.weight(:|_)(qdata|int_data|scale_and_zero)", "torchao"),
 )
-KEYS = ("quantization_config", "compression_config")
+QUANTISED_KEYS = ("quantization_config", "compression_config")
 
 
 def refuse_config(config: Mapping[str, Any], where: str) -> None:
     """Raise UserError for a config.json, or one of its sub-configs, that states a quantisation."""
     inner = (value for value in config.values() if isinstance(value, dict))
     for one in (config, *inner):
-        for key in KEYS:
+        for key in QUANTISED_KEYS:
             if stated := one.get(key):
                 raise _error(where, f"{key}: quant_method={_method(stated)!r}")
 

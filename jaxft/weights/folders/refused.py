@@ -19,7 +19,7 @@ UNETS = {
     "GLIGEN": "a GLIGEN model, whose UNet takes boxes",
 }
 # Single files of other kinds, by a key that only they have. The first match counts.
-KEYS = {
+REFUSED_KEYS = {
     r".*(lora_(up|down|[AB])\b|lora_unet_|lora_te).*": "a LoRA; give the model that it lies on",
     r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|comfy_quant)": "a checkpoint with scaled or"
     " quantised weights; give its fp16 or plain fp8 version",
@@ -75,7 +75,7 @@ def check_index(index: Mapping[str, Any], where: Path) -> None:
 
 def check_keys(names: Collection[str], path: Path) -> None:
     """Raise UserError for a single file whose keys are of another model than jaxft trains."""
-    for pattern, kind in KEYS.items():
+    for pattern, kind in REFUSED_KEYS.items():
         if any(re.fullmatch(pattern, name) for name in names):
             raise UserError(f"{path}: this is {kind}")
 

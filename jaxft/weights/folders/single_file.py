@@ -21,8 +21,8 @@ from jaxft.weights.locate import INDEX
 from jaxft.weights.relaid import Place, Relaid, relaid, widened
 from jaxft.weights.transfer import Export
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-TEXT = {  # the prefixes that tell the families apart
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+TEXT_PREFIXES = {  # the prefixes that tell the families apart
     "sd1": {"text_encoder": "cond_stage_model.transformer."},
     "sd2": {"text_encoder": "cond_stage_model.model."},
     "sdxl": {
@@ -33,7 +33,7 @@ TEXT = {  # the prefixes that tell the families apart
 V_PRED, ZTSNR = "v_pred", "ztsnr"  # empty tensors by which UIs know v-prediction files
 
 
-class Layout(NamedTuple):
+class LDMLayout(NamedTuple):
     """How LDM spells one component.
 
     prefix: of its keys. names: module (or tensor) by diffusers' name to LDM's; the longest that
@@ -48,7 +48,7 @@ class Layout(NamedTuple):
     ignore: str = r"(?!)"
 
 
-def as_diffusers(tensors: Tensors, layout: Layout) -> Relaid:
+def as_diffusers(tensors: Tensors, layout: LDMLayout) -> Relaid:
     """One component of a single file under diffusers' keys and shapes."""
     back = {ldm: name for name, ldm in layout.names.items()}
     places: dict[str, Place] = {}
@@ -102,7 +102,7 @@ def open_single_file(spec: str, weights: bool = True, prediction: str | None = N
     configs = base and {name: source.config for name, source in base.components.items()}
     if configs is None:
         configs = _published(tensors, kind, path)
-    if configs.keys() != {"unet", "vae", *TEXT[kind]}:
+    if configs.keys() != {"unet", "vae", *TEXT_PREFIXES[kind]}:
         raise UserError(f"{path} holds {kind}, but {beside / INDEX} is of another family; move it")
     files = dict(base.files) if base else _beside(beside)
     scheduler = dict(base.scheduler) if base else _scheduler(beside, kind)
@@ -129,26 +129,30 @@ def open_single_file(spec: str, weights: bool = True, prediction: str | None = N
 def family(tensors: Tensors, path: Path) -> str:
     """Which of TEXT's layouts a file has, "sd1", "sd2" or "sdxl"."""
     names = tensors.keys()
-    for kind, prefixes in TEXT.items():
-        if all(any(k.startswith(one) for k in names) for one in (UNET, VAE, *prefixes.values())):
+    for kind, prefixes in TEXT_PREFIXES.items():
+        if all(
+            any(k.startswith(one) for k in names)
+            for one in (UNET_PREFIX, VAE_PREFIX, *prefixes.values())
+        ):
             return kind
     raise UserError(
-        f"{path}: no whole SD 1, SD 2 or SDXL checkpoint: expected keys that begin with {UNET}, "
-        f"{VAE} and a text encoder's such as {TEXT['sd1']['text_encoder']}"
+        f"{path}: no whole SD 1, SD 2 or SDXL checkpoint: expected keys that begin with"
+        f" {UNET_PREFIX}, {VAE_PREFIX} and a text encoder's such as"
+        f" {TEXT_PREFIXES['sd1']['text_encoder']}"
     )
 
 
 def _published(tensors: Tensors, kind: str, path: Path) -> dict[str, dict[str, Any]]:
     """The published configs, with the file's own input channels and vocabulary."""
-    width, channels = tensors.info(f"{UNET}input_blocks.0.0.weight")[0][:2]
+    width, channels = tensors.info(f"{UNET_PREFIX}input_blocks.0.0.weight")[0][:2]
     if width != 320:
         raise UserError(
             f"{path}: a UNet of width {width} is none of the published {kind} models; put their "
             f"{INDEX} and config.json folders beside the file"
         )
-    configs = {name: dict(config) for name, config in known.COMPONENTS[kind].items()}
+    configs = {name: dict(config) for name, config in known.KNOWN_COMPONENTS[kind].items()}
     configs["unet"]["in_channels"] = channels
-    for name, prefix in TEXT[kind].items():
+    for name, prefix in TEXT_PREFIXES[kind].items():
         for end in ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"):
             if prefix + end in tensors.keys():  # noqa: SIM118
                 configs[name]["vocab_size"] = tensors.info(prefix + end)[0][0]
@@ -157,7 +161,7 @@ def _published(tensors: Tensors, kind: str, path: Path) -> dict[str, dict[str, A
 
 def published_index(kind: str, channels: int) -> dict[str, Any]:
     """model_index.json of a family, with diffusers' class for a UNet of so many input channels."""
-    index = known.INDEX[kind]
+    index = known.KNOWN_INDEXES[kind]
     sees = {8: "InstructPix2Pix", 9: "Inpaint"}.get(channels, "")
     return {**index, "_class_name": index["_class_name"].replace("Pipeline", f"{sees}Pipeline")}
 
@@ -169,7 +173,7 @@ def _beside(folder: Path) -> dict[str, Path]:
 
 def _scheduler(folder: Path, kind: str) -> dict[str, Any]:
     file = folder / SCHEDULER
-    return json.loads(file.read_text()) if file.is_file() else dict(known.SCHEDULER[kind])
+    return json.loads(file.read_text()) if file.is_file() else dict(known.KNOWN_SCHEDULERS[kind])
 
 
 def _prediction(
@@ -206,7 +210,7 @@ def _prediction(
 
 def write(
     file: Path,
-    parts: Mapping[str, tuple[Export, Layout]],
+    parts: Mapping[str, tuple[Export, LDMLayout]],
     markers: Sequence[str] = (),
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
@@ -225,13 +229,13 @@ def write(
     return file
 
 
-def to_ldm(export: Export, layout: Layout) -> Export:
+def to_ldm(export: Export, layout: LDMLayout) -> Export:
     """A component's export under LDM's keys and shapes."""
     kept = (key for key in export.infos if not re.fullmatch(layout.ignore, key))
     return relaid(export, {key: _to_ldm(key, layout) for key in kept})
 
 
-def _to_ldm(key: str, layout: Layout) -> Place:
+def _to_ldm(key: str, layout: LDMLayout) -> Place:
     name = renamed(key, layout.names)
     left, right = (layout.arrows.get(key) or "->").split("->")
     arrow = f"{right} -> {left}" if key in layout.arrows else ""

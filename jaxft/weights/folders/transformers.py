@@ -24,6 +24,7 @@ from jaxft.weights.folders import quantised
 CONFIGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 SIDE_FILES = (*CONFIGS, "LICENSE*", "LICENCE*", "NOTICE*", "README*", "USE_POLICY*")
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"}
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"  # of causal language models
 
 
 @dataclass(frozen=True)

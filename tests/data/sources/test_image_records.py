@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxft.core.errors import UserError
-from jaxft.data.sources.image_folders import Files
+from jaxft.data.sources.image_folders import ImageFiles
 from jaxft.data.sources.image_records import (
     SUFFIXES,
     UNREADABLE,
@@ -62,7 +62,7 @@ def test_unreadable_pictures_are_counted_by_ending():
 
 
 def test_kept_records_keep_their_sizes_and_what_was_left_out(tmp_path):
-    files = Files([tmp_path / "a", tmp_path / "b"], ["a", "b"])
+    files = ImageFiles([tmp_path / "a", tmp_path / "b"], ["a", "b"])
     sizes = np.asarray([[1, 2], [3, 4]])
     kept = Records("x", files, None, (Bad("c", "d"),), sizes).keep([1])
     assert kept.caption(0) == "b" and kept.sizes.tolist() == [[3, 4]] and len(kept.left_out) == 1

@@ -17,13 +17,13 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import describe
 from jaxft.models import registry
 from jaxft.models.decoders.decoder import Decoder
-from jaxft.models.decoders.files import HEAD, TABLE, as_decoder, open_decoder, with_prefix
+from jaxft.models.decoders.files import as_decoder, open_decoder, with_prefix
 from jaxft.models.decoders.generate import generate
 from jaxft.models.decoders.sampling import Sampling
 from jaxft.tasks.image_tokens.image_model import open_model
 from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
 from jaxft.weights.files.tensor_files import TensorFiles
-from jaxft.weights.folders.transformers import open_source
+from jaxft.weights.folders.transformers import HEAD, TABLE, open_source
 from tests.tiny_autoencoders import make_vqmodel
 
 IDS = np.array([[5, 9, 60, 70, 80, 90, 100]], np.int32)

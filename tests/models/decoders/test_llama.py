@@ -71,7 +71,7 @@ def test_a_wrong_type_is_one_line(kind, wrong):
 
 def test_case_llm_17_base_and_other_architectures():
     for kind, causal in zip(
-        registry.TABLE["decoder"], registry.class_names("decoder"), strict=True
+        registry.MODEL_TYPES["decoder"], registry.class_names("decoder"), strict=True
     ):
         assert kind in KEYS
         for name in (causal.replace("ForCausalLM", "Model"), causal):

@@ -24,7 +24,7 @@ from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders import diffusers as pipelines
 from jaxft.weights.folders import single_file
 from jaxft.weights.folders.diffusers import open_pipeline
-from jaxft.weights.folders.known_configs import COMPONENTS
+from jaxft.weights.folders.known_configs import KNOWN_COMPONENTS
 from jaxft.weights.transfer import Export
 from tests.tiny_pipelines import make_pipeline
 
@@ -135,15 +135,15 @@ def test_an_export_to_a_folder_brings_configs_and_tokenizers(written):
     assert not any(name.endswith(".safetensors") for name in files)
 
 
-@pytest.mark.parametrize("kind", COMPONENTS)
+@pytest.mark.parametrize("kind", KNOWN_COMPONENTS)
 def test_the_published_sizes_round_trip_and_fill_the_models(kind):
     """Names alone, at full size: every parameter has its LDM tensor, and none is left over."""
-    configs = COMPONENTS[kind]
+    configs = KNOWN_COMPONENTS[kind]
     models = {
         "unet": (UNet, UNetConfig.from_hf(configs["unet"]), unet.rules, lambda _: {}),
         "vae": (VAE, VAEConfig.from_hf(configs["vae"]), lambda _: vae.RULES, vae.sizes),
     }
-    for name in single_file.TEXT[kind]:
+    for name in single_file.TEXT_PREFIXES[kind]:
         cfg = CLIPTextConfig.from_hf(configs[name])
         models[name] = (CLIPText, cfg, lambda _: clip.RULES, clip.sizes)
     pipe = pipelines.Pipeline(
@@ -178,8 +178,8 @@ class Shapes:
 
 
 def test_sd2_files_hold_a_layer_and_a_projection_that_nothing_reads():
-    prefix = single_file.TEXT["sd2"]["text_encoder"]
-    cfg = CLIPTextConfig.from_hf(COMPONENTS["sd2"]["text_encoder"], False)
+    prefix = single_file.TEXT_PREFIXES["sd2"]["text_encoder"]
+    cfg = CLIPTextConfig.from_hf(KNOWN_COMPONENTS["sd2"]["text_encoder"], False)
     keys = ["ln_final.bias", "logit_scale", "text_projection", "attn_mask"]
     keys += [f"transformer.resblocks.{i}.attn.in_proj_bias" for i in (22, 23)]
     file = Shapes({prefix + key: ((3,), np.dtype(np.float32)) for key in keys})
@@ -190,7 +190,7 @@ def test_sd2_files_hold_a_layer_and_a_projection_that_nothing_reads():
 
 
 def test_old_attention_names_become_the_same_tensors():
-    cfg = VAEConfig.from_hf(COMPONENTS["sd1"]["vae"])
+    cfg = VAEConfig.from_hf(KNOWN_COMPONENTS["sd1"]["vae"])
     layout, attn = ldm.vae_layout(cfg), "encoder.mid_block.attentions.0."
     info = ((512, 512), np.dtype(np.float32))
     for names in (("query", "proj_attn"), ("to_q", "to_out.0")):

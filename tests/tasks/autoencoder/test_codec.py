@@ -16,7 +16,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.sharding import one_device_mesh, shardings
 from jaxft.models.autoencoders import vqgan
 from jaxft.models.autoencoders.vqgan import Quantized
-from jaxft.tasks.autoencoder.codec import CODEBOOK, _stray, open_codec
+from jaxft.tasks.autoencoder.codec import CODEBOOK_PATH, _stray, open_codec
 from jaxft.tasks.autoencoder.exports import side_files
 from jaxft.weights import transfer
 from jaxft.weights.folders.diffusers import open_component
@@ -62,11 +62,11 @@ def test_other_models_are_refused(config):
 
 def test_revival_moves_unused_codes_alone_and_towards_the_latents(tmp_path):
     _, codec, _, params, template = opened(make_vqmodel(tmp_path / "vq"))
-    start = params[CODEBOOK]
+    start = params[CODEBOOK_PATH]
 
     @jax.jit
     def run(table, x):
-        made = codec.reconstruct(bound(template, {**params, CODEBOOK: table}), x, None, "none")
+        made = codec.reconstruct(bound(template, {**params, CODEBOOK_PATH: table}), x, None, "none")
         return made.latent["revive"][0], made.codes
 
     (value, codes), slope = run(start, X), jax.grad(lambda t: run(t, X)[0])(start)
@@ -85,7 +85,7 @@ def test_revival_brings_dead_codes_into_use(tmp_path):
     start, tx = jnp.concatenate([latents(keys[0])[0, 0], clump]), optax.adam(0.02)
 
     def look(table, z):
-        model = bound(template, {**params, CODEBOOK: table})
+        model = bound(template, {**params, CODEBOOK_PATH: table})
         codes = model.quantize.nearest(z, l2=False)
         return model, Quantized(codes, model.quantize(codes, unit=False), z)
 
@@ -119,7 +119,7 @@ def test_janus_exports_find_our_codes(tmp_path):
     )
     written = codec.exported(params)
     out = transfer.export(codec.part(source), leaves, written, {}, None)
-    lengths = jnp.linalg.norm(written[CODEBOOK], axis=-1)
+    lengths = jnp.linalg.norm(written[CODEBOOK_PATH], axis=-1)
     np.testing.assert_allclose(lengths, 1.0, rtol=1e-6)
     hf = JanusVQVAE.from_pretrained(tmp_path / "janus")
     hf.load_state_dict({key: torch.tensor(array) for key, array in out.tensors})

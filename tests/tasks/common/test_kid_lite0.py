@@ -18,7 +18,7 @@ def noise(count, seed=0, high=256):
 
 def test_features_of_a_row_do_not_depend_on_the_others(measure):
     """A last batch is padded, so that all are compiled as one shape."""
-    pictures = noise(kid_lite0.ROWS + 3)
+    pictures = noise(kid_lite0.KID_ROWS + 3)
     features = measure.features(pictures)
     assert features.shape == (len(pictures), 1280)
     np.testing.assert_allclose(features[-2:], measure.features(pictures[-2:]), rtol=1e-4, atol=1e-5)

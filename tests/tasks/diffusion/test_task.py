@@ -294,7 +294,7 @@ def test_a_sweep_is_one_grid(finished, tmp_path, monkeypatch, capsys):
     assert sample.main([*arguments, "--guidance=1,3", "--steps=2,3"]) == 0
     assert "8 pictures and grid.png" in capsys.readouterr().out
     height, width, _ = np.asarray(Image.open(out / "grid.png")).shape
-    assert height > 4 * sample.CELL and 2 * sample.CELL < width < 3 * sample.CELL
+    assert height > 4 * sample.SWEEP_CELL and 2 * sample.SWEEP_CELL < width < 3 * sample.SWEEP_CELL
     assert sample.main([*arguments[:3], f"--out={tmp_path}", "--guidance=3", "--steps=2"]) == 0
     bread = (tmp_path / "sample-001.png", out / "sample-005.png")  # second row, first column
     assert bread[0].read_bytes() == bread[1].read_bytes()

@@ -148,11 +148,11 @@ def test_memory_is_that_of_a_batch(work, make_rows, vq, monkeypatch):
     def encode(self, pixels):
         sizes.append(len(pixels))
         shape = len(pixels), GRID, GRID
-        return image_codes.Reconstruction(np.zeros(shape, int), pixels, *np.zeros((2, len(pixels))))
+        return image_codes.CodedPictures(np.zeros(shape, int), pixels, *np.zeros((2, len(pixels))))
 
     monkeypatch.setattr(ImageSet, "__getitem__", counted)
     monkeypatch.setattr(ImageTokenizer, "reconstruct", encode)
-    monkeypatch.setattr(row_module, "ROWS", 3)
+    monkeypatch.setattr(row_module, "CODED_TOGETHER", 3)
     made.cache(ArrayCache(work / "small", "x"), vq)
     gc.collect()
     assert sizes == [3] * 20 and most <= 3 * 8 and alive <= 3 * 8

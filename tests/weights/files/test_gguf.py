@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jaxft.core.errors import UserError
-from jaxft.weights.files.gguf import TYPES, UNREAD, GgufFile, dequantise
+from jaxft.weights.files.gguf import TYPES, UNREAD_TYPES, GgufFile, dequantise
 
 RNG = np.random.default_rng(0)
 HEADS, KV_HEADS, WIDTH, HIDDEN = 4, 2, 64, 96
@@ -215,7 +215,7 @@ def test_unsupported_tensor_type_is_named(tmp_path):
 
 def test_case_llm_18_every_type_that_is_not_read_has_its_name():
     theirs = {int(kind): kind.name for kind in gguf.GGMLQuantizationType if int(kind) not in TYPES}
-    assert theirs == UNREAD
+    assert theirs == UNREAD_TYPES
 
 
 def test_unknown_tensor_is_an_error(tmp_path):

@@ -14,7 +14,14 @@ from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.folders import known_configs as known
 from jaxft.weights.folders import single_file
 from jaxft.weights.folders.diffusers import open_pipeline
-from jaxft.weights.folders.single_file import TEXT, UNET, VAE, markers, modelspec, open_single_file
+from jaxft.weights.folders.single_file import (
+    TEXT_PREFIXES,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    markers,
+    modelspec,
+    open_single_file,
+)
 from tests.models.pipelines.test_ldm import untrained
 from tests.tiny_pipelines import make_pipeline, make_tokenizer
 
@@ -24,9 +31,12 @@ V_ZERO = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 def fake(path, kind, width=320, channels=4, extra=()):
     """A file with the few tensors that tell a family."""
     arrays = {
-        f"{UNET}input_blocks.0.0.weight": np.zeros((width, channels, 3, 3), np.float16),
-        f"{VAE}quant_conv.bias": np.zeros(8, np.float16),
-        **{f"{prefix}ln_final.bias": np.zeros(4, np.float16) for prefix in TEXT[kind].values()},
+        f"{UNET_PREFIX}input_blocks.0.0.weight": np.zeros((width, channels, 3, 3), np.float16),
+        f"{VAE_PREFIX}quant_conv.bias": np.zeros(8, np.float16),
+        **{
+            f"{prefix}ln_final.bias": np.zeros(4, np.float16)
+            for prefix in TEXT_PREFIXES[kind].values()
+        },
         **{name: np.zeros(0, np.float32) for name in extra},
     }
     end = (
@@ -34,7 +44,7 @@ def fake(path, kind, width=320, channels=4, extra=()):
         if kind == "sd2"
         else "text_model.embeddings.token_embedding.weight"
     )
-    arrays[TEXT[kind]["text_encoder"] + end] = np.zeros((49410, 1), np.float16)
+    arrays[TEXT_PREFIXES[kind]["text_encoder"] + end] = np.zeros((49410, 1), np.float16)
     infos = {key: (array.shape, array.dtype) for key, array in arrays.items()}
     write_sharded(path.parent, arrays.items(), infos, stem=path.stem)
     return str(path)
@@ -47,15 +57,15 @@ def folder(tmp_path_factory):
     return work / "pipe"
 
 
-@pytest.mark.parametrize("kind", TEXT)
+@pytest.mark.parametrize("kind", TEXT_PREFIXES)
 def test_the_published_configs_serve_where_none_lie_beside(tmp_path, kind):
     file = fake(tmp_path / "m.safetensors", kind, channels=9)
     pipe = open_single_file(file, prediction="epsilon")
-    assert pipe.layout == kind and pipe.components.keys() == known.COMPONENTS[kind].keys()
+    assert pipe.layout == kind and pipe.components.keys() == known.KNOWN_COMPONENTS[kind].keys()
     unet = pipe.components["unet"].config
-    assert unet == {**known.COMPONENTS[kind]["unet"], "in_channels": 9}
+    assert unet == {**known.KNOWN_COMPONENTS[kind]["unet"], "in_channels": 9}
     assert pipe.components["text_encoder"].config["vocab_size"] == 49410
-    assert known.COMPONENTS[kind]["text_encoder"]["vocab_size"] == 49408
+    assert known.KNOWN_COMPONENTS[kind]["text_encoder"]["vocab_size"] == 49408
     xl = "XL" * (kind == "sdxl")
     assert pipe.index["_class_name"] == f"StableDiffusion{xl}InpaintPipeline"
     for channels, sees in ((4, ""), (8, "InstructPix2Pix"), (9, "Inpaint")):
@@ -75,7 +85,7 @@ def test_tokenizers_and_a_schedule_may_lie_beside(tmp_path):
     assert pipe.scheduler == mine
 
 
-@pytest.mark.parametrize("kind", TEXT)
+@pytest.mark.parametrize("kind", TEXT_PREFIXES)
 def test_markers_say_the_prediction(tmp_path, kind):
     marked = fake(tmp_path / "v.safetensors", kind, extra=("v_pred", "ztsnr"))
     scheduler = open_single_file(marked).scheduler
