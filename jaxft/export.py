@@ -1,7 +1,6 @@
 """Give weights back: `python -m jaxft.export --workdir DIR [--step N] [--out DIR] [--kind …]`."""
 
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -82,7 +81,7 @@ def check_kind(run: Run, kind: str) -> None:
     if writer is None or not writer.needs:  # no export, or one of the whole model
         return
     instead = next(iter(run.task.writers))
-    if not any(re.fullmatch(writer.made_of, path) for path in run.leaves):
+    if not any(leaf.role == writer.made_of for leaf in run.leaves.values()):
         raise UserError(f"export.kind={kind!r} needs {writer.needs}; use export.kind={instead!r}")
     if any(isinstance(part.tensors, Grafted) for part in run.opened.parts):
         raise UserError(
@@ -90,7 +89,7 @@ def check_kind(run: Run, kind: str) -> None:
             f" {run.cfg.model}; use export.kind={instead!r}"
         )
     kept = tuple(f"{name}." for part in run.opened.parts for name in part.whole)
-    beside = {path for path in run.chosen if not re.fullmatch(writer.holds, path)}
+    beside = {path for path in run.chosen if run.leaves[path].role not in writer.holds}
     if more := sorted(path for path in beside if not path.startswith(kept)):
         raise UserError(
             f"export.kind={kind!r} would leave out {more[0]} and {len(more) - 1} more that train"

@@ -178,6 +178,17 @@ def test_no_name_has_two_meanings():
     assert not {name: where for name, where in homes.items() if len(where) > 1}
 
 
+def test_core_knows_no_modules_name():
+    """Adapters, new tokens and adversaries are told by the role of the leaf."""
+    for path in (PACKAGE / "core").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                known = [
+                    name for name in ("lora_", "inversion", "discriminator.") if name in node.value
+                ]
+                assert not known, f"{path}:{node.lineno} names {known}"
+
+
 def test_no_inheritance_beyond_modules_and_records():
     allowed = {"Module", "NamedTuple", "Protocol", "ValueError", "Generic"}
     for path in FILES:

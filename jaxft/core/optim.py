@@ -11,10 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax import contrib
 
 from jaxft.core.errors import UserError
-from jaxft.core.params import MATRICES, Leaf, Params
+from jaxft.core.params import ADAPTER_ROLE, ADVERSARY_ROLE, Leaf, Params
 
 ADAM_EPS = 1e-8
-ADVERSARY = "discriminator."  # the paths of a second player
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 
@@ -82,7 +81,7 @@ def make_optimizer(
     """
 
     def decays(params: Params) -> dict[str, bool]:
-        return {path: _name(path) in MATRICES for path in params}
+        return {path: _is_matrix(path, leaves[path]) for path in params}
 
     steps = [
         _direction(name, b1, b2, leaves),
@@ -90,11 +89,11 @@ def make_optimizer(
         optax.scale_by_learning_rate(learning_rate),
     ]
     if clip:
-        steps.insert(0, _clipped(clip))
+        steps.insert(0, _clipped(clip, leaves))
     return _in_float32(optax.chain(*steps))
 
 
-def _clipped(clip: float) -> optax.GradientTransformation:
+def _clipped(clip: float, leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:
     """By the global norm; an adversary's gradients are another player's, with a norm of their own.
 
     optax.partition would wrap states; a norm has none, so each player's share is enough.
@@ -105,7 +104,7 @@ def _clipped(clip: float) -> optax.GradientTransformation:
         del params
         players = ({}, {})
         for path, grad in grads.items():
-            players[path.startswith(ADVERSARY)][path] = grad
+            players[leaves[path].role == ADVERSARY_ROLE][path] = grad
         shares: list[Any] = [one.update(p, optax.EmptyState())[0] for p in players if p]
         return {path: grad for share in shares for path, grad in share.items()}
 
@@ -206,7 +205,7 @@ def _adam(b1: float, b2: float) -> optax.GradientTransformation:
 
 def _muon(b1: float, b2: float, leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:
     def hidden(path: str) -> bool:
-        matrix = _name(path) in MATRICES and _name(path) != "embedding"
+        matrix = _is_matrix(path, leaves[path]) and _name(path) != "embedding"
         return matrix and "vocab" not in leaves[path].axes
 
     def dims(path: str) -> contrib.MuonDimensionNumbers:
@@ -268,13 +267,17 @@ def _by_path(function: Callable[[str, jax.Array], Any], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda keys, x: function(keys[0].key, x), tree)
 
 
+def _is_matrix(path: str, leaf: Leaf) -> bool:
+    return _name(path) in ("kernel", "embedding") or leaf.role == ADAPTER_ROLE
+
+
 def _groups(path: str, leaf: Leaf) -> list[tuple[int, ...]]:
     """The dims that torch has as one: layers (if stacked), then in and out, or all of a vector."""
     dims = tuple(range(len(leaf.shape)))
     stack = leaf.axes.count("layers")
     name = _name(path)
     inputs = 1 if name == "embedding" else leaf.inputs
-    if name in MATRICES and not inputs:
+    if _is_matrix(path, leaf) and not inputs:
         raise ValueError(f"{path}: inputs=0, but a {name} has at least 1 input dim; set `inputs`")
     split = stack + inputs
     groups = [dims[stack:split], dims[split:]] if inputs else [dims[stack:]]

@@ -12,11 +12,10 @@ from jaxft.core.errors import UserError
 Params = dict[str, jax.Array]
 Module = TypeVar("Module", bound=nnx.Module)
 
-# The matrices of a model by leaf name: what decays, what a low-rank update may join.
-MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
-# What a run adds to a model and no checkpoint of it holds; fp32 whatever the model is.
-NEW_TOKENS = r".*\.inversion\.embedding"
-ADDED = rf".*\.lora_[ab]|{NEW_TOKENS}"
+# Roles of parameters that are not the model's own, as metadata of the leaf.
+ADAPTER_ROLE = "adapter"  # a factor of a low-rank update
+NEW_TOKEN_ROLE = "new_token"  # the embedding of a word that the tokenizer lacks
+ADVERSARY_ROLE = "adversary"  # a second player's, whose gradients are not the model's
 
 
 class Leaf(NamedTuple):
@@ -24,16 +23,29 @@ class Leaf(NamedTuple):
 
     `axes` are logical names, one a dim ("layers" first on a stacked leaf); `inputs` counts the
     contracting dims of a kernel (after "layers"), 0 for anything that is not multiplied from there.
+    `role` is "" for a parameter of the model itself.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     axes: tuple[str | None, ...]
     inputs: int = 0
+    role: str = ""
 
     @property
     def stacked(self) -> bool:
         return bool(self.axes) and self.axes[0] == "layers"
+
+    @property
+    def added(self) -> bool:
+        """True for what a run adds to a model: fp32, and in no checkpoint of the model."""
+        return self.role in (ADAPTER_ROLE, NEW_TOKEN_ROLE)
+
+
+def mark(module: nnx.Module, role: str) -> None:
+    """Give every parameter of a module a role."""
+    for _, param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        param.set_metadata(role=role)
 
 
 def dotted(key_path: tuple) -> str:
@@ -48,8 +60,9 @@ def describe(module: nnx.Module) -> dict[str, Leaf]:
     for names, param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         axes, shape = tuple(param.get_metadata()["axes"]), tuple(param.shape)
         axes = ("layers",) * (len(shape) - len(axes)) + axes
-        inputs = param.get_metadata().get("inputs", 0)
-        described[".".join(map(str, names))] = Leaf(shape, param.dtype, axes, inputs)
+        about = param.get_metadata()
+        inputs, role = about.get("inputs", 0), about.get("role", "")
+        described[".".join(map(str, names))] = Leaf(shape, param.dtype, axes, inputs, role)
     return described
 
 

@@ -15,8 +15,11 @@ from jaxtyping import PRNGKeyArray
 
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
+from jaxft.core.params import ADAPTER_ROLE
 from jaxft.nn.conv import Conv
 from jaxft.nn.linear import Adapter, Linear
+
+PATHS = r".*\.lora_[ab]"  # a regex of the paths of all factors
 
 
 def scale(cfg: Lora) -> float:
@@ -63,9 +66,9 @@ def _attach(linear: Any, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
     ins, outs = shape[len(lead) : len(lead) + n], shape[len(lead) + n :]
     bound = 1 / sqrt(prod(ins))
     a = jax.random.uniform(key, (*lead, *ins, cfg.rank), minval=-bound, maxval=bound)
-    linear.lora_a = nnx.data(nnx.Param(a, axes=(*axes[:n], "lora"), inputs=n))
+    linear.lora_a = nnx.data(nnx.Param(a, axes=(*axes[:n], "lora"), inputs=n, role=ADAPTER_ROLE))
     b = jnp.zeros((*lead, cfg.rank, *outs))
-    linear.lora_b = nnx.data(nnx.Param(b, axes=("lora", *axes[n:]), inputs=1))
+    linear.lora_b = nnx.data(nnx.Param(b, axes=("lora", *axes[n:]), inputs=1, role=ADAPTER_ROLE))
     linear.adapter = Adapter(scale(cfg), cfg.dropout, crc32(path.encode()))
 
 

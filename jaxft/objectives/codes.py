@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxft.core.params import Leaf
 from jaxft.core.step import Batch, Metrics, stream
 from jaxft.models.pipelines.image_decode import Speaker
 
@@ -66,9 +67,9 @@ class CodePrediction:
     def units(self, batch: Mapping[str, np.ndarray]) -> int:
         return len(batch["weights"])
 
-    def flops(self, chosen: set[str]) -> float:
+    def flops(self, trained: Mapping[str, Leaf]) -> float:
         """Count the forward pass and both halves of backward; a frozen base has one half."""
-        passes = 2 if all(".lora_" in path for path in chosen) else 3
+        passes = 2 if all(leaf.added for leaf in trained.values()) else 3
         return passes * self.image_flops
 
     def loss(

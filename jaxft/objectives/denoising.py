@@ -1,6 +1,5 @@
 """Denoising: the squared error of a UNet's prediction at a random timestep."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.core.params import ADDED
+from jaxft.core.params import Leaf
 from jaxft.core.step import Batch, Metrics, stream
 from jaxft.models.autoencoders import vae
 from jaxft.models.autoencoders.vae import Moments
@@ -50,9 +49,9 @@ class Denoising:
     def units(self, batch: Mapping[str, np.ndarray]) -> int:
         return len(batch["weights"])
 
-    def flops(self, chosen: set[str]) -> float:
+    def flops(self, trained: Mapping[str, Leaf]) -> float:
         """Count the UNet's forward pass and both halves of backward; adapters have one half."""
-        passes = 2 if all(re.fullmatch(ADDED, path) for path in chosen) else 3
+        passes = 2 if all(leaf.added for leaf in trained.values()) else 3
         return passes * self.image_flops
 
     def loss(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.core.params import Leaf
 from jaxft.core.step import Batch, Metrics
 from jaxft.kernels.cross_entropy import linear_cross_entropy
 
@@ -41,9 +42,9 @@ class NextToken:
     def units(self, batch: Mapping[str, np.ndarray]) -> int:
         return int(np.count_nonzero(batch["segment_ids"]))  # numbered from 1 in a shared row
 
-    def flops(self, chosen: set[str]) -> float:
+    def flops(self, trained: Mapping[str, Leaf]) -> float:
         """Count the forward pass and both halves of backward; a frozen base has one half."""
-        passes = 2 if all(".lora_" in path for path in chosen) else 3
+        passes = 2 if all(leaf.added for leaf in trained.values()) else 3
         return passes * self.token_flops
 
     def hidden(self, model: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:

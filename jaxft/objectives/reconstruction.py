@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxft.core.params import Leaf
 from jaxft.core.step import Batch, Metrics
 from jaxft.models.critics import perceptual
 from jaxft.nn.pixels import to_float
@@ -62,7 +63,7 @@ class Reconstruction:
     def units(self, batch: Mapping[str, np.ndarray]) -> int:
         return len(batch["pixels"])
 
-    def flops(self, chosen: set[str]) -> float:
+    def flops(self, trained: Mapping[str, Leaf]) -> float:
         return 0.0  # not counted
 
     def loss(

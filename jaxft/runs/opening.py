@@ -1,6 +1,5 @@
 """From a config to a model on a mesh: what every command opens first. It reads no data."""
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from jaxft.core import config as configs
 from jaxft.core import runtime, sharding
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
-from jaxft.core.params import ADDED, Leaf, Params, describe, flatten, select
+from jaxft.core.params import Leaf, Params, describe, flatten, select
 from jaxft.tasks import OPTIONS, Data, Opened, Preview, Task, check_task, get_task
 from jaxft.weights import transfer
 
@@ -46,12 +45,12 @@ def open_run(config: Mapping[str, Any]) -> Run:
     with jax.set_mesh(mesh):  # "auto" resolves by the devices of the run
         opened = task.open(cfg)
     leaves = describe(opened.template)
-    adds = any(re.fullmatch(ADDED, path) for path in leaves)
-    pattern = opened.cfg.trainable or (ADDED if adds else ".*")
     places = sharding.shardings(leaves, mesh)
     auxiliary = tuple(part.prefix for part in opened.parts if part.aid)
     can_train = {path: leaf for path, leaf in leaves.items() if not path.startswith(auxiliary)}
-    chosen = select(pattern, can_train)
+    added = {path for path, leaf in can_train.items() if leaf.added}
+    pattern = opened.cfg.trainable
+    chosen = select(pattern, can_train) if pattern else added or set(can_train)
     return Run(opened.cfg, task, opened, mesh, leaves, places, chosen)
 
 
@@ -97,7 +96,7 @@ def _draw(run: Run, paths: set[str], dtype: Any) -> Params:
     def build() -> Params:
         drawn = flatten(run.opened.build(jax.random.key(run.cfg.seed)))
         kept = {path: drawn[path] for path in paths}
-        return {p: x if re.fullmatch(ADDED, p) else x.astype(dtype) for p, x in kept.items()}
+        return {p: x if run.leaves[p].added else x.astype(dtype) for p, x in kept.items()}
 
     return jax.jit(build, out_shardings={path: run.shardings[path] for path in paths})()
 

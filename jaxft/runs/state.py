@@ -1,6 +1,5 @@
 """The state of a run: durations, optimiser, parameters and moments before a step."""
 
-import re
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import optax
 from jaxft.core import config as configs
 from jaxft.core import optim, runtime
 from jaxft.core.checkpoint import Checkpoints
-from jaxft.core.params import ADDED, Params, trainable_table
+from jaxft.core.params import Params, trainable_table
 from jaxft.core.step import State, init_state, state_shardings
 from jaxft.runs.opening import Run, load_params
 from jaxft.tasks import Rows
@@ -84,7 +83,7 @@ def abstract_state(run: Run, tx: optax.GradientTransformation | None = None) -> 
     tx = _optimizer(run, optax.constant_schedule(0.0)) if tx is None else tx
     dtype = runtime.resolve_dtype(run.cfg.param_dtype)
     params: Any = {
-        path: jax.ShapeDtypeStruct(leaf.shape, np.float32 if re.fullmatch(ADDED, path) else dtype)
+        path: jax.ShapeDtypeStruct(leaf.shape, np.float32 if leaf.added else dtype)
         for path, leaf in run.trained_leaves.items()
     }
     shapes = jax.eval_shape(partial(init_state, tx, ema=run.cfg.optim.ema), params)

@@ -56,7 +56,7 @@ class Watch:
         )
         rows = local_rows(run.mesh, run.cfg.batch_size)  # tensor parallel processes have the same
         self.processes = run.cfg.batch_size / (rows.stop - rows.start)
-        self.flops_per_unit = objective.flops(run.chosen)
+        self.flops_per_unit = objective.flops(run.trained_leaves)
         self.pending: _Pending | None = None
         self.last = time.perf_counter()
         named = {"train": run.cfg.data.train, "eval": run.cfg.data.eval}

@@ -107,8 +107,8 @@ class Objective(Protocol):
         """Return the number of units in this host's batch."""
         ...
 
-    def flops(self, chosen: set[str]) -> float:
-        """Return the model FLOPs of a training step a unit, `chosen` being trained.
+    def flops(self, trained: Mapping[str, Leaf]) -> float:
+        """Return the model FLOPs of a training step a unit, by the parameters that train.
 
         Recomputation is not counted.
         """
@@ -189,14 +189,14 @@ class Job(NamedTuple):
 class Writer(NamedTuple):
     """An export kind. The other fields are of kinds that hold a part of the model alone.
 
-    needs: the config key that such an export cannot do without. made_of: matches a path that the
-    model then has. holds: matches the paths of all trained parameters that there is room for.
+    needs: the config key that such an export cannot do without. made_of: the role of a parameter
+    that the model then has. holds: the roles of all trained parameters that there is room for.
     """
 
     write: Callable[[Job], None]
     needs: str = ""
-    made_of: str = ".*"
-    holds: str = ".*"
+    made_of: str = ""
+    holds: tuple[str, ...] = ()
 
 
 class Task(NamedTuple):

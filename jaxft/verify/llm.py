@@ -81,7 +81,7 @@ class Subject(NamedTuple):
     @property
     def trained(self) -> set[str]:
         """The adapters where there are some, else everything: the gradients training computes."""
-        return {path for path in self.leaves if ".lora_" in path} or set(self.leaves)
+        return {path for path, leaf in self.leaves.items() if leaf.added} or set(self.leaves)
 
 
 class Oracle(NamedTuple):

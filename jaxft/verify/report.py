@@ -131,7 +131,7 @@ def round_trip(
     """Export what was imported, in memory, against the source's bytes; and a digest of those."""
     digest, differing, count = hashlib.sha256(), [], 0
     assert part.tensors is not None
-    own = {path: x for path, x in params.items() if ".lora_" not in path}
+    own = {path: x for path, x in params.items() if not leaves[path].added}
     for key, array in transfer.export(part, leaves, own, {}, None).tensors:
         tensor, count = part.tensors.read(key), count + 1
         content = tensor.tobytes()

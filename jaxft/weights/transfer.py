@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.core.errors import UserError
-from jaxft.core.params import ADDED, Leaf, Params
+from jaxft.core.params import Leaf, Params
 from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.rules import Entry, Rule, Sizes, expected, plan, to_jax, to_torch
 
@@ -44,7 +44,7 @@ class Part(NamedTuple):
         own = {
             path.removeprefix(self.prefix): leaf
             for path, leaf in leaves.items()
-            if path.startswith(self.prefix) and not re.fullmatch(ADDED, path)
+            if path.startswith(self.prefix) and not leaf.added
         }
         if self.tensors is None:
             found = expected(self.rules, own)

@@ -14,11 +14,11 @@ from transformers.optimization import Adafactor
 
 from jaxft.core import optim, sharding
 from jaxft.core.errors import UserError
-from jaxft.core.params import Leaf
+from jaxft.core.params import ADAPTER_ROLE, Leaf
 
 L, D, N, H, V = 2, 128, 4, 64, 16
 LEAVES = {
-    path: Leaf(shape, jnp.float32, axes, inputs)
+    path: Leaf(shape, jnp.float32, axes, inputs, ADAPTER_ROLE if "lora" in axes else "")
     for path, shape, axes, inputs in (
         ("layers.q_proj.kernel", (L, D, N, H), ("layers", "embed", "heads", "head_dim"), 1),
         ("layers.o_proj.kernel", (L, N, H, D), ("layers", "heads", "head_dim", "embed"), 2),
@@ -239,7 +239,9 @@ def test_t17_stacked_layers_train_as_separate_ones(name):
             for i, m in enumerate(torch_layout(path, x)):
                 inputs = min(LEAVES[path].inputs, 1)
                 axes = ("embed", "vocab" if "vocab" in LEAVES[path].axes else "mlp")[: m.ndim]
-                apart_leaves[f"{i}.{path}"] = Leaf(m.shape, jnp.float32, axes, inputs)
+                apart_leaves[f"{i}.{path}"] = Leaf(
+                    m.shape, jnp.float32, axes, inputs, LEAVES[path].role
+                )
                 out[f"{i}.{path}"] = m
         return out
 

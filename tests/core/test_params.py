@@ -7,7 +7,18 @@ import pytest
 from flax import nnx
 
 from jaxft.core.errors import UserError
-from jaxft.core.params import Leaf, bind, describe, flatten, select, trainable_table
+from jaxft.core.params import (
+    ADAPTER_ROLE,
+    ADVERSARY_ROLE,
+    NEW_TOKEN_ROLE,
+    Leaf,
+    bind,
+    describe,
+    flatten,
+    mark,
+    select,
+    trainable_table,
+)
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import RMSNorm
 
@@ -104,3 +115,12 @@ def test_the_trainable_table_counts_parameters(model):
     assert "in 1 of 4 arrays" in text and "2x3x6" in text
     many = {f"p{i}": Leaf((2,), np.float32, ("norm",)) for i in range(15)}
     assert trainable_table(many, set(many)).endswith("… and 3 more")
+
+
+def test_roles_tell_what_a_run_adds_from_the_model_and_from_an_adversary():
+    model = Linear((2,), (3,), ("embed", "mlp"), key=jax.random.key(0), bias=True)
+    assert {leaf.role for leaf in describe(model).values()} == {""}
+    for role, added in ((ADAPTER_ROLE, True), (NEW_TOKEN_ROLE, True), (ADVERSARY_ROLE, False)):
+        mark(model, role)
+        found = describe(model).values()
+        assert {(leaf.role, leaf.added) for leaf in found} == {(role, added)}

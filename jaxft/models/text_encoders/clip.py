@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.core.errors import UserError
+from jaxft.core.params import NEW_TOKEN_ROLE, mark
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import attention
 from jaxft.models.registry import Architecture
@@ -207,6 +208,7 @@ class CLIPText(nnx.Module):
         if cfg.new_tokens:
             new = jax.random.fold_in(tokens, 1)
             self.inversion = nnx.data(SmallTable(cfg.new_tokens, d, key=new))
+            mark(self.inversion, NEW_TOKEN_ROLE)
         keys = jax.random.split(layers, cfg.num_layers)
         self.layers = jax.vmap(lambda key: CLIPLayer(cfg, key=key))(keys)
         self.final_layer_norm = LayerNorm(d, eps=cfg.layer_norm_eps)

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxft.core import runtime
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
+from jaxft.core.params import ADVERSARY_ROLE, mark
 from jaxft.models.critics import perceptual
 from jaxft.models.critics.discriminator import LEAST, PatchGAN
 from jaxft.models.critics.perceptual import PerceptualNetwork
@@ -28,6 +29,8 @@ class Trainee(nnx.Module):
         first, second, third = jax.random.split(key, 3)
         self.vae = codec.module(codec.cfg, key=first)
         self.discriminator = nnx.data(PatchGAN(key=second) if losses.adversarial else None)
+        if self.discriminator:
+            mark(self.discriminator, ADVERSARY_ROLE)
         self.perceptual = nnx.data(measure.module(key=third) if measure else None)
 
 

@@ -1,7 +1,6 @@
 """Export writers that several tasks share: a Hugging Face folder and a PEFT adapter."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxft.core import runtime
-from jaxft.core.params import ADDED, NEW_TOKENS
+from jaxft.core.params import ADAPTER_ROLE, NEW_TOKEN_ROLE
 from jaxft.nn import lora
 from jaxft.tasks import Job, Writer
 from jaxft.weights import transfer
@@ -26,7 +25,7 @@ SHARD_BYTES = {STEMS[0]: 5 * 10**9, STEMS[1]: 10**10}  # where transformers and 
 
 def adapter(write: Callable[[Job], None]) -> Writer:
     """Return the export kind of an adapter."""
-    return Writer(write, "lora.rank > 0", r".*\.lora_[ab]", ADDED)
+    return Writer(write, "lora.rank > 0", ADAPTER_ROLE, (ADAPTER_ROLE, NEW_TOKEN_ROLE))
 
 
 def parts(job: Job) -> list[Part]:
@@ -58,7 +57,7 @@ def write_folder(job: Job, side_files: Callable[[Job, set[str]], SideFiles]) -> 
 def _touched(job: Job, part: Part) -> bool:
     """Tell whether a part's files differ from the source's."""
     inside = (path for path in job.chosen if path.startswith(part.prefix))
-    trained = any(not re.fullmatch(NEW_TOKENS, path) for path in inside)
+    trained = any(job.leaves[path].role != NEW_TOKEN_ROLE for path in inside)
     return trained or part.tensors is None or job.dtype != "source" or not part.prefix
 
 
@@ -102,7 +101,7 @@ def write_adapter(job: Job, files: SideFiles) -> None:
 
 def adapters(job: Job) -> dict[str, np.ndarray]:
     """Return the adapters and what trained beside them, by path."""
-    paths = [path for path in job.leaves if re.fullmatch(ADDED, path) or path in job.chosen]
+    paths = [path for path, leaf in job.leaves.items() if leaf.added or path in job.chosen]
     return {path: transfer.to_host(job.params[path]) for path in paths}
 
 

@@ -1,6 +1,5 @@
 """Exports of a diffusion model: folder, single file, LoRA, the rows of a new word."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.core import runtime
-from jaxft.core.params import NEW_TOKENS
+from jaxft.core.params import NEW_TOKEN_ROLE
 from jaxft.models.pipelines import ldm
 from jaxft.nn import lora
 from jaxft.tasks import Job, Writer
@@ -66,7 +65,7 @@ def _write_inversion(job: Job) -> None:
     """Write `learned_embeds.safetensors`, as diffusers' load_textual_inversion reads it."""
     word = job.opened.options.inversion
     dtype = np.float32 if job.dtype == "source" else runtime.resolve_dtype(job.dtype)
-    learned = inversion.learned(word.token, job.params)
+    learned = inversion.learned(word.token, job.params, job.leaves)
     tensors = {key: rows.astype(np.dtype(dtype)) for key, rows in learned.items()}
     infos = {key: (rows.shape, rows.dtype) for key, rows in tensors.items()}
     about = {"token": word.token, "init": word.init, "base": Path(job.opened.cfg.model).name}
@@ -97,7 +96,7 @@ def _with_new_word(write: Callable[[Job], None]) -> Callable[[Job], None]:
 
     def both(job: Job) -> None:
         write(job)
-        if any(re.fullmatch(NEW_TOKENS, path) for path in job.leaves):
+        if any(leaf.role == NEW_TOKEN_ROLE for leaf in job.leaves.values()):
             _write_inversion(job)
 
     return both
@@ -107,6 +106,6 @@ WRITERS = {
     "folder": Writer(_with_new_word(_write_folder)),
     "single_file": Writer(_with_new_word(_write_single_file)),
     "lora": writers.adapter(_with_new_word(_write_lora)),
-    "inversion": Writer(_write_inversion, "inversion.token", NEW_TOKENS, NEW_TOKENS),
+    "inversion": Writer(_write_inversion, "inversion.token", NEW_TOKEN_ROLE, (NEW_TOKEN_ROLE,)),
     "all": Writer(_with_new_word(_write_all)),
 }

@@ -1,6 +1,5 @@
 """Textual inversion (Gal et al. 2022, arXiv:2208.01618): a new word, whose embedding trains."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
-from jaxft.core.params import NEW_TOKENS, Leaf, select
+from jaxft.core.params import NEW_TOKEN_ROLE, Leaf, select
 from jaxft.models.pipelines.stable_diffusion import PipelineConfig
 from jaxft.tasks.diffusion.captions import Captions
 from jaxft.tasks.diffusion.options import Inversion
@@ -62,7 +61,7 @@ def initial(
 def check(cfg: Config, captions: Captions, leaves: Mapping[str, Leaf]) -> None:
     """UserError where none of the new rows trains, or the word to start from is not one token."""
     captions.ids_of(cfg.own["inversion"].init)
-    rows = {path: leaf for path, leaf in leaves.items() if re.fullmatch(NEW_TOKENS, path)}
+    rows = {path: leaf for path, leaf in leaves.items() if leaf.role == NEW_TOKEN_ROLE}
     if cfg.trainable and not select(cfg.trainable, leaves) & rows.keys():
         raise UserError(
             f"trainable={cfg.trainable!r} does not match {', '.join(rows)}, the new rows of"
@@ -81,12 +80,14 @@ def check_captions(captions: Captions, texts: Sequence[str], spec: str) -> None:
         )
 
 
-def learned(token: str, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """[vectors, D] by the key that readers know: the token, or of SDXL clip_l and clip_g."""
+def learned(
+    token: str, params: Mapping[str, Any], leaves: Mapping[str, Leaf]
+) -> dict[str, np.ndarray]:
+    """Return [vectors, D] by the key that readers know: the token, or of SDXL clip_l and clip_g."""
     rows = {
         path.partition(".")[0]: to_host(array)
         for path, array in params.items()
-        if re.fullmatch(NEW_TOKENS, path)
+        if leaves[path].role == NEW_TOKEN_ROLE
     }
     if len(rows) == 1:
         return {token: rows["text_encoder"]}

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxft.core import runtime
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
-from jaxft.core.params import ADDED, describe
+from jaxft.core.params import describe
 from jaxft.data.images.dataset import CORNERS
 from jaxft.nn import lora
 from jaxft.tasks.image_tokens.image_layout import encode_prompt
@@ -62,7 +62,7 @@ class OpenedImageModel:
         self.saved = peft.load_whole(found, part, describe(plain))
         self.adapter = peft_folder.fit(found, part.entries(describe(plain)))
         own = lora.continued(cfg.lora, self.adapter.lora, lora.projections(plain))
-        trainable = cfg.trainable or "|".join((ADDED, *map(re.escape, self.saved)))
+        trainable = cfg.trainable or "|".join((lora.PATHS, *map(re.escape, self.saved)))
         return dataclasses.replace(cfg, lora=own, trainable=trainable)
 
     def describe(self) -> str:

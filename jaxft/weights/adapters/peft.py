@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
-from jaxft.core.params import Leaf
+from jaxft.core.params import ADAPTER_ROLE, Leaf
 from jaxft.weights.adapters.peft_folder import (
     ADAPTER_STEM,
     BASE,
@@ -93,7 +93,7 @@ def write(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": [name for name in part.whole if _has(arrays, name)] or None,
+        "modules_to_save": [name for name in part.whole if _has(arrays, leaves, name)] or None,
         "use_dora": False,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -118,8 +118,8 @@ def _saved(
     return tensors
 
 
-def _has(arrays: Mapping[str, Any], module: str) -> bool:
-    return any(path.startswith(f"{module}.") and ".lora_" not in path for path in arrays)
+def _has(arrays: Mapping[str, Any], leaves: Mapping[str, Leaf], module: str) -> bool:
+    return any(path.startswith(f"{module}.") and not leaves[path].added for path in arrays)
 
 
 def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
@@ -130,7 +130,7 @@ def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[s
     arrays = {
         path: np.zeros(leaf.shape, np.float32)
         for path, leaf in leaves.items()
-        if path.endswith((".lora_a", ".lora_b"))
+        if leaf.role == ADAPTER_ROLE
     }
     have = set(adapter.tensors.keys())
     wanted = {

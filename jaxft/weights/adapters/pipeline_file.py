@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
-from jaxft.core.params import Leaf
+from jaxft.core.params import ADAPTER_ROLE, Leaf
 from jaxft.weights.adapters.pipeline import KOHYA, LORA_STEM, Site, sites
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders.diffusers import LEGACY
@@ -98,7 +98,7 @@ def load(found: PipelineLora, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarra
     arrays = {
         path: np.zeros(leaf.shape, np.float32)
         for path, leaf in leaves.items()
-        if path.endswith((".lora_a", ".lora_b"))
+        if leaf.role == ADAPTER_ROLE
     }
     common = found.lora.alpha / found.lora.rank
     for one in found.adapted:

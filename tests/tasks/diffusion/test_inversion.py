@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from jaxft import export, train
-from jaxft.core.params import bind
+from jaxft.core.params import NEW_TOKEN_ROLE, Leaf, bind
 from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.stable_diffusion import Guidance
 from jaxft.noise.samplers import SAMPLERS
@@ -241,10 +241,14 @@ def test_keys_of_the_file():
     """`clip_l` and `clip_g` are what common tools read of SDXL; diffusers reads the token."""
     first, second = jax.numpy.ones((2, 3)), jax.numpy.zeros((2, 5))
     params = {"unet.conv_in.kernel": first, "text_encoder.inversion.embedding": first}
-    assert {key: rows.shape for key, rows in inversion.learned("<x>", params).items()} == {
-        "<x>": (2, 3)
+    both = {**params, "text_encoder_2.inversion.embedding": second}
+    leaves = {
+        path: Leaf((), np.float32, (), role="" if path.startswith("unet") else NEW_TOKEN_ROLE)
+        for path in both
     }
-    made = inversion.learned("<x>", {**params, "text_encoder_2.inversion.embedding": second})
+    made = inversion.learned("<x>", params, leaves)
+    assert {key: rows.shape for key, rows in made.items()} == {"<x>": (2, 3)}
+    made = inversion.learned("<x>", both, leaves)
     assert {key: rows.shape for key, rows in made.items()} == {"clip_l": (2, 3), "clip_g": (2, 5)}
 
 

@@ -11,6 +11,7 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from jaxft import export
 from jaxft.core.errors import UserError
+from jaxft.core.params import ADAPTER_ROLE, Leaf
 from jaxft.tasks.image_tokens.image_model import open_folder, open_model
 from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
 from jaxft.tasks.image_tokens.task import IMAGE_TOKENS
@@ -151,7 +152,7 @@ def test_the_authors_layout_is_of_a_janus_alone(whole):
 def test_an_adapter_needs_a_base_that_is_there(make_folder, vq):
     model = open_model(str(make_folder()), options(graft=str(vq)), True, 0)
     opened, task = SimpleNamespace(parts=(model.part,)), IMAGE_TOKENS
-    cfg, leaves = SimpleNamespace(model="x"), {"a.lora_a": None}
+    cfg, leaves = SimpleNamespace(model="x"), {"a.lora_a": Leaf((), None, (), role=ADAPTER_ROLE)}
     with pytest.raises(UserError, match="was grafted onto x"):
         run = SimpleNamespace(task=task, opened=opened, cfg=cfg, leaves=leaves, chosen=set())
         export.check_kind(run, "adapter")
