@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
 
 from jaxft import train
@@ -33,7 +34,7 @@ PAGES = [
     *sorted((ROOT / "configs").glob("*.py")),
 ]
 COMMAND = r"python3?\s+(?:-m\s+jaxft|tools/)\S*"
-COUNT = 36  # of all pages; a new line is run without being listed here, but counted
+COUNT = 37  # of all pages; a new line is run without being listed here, but counted
 # What stands in a line for something that only its user knows: found among PLACES, or replaced.
 WORDS = {"--step 50": "--step 2"}
 TINY = {"every.save": "1_steps", "total": "2_steps", "batch_size": 8, "eval_examples": 8}
@@ -129,6 +130,7 @@ def shelf(tmp_path_factory, make_folder):
     place = tmp_path_factory.mktemp("shelf")
     pipe = make_pipeline(place / "tokens")
     pipe.save_pretrained(place / "pipeline")
+    save_lora(pipe, place / "lora")
     for name, channels in (("inpaint", 9), ("edit", 8)):
         pipe = make_pipeline(place / "tokens", in_channels=channels)
         pipe.save_pretrained(place / name)
@@ -145,6 +147,14 @@ def shelf(tmp_path_factory, make_folder):
     for name, pixels in (("wood", 90), ("white", 255)):
         Image.fromarray(np.full((16, 16, 3), pixels, np.uint8)).save(place / f"{name}.png")
     return place
+
+
+def save_lora(pipe, folder):
+    """A LoRA file as diffusers' scripts write it."""
+    lora = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"])
+    inject_adapter_in_model(lora, pipe.unet, "default")
+    layers = get_peft_model_state_dict(pipe.unet, adapter_name="default")
+    pipe.save_lora_weights(folder, unet_lora_layers=layers)
 
 
 def add_sources(folder):
@@ -169,6 +179,7 @@ PLACES = {
     "images": "images",
     "held": "images",
     "held-out": "images",
+    "lora.safetensors": "lora/pytorch_lora_weights.safetensors",
     "wood.png": "wood.png",
     "white.png": "white.png",
 }
