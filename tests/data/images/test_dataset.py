@@ -13,13 +13,13 @@ from jaxft.core.errors import UserError
 from jaxft.data.images.dataset import (
     ImageSet,
     collate,
-    decode,
     drop_bad,
     fit,
     time_ids,
-    to_float,
 )
+from jaxft.data.images.decode import decode
 from jaxft.data.sources.images import open_images
+from jaxft.nn.pixels import to_float
 
 
 def encoded(image, format="PNG", **options):
@@ -224,7 +224,7 @@ def test_examples_have_their_buckets_size(folder):
     ]  # fmt: skip
     for i, bucket in enumerate(images.bucket_of):
         assert images[i].pixels.shape[:2] == images.sizes[bucket]
-        assert images[i].caption == images.captions[i] == f"picture {i}"
+        assert images[i].caption == images.caption(i) == f"picture {i}"
         assert images[i].time_ids[4:].tolist() == list(images.sizes[bucket])
     assert images.report == {
         "images": 5, "bad": 0, "cropped": 3, "smaller_than_target": 3,
@@ -243,10 +243,10 @@ def test_without_buckets_all_are_squares(folder):
 
 def test_flips_are_the_second_half(folder):
     plain, flipped = image_set(folder), image_set(folder, flips=True)
-    assert len(plain) == 5 and len(flipped) == len(flipped.captions) == 10
+    assert len(plain) == 5 and len(flipped) == 10
     assert flipped.bucket_of.tolist() == plain.bucket_of.tolist() * 2
     np.testing.assert_array_equal(flipped[0].pixels[:, ::-1], flipped[5].pixels)
-    assert flipped.captions[7] == flipped[7].caption == "picture 2"
+    assert flipped.caption(7) == flipped[7].caption == "picture 2"
     assert [flipped[i].key for i in range(5)] == [plain[i].key for i in range(5)]
     assert flipped.report == plain.report
 
@@ -254,7 +254,7 @@ def test_flips_are_the_second_half(folder):
 def test_crops_are_corners_of_a_slightly_larger_centre(folder):
     """LlamaGen's: 1.1 times the size, then each corner; a mirrored half holds all of them again."""
     images = ImageSet(open_images(f"folder:{folder}"), 40, 8, False, True, 5)
-    assert len(images) == len(images.captions) == 50 and images.report["images"] == 5
+    assert len(images) == 50 and images.report["images"] == 5
     assert len({images.key(i) for i in range(50)}) == 50
     plain = ImageSet(open_images(f"folder:{folder}"), 40, 8, False)
     assert [images.key(i) for i in range(5)] == [plain.key(i) for i in range(5)]
@@ -278,7 +278,7 @@ def test_the_key_changes_with_all_that_determines_the_pixels(folder):
     assert image_set(folder, buckets=False).key(0) == keys[0]  # the same pixels
     content = (folder / "0.png").read_bytes()
     (folder / "0.png").write_bytes(content + b"\0")
-    assert images.key(0) != keys[0]
+    assert image_set(folder, flips=True).key(0) != keys[0]
     (folder / "copy.png").write_bytes(content)
     lines = '{"file_name": "copy.png", "text": "another caption"}'
     (folder / "metadata.jsonl").write_text(lines)
@@ -299,7 +299,7 @@ def test_collate_pads_with_weight_zero(folder):
         collate([images[0], image_set(folder)[1]], batch_rows=2)
 
 
-def test_a_set_decodes_each_picture_once(folder, monkeypatch):
+def test_opening_a_set_decodes_nothing_and_copies_share_a_decode(folder, monkeypatch):
     decoded = []
 
     def counted(content, name):
@@ -307,8 +307,61 @@ def test_a_set_decodes_each_picture_once(folder, monkeypatch):
         return decode(content, name)
 
     monkeypatch.setattr("jaxft.data.images.dataset.decode", counted)
-    images = image_set(folder)
-    assert images.report["images"] == len(decoded) == 5
+    images = image_set(folder, flips=True)
+    assert images.report["images"] == 5 and len(images.keys) == 10 and not decoded
+    plain, mirrored, other = images.attempts([0, 5, 1])
+    assert len(decoded) == 2 and other.caption == "picture 1"
+    np.testing.assert_array_equal(plain.pixels, images[0].pixels)
+    np.testing.assert_array_equal(mirrored.pixels, images[5].pixels)
+
+
+def spoilt(content):
+    """A PNG file whose pixels do not inflate, though every checksum is right."""
+    start = content.index(b"IDAT") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    body = bytearray(content[start + 4 : end - 4])
+    body[20:60] = bytes(40)
+    return content[: start + 4] + body + zlib.crc32(body).to_bytes(4, "big") + content[end:]
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Two hundred pictures in two buckets, of which number 7 fails to decode."""
+    rows = []
+    for i in range(200):
+        size = (16, 32) if i % 2 else (32, 16)
+        Image.fromarray(noise(*size, seed=i)).save(tmp_path / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    spoil(tmp_path, 7)
+    return tmp_path
+
+
+def spoil(folder, number):
+    (folder / f"{number}.png").write_bytes(spoilt((folder / f"{number}.png").read_bytes()))
+
+
+def test_a_picture_that_fails_later_is_replaced_by_the_next_of_its_bucket(many, capfd):
+    images = image_set(many, resolution=32, flips=True)
+    assert len(images) == 400 and not images.bad and images.report["images"] == 200
+    assert images.caption(7) == "picture 7"
+    for index, other in ((7, 9), (207, 209)):
+        np.testing.assert_array_equal(images[index].pixels, images[other].pixels)
+        assert images[index].caption == images.caption(index) == "picture 9"
+    assert len(images) == 400 and images.report["images"] == 199 and images.report["bad"] == 1
+    assert sum(n for name, n in images.report.items() if name.startswith("bucket_")) == 199
+    [bad] = images.bad
+    assert bad.name == str(many / "7.png") and "7.png: cannot decode" in bad.error
+    assert capfd.readouterr().out.count("replaced 1 bad images") == 1
+
+
+def test_pictures_that_fail_later_count_towards_the_limit(many):
+    spoil(many, 20), spoil(many, 199)
+    images = image_set(many, resolution=32)
+    assert images[199].caption == "picture 1", "round and round"
+    assert images[20].caption == "picture 22"
+    with pytest.raises(UserError, match=r"3 of 200 images of .* more than 1%.*20\.png: cannot"):
+        images[7]
 
 
 def test_a_size_behind_a_long_header_is_found(folder):

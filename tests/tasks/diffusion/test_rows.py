@@ -112,7 +112,7 @@ def test_a_mixture_repeats_and_weighs(tmp_path):
     assert [float(rows[i]["weights"]) for i in range(13)] == [1.0] * 6 + [0.5] * 7
     assert np.array_equal(rows[0]["pixels"], rows[3]["pixels"])
     assert np.array_equal(rows[6]["pixels"], prior[0].pixels)
-    assert rows.caption(8) == prior.captions[2]
+    assert rows.caption(8) == prior.caption(2)
 
 
 def test_sizes_of_a_mixture_are_counted_together(tmp_path):
