@@ -97,11 +97,11 @@ def _write(folder: Path, make: Callable[[dict], Iterator[Part]]) -> None:
             tokens.write(part.tokens.astype(np.int32).tobytes())
             trained.write(part.trained.astype(bool).tobytes())
 
-        examples = _join(make(facts), add)
+        spans, record_ids, n_trained, n_bytes = _join(make(facts), add)
         _sync(tokens)
         _sync(trained)
     with open(folder / _EXAMPLES, "wb") as file:
-        np.savez(file, **dict(zip(Flat._fields[2:], examples, strict=True)))
+        np.savez(file, spans=spans, record_ids=record_ids, n_trained=n_trained, n_bytes=n_bytes)
         _sync(file)
     (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
