@@ -9,30 +9,21 @@ import re
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from jaxft.core.errors import UserError
-from jaxft.data.loader import Examples, read_ahead
+from jaxft.data.loader import read_ahead
 
 Arrays = dict[str, np.ndarray]
 ArrayLayout = tuple[tuple[str, str, tuple[int, ...]], ...]  # name, dtype and shape of each array
 
 CACHE_SHARD_BYTES = 256 << 20
-
-
-class Keyed(Protocol):
-    """A dataset whose examples have keys that determine them; safe in threads."""
-
-    def __len__(self) -> int: ...
-
-    def key(self, index: int, /) -> str: ...
 
 
 class _Entry(NamedTuple):
@@ -117,6 +108,10 @@ class ArrayCache:
             values = np.frombuffer(bytearray(data[start:stop]), _dtype(dtype))
             arrays[name], start = values.reshape(shape), stop
         return arrays
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """Return the names of the arrays of `key` without reading them; KeyError if absent."""
+        return tuple(name for name, _, _ in self._entries[key].layout)
 
     def put(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Append the arrays; a key that is there already is left as it is.
@@ -278,12 +273,6 @@ def _n_bytes(dtype: str, shape: Sequence[int]) -> int:
     return int(np.prod(shape, dtype=np.int64)) * _dtype(dtype).itemsize
 
 
-def example_keys(dataset: Keyed, threads: int = 8) -> tuple[str, ...]:
-    """The key of every example; reads every file once, so keep it for the run."""
-    with ThreadPoolExecutor(threads) as pool:
-        return tuple(pool.map(dataset.key, range(len(dataset))))
-
-
 def missing(cache: ArrayCache, keys: Sequence[str], host: int = 0, hosts: int = 1) -> list[int]:
     """This host's share of the examples that the cache lacks, equal pictures once.
 
@@ -298,30 +287,34 @@ def missing(cache: ArrayCache, keys: Sequence[str], host: int = 0, hosts: int = 
 
 def fill(
     cache: ArrayCache,
-    dataset: Examples,
+    read: Callable[[list[int]], list[Any]],
     keys: Sequence[str],
     compute: Callable[[list[Any]], Sequence[Mapping[str, np.ndarray]]],
     batch_size: int,
     *,
     bucket_of: np.ndarray | None = None,
+    copies: int = 1,
     host: int = 0,
     hosts: int = 1,
     threads: int = 2,
 ) -> Iterator[tuple[int, int]]:
     """Compute and store what is missing; yields (examples done, examples to do) by the batch.
 
-    `compute` gets up to `batch_size` examples, all of one bucket, and gives each one's arrays.
-    Every batch is durable before the next, so a run that is stopped goes on where it was. Nothing
-    here waits for other hosts: `refresh` shows their entries once they are done.
+    `read` returns the examples of some indices, in threads ahead of `compute`, which returns each
+    one's arrays. Both get up to `batch_size` examples of one bucket. Of n keys with `copies`,
+    indices that are equal modulo n / copies are copies of one sample: a batch has all copies of
+    up to `batch_size` samples. Every batch is durable before the next, so a run that is stopped
+    goes on where it was. Nothing here waits for other hosts: `refresh` shows their entries once
+    they are done.
     """
     todo = missing(cache, keys, host, hosts)
     if bucket_of is None:
         bucket_of = np.zeros(len(keys), np.int32)
-    groups = _one_size(todo, bucket_of, batch_size)
+    groups = _one_size(todo, bucket_of, batch_size, len(keys) // copies)
     done = 0
     if not groups:
         return
-    for group, examples in zip(groups, read_ahead(_Groups(dataset, groups), threads), strict=True):
+    for group, examples in zip(groups, read_ahead(_Groups(read, groups), threads), strict=True):
         for index, arrays in zip(group, compute(examples), strict=True):
             cache.put(keys[index], arrays)
         cache.flush()
@@ -333,22 +326,27 @@ def fill(
 class _Groups:
     """The examples of each group, to be read ahead."""
 
-    dataset: Examples
+    read: Callable[[list[int]], list[Any]]
     groups: list[list[int]]
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, index: int) -> list[Any]:
-        return [self.dataset[i] for i in self.groups[index]]
+        return self.read(self.groups[index])
 
 
-def _one_size(indices: list[int], bucket_of: np.ndarray, batch_size: int) -> list[list[int]]:
-    by_bucket: dict[int, list[int]] = {}
+def _one_size(
+    indices: list[int], bucket_of: np.ndarray, batch_size: int, samples: int
+) -> list[list[int]]:
+    """Return groups of one bucket, of `batch_size` samples each with their copies in a row."""
+    by_bucket: dict[int, dict[int, list[int]]] = {}
     for index in indices:
-        by_bucket.setdefault(int(bucket_of[index]), []).append(index)
-    return [
-        ids[start : start + batch_size]
-        for ids in by_bucket.values()
-        for start in range(0, len(ids), batch_size)
-    ]
+        of_bucket = by_bucket.setdefault(int(bucket_of[index]), {})
+        of_bucket.setdefault(index % samples, []).append(index)
+    groups = []
+    for of_bucket in by_bucket.values():
+        copies = list(of_bucket.values())
+        for start in range(0, len(copies), batch_size):
+            groups.append([index for one in copies[start : start + batch_size] for index in one])
+    return groups

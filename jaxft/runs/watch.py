@@ -59,12 +59,21 @@ class Watch:
         self.flops_per_unit = objective.flops(run.trained_leaves)
         self.pending: _Pending | None = None
         self.last = time.perf_counter()
-        named = {"train": run.cfg.data.train, "eval": run.cfg.data.eval}
-        self._keep(MANIFEST, runtime.manifest(run.mesh, {**named, **data.train.report()}))
-        sets = [rows for rows in (data.train, data.held_out) if rows is not None]
-        lines = [json.dumps(bad._asdict()) + "\n" for rows in sets for bad in rows.bad]
-        if lines and self.primary:
-            (workdir / BAD).write_text("".join(lines))
+        self.data, self._bad = data, -1
+        self._describe_data()
+
+    def _describe_data(self) -> None:
+        """Write the counts of the data, and its bad samples, of which training may find more."""
+        sets = [rows for rows in (self.data.train, self.data.held_out) if rows is not None]
+        bad = [one for rows in sets for one in rows.bad]
+        if len(bad) == self._bad:
+            return
+        self._bad, cfg = len(bad), self.run.cfg
+        named = {"train": cfg.data.train, "eval": cfg.data.eval, **self.data.train.report()}
+        self._keep(MANIFEST, runtime.manifest(self.run.mesh, named))
+        if bad and self.primary:
+            lines = [json.dumps(one._asdict()) + "\n" for one in bad]
+            (self.workdir / BAD).write_text("".join(lines))
 
     def train(
         self,
@@ -84,6 +93,7 @@ class Watch:
 
         `waited` is the time spent since the last flush on the next step's batch.
         """
+        self._describe_data()
         if self.pending is None:
             return
         pending, self.pending = self.pending, None

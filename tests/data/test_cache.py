@@ -15,7 +15,7 @@ import pytest
 
 from jaxft.core.errors import UserError
 from jaxft.data import cache as module
-from jaxft.data.cache import ArrayCache, example_keys, fill, missing
+from jaxft.data.cache import ArrayCache, fill, missing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -255,31 +255,27 @@ class Numbers:
     def __init__(self):
         self.read = []
 
-    def __len__(self):
-        return 9
+        self.keys = [f"key {index % 8}" for index in range(9)]
 
-    def __getitem__(self, index):
-        self.read.append(index)
-        return index % 8
-
-    def key(self, index):
-        return f"key {index % 8}"
+    def examples(self, indices):
+        self.read += indices
+        return [index % 8 for index in indices]
 
 
 def test_fill_computes_what_is_missing_in_batches_of_one_bucket(tmp_path):
     cache, dataset = ArrayCache(tmp_path, "n"), Numbers()
-    keys = example_keys(dataset)
+    keys = dataset.keys
     seen = []
 
     def compute(examples):
         seen.append(examples)
         return [arrays(i) for i in examples]
 
-    filling = fill(cache, dataset, keys, compute, 3, bucket_of=BUCKETS)
+    filling = fill(cache, dataset.examples, keys, compute, 3, bucket_of=BUCKETS)
     assert next(filling) == (3, 8)
     filling.close()  # stopped after a batch
     assert len(ArrayCache(tmp_path, "n")) == 3
-    assert list(fill(cache, dataset, keys, compute, 3, bucket_of=BUCKETS)) == [
+    assert list(fill(cache, dataset.examples, keys, compute, 3, bucket_of=BUCKETS)) == [
         (3, 5),
         (4, 5),
         (5, 5),
@@ -290,18 +286,27 @@ def test_fill_computes_what_is_missing_in_batches_of_one_bucket(tmp_path):
         assert_same(cache.get(key), arrays(i % 8))
     dataset.read.clear()
     assert (
-        list(fill(cache, dataset, keys, compute, 3, bucket_of=BUCKETS)) == [] and dataset.read == []
+        list(fill(cache, dataset.examples, keys, compute, 3, bucket_of=BUCKETS)) == []
+        and dataset.read == []
     )
 
 
 def test_hosts_fill_disjoint_shares_that_cover_all(tmp_path):
     dataset = Numbers()
-    keys = example_keys(dataset)
+    keys = dataset.keys
     for host in range(3):
         cache = ArrayCache(tmp_path, "n", host)
         assert missing(cache, keys, host, 3) == list(range(host, 8 if host == 2 else 9, 3))
         list(
-            fill(cache, dataset, keys, lambda ids: [arrays(i) for i in ids], 2, host=host, hosts=3)
+            fill(
+                cache,
+                dataset.examples,
+                keys,
+                lambda ids: [arrays(i) for i in ids],
+                2,
+                host=host,
+                hosts=3,
+            )
         )
         cache.close()
     whole = ArrayCache(tmp_path, "n")

@@ -1,33 +1,29 @@
-"""From an image file's bytes to pixels of one size, with what determines them as a key."""
+"""Sets of pictures: pixels of one size each, with a key of everything that determines them."""
 
 import hashlib
-import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property
-from io import BytesIO
+from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from jaxft.core.errors import UserError
+from jaxft.data.cache import ArrayCache, Arrays
 from jaxft.data.images.buckets import Size, assign, make_buckets
-from jaxft.data.images.png import correct_transparency, without_texts
+from jaxft.data.images.decode import decode
+from jaxft.data.images.headers import header_size
 from jaxft.data.sources.image_records import Bad, Records, name_all
 
 PIXEL_RULE = "cover, lanczos, centre; 2"  # in every key: change it when `decode` or `fit` change
+BAD_LIMIT = 0.01  # share of a set that may be bad
+BAD = "bad"  # the array of a cache's entry for a picture that does not decode
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # (bottom, right)
 CORNER_SCALE = 1.1  # LlamaGen's, of the picture whose corners are cropped
-_ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")  # MPO and TIFF hold further pictures, no frames
-# First bytes of formats that Pillow does not open: (place, bytes, name).
-_FOREIGN_FORMATS = (
-    (4, b"ftyphei", "HEIC"), (4, b"ftyphev", "HEIC"), (4, b"ftypmif1", "HEIC"),
-    (4, b"ftypmsf1", "HEIC"), (0, b"\xff\x0a", "JPEG XL"), (4, b"JXL ", "JPEG XL"),
-    (0, b"<svg", "SVG"), (0, b"<?xml", "SVG"),
-)  # fmt: skip
 
 
 class Fitted(NamedTuple):
@@ -56,111 +52,62 @@ class ImageExample(NamedTuple):
     source: UInt8[np.ndarray, "h w 3"] | None = None
 
 
-def decode(content: bytes, name: str) -> Image.Image:
-    """The upright RGB picture, with alpha over white, and 8 bits a channel.
-
-    Greys of 16 bits are rounded to 8, of colours the higher byte is kept. Upright is what
-    Pillow's `exif_transpose` makes of the loaded picture, from EXIF or XMP anywhere in the file.
-    Raises UserError naming the picture where it is corrupt, truncated, animated, no image or
-    larger than Pillow's limit against decompression bombs.
-    """
-    try:
-        content = without_texts(content)
-        with Image.open(BytesIO(content)) as image:
-            _refuse_animated(image, name)
-            image.load()
-            correct_transparency(image, content)
-            return _to_rgb(_upright(image), name)
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises many kinds; each becomes one line
-        raise _unreadable(content, name, error) from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except (SyntaxError, ValueError, LookupError, struct.error):
-        return image  # EXIF that is none: Pillow passes over it in JPEG files, but not in PNG
-
-
-def _refuse_animated(image: Image.Image, name: str) -> None:
-    if image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False):
-        raise UserError(f"{name}: the image is animated: expected a still picture")
-
-
-def _unreadable(content: bytes, name: str, error: Exception) -> UserError:
-    if not content:
-        return UserError(f"{name}: the image file is empty (0 bytes)")
-    if isinstance(error, Image.DecompressionBombError):
-        return UserError(f"{name}: the image is too large: {error}")
-    for place, start, known in _FOREIGN_FORMATS:
-        if content[place:].startswith(start):
-            return UserError(f"{name}: {known} pictures are not read: convert it to PNG or JPEG")
-    reason = next(iter(str(error).replace("<_io.BytesIO object", "<").splitlines()), "")
-    if isinstance(error, Image.UnidentifiedImageError):
-        reason = f"starts with {content[:12]!r}"
-    return UserError(
-        f"{name}: cannot decode the image ({type(error).__name__}: {reason}): "
-        "expected a whole PNG, JPEG, WebP or other image file"
-    )
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "F":
-        raise UserError(f"{name}: float pixels have no known range: save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise UserError(f"{name}: 32-bit pixels have no known range: save it with 16 bits")
-        opaque = values != image.info.get("transparency", -1)
-        grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-        image = Image.merge("LA", (grey, Image.fromarray(opaque.astype(np.uint8) * 255)))
-    if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return image.convert("RGB")
-
-
 def drop_bad(
-    records: Records, limit: float = 0.01, threads: int = 4
+    records: Records, limit: float = BAD_LIMIT, threads: int = 4
 ) -> tuple[Records, tuple[Bad, ...]]:
-    """The pictures that decode, with their sizes, and the others; each is decoded once.
+    """Return the pictures whose headers are sound, with sizes and digests, and the others.
 
-    Above a fraction of `limit`, raises UserError that counts and names all bad ones.
+    Each file is read once. A picture is decoded here only where its file seems to be damaged.
+    Raises UserError that counts and names all bad ones above a fraction of `limit`.
     """
     with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(lambda index: _size_or_error(records, index), range(len(records))))
+        found = list(pool.map(lambda index: _head_or_error(records, index), range(len(records))))
     bad = tuple(Bad(records.name(i), one) for i, one in enumerate(found) if isinstance(one, str))
-    if len(bad) > limit * len(records):
+    _refuse_many(bad, len(records), records.spec, limit)
+    good = [i for i, one in enumerate(found) if not isinstance(one, str)]
+    sizes = np.asarray([found[i][0] for i in good], np.int32).reshape(-1, 2)
+    digests = tuple(found[i][1] for i in good)
+    if bad:
+        first = bad[0].error
+        print(f"left out {len(bad)} bad images of {records.spec}, first: {first}", flush=True)
+        records = records.keep(good)
+    return replace(records, sizes=sizes, digests=digests), bad
+
+
+def _refuse_many(bad: Sequence[Bad], total: int, spec: str, limit: float) -> None:
+    if len(bad) > limit * total:
         raise UserError(
-            f"{len(bad)} of {len(records)} images of {records.spec!r} are bad, more than "
+            f"{len(bad)} of {total} images of {spec!r} are bad, more than "
             f"{limit:.0%}: repair or remove them: {name_all(bad)}"
         )
-    good = [i for i, one in enumerate(found) if not isinstance(one, str)]
-    sizes = np.asarray([found[i] for i in good], np.int32).reshape(-1, 2)
-    if not bad:
-        return replace(records, sizes=sizes), ()
-    print(f"left out {len(bad)} bad images of {records.spec}, first: {bad[0].error}", flush=True)
-    return replace(records.keep(good), sizes=sizes), bad
 
 
-def _size_or_error(records: Records, index: int) -> Size | str:
-    """(height, width) of the upright picture, or why it is bad."""
+def _head_or_error(records: Records, index: int) -> tuple[Size, bytes] | str:
+    """Return the upright picture's (height, width) and its file's digest, or why it is bad."""
     try:
-        record = records[index]
-        picture = decode(record.content, record.name)
-        if record.source is not None:
-            _check_pair(picture, decode(record.source, f"source of {record.name}"), record.name)
+        name, _, content, source = records[index]
+        size = _size(content, name)
+        if source is not None:
+            _check_pair(size, _size(source, f"source of {name}"), name)
     except UserError as error:
         return str(error)
+    return size, hashlib.sha256(content).digest()
+
+
+def _size(content: bytes, name: str) -> Size:
+    """Return the size in the header, or that of the decoded picture where the header is in doubt.
+
+    Raises UserError where it does not decode.
+    """
+    if (size := header_size(content)) is not None:
+        return size
+    picture = decode(content, name)
     return picture.height, picture.width
 
 
-def _check_pair(picture: Image.Image, source: Image.Image, name: str) -> None:
+def _check_pair(size: Size, source_size: Size, name: str) -> None:
     """Both have one shape up to a pixel, or cropping would shift one against the other."""
-    (w, h), (source_w, source_h) = picture.size, source.size
+    (h, w), (source_h, source_w) = size, source_size
     if abs(w * source_h - h * source_w) > max(w, h, source_w, source_h):
         raise UserError(
             f"{name}: the image has {w}x{h} pixels and its source {source_w}x{source_h}: "
@@ -196,29 +143,17 @@ def time_ids(fitted: Fitted) -> Float[np.ndarray, "6"]:
     return np.asarray((*fitted.original, *fitted.crop, *fitted.target), np.float32)
 
 
-@dataclass(frozen=True)
-class _Captions:
-    """The captions of an ImageSet by example, read without the pictures."""
-
-    records: Records
-    n: int
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, index: int) -> str:
-        return self.records.caption(index % len(self.records))
-
-
 class ImageSet:
     """Pictures of a set fitted to their bucket's size; indexing is safe in threads.
 
     With `use_buckets` every picture's bucket has its shape; without, all are cropped to the square
     `resolution`. With `crops` example k * n + i of n pictures is another crop of example i
     (`fit`); with `flips` the second half of all examples is the first, mirrored.
-    captions[i]: the caption alone. bucket_of int32 [examples]: index into `sizes`, the (h, w)
-    of the buckets in use. originals int32 [images, 2]: height and width of every upright picture.
-    Pictures that do not decode, or in formats that nothing reads, are left out, into `bad`.
+    bucket_of int32 [examples]: index into `sizes`, the (h, w) of the buckets in use. originals
+    int32 [images, 2]: height and width of every upright picture. kept: a cache of the pixels of
+    some examples. bad: pictures that are not read, that headers show to be damaged, or that do not
+    decode. The last are found when they are asked for: another picture of the bucket is in their
+    place then.
     """
 
     def __init__(
@@ -230,10 +165,13 @@ class ImageSet:
         flips: bool = False,
         crops: int = 1,
     ):
-        self.records, bad = drop_bad(records)
+        self.records, dropped = drop_bad(records)
         records = self.records
         assert records.sizes is not None
-        self.bad, self.originals = records.left_out + bad, records.sizes
+        self._dropped, self.originals = records.left_out + dropped, records.sizes
+        self._failed: dict[int, Bad] = {}
+        self._lock = threading.Lock()
+        self.kept: ArrayCache | None = None
         self._crops, self._copies = crops, crops * (2 if flips else 1)
         buckets = make_buckets(resolution, multiple)
         self.sizes: tuple[Size, ...] = ((resolution, resolution),)
@@ -243,52 +181,139 @@ class ImageSet:
             used, places = np.unique(chosen, return_inverse=True)
             self.sizes = tuple(buckets[bucket] for bucket in used)
         self.bucket_of = np.tile(places.astype(np.int32), self._copies)
-        self.captions = _Captions(records, len(self))
 
     def __len__(self) -> int:
         return self._copies * len(self.records)
 
     def __getitem__(self, index: int) -> ImageExample:
-        name, caption, content, source = self.records[index % len(self.records)]
-        size, flip = self._size(index), self._flipped(index)
-        crop = self._crop(index)
-        fitted = fit(decode(content, name), size, flip, crop)
-        example = ImageExample(fitted.pixels, caption, time_ids(fitted), self._key(index, content))
-        if source is None:
-            return example
-        before = fit(decode(source, f"source of {name}"), size, flip, crop)
-        return example._replace(source=before.pixels)
+        """Return the example, or that of the picture in its place where its own does not decode.
+
+        Raises UserError where more than BAD_LIMIT of all pictures are bad.
+        """
+        while True:
+            place = self.place(index)
+            [found] = self.attempts([place])
+            if isinstance(found, ImageExample):
+                return found
+            self.leave_out({place: found})
 
     def __repr__(self) -> str:
         return f"ImageSet({self.records!r}, {len(self)} examples)"
 
-    def key(self, index: int) -> str:
-        """The example's key, from its bytes without decoding them."""
-        return self._key(index, self.records[index % len(self.records)].content)
+    @property
+    def bad(self) -> tuple[Bad, ...]:
+        return self._dropped + tuple(self._failed[record] for record in sorted(self._failed))
 
-    @cached_property
+    def attempts(self, indices: Iterable[int]) -> list[ImageExample | Bad]:
+        """Return the examples themselves, Bad in place of those whose pictures do not decode.
+
+        A picture is decoded once for all its copies that follow each other, and never where `kept`
+        has their pixels.
+        """
+        made: list[ImageExample | Bad] = []
+        for record, copies in groupby(indices, lambda index: index % len(self.records)):
+            rest = []
+            for index in copies:
+                key = self.key(index)
+                if self.kept is not None and key in self.kept:
+                    made.append(self._from_arrays(record, key, self.kept.get(key)))
+                else:
+                    rest.append(index)
+            made += self._decoded(record, rest) if rest else []
+        return made
+
+    def place(self, index: int) -> int:
+        """Return the index of the example that is in place of `index`, most often itself.
+
+        A picture that did not decode is replaced by the next one of its bucket that did.
+        """
+        record = index % len(self.records)
+        if record not in self._failed:
+            return index
+        same = np.flatnonzero(self.bucket_of[: len(self.records)] == self.bucket_of[record])
+        after = np.roll(same, -int(np.searchsorted(same, record)))
+        good = next((int(one) for one in after if int(one) not in self._failed), None)
+        if good is None:
+            raise UserError(f"{self._failed[record].error}; no other has its size: remove it")
+        return index - record + good
+
+    def leave_out(self, found: Mapping[int, Bad]) -> None:
+        """Record pictures that do not decode, by the index of an example, and print a line.
+
+        Raises UserError where more than BAD_LIMIT of all pictures are bad.
+        """
+        with self._lock:
+            new = {index % len(self.records): bad for index, bad in found.items()}
+            new = {record: bad for record, bad in new.items() if record not in self._failed}
+            self._failed = {**self._failed, **new}
+        if new:
+            bad = self.bad[len(self.records.left_out) :]
+            total = len(self.records) + len(bad) - len(self._failed)
+            _refuse_many(bad, total, self.records.spec, BAD_LIMIT)
+            first = next(iter(new.values())).error
+            print(
+                f"replaced {len(new)} bad images of {self.records.spec} by others of their size,"
+                f" first: {first}",
+                flush=True,
+            )
+
+    def caption(self, index: int) -> str:
+        """Return the example's caption without reading its picture."""
+        return self.records.caption(self.place(index) % len(self.records))
+
+    def key(self, index: int) -> str:
+        """Return the example's key, as its file was when the set was opened."""
+        return self._key(index, self.records.digests[index % len(self.records)])
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self.key(index) for index in range(len(self)))
+
+    @property
     def report(self) -> dict[str, int]:
         """Counts of images, of those cropped, of those smaller than their target, and by bucket.
 
         bad: pictures that do not decode; not_read, where there are any: those in other formats.
         """
-        targets = np.asarray(self.sizes)[self.bucket_of[: len(self.records)]]
-        scale = (targets / self.originals).max(axis=1)
-        covered = np.maximum(targets, np.round(self.originals * scale[:, None]))
+        good = [record for record in range(len(self.records)) if record not in self._failed]
+        bucket_of, originals = self.bucket_of[good], self.originals[good]
+        targets = np.asarray(self.sizes)[bucket_of]
+        scale = (targets / originals).max(axis=1)
+        covered = np.maximum(targets, np.round(originals * scale[:, None]))
         counts = {
-            "images": len(self.records),
+            "images": len(good),
             "bad": len(self.bad) - len(self.records.left_out),
             "cropped": int((covered > targets).any(axis=1).sum()),
-            "smaller_than_target": int((self.originals < targets).any(axis=1).sum()),
+            "smaller_than_target": int((originals < targets).any(axis=1).sum()),
         }
         if self.records.left_out:
             counts["not_read"] = len(self.records.left_out)
-        per_bucket = np.bincount(self.bucket_of, minlength=len(self.sizes)) // self._copies
+        per_bucket = np.bincount(bucket_of, minlength=len(self.sizes))
         names = [f"bucket_{h}x{w}" for h, w in self.sizes]
         return counts | dict(zip(names, per_bucket.tolist(), strict=True))
 
-    def _size(self, index: int) -> Size:
-        return self.sizes[self.bucket_of[index]]
+    def _decoded(self, record: int, indices: Sequence[int]) -> list[ImageExample | Bad]:
+        """Return examples of one picture, decoded once."""
+        name, caption, content, source = self.records[record]
+        try:
+            picture = decode(content, name)
+            before = None if source is None else decode(source, f"source of {name}")
+        except UserError as error:
+            return [Bad(name, str(error))] * len(indices)
+        digest = hashlib.sha256(content).digest()
+        made: list[ImageExample | Bad] = []
+        for index in indices:
+            how = self.sizes[self.bucket_of[index]], self._flipped(index), self._crop(index)
+            fitted, key = fit(picture, *how), self._key(index, digest)
+            edited = None if before is None else fit(before, *how).pixels
+            made.append(ImageExample(fitted.pixels, caption, time_ids(fitted), key, edited))
+        return made
+
+    def _from_arrays(self, record: int, key: str, arrays: Arrays) -> ImageExample | Bad:
+        if BAD in arrays:
+            return read_bad(self.records.name(record), arrays)
+        caption = self.records.caption(record)
+        return ImageExample(arrays["pixels"], caption, arrays["time_ids"], key)
 
     def _flipped(self, index: int) -> bool:
         return index >= self._crops * len(self.records)
@@ -296,11 +321,23 @@ class ImageSet:
     def _crop(self, index: int) -> int:
         return index // len(self.records) % self._crops
 
-    def _key(self, index: int, content: bytes) -> str:
-        rule = f"|{self._size(index)}|{PIXEL_RULE}|{self._flipped(index)}"
+    def _key(self, index: int, digest: bytes) -> str:
+        size = self.sizes[self.bucket_of[index]]
+        rule = f"|{size}|{PIXEL_RULE}|{self._flipped(index)}"
         if crop := self._crop(index):
             rule += f"|corner {crop} of {CORNER_SCALE}"
-        return hashlib.sha256(hashlib.sha256(content).digest() + rule.encode()).hexdigest()
+        return hashlib.sha256(digest + rule.encode()).hexdigest()
+
+
+def bad_arrays(bad: Bad) -> Arrays:
+    """Return the entry of a picture that does not decode: why, without the name of its file."""
+    reason = bad.error.removeprefix(f"{bad.name}: ")
+    return {BAD: np.frombuffer(reason.encode(), np.uint8)}
+
+
+def read_bad(name: str, arrays: Arrays) -> Bad:
+    """Return the picture of such an entry, under its name in this set."""
+    return Bad(name, f"{name}: {arrays[BAD].tobytes().decode()}")
 
 
 def collate(

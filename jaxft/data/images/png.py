@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # Pillow refuses the file where one is over 1 MiB
 _ORIENTATION_KEYS = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # those that Pillow reads
 _TEXT_LIMIT = 1 << 25  # bytes of an inflated text; Pillow takes 64 MiB of all texts together
@@ -18,10 +18,10 @@ def without_texts(content: bytes) -> bytes:
 
     Texts that can hold an orientation stay, inflated. Neither texts nor profile change a pixel.
     """
-    if not content.startswith(_SIGNATURE):
+    if not content.startswith(SIGNATURE):
         return content
-    view, place = memoryview(content), len(_SIGNATURE)
-    kept: list[bytes | memoryview] = [_SIGNATURE]
+    view, place = memoryview(content), len(SIGNATURE)
+    kept: list[bytes | memoryview] = [SIGNATURE]
     while place + 12 <= len(content):
         end = place + 12 + int.from_bytes(view[place : place + 4], "big")
         kind = bytes(view[place + 4 : place + 8])
@@ -33,6 +33,31 @@ def without_texts(content: bytes) -> bytes:
             kept.append(view[place:end])
         place = end
     return b"".join((*kept, view[place:]))
+
+
+def without_pixels(content: bytes) -> bytes:
+    """Return the headers of a PNG file: all of its chunks but texts and pixels.
+
+    Raises ValueError where a chunk is cut or its checksum is wrong, and where pixels or the end
+    are missing.
+    """
+    content = without_texts(content)
+    view, place, kind, pixels = memoryview(content), len(SIGNATURE), b"", 0
+    kept: list[bytes | memoryview] = [SIGNATURE]
+    while kind != b"IEND":
+        end = place + 12 + int.from_bytes(view[place : place + 4], "big")
+        kind = bytes(view[place + 4 : place + 8])
+        found = int.from_bytes(view[end - 4 : end], "big")
+        if end > len(content) or zlib.crc32(view[place + 4 : end - 4]) != found:
+            raise ValueError(f"the PNG chunk at byte {place} is damaged")
+        if kind == b"IDAT":
+            pixels += end - place - 12
+        else:
+            kept.append(view[place:end])
+        place = end
+    if not pixels:
+        raise ValueError("the PNG file has no pixels")
+    return b"".join(kept)
 
 
 def _orientation_text(kind: bytes, data: bytes) -> bytes:

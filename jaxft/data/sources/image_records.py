@@ -67,7 +67,8 @@ class Records:
     """A random-access set of captioned pictures; bytes are read when indexed, safe in threads.
 
     edited: the pictures that each was edited from. left_out: pictures that nothing can read.
-    sizes: int32 [n, 2], height and width of every upright picture, once all were decoded.
+    sizes: int32 [n, 2], height and width of every upright picture. digests: SHA-256 of every
+    file's bytes. Both are there once all headers were read.
     """
 
     spec: str
@@ -75,6 +76,7 @@ class Records:
     edited: ImageSource | None = None
     left_out: tuple[Bad, ...] = ()
     sizes: np.ndarray | None = field(default=None, compare=False)
+    digests: tuple[bytes, ...] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -94,7 +96,10 @@ class Records:
         """The records of these indices, in their order."""
         edited = None if self.edited is None else _Kept(self.edited, indices)
         sizes = None if self.sizes is None else self.sizes[np.asarray(indices, int)]
-        return Records(self.spec, _Kept(self.source, indices), edited, self.left_out, sizes)
+        digests = tuple(self.digests[i] for i in indices) if self.digests else ()
+        return Records(
+            self.spec, _Kept(self.source, indices), edited, self.left_out, sizes, digests
+        )
 
     def __repr__(self) -> str:
         return f"Records({self.spec!r}, {len(self)} images)"

@@ -1,15 +1,20 @@
 """Text records to masked token rows: spans decide what is trained, never token ids."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tokenizers
 from jaxtyping import Bool, Float, Int
 
 from jaxft.core.errors import UserError
 from jaxft.data.sources.texts import TextRecords, open_records
+from jaxft.data.text import store
+from jaxft.data.text.store import Flat, Part
 from jaxft.data.text.vocabulary import check_ids
 
 Tokenizer = Any  # a fast tokenizer of transformers; its classes are slow to import
@@ -222,7 +227,7 @@ def first_tokens(rows: Sequence[Example]) -> Int[np.ndarray, " n"] | None:
 
 
 class TextDataset:
-    """Tokenised examples held in flat arrays: int32 tokens and one mask byte per token.
+    """Tokenised examples in flat arrays: int32 tokens and one mask byte per token.
 
     records: the source; record_ids int32 [n]: the record each example comes from.
     n_bytes int64 [n]: UTF-8 bytes of the trained text of each example (for bits per byte).
@@ -269,38 +274,73 @@ def load_text(
     seq_len: int,
     template: str | None = None,
     vocab_size: int | None = None,
+    cache: Path | str = "",
 ) -> TextDataset:
-    """Tokenise the whole set once, in batches, and keep it in memory as compact arrays.
+    """Tokenise the whole set once, in batches, and keep it as compact arrays.
 
     A row holds up to seq_len + 1 tokens (seq_len inputs and their targets). Longer plain texts
     become windows that overlap by one token, so that every token but a document's first is
     trained exactly once; longer prompt + completion rows lose the prompt's left end (BOS stays),
     then the completion's right end. Empty rows and rows without a trained token are dropped and
-    counted. Raises UserError for bad records, for tokens beyond `vocab_size` (the rows of the
-    model's embedding table), and if no trained token remains.
+    counted. The arrays of more than IN_MEMORY bytes of text are files below the folder `cache`,
+    which later runs use again, unless it is "". Raises UserError for bad records, for tokens
+    beyond `vocab_size` (the rows of the model's embedding table), and if no trained token remains.
     """
     if seq_len < 1:
         raise UserError(f"seq_len={seq_len} must be at least 1 token")
     records, encoder = open_records(spec), make_encoder(tokenizer)
     kind = record_kind(records[0], records.where(0))
-    counts = Counter(records=len(records), truncated=0, split=0, empty=0, untrained=0)
-    rows: list[Encoded] = []
-    spans: list[tuple[int, int]] = []
-    record_ids: list[int] = []
-    labels: set[str] = set()
-    end = 0
-    for index, row in _encode_all(records, kind, encoder, template, counts, labels):
-        if len(row.tokens) > seq_len + 1:
-            counts["split" if kind == ("text",) else "truncated"] += 1
-            row = row if kind == ("text",) else _truncate(row, seq_len + 1, encoder)
-        if vocab_size is not None:
-            check_ids(row.tokens, vocab_size, tokenizer, records.where(index))
-        windows = _windows(end, end + len(row.tokens), seq_len)
-        rows.append(row)
-        spans.extend(windows)
-        record_ids.extend([index] * len(windows))
-        end += len(row.tokens)
-    return _pack(records, rows, spans, record_ids, tuple(sorted(labels)), counts)
+
+    def parts(facts: dict) -> Iterator[Part]:
+        counts = Counter(records=len(records), truncated=0, split=0, empty=0, untrained=0)
+        labels: set[str] = set()
+        for index, row in _encode_all(records, kind, encoder, template, counts, labels):
+            if len(row.tokens) > seq_len + 1:
+                counts["split" if kind == ("text",) else "truncated"] += 1
+                row = row if kind == ("text",) else _truncate(row, seq_len + 1, encoder)
+            if vocab_size is not None:
+                check_ids(row.tokens, vocab_size, tokenizer, records.where(index))
+            yield _part(index, row, seq_len)
+        facts |= {"counts": dict(counts), "labels": sorted(labels)}
+
+    options = kind, seq_len, template, vocab_size, encoder.bos, encoder.eos
+    size, digest = _fingerprint(records, kind, template, tokenizer, options) if cache else (0, "")
+    facts: dict = {}
+    if size <= store.IN_MEMORY:
+        flat = store.in_memory(parts(facts))
+    else:
+        folder = Path(cache).expanduser() / f"text-{digest}"
+        flat, facts = store.on_disk(folder, parts)
+    return _dataset(records, flat, facts)
+
+
+def _fingerprint(
+    records: TextRecords,
+    kind: tuple[str, ...],
+    template: str | None,
+    tokenizer: Tokenizer,
+    more: Any,
+) -> tuple[int, str]:
+    """Return the bytes of all texts, and a hash of all that decides what they are tokenised to."""
+    known = (tokenizer.backend_tokenizer.to_str(), tokenizers.__version__, more)
+    digest, size = hashlib.sha256(repr(known).encode()), 0
+    for index in range(len(records)):
+        record = records[index]
+        texts = [*render(record, kind, template, records.where(index)), record.get("label")]
+        digest.update(repr(texts).encode())
+        size += len(texts[0].encode()) + len(texts[1].encode())
+    return size, digest.hexdigest()[:32]
+
+
+def _part(index: int, row: Encoded, seq_len: int) -> Part:
+    """Cut a tokenised record into examples; the first token of one is never trained."""
+    spans = _windows(0, len(row.tokens), seq_len)
+    n_trained = [int(np.sum(row.trained[start + 1 : stop])) for start, stop in spans]
+    n_bytes = [
+        int(np.sum(row.n_bytes[start + 1 : stop], where=row.trained[start + 1 : stop]))
+        for start, stop in spans
+    ]
+    return Part(row.tokens, row.trained, spans, index, n_trained, n_bytes)
 
 
 def _encode_all(
@@ -353,37 +393,20 @@ def _windows(start: int, stop: int, seq_len: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + seq_len + 1, stop)) for begin in begins]
 
 
-def _pack(
-    records: TextRecords,
-    rows: list[Encoded],
-    spans: list[tuple[int, int]],
-    record_ids: list[int],
-    labels: tuple[str, ...],
-    counts: Counter,
-) -> TextDataset:
-    """Join the rows into flat arrays and drop the examples in which nothing is trained."""
-    if not rows:
-        raise _nothing_left(records, counts)
-    tokens, trained, n_bytes = (np.concatenate(column) for column in zip(*rows, strict=True))
-    begins, ends = np.asarray(spans, np.int64).T
-
-    def sums(values: np.ndarray) -> np.ndarray:  # over the trained tokens; the first never is
-        totals = np.concatenate([[0], np.cumsum(np.where(trained, values, 0), dtype=np.int64)])
-        return totals[ends] - totals[np.minimum(begins + 1, ends)]
-
-    n_trained, trained_bytes = sums(np.ones_like(n_bytes)), sums(n_bytes)
-    keep = n_trained > 0
+def _dataset(records: TextRecords, flat: Flat, facts: dict) -> TextDataset:
+    """Drop the examples in which nothing is trained, and count the others."""
+    keep, counts = flat.n_trained > 0, Counter(facts["counts"])
     counts["untrained"] += int((~keep).sum())
     if not keep.any():
         raise _nothing_left(records, counts)
-    kept = np.stack([begins, ends], axis=1)[keep]
-    counts["examples"] = int(keep.sum())
-    counts["tokens"] = int((ends - begins)[keep].sum())
-    counts["trained_tokens"] = int(n_trained.sum())
-    counts["longest_trained"] = int(n_trained.max())
-    ids = np.asarray(record_ids, np.int32)[keep]
+    spans = flat.spans[keep]
+    counts["examples"] = len(spans)
+    counts["tokens"] = int((spans[:, 1] - spans[:, 0]).sum())
+    counts["trained_tokens"] = int(flat.n_trained.sum())
+    counts["longest_trained"] = int(flat.n_trained.max())
+    ids, n_bytes, labels = flat.record_ids[keep], flat.n_bytes[keep], tuple(facts["labels"])
     return TextDataset(
-        records, tokens, trained, kept, ids, trained_bytes[keep], labels, dict(counts)
+        records, flat.tokens, flat.trained, spans, ids, n_bytes, labels, dict(counts)
     )
 
 
@@ -393,41 +416,3 @@ def _nothing_left(records: TextRecords, counts: Counter) -> UserError:
         f"{counts['empty']} are empty and {counts['untrained']} have no trained token; "
         "expected a text, completion or label in each"
     )
-
-
-def collate(
-    examples: Sequence[Example], seq_len: int, batch_rows: int | None = None
-) -> dict[str, np.ndarray]:
-    """`collate_rows` with one example a row."""
-    return collate_rows([[example] for example in examples], seq_len, batch_rows)
-
-
-def collate_rows(
-    rows: Sequence[Sequence[Example]], seq_len: int, batch_rows: int | None = None
-) -> dict[str, np.ndarray]:
-    """Static [batch_rows, seq_len] arrays in which position t predicts `targets[t]`.
-
-    tokens, targets, segment_ids (1, 2, … a row's examples, 0 padding) and positions (from 0 in
-    every segment) are int32, weights float32. Rows past `rows` are padding with weight 0. Padding
-    is told by segment_ids alone.
-    """
-    n_rows = len(rows) if batch_rows is None else batch_rows
-    if n_rows < len(rows):
-        raise ValueError(f"batch_rows={n_rows} is fewer than the {len(rows)} examples")
-    names = ("tokens", "targets", "segment_ids", "positions")
-    batch: dict[str, np.ndarray] = {n: np.zeros((n_rows, seq_len), np.int32) for n in names}
-    batch["weights"] = np.zeros((n_rows, seq_len), np.float32)
-    for row, examples in enumerate(rows):
-        start = 0
-        for segment, (tokens, weights) in enumerate(examples, 1):
-            n = len(tokens) - 1
-            if start + n > seq_len:
-                raise ValueError(f"an example of {n + 1} tokens does not fit seq_len={seq_len} + 1")
-            place = (row, slice(start, start + n))
-            batch["tokens"][place] = tokens[:-1]
-            batch["targets"][place] = tokens[1:]
-            batch["weights"][place] = weights[1:]
-            batch["segment_ids"][place] = segment
-            batch["positions"][place] = np.arange(n)
-            start += n
-    return batch

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxft.data.text.dataset import Example
+
 Groups = list[list[int]]
 TRIALS = 64  # random batches that the usual number of rows is chosen from
 
@@ -69,3 +71,41 @@ def first_fit(lengths: Sequence[int], room: int, per_row: int) -> Groups:
         groups[row].append(place)
         free[row] -= lengths[place]
     return groups
+
+
+def collate(
+    examples: Sequence[Example], seq_len: int, batch_rows: int | None = None
+) -> dict[str, np.ndarray]:
+    """`collate_rows` with one example a row."""
+    return collate_rows([[example] for example in examples], seq_len, batch_rows)
+
+
+def collate_rows(
+    rows: Sequence[Sequence[Example]], seq_len: int, batch_rows: int | None = None
+) -> dict[str, np.ndarray]:
+    """Static [batch_rows, seq_len] arrays in which position t predicts `targets[t]`.
+
+    tokens, targets, segment_ids (1, 2, … a row's examples, 0 padding) and positions (from 0 in
+    every segment) are int32, weights float32. Rows past `rows` are padding with weight 0. Padding
+    is told by segment_ids alone.
+    """
+    n_rows = len(rows) if batch_rows is None else batch_rows
+    if n_rows < len(rows):
+        raise ValueError(f"batch_rows={n_rows} is fewer than the {len(rows)} examples")
+    names = ("tokens", "targets", "segment_ids", "positions")
+    batch: dict[str, np.ndarray] = {n: np.zeros((n_rows, seq_len), np.int32) for n in names}
+    batch["weights"] = np.zeros((n_rows, seq_len), np.float32)
+    for row, examples in enumerate(rows):
+        start = 0
+        for segment, (tokens, weights) in enumerate(examples, 1):
+            n = len(tokens) - 1
+            if start + n > seq_len:
+                raise ValueError(f"an example of {n + 1} tokens does not fit seq_len={seq_len} + 1")
+            place = (row, slice(start, start + n))
+            batch["tokens"][place] = tokens[:-1]
+            batch["targets"][place] = tokens[1:]
+            batch["weights"][place] = weights[1:]
+            batch["segment_ids"][place] = segment
+            batch["positions"][place] = np.arange(n)
+            start += n
+    return batch

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxft.data.images.dataset import ImageSet, collate
 from jaxft.data.loader import train_loader
+from jaxft.data.sources.image_records import Bad
 from jaxft.data.sources.images import open_images
 from jaxft.tasks.autoencoder.opened import OpenedAutoencoder
 
@@ -19,7 +20,10 @@ class ImageRows:
         self.cfg, self.name = opened.cfg, spec
         records, side = open_images(spec, captions=False), opened.options.resolution
         self.images = ImageSet(records, side, opened.codec.cfg.factor, False, training)
-        self.bad = self.images.bad
+
+    @property
+    def bad(self) -> tuple[Bad, ...]:
+        return self.images.bad
 
     def __len__(self) -> int:
         return len(self.images)

@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params
-from jaxft.data.cache import ArrayCache, example_keys, fill, missing
-from jaxft.data.images.dataset import ImageSet
+from jaxft.data.cache import ArrayCache, fill, missing
+from jaxft.data.images.dataset import BAD, ImageExample, ImageSet, bad_arrays, read_bad
+from jaxft.data.sources.image_records import Bad
 from jaxft.weights.transfer import to_host
 
 PATIENCE = 600.0  # seconds without an entry of another host, after which none will come
@@ -44,25 +45,74 @@ def fingerprint(params: Params, prefixes: Sequence[str], *more: Any) -> str:
 
 
 def store_pictures(
-    cache: ArrayCache, images: ImageSet, encode: Callable[[np.ndarray], Mapping], batch: int
+    cache: ArrayCache,
+    images: ImageSet,
+    encode: Callable[[np.ndarray], Mapping],
+    batch: int,
+    keep: Callable[[Row], bool] = lambda row: False,
 ) -> Iterator[tuple[int, int]]:
     """Encode every picture that has no entry yet, and store its time ids too.
 
-    `encode` maps pixels uint8 [batch, Y, X, 3] to arrays by name. Yields (done, total).
+    `encode` maps pixels uint8 [batch, Y, X, 3] to arrays by name. The pixels of a picture go to
+    `images.kept` where `keep` is true of its arrays. A picture that does not decode gets an entry
+    that says so, for other processes and runs, and others are in its place. Yields (done, total).
     """
 
-    def compute(examples: list[Any]) -> list[Row]:
-        pixels = np.stack([example.pixels for example in examples])
-        made = encode(fill_up(pixels, batch))
-        return [
-            {name: made[name][i] for name in made} | {"time_ids": example.time_ids}
-            for i, example in enumerate(examples)
+    def compute(found: list[ImageExample | Bad]) -> list[Row]:
+        examples = [one for one in found if isinstance(one, ImageExample)]
+        if changed := [one.caption for one in examples if one.key not in known]:
+            raise UserError(
+                f"a picture of {images.records.spec} changed after the run had opened it (caption"
+                f" {changed[0]!r}); start the run again"
+            )
+        rows = []
+        for first in range(0, len(examples), batch):
+            some = examples[first : first + batch]
+            made = encode(fill_up(np.stack([example.pixels for example in some]), batch))
+            rows += [{name: made[name][i] for name in made} for i in range(len(some))]
+        if images.kept is not None:
+            for row, example in zip(rows, examples, strict=True):
+                if keep(row):
+                    images.kept.put(example.key, _pixels(example))
+            images.kept.flush()
+        rows = [
+            row | {"time_ids": example.time_ids}
+            for row, example in zip(rows, examples, strict=True)
         ]
+        left = iter(rows)
+        return [bad_arrays(one) if isinstance(one, Bad) else next(left) for one in found]
 
-    keys, buckets = example_keys(images), images.bucket_of
     host, hosts = jax.process_index(), jax.process_count()
-    yield from fill(cache, images, keys, compute, batch, bucket_of=buckets, host=host, hosts=hosts)
+    keys, copies = images.keys, len(images) // len(images.records)
+    known = set(keys)
+    yield from fill(
+        cache, images.attempts, keys, compute, batch,
+        bucket_of=images.bucket_of, copies=copies, host=host, hosts=hosts,
+    )  # fmt: skip
     wait_for_others(cache, keys)
+    bad = [i for i, key in enumerate(keys[: len(images.records)]) if BAD in cache.names(key)]
+    images.leave_out({i: read_bad(images.records.name(i), cache.get(keys[i])) for i in bad})
+
+
+def keep_pixels(store: ArrayCache, images: ImageSet, ids: Sequence[int] | np.ndarray) -> None:
+    """Serve the pixels of some examples from a cache, which is filled with those that it lacks."""
+    keys = [images.key(int(i)) for i in ids]
+
+    def read(places: list[int]) -> list[ImageExample | Bad]:
+        return images.attempts(int(ids[place]) for place in places)
+
+    def compute(found: list[ImageExample | Bad]) -> list[Row]:
+        return [bad_arrays(one) if isinstance(one, Bad) else _pixels(one) for one in found]
+
+    host, hosts = jax.process_index(), jax.process_count()
+    for _ in fill(store, read, keys, compute, batch_size=16, host=host, hosts=hosts):
+        pass
+    wait_for_others(store, keys)
+    images.kept = store
+
+
+def _pixels(example: ImageExample) -> Row:
+    return {"pixels": example.pixels, "time_ids": example.time_ids}
 
 
 def wait_for_others(cache: ArrayCache, keys: Sequence[str]) -> None:

@@ -9,7 +9,8 @@ from PIL import Image
 
 from jaxft.core.errors import UserError
 from jaxft.data.images.buckets import Size, assign
-from jaxft.data.images.dataset import decode, fit
+from jaxft.data.images.dataset import fit
+from jaxft.data.images.decode import decode
 from jaxft.models.pipelines.conditioning import centre_mask
 from jaxft.models.pipelines.stable_diffusion import HOLE, NOTHING, SOURCE, PipelineConfig
 from jaxft.tasks import Request

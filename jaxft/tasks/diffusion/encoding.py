@@ -14,12 +14,13 @@ from jaxft.core.params import Params, bind, describe
 from jaxft.core.sharding import one_device_mesh
 from jaxft.core.step import cast
 from jaxft.data.cache import ArrayCache, fill
-from jaxft.models.pipelines.stable_diffusion import NOTHING
+from jaxft.models.pipelines.stable_diffusion import NOTHING, SOURCE
 from jaxft.nn.pixels import to_float
 from jaxft.tasks.common.encoded import (
     Row,
     fill_up,
     fingerprint,
+    keep_pixels,
     store_pictures,
     tell,
     wait_for_others,
@@ -50,6 +51,10 @@ def encode(
     folder = Path(opened.options.cache).expanduser()
     name = fingerprint(local.params, ("vae.encoder.", "vae.quant_conv."), "moments", dtype, cfg.vae)
     moments, texts = ArrayCache(folder, name, jax.process_index()), None
+    if cfg.sees != SOURCE:
+        pixels = ArrayCache(folder, "pixels", jax.process_index())
+        for rows in sets:
+            keep_pixels(pixels, rows.shares[0].images, rows.shown)
     if cfg.sees == NOTHING:
         for images in (share.images for rows in sets for share in rows.shares):
             tell("moments", store_pictures(moments, images, local.moments, ENCODED_TOGETHER))
@@ -123,8 +128,11 @@ def store_texts(
         made = encode(fill_up(np.stack(chosen), batch))
         return [{name: made[name][i] for name in made} for i in range(len(chosen))]
 
+    def read(places: list[int]) -> list[np.ndarray]:
+        return [ids[place] for place in places]
+
     ids = [tokenize(caption) for caption in sorted(set(captions))]
     keys = [ids_key(one) for one in ids]
     host, hosts = jax.process_index(), jax.process_count()
-    yield from fill(cache, ids, keys, compute, batch, host=host, hosts=hosts)
+    yield from fill(cache, read, keys, compute, batch, host=host, hosts=hosts)
     wait_for_others(cache, keys)

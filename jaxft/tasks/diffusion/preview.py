@@ -55,14 +55,13 @@ class DiffusionPreview:
         metrics = {"loss": float(np.mean(errors))}
         times = self.opened.process.evaluation_times(BINS)
         metrics |= {f"loss_t{t}": float(e) for t, e in zip(times, errors, strict=True)}
-        if not self.opened.options.eval_generated:
+        chosen, images = self.rows.shown, self.rows.shares[0].images
+        if not chosen:
             return Report(metrics)
-        chosen = subset(self.rows, self.opened.options.eval_generated, self.opened.cfg.seed).ids
+        wanted = np.stack([images[i].pixels for i in chosen])
         given = conditioning.held_out(self.opened.model_cfg, self.rows, chosen)
-        captions = [self.rows.caption(int(i)) for i in chosen]
+        captions = [self.rows.caption(i) for i in chosen]
         made = self._sample(params, captions, Request(), given)
-        images = self.rows.shares[0].images
-        wanted = np.stack([images[int(i)].pixels for i in chosen])
         if self.kid:
             metrics["kid-lite0"] = self.kid(wanted, made)
         columns = {"given": conditioning.shown(given), "target": wanted}

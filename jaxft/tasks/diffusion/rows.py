@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxft.data.cache import ArrayCache, example_keys
+from jaxft.data.cache import ArrayCache
 from jaxft.data.images.buckets import BucketBatches, Size, bucket_loader
 from jaxft.data.images.dataset import ImageSet
+from jaxft.data.loader import subset
 from jaxft.data.sources.image_records import Bad
 from jaxft.data.sources.images import open_images
 from jaxft.models.pipelines.stable_diffusion import SOURCE
@@ -37,11 +38,14 @@ class PictureRows:
     """A mixture of picture sets as rows of arrays; `jaxft.tasks.Rows`.
 
     Indexing is safe in threads. bucket_of int32 [rows] is each row's index into `sizes`, and `cut`
-    counts the captions that are cut.
+    counts the captions that are cut. shown: the rows whose pictures an evaluation shows.
     """
 
-    def __init__(self, opened: OpenedPipeline, shares: Sequence[Share], name: str):
+    def __init__(
+        self, opened: OpenedPipeline, shares: Sequence[Share], name: str, shown: Sequence[int] = ()
+    ):
         self.opened, self.shares, self.name = opened, tuple(shares), name
+        self.shown = tuple(shown)
         self.stores, self._keys = Stores(), ()
         self.sizes: tuple[Size, ...] = tuple(
             sorted({size for share in self.shares for size in share.images.sizes})
@@ -53,7 +57,6 @@ class PictureRows:
             places += [one] * repeats
             buckets += [own[images.bucket_of]] * repeats
         self.places, self.bucket_of = np.concatenate(places), np.concatenate(buckets)
-        self.bad: tuple[Bad, ...] = tuple(bad for share in self.shares for bad in share.images.bad)
         self.cut = sum(opened.captions.too_long(texts_of(share)) for share in self.shares)
 
     def __len__(self) -> int:
@@ -61,6 +64,10 @@ class PictureRows:
 
     def __repr__(self) -> str:
         return " + ".join(repr(share.images) for share in self.shares)
+
+    @property
+    def bad(self) -> tuple[Bad, ...]:
+        return tuple(bad for share in self.shares for bad in share.images.bad)
 
     def batches(self, start_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
         cfg = self.opened.cfg
@@ -120,23 +127,24 @@ class PictureRows:
 
     def use(self, stores: Stores) -> None:
         """Serve rows from caches, which have to hold all of them."""
-        keys = [example_keys(share.images) if stores.moments else () for share in self.shares]
+        keys = [share.images.keys if stores.moments else () for share in self.shares]
         self.stores, self._keys = stores, tuple(keys)
 
     def caption(self, index: int) -> str:
         share, place = self.places[index]
-        return self.shares[share].images.captions[int(place)]
+        return self.shares[share].images.caption(int(place))
 
     def __getitem__(self, index: int) -> Row:
         share, place = map(int, self.places[index])
+        images = self.shares[share].images
         row: Row = {"weights": np.float32(self.shares[share].weight)}  # type: ignore[dict-item]
         if self.stores.moments is None:
-            example = self.shares[share].images[place]
+            example = images[place]
             row |= {"pixels": example.pixels, "time_ids": example.time_ids}
             row |= {} if example.source is None else {"source": example.source}
         else:
-            row |= self.stores.moments.get(self._keys[share][place])
-        caption = self.shares[share].images.captions[place]
+            row |= self.stores.moments.get(self._keys[share][images.place(place)])
+        caption = images.caption(place)  # after the picture, which may be another one's
         if self.stores.texts is None:
             return row | {"ids": self.opened.captions(caption)}
         return row | self.stores.texts.get(ids_key(self.opened.captions(caption)))
@@ -150,7 +158,9 @@ def ids_key(ids: np.ndarray) -> str:
 def read_rows(opened: OpenedPipeline, spec: str, training: bool) -> PictureRows:
     """Open the pictures of a set; training ones with mirrored ones, buckets and prior pictures."""
     if not training:
-        return PictureRows(opened, [Share(_read(opened, spec))], spec)
+        images, count = _read(opened, spec), opened.options.eval_generated
+        shown = subset(images, count, opened.cfg.seed).ids.tolist() if count else ()
+        return PictureRows(opened, [Share(images)], spec, shown)
     rows = PictureRows(opened, _shares(opened, spec), spec)
     if opened.captions.new:
         inversion.check_captions(opened.captions, texts_of(rows.shares[0]), spec)
@@ -159,7 +169,7 @@ def read_rows(opened: OpenedPipeline, spec: str, training: bool) -> PictureRows:
 
 def texts_of(share: Share) -> list[str]:
     """Return the caption of every picture, once."""
-    return [share.images.captions[i] for i in range(len(share.images.records))]
+    return [share.images.records.caption(i) for i in range(len(share.images.records))]
 
 
 def _shares(opened: OpenedPipeline, spec: str) -> list[Share]:

@@ -61,7 +61,7 @@ class ImageTokenPreview:
         metrics = {name: value / len(data) for name, value in sums.items()}
         metrics["caption_use"] = metrics["ce_null"] - metrics["ce"]
         metrics |= self._baselines(data)
-        if not self.opened.options.eval_generated:
+        if not rows.shown:
             return Report(metrics, pictures=pictures)
         measured, shown = self._generated(params)
         return Report(metrics | measured, pictures={**pictures, "held-out": shown})
@@ -102,12 +102,12 @@ class ImageTokenPreview:
         """Pictures drawn for held-out captions: numbers, and a grid beside what was wanted."""
         rows, vq = self.rows, self.opened.model.vq
         assert rows is not None and self.kid is not None
-        chosen = subset(rows, self.opened.options.eval_generated, self.opened.cfg.seed).ids
-        captions = [rows.caption(int(i)) for i in chosen]
+        chosen = rows.shown
+        captions = [rows.caption(i) for i in chosen]
         codes, rate = self._sample(params, captions, Request())
         made = vq.decode(codes)
-        wanted = np.stack([rows.images[int(i)].pixels for i in chosen])
-        back = vq.decode(np.stack([rows.stored(int(i))["codes"] for i in chosen]))
+        wanted = np.stack([rows.images[i].pixels for i in chosen])
+        back = vq.decode(np.stack([rows.stored(i)["codes"] for i in chosen]))
         usage = codebook_usage(jnp.bincount(codes.ravel(), length=self.opened.layout.codes))
         with jax.set_mesh(vq.mesh):
             distance = self.kid(wanted, made)
@@ -130,7 +130,7 @@ class ImageTokenPreview:
         prompts = list(self.opened.options.sample.prompts)
         if not prompts and self.rows is None:
             images = self.data.train.images
-            prompts = sorted({images.captions[i] for i in range(len(images.records))})[: 2 * SHOWN]
+            prompts = sorted({images.caption(i) for i in range(len(images.records))})[: 2 * SHOWN]
         if not prompts:
             return Look()  # an evaluation shows held-out captions
         made = self.opened.model.vq.decode(self._sample(params, prompts, Request())[0])

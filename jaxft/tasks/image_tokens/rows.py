@@ -10,12 +10,13 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from jaxft.core.params import Params
-from jaxft.data.cache import ArrayCache, example_keys
+from jaxft.data.cache import ArrayCache
 from jaxft.data.images.dataset import ImageSet
-from jaxft.data.loader import train_loader
+from jaxft.data.loader import subset, train_loader
+from jaxft.data.sources.image_records import Bad
 from jaxft.data.sources.images import open_images
 from jaxft.models.autoencoders.vq_config import check_codes
-from jaxft.tasks.common.encoded import Row, collate, store_pictures
+from jaxft.tasks.common.encoded import Row, collate, keep_pixels, store_pictures
 from jaxft.tasks.common.pictures import grid
 from jaxft.tasks.image_tokens.image_codes import CODED_TOGETHER, ImageTokenizer
 from jaxft.tasks.image_tokens.image_layout import encode_prompt
@@ -30,13 +31,16 @@ class CodeRows:
 
     Indexing is safe in threads. `cut` counts the captions that were too long, `width` is the
     longest prompt's count of ids: what all are padded to. Codes and their `counts` are there after
-    `cache`.
+    `cache`. shown: the rows whose pictures an evaluation shows.
     """
 
-    def __init__(self, opened: OpenedImageModel, images: ImageSet, name: str):
+    def __init__(
+        self, opened: OpenedImageModel, images: ImageSet, name: str, shown: Sequence[int] = ()
+    ):
+        self.shown = tuple(shown)
         self.cfg, self.options, self.layout = opened.cfg, opened.options, opened.layout
         self.images, self.name, self.tokenizer = images, name, opened.model.tokenizer
-        self.bad, self.code_dtype = self.images.bad, opened.model.vq.cfg.code_dtype
+        self.code_dtype = opened.model.vq.cfg.code_dtype
         self.counts: Int[np.ndarray, " K"] | None = None
         self.store: ArrayCache | None = None
         self._keys: tuple[str, ...] = ()
@@ -49,6 +53,10 @@ class CodeRows:
 
     def __repr__(self) -> str:
         return repr(self.images)
+
+    @property
+    def bad(self) -> tuple[Bad, ...]:
+        return self.images.bad
 
     def batches(self, start_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
         return train_loader(
@@ -87,9 +95,12 @@ class CodeRows:
             f"{f' ({counted})' if counted else ''}"
         )
 
-    def cache(self, store: ArrayCache, vq: ImageTokenizer) -> None:
+    def cache(
+        self, store: ArrayCache, vq: ImageTokenizer, pixels: ArrayCache | None = None
+    ) -> None:
         """Encode the pictures whose codes `store` lacks, and serve rows from there.
 
+        pixels: a cache of those pictures that evaluations show, the worst reconstructions too.
         Raises UserError where the codebook has no such code as the cache holds.
         """
 
@@ -98,22 +109,30 @@ class CodeRows:
             codes = made.codes.astype(vq.cfg.code_dtype)
             return {"codes": codes, "psnr": made.psnr, "ssim": made.ssim}
 
+        lowest: list[float] = []  # PSNR of the WORST pictures so far
+
+        def among_worst(row: Row) -> bool:
+            lowest[:] = sorted([*lowest, float(row["psnr"])])[:WORST]
+            return float(row["psnr"]) <= lowest[-1]
+
+        if pixels is not None:
+            keep_pixels(pixels, self.images, self.shown)
         done = total = 0
-        for done, total in store_pictures(store, self.images, encode, CODED_TOGETHER):
+        for done, total in store_pictures(store, self.images, encode, CODED_TOGETHER, among_worst):
             if done % (64 * CODED_TOGETHER) == 0:
                 print(f"encoding pictures: {done} of {total}", flush=True)
         if total:
             print(f"encoded {done} pictures of {self.images.records.spec}", flush=True)
-        self.store, self._keys = store, example_keys(self.images)
+        self.store, self._keys = store, self.images.keys
         self.counts = self._count(vq)
 
     def caption(self, index: int) -> str:
-        return self.images.captions[index]
+        return self.images.caption(index)
 
     def stored(self, index: int) -> Row:
         """Return the picture's codes [Y, X], and the PSNR and SSIM of their reconstruction."""
         assert self.store is not None
-        return self.store.get(self._keys[index])
+        return self.store.get(self._keys[self.images.place(index)])
 
     def __getitem__(self, index: int) -> Row:
         """Return codes [S], prompt [C] padded on the right, its length, and weight 1."""
@@ -150,7 +169,9 @@ def read_rows(opened: OpenedImageModel, spec: str, training: bool) -> CodeRows:
     flip, crops = (options.flip, options.crops) if training else (False, 1)
     side = opened.layout.grid[0] * factor
     images = ImageSet(open_images(spec), side, factor, False, flip, crops)
-    return CodeRows(opened, images, spec)
+    count = 0 if training else options.eval_generated
+    shown = subset(images, count, opened.cfg.seed).ids.tolist() if count else ()
+    return CodeRows(opened, images, spec, shown)
 
 
 def encode(
@@ -160,8 +181,9 @@ def encode(
     if not sets:
         return
     vq, layout, store = opened.model.vq, opened.layout, open_store(opened)
+    pixels = ArrayCache(Path(opened.options.cache), "pixels", jax.process_index())
     for rows in sets:
-        rows.cache(store, vq)
+        rows.cache(store, vq, pixels)
     counts = sets[0].counts
     assert counts is not None
     print(
@@ -199,6 +221,8 @@ def worst_pictures(rows: CodeRows, vq: ImageTokenizer, cell: int) -> UInt8[np.nd
     """Return a sheet of the pictures with the lowest PSNR: target, reconstruction."""
     found = np.array([rows.stored(i)["psnr"] for i in range(len(rows))])
     order = np.argsort(found, kind="stable")[:WORST]
+    if rows.images.kept is not None:
+        keep_pixels(rows.images.kept, rows.images, order)
     made = vq.decode(np.stack([rows.stored(int(i))["codes"] for i in order]))
     pairs = [(rows.images[int(i)].pixels, one) for i, one in zip(order, made, strict=True)]
     captions = [f"{found[i]:.1f} dB {rows.caption(int(i))}" for i in order]

@@ -9,7 +9,7 @@ import numpy as np
 from jaxft.core.config import Config
 from jaxft.data.loader import train_loader
 from jaxft.data.text import dataset as text
-from jaxft.data.text.packing import Packing, make_packing
+from jaxft.data.text.packing import Packing, collate, collate_rows, make_packing
 from jaxft.tasks.llm.opened import OpenedDecoder
 
 
@@ -29,6 +29,7 @@ class TokenRows:
             seq_len=self.options.seq_len,
             template=self.options.template,
             vocab_size=opened.model_cfg.vocab_size,
+            cache=self.options.cache,
         )
         self.packing = _packing(self.data, self.cfg, self.options.seq_len, training)
 
@@ -77,10 +78,10 @@ class TokenRows:
 
     def collate(self, examples: Sequence[text.Example], *, batch_rows: int) -> dict:
         """Return arrays [batch_rows, seq_len], one example a row."""
-        return text.collate(examples, self.options.seq_len, batch_rows)
+        return collate(examples, self.options.seq_len, batch_rows)
 
     def _collate_shared(self, examples: Any, *, batch_rows: int) -> dict[str, np.ndarray]:
-        return text.collate_rows(examples, self.options.seq_len, batch_rows)
+        return collate_rows(examples, self.options.seq_len, batch_rows)
 
     def _groups(self, sample_ids: Sequence[int]) -> list[list[int]]:
         assert self.packing is not None

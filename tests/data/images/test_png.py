@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 from jaxft.core.errors import UserError
-from jaxft.data.images.dataset import decode
+from jaxft.data.images.decode import decode
 from jaxft.data.images.png import without_texts
 
 PIXELS = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)

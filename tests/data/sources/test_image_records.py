@@ -64,5 +64,6 @@ def test_unreadable_pictures_are_counted_by_ending():
 def test_kept_records_keep_their_sizes_and_what_was_left_out(tmp_path):
     files = ImageFiles([tmp_path / "a", tmp_path / "b"], ["a", "b"])
     sizes = np.asarray([[1, 2], [3, 4]])
-    kept = Records("x", files, None, (Bad("c", "d"),), sizes).keep([1])
+    kept = Records("x", files, None, (Bad("c", "d"),), sizes, (b"e", b"f")).keep([1])
+    assert kept.digests == (b"f",)
     assert kept.caption(0) == "b" and kept.sizes.tolist() == [[3, 4]] and len(kept.left_out) == 1

@@ -20,7 +20,6 @@ from jaxft.data.loader import eval_batches
 from jaxft.data.sources.texts import open_records
 from jaxft.data.text.dataset import (
     Example,
-    collate,
     encode,
     first_tokens,
     label_rows,
@@ -28,6 +27,7 @@ from jaxft.data.text.dataset import (
     prompt_tokens,
     split_template,
 )
+from jaxft.data.text.packing import collate
 
 TEMPLATE = "Definition: {text}\nCategory: {label}"
 FEW = settings(max_examples=40, deadline=None)

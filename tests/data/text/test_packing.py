@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft.data.text.dataset import Example, collate, collate_rows
-from jaxft.data.text.packing import first_fit, make_packing
+from jaxft.data.text.dataset import Example
+from jaxft.data.text.packing import collate, collate_rows, first_fit, make_packing
 
 
 def example(n):

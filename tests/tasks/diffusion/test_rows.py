@@ -11,9 +11,10 @@ from jaxft.data.cache import ArrayCache
 from jaxft.data.images.dataset import ImageSet
 from jaxft.data.sources.images import open_images
 from jaxft.tasks.common import encoded
-from jaxft.tasks.common.encoded import collate, fingerprint, store_pictures
+from jaxft.tasks.common.encoded import collate, fingerprint, keep_pixels, store_pictures
 from jaxft.tasks.diffusion.encoding import store_texts
 from jaxft.tasks.diffusion.rows import PictureRows, Share, Stores, ids_key
+from tests.data.images.test_dataset import spoilt
 from tests.tiny_diffusion import make_pictures
 
 SIZES = ((24, 20), (20, 48), (16, 16))
@@ -88,6 +89,43 @@ def test_a_changed_picture_is_computed_again(tmp_path):
     assert fill() == [(1, 1)]
 
 
+def test_a_picture_that_does_not_decode_gets_an_entry_that_says_so(tmp_path, monkeypatch):
+    spec = make_pictures(tmp_path / "pictures", count=100)
+    file = tmp_path / "pictures" / "07.png"
+    file.write_bytes(spoilt(file.read_bytes()))
+    moments, pixels = ArrayCache(tmp_path, "moments"), ArrayCache(tmp_path, "pixels")
+
+    def fill():
+        images = ImageSet(open_images(spec), 16, 4, use_buckets=False, flips=True)
+        keep_pixels(pixels, images, [3, 7])
+        made = list(store_pictures(moments, images, encode, 4))
+        rows = PictureRows(OPENED, [Share(images)], "demo")
+        rows.use(Stores(moments))
+        return images, made, rows
+
+    images, made, rows = fill()
+    assert made[-1] == (200, 200) and len(pixels) == 2
+    for index, other in ((7, 8), (107, 108)):
+        assert rows.caption(index) == rows.caption(other)
+        assert np.array_equal(rows[index]["mean"], rows[other]["mean"])
+    [bad] = rows.bad
+    assert bad.name == str(file) and bad.error.startswith(f"{file}: cannot decode")
+    assert rows.report()["bad"] == 1 and rows.report()["images"] == 99
+    wanted = images[3].pixels
+    monkeypatch.setattr("jaxft.data.images.dataset.decode", None)
+    images, made, again = fill()
+    assert not made and again.bad == rows.bad, "from the cache alone"
+    assert np.array_equal(images[3].pixels, wanted)
+
+
+def test_a_picture_that_changes_while_it_is_encoded_is_refused(tmp_path):
+    images = ImageSet(open_images(make_pictures(tmp_path / "pictures", 4)), 16, 4, False)
+    file = tmp_path / "pictures" / "02.png"
+    file.write_bytes(file.read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"a picture of .* changed after the run had opened it"):
+        list(store_pictures(ArrayCache(tmp_path, "moments"), images, encode, 4))
+
+
 def test_embeddings_are_named_by_ids_not_by_captions(tmp_path):
     """A tokenizer that changed in place under the same captions gives other ids."""
     cache = ArrayCache(tmp_path, "texts")
@@ -112,7 +150,7 @@ def test_a_mixture_repeats_and_weighs(tmp_path):
     assert [float(rows[i]["weights"]) for i in range(13)] == [1.0] * 6 + [0.5] * 7
     assert np.array_equal(rows[0]["pixels"], rows[3]["pixels"])
     assert np.array_equal(rows[6]["pixels"], prior[0].pixels)
-    assert rows.caption(8) == prior.captions[2]
+    assert rows.caption(8) == prior.caption(2)
 
 
 def test_sizes_of_a_mixture_are_counted_together(tmp_path):

@@ -22,6 +22,7 @@ from jaxft.runs.watch import Watch
 from jaxft.tasks import Data, Request
 from jaxft.tasks.diffusion.encoding import Encoders
 from tests import whole as runs
+from tests.data.images.test_dataset import spoilt
 from tests.interrupted import kill_after, timeless
 from tests.tiny_diffusion import flags_of, make_config, make_pictures
 from tests.tiny_pipelines import make_pipeline
@@ -444,3 +445,18 @@ def test_bad_pictures_are_left_out_up_to_one_in_a_hundred(fails, opened, tmp_pat
     assert line["name"].endswith("07.png") and "decode" in line["error"]
     (tmp_path / "pictures" / "08.png").write_bytes(b"")
     fails(["2 of 100 images", "07.png"], {"data.train": spec})
+
+
+def test_a_picture_that_fails_in_training_is_recorded(opened, tmp_path):
+    spec = make_pictures(tmp_path / "pictures", 100)
+    file = tmp_path / "pictures" / "07.png"
+    file.write_bytes(spoilt(file.read_bytes()))
+    run, _ = opened({"data.train": spec})
+    data = Data(run.train, run.held_out)
+    watch = Watch(run, data, run.objective, run.preview, tmp_path, total=1, start=0)
+    assert not (tmp_path / "bad_samples.jsonl").exists()
+    assert np.array_equal(run.train[7]["pixels"], run.train[8]["pixels"])
+    watch.flush()
+    assert json.loads((tmp_path / "bad_samples.jsonl").read_text())["name"] == str(file)
+    counts = json.loads((tmp_path / "manifest.json").read_text())["data"]
+    assert (counts["images"], counts["bad"]) == (99, 1)

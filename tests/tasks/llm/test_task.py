@@ -10,12 +10,12 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from jaxft.data.text.dataset import (
     Example,
-    collate_rows,
     encode,
     first_tokens,
     label_rows,
     load_text,
 )
+from jaxft.data.text.packing import collate_rows
 from jaxft.objectives.next_token import NextToken
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.weights.folders.transformers import open_source

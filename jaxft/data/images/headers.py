@@ -1,0 +1,59 @@
+"""Sizes of pictures from the headers of their files, without decoding pixels."""
+
+import struct
+from io import BytesIO
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from jaxft.data.images.buckets import Size
+from jaxft.data.images.png import SIGNATURE, without_pixels
+
+ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")  # MPO and TIFF hold further pictures, no frames
+_RANGES = ("F", "I")  # modes of float and 32-bit pixels: their values decide what is read
+
+
+def header_size(content: bytes) -> Size | None:
+    """Return (height, width) of the upright picture in a file that looks whole.
+
+    Returns None where only decoding tells whether the picture is good: a file that Pillow does not
+    open, one that seems to be cut or damaged, an animation, pixels without a known range.
+    """
+    try:
+        head = without_pixels(content) if content.startswith(SIGNATURE) else content
+        with Image.open(BytesIO(head)) as image:
+            animated = image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False)
+            if animated or image.mode in _RANGES or not _is_whole(str(image.format), content):
+                return None
+            return _upright_size(image)
+    except Exception:  # Pillow raises many kinds; decoding makes one line of each
+        return None
+
+
+def _is_whole(kind: str, content: bytes) -> bool:
+    """Tell whether a file ends as its format does; chunks of PNG files are checked apart."""
+    if kind in ("JPEG", "MPO"):
+        return content.rstrip(b"\0").endswith(b"\xff\xd9")
+    if kind == "GIF":
+        return content.rstrip(b"\0").endswith(b";")
+    if kind == "WEBP":
+        return int.from_bytes(content[4:8], "little") + 8 <= len(content)
+    return True
+
+
+def _upright_size(image: Any) -> Size:
+    """Apply the picture's orientation to a stand-in of two pixels, as decoding does to its own."""
+    width, height = image.size
+    stand_in: Any = Image.new("L", (1, 2))
+    if image.format != "TIFF":  # its size is upright already
+        stand_in.info = image.info
+    turned = upright(stand_in).size == (2, 1)
+    return (width, height) if turned else (height, width)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return the picture turned as its EXIF or XMP tells."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (SyntaxError, ValueError, LookupError, struct.error):
+        return image  # EXIF that is none: Pillow passes over it in JPEG files, but not in PNG
