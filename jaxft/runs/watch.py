@@ -20,7 +20,7 @@ from jaxft.runs.opening import Run
 from jaxft.tasks import Data, Objective, Preview, Report
 
 MANIFEST = "manifest.json"  # environment, mesh and data of a run
-BAD = "bad_samples.jsonl"  # the samples that were left out, one a line with its error
+BAD_SAMPLES = "bad_samples.jsonl"  # the samples that were left out, one a line with its error
 BEFORE = "before.json"  # the evaluation before step 0; a resumed run still shows it at the end
 
 
@@ -73,7 +73,7 @@ class Watch:
         self._keep(MANIFEST, runtime.manifest(self.run.mesh, named))
         if bad and self.primary:
             lines = [json.dumps(one._asdict()) + "\n" for one in bad]
-            (self.workdir / BAD).write_text("".join(lines))
+            (self.workdir / BAD_SAMPLES).write_text("".join(lines))
 
     def train(
         self,

@@ -21,7 +21,7 @@ from jaxft.data.sources.image_records import Bad, Records, name_all
 
 PIXEL_RULE = "cover, lanczos, centre; 2"  # in every key: change it when `decode` or `fit` change
 BAD_LIMIT = 0.01  # share of a set that may be bad
-BAD = "bad"  # the array of a cache's entry for a picture that does not decode
+UNDECODABLE = "bad"  # the array of a cache's entry for a picture that does not decode
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # (bottom, right)
 CORNER_SCALE = 1.1  # LlamaGen's, of the picture whose corners are cropped
 
@@ -310,7 +310,7 @@ class ImageSet:
         return made
 
     def _from_arrays(self, record: int, key: str, arrays: Arrays) -> ImageExample | Bad:
-        if BAD in arrays:
+        if UNDECODABLE in arrays:
             return read_bad(self.records.name(record), arrays)
         caption = self.records.caption(record)
         return ImageExample(arrays["pixels"], caption, arrays["time_ids"], key)
@@ -332,12 +332,12 @@ class ImageSet:
 def bad_arrays(bad: Bad) -> Arrays:
     """Return the entry of a picture that does not decode: why, without the name of its file."""
     reason = bad.error.removeprefix(f"{bad.name}: ")
-    return {BAD: np.frombuffer(reason.encode(), np.uint8)}
+    return {UNDECODABLE: np.frombuffer(reason.encode(), np.uint8)}
 
 
 def read_bad(name: str, arrays: Arrays) -> Bad:
     """Return the picture of such an entry, under its name in this set."""
-    return Bad(name, f"{name}: {arrays[BAD].tobytes().decode()}")
+    return Bad(name, f"{name}: {arrays[UNDECODABLE].tobytes().decode()}")
 
 
 def collate(

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from jaxft.core.errors import UserError
 from jaxft.data.sources.texts import TextRecords, open_records
 from jaxft.data.text import store
-from jaxft.data.text.store import Flat, Part
+from jaxft.data.text.store import Flat, EncodedRecord
 from jaxft.data.text.vocabulary import check_ids
 
 Tokenizer = Any  # a fast tokenizer of transformers; its classes are slow to import
@@ -291,7 +291,7 @@ def load_text(
     records, encoder = open_records(spec), make_encoder(tokenizer)
     kind = record_kind(records[0], records.where(0))
 
-    def parts(facts: dict) -> Iterator[Part]:
+    def parts(facts: dict) -> Iterator[EncodedRecord]:
         counts = Counter(records=len(records), truncated=0, split=0, empty=0, untrained=0)
         labels: set[str] = set()
         for index, row in _encode_all(records, kind, encoder, template, counts, labels):
@@ -332,7 +332,7 @@ def _fingerprint(
     return size, digest.hexdigest()[:32]
 
 
-def _part(index: int, row: Encoded, seq_len: int) -> Part:
+def _part(index: int, row: Encoded, seq_len: int) -> EncodedRecord:
     """Cut a tokenised record into examples; the first token of one is never trained."""
     spans = _windows(0, len(row.tokens), seq_len)
     n_trained = [int(np.sum(row.trained[start + 1 : stop])) for start, stop in spans]
@@ -340,7 +340,7 @@ def _part(index: int, row: Encoded, seq_len: int) -> Part:
         int(np.sum(row.n_bytes[start + 1 : stop], where=row.trained[start + 1 : stop]))
         for start, stop in spans
     ]
-    return Part(row.tokens, row.trained, spans, index, n_trained, n_bytes)
+    return EncodedRecord(row.tokens, row.trained, spans, index, n_trained, n_bytes)
 
 
 def _encode_all(

@@ -18,7 +18,7 @@ IN_MEMORY = 64 << 20
 _TOKENS, _TRAINED, _EXAMPLES, _FACTS = "tokens.bin", "trained.bin", "examples.npz", "facts.json"
 
 
-class Part(NamedTuple):
+class EncodedRecord(NamedTuple):
     """A tokenised record: ids, which of them are trained, and its examples.
 
     spans: [start, stop) of each example within the record. record_id: its place in the source.
@@ -44,12 +44,12 @@ class Flat(NamedTuple):
     n_bytes: Int[np.ndarray, " n"]
 
 
-def in_memory(parts: Iterator[Part]) -> Flat:
+def in_memory(parts: Iterator[EncodedRecord]) -> Flat:
     """Join the records in memory."""
     tokens: list[np.ndarray] = [np.zeros(0, np.int32)]
     trained: list[np.ndarray] = [np.zeros(0, bool)]
 
-    def add(part: Part) -> None:
+    def add(part: EncodedRecord) -> None:
         tokens.append(part.tokens)
         trained.append(part.trained)
 
@@ -57,7 +57,7 @@ def in_memory(parts: Iterator[Part]) -> Flat:
     return Flat(np.concatenate(tokens), np.concatenate(trained), *examples)
 
 
-def on_disk(folder: Path, make: Callable[[dict], Iterator[Part]]) -> tuple[Flat, dict]:
+def on_disk(folder: Path, make: Callable[[dict], Iterator[EncodedRecord]]) -> tuple[Flat, dict]:
     """Return the records in `folder` and facts about them, which `make(facts)` yields and sets.
 
     What is there already is used as it is; its name has to tell all that decides the content.
@@ -89,11 +89,11 @@ def on_disk(folder: Path, make: Callable[[dict], Iterator[Part]]) -> tuple[Flat,
         ) from error
 
 
-def _write(folder: Path, make: Callable[[dict], Iterator[Part]]) -> None:
+def _write(folder: Path, make: Callable[[dict], Iterator[EncodedRecord]]) -> None:
     facts: dict = {}
     with open(folder / _TOKENS, "wb") as tokens, open(folder / _TRAINED, "wb") as trained:
 
-        def add(part: Part) -> None:
+        def add(part: EncodedRecord) -> None:
             tokens.write(part.tokens.astype(np.int32).tobytes())
             trained.write(part.trained.astype(bool).tobytes())
 
@@ -115,7 +115,7 @@ def _publish(made: Path, folder: Path) -> None:
             raise
 
 
-def _join(parts: Iterator[Part], add: Callable[[Part], None]) -> list[np.ndarray]:
+def _join(parts: Iterator[EncodedRecord], add: Callable[[EncodedRecord], None]) -> list[np.ndarray]:
     """Give every record to `add`; return the arrays of all examples."""
     spans, record_ids, n_trained, n_bytes = [], [], [], []
     end = 0
