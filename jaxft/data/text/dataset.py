@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from jaxft.core.errors import UserError
 from jaxft.data.sources.texts import TextRecords, open_records
 from jaxft.data.text import store
-from jaxft.data.text.store import Flat, EncodedRecord
+from jaxft.data.text.store import EncodedRecord, Flat
 from jaxft.data.text.vocabulary import check_ids
 
 Tokenizer = Any  # a fast tokenizer of transformers; its classes are slow to import
