@@ -11,7 +11,7 @@ import numpy as np
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params
 from jaxft.data.cache import ArrayCache, fill, missing
-from jaxft.data.images.dataset import BAD, ImageExample, ImageSet, bad_arrays, read_bad
+from jaxft.data.images.dataset import UNDECODABLE, ImageExample, ImageSet, bad_arrays, read_bad
 from jaxft.data.sources.image_records import Bad
 from jaxft.weights.transfer import to_host
 
@@ -90,7 +90,9 @@ def store_pictures(
         bucket_of=images.bucket_of, copies=copies, host=host, hosts=hosts,
     )  # fmt: skip
     wait_for_others(cache, keys)
-    bad = [i for i, key in enumerate(keys[: len(images.records)]) if BAD in cache.names(key)]
+    bad = [
+        i for i, key in enumerate(keys[: len(images.records)]) if UNDECODABLE in cache.names(key)
+    ]
     images.leave_out({i: read_bad(images.records.name(i), cache.get(keys[i])) for i in bad})
 
 
