@@ -181,6 +181,10 @@ def resolve_config(
     `read_config` names it. Raises UserError for a value that JSON cannot hold.
     """
     resolved = _plain(config, "")
+    for key in RENAMED:  # run folders of former versions hold them; an empty one said nothing
+        section, _, leaf = key.rpartition(".")
+        if isinstance(node := resolved.get(section), dict) and node.get(leaf) == "":
+            del node[leaf]
     schemas = (Config, options.get(str(config.get("task"))))
     kinds: dict[str, Any] = {}
     for schema in filter(None, schemas):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxft.core import config as configs
-from jaxft.core.config import DEMOS, demo_path, load_config, override, read_config
+from jaxft.core.config import DEMOS, demo_path, load_config, override, read_config, resolve_config
 from jaxft.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +147,14 @@ def test_wrong_files_are_told_in_one_line(config, key, value, message):
     with pytest.raises(UserError, match=message) as caught:
         read_config(changed(config, key, value), Own)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_gone_is_read_where_it_was_empty(config):
+    config["lora"]["base"] = ""  # as run folders of version 0.1 hold it
+    assert resolve_config(config) == load_config(LLM)
+    config["lora"]["base"] = "models/base"
+    with pytest.raises(UserError, match=r"lora\.base is gone: give the base by model=MODEL"):
+        read_config(resolve_config(config), Own)
 
 
 def test_an_int_stands_for_a_float(config):
