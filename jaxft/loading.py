@@ -14,12 +14,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params, bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
 from jaxft.data.text.dataset import prompt_tokens
 from jaxft.data.text.vocabulary import check_ids
+from jaxft.demo import demo_path
 from jaxft.models import registry
 from jaxft.models.autoencoders.vae import VAE
 from jaxft.models.autoencoders.vqgan import VQModel
@@ -41,13 +41,13 @@ from jaxft.nn.pixels import to_pixels
 from jaxft.noise.samplers import SAMPLERS
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.tasks.diffusion.captions import Captions
-from jaxft.tasks.image_tokens.image_layout import (
+from jaxft.tasks.image_tokens.layout import (
     LAYOUT_JSON,
     encode_prompt,
     left_padded,
     null_prompt,
 )
-from jaxft.tasks.image_tokens.image_model import ImageModel, open_folder
+from jaxft.tasks.image_tokens.opened import ImageModel, open_folder
 from jaxft.weights import transfer
 from jaxft.weights.folders.diffusers import Pipeline, open_component, open_pipeline
 from jaxft.weights.folders.transformers import TOKENIZER_FILES, Source, open_source

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, CLIPTextModel, LlamaForCausalLM
 
 import jaxft
 from jaxft import loading
-from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
+from jaxft.demo import demo_path
 from tests.tiny_autoencoders import make_janus, make_vae
 from tests.tiny_janus import make_janus_model
 from tests.tiny_pipelines import make_pipeline

@@ -20,7 +20,8 @@ from PIL import Image
 
 from jaxft import train
 from jaxft.core import runtime
-from jaxft.core.config import demo_path, load_config, read_config
+from jaxft.core.config import load_config, read_config
+from jaxft.demo import demo_path
 from jaxft.tasks import OPTIONS
 from tests.tiny_autoencoders import make_vae, make_vqmodel
 from tests.tiny_diffusion import flags_of, make_pictures

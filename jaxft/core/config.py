@@ -16,15 +16,6 @@ from jaxft.core.errors import UserError, near
 
 Schema = TypeVar("Schema")
 PACKAGE = Path(__file__).resolve().parent.parent
-DEMOS = {  # what ships in jaxft/demo, by the config key that may name it as "demo:NAME"
-    "model": ("emoji-sd", "emoji-tokens"),
-    "perceptual": ("efficientnet-lite0",),
-    "texts": (
-        *("supersense/train.jsonl", "supersense/valid.jsonl"),
-        *("novel/train.txt", "novel/valid.txt"),
-    ),
-    "images": ("emoji/train", "emoji/valid", "stickers/train", "stickers/valid"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,21 +200,6 @@ def read_config(config: Mapping[str, Any], own: type | None = None) -> Config:
     cfg = _build(Config, {**{k: config[k] for k in shared & set(config)}, "own": values}, "")
     _check_choices(cfg)
     return cfg
-
-
-def demo_path(spec: str, kind: str) -> Path | None:
-    """Return the place of `demo:NAME`, None for a spec of another scheme.
-
-    A name is a place in DEMOS without its suffix. Raises UserError for one that `kind` lacks.
-    """
-    if not spec.startswith("demo:"):
-        return None
-    name = spec.removeprefix("demo:")
-    places = {place.partition(".")[0]: place for place in DEMOS[kind]}
-    if name not in places:
-        names = ", ".join(f"demo:{known}" for known in places)
-        raise UserError(f"unknown demo {kind} {spec!r}: expected one of {names}")
-    return PACKAGE / "demo" / places[name]
 
 
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,13 +15,13 @@ from jaxft.core.params import Leaf, Params, bind, describe
 from jaxft.models.decoders.sampling import Sampling
 from jaxft.models.pipelines.image_decode import generate_codes
 from jaxft.objectives.codes import train_rows
-from jaxft.tasks.image_tokens.image_janus import JanusFolder
-from jaxft.tasks.image_tokens.image_layout import (
+from jaxft.tasks.image_tokens.janus import JanusFolder
+from jaxft.tasks.image_tokens.layout import (
     encode_prompt,
     left_padded,
     null_prompt,
 )
-from jaxft.tasks.image_tokens.image_model import ImageModel, open_folder
+from jaxft.tasks.image_tokens.opened import ImageModel, open_folder
 from jaxft.verify import rounding
 from jaxft.verify.autoencoder import certify as certify_tokenizer
 from jaxft.verify.autoencoder import vq_subject

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from jaxft.verify.report import (
     PLAIN_DOTS,
     Check,
     certificate,
+    compare_logits,
     loading,
     round_trip,
     same_weights,
@@ -301,46 +302,6 @@ def _logits(
         ours = np.asarray(call(params, case.tokens, case.positions))
         checks += compare_logits(name, ours, oracle.logits[name], oracle.others[name])
     return checks
-
-
-def compare_logits(
-    name: str,
-    ours: Float[np.ndarray, "B T V"],
-    theirs: Float[np.ndarray, "B T V"],
-    others: Sequence[Float[np.ndarray, "B T V"]],
-) -> list[Check]:
-    """Largest difference (also relative to the largest logit), KL and top-1 of logits.
-
-    `others` are the oracle's rounded otherwise. KL(theirs || ours) is summed over the vocabulary
-    and maximised over positions. It grows with the square of a difference, and so does its bound.
-    Two choices that the oracle itself holds for equal within the bound are no disagreement.
-    """
-    largest = float(np.abs(theirs).max())
-    apart, own = rounding.apart(ours, theirs), rounding.farthest(theirs, others)
-    allowed = rounding.bound(own, largest)
-    kl = rounding.divergence(theirs, ours)
-    own_kl = max(rounding.divergence(theirs, one) for one in others)
-    least = (rounding.FLOAT32_UNIT * largest) ** 2
-    chosen = np.take_along_axis(theirs, ours.argmax(-1)[..., None], -1)[..., 0]
-    lost = theirs.max(-1) - chosen
-    agreement = float((theirs.argmax(-1) == ours.argmax(-1)).mean())
-    return [
-        Check(f"{name} logits, max abs", apart, allowed, "", own),
-        Check(f"{name} logits, max relative", apart / largest, None, "", own / largest),
-        Check(
-            f"{name} KL, max over positions",
-            kl,
-            rounding.MULTIPLE**2 * max(own_kl, least),
-            "",
-            own_kl,
-        ),
-        Check(
-            f"{name} top-1 disagreements",
-            int((lost > 2 * allowed).sum()) if np.isfinite(ours).all() else math.nan,
-            0,
-            f"{agreement:.1%} of {lost.size} agree",
-        ),
-    ]
 
 
 def _gradients(

@@ -4,19 +4,21 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
 from jaxft.core.metrics import table
 from jaxft.core.params import Leaf, Params
 from jaxft.core.sharding import one_device_mesh
+from jaxft.verify import rounding
 from jaxft.verify.rounding import bound, digest
 from jaxft.weights import transfer
 from jaxft.weights.transfer import Part
@@ -167,3 +169,43 @@ def show(checks: list[Check], out: Path) -> None:
     failed = [check.name for check in checks if not check.passed]
     verdict = f"FAILED {len(failed)} checks ({'; '.join(failed[:6])})" if failed else "PASSED"
     print(f"{verdict}; written to {out}")
+
+
+def compare_logits(
+    name: str,
+    ours: Float[np.ndarray, "B T V"],
+    theirs: Float[np.ndarray, "B T V"],
+    others: Sequence[Float[np.ndarray, "B T V"]],
+) -> list[Check]:
+    """Largest difference (also relative to the largest logit), KL and top-1 of logits.
+
+    `others` are the oracle's rounded otherwise. KL(theirs || ours) is summed over the vocabulary
+    and maximised over positions. It grows with the square of a difference, and so does its bound.
+    Two choices that the oracle itself holds for equal within the bound are no disagreement.
+    """
+    largest = float(np.abs(theirs).max())
+    apart, own = rounding.apart(ours, theirs), rounding.farthest(theirs, others)
+    allowed = rounding.bound(own, largest)
+    kl = rounding.divergence(theirs, ours)
+    own_kl = max(rounding.divergence(theirs, one) for one in others)
+    least = (rounding.FLOAT32_UNIT * largest) ** 2
+    chosen = np.take_along_axis(theirs, ours.argmax(-1)[..., None], -1)[..., 0]
+    lost = theirs.max(-1) - chosen
+    agreement = float((theirs.argmax(-1) == ours.argmax(-1)).mean())
+    return [
+        Check(f"{name} logits, max abs", apart, allowed, "", own),
+        Check(f"{name} logits, max relative", apart / largest, None, "", own / largest),
+        Check(
+            f"{name} KL, max over positions",
+            kl,
+            rounding.MULTIPLE**2 * max(own_kl, least),
+            "",
+            own_kl,
+        ),
+        Check(
+            f"{name} top-1 disagreements",
+            int((lost > 2 * allowed).sum()) if np.isfinite(ours).all() else math.nan,
+            0,
+            f"{agreement:.1%} of {lost.size} agree",
+        ),
+    ]

@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 
 import huggingface_hub
 
-from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
+from jaxft.demo import demo_path
 from jaxft.weights.files.tensor_files import STEMS
 from jaxft.weights.folders.transformers import SIDE_FILES
 

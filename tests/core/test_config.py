@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from jaxft.core import config as configs
-from jaxft.core.config import DEMOS, demo_path, load_config, override, read_config, resolve_config
+from jaxft.core.config import load_config, override, read_config, resolve_config
 from jaxft.core.errors import UserError
+from jaxft.demo import DEMOS, demo_path
 
 ROOT = Path(__file__).resolve().parents[2]
 LLM = str(ROOT / "configs" / "llm.py")

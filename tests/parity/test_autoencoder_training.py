@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import JanusVQVAE
 
 from jaxft.core.checkpoint import Checkpoints
-from jaxft.core.config import demo_path
 from jaxft.core.sharding import local_rows, place_batch
 from jaxft.core.step import sample_keys
+from jaxft.demo import demo_path
 from jaxft.models.critics import discriminator
 from jaxft.models.critics.perceptual import DEMO
 from jaxft.weights import transfer

@@ -16,7 +16,7 @@ from jaxft.kernels import loops
 from jaxft.models.decoders.sampling import Sampling, pick
 from jaxft.models.pipelines import image_decode
 from jaxft.models.pipelines.image_decode import Unified, generate_codes
-from jaxft.tasks.image_tokens.image_layout import extended, left_padded, null_prompt
+from jaxft.tasks.image_tokens.layout import extended, left_padded, null_prompt
 
 TEXT, CODES, COUNT = 320, 24, 20
 GREEDY = Sampling()

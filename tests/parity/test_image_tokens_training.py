@@ -20,7 +20,7 @@ from jaxft.data.loader import subset
 from jaxft.export import export_folder
 from jaxft.objectives.codes import CAPTION_STREAM
 from jaxft.tasks.common.encoded import collate
-from jaxft.tasks.image_tokens.image_layout import read_layout
+from jaxft.tasks.image_tokens.layout import read_layout
 from tests import plain_torch
 from tests import whole as runs
 from tests.parity.test_training import DECAY, assert_same_updates, jax_steps

@@ -173,7 +173,7 @@ def test_missing_and_unexpected_keys_fail():
 def test_compare_logits_sums_kl_over_the_vocabulary_and_takes_the_worst_position():
     theirs = np.log(np.array([[[0.5, 0.25, 0.25], [0.2, 0.3, 0.5]]]))
     ours = np.log(np.array([[[0.5, 0.25, 0.25], [0.4, 0.3, 0.3]]]))
-    found = llm.compare_logits("x", ours + 3.0, theirs, [theirs])
+    found = report.compare_logits("x", ours + 3.0, theirs, [theirs])
     by_name = {check.name: check.figure for check in found}
     want = 0.2 * np.log(0.2 / 0.4) + 0.5 * np.log(0.5 / 0.3)
     assert by_name["x KL, max over positions"] == pytest.approx(want)
@@ -183,9 +183,9 @@ def test_compare_logits_sums_kl_over_the_vocabulary_and_takes_the_worst_position
 
 def test_a_tie_is_no_disagreement_and_nan_fails_everything():
     theirs = np.array([[[1.0, 1.0 + 1e-7, 0.0]]])
-    tie = llm.compare_logits("x", np.array([[[1.0 + 1e-7, 1.0, 0.0]]]), theirs, [theirs])
+    tie = report.compare_logits("x", np.array([[[1.0 + 1e-7, 1.0, 0.0]]]), theirs, [theirs])
     assert all(check.passed for check in tie)
-    nan = llm.compare_logits("x", np.full((1, 1, 3), np.nan), theirs, [theirs])
+    nan = report.compare_logits("x", np.full((1, 1, 3), np.nan), theirs, [theirs])
     assert not any(check.passed for check in nan if check.bound is not None)
     assert nan[0].record()["figure"] is None
 

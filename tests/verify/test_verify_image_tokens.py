@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.tasks.image_tokens import image_janus
-from jaxft.tasks.image_tokens.image_model import open_model
+from jaxft.tasks.image_tokens.janus import JanusLayout
+from jaxft.tasks.image_tokens.opened import open_model
 from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
 from tests.tiny_autoencoders import make_vqmodel
 from tests.tiny_image_tokens import CODES, SIZE
@@ -30,7 +30,7 @@ def test_a_janus_passes(janus):
 def test_a_wrong_null_is_seen_in_what_is_drawn_and_in_the_loss(janus, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(janus, tmp_path / "janus"))
     wrong = lambda self, captions, lengths: (captions * 0 + self.pad, lengths)  # noqa: E731
-    monkeypatch.setattr(image_janus.JanusLayout, "without_caption", wrong)
+    monkeypatch.setattr(JanusLayout, "without_caption", wrong)
     checks, _ = figures(folder, 1)
     failed = {name for name, check in checks.items() if not check["passed"]}
     assert {"loss, abs", "greedy codes, differing"} <= failed

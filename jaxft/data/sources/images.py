@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
 from jaxft.data.sources.image_folders import ImageFiles, open_edited, open_folder
 from jaxft.data.sources.image_records import (
@@ -19,6 +18,7 @@ from jaxft.data.sources.image_records import (
 from jaxft.data.sources.image_tables import open_table
 from jaxft.data.sources.image_tars import open_tars
 from jaxft.data.sources.texts import tfds_arguments
+from jaxft.demo import demo_path
 
 IMAGE_SCHEMES = "folder:PATH, wds:TARS, hf:PATH, tfds:NAME[:SPLIT][@DATA_DIR] or demo:emoji/train"
 

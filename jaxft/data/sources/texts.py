@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
 from jaxft.data.sources.files import find_files, refuse_mixed_folders
+from jaxft.demo import demo_path
 
 TEXT_SCHEMES = "jsonl:FILE, text:FILE_OR_FOLDER_OR_GLOB, demo:NAME or tfds:NAME[:SPLIT][@DATA_DIR]"
 _TFDS_SPEC = re.compile(r"(?P<name>[^:@]+(:\d+\.\d+\.\d+)?)(:(?P<split>[^@]+))?(@(?P<folder>.+))?")

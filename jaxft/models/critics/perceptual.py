@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
+from jaxft.demo import demo_path
 from jaxft.models.critics import efficientnet
 from jaxft.models.critics.efficientnet import EfficientNetLite0
 from jaxft.nn.conv import REPLICATED_KERNEL, Conv

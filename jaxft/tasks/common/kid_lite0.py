@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxft.core.config import demo_path
 from jaxft.core.params import Params, bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
+from jaxft.demo import demo_path
 from jaxft.models.critics import efficientnet
 from jaxft.models.critics.efficientnet import EfficientNetLite0
 from jaxft.models.critics.perceptual import DEMO

@@ -2,11 +2,10 @@
 
 from jaxft.objectives.denoising import Denoising
 from jaxft.tasks import Task
-from jaxft.tasks.diffusion.encoding import encode
 from jaxft.tasks.diffusion.exports import WRITERS
 from jaxft.tasks.diffusion.opened import OpenedPipeline
 from jaxft.tasks.diffusion.preview import DiffusionPreview
-from jaxft.tasks.diffusion.rows import PictureRows, read_rows
+from jaxft.tasks.diffusion.rows import PictureRows, encode, read_rows
 
 
 def _objective(opened: OpenedPipeline, rows: PictureRows) -> Denoising:

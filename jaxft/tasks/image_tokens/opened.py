@@ -1,8 +1,10 @@
-"""An image-token model's folder with its VQ tokenizer, opened for training."""
+"""An image-token model's folder of either family with its VQ tokenizer, opened for training."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -13,12 +15,159 @@ from jaxft.core.config import Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
 from jaxft.data.images.dataset import CORNERS
+from jaxft.models import registry
+from jaxft.models.decoders.config import DecoderConfig
+from jaxft.models.decoders.files import as_decoder
+from jaxft.models.pipelines.image_decode import Speaker, Unified
+from jaxft.models.registry import Architecture
 from jaxft.nn import lora
-from jaxft.tasks.image_tokens.image_layout import encode_prompt
-from jaxft.tasks.image_tokens.image_model import open_model
-from jaxft.tasks.image_tokens.options import ImageTokenOptions
+from jaxft.tasks.common.tokenizers import load_tokenizer
+from jaxft.tasks.image_tokens.janus import is_janus, open_janus
+from jaxft.tasks.image_tokens.layout import (
+    LAYOUT_JSON,
+    ImageLayout,
+    ImageTokenLayout,
+    check_tokenizer,
+    encode_prompt,
+    extended,
+    read_layout,
+    row_length,
+)
+from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
+from jaxft.tasks.image_tokens.tokenizer import ImageTokenizer, open_tokenizer
 from jaxft.weights.adapters import peft, peft_folder
-from jaxft.weights.adapters.peft_folder import PeftAdapter
+from jaxft.weights.adapters.peft_folder import GIVE_BASE, PeftAdapter, is_adapter
+from jaxft.weights.folders.transformers import HEAD, TABLE, Source, export_config, open_source
+from jaxft.weights.graft import Grafted
+from jaxft.weights.transfer import Part
+
+TABLES = (TABLE, HEAD)  # a row an id
+
+
+class ImageModel(Protocol):
+    """A folder of either family, opened: all that the families do not share.
+
+    `about` says in a few words where codes live and what stands for no caption.
+    """
+
+    @property
+    def source(self) -> Source: ...
+    @property
+    def cfg(self) -> DecoderConfig: ...
+    @property
+    def layout(self) -> ImageTokenLayout: ...
+    @property
+    def vq(self) -> ImageTokenizer: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def part(self) -> Part: ...
+    @property
+    def about(self) -> str: ...
+
+    def build(self, key: jax.Array) -> nnx.Module:
+        """The parameters that a step touches, drawn."""
+        ...
+
+    def speaker(self, model: Any) -> Speaker:
+        """What `build` made, as losses and samplers use it."""
+        ...
+
+    def flops_per_token(self, length: int) -> float:
+        """Forward, of a token in a row of so many."""
+        ...
+
+    def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
+        """All that an export holds beside the weights of `part`."""
+        ...
+
+    def original_files(self, dtype: str | None) -> dict[str, Path | bytes]:
+        """The same in the layout of the model's authors; UserError where that is no other."""
+        ...
+
+
+class UnifiedModel(NamedTuple):
+    """Family N: the language model at the root, vq/ and imagetoken.json beside it.
+
+    The vocabulary is the one that training sees (of a graft: the larger one).
+    """
+
+    source: Source
+    cfg: DecoderConfig
+    layout: ImageLayout
+    vq: ImageTokenizer
+    tokenizer: Any
+
+    @property
+    def part(self) -> Part:
+        return self.architecture.part(self.source, self.cfg)
+
+    @property
+    def architecture(self) -> Architecture:
+        return registry.find(self.source.config, "decoder")
+
+    @property
+    def about(self) -> str:
+        return f"in one vocabulary with {self.layout.text_vocab} of text; no caption is NULL"
+
+    def build(self, key: jax.Array) -> nnx.Module:
+        return self.architecture.module(self.cfg, key=key)
+
+    def speaker(self, model: Any) -> Unified:
+        return Unified(model, self.layout.image_offset, self.layout.codes)
+
+    def flops_per_token(self, length: int) -> float:
+        return self.architecture.flops(self.cfg, length)
+
+    def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
+        """All that an export holds beside the language model's weights."""
+        files = dict(self.source.side_files)
+        config = export_config(self.source.config, dtype)
+        files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        files[LAYOUT_JSON] = self.layout.to_json().encode()
+        return {**files, **self.vq.files}
+
+    def original_files(self, dtype: str | None) -> dict[str, Path | bytes]:
+        raise UserError(
+            f"export.kind='original' is the layout of Janus's authors, and {self.source.name} is of"
+            " family N; use export.kind='folder'"
+        )
+
+
+def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) -> ImageModel:
+    """The model of a folder, or with `options.graft` a text model made to speak that VQ's codes.
+
+    A Janus is family J, all else family N. Raises UserError for an adapter's folder, and where the
+    language model, its imagetoken.json, the VQ tokenizer and the options do not fit each other.
+    """
+    if is_adapter(spec):
+        raise UserError(f"model={spec} is an adapter; {GIVE_BASE}")
+    source = open_source(spec, weights)
+    if is_janus(source):
+        return open_janus(spec, source, options)
+    source = as_decoder(source)
+    found = source.side_files.get(LAYOUT_JSON)
+    _check_keys(spec, options, found is not None)
+    vq = open_tokenizer(options.graft or options.tokenizer or _own_vq(spec, source))
+    tokenizer = load_tokenizer(source.tokenizer_dir())
+    if found is None:
+        source, layout = _grafted(source, options, vq, seed)
+    else:
+        content = found if isinstance(found, bytes) else found.read_bytes()
+        layout = read_layout(content, f"{spec}/{LAYOUT_JSON}")
+    layout = _changed(layout, options)
+    where = spec if options.graft else f"{spec}/{LAYOUT_JSON}"
+    cfg = registry.read_decoder(source.config)
+    _check_fit(layout, cfg, vq, options, where)
+    check_tokenizer(layout, tokenizer, where)
+    return UnifiedModel(source, cfg, layout, vq, tokenizer)
+
+
+def open_folder(spec: str) -> ImageModel:
+    """A folder as it is, at its own resolution."""
+    sample = TokenSample(prompts=(), guidance=1.0)
+    keys = ImageTokenOptions(resolution=0, cache="", caption_dropout=0.0, sample=sample)
+    return open_model(spec, keys, True, 0)
 
 
 class OpenedImageModel:
@@ -26,7 +175,7 @@ class OpenedImageModel:
 
     def __init__(self, cfg: Config):
         self.options = ImageTokenOptions(**cfg.own)
-        _check(self.options)
+        _check_options(self.options)
         pretrained = cfg.init == "pretrained"
         self.model = open_model(cfg.model, self.options, pretrained, cfg.seed)
         self.layout = self.model.layout
@@ -75,7 +224,93 @@ class OpenedImageModel:
         )
 
 
-def _check(options: ImageTokenOptions) -> None:
+def _own_vq(spec: str, source: Source) -> str:
+    if source.folder is None or not (source.folder / "vq" / "config.json").is_file():
+        raise UserError(
+            f"{spec} has no vq/config.json beside {LAYOUT_JSON}; give tokenizer=VQ_FOLDER"
+        )
+    return str(source.folder / "vq")
+
+
+def _grafted(
+    source: Source, options: ImageTokenOptions, vq: ImageTokenizer, seed: int
+) -> tuple[Source, ImageLayout]:
+    """The text model with four more rows and one for each code, in both of its tables."""
+    vocab = registry.read_decoder(source.config).vocab_size
+    side = options.resolution // vq.cfg.factor
+    layout = extended(vocab, vq.cfg.codes, (side, side), vq.fingerprint)
+    config, tensors = {**source.config, "vocab_size": layout.vocab_size}, source.tensors
+    if tensors is not None:
+        tables = tuple(key for key in TABLES if key in set(tensors.keys()))
+        tensors = Grafted(tensors, tables, layout.vocab_size - vocab, seed)
+    return dataclasses.replace(source, config=config, tensors=tensors), layout
+
+
+def _changed(layout: ImageLayout, options: ImageTokenOptions) -> ImageLayout:
+    asked = {"prompt": options.prompt, "max_caption_tokens": options.max_caption_tokens}
+    return dataclasses.replace(layout, **{key: value for key, value in asked.items() if value})
+
+
+def _check_keys(spec: str, options: ImageTokenOptions, has_layout: bool) -> None:
+    if has_layout and options.graft:
+        raise UserError(
+            f"graft={options.graft!r}, but {spec} speaks codes already (it has {LAYOUT_JSON});"
+            " leave graft empty, or give tokenizer=VQ_FOLDER of the same codes"
+        )
+    if not has_layout and not options.graft:
+        raise UserError(
+            f"{spec} has no {LAYOUT_JSON}, so it is a text model; give graft=VQ_FOLDER to teach it"
+            " images"
+        )
+    if options.graft and not options.resolution:
+        raise UserError(
+            f"resolution=0 is that of the folder, but {spec} has none before its graft; say how"
+            " many pixels a side an image is to have"
+        )
+    if options.graft and options.tokenizer:
+        raise UserError(
+            f"graft={options.graft!r} and tokenizer={options.tokenizer!r} are two VQ tokenizers;"
+            " give graft alone"
+        )
+
+
+def _check_fit(
+    layout: ImageLayout,
+    cfg: DecoderConfig,
+    vq: ImageTokenizer,
+    options: ImageTokenOptions,
+    where: str,
+) -> None:
+    """Refuse what would index another table, or draw pictures of another size."""
+    if layout.vocab_size != cfg.vocab_size:
+        raise UserError(
+            f"{where}: image_offset={layout.image_offset} + codes={layout.codes} is not the"
+            f" vocab_size={cfg.vocab_size} of config.json; they come from two models"
+        )
+    if layout.codes != vq.cfg.codes:
+        raise UserError(
+            f"{where}: codes={layout.codes}, but the tokenizer {vq.spec} has a codebook of"
+            f" {vq.cfg.codes}; give the tokenizer that the model was trained with"
+        )
+    if layout.vq != vq.fingerprint:
+        raise UserError(
+            f"{where}: vq={layout.vq}, but the encoder of {vq.spec} is {vq.fingerprint}: its codes"
+            " mean something else; give the tokenizer that the model was trained with"
+        )
+    factor, (rows, columns) = vq.cfg.factor, layout.grid
+    if (rows * factor, columns * factor) != (options.resolution or rows * factor,) * 2:
+        raise UserError(
+            f"resolution={options.resolution} is not the {rows}x{columns} codes of {factor} pixels"
+            f" each of {where}; set resolution={rows * factor}"
+        )
+    if row_length(layout) + 1 > cfg.max_positions:
+        raise UserError(
+            f"{where}: max_caption_tokens={layout.max_caption_tokens} and {layout.count} codes"
+            f" exceed max_position_embeddings={cfg.max_positions} of config.json; lower one"
+        )
+
+
+def _check_options(options: ImageTokenOptions) -> None:
     if not 0 <= options.caption_dropout < 1:
         raise UserError(f"caption_dropout={options.caption_dropout} must be at least 0 and below 1")
     if not 1 <= options.crops <= 1 + len(CORNERS):

@@ -24,7 +24,7 @@ from jaxft.tasks.common.encoded import collate
 from jaxft.tasks.common.kid_lite0 import KidLite0
 from jaxft.tasks.common.pictures import grid
 from jaxft.tasks.common.sheets import CELL, SHOWN
-from jaxft.tasks.image_tokens.image_layout import encode_prompt, left_padded, null_prompt
+from jaxft.tasks.image_tokens.layout import encode_prompt, left_padded, null_prompt
 from jaxft.tasks.image_tokens.opened import OpenedImageModel
 from jaxft.tasks.image_tokens.rows import nearest, worst_pictures
 

@@ -18,9 +18,9 @@ from jaxft.data.sources.images import open_images
 from jaxft.models.autoencoders.vq_config import check_codes
 from jaxft.tasks.common.encoded import Row, collate, keep_pixels, store_pictures
 from jaxft.tasks.common.pictures import grid
-from jaxft.tasks.image_tokens.image_codes import CODED_TOGETHER, ImageTokenizer
-from jaxft.tasks.image_tokens.image_layout import encode_prompt
+from jaxft.tasks.image_tokens.layout import encode_prompt
 from jaxft.tasks.image_tokens.opened import OpenedImageModel
+from jaxft.tasks.image_tokens.tokenizer import CODED_TOGETHER, ImageTokenizer
 
 WORST = 8  # pictures of a reconstruction sheet
 BLOCK = 1024  # cached grids that are compared at once

@@ -14,8 +14,8 @@ from typing import Any
 
 import huggingface_hub
 
-from jaxft.core.config import demo_path
 from jaxft.core.errors import UserError
+from jaxft.demo import demo_path
 from jaxft.weights.files.gguf import GgufFile
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
 from jaxft.weights.folders import quantised

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.core.config import DEMOS, PACKAGE
+from jaxft.core.config import PACKAGE
 from jaxft.core.errors import UserError
 from jaxft.data.sources.texts import open_records
+from jaxft.demo import DEMOS
 
 
 def one_line_error(action) -> str:

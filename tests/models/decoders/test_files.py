@@ -20,7 +20,7 @@ from jaxft.models.decoders.decoder import Decoder
 from jaxft.models.decoders.files import as_decoder, open_decoder, with_prefix
 from jaxft.models.decoders.generate import generate
 from jaxft.models.decoders.sampling import Sampling
-from jaxft.tasks.image_tokens.image_model import open_model
+from jaxft.tasks.image_tokens.opened import open_model
 from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders.transformers import HEAD, TABLE, open_source

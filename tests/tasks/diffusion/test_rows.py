@@ -12,8 +12,7 @@ from jaxft.data.images.dataset import ImageSet
 from jaxft.data.sources.images import open_images
 from jaxft.tasks.common import encoded
 from jaxft.tasks.common.encoded import collate, fingerprint, keep_pixels, store_pictures
-from jaxft.tasks.diffusion.encoding import store_texts
-from jaxft.tasks.diffusion.rows import PictureRows, Share, Stores, ids_key
+from jaxft.tasks.diffusion.rows import PictureRows, Share, Stores, ids_key, store_texts
 from tests.data.images.test_dataset import spoilt
 from tests.tiny_diffusion import make_pictures
 

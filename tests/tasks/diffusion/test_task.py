@@ -20,7 +20,7 @@ from jaxft.core.params import bind
 from jaxft.core.step import sample_keys
 from jaxft.runs.watch import Watch
 from jaxft.tasks import Data, Request
-from jaxft.tasks.diffusion.encoding import Encoders
+from jaxft.tasks.diffusion.rows import Encoders
 from tests import whole as runs
 from tests.data.images.test_dataset import spoilt
 from tests.interrupted import kill_after, timeless

@@ -19,7 +19,7 @@ from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.folders import janus_original as janus_layout
 from jaxft.weights.folders.janus_original import transformers_keyed
 from jaxft.weights.transfer import Export
-from tests.tasks.image_tokens.test_image_janus import opened, written
+from tests.tasks.image_tokens.test_janus import opened, written
 from tests.tiny_janus import PRO_1B, make_janus_model, published
 
 # As DeepSeek's modules are called (Janus-Pro), beside transformers' names for them.

@@ -12,7 +12,7 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 from jaxft import export
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE, Leaf
-from jaxft.tasks.image_tokens.image_model import open_folder, open_model
+from jaxft.tasks.image_tokens.opened import open_folder, open_model
 from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
 from jaxft.tasks.image_tokens.task import IMAGE_TOKENS
 from tests.tiny_autoencoders import make_vqmodel

@@ -18,9 +18,9 @@ from jaxft.models.decoders.files import with_prefix
 from jaxft.models.pipelines import janus
 from jaxft.models.pipelines.janus import Janus, JanusConfig
 from jaxft.tasks.common.tokenizers import load_tokenizer
-from jaxft.tasks.image_tokens.image_codes import ImageTokenizer, unit_rows
-from jaxft.tasks.image_tokens.image_layout import CAPTION, check_tokenizer, row_length
+from jaxft.tasks.image_tokens.layout import CAPTION, check_tokenizer, row_length
 from jaxft.tasks.image_tokens.options import ImageTokenOptions
+from jaxft.tasks.image_tokens.tokenizer import ImageTokenizer, unit_rows
 from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.folders import janus_original as janus_layout
 from jaxft.weights.folders.diffusers import Renamed, open_component

@@ -18,11 +18,11 @@ from jaxft.core.errors import UserError
 from jaxft.data.cache import ArrayCache
 from jaxft.data.images.dataset import ImageSet
 from jaxft.data.sources.images import open_images
-from jaxft.tasks.image_tokens import image_codes
 from jaxft.tasks.image_tokens import rows as row_module
-from jaxft.tasks.image_tokens.image_codes import ImageTokenizer, open_tokenizer
-from jaxft.tasks.image_tokens.image_layout import extended
+from jaxft.tasks.image_tokens import tokenizer
+from jaxft.tasks.image_tokens.layout import extended
 from jaxft.tasks.image_tokens.rows import CodeRows
+from jaxft.tasks.image_tokens.tokenizer import ImageTokenizer, open_tokenizer
 from tests.tiny_autoencoders import make_janus, make_vqmodel
 from tests.tiny_image_tokens import CODES, GRID, SIZE, make_pictures
 
@@ -148,7 +148,7 @@ def test_memory_is_that_of_a_batch(work, make_rows, vq, monkeypatch):
     def encode(self, pixels):
         sizes.append(len(pixels))
         shape = len(pixels), GRID, GRID
-        return image_codes.CodedPictures(np.zeros(shape, int), pixels, *np.zeros((2, len(pixels))))
+        return tokenizer.CodedPictures(np.zeros(shape, int), pixels, *np.zeros((2, len(pixels))))
 
     monkeypatch.setattr(ImageSet, "__getitem__", counted)
     monkeypatch.setattr(ImageTokenizer, "reconstruct", encode)

@@ -23,8 +23,8 @@ from jaxft import train
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
 from jaxft.tasks import Request
-from jaxft.tasks.image_tokens.image_layout import encode_prompt, null_prompt
-from jaxft.tasks.image_tokens.image_model import open_model
+from jaxft.tasks.image_tokens.layout import encode_prompt, null_prompt
+from jaxft.tasks.image_tokens.opened import open_model
 from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenLoss, TokenSample
 from jaxft.weights import transfer
 from jaxft.weights.files.tensor_files import TensorFiles

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from jaxft.core.errors import UserError
 from jaxft.objectives.codes import train_rows
-from jaxft.tasks.image_tokens import image_layout as layouts
-from jaxft.tasks.image_tokens.image_layout import ImageLayout
+from jaxft.tasks.image_tokens import layout as layouts
+from jaxft.tasks.image_tokens.layout import ImageLayout
 
 SMALL = ImageLayout(10, 10, 11, 12, 13, 14, 5, (2, 3), "{caption}", 4, "f")
 

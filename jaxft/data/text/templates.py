@@ -1,0 +1,68 @@
+"""The fields of a text record, and the prompt and the completion that they become."""
+
+from typing import Any
+
+from jaxft.core.errors import UserError
+
+RECORD_KINDS = (("prompt", "completion"), ("text", "label"), ("text",))
+
+
+def record_kind(record: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The fields that make `record` trainable: the first of RECORD_KINDS that it has."""
+    for kind in RECORD_KINDS:
+        if all(field in record for field in kind):
+            return kind
+    found = ", ".join(map(repr, record)) or "none"
+    raise UserError(
+        f'{where}: found the fields {found}; expected "text", or "prompt" and "completion", '
+        'or "text" and "label"'
+    )
+
+
+def render(
+    record: dict[str, Any], kind: tuple[str, ...], template: str | None, where: str
+) -> tuple[str, str]:
+    """The (prompt, completion) of a record; a plain text is a completion without a prompt."""
+    values = [_text_field(record, field, where) for field in kind]
+    if kind == ("text",):
+        return "", values[0]
+    if kind == ("prompt", "completion"):
+        return values[0], values[1]
+    head, lead, tail = split_template(template)
+    return head.replace("{text}", values[0]), lead + values[1] + tail
+
+
+def _text_field(record: dict[str, Any], field: str, where: str) -> str:
+    if field not in record:
+        raise UserError(f"{where}: field {field!r} is missing; the records before it have it")
+    value = record[field]
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where}: field {field!r} must be a string, found {type(value).__name__} "
+            f"{str(value)[:40]!r}"
+        )
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{where}: field {field!r} has a lone surrogate at character {error.start}: "
+                "write the character itself or its full pair"
+            ) from None
+    return value
+
+
+def split_template(template: str | None) -> tuple[str, str, str]:
+    """A template as (prompt, whitespace before the label, text after the label).
+
+    The whitespace belongs to the completion: tokenizers join it to the label's first word.
+    """
+    template = template or ""
+    head, _, tail = template.partition("{label}")
+    if template.count("{label}") != 1 or head.count("{text}") != 1 or "{text}" in tail:
+        raise UserError(
+            f"template {template!r} must hold {{text}} once and after it {{label}} once, "
+            "such as 'Definition: {text}\\nCategory: {label}'"
+        )
+    prompt = head.rstrip()
+    return prompt, head[len(prompt) :], tail
