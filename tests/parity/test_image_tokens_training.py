@@ -158,7 +158,9 @@ def test_evaluation_is_what_torch_measures(folder, work, tmp_path):
     changes = {"data.eval": f"folder:{work / 'pictures'}", "eval_examples": 11, "batch_size": 8}
     run = runs.open_run(config_of(folder, work, "image", changes))
     with jax.set_mesh(run.mesh):
-        found = run.preview.evaluate(runs.load_params(run), run.mesh).metrics
+        params = runs.load_params(run)
+        run.encode(params)
+        found = run.preview.evaluate(params, run.mesh).metrics
     data = subset(run.held_out, 11, SEED)
     batch = collate([data[i] for i in range(11)], batch_rows=11)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -82,7 +82,7 @@ def test_swapped_geglu_halves_fail_the_unet_alone(folder, tmp_path, monkeypatch,
 
 
 def test_another_epsilon_fails_the_vae(folder, monkeypatch):
-    monkeypatch.setattr("jaxft.models.autoencoders.vae.EPS", 1e-4)
+    monkeypatch.setattr("jaxft.models.autoencoders.vae.VAE_EPS", 1e-4)
     failed = failures(component.check(subject(folder, "vae")).checks)
     assert {f"vae {name}, max relative" for name in ("mean", "logvar", "pictures")} <= failed
     assert "vae round trip, differing tensors" not in failed
