@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.tasks.image_tokens.janus import JanusLayout
+from jaxft.tasks.image_tokens.layout import JanusLayout
 from jaxft.tasks.image_tokens.opened import open_model
 from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
 from tests.tiny_autoencoders import make_vqmodel

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from jaxft.models.decoders.files import with_prefix
 from jaxft.models.pipelines import janus
 from jaxft.models.pipelines.janus import Janus, JanusConfig
 from jaxft.tasks.common.tokenizers import load_tokenizer
-from jaxft.tasks.image_tokens.layout import CAPTION, check_tokenizer, row_length
+from jaxft.tasks.image_tokens.layout import CAPTION, JanusLayout, check_tokenizer, row_length
 from jaxft.tasks.image_tokens.options import ImageTokenOptions
 from jaxft.tasks.image_tokens.tokenizer import ImageTokenizer, unit_rows
 from jaxft.weights.files.tensor_files import Tensors
@@ -37,37 +36,6 @@ JANUS_CODEBOOK = f"{janus.VQ}quantize.embedding.weight"
 JANUS_TABLE = "model.language_model.embed_tokens.weight"
 COLOURS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 GENERATION_MODULES = ("generation_embeddings", "generation_aligner", "generation_head")
-
-
-@dataclass(frozen=True)
-class JanusLayout:
-    """`prompt BOI code_0 …`, codes counted from 0 in a table of their own.
-
-    Without a caption everything between BOS and BOI is pad, and attended to: so the authors draw,
-    and `generate` of transformers.
-    """
-
-    bos: int
-    boi: int
-    pad: int
-    codes: int
-    grid: tuple[int, int]
-    prompt: str
-    max_caption_tokens: int
-    text_vocab: int
-    image_offset: int = 0
-
-    @property
-    def count(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def specials(self) -> dict[str, int]:
-        return {"boi": self.boi, "pad": self.pad}
-
-    def without_caption(self, captions: Any, lengths: Any) -> tuple[Any, Any]:
-        stays = (captions == self.bos) | (captions == self.boi)
-        return captions.__array_namespace__().where(stays, captions, self.pad), lengths
 
 
 class JanusFolder(NamedTuple):

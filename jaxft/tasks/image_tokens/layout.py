@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -22,48 +22,6 @@ LAYOUT_JSON = "imagetoken.json"
 SPECIALS = ("boi", "eoi", "null", "pad")
 CAPTION = "{caption}"
 PROMPT_TOKENS = 64  # tokens of a prompt, where nothing says another number
-
-
-class ImageTokenLayout(Protocol):
-    """What a row of either family is made of; in it code c is the token image_offset + c.
-
-    text_vocab: the ids that a prompt may hold are below it. grid: rows and columns of codes,
-    row-major. prompt: the template of a caption. max_caption_tokens: of the prompt, BOI not
-    counted. specials: the ids that mean no text.
-    """
-
-    @property
-    def text_vocab(self) -> int: ...
-    @property
-    def boi(self) -> int: ...
-    @property
-    def pad(self) -> int: ...
-    @property
-    def image_offset(self) -> int: ...
-    @property
-    def codes(self) -> int: ...
-    @property
-    def grid(self) -> tuple[int, int]: ...
-    @property
-    def count(self) -> int: ...
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def max_caption_tokens(self) -> int: ...
-    @property
-    def specials(self) -> dict[str, int]: ...
-
-    def without_caption(self, captions: Any, lengths: Any) -> tuple[Any, Any]:
-        """What stands for prompts [B, C] of so many ids [B] where there is no caption.
-
-        Of jax's arrays or of numpy's, in kind: one prompt that is to be drawn is no device's work.
-        """
-        ...
-
-
-def row_length(layout: ImageTokenLayout) -> int:
-    """The most tokens that the model sees of a row: the last code is only a target."""
-    return layout.max_caption_tokens + layout.count
 
 
 @dataclass(frozen=True)
@@ -100,7 +58,10 @@ class ImageLayout:
         return {name: getattr(self, name) for name in SPECIALS}
 
     def without_caption(self, captions: Any, lengths: Any) -> tuple[Any, Any]:
-        """NULL alone."""
+        """Return NULL alone in place of prompts [B, C] of `lengths` [B] ids.
+
+        Arrays of JAX and of NumPy are answered in kind: one prompt is no work for a device.
+        """
         xp = captions.__array_namespace__()
         null = xp.full_like(captions[0], self.pad)
         null = xp.where(xp.arange(len(null)) == 0, self.null, null)
@@ -108,6 +69,48 @@ class ImageLayout:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class JanusLayout:
+    """`prompt BOI code_0 …`, codes counted from 0 in a table of their own.
+
+    Without a caption everything between BOS and BOI is pad, and attended to: so the authors draw,
+    and `generate` of transformers.
+    """
+
+    bos: int
+    boi: int
+    pad: int
+    codes: int
+    grid: tuple[int, int]
+    prompt: str
+    max_caption_tokens: int
+    text_vocab: int
+    image_offset: int = 0
+
+    @property
+    def count(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def specials(self) -> dict[str, int]:
+        return {"boi": self.boi, "pad": self.pad}
+
+    def without_caption(self, captions: Any, lengths: Any) -> tuple[Any, Any]:
+        stays = (captions == self.bos) | (captions == self.boi)
+        return captions.__array_namespace__().where(stays, captions, self.pad), lengths
+
+
+# The layout of a row in either family. Code c is the token image_offset + c. Ids below text_vocab
+# may stand in a prompt. `prompt` is the template of a caption, and max_caption_tokens bounds the
+# filled template without BOI.
+ImageTokenLayout = ImageLayout | JanusLayout
+
+
+def row_length(layout: ImageTokenLayout) -> int:
+    """The most tokens that the model sees of a row: the last code is only a target."""
+    return layout.max_caption_tokens + layout.count
 
 
 def extended(text_vocab: int, codes: int, grid: tuple[int, int], vq: str) -> ImageLayout:

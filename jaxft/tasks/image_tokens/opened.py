@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,15 +18,14 @@ from jaxft.data.images.dataset import CORNERS
 from jaxft.models import registry
 from jaxft.models.decoders.config import DecoderConfig
 from jaxft.models.decoders.files import as_decoder
-from jaxft.models.pipelines.image_decode import Speaker, Unified
+from jaxft.models.pipelines.image_decode import Unified
 from jaxft.models.registry import Architecture
 from jaxft.nn import lora
 from jaxft.tasks.common.tokenizers import load_tokenizer
-from jaxft.tasks.image_tokens.janus import is_janus, open_janus
+from jaxft.tasks.image_tokens.janus import JanusFolder, is_janus, open_janus
 from jaxft.tasks.image_tokens.layout import (
     LAYOUT_JSON,
     ImageLayout,
-    ImageTokenLayout,
     check_tokenizer,
     encode_prompt,
     extended,
@@ -42,48 +41,6 @@ from jaxft.weights.graft import Grafted
 from jaxft.weights.transfer import Part
 
 TABLES = (TABLE, HEAD)  # a row an id
-
-
-class ImageModel(Protocol):
-    """A folder of either family, opened: all that the families do not share.
-
-    `about` says in a few words where codes live and what stands for no caption.
-    """
-
-    @property
-    def source(self) -> Source: ...
-    @property
-    def cfg(self) -> DecoderConfig: ...
-    @property
-    def layout(self) -> ImageTokenLayout: ...
-    @property
-    def vq(self) -> ImageTokenizer: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def part(self) -> Part: ...
-    @property
-    def about(self) -> str: ...
-
-    def build(self, key: jax.Array) -> nnx.Module:
-        """The parameters that a step touches, drawn."""
-        ...
-
-    def speaker(self, model: Any) -> Speaker:
-        """What `build` made, as losses and samplers use it."""
-        ...
-
-    def flops_per_token(self, length: int) -> float:
-        """Forward, of a token in a row of so many."""
-        ...
-
-    def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
-        """All that an export holds beside the weights of `part`."""
-        ...
-
-    def original_files(self, dtype: str | None) -> dict[str, Path | bytes]:
-        """The same in the layout of the model's authors; UserError where that is no other."""
-        ...
 
 
 class UnifiedModel(NamedTuple):
@@ -132,6 +89,9 @@ class UnifiedModel(NamedTuple):
             f"export.kind='original' is the layout of Janus's authors, and {self.source.name} is of"
             " family N; use export.kind='folder'"
         )
+
+
+ImageModel = UnifiedModel | JanusFolder  # a folder of either family, opened
 
 
 def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) -> ImageModel:
