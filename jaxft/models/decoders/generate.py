@@ -35,8 +35,9 @@ def generate(
 ) -> tuple[Int[Array, "B M"], Int[Array, " B"]]:
     """Continue left-padded prompts (segment 0 on the padding) by up to `max_new` tokens.
 
-    `keys` holds one PRNG key a row. Returns (tokens [B, max_new], lengths [B]). A row stops at the
-    first of `stop_ids`, which its length counts. Past its length a row repeats that id.
+    keys: one PRNG key a row.
+    Returns: (tokens [B, max_new], lengths [B]). A row stops at the first of `stop_ids`, which its
+    length counts. Past its length a row repeats that id.
     """
     rows, prompt = tokens.shape
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)

@@ -83,7 +83,7 @@ CLASSES = {
 def read(config: Mapping[str, Any]) -> DecoderConfig:
     """Read the config.json of one of these families, as transformers 5 reads it.
 
-    Raises UserError for another architecture, and for values that no layer here computes.
+    Raises: UserError for another architecture, and for values that no layer here computes.
     """
     check_causal(config)
     kind = _kind(config)
@@ -111,12 +111,12 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
 def _kind(config: Mapping[str, Any]) -> str:
     """Return the model_type of the class that AutoModelForCausalLM builds."""
     kind = str(config["model_type"])
-    # transformers takes Ministral's class for a mistral that lists layer types, even for null.
+    # transformers builds Ministral's class for a mistral with layer_types, even if that is null.
     return "ministral" if kind == "mistral" and "layer_types" in config else kind
 
 
 def _rotary(c: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Return for each layer whether it rotates: SmolLM 3 leaves every fourth without positions."""
+    """Return True for each layer with rope. In SmolLM 3 every fourth layer has no positions."""
     count = c["num_hidden_layers"]
     if "no_rope_layers" not in c:
         return (True,) * count
@@ -134,12 +134,12 @@ def sizes(cfg: DecoderConfig) -> dict[str, int]:
 
 
 def ignore(cfg: DecoderConfig) -> tuple[str, ...]:
-    """Return the tensors that old files hold but no model reads."""
+    """Return regexes of tensors in old files that no model reads."""
     return (r".*rotary_emb\.inv_freq", *((r"lm_head\.weight",) if cfg.tied else ()))
 
 
 def drop(cfg: DecoderConfig) -> tuple[str, ...]:
-    """Return the tensors that training would leave stale: a copy of a tied table."""
+    """Return the tensors that training would make stale: a copy of a tied table."""
     return ("lm_head.weight",) if cfg.tied else ()
 
 

@@ -1,4 +1,4 @@
-"""Qwen 2, 2.5 and 3: config.json and registration; their tensors have Llama's names."""
+"""Qwen 2, 2.5 and 3: config.json and registration. Their tensors have Llama's names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -40,7 +40,7 @@ CLASSES = {"qwen2": "Qwen2", "qwen3": "Qwen3"}
 def read(config: Mapping[str, Any]) -> DecoderConfig:
     """Read the config.json of Qwen 2 or 3, as transformers 5 reads it.
 
-    Raises UserError for another architecture, and for values that no layer here computes.
+    Raises: UserError for another architecture, and for values that no layer here computes.
     """
     check_causal(config)
     kind = config["model_type"]
