@@ -164,6 +164,7 @@ def _backward(
     share = dout.astype(jnp.float32) / total  # [B, K, G, T, H]
     mean = jnp.matmul(share * out, jnp.ones((out.shape[-1], 1)), precision="highest")
     with_ones, right = _sums_by_product(q), _values(q, wide.v)
+    # With ones, the product below subtracts `mean` too: left and right have one column more.
     left = jnp.concatenate([share, -mean], -1) if with_ones else share
     inputs = (q, queries, left.astype(q.dtype), mean, top)
 
@@ -261,7 +262,7 @@ def _over_queries(
     if device().platform != "cpu":
         return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
     made = jax.lax.dot_general(y, x, dims, preferred_element_type=jnp.float32)  # [B, K, H, S]
-    return jax.lax.optimization_barrier(made).swapaxes(2, 3)
+    return jax.lax.optimization_barrier(made).swapaxes(2, 3)  # [B, K, S, H]
 
 
 def _over_blocks(block: Callable, carry: Any, inputs: tuple, span: Span) -> tuple[Any, Any]:

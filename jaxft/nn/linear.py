@@ -46,6 +46,7 @@ class Linear(nnx.Module):
         )
         out_axes = axes[len(in_shape) :]
         self.bias = nnx.data(nnx.Param(jnp.zeros(out_shape), axes=out_axes) if bias else None)
+        # The slots of an adapter, which `lora.add` fills. nnx.data lets None become a parameter.
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.adapter = Adapter(1.0)
@@ -108,7 +109,7 @@ def dropout(
     def kept(key: PRNGKeyArray) -> Array:
         return jax.random.bernoulli(jax.random.fold_in(key, adapter.stream), keep, x.shape[1:])
 
-    return jnp.where(jax.vmap(kept)(keys), x / keep, 0).astype(x.dtype)
+    return jnp.where(jax.vmap(kept)(keys), x / keep, 0).astype(x.dtype)  # [B, ...]
 
 
 class Embedding(nnx.Module):

@@ -49,6 +49,7 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
             f"lora.targets={cfg.targets!r} matches no projection; there are: {', '.join(alike)}"
         )
     for path in chosen:
+        # A key by path: the start of an adapter does not depend on the other targets.
         _attach(linears[path], cfg, jax.random.fold_in(key, crc32(path.encode())), path)
 
 
@@ -62,7 +63,7 @@ def _attach(linear: Any, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
     """Add A [*lead, *ins, r] and B [*lead, r, *outs] to a kernel [*lead, *ins, *outs]."""
     axes = linear.kernel.get_metadata()["axes"]
     shape, n = linear.kernel.shape, linear.inputs
-    lead = shape[: len(shape) - len(axes)]
+    lead = shape[: len(shape) - len(axes)]  # (L,) of a stacked kernel, else ()
     ins, outs = shape[len(lead) : len(lead) + n], shape[len(lead) + n :]
     bound = 1 / sqrt(prod(ins))
     a = jax.random.uniform(key, (*lead, *ins, cfg.rank), minval=-bound, maxval=bound)
@@ -106,4 +107,4 @@ def delta(a: np.ndarray, b: np.ndarray, factor: float) -> np.ndarray:
 
     a: [*ins, r], for a convolution [size, size, in, r]. b: [r, *outs].
     """
-    return factor * np.tensordot(a.astype(np.float32), b.astype(np.float32), 1)
+    return factor * np.tensordot(a.astype(np.float32), b.astype(np.float32), 1)  # [*ins, *outs]

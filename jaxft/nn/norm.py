@@ -72,5 +72,6 @@ class GroupNorm(nnx.Module):
         and channels of a group.
         """
         channels = jnp.mean(x, axis=(1, 2)).reshape(len(x), self.groups, -1)  # [B, groups, .]
-        means = jnp.broadcast_to(jnp.mean(channels, axis=-1, keepdims=True), channels.shape)
+        means = jnp.mean(channels, axis=-1, keepdims=True)  # [B, groups, 1]
+        means = jnp.broadcast_to(means, channels.shape)
         return means.reshape(len(x), 1, 1, -1)  # [B, 1, 1, C]

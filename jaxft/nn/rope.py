@@ -132,7 +132,7 @@ def rotate(
 
 
 def _scaled(kind: str, rope: Mapping[str, Any], head_dim: int) -> Rope:
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)  # [half]
     # theta^(2i/H). The power in fp64, rounded once, is closest to torch's fp32 power.
     periods = np.power(float(rope["rope_theta"]), exponents.astype(np.float64)).astype(np.float32)
     inv_freq, scale, beyond = np.float32(1) / periods, 1.0, None
@@ -171,6 +171,7 @@ def _yarn(periods: np.ndarray, rope: Mapping[str, Any], dim: int) -> tuple[np.nd
     original, factor = rope[ORIGINAL], rope["factor"] or rope["longest"] / rope[ORIGINAL]
 
     def boundary(rotations: float) -> float:
+        # The index of the frequency that makes so many rotations over the original length.
         turns = original / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(rope["rope_theta"]))
 
@@ -179,7 +180,8 @@ def _yarn(periods: np.ndarray, rope: Mapping[str, Any], dim: int) -> tuple[np.nd
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     width = (high - low) or 0.001
-    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / width, 0, 1)
+    # 0 for fast rotations, which are kept, to 1 for slow ones, which are divided by the factor.
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / width, 0, 1)  # [half]
     inv_freq = ramp / (factor * periods) + (1 - ramp) / periods
     return inv_freq, _attention_factor(rope, factor)
 

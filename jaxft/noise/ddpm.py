@@ -39,7 +39,7 @@ class DDPM:
         # up to `steps`, which is no timestep.
         steps = self.schedule.train_steps
         bounds = jnp.asarray(np.arange(1, steps) / steps, jnp.float32)
-        draws = jax.vmap(jax.random.uniform)(keys)
+        draws = jax.vmap(jax.random.uniform)(keys)  # [B]
         return jnp.searchsorted(bounds, draws, side="right").astype(jnp.int32)
 
     def rates(self, t: Int[Array, "B"]) -> Rates:

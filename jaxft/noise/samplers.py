@@ -112,7 +112,7 @@ def guide_edit(
 def _rescaled(guided: Array, cond: Array, rescale: float | Array) -> Array:
     # Without the bound, outputs of zero spread (an untrained model) would give 0 / 0.
     spread = jnp.maximum(jnp.std(guided, axis=(1, 2, 3), keepdims=True), 1e-12)
-    ratio = jnp.std(cond, axis=(1, 2, 3), keepdims=True) / spread
+    ratio = jnp.std(cond, axis=(1, 2, 3), keepdims=True) / spread  # [B, 1, 1, 1]
     return guided * (rescale * ratio + (1.0 - rescale))
 
 
@@ -123,6 +123,7 @@ def ddim(schedule: Schedule, steps: int) -> Sampler:
     """
     times = _times(schedule, steps, schedule.spacing or "leading", extra=0)
     t = times.round().astype(int)
+    # As in diffusers, a step goes back by a fixed number of timesteps, whatever the spacing is.
     before, bar = t - schedule.train_steps // steps, schedule.alphas_bar
     last = 1.0 if schedule.set_alpha_to_one else bar[0]
     next_bar = np.where(before >= 0, bar[before.clip(0)], last)
@@ -145,6 +146,7 @@ def euler(schedule: Schedule, steps: int) -> Sampler:
     times = _times(schedule, steps, spacing, extra=0)
     sigma = _sigmas(schedule, times)
     now, ratio = sigma[:-1], sigma[1:] / sigma[:-1]  # [steps]
+    # The model gets x0 + sigma noise divided by `length`, as in training: DDPM's latents.
     length = np.sqrt(now**2 + 1.0)
     x0_x, x0_out = _x0_of_sigma_space(schedule, now)
     zero = np.zeros(steps)
@@ -165,6 +167,7 @@ def dpm_solver(schedule: Schedule, steps: int) -> Sampler:
     x0_x, x0_out = _x0_of_sigma_space(schedule, now)
     second = np.zeros(steps)  # h / (2 h_before), with h = log(sigma / next sigma)
     second[1:-1] = np.log(ratio[1:-1]) / np.log(ratio[:-2]) / 2.0
+    # The first step has no step before it. The last is of first order in these cases.
     first_order_end = schedule.euler_at_final or schedule.final_sigma == "zero"
     if not (first_order_end or (schedule.lower_order_final and steps < 15)) and steps > 1:
         second[-1] = np.log(ratio[-1]) / np.log(ratio[-2]) / 2.0
@@ -226,7 +229,7 @@ def _sigmas(schedule: Schedule, times: np.ndarray) -> np.ndarray:
             f"{FILE}: {', '.join(schedule.bent)} is not supported by this sampler;"
             " take sample.sampler=ddim, which has no such setting"
         )
-    bar = np.maximum(schedule.alphas_bar, TINY if schedule.zero_snr else 0.0)
+    bar = np.maximum(schedule.alphas_bar, TINY if schedule.zero_snr else 0.0)  # [train_steps]
     sigmas = np.sqrt((1.0 - bar) / bar)
     last = 0.0 if schedule.final_sigma == "zero" else sigmas[0]
     return np.append(np.interp(times, np.arange(len(sigmas)), sigmas), last)

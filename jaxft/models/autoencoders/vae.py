@@ -71,7 +71,7 @@ def sample(moments: Moments, keys: PRNGKeyArray) -> Float[Array, "B Y X C"]:
     keys: one a row, so that the noise of a row does not depend on its batch.
     """
     shape = moments.mean.shape[1:]
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)  # [B, Y, X, C]
     return moments.mean + jnp.exp(0.5 * moments.logvar) * noise
 
 
@@ -113,7 +113,7 @@ class VAEDownBlock(nnx.Module):
     def __init__(self, cfg: Levels, level: int, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 2 * cfg.layers + 1)
         before, width = cfg.widths[max(level - 1, 0)], cfg.widths[level]
-        inputs = [before] + [width] * (cfg.layers - 1)
+        inputs = [before] + [width] * (cfg.layers - 1)  # channels of each resnet
         self.resnets = nnx.List(
             [_resnet(cfg, one, width, key=k) for one, k in zip(inputs, keys, strict=False)]
         )
@@ -139,10 +139,11 @@ class VAEUpBlock(nnx.Module):
     def __init__(self, cfg: Levels, level: int, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 2 * cfg.layers + 3)
         before, width = cfg.widths[min(level + 1, len(cfg.widths) - 1)], cfg.widths[level]
-        inputs = [before] + [width] * cfg.layers
+        inputs = [before] + [width] * cfg.layers  # channels of each resnet
         self.resnets = nnx.List(
             [_resnet(cfg, one, width, key=k) for one, k in zip(inputs, keys, strict=False)]
         )
+        # The config lists up blocks in their order, which begins with the smallest images.
         rest = keys[cfg.layers + 2 :] if cfg.up_attends[-1 - level] else ()
         self.attentions = nnx.List([PixelAttention(width, cfg.groups, key=k) for k in rest])
         up = [] if level == 0 else [Upsample(width, key=keys[cfg.layers + 1])]
@@ -271,6 +272,7 @@ def sizes(cfg: VAEConfig) -> dict[str, int]:
 _CONV, _DENSE, _DENSE_OF_CONV = "o i y x -> y x i o", "o i -> i o", "o i 1 1 -> i o"
 # Names of attention's projections in diffusers before 0.12, and in the hub's SD 1 and 2 even today.
 _OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out"}
+# A tensor has only one rule whose path is a parameter of the model, although several keys match.
 RULES = (
     Rule("{p}.to_out.0.weight", "{p}.to_out.kernel", _DENSE),
     Rule("{p}.to_out.0.bias", "{p}.to_out.bias"),

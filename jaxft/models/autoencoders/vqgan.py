@@ -51,12 +51,12 @@ class Codebook(nnx.Module):
         # |z - e|^2 without |z|^2, which does not depend on e. Rounded products would flip codes.
         precise = jax.lax.Precision.HIGHEST
         products = jnp.einsum("byxc,kc->byxk", z, table, precision=precise)  # [B, Y, X, K]
-        distances = jnp.sum(jnp.square(table), axis=-1) - 2 * products
+        distances = jnp.sum(jnp.square(table), axis=-1) - 2 * products  # [B, Y, X, K]
         return jnp.argmin(distances, axis=-1).astype(jnp.int32)
 
     def __call__(self, codes: Int[Array, "B Y X"], *, unit: bool) -> Float[Array, "B Y X C"]:
         """Return the rows of the codes in fp32, scaled to unit length if `unit`."""
-        rows = gather_rows(self.embedding[...].astype(jnp.float32), codes)
+        rows = gather_rows(self.embedding[...].astype(jnp.float32), codes)  # [B, Y, X, C]
         return normalised(rows) if unit else rows
 
 
@@ -159,7 +159,7 @@ def unit_codebook(cfg: VQConfig, table: Float[Array, "K C"]) -> Float[Array, "K 
     transformers compares with the stored rows, so it finds the same codes only if they have unit
     length. If all rows already have it within UNIT_TOLERANCE, the table is returned unchanged.
     """
-    lengths = jnp.linalg.norm(table, axis=-1)
+    lengths = jnp.linalg.norm(table, axis=-1)  # [K]
     if not cfg.l2 or bool(jnp.all(jnp.abs(lengths - 1) < UNIT_TOLERANCE)):
         return table
     return normalised(table)

@@ -164,7 +164,7 @@ class EfficientNetLite0(nnx.Module):
 
     def pooled(self, images: Float[Array, "B Y X C"]) -> Float[Array, "B F"]:
         """Return features [B, 1280] of images, resized to the size that it was trained on."""
-        return jnp.mean(self.features(resized(images)), axis=(1, 2))
+        return jnp.mean(self.features(resized(images)), axis=(1, 2))  # [B, 1280]
 
 
 def resized(images: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 C"]:

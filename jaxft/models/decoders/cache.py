@@ -29,7 +29,7 @@ def init_cache(
 
     unstacked: the layers are a tuple of arrays instead of one array.
     """
-    one = jnp.zeros((batch, cfg.num_kv_heads, length, cfg.head_dim), dtype)
+    one = jnp.zeros((batch, cfg.num_kv_heads, length, cfg.head_dim), dtype)  # [B, K, S, H]
     empty = (one,) * cfg.num_layers if unstacked else jnp.stack([one] * cfg.num_layers)
     return Cache(empty, empty, jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
 
@@ -65,8 +65,8 @@ def default_positions(
     """Return 0, 1, …, or after a cache the count of real tokens that a row already has."""
     if cache is None or segments is None:
         return jnp.arange(length, dtype=jnp.int32)[None]
-    counted = jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32) - 1
-    return jax.lax.dynamic_slice_in_dim(counted, cache.index, length, axis=1)
+    counted = jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32) - 1  # [B, S]
+    return jax.lax.dynamic_slice_in_dim(counted, cache.index, length, axis=1)  # [B, T]
 
 
 def append(
@@ -84,7 +84,7 @@ def append(
 
     def write(old: Array, new: Array) -> Array:
         new, start = new.swapaxes(1, 2).astype(old.dtype), (0, 0, index, 0)  # [B, K, T, H]
-        if old.ndim == new.ndim:
+        if old.ndim == new.ndim:  # the layer alone, [B, K, S, H]
             return jax.lax.dynamic_update_slice(old, new, start)
         return jax.lax.dynamic_update_slice(old, new[None], (layer, *start))
 

@@ -77,7 +77,7 @@ class Attention(nnx.Module):
             q_segments=context.q_segments,
             kv_segments=context.kv_segments,
             window=spec.window,
-        )
+        )  # [B, T, N, H]
         return self.o_proj(out, keys), memory
 
 
@@ -136,8 +136,9 @@ class Block(nnx.Module):
 
         layer: the index of this layer, for the cache and for the PRNG keys of its dropout.
         """
-        x = checkpoint_name(x, "block_input")
+        x = checkpoint_name(x, "block_input")  # for the remat policy "offload"
         if keys is not None:
+            # The layers of a scan share the keys, but not their dropout masks.
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
         normed = _normed(self.input_layernorm, x)
         attended, memory = self.self_attn(normed, spec, layer, context, memory, keys)
@@ -168,7 +169,7 @@ class Decoder(nnx.Module):
         self.cfg = cfg
         self.embed_tokens = Embedding(v, d, key=embed, std=std)
         keys = jax.random.split(layers, cfg.num_layers)
-        self.layers = jax.vmap(lambda key: Block(cfg, key=key))(keys)
+        self.layers = jax.vmap(lambda key: Block(cfg, key=key))(keys)  # leaves [L, ...]
         self.norm = RMSNorm(d, eps=cfg.rms_norm_eps)
         untied = None if cfg.tied else Linear((d,), (v,), ("embed", "vocab"), key=head, std=std)
         self.lm_head = nnx.data(untied)
@@ -206,11 +207,12 @@ class Decoder(nnx.Module):
         dropout and remat.
         Raises: ValueError for another remat, and for both or none of tokens and embeds.
         """
-        x = self._embed(tokens, embeds, dtype)
+        x = self._embed(tokens, embeds, dtype)  # [B, T, D]
         q_segments, kv_segments, cache = place(cache, segment_ids, x.shape)
         if positions is None:
             positions = default_positions(kv_segments, cache, x.shape[1])
         index = jnp.int32(0) if cache is None else cache.index
+        # The angles of all kinds of rope are computed once, and every layer picks its own.
         angles = tuple(
             rope.cos_sin(positions, rope.frequencies(one, positions), one.scale)
             for one in self.cfg.ropes
@@ -297,8 +299,8 @@ class Decoder(nnx.Module):
         It is a tied table [V, D], or a kernel [D, V]. With an adapter it is [D + r, V].
         """
         if self.lm_head is None:
-            return self.embed_tokens.embedding[...], True
-        return self.lm_head.wide_kernel(), False
+            return self.embed_tokens.embedding[...], True  # [V, D]
+        return self.lm_head.wide_kernel(), False  # [D, V] or [D + r, V]
 
     def features(
         self, hidden: Float[Array, "... D"], keys: PRNGKeyArray | None = None
@@ -350,9 +352,11 @@ def flops_per_token(cfg: DecoderConfig, seq_len: int) -> float:
     A causal token attends to (seq_len + 1) / 2 keys on average, and at most to its window.
     """
     d, n, k, h = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    # q, o, k and v projections, and the three matrices of the MLP.
     weights = d * h * (2 * n + 2 * k) + 3 * d * cfg.intermediate_size
     attended = 0.0
     for layer in cfg.layers:
         w = min(layer.window or seq_len, seq_len)
-        attended += w - w * (w - 1) / (2 * seq_len)
+        attended += w - w * (w - 1) / (2 * seq_len)  # the first w - 1 tokens have fewer keys
+    # Each key costs a product with q and one with its weight: 4 n h.
     return 2.0 * (cfg.num_layers * weights + d * cfg.vocab_size) + 4.0 * n * h * attended

@@ -147,6 +147,7 @@ TARGETS = r".*self_attn\.[qkvo]_proj"
 _T, _J = "model.layers.{i}.self_attn.", "layers.self_attn."
 RULES = (
     Rule("model.embed_tokens.weight", "embed_tokens.embedding"),
+    # {p} is input_layer or post_attention_layer, and in Qwen 3 also self_attn.q_ or self_attn.k_.
     Rule("model.layers.{i}.{p}norm.weight", "layers.{p}norm.scale"),
     Rule(_T + "q_proj.weight", _J + "q_proj.kernel", "(n h) d -> d n h"),
     Rule(_T + "k_proj.weight", _J + "k_proj.kernel", "(k h) d -> d k h"),

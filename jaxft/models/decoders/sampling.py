@@ -26,7 +26,7 @@ def pick(logits: Float[Array, "B V"], keys: PRNGKeyArray, how: Sampling) -> Int[
         return jnp.argmax(logits, axis=-1)
     logits = logits.astype(jnp.float32) / how.temperature
     if how.top_k:
-        kth = jax.lax.top_k(logits, min(how.top_k, logits.shape[-1]))[0][:, -1:]
+        kth = jax.lax.top_k(logits, min(how.top_k, logits.shape[-1]))[0][:, -1:]  # [B, 1]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if how.top_p < 1:
         # The most likely tokens stay until their mass passes top_p. At least one stays.

@@ -62,7 +62,8 @@ class UNetAttention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         q, k, v = self.to_q(x, keys), self.to_k(context, keys), self.to_v(context, keys)
         q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))  # [B, T|S, N, H]
-        return self.to_out(attention(q, k, v, causal=False).reshape(x.shape), keys)
+        out = attention(q, k, v, causal=False).reshape(x.shape)  # [B, T, D]
+        return self.to_out(out, keys)
 
 
 class FeedForward(nnx.Module):
@@ -116,7 +117,7 @@ class Transformer2D(nnx.Module):
         self.proj_in = dense(dim, dim, key=first)
         self.transformer_blocks = jax.vmap(
             lambda key: TransformerBlock(dim, cfg.context_dims[level], cfg.heads[level], key=key)
-        )(jax.random.split(second, depth))
+        )(jax.random.split(second, depth))  # leaves [depth, ...]
         self.proj_out = dense(dim, dim, key=third)
         self.depth = depth
 
@@ -128,6 +129,7 @@ class Transformer2D(nnx.Module):
             block, index = layer
             keys = shared.keys
             if keys is not None:
+                # The layers of a scan share the keys, but not their dropout masks.
                 keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
             return shared.run(block, tokens, shared.context, keys), None
 
@@ -143,6 +145,7 @@ class DownBlock(nnx.Module):
     def __init__(self, cfg: UNetConfig, level: int, *, key: PRNGKeyArray):
         keys, width = _stream(key), cfg.channels[level]
         count, last = cfg.layers[level], level == len(cfg.channels) - 1
+        # Input channels of the resnets. The first one gets the output of the level before.
         inputs = [cfg.channels[max(level - 1, 0)], *[width] * (count - 1)]
         self.resnets = nnx.List([_resnet(cfg, n, width, next(keys)) for n in inputs])
         attending = range(count if cfg.down_attends[level] else 0)
@@ -185,10 +188,13 @@ class UpBlock(nnx.Module):
     def __init__(self, cfg: UNetConfig, level: int, *, key: PRNGKeyArray):
         keys, width = _stream(key), cfg.channels[level]
         count, top = cfg.layers[level] + 1, len(cfg.channels) - 1
+        # The input of a resnet is the output before it, concatenated with a skip. The last skip of
+        # a level was the input of the same level on the way down.
         before = [cfg.channels[min(level + 1, top)], *[width] * (count - 1)]
         skips = [*[width] * (count - 1), cfg.channels[max(level - 1, 0)]]
         inputs = [x + skip for x, skip in zip(before, skips, strict=True)]
         self.resnets = nnx.List([_resnet(cfg, n, width, next(keys)) for n in inputs])
+        # The config lists up blocks in their order, which begins with the smallest images.
         attending = range(count if cfg.up_attends[top - level] else 0)
         self.attentions = nnx.List([Transformer2D(cfg, level, key=next(keys)) for _ in attending])
         self.upsamplers = nnx.List([Upsample(width, key=next(keys))] if level else [])
@@ -274,7 +280,7 @@ class UNet(nnx.Module):
         x = self.mid_block(x, shared)
         for block in self.up_blocks:
             x = block(x, skips, shared)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)), keys)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)), keys)  # [B, Y, X, F]
 
     def _time(
         self, timesteps: Array, added: Added | None, dtype: Any, keys: PRNGKeyArray | None
@@ -289,7 +295,7 @@ class UNet(nnx.Module):
                 numbers, dim, cos_first=cfg.cos_first, freq_shift=cfg.freq_shift
             )
 
-        time = self.time_embedding(embed(timesteps, cfg.channels[0]).astype(dtype), keys)
+        time = self.time_embedding(embed(timesteps, cfg.channels[0]).astype(dtype), keys)  # [B, D]
         if added is not None and self.add_embedding is not None and cfg.added_time_dim:
             text, ids = added
             ids = embed(ids, cfg.added_time_dim).reshape(len(ids), -1)  # [B, 6 added_time_dim]
@@ -318,6 +324,7 @@ def rules(cfg: UNetConfig) -> tuple[Rule, ...]:
 
 _CONV, _DENSE = "o i y x -> y x i o", "o i -> i o"
 _T, _J = "{p}.transformer_blocks.{i}.", "{p}.transformer_blocks."
+# A tensor has only one rule whose path is a parameter of the model, although several keys match.
 RULES = (
     Rule("{p}.weight", "{p}.scale"),
     Rule("{p}.bias", "{p}.bias"),

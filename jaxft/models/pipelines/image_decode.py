@@ -106,7 +106,7 @@ class Unified(NamedTuple):
         matrix, vocab_first = self.llama.head()
         axis = 0 if vocab_first else 1
         part = jax.lax.slice_in_dim(matrix, self.offset, self.offset + self.codes, axis=axis)
-        kernel = part.T if vocab_first else part
+        kernel = part.T if vocab_first else part  # [D, K] or [D + r, K]
         return lambda hidden: score(self.llama.features(hidden), kernel)
 
 
@@ -143,7 +143,7 @@ def generate_codes(
     Source of the guidance: Ho & Salimans 2022, arXiv:2207.12598.
     """
     llama, scores = speaker.llama, speaker.scorer()
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)  # [R, T], 0 on the padding
     blocks, ends = llama.unstacked(), cache_growth(count)
     step = partial(llama.hidden, blocks=blocks, dtype=dtype)
     cache = init_cache(llama.cfg, len(tokens), tokens.shape[1], dtype, bool(blocks))
@@ -155,12 +155,14 @@ def generate_codes(
         """Return the next code of the B rows, from the last hidden state of all 2 B."""
         with_caption, without = jnp.split(scores(hidden[:, -1]), 2)  # [B, K] each
         mixed = without + guidance * (with_caption - without)
+        # Keys by row and by number of the code: a row's codes do not depend on its batch.
         now = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
         return pick(mixed, now, how).astype(jnp.int32)
 
     def body(carry: tuple[Cache, Array], number: Array) -> tuple[tuple[Cache, Array], Array]:
         cache, code = carry
-        embeds = speaker.embed_codes(jnp.tile(code, 2)[:, None], dtype)
+        # Rows with and without caption continue with the same codes.
+        embeds = speaker.embed_codes(jnp.tile(code, 2)[:, None], dtype)  # [R, 1, D]
         place = positions[:, -1:] + number
         hidden, cache = step(None, place, ones, embeds=embeds, cache=cache)
         assert cache is not None
@@ -173,5 +175,5 @@ def generate_codes(
     for start, end in pairwise([1, *ends]):
         cache = lengthened(cache, tokens.shape[1] + end - 1)
         (cache, code), made = jax.lax.scan(body, (cache, code), jnp.arange(start, end))
-        codes.append(made)
+        codes.append(made)  # [end - start, B]
     return jnp.concatenate(codes).T  # [B, count]

@@ -181,7 +181,9 @@ class Janus(nnx.Module):
         keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
         """Return the embeddings of tokens, which are codes where `images`, and else ids of text."""
-        rows = self.generation_embeddings(jnp.where(images, tokens, 0), dtype)
+        # Both tables are read at every token. The id of the other kind is replaced, since it may be
+        # outside of the table.
+        rows = self.generation_embeddings(jnp.where(images, tokens, 0), dtype)  # [B, T, C]
         codes = self.generation_aligner(rows, keys)
         text = self.language_model.embed_tokens(jnp.where(images, 0, tokens), dtype)
         return jnp.where(images[..., None], codes, text)
@@ -220,6 +222,7 @@ def flops_per_token(cfg: JanusConfig, length: int) -> float:
     The head is that of codes.
     """
     d = cfg.text.hidden_size
+    # The aligner: depth - 1 matrices [D, D] and one [C, D]. The head has one more [D, D].
     own = cfg.depth * d * d + cfg.vq.code_dim * d
     return decoder.flops_per_token(replace(cfg.text, vocab_size=cfg.vq.codes), length) + 2.0 * own
 

@@ -108,7 +108,7 @@ def unet_layout(cfg: UNetConfig) -> LDMLayout:
 
 
 def _unet_blocks(cfg: UNetConfig) -> Iterator[tuple[str, str]]:
-    top, block = len(cfg.channels) - 1, 1
+    top, block = len(cfg.channels) - 1, 1  # input_blocks.0 is conv_in
     for level, count in enumerate(cfg.layers):
         down = f"down_blocks.{level}"
         for i in range(count):
@@ -129,6 +129,7 @@ def _unet_blocks(cfg: UNetConfig) -> Iterator[tuple[str, str]]:
             yield f"{up}.attentions.{i}", f"output_blocks.{block}.1"
             block += 1
         if place < top:
+            # LDM has the upsampler in the last block of a level, after resnet and attention.
             after = 2 if cfg.up_attends[place] else 1
             yield f"{up}.upsamplers.0.conv", f"output_blocks.{block - 1}.{after}.conv"
 

@@ -247,17 +247,18 @@ def generate(
     """
     rows, y, x, _ = noise.shape
     factor = cfg.vae.factor
+    # SDXL's time ids: original size, crop, target size, for a picture that was not cropped.
     size = jnp.array([y * factor, x * factor, 0, 0, y * factor, x * factor], jnp.float32)
     texts, sights = (null, text), (seen, seen)
     if cfg.sees == SOURCE:
         texts, sights = (null, *texts), (jax.tree.map(jnp.zeros_like, seen), *sights)
     every, sight = _stacked(*texts), _stacked(*sights)
-    times_rows = len(texts) * rows
-    ids = jnp.broadcast_to(size, (times_rows, 6))
+    times_rows = len(texts) * rows  # R
+    ids = jnp.broadcast_to(size, (times_rows, 6))  # [R, 6]
 
     def predict(latents: Array, t: Array) -> Array:
-        copies = jnp.concatenate([latents] * len(texts))
-        times = jnp.broadcast_to(t, (times_rows,))
+        copies = jnp.concatenate([latents] * len(texts))  # [R, Y, X, C]
+        times = jnp.broadcast_to(t, (times_rows,))  # [R]
         out = model.predict(copies, times, every, ids, dtype=dtype, seen=sight)
         *first, image, cond = jnp.split(out, len(texts))  # [B, Y, X, C] each
         if not first:

@@ -159,7 +159,7 @@ class CLIPAttention(nnx.Module):
         self.out_proj = Linear(heads, d, (*axes[1:], "embed"), key=keys[3], bias=True)
 
     def __call__(self, x: Float[Array, "B T D"], keys: PRNGKeyArray | None) -> Array:
-        q, k, v = self.q_proj(x, keys), self.k_proj(x, keys), self.v_proj(x, keys)
+        q, k, v = self.q_proj(x, keys), self.k_proj(x, keys), self.v_proj(x, keys)  # [B, T, N, H]
         return self.out_proj(attention(q, k, v, causal=True), keys)
 
 
@@ -215,7 +215,7 @@ class CLIPText(nnx.Module):
             self.inversion = nnx.data(SmallTable(cfg.new_tokens, d, key=new))
             mark(self.inversion, NEW_TOKEN_ROLE)
         keys = jax.random.split(layers, cfg.num_layers)
-        self.layers = jax.vmap(lambda key: CLIPLayer(cfg, key=key))(keys)
+        self.layers = jax.vmap(lambda key: CLIPLayer(cfg, key=key))(keys)  # leaves [L, ...]
         self.final_layer_norm = LayerNorm(d, eps=cfg.layer_norm_eps)
         self.text_projection = nnx.data(None)
         if cfg.projection_dim is not None:
@@ -257,7 +257,7 @@ class CLIPText(nnx.Module):
         """Return rows of the vocabulary's table, and for ids after it rows of the new tokens'."""
         if self.inversion is None:
             return self.token_embedding(ids, dtype)
-        number = ids - self.cfg.vocab_size
+        number = ids - self.cfg.vocab_size  # of a new token, negative for the vocabulary
         old = self.token_embedding(jnp.where(number < 0, ids, 0), dtype)
         new = self.inversion(jnp.maximum(number, 0), dtype)
         return jnp.where((number < 0)[..., None], old, new)
@@ -271,6 +271,7 @@ class CLIPText(nnx.Module):
             (x, hidden), (block, number) = carry, xs
             own = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
             x = block(x, own)
+            # A scan runs all layers, so the output of `wanted` is kept on the way.
             return (x, jnp.where(number == wanted, x, hidden)), None
 
         numbers = jnp.arange(1, self.cfg.num_layers + 1)
@@ -282,7 +283,7 @@ class CLIPText(nnx.Module):
         legacy = self.cfg.eos_token_id == LEGACY_EOS
         end = TRUE_EOS if legacy else self.cfg.eos_token_id
         score = ids if self.cfg.takes_highest_id else (ids == end).astype(jnp.int32)
-        place = jnp.argmax(score, axis=-1)
+        place = jnp.argmax(score, axis=-1)  # [B], the first maximum
         pooled = jnp.take_along_axis(last, place[:, None, None], axis=1)[:, 0]  # [B, D]
         return pooled if self.text_projection is None else self.text_projection(pooled, keys)
 
