@@ -297,7 +297,7 @@ def write_sharded(
         places |= _write_header(file, {key: infos[key] for key in keys}, metadata or {})
     for key, value in tensors:
         if key not in places:
-            raise ValueError(f"tensor {key!r} is not in `infos` or was given twice")
+            raise ValueError(f"tensor {key!r} was not announced or came twice")
         place, array = places.pop(key), np.asarray(value, order="C")
         if (array.shape, array.dtype) != (place.shape, place.dtype):
             expected = f"{place.shape} {place.dtype}"

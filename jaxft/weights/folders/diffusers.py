@@ -1,7 +1,4 @@
-"""diffusers folders: configs, weights and side files of a pipeline or component, read and written.
-
-The functions that write return files by relative path, and their callers write them.
-"""
+"""diffusers folders, read and written: configs, weights and side files of pipelines."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,7 +63,7 @@ class Pipeline:
         return self.folder / name
 
     def projects(self, name: str) -> bool | None:
-        """Return True for a CLIPTextModelWithProjection, None if the index has no class for it."""
+        """Return True if a text encoder's class has a projection, None if the index has no class."""
         entry = self.index.get(name)
         return entry[1] == "CLIPTextModelWithProjection" if entry and entry[1] else None
 
