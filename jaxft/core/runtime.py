@@ -176,7 +176,7 @@ def _initialize(launched_by: str) -> None:
             return
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{launched_by} tells of other processes, but they do not meet ({reason});"
+            f"{launched_by} reports other processes, but they do not meet ({reason});"
             f" start all of them, each with {', '.join(CLUSTER)}"
         ) from None
 

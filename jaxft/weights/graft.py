@@ -28,10 +28,11 @@ class Grafted(NamedTuple):
         return ((shape[0] + self.rows, *shape[1:]) if key in self.tables else shape), dtype
 
     def read(self, key: str) -> np.ndarray:
+        """Return one tensor, a table with its new rows [V + rows, D]."""
         table = self.base.read(key)
         if key not in self.tables:
             return table
-        own = table.astype(np.float32)
+        own = table.astype(np.float32)  # [V, D]
         random = np.random.default_rng((self.seed, self.tables.index(key)))
         drawn = random.standard_normal((self.rows, own.shape[1]), np.float32)
         added = own.mean(axis=0) + own.std(axis=0) * drawn

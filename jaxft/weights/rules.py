@@ -225,7 +225,7 @@ def _misshaped(entry: Entry, leaf: Leaf, shapes: Shapes, sizes: Sizes) -> list[s
             lines.append(f"tensor {key} has shape {tuple(shapes[key])}: {error}")
             continue
         if got != want:
-            lines.append(f"tensor {key} {tuple(shapes[key])} gives {got}, the config asks {want}")
+            lines.append(f"tensor {key} {tuple(shapes[key])} gives {got}, but the model has {want}")
     return lines
 
 

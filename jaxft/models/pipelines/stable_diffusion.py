@@ -103,8 +103,8 @@ def _changes(pipeline: Pipeline, prediction: str, zero_snr: bool) -> dict[str, A
     old = {"prediction_type": "epsilon", **pipeline.scheduler}
     if prediction == "epsilon" and old["prediction_type"] == "v_prediction":
         raise UserError(
-            f"prediction='epsilon', but {SCHEDULER} of {pipeline.name} says v_prediction, which is"
-            " what its UNet has learned; leave prediction empty"
+            f"prediction='epsilon', but {SCHEDULER} of {pipeline.name} has v_prediction, by which"
+            " its UNet was trained; leave prediction empty"
         )
     changes: dict[str, Any] = {"prediction_type": prediction} if prediction else {}
     if zero_snr and (prediction or old["prediction_type"]) == "epsilon":

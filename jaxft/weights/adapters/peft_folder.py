@@ -130,10 +130,10 @@ def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter
         what = ", ".join(unsupported) or f"peft_type={config.get('peft_type')}"
         raise UserError(f"{file}: {what} is not supported; plain LoRA adapters are: {MERGE}")
     if gone := [key for key in ("r", "lora_alpha") if not config.get(key)]:
-        raise UserError(f"{file} does not say {', '.join(gone)}; add them to the file")
+        raise UserError(f"{file} has no {', '.join(gone)}; add them to the file")
     base = base or config.get(BASE) or ""
     if not base:
-        raise UserError(f"{file} does not say {BASE}; {GIVE_BASE}")
+        raise UserError(f"{file} has no {BASE}; {GIVE_BASE}")
     beside = folder / base
     if not Path(base).expanduser().exists() and beside.exists():
         base = str(beside.resolve())

@@ -256,6 +256,7 @@ class _Header:
         self.path, self.data, self.at = path, data, 0
 
     def read(self) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+        """Return metadata and tensors by name. Raises: UserError for a damaged file."""
         if bytes(self.data[:4]) != b"GGUF":
             raise UserError(f"{self.path}: not a GGUF file; expected it to start with 'GGUF'")
         self.at = 4

@@ -63,7 +63,7 @@ class Pipeline:
         return self.folder / name
 
     def projects(self, name: str) -> bool | None:
-        """Return True if a text encoder's class has a projection, None if the index has no class."""
+        """Return True if a text encoder's class has a projection, None if the index names none."""
         entry = self.index.get(name)
         return entry[1] == "CLIPTextModelWithProjection" if entry and entry[1] else None
 

@@ -88,7 +88,7 @@ def open_single_file(spec: str, weights: bool = True, prediction: str | None = N
     Each component has all tensors of the file, under the file's keys: `models.pipelines.ldm` gives
     them diffusers' keys. The configs are those of a model_index.json beside the file, else the
     published ones. The tokenizers are beside the file, in tokenizer/ (and tokenizer_2/).
-    `prediction` ("epsilon", "v_prediction") is for SD 2 files, whose tensors do not tell it.
+    `prediction` ("epsilon", "v_prediction") is for SD 2 files, which mostly have no sign of it.
     Raises: UserError for other files, and for a prediction that is missing or contradicted.
     """
     path = Path(spec).expanduser()
@@ -195,14 +195,14 @@ def _prediction(
         found |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if given == "epsilon" and {**scheduler, **found}.get("prediction_type") == "v_prediction":
         raise UserError(
-            f"prediction='epsilon', but {path} says v_prediction, which is what its UNet has"
-            " learned; leave prediction empty"
+            f"prediction='epsilon', but {path} has v_prediction, by which its UNet was trained;"
+            " leave prediction empty"
         )
     if given:
         found["prediction_type"] = given
     if "prediction_type" not in {**scheduler, **found}:
         raise UserError(
-            f"{path}: SD 2 files do not say whether they predict epsilon or v; set "
+            f"{path}: this SD 2 file has no key for its prediction, epsilon or v; set "
             "prediction=v_prediction (768 px models) or prediction=epsilon (the base model)"
         )
     return found
