@@ -49,13 +49,14 @@ def attention(
     if (q_segments is None) != (kv_segments is None):
         raise ValueError("kv_segments needs q_segments: attention stays within a segment")
     aligned = q.shape[1] == k.shape[1]
+    # cuDNN masks by the index of a token, so positions have to be 0, 1, 2, ...
     in_order = causal and aligned and q_positions is None
     if in_order and q_segments is None and not isinstance(window, jax.Array) and cudnn_takes(q):
-        left = None if window is None else (window - 1, 0)
+        left = None if window is None else (window - 1, 0)  # keys before and after the query
         return jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, local_window_size=left, implementation="cudnn"
         )
-    positions = _count(q.shape[1]) if q_positions is None else q_positions
+    positions = _count(q.shape[1]) if q_positions is None else q_positions  # [B or 1, T]
     queries = Coordinates(positions, q_segments)
     keys = Coordinates(positions if aligned else _count(k.shape[1]), kv_segments)
     return blockwise_attention(

@@ -19,6 +19,7 @@ from jaxft.weights.transfer import Part
 
 GROUP = "jaxft.architectures"
 NEAREST = 10  # names in an error
+# Values are imported on use, so that a command imports no other model's module.
 MODEL_TYPES: dict[str, dict[str, str]] = {
     "decoder": {
         "llama": "jaxft.models.decoders.llama:ARCHITECTURE",
@@ -81,8 +82,10 @@ def find(config: Mapping[str, Any], family: str, where: str = "config.json") -> 
     `where` is the name of the file in errors.
     Raises: UserError for a name that is not in the table, with the names that are nearest to it.
     """
+    # transformers writes a model_type, diffusers a class name.
     key = "model_type" if "model_type" in config or family == "decoder" else "_class_name"
     name, known = config.get(key), MODEL_TYPES[family]
+    # Names of jaxft have priority over those of entry points.
     if name not in tuple(known) and family == "decoder":
         known = known | {one.name: one.value for one in entry_points(group=GROUP)}
     if name not in tuple(known):  # a tuple, because a name in JSON may be a list, which has no hash

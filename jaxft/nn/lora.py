@@ -79,6 +79,7 @@ def continued(asked: Lora, own: Lora, paths: Iterable[str]) -> Lora:
     `asked` holds the settings of the run, `own` those of the adapter, `paths` all projections.
     Raises: UserError for a setting of the run that contradicts the adapter.
     """
+    # A setting of the run that is 0 or empty is not set, and takes the adapter's value.
     name = asked.from_
     for key, value in (("rank", asked.rank), ("alpha", asked.alpha), ("rslora", asked.rslora)):
         if value and value != getattr(own, key):

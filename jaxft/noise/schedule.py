@@ -167,7 +167,7 @@ class Schedule:
             betas = np.linspace(self.beta_start, self.beta_end, self.train_steps)
         else:
             betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.train_steps) ** 2
-        bar = np.cumprod(1.0 - betas)
+        bar = np.cumprod(1.0 - betas)  # [train_steps]
         return zero_terminal_snr(bar) if self.zero_snr else bar
 
     @property
@@ -179,6 +179,7 @@ class Schedule:
 def _read(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     """Return the value of each key of DEFAULTS. Raises: UserError for a value not supported."""
     defaults = {**DEFAULTS, **CLASS_DEFAULTS.get(name, {})}
+    # Keys that another key replaces may be null, and may have any value.
     given = config.get("trained_betas") is not None
     unused = ("beta_start", "beta_end", "beta_schedule") if given else ()
     unused += () if config.get("clip_sample", True) else ("clip_sample_range",)

@@ -217,7 +217,7 @@ class VAE(nnx.Module):
         self.cfg = cfg
         self.encoder = VAEEncoder(cfg, key=keys[0])
         self.decoder = VAEDecoder(cfg, key=keys[1])
-        both, one = 2 * cfg.latent_channels, cfg.latent_channels
+        both, one = 2 * cfg.latent_channels, cfg.latent_channels  # both moments, or latents
         quant = Conv(both, both, 1, key=keys[2], axes=REPLICATED_KERNEL) if cfg.quant_conv else None
         self.quant_conv = nnx.data(quant)
         post = (
@@ -318,6 +318,7 @@ def ldm_rules(up: tuple[int, ...]) -> tuple[Rule, ...]:
         blocks.append((theirs + "block.{n}", ours + "resnets.{n}"))
         attns.append((theirs + "attn.{n}", ours + "attentions.{n}"))
         convs.append((theirs + "upsample.conv", ours + "upsamplers.0.conv"))
+    # A block is a resnet: two convolutions, two norms, and a 1x1 convolution as its shortcut.
     for theirs, ours in blocks:
         convs.append((theirs + ".conv{k}", ours + ".conv{k}"))
         convs.append((theirs + ".nin_shortcut", ours + ".conv_shortcut"))

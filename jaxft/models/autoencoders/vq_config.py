@@ -151,6 +151,7 @@ def _from_janus(config: Mapping[str, Any], where: str) -> VQConfig:
         )
     widths = tuple(get["base_channels"] * one for one in get["channel_multiplier"])
     levels = len(widths)
+    # JanusVQVAE has attention in the middle, and at the smallest of its levels.
     cfg = VQConfig(
         kind=JANUS,
         in_channels=get["in_channels"],

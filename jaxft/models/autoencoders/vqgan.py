@@ -131,7 +131,7 @@ def losses(z: Float[Array, "B Y X C"], quantized: Float[Array, "B Y X C"]) -> Qu
     the first, after an old error of taming.
     """
     held = jax.lax.stop_gradient(quantized), jax.lax.stop_gradient(z)
-    over = (1, 2, 3)
+    over = (1, 2, 3)  # all dims but the batch
     codebook = jnp.mean(jnp.square(quantized - held[1]), axis=over)
     return QuantiserLosses(codebook, jnp.mean(jnp.square(held[0] - z), axis=over))
 
@@ -181,6 +181,7 @@ def rules(cfg: VQConfig) -> tuple[Rule, ...]:
 
 def original_rules(cfg: VQConfig) -> tuple[Rule, ...]:
     """Return the weight table of LlamaGen's checkpoints, and of Janus after `gen_vision_model.`."""
+    # From the names of taming to those of LlamaGen.
     renames = {
         "encoder.down.": "encoder.conv_blocks.",
         "decoder.up.": "decoder.conv_blocks.",

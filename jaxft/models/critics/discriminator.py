@@ -53,5 +53,6 @@ def _conv(
     axes: tuple[str | None, ...] = (None, None, None, "embed"),
 ) -> Conv:
     conv = Conv(inputs, outputs, 4, key=key, stride=stride, padding=1, bias=bias, axes=axes)
+    # The initialisation of pix2pix, instead of that of torch's Conv2d.
     conv.kernel[...] = STD * jax.random.normal(key, conv.kernel.shape)
     return conv

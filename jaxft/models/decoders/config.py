@@ -87,6 +87,7 @@ def layer_scans(layers: tuple[LayerSpec, ...], start: int = 0) -> tuple[LayerSca
     """
     if not layers:
         return ()
+    # The smallest number of layers after which all of them repeat.
     period = next(n for n in range(1, len(layers) + 1) if layers[n:] == layers[:-n])
     times = len(layers) // period
     if period > LONGEST_PERIOD:
@@ -148,8 +149,9 @@ def _check(name: str, value: Any, key: Key) -> None:
 
 
 def _fits(value: Any, values: str) -> bool:
+    # type() and not isinstance, because True is an int in Python.
     if values in (SIZE, COUNT):
-        return type(value) is int and value >= (values == SIZE)
+        return type(value) is int and value >= (values == SIZE)  # at least 1 or 0
     if values == NUMBER:
         return type(value) in (int, float) and 0 <= value < math.inf
     if values == FLAG:
@@ -191,7 +193,7 @@ def decoder_config(
         )
     if head_dim % 2:
         raise UserError(f"config.json: head_dim={head_dim} is odd, but rope rotates pairs")
-    eos = c["eos_token_id"]
+    eos = c["eos_token_id"]  # one id, a list of them, or null
     return DecoderConfig(
         vocab_size=c["vocab_size"],
         hidden_size=c["hidden_size"],

@@ -25,6 +25,7 @@ def check_causal(config: Mapping[str, Any]) -> None:
     """
     stated, causal = config.get("architectures") or [], registry.class_names("decoder")
     stated = stated if isinstance(stated, list) else [stated]
+    # LlamaModel is LlamaForCausalLM without its head, which may be tied.
     known = {*causal, *(name.replace("ForCausalLM", "Model") for name in causal)}
     if stated and known.isdisjoint(stated):
         raise UserError(

@@ -96,6 +96,8 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
             " without and decodes with; set model_type to mistral, or all layers to full_attention"
         )
     act, rotary = activation(c), _rotary(c)
+    # By default all layers of Mistral and Ministral slide. In SmolLM 3 the layers without rope do,
+    # if use_sliding_window is set.
     sliding = (kind != "llama",) * len(rotary)
     if kind == "smollm3":
         sliding = tuple(c["use_sliding_window"] and not rotates for rotates in rotary)

@@ -211,6 +211,7 @@ class CLIPText(nnx.Module):
         self.position_embedding = SmallTable(cfg.max_positions, d, key=positions)
         self.inversion = nnx.data(None)
         if cfg.new_tokens:
+            # Not one key more from the split, which would change the other parameters.
             new = jax.random.fold_in(tokens, 1)
             self.inversion = nnx.data(SmallTable(cfg.new_tokens, d, key=new))
             mark(self.inversion, NEW_TOKEN_ROLE)
