@@ -1,1 +1,1 @@
-"""What every task stands on: config, parameters, sharding, optimiser, step, checkpoint, metrics."""
+"""The base of every task: config, parameters, sharding, optimiser, step, checkpoint, metrics."""

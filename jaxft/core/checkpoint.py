@@ -13,7 +13,7 @@ KEEP = 3
 
 
 class Checkpoints:
-    """The checkpoints of one run folder; the newest `KEEP` are kept."""
+    """The checkpoints of one run folder. The newest `KEEP` are kept."""
 
     def __init__(self, workdir: Path):
         self.folder = Path(workdir).resolve() / "checkpoints"
@@ -24,7 +24,7 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, state: Any, config: dict, position: dict) -> None:
-        """Start an asynchronous save; a step that is already there is left alone."""
+        """Start an asynchronous save. A step that is already saved is not written again."""
         if step in self.manager.all_steps():
             return
         args = ocp.args.Composite(
@@ -35,20 +35,24 @@ class Checkpoints:
         self.manager.save(step, args=args)
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict]:
-        """(state, data position); `abstract` gives shapes, dtypes and today's shardings."""
+        """Return (state, data position).
+
+        `abstract` has the shapes and dtypes of the state and the shardings of this process.
+        Raises: UserError if there is no checkpoint of the step.
+        """
         self._check(step)
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract),  # type: ignore[call-arg]
             data=ocp.args.JsonRestore(),  # type: ignore[call-arg]
         )
         restored = self.manager.restore(step, args=args)
-        # Orbax's buffers cannot be donated; copies of our own can (jax-ml/jax#18617).
+        # The step donates its state. Orbax's buffers cannot be donated (jax-ml/jax#18617).
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         own = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=places)
         return own(restored["state"]), restored["data"]
 
     def config(self, step: int) -> dict:
-        """The resolved config that was saved with a step."""
+        """Return the resolved config that was saved with a step. Raises as `restore`."""
         self._check(step)
         args = ocp.args.Composite(config=ocp.args.JsonRestore())  # type: ignore[call-arg]
         return self.manager.restore(step, args=args)["config"]
@@ -59,7 +63,7 @@ class Checkpoints:
             raise UserError(f"{self.folder} has no checkpoint of step {step}; there are: {have}")
 
     def wait(self) -> None:
-        """Block until every save is on disk, and raise what went wrong in the background."""
+        """Block until every save is on disk. Raises errors of the saves in the background."""
         self.manager.wait_until_finished()
         self.manager.check_for_errors()
 

@@ -1,15 +1,18 @@
-"""The one exception for everything that a user can cause; its text is one line."""
+"""The exception for every error that a user can cause. Its text is one line."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in a file, key or value; commands print it as one line and exit non-zero."""
+    """A mistake in a file, key or value. Commands print it as one line and exit non-zero."""
 
 
 def near(name: str, known: Iterable[str], intro: str) -> str:
-    """Return a did-you-mean for an unknown name, or the list of known ones when none is near."""
+    """Return a "did you mean" for an unknown name, or `intro` and all known names if none is near.
+
+    The last part of a dotted name is compared too: `lr` is near to `optim.lr`.
+    """
     known = list(known)
     leaf = {k.rsplit(".", 1)[-1]: k for k in known}
     close = difflib.get_close_matches(name, known, 1, 0.6) or [

@@ -1,4 +1,4 @@
-"""Where numbers of a run go: metrics.jsonl, TensorBoard, and one line of progress for a person."""
+"""The outputs of a run's numbers: metrics.jsonl, TensorBoard, and a progress line on stdout."""
 
 import json
 import math
@@ -29,7 +29,10 @@ TPU_PEAKS = {
 
 
 def peak_tflops(device_kind: str) -> float | None:
-    """Dense bf16 peak of one device; None where no figure is known, slower variants included."""
+    """Return the dense bf16 peak of one device, or None where no figure is known.
+
+    The slower variants (PCIe, NVL, MIG) have none.
+    """
     words = set(re.split(r"[^A-Za-z0-9]+", device_kind))
     if words & {"PCIe", "PCIE", "NVL", "MIG"}:
         return None
@@ -39,7 +42,7 @@ def peak_tflops(device_kind: str) -> float | None:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Turns what happened between two log lines into rates, over all `devices` together."""
+    """Rates between two log lines, summed over all `devices`."""
 
     device_kind: str
     devices: int
@@ -48,10 +51,11 @@ class Throughput:
     def rates(
         self, count: float, seconds: float, data_wait: float = 0.0, flops: float = 0.0
     ) -> dict[str, float]:
-        """Rates of `count` units and `flops` done by all devices in `seconds` of wall time.
+        """Return the rates of `count` units and `flops` that all devices did together.
 
-        `data_wait` is the part of `seconds` spent waiting for a batch. With `flops` comes `mfu`
-        (a share of the peak) on a device of known peak, `gflops_per_s` on any other.
+        `seconds` is wall time, and `data_wait` the part of it spent waiting for a batch. If `flops`
+        is not 0, the result has `mfu` (a share of the peak) on a device of known peak, and
+        `gflops_per_s` on any other.
         """
         rates = {
             f"{self.unit}_per_s": count / seconds,
@@ -66,12 +70,13 @@ class Throughput:
 
 
 class MetricWriter:
-    """Writes a run's records, and shows them; on any process but the primary it does nothing.
+    """Writer of a run's records, which also prints them. Only the primary process writes.
 
-    A record is one JSON object a line of `workdir/metrics.jsonl`, flushed at once, `step` first;
-    a number that is not finite is null, for JSON has no NaN. Resuming from `resume_step` first
-    drops what the run will write again (later records, a line torn by a kill, the evaluations at
-    the run's two ends) and hides later TensorBoard events.
+    A record is one line of `workdir/metrics.jsonl`: a JSON object with `step` first, flushed at
+    once. A number that is not finite is written as null, because JSON has no NaN. A resumed run
+    first drops the records that it will write again: records after `resume_step`, a line that was
+    cut off by a kill, and the evaluation at `resume_step` if that is the run's first or last step.
+    It also hides later TensorBoard events.
     """
 
     def __init__(
@@ -91,32 +96,34 @@ class MetricWriter:
         self._progress = _Progress(total_steps, sys.stdout.isatty())
 
     def write(self, step: int, record: Mapping[str, Any], *, shown: bool = True) -> None:
-        """A train record: numbers (arrays of one value too) and strings by name.
+        """Write a train record: strings, numbers and arrays of one value, by name.
 
-        `shown` False keeps it from the lines of a redirected run; a live bar shows every record.
+        shown: False leaves the record out of the printed lines if stdout is not a terminal. The
+        live line of a terminal shows every record.
         """
         if self._primary:
             record = self._record(step, record, "")
             self._progress.train(step, record, shown)
 
     def write_eval(self, step: int, record: Mapping[str, Any]) -> None:
-        """An evaluation's record; each key gets the prefix `eval_`."""
+        """Write the record of an evaluation. Each key gets the prefix `eval_`."""
         if self._primary:
             record = self._record(step, record, "eval_")
-            self._progress.note(f"eval at step {step} | " + _pairs(record))
+            pairs = [f"{key.removeprefix('eval_')} {_cell(value)}" for key, value in record.items()]
+            self._progress.note(f"eval at step {step} | " + " | ".join(pairs))
 
     def note(self, text: str) -> None:
-        """A line for the person who watches; it is not kept."""
+        """Print a line of text. It is not kept in a file."""
         if self._primary:
             self._progress.note(text)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W C"]) -> None:
-        """A picture for TensorBoard."""
+        """Write a picture [H, W, C] to TensorBoard."""
         if self._primary:
             self._events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flush all and end the progress line."""
+        """End the progress line, and flush and close the files."""
         if self._primary:
             self._progress.end()
             self._file.close()
@@ -140,7 +147,7 @@ class MetricWriter:
 
 
 class _Progress:
-    """One live line on a terminal, redrawn with a carriage return; elsewhere a line a record."""
+    """A live line on a terminal, redrawn with a carriage return. Elsewhere, one line a record."""
 
     def __init__(self, total_steps: int, live: bool) -> None:
         self._total, self._live, self._drawn = total_steps, live, ""
@@ -176,7 +183,11 @@ class _Progress:
         self._drawn = line
 
     def _eta(self, step: int) -> list[str]:
-        """Time left; measured from the first record on, for before it the step was compiled."""
+        """Return the time left, as a list of one text, or of none at the first record.
+
+        The rate is measured from the first record on, because the time before it includes the
+        compilation of the step.
+        """
         now = time.monotonic()
         if self._first is None:
             self._first = step, now
@@ -184,11 +195,16 @@ class _Progress:
         if step <= first_step:
             return []
         left = (now - first_time) / (step - first_step) * max(0, self._total - step)
-        return [f"ETA {_duration(left)}"]
+        minutes, seconds = divmod(round(left), 60)
+        hours, minutes = divmod(minutes, 60)
+        return [f"ETA {hours}h{minutes:02}m" if hours else f"ETA {minutes}m{seconds:02}s"]
 
 
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
-    """A text table: the first column to the left, numbers (4 significant digits) to the right."""
+    """Return a text table. The first column is aligned left, the others right.
+
+    Floats are shown with 4 significant digits.
+    """
     cells = [list(headers), *([_cell(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
@@ -212,7 +228,11 @@ def _truncate(path: Path, last_step: int, total_steps: int) -> None:
 
 
 def _is_kept(line: str, last_step: int, total_steps: int) -> bool:
-    """Whether a record is whole and of the past that a resumed run does not live again."""
+    """Return True for a complete record that a run resumed from `last_step` does not write again.
+
+    A run evaluates before its first step and after its last one: the evaluation at these steps is
+    written again.
+    """
     try:
         record = json.loads(line)
         step = record["step"]
@@ -223,7 +243,7 @@ def _is_kept(line: str, last_step: int, total_steps: int) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON value: strings, flags, ints as they are, other numbers as finite floats or null."""
+    """Return a JSON value. A float that is not finite becomes None. Arrays hold one number."""
     if value is None or isinstance(value, str | bool | int):
         return value
     number = np.asarray(value).item()
@@ -231,7 +251,7 @@ def _plain(value: Any) -> Any:
 
 
 def _headline(record: Mapping[str, Any]) -> list[str]:
-    """What one wants to see while waiting, of what the record has."""
+    """Return the parts of a progress line: the loss and the rates that the record has."""
     parts = []
     if "loss" in record:
         parts.append(f"loss {_cell(record['loss'])}")
@@ -248,12 +268,6 @@ def _headline(record: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _pairs(record: Mapping[str, Any]) -> str:
-    return " | ".join(
-        f"{key.removeprefix('eval_')} {_cell(value)}" for key, value in record.items()
-    )
-
-
 def _cell(value: Any) -> str:
     if value is None:
         return "not finite"
@@ -265,9 +279,3 @@ def _short(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, secs = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{secs:02}s"

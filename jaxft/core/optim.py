@@ -1,4 +1,4 @@
-"""What turns gradients into updates: schedules, optimisers on optax, their shardings, the EMA."""
+"""Gradients to updates: schedules, optimisers on optax, the shardings of their state, the EMA."""
 
 from collections.abc import Callable, Hashable, Mapping
 from math import log, prod, sqrt
@@ -19,13 +19,14 @@ OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 
 
 def schedule(name: str, lr: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """The learning rate of optimiser step k = 0, 1, ...
+    """Return the learning rate as a function of the optimiser step k = 0, 1, ...
 
-    Warm-up is lr * (k + 1) / warmup_steps, so that step 0 already moves. Then `constant` stays,
-    `cosine` falls to lr / 10 and `linear` to 0 at k = total_steps; `wsd` (warm-up, stable, decay;
-    MiniCPM, arXiv 2404.06395) stays until the last fifth of all steps and falls linearly to 0.
+    Warm-up is lr * (k + 1) / warmup_steps, so that step 0 already moves. Then `constant` stays at
+    lr. `cosine` falls to lr / 10, and `linear` to 0, at k = total_steps. `wsd` (warm-up, stable,
+    decay) stays at lr until the last fifth of all steps, and then falls linearly to 0.
 
     Raises: UserError for an unknown name or a warm-up that leaves no step.
+    Source of `wsd`: MiniCPM, arXiv 2404.06395.
     """
     if not 0 <= warmup_steps < total_steps:
         raise UserError(
@@ -63,19 +64,20 @@ def make_optimizer(
     clip: float,
     leaves: Mapping[str, Leaf],
 ) -> optax.GradientTransformation:
-    """Clip by global norm (0: never), the named direction, decoupled decay of matrices, -lr.
+    """Return the optimiser: clipping, the named direction, decoupled weight decay, times -lr.
 
-    An adversary is clipped on its own.
+    `clip` bounds the global norm (0: no clipping). An adversary's gradients are clipped by their
+    own norm. Weight decay applies to matrices only. `leaves` describes at least the parameters
+    that are optimised.
 
-    `adamw` (arXiv 1711.05101) is torch.optim.AdamW; `lion` is arXiv 2302.06675. `adafactor`
-    (arXiv 1804.04235) takes steps of the size `lr`, without momentum and without the scale of the
-    parameter, so b1 and b2 are not used. `muon` (Keller Jordan) orthogonalises what the hidden
-    matrices and LoRA receive, at AdamW's size of step (arXiv 2502.16982), so that one `lr` serves;
-    embeddings, output heads, norms and biases get AdamW, the only ones that b1 and b2 concern.
+    `adamw` (arXiv 1711.05101) computes what torch.optim.AdamW does. `lion` is arXiv 2302.06675.
+    `adafactor` (arXiv 1804.04235) takes steps of size `lr`, without momentum and without the scale
+    of the parameter, so b1 and b2 are not used. `muon` (Keller Jordan) orthogonalises the updates
+    of hidden matrices and LoRA factors. It scales them to AdamW's step size (arXiv 2502.16982), so
+    that one `lr` fits both. Embeddings, output heads, norms and biases get AdamW, and b1 and b2
+    concern only these. Adafactor and Muon treat a stacked kernel as one (in, out) matrix a layer.
 
-    Everything is kept and computed in fp32, whatever the parameters are. `leaves` describes at
-    least the parameters that are optimised. Adafactor and Muon see a stacked kernel as the
-    separate (in, out) matrices of its layers.
+    State and updates are fp32, whatever the dtype of the parameters is.
 
     Raises: UserError for an unknown name.
     """
@@ -94,9 +96,9 @@ def make_optimizer(
 
 
 def _clipped(clip: float, leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:
-    """By the global norm; an adversary's gradients are another player's, with a norm of their own.
+    """Clip by global norm, once for the model and once for an adversary.
 
-    optax.partition would wrap states; a norm has none, so each player's share is enough.
+    optax.partition would wrap the state. Clipping has no state, so a split of the dict is enough.
     """
     one = optax.clip_by_global_norm(clip)
 
@@ -132,12 +134,13 @@ def state_shardings(
     param_shardings: Mapping[str, NamedSharding],
     replicated: NamedSharding,
 ) -> Any:
-    """Shardings in the form of `tx.init(params)`, for its and the step's `out_shardings`.
+    """Return shardings in the form of `tx.init(params)`, for `out_shardings` of init and step.
 
-    A state array whose key path names a parameter and that has its shape is laid out like it; in
-    Adafactor's (layers, in, out) shape by the first axis of each group; all else is replicated.
-    Needed because jit lays out an optimiser state replicated, and optax.tree_map_params cannot
-    read Muon's. `leaves` are the optimised parameters only.
+    `leaves` are the optimised parameters only. A state array whose key path names a parameter, and
+    which has that parameter's shape, gets its sharding. An array in Adafactor's (layers, in, out)
+    shape is sharded by the first dim of each group. Every other array is replicated.
+
+    jit alone would replicate an optimiser state, and optax.tree_map_params cannot read Muon's.
     """
 
     def place(key_path: tuple, state: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -149,7 +152,10 @@ def state_shardings(
         if state.shape == leaf.shape:
             return sharding
         if state.shape == _grouped_shape(path, leaf):
-            return _grouped_sharding(path, leaf, sharding)
+            # A merged dim is sharded in contiguous blocks, which only its outermost dim's axis has.
+            axes = dict(enumerate(sharding.spec))
+            merged = [axes.get(group[0]) if group else None for group in _groups(path, leaf)]
+            return NamedSharding(sharding.mesh, PartitionSpec(*merged))
         return replicated
 
     params = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
@@ -157,12 +163,13 @@ def state_shardings(
 
 
 def ema_update(ema: Params, params: Params, step: jax.Array | int, decay: float) -> Params:
-    """The moving average after step = 0, 1, ... in fp32; `params` are those after that step.
+    """Return the moving average after step = 0, 1, ... in fp32. `params` are those after the step.
 
-    The rate of step n > 0 is min(decay, (1 + n) / (10 + n)), and 0 at first: diffusers' EMAModel.
+    The rate of step n > 0 is min(decay, (1 + n) / (10 + n)), and that of step 0 is 0.
+    Source: diffusers' EMAModel.
     """
     n = jnp.asarray(step, jnp.float32)
-    # 1 - rate directly: fp32 has four digits left of 1 - 0.9999.
+    # `taken` is 1 - rate, computed directly: in fp32, 1 - 0.9999 has only four correct digits.
     taken = jnp.where(n > 0, jnp.maximum(1 - decay, 9 / (10 + n)), 1.0)
     return jax.tree.map(lambda e, p: e - taken * (e - p.astype(jnp.float32)), ema, params)
 
@@ -172,7 +179,10 @@ def _name(path: str) -> str:
 
 
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """optax gives moments the dtype of the parameters; bf16 moments lose small gradients."""
+    """Run `tx` in fp32.
+
+    optax gives moments the dtype of the parameters, and bf16 moments lose small gradients.
+    """
 
     def init(params: Any) -> Any:
         return tx.init(optax.tree.cast(params, jnp.float32))
@@ -185,7 +195,10 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
 
 def _adam(b1: float, b2: float) -> optax.GradientTransformation:
-    """optax's Adam, but for its 1 - b**t in fp32: at b2 = 0.999 its first steps are 7e-6 off."""
+    """optax's Adam, with an exact bias correction.
+
+    optax computes 1 - b**t in fp32, which makes its first steps wrong by 7e-6 at b2 = 0.999.
+    """
 
     def debias(moment: Any, b: float, count: Any) -> Any:
         scale = -jnp.expm1(count * log(b)) if b else 1.0
@@ -216,7 +229,7 @@ def _muon(b1: float, b2: float, leaves: Mapping[str, Leaf]) -> optax.GradientTra
         fan_in, fan_out = _grouped_shape(path, leaves[path])[-2:]
         return update * (0.2 * sqrt(max(fan_in, fan_out)))
 
-    # Two of optax's calls map over what the partition leaves of the dict: masked entries stay.
+    # `_by_path` rather than a plain tree.map: optax.partition leaves masked entries in the dict.
     muon = optax.chain(
         contrib.scale_by_muon(weight_dimension_numbers=lambda u: _by_path(lambda p, _: dims(p), u)),
         optax.stateless(lambda updates, _: _by_path(like_adam, updates)),
@@ -230,18 +243,17 @@ def _muon(b1: float, b2: float, leaves: Mapping[str, Leaf]) -> optax.GradientTra
 def _adafactor(leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:
     """Second moments factored by matrix, and each matrix's update clipped to a mean square of 1."""
     matrix = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-    stacks = {path: _stack(path, leaf) for path, leaf in leaves.items()}
+    # vmap needs arrays of one length, and the stacks of a UNet differ in theirs.
+    stacks = {
+        path: f"stack_{_grouped_shape(path, leaf)[0]}" if leaf.stacked else "single"
+        for path, leaf in leaves.items()
+    }
     layers = optax.GradientTransformation(jax.vmap(matrix.init), jax.vmap(matrix.update))
     transforms: dict[Hashable, optax.GradientTransformation] = {
         stack: _on_groups(matrix if stack == "single" else layers, leaves)
         for stack in set(stacks.values())
     }
     return optax.partition(transforms, lambda params: {path: stacks[path] for path in params})
-
-
-def _stack(path: str, leaf: Leaf) -> str:
-    """vmap needs arrays of one length, and stacks of a UNet differ in theirs."""
-    return f"stack_{_grouped_shape(path, leaf)[0]}" if leaf.stacked else "single"
 
 
 def _on_groups(
@@ -263,7 +275,7 @@ def _on_groups(
 
 
 def _by_path(function: Callable[[str, jax.Array], Any], tree: Any) -> Any:
-    """Map over a flat dict; what optax.partition masked has no arrays and stays."""
+    """Map over a flat dict. Entries that optax.partition masked hold no array and stay."""
     return jax.tree_util.tree_map_with_path(lambda keys, x: function(keys[0].key, x), tree)
 
 
@@ -272,7 +284,11 @@ def _is_matrix(path: str, leaf: Leaf) -> bool:
 
 
 def _groups(path: str, leaf: Leaf) -> list[tuple[int, ...]]:
-    """The dims that torch has as one: layers (if stacked), then in and out, or all of a vector."""
+    """Return groups of dims, each of which is one dim in PyTorch.
+
+    The groups are layers (if stacked), then inputs and outputs of a kernel, or all dims of a
+    vector. Raises: ValueError for a kernel or embedding that has no input dim.
+    """
     dims = tuple(range(len(leaf.shape)))
     stack = leaf.axes.count("layers")
     name = _name(path)
@@ -286,10 +302,3 @@ def _groups(path: str, leaf: Leaf) -> list[tuple[int, ...]]:
 
 def _grouped_shape(path: str, leaf: Leaf) -> tuple[int, ...]:
     return tuple(prod(leaf.shape[dim] for dim in group) for group in _groups(path, leaf))
-
-
-def _grouped_sharding(path: str, leaf: Leaf, sharding: NamedSharding) -> NamedSharding:
-    # Merged dims are laid out by the outermost one; what an inner one says does not fit a block.
-    axes = dict(enumerate(sharding.spec))
-    merged = [axes.get(group[0]) if group else None for group in _groups(path, leaf)]
-    return NamedSharding(sharding.mesh, PartitionSpec(*merged))

@@ -1,4 +1,4 @@
-"""Parameters are one flat dict of dotted paths; NNX modules only describe structure."""
+"""Parameters as one flat dict by dotted path. NNX modules only describe structure."""
 
 import re
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ ADVERSARY_ROLE = "adversary"  # a second player's, whose gradients are not the m
 
 
 class Leaf(NamedTuple):
-    """What a module says about one parameter.
+    """The description of one parameter.
 
-    `axes` are logical names, one a dim ("layers" first on a stacked leaf); `inputs` counts the
-    contracting dims of a kernel (after "layers"), 0 for anything that is not multiplied from there.
+    `axes` are logical names, one a dim ("layers" first on a stacked leaf). `inputs` counts the
+    contracting dims of a kernel, which come after "layers". It is 0 for any other parameter.
     `role` is "" for a parameter of the model itself.
     """
 
@@ -38,7 +38,7 @@ class Leaf(NamedTuple):
 
     @property
     def added(self) -> bool:
-        """True for what a run adds to a model: fp32, and in no checkpoint of the model."""
+        """True for a parameter that a run adds to a model: fp32, and in no checkpoint of it."""
         return self.role in (ADAPTER_ROLE, NEW_TOKEN_ROLE)
 
 
@@ -49,13 +49,13 @@ def mark(module: nnx.Module, role: str) -> None:
 
 
 def dotted(key_path: tuple) -> str:
-    """A pytree key path as `layers.self_attn.q_proj.kernel` (NNX's inner `value` is dropped)."""
+    """Return a pytree key path as `layers.self_attn.q_proj.kernel`, without NNX's inner `value`."""
     names = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in key_path]
     return ".".join(names[:-1] if names[-1] == "value" else names)
 
 
 def describe(module: nnx.Module) -> dict[str, Leaf]:
-    """Every parameter of a module (concrete or abstract) by path."""
+    """Return the description of every parameter of a module (concrete or abstract), by path."""
     described = {}
     for names, param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         axes, shape = tuple(param.get_metadata()["axes"]), tuple(param.shape)
@@ -67,19 +67,25 @@ def describe(module: nnx.Module) -> dict[str, Leaf]:
 
 
 def flatten(module: nnx.Module) -> Params:
-    """The module's arrays as a flat dict."""
+    """Return the module's arrays as a flat dict."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(module)
     return {dotted(path): leaf for path, leaf in leaves}
 
 
 def bind(template: Module, params: Mapping[str, Any]) -> Module:
-    """A module shaped as `template` that holds `params`; pure Python, so call it in a trace."""
+    """Return a module with the structure of `template` that holds `params`.
+
+    It is plain Python, so that it can be called inside a traced function.
+    """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
     return treedef.unflatten([params[dotted(path)] for path, _ in leaves])
 
 
 def select(pattern: str, paths: Mapping[str, Any]) -> set[str]:
-    """The paths that a regex matches whole; matching nothing is an error that lists the paths."""
+    """Return the paths that a regex matches as a whole.
+
+    Raises: UserError, with some of the paths, for a bad regex or one that matches none.
+    """
     try:
         chosen = {path for path in paths if re.fullmatch(pattern, path)}
     except re.error as error:
@@ -91,7 +97,7 @@ def select(pattern: str, paths: Mapping[str, Any]) -> set[str]:
 
 
 def trainable_table(leaves: Mapping[str, Leaf], chosen: set[str]) -> str:
-    """A text table of what trains: leaf counts and parameter counts, trained against all."""
+    """Return a text table of the trained parameters, headed by their share of all parameters."""
     total = sum(_size(leaf) for leaf in leaves.values())
     trained = sum(_size(leaves[path]) for path in chosen)
     lines = [

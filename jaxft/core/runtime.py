@@ -1,4 +1,4 @@
-"""The process around a run: allocator, compile cache, devices, defaults for the device at hand."""
+"""The process around a run: allocator, compile cache, devices, defaults by device."""
 
 import importlib.metadata
 import importlib.util
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from jaxft.core.errors import UserError, near
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-# XLA:CPU's default hands matrix products to YNNPACK too, where its own take a tenth off a training
-# step, and a fifth off the codes that a small model draws: YNNPACK wakes threads for each product.
+# By default XLA:CPU gives matrix products to YNNPACK, which wakes threads for each product. With
+# XLA's own products a training step takes 10 % less time, and sampling codes of a small model 20 %.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-# XLA:CPU makes two launches of a sum of over 32 numbers, for accuracy that a few hundred do not
-# need: without the second a small model draws its codes 3 % faster.
+# XLA:CPU splits a sum of over 32 numbers into two launches, for an accuracy that a few hundred
+# numbers do not need. Without the split a small model samples its codes 3 % faster.
 CPU_LOOP_OPTIONS = {**CPU_OPTIONS, "xla_disable_hlo_passes": "tree_reduction_rewriter"}
 CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -32,7 +32,7 @@ class Arguments(NamedTuple):
 def parse_arguments(argv: Iterable[str], allowed: Iterable[str]) -> Arguments:
     """Split `--name=value` / `--name value` into options and config overrides.
 
-    Raises UserError for anything else, with the nearest allowed option.
+    Raises: UserError for any other word, with the nearest allowed option.
     """
     allowed, words = tuple(allowed), list(argv)
     options: dict[str, str] = {}
@@ -66,7 +66,10 @@ def restart_with_huge_pages() -> None:
 
 
 def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Run a command: 0 when it is done, 2 with one line on stderr for a user's mistake."""
+    """Run a command and return its exit status: 0 for success.
+
+    A UserError is printed as one line on stderr and returns 2. Ctrl-C returns 130.
+    """
     try:
         main(argv)
     except UserError as error:
@@ -86,11 +89,11 @@ class Device(NamedTuple):
 
 
 def device(mesh: Any = None) -> Device:
-    """Return the device that a program is traced for: the one place that asks.
+    """Return the device that a program is traced for. All code that needs it calls this function.
 
-    mesh: concrete or abstract. By default the mesh in use answers, so that a step may be traced
-    here for devices of another machine. Without a mesh, as in a user's plain call of a model, jax's
-    default device answers.
+    mesh: concrete or abstract. The default is the mesh in use, so that a step can be traced here
+    for devices of another machine. Without a mesh, as in a plain call of a model, the result is
+    jax's default device.
     """
     import jax
 
@@ -103,7 +106,7 @@ def device(mesh: Any = None) -> Device:
 
 
 def compiler_options(mesh: Any = None, loop: bool = False) -> dict[str, str] | None:
-    """Return options for XLA, by the platform of this mesh, or of the mesh in use.
+    """Return options for XLA, by the platform of `mesh` (default: the mesh in use), or None.
 
     loop: the program repeats small products many times, as decoding of a small model does.
     """
@@ -113,9 +116,9 @@ def compiler_options(mesh: Any = None, loop: bool = False) -> dict[str, str] | N
 
 
 def launcher() -> str:
-    """What says that this may be one of many processes of a run; "" on most machines.
+    """Return the name of the launcher that may have started other processes of this run, or "".
 
-    Cheap and without jax: where it is "", there is nobody to wait for.
+    It reads only the environment and does not import jax. Where it is "", this process is alone.
     """
     env = os.environ
     if any(name in env for name in CLUSTER):
@@ -129,9 +132,10 @@ def launcher() -> str:
 
 
 def join() -> None:
-    """Meet the other processes of this run, if any; all but the first are silent from here on.
+    """Connect to the other processes of this run, if any. All but the first stop printing.
 
-    Has to come before jax looks for devices. Raises UserError where they do not meet.
+    It has to be called before jax looks for devices.
+    Raises: UserError if the processes do not find each other.
     """
     if not launcher():
         return
@@ -143,14 +147,19 @@ def join() -> None:
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(
             f"{jax.process_count()} processes share these devices, but jax found no address where"
-            f" they meet; set {', '.join(CLUSTER)} on every host"
+            f" they can meet; set {', '.join(CLUSTER)} on every host"
         )
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
 
 
-def _initialize(said_by: str) -> None:
-    """jax finds Slurm, Open MPI and a TPU's other hosts; of our variables it reads the address."""
+def _initialize(launched_by: str) -> None:
+    """Initialise jax.distributed.
+
+    jax finds the other hosts of Slurm, Open MPI and a TPU without help. Of the variables in
+    `CLUSTER` it reads only the address, so the other two are passed.
+    Raises: UserError for incomplete variables or processes that do not connect.
+    """
     import jax
 
     address, count, place = (os.environ.get(name, "") for name in CLUSTER)
@@ -163,23 +172,24 @@ def _initialize(said_by: str) -> None:
     try:
         jax.distributed.initialize(num_processes=numbers[0], process_id=numbers[1])
     except (RuntimeError, ValueError, OSError) as error:
-        if said_by == "TPU":  # no host tells of others; `join` sees whether there are any
+        if launched_by == "TPU":  # most likely a single host: `join` checks the process count
             return
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{said_by} tells of other processes, but they do not meet ({reason});"
+            f"{launched_by} reports other processes, but they do not meet ({reason});"
             f" start all of them, each with {', '.join(CLUSTER)}"
         ) from None
 
 
 def start() -> None:
-    """Find the devices, or say in one line why they are not there; turn the compile cache on."""
+    """Find the devices and turn the compile cache on. Raises: UserError if there are none."""
     import jax
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxft" / "xla"
     chosen = jax.config.values["jax_compilation_cache_dir"]
-    if not chosen and os.access(_existing(cache), os.W_OK):
+    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    if not chosen and os.access(existing, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(cache))
     try:
         jax.devices()
@@ -227,7 +237,7 @@ def describe_devices(mesh: Any = None) -> str:
 
 
 def manifest(mesh: Any, data: dict) -> dict:
-    """What a run stood on: versions, flags, mesh, data, revision."""
+    """Return the environment of a run: versions, flags, mesh, data, revision."""
     import jax
 
     names = ("jaxft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
@@ -257,9 +267,3 @@ def _revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path

@@ -1,4 +1,4 @@
-"""One table from logical axes to mesh axes; the strategy is the mesh shape."""
+"""The table from logical axes to mesh axes. The mesh shape alone sets the strategy."""
 
 from collections.abc import Mapping
 from math import prod
@@ -28,7 +28,11 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; -1 takes what the others leave."""
+    """Return a (data, fsdp, tensor) mesh over all devices.
+
+    A size of -1 is the number of devices divided by the other sizes.
+    Raises: UserError if the sizes do not give the number of devices.
+    """
     sizes, count = [data, fsdp, tensor], jax.device_count()
     asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -44,19 +48,20 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
 
 
 def one_device_mesh() -> Mesh:
-    """This process's first device alone, for what needs no other process."""
+    """Return a mesh of this process's first device, for work that needs no other process."""
     return jax.make_mesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, devices=jax.local_devices()[:1])
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """The mesh axes of a parameter or activation with these logical axes."""
+    """Return the mesh axes of a parameter or activation with these logical axes."""
     return PartitionSpec(*(AXIS_RULES[axis] if axis else None for axis in axes))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation to its sharding; a dim that does not divide stays whole.
+    """Pin an activation to its sharding. A dim that the mesh does not divide stays whole.
 
-    Without this at block ends XLA un-shards the batch. Outside a mesh (a notebook) it does nothing.
+    Without this at the ends of blocks, XLA may gather the whole batch on every device. Outside a
+    mesh (in a notebook) it does nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -69,7 +74,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def shardings(leaves: Mapping[str, Leaf], mesh: Mesh) -> dict[str, NamedSharding]:
-    """A sharding for every parameter; dims that do not divide raise once, with the whole list."""
+    """Return a sharding for every parameter.
+
+    Raises: UserError that lists every dim which the mesh does not divide.
+    """
     bad = [line for path, leaf in leaves.items() for line in _indivisible(path, leaf, mesh)]
     if bad:
         raise UserError(f"mesh {dict(mesh.shape)} does not fit this model: " + "; ".join(bad))
@@ -81,19 +89,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Dim 0 over data and fsdp."""
+    """Return the sharding of a batch: dim 0 over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The rows of a global batch that this process's devices hold."""
+    """Return the rows of a global batch that this process's devices hold."""
     index_map = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     bounds = [index[0].indices(batch_size)[:2] for index in index_map.values() if index]
     return slice(min(low for low, _ in bounds), max(high for _, high in bounds))
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict:
-    """This process's rows of a host batch as arrays of the global batch."""
+    """Return arrays of the global batch, made from this process's rows on the host."""
     sharding, ways = batch_sharding(mesh), batch_ways(mesh)
     own = local_rows(mesh, ways)
 
@@ -123,7 +131,7 @@ def abstract_batch(spec: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """How many parts the global batch is cut into."""
+    """Return the number of parts that the global batch is cut into."""
     return _ways(AXIS_RULES["batch"], mesh.shape)
 
 

@@ -20,9 +20,9 @@ Metrics = dict[str, jax.Array]
 
 
 class State(NamedTuple):
-    """What training changes: optimiser step count, trained fp32 masters, moments, EMA or {}.
+    """The state of training: optimiser step count, trained parameters, moments, EMA or {}.
 
-    The same tuple holds arrays, their shapes or their shardings; the dicts are by path.
+    The same tuple holds arrays, their shapes or their shardings. The dicts are by path.
     """
 
     step: Any
@@ -34,8 +34,9 @@ class State(NamedTuple):
 class Loss(Protocol):
     """A task's loss as an unreduced sum and its weight, with further sums to report.
 
-    `keys` holds one PRNG key a row, from (seed, step, sample id): results do not depend on
-    the mesh or on how the batch is cut. `step` counts updates from 0, for what starts late.
+    `keys` holds one PRNG key a row, made from (seed, step, sample id), so that results do not
+    depend on the mesh or on the number of micro-batches. `step` counts updates from 0, for terms
+    of a loss that start late.
     """
 
     def __call__(
@@ -53,7 +54,7 @@ class StepSpec(NamedTuple):
 
 
 def init_state(tx: optax.GradientTransformation, params: Params, ema: float) -> State:
-    """The state before step 0."""
+    """Return the state before step 0. `ema` is the decay of the average, 0 for none."""
     average = {path: jnp.copy(x).astype(jnp.float32) for path, x in params.items()} if ema else {}
     return State(jnp.zeros((), jnp.int32), params, tx.init(params), average)
 
@@ -65,7 +66,10 @@ def state_shardings(
     ema: float,
     mesh: Mesh,
 ) -> State:
-    """Shardings of `init_state`'s result; moments and average lie as their parameters do."""
+    """Return the shardings of `init_state`'s result.
+
+    Moments and the average are sharded like their parameters.
+    """
     whole = replicated(mesh)
     opt = optim.state_shardings(tx, leaves, shardings, whole)
     own = {path: shardings[path] for path in leaves}
@@ -73,7 +77,7 @@ def state_shardings(
 
 
 def cast(params: Mapping[str, jax.Array], dtype: Any) -> Params:
-    """Parameters in the compute dtype; the masters stay as they are."""
+    """Return the parameters in the compute dtype. The given ones do not change."""
     return {path: x.astype(dtype) for path, x in params.items()}
 
 
@@ -86,7 +90,7 @@ def make_step(
     shardings: State,
     mesh: Mesh,
 ) -> Any:
-    """`step(state, frozen, batch) -> state, metrics`, jitted; `state` is donated.
+    """Return `step(state, frozen, batch) -> state, metrics`, jitted. It donates `state`.
 
     Metrics are fp32 scalars: `loss` (sum / weight over the whole global batch), `grad_norm`
     (before clipping), `lr`, `weight`, and the task's sums divided by the weight.
@@ -121,20 +125,20 @@ def make_step(
         }
         return State(state.step + 1, params, opt, ema), report
 
-    # Inputs come as they were placed; outputs are named, else the second step compiles again.
+    # Inputs keep their shardings. Without named outputs the second step would compile again.
     places = (shardings, replicated(mesh))
     options = compiler_options(mesh)
     return jax.jit(train_step, out_shardings=places, donate_argnums=0, compiler_options=options)
 
 
 def sample_keys(seed: int, step: jax.Array | int, sample_ids: jax.Array) -> jax.Array:
-    """One PRNG key a row: (seed, step, sample id)."""
+    """Return one PRNG key a row, made from (seed, step, sample id)."""
     base = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(lambda sample: jax.random.fold_in(base, sample))(sample_ids)
 
 
 def stream(keys: jax.Array, number: jax.Array | int) -> jax.Array:
-    """Another key for each row, for another purpose."""
+    """Return another key for each row, for another use of randomness in the same step."""
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
@@ -154,6 +158,6 @@ def _accumulate(run: Callable, batch: Batch, keys: jax.Array, parts: int) -> Any
 
 
 def _cut(x: jax.Array, parts: int) -> jax.Array:
-    """(B, …) as (parts, B / parts, …), each part spread over the mesh as the whole was."""
+    """Reshape (B, …) to (parts, B / parts, …), each part sharded over the mesh like the whole."""
     pieces = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
     return constrain(pieces, None, "batch", *(None,) * (x.ndim - 1))

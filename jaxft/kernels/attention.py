@@ -1,4 +1,4 @@
-"""Attention: one function for all models. The device, the dtype and the mask choose its form."""
+"""Attention: one function for all models. Its form depends on device, dtype and mask."""
 
 import jax
 import jax.numpy as jnp
@@ -26,21 +26,20 @@ def attention(
     q [B, T, N, H], k and v [B, S, K, H]: N query heads share K key heads, N a multiple of K
     (grouped-query attention).
     causal: a query attends to no key after its own position.
-    q_positions: [B or 1, T], by default 0 to T - 1. Keys have the queries' positions where T == S,
-    and else 0 to S - 1.
-    q_segments, kv_segments: a query attends to keys of its own segment alone. By default all tokens
-    are one segment, and keys have the queries' segments. Segment 0 is padding: its rows are finite
-    and mean nothing.
-    window: a query attends to that many keys at most, its own position the last of them. As a
-    Python int it leaves every form open. A traced one, for layers that differ within a scan,
-    excludes flash attention.
+    q_positions: [B or 1, T], by default 0 to T - 1. If T == S, keys have the positions of the
+    queries, and else 0 to S - 1.
+    q_segments, kv_segments: a query attends only to keys of its own segment. By default all tokens
+    are one segment, and keys have the segments of the queries. Segment 0 is padding: its output is
+    finite and has no meaning.
+    window: a query attends to at most so many keys, of which its own position is the last. A traced
+    window, for layers that differ within a scan, excludes flash attention. A Python int does not.
     scale: by default 1 / sqrt(H).
 
-    Returns [B, T, N, H] in q's dtype.
-    Raises ValueError for a window without `causal`, and for kv_segments without q_segments.
+    Returns: [B, T, N, H] in q's dtype.
+    Raises: ValueError for a window without `causal`, and for kv_segments without q_segments.
 
-    A GPU runs cuDNN's flash attention where that takes the dtype, the head dim and the mask. All
-    else is computed by blocks of queries, which never hold all scores at once.
+    A GPU runs cuDNN's flash attention if it supports the dtype, the head dim and the mask. In all
+    other cases attention is computed by blocks of queries, so that not all scores exist at once.
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if q_segments is not None and kv_segments is None:
@@ -50,13 +49,14 @@ def attention(
     if (q_segments is None) != (kv_segments is None):
         raise ValueError("kv_segments needs q_segments: attention stays within a segment")
     aligned = q.shape[1] == k.shape[1]
+    # cuDNN masks by the index of a token, so positions have to be 0, 1, 2, ...
     in_order = causal and aligned and q_positions is None
     if in_order and q_segments is None and not isinstance(window, jax.Array) and cudnn_takes(q):
-        left = None if window is None else (window - 1, 0)
+        left = None if window is None else (window - 1, 0)  # keys before and after the query
         return jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, local_window_size=left, implementation="cudnn"
         )
-    positions = _count(q.shape[1]) if q_positions is None else q_positions
+    positions = _count(q.shape[1]) if q_positions is None else q_positions  # [B or 1, T]
     queries = Coordinates(positions, q_segments)
     keys = Coordinates(positions if aligned else _count(k.shape[1]), kv_segments)
     return blockwise_attention(
@@ -65,9 +65,9 @@ def attention(
 
 
 def cudnn_takes(q: Float[Array, "B T N H"]) -> bool:
-    """Return whether cuDNN's flash attention runs here for these queries and a causal mask.
+    """Return True if cuDNN's flash attention runs here for these queries and a causal mask.
 
-    It takes half precision and head dims that are multiples of 8 up to 256 (Hopper).
+    It supports half precision, and head dims that are multiples of 8 up to 256 (Hopper).
     """
     half, head_dim = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
     return device().platform == "gpu" and half and head_dim % 8 == 0 and head_dim <= 256
@@ -86,8 +86,8 @@ def reference(
 ) -> Float[Array, "B T N H"]:
     """Return attention by its formula, in fp32, with all scores at once.
 
-    The other forms are tested against it.
-    mask: True [B or 1, T, S] for each key that a query attends to.
+    mask: [B or 1, T, S], True for each key that a query attends to. The other forms are tested
+    against this function.
     """
     batch, length, heads, dim = q.shape
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
@@ -97,4 +97,4 @@ def reference(
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, MASKED)
     out = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores, -1), v)  # [B, T, K, G, H]
-    return out.reshape(batch, length, heads, dim).astype(q.dtype)
+    return out.reshape(batch, length, heads, dim).astype(q.dtype)  # [B, T, N, H]

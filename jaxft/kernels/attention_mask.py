@@ -1,4 +1,4 @@
-"""Masks of attention: which keys each query attends to."""
+"""Masks of attention: the keys that each query attends to."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,10 @@ from jaxtyping import Bool, Int
 
 
 class Coordinates(NamedTuple):
-    """Position and segment of each token: all that a mask compares.
+    """Position and segment of each token, from which a mask is computed.
 
-    Both are int32 [B or 1, T], or broadcast against scores. `segments` is None where all tokens are
-    of one segment.
+    Both are int32 [B or 1, T], or broadcast against scores. `segments` is None if all tokens are
+    one segment.
     """
 
     positions: Int[Array, "*b T"]
@@ -24,11 +24,11 @@ def attention_mask(
     causal: bool,
     window: int | Int[Array, ""] | None = None,
 ) -> Bool[Array, "*b T S"] | None:
-    """Return True for each key that a query attends to, None where that is every key.
+    """Return True for each key that a query attends to, or None if that is every key.
 
     The coordinates broadcast against each other: [.., T, 1] of queries and [.., 1, S] of keys. A
-    query attends to keys of its own segment. If `causal`, their position is not after its own.
-    `window` counts the keys up to the query's own position, and needs `causal`.
+    query attends to keys of its own segment. If `causal`, keys after its own position are left out.
+    `window` is the number of keys up to the query's own position. It needs `causal`.
     """
     mask = None
     if causal:

@@ -1,7 +1,7 @@
-"""Attention by blocks of queries, for every device and mask: memory is O(block x keys).
+"""Attention by blocks of queries, for every device and mask. Memory is O(block x keys).
 
-Flash attention (Dao et al. 2022, arXiv:2205.14135) without its blocks of keys: a block's scores are
-computed, normalised and forgotten, and computed again in the backward pass.
+It is flash attention (Dao et al. 2022, arXiv:2205.14135) without blocks of keys. The scores of a
+block are computed, normalised and not kept. The backward pass computes them again.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ from jaxtyping import Array, Float, Int
 from jaxft.core.runtime import device
 from jaxft.kernels.attention_mask import Coordinates, attention_mask
 
-# Bytes of fp32 scores of one block of queries. On a CPU fewer, larger blocks measured best.
+# Bytes of fp32 scores of one block of queries. On a CPU fewer, larger blocks were faster.
 CPU_SCORES, ACCELERATOR_SCORES = 2**25, 2**28
 SMALLEST_BLOCK = 16  # queries
-BLOCK_MULTIPLE = 8  # queries, a TPU's sublanes
+BLOCK_MULTIPLE = 8  # queries, the sublanes of a TPU
 CAUSAL_SPANS, SMALLEST_SPAN = 3, 32  # 3 spans of causal queries need 2/3 of the products
-MASKED = -1e30  # added to scores. Finite, so that a query without keys stays finite
+MASKED = -1e30  # added to scores. Finite, so that the output of a query without keys is finite
 
 
 class KeysValues(NamedTuple):
@@ -36,7 +36,7 @@ Masking = tuple[Coordinates, int | Array | None]  # the keys' coordinates and th
 
 
 class Span(NamedTuple):
-    """Queries from `start` to `stop`, which attend to the first `keys` keys, `block` at once."""
+    """Queries from `start` to `stop`. They attend to the first `keys` keys, `block` at once."""
 
     start: int
     stop: int
@@ -45,7 +45,7 @@ class Span(NamedTuple):
 
 
 class Blocking(NamedTuple):
-    """Static settings: the kind of mask, the factor on scores, and the spans of queries."""
+    """Static settings: the kind of mask, the factor of scores, and the spans of queries."""
 
     causal: bool
     scale: float
@@ -64,19 +64,19 @@ def blockwise_attention(
     scale: float,
     in_order: bool,
 ) -> Float[Array, "B T N H"]:
-    """Return attention as `attention` does, one block of queries at a time, backward included.
+    """Return the result of `attention`, one block of queries at a time, forward and backward.
 
     queries, keys: their coordinates, [B or 1, T] and [B or 1, S].
-    in_order: keys are the queries' own tokens at positions 0, 1, 2, ..., and the mask is causal, so
-    that early queries need none of the later keys.
+    in_order: queries and keys are the same tokens at positions 0, 1, 2, ..., and the mask is
+    causal, so that early queries do not need the later keys.
     """
     (batch, length, heads, dim), kv_heads = q.shape, k.shape[2]
-    if q.dtype == jnp.float32:  # a narrower q would be rounded: its scores are scaled instead
+    if q.dtype == jnp.float32:  # scaling a bf16 q would round it, so its scores are scaled
         q, scale = scale * q, 1.0
     blocking = Blocking(causal, scale, cut_spans(q.shape, k.shape[1], in_order))
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)  # [B, T, K, G, H]
     q = q.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
-    # Keys stay fp32 outside the loop: their gradients sum over blocks, in that precision.
+    # Keys are fp32 outside the loop, because their gradients are summed over blocks in that dtype.
     wide = KeysValues(*(x.swapaxes(1, 2).astype(jnp.float32) for x in (k, v)))  # [B, K, S, H]
     queries = jax.tree.map(lambda x: x[:, None, None, :, None], queries)  # [B, 1, 1, T, 1]
     keys = jax.tree.map(lambda x: x[:, None, None, None], keys)  # [B, 1, 1, 1, S]
@@ -85,9 +85,9 @@ def blockwise_attention(
 
 
 def cut_spans(shape: tuple[int, ...], kv_length: int, in_order: bool) -> tuple[Span, ...]:
-    """Cut queries [B, T, N, H] into spans: in causal rows an early span skips the later keys.
+    """Cut queries of shape [B, T, N, H] into spans. With causal rows a span skips the later keys.
 
-    An accelerator's kernels stay whole.
+    On accelerators there is one span, so that their kernels stay whole.
     """
     batch, length, heads, _ = shape
     stops = [length]
@@ -102,9 +102,9 @@ def cut_spans(shape: tuple[int, ...], kv_length: int, in_order: bool) -> tuple[S
 
 
 def block_size(batch: int, length: int, heads: int, kv_length: int) -> int:
-    """Return the number of queries in a block: its scores fit the budget of one device.
+    """Return the number of queries in a block, whose scores fit the budget of one device.
 
-    Fewer, larger blocks are faster. Of the sizes between half of what fits and all of it, the one
+    Fewer, larger blocks are faster. Of the sizes from half of the budget to all of it, the size
     with the least padding is chosen.
     """
     budget = CPU_SCORES if device().platform == "cpu" else ACCELERATOR_SCORES
@@ -155,14 +155,16 @@ def _forward(
 def _backward(
     blocking: Blocking, saved: tuple, dout: Array
 ) -> tuple[Array, KeysValues, None, None]:
-    """Compute the scores again. The sum in softmax's derivative is dout . out (Dao et al., eq. 4).
+    """Return the gradients of queries, keys and values, from scores that are computed again.
 
-    XLA:CPU's own derivative of a softmax takes longer than all else in a layer.
+    The sum in the derivative of softmax is dout . out (Dao et al., eq. 4). XLA:CPU's derivative of
+    a softmax takes longer than all the rest of a layer.
     """
     q, wide, queries, masking, out, top, total = saved
     share = dout.astype(jnp.float32) / total  # [B, K, G, T, H]
     mean = jnp.matmul(share * out, jnp.ones((out.shape[-1], 1)), precision="highest")
     with_ones, right = _sums_by_product(q), _values(q, wide.v)
+    # With ones, the product below subtracts `mean` too: left and right have one column more.
     left = jnp.concatenate([share, -mean], -1) if with_ones else share
     inputs = (q, queries, left.astype(q.dtype), mean, top)
 
@@ -190,17 +192,17 @@ _attend.defvjp(_forward, _backward)
 
 
 def _sums_by_product(q: Float[Array, "B K G T H"]) -> bool:
-    """Return whether a column of ones beside the values lets products make softmax's sums.
+    """Return True if products compute softmax's sums, by a column of ones beside the values.
 
-    That spares XLA:CPU two passes over the scores. It pays where these are more than the values,
-    which are copied for it. In half precision the sums would be of rounded weights.
+    This saves two passes over the scores on XLA:CPU, and costs a copy of the values. It is faster
+    where there are more scores than values. In half precision the sums would have rounded weights.
     """
     many = q.shape[2] * q.shape[3] > q.shape[4]
     return device().platform == "cpu" and q.dtype == jnp.float32 and many
 
 
 def _values(q: Array, v: Array) -> Array:
-    """Return v [B, K, S, H], or v and a column of ones where `_sums_by_product` asks for it."""
+    """Return v [B, K, S, H], with a column of ones, [B, K, S, H + 1], if `_sums_by_product`."""
     return jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1) if _sums_by_product(q) else v
 
 
@@ -211,12 +213,12 @@ def _first(count: int, keys: tuple[Array, Array, Coordinates]) -> tuple[Array, A
 
 
 def _join_spans(parts: Sequence[Any]) -> Any:
-    """Return one array [B, K, G, T, ..] of those of the spans."""
+    """Join arrays [B, K, G, T, ..] of the spans along the queries."""
     return jax.tree.map(lambda *x: x[0] if len(x) == 1 else jnp.concatenate(x, 3), *parts)
 
 
 def _sum_spans(parts: Sequence[KeysValues]) -> KeysValues:
-    """Sum the keys' gradients over spans. All spans but the last have fewer keys."""
+    """Sum the gradients of keys over spans. All spans but the last have fewer keys."""
     cuts = list(pairwise([0, *(part.k.shape[2] for part in parts)]))
 
     def add(*every: Array) -> Array:
@@ -231,7 +233,7 @@ def _scores(
 ) -> Float[Array, "B K G T S"]:
     """Return masked scores in fp32.
 
-    The mask is added: for a select XLA:CPU writes out MASKED in the shape of all scores.
+    The mask is added. For a select, XLA:CPU would write MASKED in the shape of all scores.
     """
     scores = _product(q, k, 4, 3)
     scores = scores if blocking.scale == 1.0 else blocking.scale * scores
@@ -241,9 +243,9 @@ def _scores(
 
 
 def _product(x: Array, y: Array, over: int, keys_over: int) -> Array:
-    """Return x [B, K, G, T, .] times y [B, K, S, H], of x's precision, summed in fp32.
+    """Return x [B, K, G, T, .] times y [B, K, S, H] in x's dtype, summed in fp32.
 
-    It sums over dim `over` of x and `keys_over` of y, and transposes neither.
+    The sum is over dim `over` of x and `keys_over` of y. Neither is transposed.
     """
     dims = (((over,), (keys_over,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(x, y.astype(x.dtype), dims, preferred_element_type=jnp.float32)
@@ -252,16 +254,19 @@ def _product(x: Array, y: Array, over: int, keys_over: int) -> Array:
 def _over_queries(
     x: Float[Array, "B K G T S"], y: Float[Array, "B K G T H"]
 ) -> Float[Array, "B K S H"]:
-    """Return the sum of x y over heads and queries, in fp32. The CPU's form transposes no x."""
+    """Return the sum of x y over heads and queries, in fp32.
+
+    The form for a CPU does not transpose x, the larger of the two.
+    """
     dims = (((2, 3), (2, 3)), ((0, 1), (0, 1)))
     if device().platform != "cpu":
         return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
     made = jax.lax.dot_general(y, x, dims, preferred_element_type=jnp.float32)  # [B, K, H, S]
-    return jax.lax.optimization_barrier(made).swapaxes(2, 3)
+    return jax.lax.optimization_barrier(made).swapaxes(2, 3)  # [B, K, S, H]
 
 
 def _over_blocks(block: Callable, carry: Any, inputs: tuple, span: Span) -> tuple[Any, Any]:
-    """Scan `block` over blocks of the span's queries (dim 3), and join what it returns."""
+    """Scan `block` over blocks of the span's queries (dim 3), and join its outputs."""
     length = span.stop - span.start
     inputs = jax.tree.map(lambda x: x[:, :, :, span.start : span.stop], inputs)
     if span.block >= length:
@@ -275,10 +280,10 @@ def _cut(x: Array, size: int) -> Array:
     count = -(-x.shape[3] // size)
     x = jnp.pad(x, [(0, 0)] * 3 + [(0, count * size - x.shape[3]), (0, 0)])
     x = x.reshape(*x.shape[:3], count, size, x.shape[4])  # [B, K, G, blocks, size, H]
-    return jnp.moveaxis(x, 3, 0)
+    return jnp.moveaxis(x, 3, 0)  # [blocks, B, K, G, size, H]
 
 
 def _join(x: Array, length: int) -> Array:
     """Join blocks to [B, K, G, T, H] again, without the padding."""
     x = jnp.moveaxis(x, 0, 3)  # [B, K, G, blocks, size, H]
-    return x.reshape(*x.shape[:3], -1, x.shape[5])[:, :, :, :length]
+    return x.reshape(*x.shape[:3], -1, x.shape[5])[:, :, :, :length]  # [B, K, G, T, H]

@@ -1,4 +1,4 @@
-"""The convolution over NHWC images."""
+"""Convolution over NHWC images."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ from jaxft.core.runtime import device
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
 
-# With this many input channels XLA:CPU is faster with a matrix product than with its own
-# convolution: two times at 640 channels, mostly in the gradients. At 64 it is three times slower.
+# With this many input channels a matrix product is faster on XLA:CPU than its convolution: twice as
+# fast at 640 channels, mostly in the gradients. At 64 channels it is three times slower.
 IM2COL_MIN_CHANNELS = 128
 
 
@@ -34,14 +34,14 @@ def reference(
     stride: int,
     padding: Padding,
 ) -> Float[Array, "B Y2 X2 F"]:
-    """Return the same by XLA's own convolution."""
+    """Return the same as `convolve`, by XLA's convolution."""
     layout = ("NHWC", "HWIO", "NHWC")
     strides = (stride, stride)
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
 
 
 def _im2col(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """Return the same by one matrix product with the pixels under the kernel at each place."""
+    """Return the same as `convolve`, by a matrix product with the pixels under each kernel."""
     size, out = kernel.shape[0], kernel.shape[-1]
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     y, width = ((side - size) // stride + 1 for side in padded.shape[1:3])

@@ -1,4 +1,4 @@
-"""The loss head of language models: projection and cross-entropy without the whole logits."""
+"""The loss head of language models: projection and cross-entropy, by chunks of the logits."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from jaxft.core.sharding import AXES, spec
 
 # Bytes of one chunk's fp32 logits on one device.
 CPU_LOGITS, ACCELERATOR_LOGITS = 2**26, 2**29
-FAR = 1e30  # above all logits, and finite when times a vocabulary
+FAR = 1e30  # above all logits, and finite if multiplied by a vocabulary's size
 
 
 class HeadConfig(NamedTuple):
-    """All that is static: the head's layout, steps a chunk, z-loss, mesh axes larger than 1."""
+    """Static settings: the head's layout, time steps a chunk, z-loss, mesh axes larger than 1."""
 
     vocab_first: bool
     chunk: int
@@ -28,19 +28,19 @@ class HeadConfig(NamedTuple):
 
     @property
     def layout(self) -> str:
-        """The matrix in an einsum."""
+        """The letters of the matrix in an einsum."""
         return "vd" if self.vocab_first else "dv"
 
 
 class Head(NamedTuple):
-    """Matrix and bias of the logits. A gradient's leaf is None where it is not asked for."""
+    """Matrix and bias of the logits, or their gradients, None where no gradient is needed."""
 
     matrix: Any
     bias: Any = None
 
 
 class Sums(NamedTuple):
-    """Weighted sums over tokens: loss (z-loss included), argmax hits, squared log-partition."""
+    """Weighted sums over tokens: loss (with z-loss), argmax hits, squared log-partition."""
 
     total: Float[Array, ""]
     correct: Float[Array, ""]
@@ -58,19 +58,19 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     bias: Float[Array, "V"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Return the summed weights * (-log softmax(hidden head)[targets] + z_loss * logsumexp^2).
+    """Return the sum of weights * (-log softmax(hidden head)[targets] + z_loss * logsumexp^2).
 
     hidden: [B, T, D]. head: a table [V, D] if `vocab_first`, else a kernel [D, V]. It is cast to
     hidden's dtype, and products are summed in fp32. bias: [V], added to the logits.
     targets, weights: [B, T]. Gradients do not reach `weights`.
-    chunk: time steps whose fp32 logits exist at once, by default as many as the budget above holds.
+    chunk: time steps whose fp32 logits exist at once, by default as many as fit the budget above.
     z_loss: Chowdhery et al. 2022, arXiv:2204.02311, section 5.
 
-    Returns the sum, and a dict of more sums: `weight`, `correct` (argmax hits) and, with z-loss,
+    Returns: the sum, and a dict of more sums: `weight`, `correct` (argmax hits) and, with z-loss,
     `z` (its part of the sum).
 
-    Gradients come out of the forward pass, those of head and bias only if they are trained. Under a
-    mesh each device works on its rows and its part of the vocabulary, with one gather of the head
+    The forward pass computes the gradients, those of head and bias only if they are trained. Under
+    a mesh each device computes its rows and its part of the vocabulary, with one gather of the head
     and one reduction of its gradient.
     """
     cfg = HeadConfig(vocab_first, 0, z_loss)
@@ -88,7 +88,7 @@ def linear_cross_entropy(
         )
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         hidden, targets, weights = (_pad(x, 0, ways) for x in (hidden, targets, weights))
-        # A head widened by an adapter need not divide over fsdp.
+        # fsdp may not divide the width of a head with an adapter, D + r.
         hidden = _pad(hidden, 2, mesh.shape["fsdp"])
         head = _pad(head, int(vocab_first), mesh.shape["fsdp"])
         rows, vocab = len(hidden) // ways, vocab // mesh.shape["tensor"]
@@ -111,7 +111,7 @@ def reference(
     z_loss: float = 0.0,
     bias: Float[Array, "V"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Return what `linear_cross_entropy` does, by its formula, with all logits at once."""
+    """Return the same as `linear_cross_entropy`, by its formula, with all logits at once."""
     matrix = (head.T if vocab_first else head).astype(jnp.float32)  # [D, V]
     logits = hidden.astype(jnp.float32) @ matrix  # [B, T, V]
     logits = logits if bias is None else logits + bias
@@ -126,7 +126,7 @@ def reference(
 
 
 def _chunk(rows: int, length: int, vocab: int) -> int:
-    """Return time steps a chunk, a power of 2 or all, of which one device holds the logits."""
+    """Return time steps a chunk: a power of 2, or all, whose logits fit the budget of a device."""
     budget = CPU_LOGITS if device().platform == "cpu" else ACCELERATOR_LOGITS
     size = 1
     while size < length and 2 * size * rows * vocab * 4 <= budget:
@@ -146,9 +146,9 @@ def _plain(cfg: HeadConfig, hidden: Array, head: Head, targets: Array, weights: 
 
 
 def _forward(cfg: HeadConfig, hidden, head, targets, weights) -> tuple[Sums, tuple]:
-    """Return sums and gradients, of those arguments alone that are differentiated.
+    """Return sums, and gradients of the arguments that are differentiated.
 
-    So a frozen head costs no gradient.
+    A frozen head costs no gradient.
     """
     bias = head.bias
     values = Head(head.matrix.value, None if bias is None else bias.value)
@@ -178,7 +178,7 @@ def _run(
     with_dx: bool,
     trained: Head,
 ) -> tuple[Sums, Array | None, Head]:
-    """Return sums and the gradients asked for, from one device or from all of the mesh."""
+    """Return sums and the requested gradients, from one device or from all of the mesh."""
     local = partial(_local, cfg, with_dx=with_dx, trained=trained)
     if not cfg.batch_axes + cfg.vocab_axes:
         return local(hidden, head, targets, weights)
@@ -187,7 +187,7 @@ def _run(
     whole = Head(matrix, None if head.bias is None else spec(("vocab",)))
     made = Head(*(one if wanted else None for one, wanted in zip(whole, trained, strict=True)))
     out = (PartitionSpec(), batch if with_dx else None, made)
-    # Not differentiated inside (the gradients are outputs), so nothing depends on vma types.
+    # The gradients are outputs, and nothing inside is differentiated, so vma types are not needed.
     mapped = jax.shard_map(
         local, in_specs=(batch, whole, batch, batch), out_specs=out, check_vma=False
     )
@@ -206,7 +206,7 @@ def _local(
 ) -> tuple[Sums, Array | None, Head]:
     """Return the sums over the mesh, and one device's part of the gradients.
 
-    The arguments are one device's: its rows, its slice of the vocabulary and of D.
+    The arguments are those of one device: its rows, its slice of the vocabulary and of D.
     """
     length, embed_axis = hidden.shape[1], cfg.layout.index("d")
     matrix = head.matrix.astype(hidden.dtype)
@@ -237,7 +237,7 @@ def _local(
         dx = dx.reshape(len(hidden), -1, hidden.shape[2])[:, :length]  # [B, T, D]
     sums = jax.tree.map(partial(_psum, axes=cfg.batch_axes), sums)
     if dw is not None:
-        # Summed over the batch. Each device keeps its part of D.
+        # The sum is over the batch. Each device keeps its part of D.
         for name in cfg.embed_axes:
             dw = jax.lax.psum_scatter(dw, name, scatter_dimension=embed_axis, tiled=True)
         others = tuple(name for name in cfg.batch_axes if name not in cfg.embed_axes)
@@ -254,17 +254,17 @@ def _chunk_sums(
     logits = _product(f"bcd,{cfg.layout}->bcv", x, head.matrix)  # [B, chunk, V]
     logits = logits if head.bias is None else logits + head.bias.astype(jnp.float32)
     vocab = logits.shape[-1]
-    # A target's place in this device's slice of the vocabulary, outside it for all devices but one.
+    # Index of the target in this device's slice of the vocabulary, outside it on other devices.
     local = targets - (jax.lax.axis_index(cfg.vocab_axes) * vocab if cfg.vocab_axes else 0)
     places = jnp.arange(vocab)
-    best = logits.max(-1)
+    best = logits.max(-1)  # [B, chunk]
     top = jax.lax.pmax(best, cfg.vocab_axes) if cfg.vocab_axes else best
     exponentials = jnp.exp(logits - top[..., None])
     partition = _psum(exponentials.sum(-1), cfg.vocab_axes)
     log_partition = jnp.log(partition) + top
     target = jnp.take_along_axis(logits, jnp.clip(local, 0, vocab - 1)[..., None], -1)[..., 0]
     target = _psum(jnp.where((local >= 0) & (local < vocab), target, 0), cfg.vocab_axes)
-    # The first maximum wins, as in argmax. A sum masks three times as fast as a select on a CPU.
+    # A hit is the first maximum, as in argmax. A CPU masks three times as fast by a sum.
     later = jnp.minimum(local[..., None] - 1.0, places) - places
     before = (logits + FAR * later).max(-1)
     before = jax.lax.pmax(before, cfg.vocab_axes) if cfg.vocab_axes else before
@@ -279,12 +279,12 @@ def _chunk_sums(
 
 
 def _dw(cfg: HeadConfig, x: Array, dlogits: Array) -> Array:
-    """Return the matrix's gradient from one chunk, in the matrix's layout."""
+    """Return the gradient of the matrix from one chunk, in the matrix's layout."""
     if device().platform != "cpu":
         return _product(f"bcd,bcv->{cfg.layout}", x, dlogits)
-    # Hidden first, and no transpose folded in: XLA:CPU would copy the wide dlogits.
+    # Hidden comes first, and the barrier keeps the transpose out: XLA:CPU would copy dlogits.
     made = jax.lax.optimization_barrier(_product("bcd,bcv->dv", x, dlogits))
-    return made.T if cfg.vocab_first else made
+    return made.T if cfg.vocab_first else made  # [V, D] or [D, V]
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:
@@ -298,4 +298,4 @@ def _psum(x: Array, axes: tuple[str, ...]) -> Array:
 def _cut(x: Array, size: int) -> Array:
     """Cut x [B, T, ..] into [chunks, B, size, ..]."""
     x = x.reshape(x.shape[0], -1, size, *x.shape[2:])  # [B, chunks, size, ..]
-    return x.swapaxes(0, 1)
+    return x.swapaxes(0, 1)  # [chunks, B, size, ..]

@@ -1,33 +1,34 @@
-"""Loops over layers and over tokens: how much of them a device runs better unrolled."""
+"""Loops over layers and over tokens: the form of each that is fastest on a device."""
 
 from jaxft.core.runtime import device
 
-SCAN_MIN_LAYERS = 9  # a CPU's step is compiled for fewer layers one by one
-UNSTACKED_BYTES = 2**30  # of layers, held a second time while decoding
-CACHE_SPANS, SMALLEST_CACHE_SPAN = 4, 32  # of tokens that are decoded before a cache grows
+SCAN_MIN_LAYERS = 9  # on a CPU, fewer layers are compiled one by one
+UNSTACKED_BYTES = 2**30  # most bytes of layers that decoding holds a second time
+CACHE_SPANS, SMALLEST_CACHE_SPAN = 4, 32  # most spans of tokens between two growths of a cache
 
 
 def unrolls(layers: int) -> bool:
-    """Return whether a step over so many layers is compiled layer by layer, without a loop.
+    """Return True if a step over so many layers is compiled layer by layer, without a loop.
 
-    A CPU's loop copies the weights of each layer, and stacks what its backward pass reads.
+    A loop on a CPU copies the weights of each layer, and stacks the arrays for the backward pass.
     """
     return device().platform == "cpu" and layers < SCAN_MIN_LAYERS
 
 
 def unstacks(nbytes: int) -> bool:
-    """Return whether decoding holds its layers, of so many bytes, apart from their stack.
+    """Return True if decoding holds its layers, of so many bytes, one by one beside their stack.
 
-    A CPU's loop over tokens reads them in place then. From a stack it copies each layer for each
+    On a CPU the loop over tokens reads them in place. From a stack it copies each layer for each
     token.
     """
     return device().platform == "cpu" and nbytes <= UNSTACKED_BYTES
 
 
 def cache_growth(count: int) -> list[int]:
-    """Return the numbers of decoded tokens at which a cache grows, the last of them `count`.
+    """Return the numbers of decoded tokens at which the spans of a cache end. The last is `count`.
 
-    A CPU is slowed down by every slot that attention reads. Other devices allocate all at once.
+    On a CPU every slot that attention reads costs time, so the cache grows span by span. Other
+    devices allocate all slots at once.
     """
     spans = 1
     if device().platform == "cpu":

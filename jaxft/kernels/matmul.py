@@ -1,6 +1,6 @@
-"""The product of activations and a kernel: the only one of the projections.
+"""The product of activations and a kernel, for all projections.
 
-A kernel in another format (quantised, fp8) is one more branch here, and nowhere else.
+A kernel in another format (quantised, fp8) would be one more branch in this file alone.
 """
 
 from functools import partial
@@ -20,15 +20,16 @@ def matmul(x: Float[Array, "..."], kernel: Float[Array, "..."], inputs: int = 1)
 
     inputs: the number of dims of *ins.
 
-    The value is `reference`'s on every device. The gradients are those of `reference` too, but
-    their operands reach XLA:CPU in one piece. Left alone, it fuses the activation's derivative into
-    the transposing copy for the kernel's gradient: strided reads, ten times the time of the copy.
+    Value and gradients are those of `reference` on every device. On XLA:CPU a barrier keeps the
+    operands of the gradients whole. Without it, XLA:CPU fuses the derivative of the activation into
+    the transposed copy for the kernel's gradient. The strided reads take ten times as long as the
+    copy.
     """
     return reference(x, kernel, inputs)
 
 
 def reference(x: Float[Array, "..."], kernel: Float[Array, "..."], inputs: int = 1) -> Array:
-    """Return the same product with the gradients that jax derives."""
+    """Return the same product as `matmul`, with the gradients that jax derives."""
     return jnp.tensordot(x, kernel, inputs)
 
 

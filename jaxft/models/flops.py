@@ -1,4 +1,4 @@
-"""Model FLOPs by reading a traced function: two for each multiply-add."""
+"""Model FLOPs of a traced function: two for each multiply-add."""
 
 from collections.abc import Callable
 from math import prod
@@ -8,11 +8,12 @@ import jax
 
 
 def count(function: Callable[..., Any], *args: Any) -> float:
-    """FLOPs of one call on abstract or concrete arguments; nothing runs.
+    """Return the FLOPs of one call on abstract or concrete arguments. The call is only traced.
 
-    Only matrix products and convolutions count, as in torch's FlopCounterMode and in every
-    published MFU. A scan counts as often as it runs; a `while` loop once. What is traced is this
-    machine's way: attention's column of ones on a CPU is 0.2 % of a UNet's.
+    Only matrix products and convolutions count, as in torch's FlopCounterMode and in published MFU.
+    The body of a scan counts once an iteration, that of a `while` loop once. The function is traced
+    for this machine's device, whose kernels may add products: on a CPU the column of ones in
+    attention adds 0.2 % to a UNet.
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -38,7 +39,7 @@ def _of_equation(equation: Any) -> float:
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:
-    """The jaxprs that an equation calls, whatever it names them."""
+    """Return the jaxprs that an equation calls, under whatever parameter names."""
     found = []
     for value in params.values():
         for one in value if isinstance(value, tuple | list) else (value,):

@@ -1,8 +1,8 @@
-"""The one table from a config.json's model_type or class name to the code of that architecture.
+"""The table from a config.json's model_type or class name to the code of that architecture.
 
 A package outside of jaxft adds a decoder by an entry point of the group `jaxft.architectures`: its
 name is a model_type, its value `module:ATTRIBUTE` of an Architecture. All commands find it, and so
-does a run folder that is opened again, without a config key or a call.
+does a run folder that is opened again. No config key and no call is needed.
 """
 
 import difflib
@@ -19,6 +19,7 @@ from jaxft.weights.transfer import Part
 
 GROUP = "jaxft.architectures"
 NEAREST = 10  # names in an error
+# Values are imported on use, so that a command imports no other model's module.
 MODEL_TYPES: dict[str, dict[str, str]] = {
     "decoder": {
         "llama": "jaxft.models.decoders.llama:ARCHITECTURE",
@@ -46,15 +47,15 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
 
 
 class Architecture(NamedTuple):
-    """All that the rest of jaxft asks about one architecture. `cfg` is what `config` returns.
+    """The interface of one architecture to the rest of jaxft. `cfg` is the result of `config`.
 
-    class_name: of a config.json, the class that transformers or diffusers builds. config: reads a
-    config.json, called with it and its name in errors, and raises UserError for values that no
-    layer computes. module: called with (cfg, key=key). rules, sizes: the weight table, and
-    the dims that its layouts name. ignore: tensors that make no parameter and that an export
-    copies. drop: tensors that training would leave stale. flops: the forward FLOPs of one token in
-    a row of a length, 0 for models without tokens. lora: a regex over projections, the default
-    of `lora.targets`. opened: the folder's source under its weight table's names.
+    class_name: the class that transformers or diffusers builds for a config.json. config: called
+    with a config.json and its name in errors, it returns `cfg`, or raises UserError for values that
+    no layer computes. module: called with (cfg, key=key). rules, sizes: the weight table, and the
+    dims that its layouts name. ignore: tensors that fill no parameter and that an export copies.
+    drop: tensors that training would make stale. flops: the forward FLOPs of one token in a row of
+    a given length, 0 for models without tokens. lora: a regex over projections, the default of
+    `lora.targets`. opened: renames the tensors of a source to the names of the weight table.
     """
 
     family: str
@@ -78,13 +79,16 @@ class Architecture(NamedTuple):
 def find(config: Mapping[str, Any], family: str, where: str = "config.json") -> Architecture:
     """Return the architecture of a config.json within a family of MODEL_TYPES.
 
-    Raises UserError for a name that is not in the table, with those that are nearest to it.
+    `where` is the name of the file in errors.
+    Raises: UserError for a name that is not in the table, with the names that are nearest to it.
     """
+    # transformers writes a model_type, diffusers a class name.
     key = "model_type" if "model_type" in config or family == "decoder" else "_class_name"
     name, known = config.get(key), MODEL_TYPES[family]
+    # Names of jaxft have priority over those of entry points.
     if name not in tuple(known) and family == "decoder":
         known = known | {one.name: one.value for one in entry_points(group=GROUP)}
-    if name not in tuple(known):  # a tuple, for a name of JSON may be a list
+    if name not in tuple(known):  # a tuple, because a name in JSON may be a list, which has no hash
         near = list(known)
         if len(near) > NEAREST:
             near = difflib.get_close_matches(str(name), near, NEAREST, 0.0)
@@ -97,17 +101,17 @@ def find(config: Mapping[str, Any], family: str, where: str = "config.json") -> 
 
 
 def find_family(config: Mapping[str, Any]) -> str | None:
-    """Return the family that has a config.json's model_type or class name, None if none has."""
+    """Return the family of a config.json's model_type or class name, or None."""
     name = config.get("model_type", config.get("_class_name"))
     return next((one for one, names in MODEL_TYPES.items() if name in tuple(names)), None)
 
 
 def read_decoder(config: Mapping[str, Any]) -> DecoderConfig:
-    """Read the config.json of a causal language model. Raises UserError as `find` does."""
+    """Read the config.json of a causal language model. Raises as `find`."""
     return find(config, "decoder").config(config, "config.json")
 
 
 def class_names(family: str) -> tuple[str, ...]:
-    """Return the class of every name that the table has for a family, in its order."""
+    """Return the class names of a family's entries in the table, in its order."""
     configs = [{"model_type": name, "_class_name": name} for name in MODEL_TYPES[family]]
     return tuple(find(config, family).class_name(config) for config in configs)

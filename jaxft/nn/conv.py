@@ -38,8 +38,8 @@ class Conv(nnx.Module):
 
     x [B, Y, X, in] -> y [B, Y2, X2, out]. W [size, size, in, out]. `padding` is ((top, bottom),
     (left, right)), or one number for all sides. The adapter's A [size, size, in, r] is a
-    convolution of the same stride and padding, its B [r, out] a 1x1 one, as in PEFT and kohya. W is
-    initialised as torch's Conv2d, b is zero.
+    convolution of the same stride and padding, and its B [r, out] is a 1x1 convolution, as in PEFT
+    and kohya. W is initialised as in torch's Conv2d. b is zero.
     """
 
     def __init__(
@@ -73,15 +73,16 @@ class Conv(nnx.Module):
     ) -> Float[Array, "B Y2 X2 F"]:
         """Return y in x's dtype.
 
-        keys: one PRNG key for each row of x turns the adapter's dropout on. The default is none.
+        keys: one PRNG key for each row of x, for the dropout of the adapter. None: no dropout.
         """
-        # By this name a remat policy can keep what no policy for matrix products would.
+        # The name lets a remat policy save convolutions. Policies for matrix products do not.
         y = checkpoint_name(self.convolve(x, self.kernel[...]), "conv")
         if self.lora_a is not None and self.lora_b is not None:
             if keys is not None and self.adapter.dropout > 0:
                 x = dropout(x, keys, self.adapter)
             low = self.convolve(x, self.lora_a[...])  # [B, Y2, X2, r]
-            y = y + self.adapter.scale * jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)
+            update = jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)  # [B, Y2, X2, out]
+            y = y + self.adapter.scale * update
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y
@@ -89,9 +90,9 @@ class Conv(nnx.Module):
     def convolve(
         self, x: Float[Array, "B Y X C"], kernel: Float[Array, "size size C F"]
     ) -> Float[Array, "B Y2 X2 F"]:
-        """Return x convolved with another kernel, at this layer's stride and padding, no bias."""
-        # Gathered where it is used: left to itself XLA (jax 0.10) shards the channels over the axis
-        # of the batch, and in the loop over micro-batches it then mixes up the batch's rows.
+        """Return x convolved with a kernel, with this layer's stride and padding, without bias."""
+        # The kernel is gathered here. Otherwise XLA (jax 0.10) shards channels over the axis of the
+        # batch, and then mixes up rows of the batch in the loop over micro-batches.
         kernel = constrain(kernel.astype(x.dtype), *REPLICATED_KERNEL)
         return convolve(x, kernel, self.stride, self.padding)
 
@@ -114,7 +115,7 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Nearest-neighbour upsampling to twice the size, followed by a 3x3 convolution.
 
-    `size` (Y, X) crops in between, to reach odd sizes.
+    size: (Y, X) to crop to before the convolution, for odd sizes.
     """
 
     def __init__(self, channels: int, *, key: PRNGKeyArray):
@@ -127,7 +128,7 @@ class Upsample(nnx.Module):
         keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "B Y2 X2 C"]:
         b, y, width, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None], (b, y, 2, width, 2, c))  # pixels repeated
+        x = jnp.broadcast_to(x[:, :, None, :, None], (b, y, 2, width, 2, c))  # [B, Y, 2, X, 2, C]
         x = x.reshape(b, 2 * y, 2 * width, c)  # [B, 2 Y, 2 X, C]
         return self.conv(x if size is None else x[:, : size[0], : size[1]], keys)
 
@@ -135,9 +136,9 @@ class Upsample(nnx.Module):
 class ResnetBlock(nnx.Module):
     """Residual block x + conv(silu(norm(conv(silu(norm(x))) + time))).
 
-    Where input and output channels differ, a 1x1 convolution is applied to x first. `time_dim` is
-    the width of the time embedding that __call__ takes. It is None in a VAE, which has none.
-    diffusers' ResnetBlock2D, with its names.
+    If input and output channels differ, the first term is a 1x1 convolution of x. `time_dim` is the
+    width of the time embedding, an argument of __call__. It is None in a VAE, which has none.
+    Source: diffusers' ResnetBlock2D. The names are the same.
     """
 
     def __init__(
@@ -170,16 +171,16 @@ class ResnetBlock(nnx.Module):
     ) -> Float[Array, "B Y X F"]:
         h = self.conv1(jax.nn.silu(self.norm1(x)), keys)
         if self.time_emb_proj is not None and time is not None:
-            h = h + self.time_emb_proj(jax.nn.silu(time), keys)[:, None, None]
+            h = h + self.time_emb_proj(jax.nn.silu(time), keys)[:, None, None]  # [B, 1, 1, F]
         h = self.conv2(jax.nn.silu(self.norm2(h)), keys)
         return (x if self.conv_shortcut is None else self.conv_shortcut(x, keys)) + h
 
 
 def runner(remat: str) -> Callable[..., Array]:
-    """Return a function that calls a block on activations and saves what `remat` names.
+    """Return a function that calls a block on activations under the remat policy `remat`.
 
-    The result is constrained to the batch's sharding. Raises UserError where `remat` is neither
-    "none" nor a key of CONV_REMAT.
+    The result is constrained to the sharding of the batch.
+    Raises: UserError if `remat` is neither "none" nor a key of CONV_REMAT.
     """
     if remat != "none" and remat not in CONV_REMAT:
         known = ", ".join(("auto", "none", *CONV_REMAT))
@@ -192,10 +193,10 @@ def runner(remat: str) -> Callable[..., Array]:
 
 
 def dense(inputs: int, outputs: int, *, key: PRNGKeyArray) -> Linear:
-    """Return a projection [in, out], fsdp over its input, initialised as wide as torch's Linear."""
+    """Return a projection [in, out] with torch's initial spread. fsdp shards its input dim."""
     return Linear((inputs,), (outputs,), ("embed", "mlp"), key=key, bias=True, std=spread(inputs))
 
 
 def spread(inputs: int) -> float:
-    """Return the standard deviation of torch's weights, uniform within 1 / sqrt(inputs)."""
+    """Return the standard deviation of torch's initial weights, uniform in +-1 / sqrt(inputs)."""
     return (3 * inputs) ** -0.5

@@ -1,4 +1,4 @@
-"""The only projection of the project, with the slot of a LoRA adapter, and the embedding."""
+"""The projection of all models, with the slot of a LoRA adapter, and the embedding."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class Adapter(NamedTuple):
     """Settings of one adapter.
 
     scale: alpha / r. dropout: the share of its input that is dropped. stream: folded into the PRNG
-    keys, so that two adapters drop differently.
+    keys, so that the dropout masks of two adapters differ.
     """
 
     scale: float
@@ -27,7 +27,7 @@ class Linear(nnx.Module):
 
     x [..., *in_shape] -> y [..., *out_shape]. W [*in_shape, *out_shape], A [*in_shape, r],
     B [r, *out_shape], b [*out_shape]. `axes` are the logical axes of W.
-    LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
+    Source of LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Linear(nnx.Module):
         )
         out_axes = axes[len(in_shape) :]
         self.bias = nnx.data(nnx.Param(jnp.zeros(out_shape), axes=out_axes) if bias else None)
+        # The slots of an adapter, which `lora.add` fills. nnx.data lets None become a parameter.
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.adapter = Adapter(1.0)
@@ -56,12 +57,13 @@ class Linear(nnx.Module):
     ) -> Float[Array, "..."]:
         """Return y in x's dtype.
 
-        keys: one PRNG key for each row of x turns the adapter's dropout on. The default is none.
+        keys: one PRNG key for each row of x, for the dropout of the adapter. None: no dropout.
         """
         y: Array = matmul(x, self.kernel[...].astype(x.dtype), self.inputs)
         if self.lora_a is not None and self.lora_b is not None:
-            low = self._low(x, keys)
-            y = y + self.adapter.scale * jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)
+            low = self._low(x, keys)  # [..., r]
+            update = jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)  # [..., *out_shape]
+            y = y + self.adapter.scale * update
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y
@@ -71,9 +73,9 @@ class Linear(nnx.Module):
     ) -> Float[Array, "... E"]:
         """Return x [..., D], concatenated with scale * (x A), for a product with `wide_kernel`.
 
-        Without an adapter it is x. keys: as in `__call__`. Dropout acts on the adapter's input
-        alone. This is for callers that multiply by the kernel elsewhere. An adapter that is added
-        to a bf16 kernel is rounded away: its steps are far below the kernel's last bit.
+        Without an adapter it is x. keys: as in `__call__`. Dropout acts only on the adapter's
+        input. This is for callers that multiply by the kernel elsewhere. If the adapter were added
+        to a bf16 kernel, it would be rounded away: its steps are far below the kernel's last bit.
         """
         if self.lora_a is None:
             return x
@@ -85,14 +87,14 @@ class Linear(nnx.Module):
         kernel: Array = self.kernel[...]
         if self.lora_b is None:
             return kernel
-        return jnp.concatenate([kernel, self.lora_b[...].astype(kernel.dtype)])
+        return jnp.concatenate([kernel, self.lora_b[...].astype(kernel.dtype)])  # [D + r, F]
 
     def _low(self, x: Array, keys: PRNGKeyArray | None) -> Float[Array, "... r"]:
-        """Return x A, with dropout where there are keys."""
+        """Return x A, with dropout if there are keys."""
         assert self.lora_a is not None
         if keys is not None and self.adapter.dropout > 0:
             x = dropout(x, keys, self.adapter)
-        return jnp.tensordot(x, self.lora_a[...].astype(x.dtype), self.inputs)
+        return jnp.tensordot(x, self.lora_a[...].astype(x.dtype), self.inputs)  # [..., r]
 
 
 def dropout(
@@ -100,14 +102,14 @@ def dropout(
 ) -> Float[Array, "B ..."]:
     """Drop elements of x and scale the others up (inverted dropout).
 
-    keys: one a row. A row's mask depends on its own key, and not on its batch or mesh.
+    keys: one a row. The mask of a row depends only on its key, and not on its batch or the mesh.
     """
     keep = 1.0 - adapter.dropout
 
     def kept(key: PRNGKeyArray) -> Array:
         return jax.random.bernoulli(jax.random.fold_in(key, adapter.stream), keep, x.shape[1:])
 
-    return jnp.where(jax.vmap(kept)(keys), x / keep, 0).astype(x.dtype)
+    return jnp.where(jax.vmap(kept)(keys), x / keep, 0).astype(x.dtype)  # [B, ...]
 
 
 class Embedding(nnx.Module):
@@ -125,10 +127,10 @@ class Embedding(nnx.Module):
 
 
 def gather_rows(table: Float[Array, "V D"], ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Return table[ids], from a table that is replicated first.
+    """Return table[ids] [..., D], from a table that is replicated first.
 
-    Where a table is sharded over both dims, indexing makes XLA rematerialise it ("Involuntary full
-    rematerialization"). Replicating costs one all-gather.
+    If a table is sharded over both dims, indexing makes XLA rematerialise it ("Involuntary full
+    rematerialization"). Replication costs one all-gather.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:

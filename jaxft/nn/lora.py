@@ -1,4 +1,4 @@
-"""Low-rank adapters: add them to the projections that a regex names, and merge them."""
+"""Low-rank adapters: their addition to projections by a regex, and their change of a kernel."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -28,11 +28,11 @@ def scale(cfg: Lora) -> float:
 
 
 def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
-    """Add an adapter to each projection of which `cfg.targets` matches the whole path.
+    """Add an adapter to each projection whose whole path matches the regex `cfg.targets`.
 
     Rank 0 adds none. A is Kaiming-uniform (a = sqrt 5) and B zero, as in PEFT. Both are fp32 and
-    keep the leading "layers" dim of their kernel. Raises UserError where nothing matches, with a
-    list of all projections.
+    keep the leading "layers" dim of their kernel.
+    Raises: UserError for a bad regex, and for one without a match, with a list of all projections.
     """
     if cfg.rank == 0:
         return
@@ -49,6 +49,7 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
             f"lora.targets={cfg.targets!r} matches no projection; there are: {', '.join(alike)}"
         )
     for path in chosen:
+        # A key by path: the start of an adapter does not depend on the other targets.
         _attach(linears[path], cfg, jax.random.fold_in(key, crc32(path.encode())), path)
 
 
@@ -62,7 +63,7 @@ def _attach(linear: Any, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
     """Add A [*lead, *ins, r] and B [*lead, r, *outs] to a kernel [*lead, *ins, *outs]."""
     axes = linear.kernel.get_metadata()["axes"]
     shape, n = linear.kernel.shape, linear.inputs
-    lead = shape[: len(shape) - len(axes)]
+    lead = shape[: len(shape) - len(axes)]  # (L,) of a stacked kernel, else ()
     ins, outs = shape[len(lead) : len(lead) + n], shape[len(lead) + n :]
     bound = 1 / sqrt(prod(ins))
     a = jax.random.uniform(key, (*lead, *ins, cfg.rank), minval=-bound, maxval=bound)
@@ -73,11 +74,12 @@ def _attach(linear: Any, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
 
 
 def continued(asked: Lora, own: Lora, paths: Iterable[str]) -> Lora:
-    """Return the settings of an adapter to go on from: its own, with the run's dropout if set.
+    """Return the settings of an adapter that training continues, with the run's dropout if set.
 
-    `asked` holds the run's settings, `own` the adapter's, and `paths` all projections. Raises
-    UserError for a setting of the run that contradicts the adapter.
+    `asked` holds the settings of the run, `own` those of the adapter, `paths` all projections.
+    Raises: UserError for a setting of the run that contradicts the adapter.
     """
+    # A setting of the run that is 0 or empty is not set, and takes the adapter's value.
     name = asked.from_
     for key, value in (("rank", asked.rank), ("alpha", asked.alpha), ("rslora", asked.rslora)):
         if value and value != getattr(own, key):
@@ -102,8 +104,8 @@ def adapted(paths: Mapping) -> list[str]:
 
 
 def delta(a: np.ndarray, b: np.ndarray, factor: float) -> np.ndarray:
-    """Return factor * A B of one layer in fp32, in the shape of its kernel.
+    """Return factor * A B of one layer in fp32, in the shape of its kernel [*ins, *outs].
 
-    a: [*ins, r], of a convolution [size, size, in, r]. b: [r, *outs].
+    a: [*ins, r], for a convolution [size, size, in, r]. b: [r, *outs].
     """
-    return factor * np.tensordot(a.astype(np.float32), b.astype(np.float32), 1)
+    return factor * np.tensordot(a.astype(np.float32), b.astype(np.float32), 1)  # [*ins, *outs]

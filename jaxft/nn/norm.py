@@ -1,4 +1,4 @@
-"""Normalisation layers. Their statistics are always fp32."""
+"""Normalisation layers. Their statistics are fp32 for every dtype of the input."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ class RMSNorm(nnx.Module):
     """Root mean square norm x / rms(x) * scale over the last dim.
 
     It casts to x's dtype before the scale, as transformers' LlamaRMSNorm does.
-    Zhang & Sennrich 2019, arXiv:1910.07467.
+    Source: Zhang & Sennrich 2019, arXiv:1910.07467.
     """
 
     def __init__(self, dim: int, *, eps: float):
@@ -23,6 +23,7 @@ class RMSNorm(nnx.Module):
         return _rms(x, self.scale[...].astype(x.dtype), self.eps)
 
 
+# Recomputed in the backward pass: it would otherwise save fp32 copies of the activations.
 @partial(jax.checkpoint, static_argnums=2)
 def _rms(x: Array, scale: Array, eps: float) -> Array:
     wide = x.astype(jnp.float32)
@@ -39,7 +40,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        # In two passes: E[x^2] - E[x]^2 cancels where the mean is large.
+        # Two passes, because E[x^2] - E[x]^2 loses its digits if the mean is large.
         centred = x.astype(jnp.float32)
         centred = centred - jnp.mean(centred, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
@@ -48,9 +49,9 @@ class LayerNorm(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Group norm: as LayerNorm, over the pixels and the channels of each group.
+    """Group norm: a layer norm over the pixels and the channels of each group.
 
-    Wu & He 2018, arXiv:1803.08494.
+    Source: Wu & He 2018, arXiv:1803.08494.
     """
 
     def __init__(self, channels: int, *, groups: int, eps: float):
@@ -65,11 +66,12 @@ class GroupNorm(nnx.Module):
         return (centred * (spread * self.scale[...]) + self.bias[...]).astype(x.dtype)
 
     def _mean(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B 1 1 C"]:
-        """Return for each channel the mean of its group.
+        """Return the mean of each channel's group.
 
-        The mean over pixels comes first: on a CPU that is 8 times as fast as one mean over pixels
+        The mean over pixels comes first. On a CPU this is 8 times as fast as one mean over pixels
         and channels of a group.
         """
         channels = jnp.mean(x, axis=(1, 2)).reshape(len(x), self.groups, -1)  # [B, groups, .]
-        means = jnp.broadcast_to(jnp.mean(channels, axis=-1, keepdims=True), channels.shape)
+        means = jnp.mean(channels, axis=-1, keepdims=True)  # [B, groups, 1]
+        means = jnp.broadcast_to(means, channels.shape)
         return means.reshape(len(x), 1, 1, -1)  # [B, 1, 1, C]

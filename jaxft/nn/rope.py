@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxft.core.errors import UserError
 
 SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-# Keys of a rope dict that are numbers. Some may be null, where transformers computes a default.
+# Keys of a rope dict that are numbers. Some may be null: transformers then computes a default.
 ORIGINAL = "original_max_position_embeddings"
 ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
 FROM_LENGTHS = ("yarn", "longrope")  # a null factor is the ratio of two lengths
@@ -20,14 +20,14 @@ ROPE_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale
 
 
 class Ntk(NamedTuple):
-    """Setting of `dynamic`: beyond `limit` positions the base grows with the longest row."""
+    """Settings of `dynamic`: beyond `limit` positions the base grows with the longest row."""
 
     limit: int
     factor: float
 
 
 class Long(NamedTuple):
-    """Setting of `longrope`: the frequencies of a batch that goes beyond `limit` positions."""
+    """Settings of `longrope`: the frequencies of a batch with more than `limit` positions."""
 
     limit: int
     inv_freq: tuple[float, ...]
@@ -42,13 +42,13 @@ class Rope(NamedTuple):
 
 
 def from_hf(config: Mapping[str, Any], head_dim: int, default_theta: float = 10000.0) -> Rope:
-    """Return the rotation of a config.json, in the dialect of transformers 4 or of 5.
+    """Return the rotation of a config.json of transformers 4 or 5.
 
-    transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`. Where a
-    file holds both, `rope_scaling` describes the scaling, and a theta inside the chosen dict comes
-    before the one outside, as in transformers 5.
-    Raises UserError for a rope type that is not supported or that lacks a key.
-    Formulas: transformers' modeling_rope_utils.
+    transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`. If a
+    file has both, `rope_scaling` is used. A theta inside this dict has priority over a theta
+    outside, as in transformers 5.
+    Raises: UserError for a rope type that is not supported or that lacks a key.
+    Source of the formulas: transformers' modeling_rope_utils.
     """
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, dict):
@@ -92,7 +92,7 @@ def _check_numbers(kind: str, rope: Mapping[str, Any]) -> None:
 def frequencies(rope: Rope, positions: Int[Array, "B T"]) -> Float[Array, " half"]:
     """Return the frequencies of a batch. For some kinds they depend on its largest position.
 
-    Padding counts where it has positions, as in transformers.
+    The positions of padding count too, as in transformers.
     """
     inv_freq = jnp.array(rope.inv_freq)
     if rope.beyond is None:
@@ -100,7 +100,8 @@ def frequencies(rope: Rope, positions: Int[Array, "B T"]) -> Float[Array, " half
     length = jnp.max(positions) + 1
     if isinstance(rope.beyond, Long):
         return jnp.where(length > rope.beyond.limit, jnp.array(rope.beyond.inv_freq), inv_freq)
-    # transformers multiplies the base by ratio^(d / (d - 2)): frequency i by ratio^(-2i / (d - 2)).
+    # transformers multiplies the base by ratio^(d / (d - 2)), so frequency i is multiplied by
+    # ratio^(-2i / (d - 2)).
     limit, factor = rope.beyond
     ratio = jnp.maximum(factor * length / limit - (factor - 1), 1.0)
     i = jnp.arange(len(rope.inv_freq), dtype=jnp.float32)
@@ -110,8 +111,9 @@ def frequencies(rope: Rope, positions: Int[Array, "B T"]) -> Float[Array, " half
 def cos_sin(
     positions: Int[Array, "B T"], inv_freq: Float[Array, " half"], scale: float = 1.0
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Return cos and sin of the angles at each position, times `scale`, always fp32."""
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq, jnp.float32)
+    """Return cos and sin of the angles at each position, times `scale`, in fp32."""
+    inv_freq = jnp.asarray(inv_freq, jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * inv_freq  # [B, T, half]
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
@@ -120,18 +122,18 @@ def rotate(
 ) -> Float[Array, "B T N H"]:
     """Rotate dims (i, i + H/2) of each head together, in fp32.
 
-    Hugging Face files pair dims this way, Meta's files pair (2i, 2i + 1).
-    Su et al. 2021, arXiv:2104.09864.
+    Hugging Face files pair dims in this way. Meta's files pair (2i, 2i + 1).
+    Source: Su et al. 2021, arXiv:2104.09864.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, T, N, half]
     cos, sin = cos[..., None, :], sin[..., None, :]  # [B, T, 1, half]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    return turned.astype(x.dtype)  # [B, T, N, H]
 
 
 def _scaled(kind: str, rope: Mapping[str, Any], head_dim: int) -> Rope:
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    # theta^(2i/H). The power in fp64, rounded once, is nearest to torch's in fp32.
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)  # [half]
+    # theta^(2i/H). The power in fp64, rounded once, is closest to torch's fp32 power.
     periods = np.power(float(rope["rope_theta"]), exponents.astype(np.float64)).astype(np.float32)
     inv_freq, scale, beyond = np.float32(1) / periods, 1.0, None
     if kind == "dynamic":
@@ -152,9 +154,9 @@ def _floats(inv_freq: np.ndarray) -> tuple[float, ...]:
 
 
 def _llama3(inv_freq: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:
-    """Return Llama 3.1's frequencies: long waves slowed by `factor`, short ones kept.
+    """Return Llama 3.1's frequencies: those of long waves divided by `factor`, short waves kept.
 
-    Those between are a linear blend.
+    Frequencies between them are a linear blend of the two.
     """
     factor, low, high = (rope[k] for k in ("factor", "low_freq_factor", "high_freq_factor"))
     wavelength = 2 * np.float32(math.pi) / inv_freq
@@ -169,6 +171,7 @@ def _yarn(periods: np.ndarray, rope: Mapping[str, Any], dim: int) -> tuple[np.nd
     original, factor = rope[ORIGINAL], rope["factor"] or rope["longest"] / rope[ORIGINAL]
 
     def boundary(rotations: float) -> float:
+        # The index of the frequency that makes so many rotations over the original length.
         turns = original / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(rope["rope_theta"]))
 
@@ -177,7 +180,8 @@ def _yarn(periods: np.ndarray, rope: Mapping[str, Any], dim: int) -> tuple[np.nd
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     width = (high - low) or 0.001
-    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / width, 0, 1)
+    # 0 for fast rotations, which are kept, to 1 for slow ones, which are divided by the factor.
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / width, 0, 1)  # [half]
     inv_freq = ramp / (factor * periods) + (1 - ramp) / periods
     return inv_freq, _attention_factor(rope, factor)
 
@@ -185,7 +189,9 @@ def _yarn(periods: np.ndarray, rope: Mapping[str, Any], dim: int) -> tuple[np.nd
 def _longrope(periods: np.ndarray, rope: Mapping[str, Any]) -> tuple[np.ndarray, Long, float]:
     """Return short and long frequencies and the attention factor of LongRoPE.
 
-    The file has a divisor for each frequency, in two sets. Ding et al. 2024, arXiv:2402.13753.
+    The file has two sets of divisors, with one for each frequency.
+    Raises: UserError for divisors that are no list of the right length.
+    Source: Ding et al. 2024, arXiv:2402.13753.
     """
     sets = []
     for key in ("short_factor", "long_factor"):

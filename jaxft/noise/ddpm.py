@@ -25,7 +25,8 @@ class DDPM:
     """Noise process of Ho et al. 2020, arXiv:2006.11239. Implements `NoiseProcess`.
 
     Times are int timesteps from 0 (almost no noise) to train_steps - 1.
-    min_snr_gamma: weights rows by Hang et al. 2023, arXiv:2303.09556. 0 weights them equally.
+    min_snr_gamma: gamma of the row weights of Hang et al. 2023, arXiv:2303.09556. 0: all rows have
+    weight 1.
     """
 
     schedule: Schedule
@@ -34,14 +35,15 @@ class DDPM:
     def draw_times(self, keys: PRNGKeyArray, size: tuple[int, ...]) -> Int[Array, "B"]:
         """Sample a timestep for each key, uniformly over all."""
         del size
-        # The bounds between timesteps on [0, 1). A multiple of a draw could round to the last, 1.
+        # Upper bounds of the timesteps on [0, 1). A uniform number times `steps` could be rounded
+        # up to `steps`, which is no timestep.
         steps = self.schedule.train_steps
         bounds = jnp.asarray(np.arange(1, steps) / steps, jnp.float32)
-        draws = jax.vmap(jax.random.uniform)(keys)
+        draws = jax.vmap(jax.random.uniform)(keys)  # [B]
         return jnp.searchsorted(bounds, draws, side="right").astype(jnp.int32)
 
     def rates(self, t: Int[Array, "B"]) -> Rates:
-        """Return the shares of signal and noise at the timesteps, fp32."""
+        """Return the factors of signal and noise at the timesteps, fp32."""
         bar = self.schedule.alphas_bar
         tables = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (bar, 1.0 - bar))
         signal, noise = (table[t][:, None, None, None] for table in tables)  # [B, 1, 1, 1]
@@ -76,7 +78,7 @@ class DDPM:
         return ((np.arange(count) + 0.5) * self.schedule.train_steps / count).astype(np.int32)
 
     def sampler(self, name: str, steps: int, size: tuple[int, ...]) -> Sampler:
-        """Return the steps of a sampler of SAMPLERS. Raises UserError for another name."""
+        """Return the steps of a sampler of SAMPLERS. Raises: UserError for another name."""
         del size
         if name not in SAMPLERS:
             raise UserError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")

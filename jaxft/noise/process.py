@@ -13,20 +13,20 @@ from jaxft.noise.samplers import Sampler
 class NoiseProcess(Protocol):
     """Noise that a denoiser is trained to predict, and the samplers that remove it.
 
-    A time t is a number of the process's own kind: an int timestep of DDPM, a float sigma of flow
-    matching. Training, evaluation and samplers use the same kind, and the denoiser takes it.
-    `size` is (Y, X) of the latents. Some processes shift their times for larger images (SD 3,
-    FLUX). The others ignore it.
+    The kind of a time t depends on the process: an int timestep in DDPM, a float sigma in flow
+    matching. Training, evaluation, samplers and the denoiser use the same kind. `size` is (Y, X) of
+    the latents. Some processes shift their times for larger images (SD 3, FLUX). The others ignore
+    it.
     """
 
     def draw_times(self, keys: PRNGKeyArray, size: tuple[int, ...]) -> Num[Array, "B"]:
-        """Sample a training time for each key. A row's time depends on its own key alone."""
+        """Sample a training time for each key. The time of a row depends only on its key."""
         ...
 
     def add_noise(
         self, x0: Float[Array, "B Y X C"], noise: Float[Array, "B Y X C"], t: Num[Array, "B"]
     ) -> Float[Array, "B Y X C"]:
-        """Return the noisy latents at times t, the denoiser's input in training."""
+        """Return the noisy latents at times t: the input of the denoiser in training."""
         ...
 
     def target(
@@ -40,18 +40,18 @@ class NoiseProcess(Protocol):
         ...
 
     def evaluation_times(self, count: int) -> Num[np.ndarray, "count"]:
-        """Return fixed times, equally far apart, at which validation measures."""
+        """Return fixed times for validation, equally far apart."""
         ...
 
     def sampler(self, name: str, steps: int, size: tuple[int, ...]) -> Sampler:
-        """Return the steps of a sampler. Raises UserError for a name that it does not have."""
+        """Return the steps of a sampler. Raises: UserError for an unknown name."""
         ...
 
 
 def squared_error(
     out: Float[Array, "B Y X C"], target: Float[Array, "B Y X C"]
 ) -> Float[Array, "B"]:
-    """Return the mean squared error of each row, in fp32. Rows are weighted afterwards."""
+    """Return the mean squared error of each row, in fp32. The caller applies row weights."""
     error = jnp.square(out.astype(jnp.float32) - target.astype(jnp.float32))
     return jnp.mean(error, axis=(1, 2, 3))
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxft.core.errors import UserError
 from jaxft.noise.schedule import FILE, Schedule
 
-TINY = 2.0**-24  # diffusers' last alpha_bar in place of 0, so that its sigma is finite
+TINY = 2.0**-24  # diffusers' last alpha_bar instead of 0, so that its sigma is finite
 
 
 class Step(NamedTuple):
@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 
 class Sampler(NamedTuple):
-    """Table of steps (fp32), the factor on the first unit noise, the bound on x0 (often inf)."""
+    """Table of steps (fp32), the factor of the initial unit noise, the bound on x0 (often inf)."""
 
     steps: Step
     start: Any
@@ -49,7 +49,7 @@ class Sampler(NamedTuple):
 def take_step(
     step: Step, clip: Array, x: Array, out: Array, before: Array
 ) -> tuple[Float[Array, "B Y X C"], Float[Array, "B Y X C"]]:
-    """Return the next x, and this step's estimate of x0, which the next step takes as `before`."""
+    """Return the next x, and this step's estimate of x0, which is `before` in the next step."""
     x0 = jnp.clip(step.x0_x * x + step.x0_out * out, -clip, clip)
     return step.x_x * x + step.x_out * out + step.x_x0 * x0 + step.x_before * before, x0
 
@@ -59,8 +59,8 @@ def denoise(
 ) -> Float[Array, "B Y X C"]:
     """Return latents sampled from unit noise.
 
-    model: called with latents [B, Y, X, C] and a time, a fp32 scalar of the noise process. Returns
-    its prediction, shaped as the latents.
+    model: a function of latents [B, Y, X, C] and a time, a fp32 scalar of the noise process. It
+    returns its prediction, in the shape of the latents.
     """
     x = sampler.start * noise.astype(jnp.float32)
 
@@ -79,11 +79,12 @@ def guide(
     guidance: float | Array,
     rescale: float | Array = 0.0,
 ) -> Float[Array, "B Y X C"]:
-    """Return the output of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
+    """Return the output of classifier-free guidance.
 
     guidance: 1 is the conditional output alone. rescale: in [0, 1], the share of the guided output
-    that is brought to cond's standard deviation, against too much contrast (Lin et al. 2023,
-    arXiv:2305.08891, section 3.4).
+    that is scaled to the standard deviation of cond, against too much contrast.
+    Sources: Ho & Salimans 2022, arXiv:2207.12598, and for rescale Lin et al. 2023,
+    arXiv:2305.08891, section 3.4.
     """
     uncond, cond = uncond.astype(jnp.float32), cond.astype(jnp.float32)
     return _rescaled(uncond + guidance * (cond - uncond), cond, rescale)
@@ -100,7 +101,8 @@ def guide_edit(
     """Return the output of guidance by a source picture and by the text.
 
     uncond, image, cond: outputs without conditioning, with the picture alone, and with both.
-    rescale: as in `guide`. InstructPix2Pix (Brooks et al. 2022, arXiv:2211.09800), eq. 3.
+    rescale: as in `guide`.
+    Source: InstructPix2Pix (Brooks et al. 2022, arXiv:2211.09800), eq. 3.
     """
     uncond, image, cond = (x.astype(jnp.float32) for x in (uncond, image, cond))
     guided = uncond + image_guidance * (image - uncond) + guidance * (cond - image)
@@ -108,16 +110,20 @@ def guide_edit(
 
 
 def _rescaled(guided: Array, cond: Array, rescale: float | Array) -> Array:
-    # Equal outputs of zero spread (a fresh model) would otherwise give 0 / 0.
+    # Without the bound, outputs of zero spread (an untrained model) would give 0 / 0.
     spread = jnp.maximum(jnp.std(guided, axis=(1, 2, 3), keepdims=True), 1e-12)
-    ratio = jnp.std(cond, axis=(1, 2, 3), keepdims=True) / spread
+    ratio = jnp.std(cond, axis=(1, 2, 3), keepdims=True) / spread  # [B, 1, 1, 1]
     return guided * (rescale * ratio + (1.0 - rescale))
 
 
 def ddim(schedule: Schedule, steps: int) -> Sampler:
-    """Return deterministic DDIM: Song et al. 2020, arXiv:2010.02502, eq. 12 with sigma = 0."""
+    """Return deterministic DDIM.
+
+    Source: Song et al. 2020, arXiv:2010.02502, eq. 12 with sigma = 0.
+    """
     times = _times(schedule, steps, schedule.spacing or "leading", extra=0)
     t = times.round().astype(int)
+    # As in diffusers, a step goes back by a fixed number of timesteps, whatever the spacing is.
     before, bar = t - schedule.train_steps // steps, schedule.alphas_bar
     last = 1.0 if schedule.set_alpha_to_one else bar[0]
     next_bar = np.where(before >= 0, bar[before.clip(0)], last)
@@ -134,12 +140,13 @@ def ddim(schedule: Schedule, steps: int) -> Sampler:
 def euler(schedule: Schedule, steps: int) -> Sampler:
     """Return Euler's method on x0 + sigma noise.
 
-    Karras et al. 2022, arXiv:2206.00364, Algorithm 1.
+    Source: Karras et al. 2022, arXiv:2206.00364, Algorithm 1.
     """
     spacing = schedule.spacing or "linspace"
     times = _times(schedule, steps, spacing, extra=0)
     sigma = _sigmas(schedule, times)
-    now, ratio = sigma[:-1], sigma[1:] / sigma[:-1]
+    now, ratio = sigma[:-1], sigma[1:] / sigma[:-1]  # [steps]
+    # The model gets x0 + sigma noise divided by `length`, as in training: DDPM's latents.
     length = np.sqrt(now**2 + 1.0)
     x0_x, x0_out = _x0_of_sigma_space(schedule, now)
     zero = np.zeros(steps)
@@ -149,7 +156,10 @@ def euler(schedule: Schedule, steps: int) -> Sampler:
 
 
 def dpm_solver(schedule: Schedule, steps: int) -> Sampler:
-    """Return DPM-Solver++(2M), midpoint: Lu et al. 2022, arXiv:2211.01095, Algorithm 2."""
+    """Return DPM-Solver++(2M), midpoint.
+
+    Source: Lu et al. 2022, arXiv:2211.01095, Algorithm 2.
+    """
     times = _times(schedule, steps, schedule.spacing or "linspace", extra=1).round()
     sigma = _sigmas(schedule, times)
     now, ratio = sigma[:-1], sigma[1:] / sigma[:-1]
@@ -157,6 +167,7 @@ def dpm_solver(schedule: Schedule, steps: int) -> Sampler:
     x0_x, x0_out = _x0_of_sigma_space(schedule, now)
     second = np.zeros(steps)  # h / (2 h_before), with h = log(sigma / next sigma)
     second[1:-1] = np.log(ratio[1:-1]) / np.log(ratio[:-2]) / 2.0
+    # The first step has no step before it. The last is of first order in these cases.
     first_order_end = schedule.euler_at_final or schedule.final_sigma == "zero"
     if not (first_order_end or (schedule.lower_order_final and steps < 15)) and steps > 1:
         second[-1] = np.log(ratio[-1]) / np.log(ratio[-2]) / 2.0
@@ -183,10 +194,12 @@ def _sampler(table: Step, start: float, clip: float) -> Sampler:
 
 
 def _times(schedule: Schedule, steps: int, spacing: str, extra: int) -> np.ndarray:
-    """Return the timesteps of a sampler, descending: Lin et al., table 2, with diffusers' rounding.
+    """Return the timesteps of a sampler, descending, with diffusers' rounding.
 
-    extra: DPM++ spaces "leading" and "linspace" as for one step more, and leaves out t = 0. Raises
-    UserError for more steps than training had.
+    extra: 1 for DPM++, which spaces "leading" and "linspace" for one step more, and then leaves out
+    the last timestep.
+    Raises: UserError for more steps than training had.
+    Source: Lin et al. 2023, arXiv:2305.08891, table 2.
     """
     count = schedule.train_steps
     if not 1 <= steps <= count:
@@ -207,23 +220,23 @@ def _times(schedule: Schedule, steps: int, spacing: str, extra: int) -> np.ndarr
 
 
 def _sigmas(schedule: Schedule, times: np.ndarray) -> np.ndarray:
-    """Return noise over signal at each time and after the last step, fp64 [steps + 1].
+    """Return the ratio of noise to signal at each time and after the last step, fp64 [steps + 1].
 
-    Raises UserError for a schedule that Euler and DPM++ do not support.
+    Raises: UserError for a schedule that Euler and DPM++ do not support.
     """
     if schedule.bent:
         raise UserError(
             f"{FILE}: {', '.join(schedule.bent)} is not supported by this sampler;"
             " take sample.sampler=ddim, which has no such setting"
         )
-    bar = np.maximum(schedule.alphas_bar, TINY if schedule.zero_snr else 0.0)
+    bar = np.maximum(schedule.alphas_bar, TINY if schedule.zero_snr else 0.0)  # [train_steps]
     sigmas = np.sqrt((1.0 - bar) / bar)
     last = 0.0 if schedule.final_sigma == "zero" else sigmas[0]
     return np.append(np.interp(times, np.arange(len(sigmas)), sigmas), last)
 
 
 def _x0_of_sigma_space(schedule: Schedule, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the factors of x and of the model's output in x0, where x = x0 + sigma noise."""
+    """Return the factors [steps] of x and of the model's output in x0, for x = x0 + sigma noise."""
     if schedule.prediction == "epsilon":
         return np.ones_like(sigma), -sigma
     return 1.0 / (sigma**2 + 1.0), -sigma / np.sqrt(sigma**2 + 1.0)

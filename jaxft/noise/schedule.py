@@ -1,6 +1,6 @@
-"""DDPM's noise schedule, as the scheduler_config.json of a folder states it.
+"""DDPM's noise schedule, from the scheduler_config.json of a folder.
 
-Everything is computed in fp64 on the host and used as fp32.
+All values are computed in fp64 on the host and used as fp32.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "lower_order_final": True,
     "euler_at_final": False,
 }
-# Defaults in which single classes differ, as far as training reads them.
+# Defaults of single classes that differ from these, for keys that training reads.
 _NARROW = {"beta_start": 0.00085, "beta_end": 0.012}
 CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "HeunDiscreteScheduler": _NARROW,
@@ -43,7 +43,7 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "LCMScheduler": {**_NARROW, "beta_schedule": "scaled_linear"},
     "TCDScheduler": {**_NARROW, "beta_schedule": "scaled_linear"},
 }
-# Classes that have other noise than DDPM's, by the beginning of their names.
+# Classes with other noise than DDPM's, by the beginning of their names.
 OTHER_NOISE = {
     "FlowMatch": "flow matching, as in SD 3 and FLUX",
     "EDM": "EDM, as in playground-v2.5 and CosXL",
@@ -51,7 +51,7 @@ OTHER_NOISE = {
     "ScoreSde": "a score SDE",
     "VQDiffusion": "discrete noise",
 }
-# Values of a JSON null for keys where diffusers' classes compute with None.
+# Meaning of a JSON null, for keys where diffusers' classes compute with None.
 NULLS: dict[str, Any] = dict.fromkeys(
     (
         "rescale_betas_zero_snr",
@@ -69,7 +69,7 @@ SCHEDULE_CHOICES = {
     "final_sigmas_type": ("zero", "sigma_min"),
     "thresholding": (False, None),
 }
-# The values that Euler and DPM++ support. diffusers takes bh1, bh2 and logrho for midpoint too.
+# Values that Euler and DPM++ support. diffusers computes bh1, bh2 and logrho as midpoint too.
 PLAIN = {
     "use_karras_sigmas": (False, None),
     "use_exponential_sigmas": (False, None),
@@ -92,10 +92,10 @@ ZERO_SNR = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """Settings of a scheduler_config.json, whatever scheduler class it names.
+    """Settings of a scheduler_config.json, of any scheduler class with DDPM's betas.
 
-    Training always uses the DDPM algebra (Ho et al. 2020, arXiv:2006.11239) of these betas. `bent`
-    lists the settings that Euler and DPM++ do not support.
+    Training always uses the DDPM formulas (Ho et al. 2020, arXiv:2006.11239) with these betas.
+    `bent` lists the settings that Euler and DPM++ do not support.
     """
 
     train_steps: int
@@ -118,8 +118,9 @@ class Schedule:
     def from_hf(cls, config: Mapping[str, Any], where: str = FILE) -> "Schedule":
         """Read a scheduler_config.json.
 
-        Absent keys take the defaults of the class that the file names. A null is read as diffusers
-        reads None. Raises UserError for settings that are not supported.
+        Absent keys take the defaults of the class that the file names. A null has the meaning of
+        None in diffusers.
+        Raises: UserError for settings that are not supported.
         """
         name = str(config.get("_class_name", ""))
         if kind := next((OTHER_NOISE[one] for one in OTHER_NOISE if name.startswith(one)), None):
@@ -155,10 +156,10 @@ class Schedule:
 
     @cached_property
     def alphas_bar(self) -> np.ndarray:
-        """Share of the signal's variance left at each timestep, fp64 [train_steps].
+        """Remaining share of the signal's variance at each timestep, fp64 [train_steps].
 
-        The last is 0 with zero terminal SNR. "linear" is linear in beta, "scaled_linear" in
-        sqrt(beta), which CompVis calls linear.
+        With zero terminal SNR the last value is 0. "linear" is linear in beta. "scaled_linear",
+        which CompVis calls linear, is linear in sqrt(beta).
         """
         if self.trained_betas is not None:
             betas = np.array(self.trained_betas, np.float64)
@@ -166,7 +167,7 @@ class Schedule:
             betas = np.linspace(self.beta_start, self.beta_end, self.train_steps)
         else:
             betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.train_steps) ** 2
-        bar = np.cumprod(1.0 - betas)
+        bar = np.cumprod(1.0 - betas)  # [train_steps]
         return zero_terminal_snr(bar) if self.zero_snr else bar
 
     @property
@@ -176,8 +177,9 @@ class Schedule:
 
 
 def _read(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """Return the value of each key of DEFAULTS. Raises UserError for an unknown one."""
+    """Return the value of each key of DEFAULTS. Raises: UserError for a value not supported."""
     defaults = {**DEFAULTS, **CLASS_DEFAULTS.get(name, {})}
+    # Keys that another key replaces may be null, and may have any value.
     given = config.get("trained_betas") is not None
     unused = ("beta_start", "beta_end", "beta_schedule") if given else ()
     unused += () if config.get("clip_sample", True) else ("clip_sample_range",)
@@ -195,9 +197,9 @@ def _read(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
 
 
 def zero_terminal_snr(alphas_bar: np.ndarray) -> np.ndarray:
-    """Return alpha_bar with sqrt shifted so that the last is 0 and the first stays.
+    """Return alpha_bar, its root shifted and scaled so that the last is 0 and the first is kept.
 
-    Lin et al., Algorithm 1.
+    Source: Lin et al. 2023, arXiv:2305.08891, Algorithm 1.
     """
     root = np.sqrt(alphas_bar)
     return np.square((root - root[-1]) * root[0] / (root[0] - root[-1]))

@@ -1,4 +1,4 @@
-"""Fields of a published config file: absent keys, and JSON null as the PyTorch class reads None."""
+"""Fields of a published config file: defaults of absent keys, and the meaning of JSON null."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +9,12 @@ from jaxft.core.errors import UserError
 def fields(
     config: Mapping[str, Any], defaults: Mapping[str, Any], nulls: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    """Return the value of each key of `defaults`, as the class that the file is made for reads it.
+    """Return the value of each key of `defaults`, as the PyTorch class of the file reads it.
 
-    An absent key takes its default. `nulls` holds the keys that may be null, with what the class
-    makes of None: mostly a feature that is off, whatever its default is. A null is also read where
-    the default is None. Raises UserError for other nulls, with which the class cannot compute.
+    An absent key takes its default. `nulls` maps each key that may be null to the value which the
+    class uses for None: mostly a feature that is off, whatever its default is. A null is also
+    accepted where the default is None.
+    Raises: UserError, beginning with `where`, for any other null: the class fails on it.
     """
     read = {key: config.get(key, default) for key, default in defaults.items()}
     for key, value in read.items():

@@ -1,4 +1,4 @@
-"""A text model's checkpoint with more vocabulary than its files hold."""
+"""A text model's checkpoint with a larger vocabulary than its files have."""
 
 from typing import Any, NamedTuple
 
@@ -8,11 +8,11 @@ from jaxft.weights.files.tensor_files import Tensors
 
 
 class Grafted(NamedTuple):
-    """The tensors of `base`, of which `tables` (V, D) have `rows` more rows.
+    """The tensors of `base`, in which each of `tables` (V, D) has `rows` more rows.
 
-    A new row is drawn from N(mean, std) of the table's own rows, each column by itself, so that
-    the model starts with states of a size that it knows. The same seed draws the same rows at
-    every reading.
+    A new row is sampled from N(mean, std) of the table's rows, separately for each column, so that
+    new embeddings have the size of the trained ones. The same seed gives the same rows at every
+    read.
     """
 
     base: Tensors
@@ -28,10 +28,11 @@ class Grafted(NamedTuple):
         return ((shape[0] + self.rows, *shape[1:]) if key in self.tables else shape), dtype
 
     def read(self, key: str) -> np.ndarray:
+        """Return one tensor, a table with its new rows [V + rows, D]."""
         table = self.base.read(key)
         if key not in self.tables:
             return table
-        own = table.astype(np.float32)
+        own = table.astype(np.float32)  # [V, D]
         random = np.random.default_rng((self.seed, self.tables.index(key)))
         drawn = random.standard_normal((self.rows, own.shape[1]), np.float32)
         added = own.mean(axis=0) + own.std(axis=0) * drawn

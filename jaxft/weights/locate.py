@@ -1,4 +1,4 @@
-"""Finding a diffusers folder: a path, an installed package, a demo of jaxft's, or a hub id."""
+"""The folder of a diffusers model: a path, an installed package, a demo of jaxft, or a hub id."""
 
 import importlib.util
 import re
@@ -14,14 +14,16 @@ from jaxft.weights.files.tensor_files import STEMS
 from jaxft.weights.folders.transformers import SIDE_FILES
 
 INDEX = "model_index.json"
-VARIANTS = ("", "fp16", "bf16", "fp32")  # of a weight file's name; the first there is is read
+VARIANTS = ("", "fp16", "bf16", "fp32")  # of a weight file's name: the first that exists is read
 
 
 def locate(spec: str, file: str, weights: bool) -> Path:
-    """Return the folder that `spec` names; `file` (model_index.json) is what it should hold.
+    """Return the folder that `spec` names.
 
     `spec` is a path, `pip:PACKAGE`, `demo:NAME` or a hub id org/name, which may name a subfolder.
-    weights=False downloads none. Raises UserError where there is no such folder.
+    `file` (such as model_index.json) is the file that the folder should hold. weights=False
+    downloads no weights.
+    Raises: UserError where there is no such folder.
     """
     if spec.startswith("pip:"):
         return _in_package(spec.removeprefix("pip:"), file)
@@ -40,7 +42,10 @@ def locate(spec: str, file: str, weights: bool) -> Path:
 
 
 def _in_package(package: str, file: str) -> Path:
-    """Return the one pipeline, else the one folder with `file`, of a package. Imports nothing."""
+    """Return the only pipeline, else the only folder with `file`, of a package.
+
+    The package is not imported.
+    """
     name = re.sub(r"[-.]", "_", package)
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None:
@@ -55,7 +60,7 @@ def _in_package(package: str, file: str) -> Path:
 
 
 def _from_hub(repo: str, sub: str, weights: bool) -> Path:
-    """Download the files that `wanted` lists. Return the cache where the hub is out of reach."""
+    """Download the files that `wanted` lists. Return the cached copy if the hub is out of reach."""
     try:
         names = wanted(huggingface_hub.list_repo_files(repo), sub, weights)
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=names)) / sub
@@ -72,12 +77,12 @@ def _from_hub(repo: str, sub: str, weights: bool) -> Path:
 def _cached(repo: str) -> Path | None:
     try:
         return Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
-    except Exception:  # as above; nothing is cached
+    except Exception:  # nothing is cached. The hub client's errors share no base class
         return None
 
 
 def wanted(names: Sequence[str], sub: str, weights: bool) -> list[str]:
-    """Return the files of a repository that a pipeline needs, one spelling of each weight."""
+    """Return the files of a repository that a pipeline needs, and one variant of each weight."""
     inside = [PurePosixPath(n) for n in names if not sub or n.startswith(sub + "/")]
     depth = len(PurePosixPath(sub).parts)
     near = [path for path in inside if len(path.parts) - depth in (1, 2)]
@@ -86,13 +91,9 @@ def wanted(names: Sequence[str], sub: str, weights: bool) -> list[str]:
     for folder in {path.parent for path in near} if weights else ():
         here = [p for p in near if p.parent == folder and p.suffix == ".safetensors"]
         for infix in VARIANTS:
-            match = re.compile(_weight_pattern(infix))
-            if chosen := [path for path in here if match.fullmatch(path.name)]:
+            dotted, shard = re.escape(f".{infix}" if infix else ""), r"-\d+-of-\d+"
+            name = rf"(?:{'|'.join(STEMS)})(?:{dotted}(?:{shard})?|{shard}{dotted})\.safetensors"
+            if chosen := [path for path in here if re.fullmatch(name, path.name)]:
                 bulky += chosen
                 break
     return sorted(map(str, {*small, *bulky}))
-
-
-def _weight_pattern(infix: str) -> str:
-    dotted, shard = re.escape(f".{infix}" if infix else ""), r"-\d+-of-\d+"
-    return rf"(?:{'|'.join(STEMS)})(?:{dotted}(?:{shard})?|{shard}{dotted})\.safetensors"

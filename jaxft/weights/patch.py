@@ -1,4 +1,4 @@
-"""A checkpoint of which training or an export wants a few tensors otherwise than its files have."""
+"""Views of a checkpoint in which a few tensors are replaced, added or computed."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from jaxft.weights.files.tensor_files import Tensors
 
 
 class Overlaid(NamedTuple):
-    """The tensors of `base`, in whose place or behind which come those of `over`."""
+    """The tensors of `base`, replaced by those of `over` with the same keys. New keys come last."""
 
     base: Tensors
     over: Tensors
@@ -29,7 +29,7 @@ class Overlaid(NamedTuple):
 
 
 class Mapped(NamedTuple):
-    """The tensors of `base`, some of them as a function makes them: fp32 of the same shape."""
+    """The tensors of `base`, some of them passed through a function: fp32, of the same shape."""
 
     base: Tensors
     functions: Mapping[str, Callable[[np.ndarray], np.ndarray]]

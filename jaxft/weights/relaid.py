@@ -1,4 +1,4 @@
-"""Views of a checkpoint: other names and layouts, q, k and v as one tensor, wider numbers."""
+"""Views of a checkpoint: other names and layouts, q, k and v split or fused, wider numbers."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,10 @@ from jaxft.weights.transfer import Export
 
 
 class Place(NamedTuple):
-    """A tensor's key on the other side, the layout of the move, and which third it is there."""
+    """A tensor's key on the other side, its layout, and its index in a fused tensor of q, k and v.
+
+    `layout` is an arrow as in `rules`, "" for none. `third` is None for a tensor that is not fused.
+    """
 
     key: str
     layout: str = ""
@@ -21,7 +24,7 @@ class Place(NamedTuple):
 
 
 class Relaid:
-    """The tensors of a checkpoint as `places` has them, by the keys that are asked for."""
+    """The tensors of a checkpoint under the keys of `places`, in their layouts."""
 
     def __init__(self, tensors: Tensors, places: Mapping[str, Place]):
         self._tensors, self._places = tensors, dict(places)
@@ -34,7 +37,7 @@ class Relaid:
         shape, dtype = self._tensors.info(place.key)
         if place.third is not None:
             return (shape[0] // 3, *shape[1:]), dtype
-        # A shape that does not fit its layout is shown as it is: the plan then names the tensor.
+        # A shape that does not fit its layout is returned unchanged: `rules.plan` reports it.
         fits = place.layout and len(shape) == len(place.layout.split("->")[0].split())
         return rearranged_shape(shape, place.layout, {}) if fits else shape, dtype
 
@@ -53,7 +56,7 @@ FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 def as_matrices(tensors: Tensors) -> Tensors:
     """Return the checkpoint with matrices where its attention is stored as 1x1 convolutions.
 
-    Tools that convert LDM checkpoints leave them so, and diffusers reads matrices alone.
+    Tools that convert LDM checkpoints keep the convolutions, but diffusers reads only matrices.
     """
     names = tensors.keys()
     places = {key: Place(key, matrix_layout(tensors, key)) for key in names}
@@ -69,9 +72,9 @@ def matrix_layout(tensors: Tensors, key: str) -> str:
 
 
 class Widened:
-    """A checkpoint whose float8 tensors are float16, which holds each of their values.
+    """A checkpoint whose float8 tensors are read as float16, which represents all their values.
 
-    Training needs it: float8 could not hold a trained weight, and an export keeps the dtype.
+    An export keeps the dtype of the source, and float8 is too coarse for trained weights.
     """
 
     def __init__(self, tensors: Tensors):
@@ -90,13 +93,16 @@ class Widened:
 
 
 def widened(tensors: Tensors) -> Tensors:
-    """Return the checkpoint as Widened if it has a float8 tensor, else as it is."""
+    """Return the checkpoint as Widened if it has a float8 tensor, else unchanged."""
     narrow = any(tensors.info(key)[1] in FLOAT8 for key in tensors.keys())  # noqa: SIM118
     return Widened(tensors) if narrow else tensors
 
 
 def relaid(made: Export, places: Mapping[str, Place]) -> Export:
-    """An export as the other side has it; a tensor without a place there is left out."""
+    """Return an export under the keys and layouts of `places`, by the export's own keys.
+
+    A tensor without a place is left out. Tensors that share a key (q, k and v) become one tensor.
+    """
     infos: dict[str, Info] = {}
     for key, place in places.items():
         shape, dtype = made.infos[key]

@@ -1,9 +1,10 @@
 """The weight table engine: one list of rules maps a checkpoint to parameters and back.
 
-A rule is `(torch key, jaxft path, layout)`. In both names `{i}` is the layer index that is stacked
-on axis 0 (the path does not carry it); any other `{name}` stands for the same text on both sides:
-digits, or anything when the name starts with p. The layout reads torch -> jaxft, such as
-"(n h) d -> d n h"; export flips the arrow. An empty layout keeps the shape.
+A rule is `(torch key, jaxft path, layout)`. In a key `{i}` is the index of a layer, and all layers
+are stacked on axis 0 of one parameter, whose path has no `{i}`. Any other `{name}` matches the same
+text on both sides: any text if the name starts with p, else digits. The layout is written
+torch -> jaxft, such as "(n h) d -> d n h". Export reverses the arrow. An empty layout keeps the
+shape.
 """
 
 import re
@@ -18,7 +19,7 @@ from jaxft.core.params import Leaf
 
 
 class Rule(NamedTuple):
-    """One line of a weight table: a checkpoint's key, our path, their dims' order."""
+    """One line of a weight table: the checkpoint's key, jaxft's path, the order of dims."""
 
     key: str
     path: str
@@ -26,7 +27,7 @@ class Rule(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One parameter and the checkpoint tensors that make it (one a layer when stacked)."""
+    """One parameter and the checkpoint tensors that fill it (one a layer if it is stacked)."""
 
     path: str
     keys: tuple[str, ...]
@@ -46,10 +47,12 @@ def plan(
     ignore: Iterable[str] = (),
     where: str = "the checkpoint",
 ) -> list[Entry]:
-    """Match every tensor to exactly one rule and every parameter to its tensors, or raise.
+    """Match every tensor to exactly one rule, and every parameter to its tensors.
 
-    `shapes` are the tensors of the checkpoint, `sizes` the dims that a layout names. All offenders
-    are listed in one error: missing, extra, ambiguous and misshaped tensors.
+    `shapes` holds the tensors of the checkpoint, `sizes` the lengths of dims that layouts name,
+    `ignore` patterns of keys to leave out. `where` begins the error's text.
+    Returns: an entry for each parameter.
+    Raises: one UserError that lists missing, unexpected, ambiguous and misshaped tensors.
     """
     rules = tuple(rules)
     skip = re.compile("|".join(ignore) or r"(?!)")
@@ -78,9 +81,10 @@ def plan(
 
 
 def expected(rules: Iterable[Rule], leaves: Mapping[str, Leaf]) -> list[Entry]:
-    """The entries that a checkpoint of this model has, from the parameters alone.
+    """Return the entries of a checkpoint of this model, from its parameters alone.
 
-    Where two rules can make a parameter (old and new spellings), the first one names the tensor.
+    Where two rules match a parameter (old and new names), the first rule gives the tensor's key.
+    Raises: AssertionError for a parameter without a rule.
     """
     rules, problems = tuple(rules), []
     entries = [_generate(path, leaf, rules, problems) for path, leaf in leaves.items()]
@@ -90,18 +94,21 @@ def expected(rules: Iterable[Rule], leaves: Mapping[str, Leaf]) -> list[Entry]:
 
 
 def renamed(table: Iterable[Rule], key: str) -> tuple[str, str] | None:
-    """(path, layout) that the first rule of a table of plain names has for a key, if one has."""
+    """Return (path, layout) by the first rule of a table that matches the key, or None."""
     found = (target for rule in table if (target := _target(rule, key)))
     return next(((path, layout) for path, _, layout in found), None)
 
 
 def to_jax(tensor: np.ndarray, layout: str, sizes: Sizes) -> np.ndarray:
-    """One checkpoint tensor in jaxft's layout."""
+    """Return one checkpoint tensor in jaxft's layout."""
     return rearrange(tensor, layout, sizes) if layout else tensor
 
 
 def to_torch(array: np.ndarray, layout: str, sizes: Sizes) -> np.ndarray:
-    """The inverse of `to_jax`, contiguous."""
+    """Return one layer's parameter in the checkpoint's layout, contiguous: the inverse of `to_jax`.
+
+    `layout` is the rule's, torch -> jaxft.
+    """
     if not layout:
         return np.ascontiguousarray(array)
     left, right = layout.split("->")
@@ -109,7 +116,11 @@ def to_torch(array: np.ndarray, layout: str, sizes: Sizes) -> np.ndarray:
 
 
 def rearrange(array: np.ndarray, layout: str, sizes: Sizes) -> np.ndarray:
-    """`einops.rearrange` for one arrow: split, transpose, merge (and literal 1 dims)."""
+    """Split, transpose and merge dims by one arrow, as `einops.rearrange` does.
+
+    Only named dims, groups in parentheses and the literal 1 are supported.
+    Raises: ValueError for a shape that does not fit the left side.
+    """
     left, right = (_groups(side) for side in layout.split("->"))
     dims = _solve(left, array.shape, sizes)
     order = [name for group in left for name in group]
@@ -119,7 +130,7 @@ def rearrange(array: np.ndarray, layout: str, sizes: Sizes) -> np.ndarray:
 
 
 def rearranged_shape(shape: tuple[int, ...], layout: str, sizes: Sizes) -> tuple[int, ...]:
-    """The shape that `rearrange` gives."""
+    """Return the shape of `rearrange`'s result. Raises as `rearrange`."""
     if not layout:
         return tuple(shape)
     left, right = (_groups(side) for side in layout.split("->"))
@@ -128,7 +139,7 @@ def rearranged_shape(shape: tuple[int, ...], layout: str, sizes: Sizes) -> tuple
 
 
 def _groups(side: str) -> list[list[str]]:
-    """`"(n h) d 1"` as [["n", "h"], ["d"], []]."""
+    """Parse one side of a layout: `"(n h) d 1"` gives [["n", "h"], ["d"], []]."""
     tokens = re.findall(r"\(([^)]*)\)|(\S+)", side)
     return [group.split() if not one else ([] if one == "1" else [one]) for group, one in tokens]
 
@@ -148,7 +159,7 @@ def _solve(groups: list[list[str]], shape: tuple[int, ...], sizes: Sizes) -> dic
 
 
 def _target(rule: Rule, key: str) -> tuple[str, int, str] | None:
-    """(path, layer, layout) if the rule covers this torch key."""
+    """Return (path, layer, layout) if the rule matches this torch key, else None."""
     match = re.fullmatch(_pattern(rule.key), key)
     if not match:
         return None
@@ -158,7 +169,7 @@ def _target(rule: Rule, key: str) -> tuple[str, int, str] | None:
 
 
 def _pattern(template: str) -> str:
-    """A template as a regex; a name's second use is a back-reference."""
+    """Return a template as a regex. The second use of a name is a back-reference."""
     seen: set[str] = set()
 
     def group(match: re.Match) -> str:
@@ -214,7 +225,7 @@ def _misshaped(entry: Entry, leaf: Leaf, shapes: Shapes, sizes: Sizes) -> list[s
             lines.append(f"tensor {key} has shape {tuple(shapes[key])}: {error}")
             continue
         if got != want:
-            lines.append(f"tensor {key} {tuple(shapes[key])} gives {got}, the config asks {want}")
+            lines.append(f"tensor {key} {tuple(shapes[key])} gives {got}, but the model has {want}")
     return lines
 
 

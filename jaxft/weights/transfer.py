@@ -20,10 +20,10 @@ from jaxft.weights.rules import Entry, Rule, Sizes, expected, plan, to_jax, to_t
 class Part(NamedTuple):
     """One component of a model: its parameters' prefix, and the checkpoint that fills them.
 
-    `folder` and `stem` say where an export writes it. `whole` are modules that an adapter's file
-    may hold whole beside the adapters. `kept` are tensors that it has to hold, since the base has
-    others. An aid (a network that only measures) is
-    loaded whatever `init` says, and never exported.
+    An export writes it to `folder`, in files whose names begin with `stem`. `whole` are modules
+    that an adapter's file may hold beside the low-rank factors. `kept` are tensors that such a file
+    has to hold, because the base model has others. An `aid` is a network that only measures: it is
+    loaded whatever `init` is, and never exported.
     """
 
     prefix: str
@@ -31,8 +31,8 @@ class Part(NamedTuple):
     tensors: Tensors | None
     rules: tuple[Rule, ...]
     sizes: Sizes
-    ignore: tuple[str, ...] = ()  # tensors that make no parameter; an export copies them
-    drop: tuple[str, ...] = ()  # tensors that make none and that training would leave stale
+    ignore: tuple[str, ...] = ()  # tensors that fill no parameter. An export copies them
+    drop: tuple[str, ...] = ()  # tensors that fill none and that training would make stale
     folder: str = ""
     stem: str = "model"
     aid: bool = False
@@ -40,7 +40,10 @@ class Part(NamedTuple):
     kept: tuple[str, ...] = ()
 
     def entries(self, leaves: Mapping[str, Leaf]) -> list[Entry]:
-        """The plan for this part's own parameters (none that a run adds), paths with the prefix."""
+        """Return the plan for this part's parameters, paths with the prefix.
+
+        Parameters that a run adds are left out, because no checkpoint of the model has them.
+        """
         own = {
             path.removeprefix(self.prefix): leaf
             for path, leaf in leaves.items()
@@ -64,8 +67,8 @@ def load(
 ) -> Params:
     """Import the `wanted` parameters of a part, sharded, in `dtype`.
 
-    Host memory beside the parameters: one tensor. A stacked parameter is filled layer by layer
-    in a donated buffer, so that its arrays are XLA's own and can be donated by the step.
+    The host holds one tensor at a time beside the parameters. A stacked parameter is filled layer
+    by layer in a donated buffer. XLA owns this memory, so the step can donate the arrays too.
     """
     assert part.tensors is not None
     params: Params = {}
@@ -85,15 +88,11 @@ def _load_entry(
     buffer = _zeros(shape, dtype, target) if entry.stacked else None
     for i, key in enumerate(entry.keys):
         host = to_jax(part.tensors.read(key), entry.layout, part.sizes)
-        piece = jax.make_array_from_callback(host.shape, one, partial(_window, host))
+        piece = jax.make_array_from_callback(host.shape, one, host.__getitem__)
         buffer = _place(piece, dtype, one) if buffer is None else _fill(buffer, piece, i, target)
         buffer.block_until_ready()
     assert buffer is not None
     return buffer
-
-
-def _window(host: np.ndarray, index: Any) -> np.ndarray:
-    return host[index]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -109,12 +108,12 @@ def _fill(buffer: jax.Array, piece: jax.Array, i: int, sharding: NamedSharding) 
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _place(piece: jax.Array, dtype: Any, sharding: NamedSharding) -> jax.Array:
-    # The copy makes the buffer XLA's own: a piece may alias the host array it came from.
+    # A piece may share memory with its host array. The copy gives the parameter its own buffer.
     return jax.lax.with_sharding_constraint(jnp.copy(piece.astype(dtype)), sharding)
 
 
 class Export(NamedTuple):
-    """What an export writes: shapes and dtypes first, then the tensors, one at a time."""
+    """The content of an export: all shapes and dtypes, and an iterator over the tensors."""
 
     infos: dict[str, tuple[tuple[int, ...], np.dtype]]
     tensors: Iterator[tuple[str, np.ndarray]]
@@ -127,14 +126,19 @@ def export(
     deltas: Mapping[str, Callable[[int], np.ndarray]],
     dtype: np.dtype | None,
 ) -> Export:
-    """The part's checkpoint after training, in the source's order.
+    """Return the part's checkpoint after training, in the order of the source.
 
-    Tensors that training did not touch are the source's own bytes; a kernel in `deltas` is the
-    source's tensor plus its adapter, added in fp32; `dtype` None keeps each tensor's dtype.
-    Parameters of a part without a source come from `trained`, which then holds all of them.
+    `trained` holds parameters by path. `deltas` maps a kernel's path to a function of the layer,
+    which returns the adapter's change of that kernel, added in fp32. All other tensors are the
+    source's own bytes. `dtype` None keeps the dtype of each tensor. For a part without a source,
+    `trained` has to hold all parameters.
     """
     owners = {key: (entry, i) for entry in part.entries(leaves) for i, key in enumerate(entry.keys)}
-    infos = {key: _info(part, leaves, owners.get(key), key, dtype) for key in _order(part, owners)}
+    keys = list(owners)
+    if part.tensors is not None:
+        names = part.tensors.keys()
+        keys = [key for key in names if not any(re.fullmatch(stale, key) for stale in part.drop)]
+    infos = {key: _info(part, leaves, owners.get(key), key, dtype) for key in keys}
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for key, (_, wanted) in infos.items():
@@ -142,13 +146,6 @@ def export(
             yield key, _narrow(array, wanted, key)
 
     return Export(infos, tensors())
-
-
-def _order(part: Part, owners: Mapping[str, Any]) -> list[str]:
-    if part.tensors is None:
-        return list(owners)
-    names = part.tensors.keys()
-    return [key for key in names if not any(re.fullmatch(stale, key) for stale in part.drop)]
 
 
 def _info(
@@ -202,7 +199,7 @@ def _narrow(array: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole array on this host, gathered from all hosts where it is spread over them."""
+    """Return the whole array on this host, gathered from all hosts if it is sharded over them."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

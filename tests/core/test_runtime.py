@@ -143,7 +143,7 @@ def test_libtpu_tells_of_other_hosts_unless_another_device_is_asked_for(monkeypa
     ("env", "line"),
     [
         ({"JAX_NUM_PROCESSES": "2"}, "are '', '2', '': give all three"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI tells of other processes, but they do not meet"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI reports other processes, but they do not meet"),
     ],
 )
 def test_processes_that_cannot_meet_are_one_line(env, line):

@@ -153,7 +153,7 @@ def test_all_offenders_are_in_one_error():
         "ambiguous tensor model.0.q.weight",
         "missing tensor model.1.pre.norm.weight",
         "missing tensor down.0.conv.1.weight",
-        "tensor head.weight (9, 5) gives (5, 9), the config asks (5, 8)",
+        "tensor head.weight (9, 5) gives (5, 9), but the model has (5, 8)",
     ):
         assert part in text
 

@@ -1,4 +1,4 @@
-"""AutoencoderKL: images to latents and back, of SD 1.x, 2.x, SDXL and the 16-channel models."""
+"""AutoencoderKL of SD 1.x, 2.x, SDXL and the 16-channel models: images to latents and back."""
 
 from collections.abc import Iterable
 from itertools import zip_longest
@@ -26,14 +26,14 @@ from jaxft.nn.conv import (
 from jaxft.nn.norm import GroupNorm
 from jaxft.weights.rules import Rule
 
-VAE_EPS = 1e-6  # of every norm; no config.json says it
+VAE_EPS = 1e-6  # of every norm. No config.json has it
 
 
 class Levels(Protocol):
-    """What an encoder and its decoder are made of; a VQ tokenizer's config says it too.
+    """The sizes of an encoder and its decoder: a part of the configs of VAEs and VQ tokenizers.
 
-    `down_attends` and `up_attends` say in the order of the blocks which have attention after each
-    resnet; `moments` is how many channels the encoder makes.
+    `down_attends` and `up_attends` mark, in the order of the blocks, those with attention after
+    each resnet. `moments` is the number of channels of the encoder's output.
     """
 
     @property
@@ -59,21 +59,24 @@ class Levels(Protocol):
 
 
 class Moments(NamedTuple):
-    """The posterior of one image: its mode is `mean`. This is what a cache holds, in fp32."""
+    """The posterior of images, in fp32. Its mode is `mean`. A cache of latents holds it."""
 
     mean: Float[Array, "B Y X C"]
     logvar: Float[Array, "B Y X C"]
 
 
 def sample(moments: Moments, keys: PRNGKeyArray) -> Float[Array, "B Y X C"]:
-    """mean + std * noise; `keys` one a row, so that a row's draw is its own (unscaled latents)."""
+    """Return mean + std * noise, unscaled latents.
+
+    keys: one a row, so that the noise of a row does not depend on its batch.
+    """
     shape = moments.mean.shape[1:]
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)  # [B, Y, X, C]
     return moments.mean + jnp.exp(0.5 * moments.logvar) * noise
 
 
 class PixelAttention(nnx.Module):
-    """x + attention over all pixels, one head as wide as x."""
+    """Residual block x + attention(norm(x)) over all pixels, with one head as wide as x."""
 
     def __init__(self, width: int, groups: int, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 4)
@@ -85,13 +88,13 @@ class PixelAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         batch, _, _, width = x.shape
-        pixels = self.group_norm(x).reshape(batch, -1, 1, width)
-        q, k, v = self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)
-        return x + self.to_out(attention(q, k, v, causal=False)).reshape(x.shape)
+        pixels = self.group_norm(x).reshape(batch, -1, 1, width)  # [B, Y X, 1, C]
+        q, k, v = self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)  # [B, Y X, 1, C]
+        return x + self.to_out(attention(q, k, v, causal=False)).reshape(x.shape)  # [B, Y, X, C]
 
 
 class VAEMidBlock(nnx.Module):
-    """Two resnets, and between them attention where the config asks for it."""
+    """Two resnets, with attention between them if `cfg.mid_attention`."""
 
     def __init__(self, cfg: Levels, *, key: PRNGKeyArray):
         first, second, third = jax.random.split(key, 3)
@@ -105,12 +108,12 @@ class VAEMidBlock(nnx.Module):
 
 
 class VAEDownBlock(nnx.Module):
-    """Resnets, each with attention where the level attends; half the size but on the last."""
+    """Resnets, with attention after each if the level has it. All but the last level downsample."""
 
     def __init__(self, cfg: Levels, level: int, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 2 * cfg.layers + 1)
         before, width = cfg.widths[max(level - 1, 0)], cfg.widths[level]
-        inputs = [before] + [width] * (cfg.layers - 1)
+        inputs = [before] + [width] * (cfg.layers - 1)  # channels of each resnet
         self.resnets = nnx.List(
             [_resnet(cfg, one, width, key=k) for one, k in zip(inputs, keys, strict=False)]
         )
@@ -128,15 +131,19 @@ class VAEDownBlock(nnx.Module):
 
 
 class VAEUpBlock(nnx.Module):
-    """As DownBlock with one resnet more; then twice the size except on the first level."""
+    """Resnets, one more than on the way down, with attention after each if the level has it.
+
+    All but the first level upsample.
+    """
 
     def __init__(self, cfg: Levels, level: int, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 2 * cfg.layers + 3)
         before, width = cfg.widths[min(level + 1, len(cfg.widths) - 1)], cfg.widths[level]
-        inputs = [before] + [width] * cfg.layers
+        inputs = [before] + [width] * cfg.layers  # channels of each resnet
         self.resnets = nnx.List(
             [_resnet(cfg, one, width, key=k) for one, k in zip(inputs, keys, strict=False)]
         )
+        # The config lists up blocks in their order, which begins with the smallest images.
         rest = keys[cfg.layers + 2 :] if cfg.up_attends[-1 - level] else ()
         self.attentions = nnx.List([PixelAttention(width, cfg.groups, key=k) for k in rest])
         up = [] if level == 0 else [Upsample(width, key=keys[cfg.layers + 1])]
@@ -150,7 +157,7 @@ class VAEUpBlock(nnx.Module):
 
 
 class VAEEncoder(nnx.Module):
-    """Images to what the quant convolution takes: both moments, or a VQ tokenizer's latents."""
+    """Images to the input of the quant convolution: moments, or the latents of a VQ tokenizer."""
 
     def __init__(self, cfg: Levels, *, key: PRNGKeyArray):
         keys = jax.random.split(key, len(cfg.widths) + 3)
@@ -192,7 +199,7 @@ class VAEDecoder(nnx.Module):
     def features(
         self, x: Float[Array, "B Y X C"], remat: str = "none"
     ) -> Float[Array, "B Y2 X2 F"]:
-        """What the last convolution, `conv_out`, makes the image from."""
+        """Return the input of the last convolution, `conv_out`."""
         x, run = _pinned(self.conv_in(x)), runner(remat)
         for block in (self.mid_block, *self.up_blocks):
             x = run(block, x)
@@ -200,9 +207,9 @@ class VAEDecoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-    """The whole autoencoder; it computes in the dtype of its input.
+    """The whole autoencoder. It computes in the dtype of its input.
 
-    remat: a key of conv.REMAT, for the encoder's and the decoder's blocks, or "none".
+    remat: a key of conv.CONV_REMAT, for the blocks of encoder and decoder, or "none".
     """
 
     def __init__(self, cfg: VAEConfig, *, key: PRNGKeyArray):
@@ -210,7 +217,7 @@ class VAE(nnx.Module):
         self.cfg = cfg
         self.encoder = VAEEncoder(cfg, key=keys[0])
         self.decoder = VAEDecoder(cfg, key=keys[1])
-        both, one = 2 * cfg.latent_channels, cfg.latent_channels
+        both, one = 2 * cfg.latent_channels, cfg.latent_channels  # both moments, or latents
         quant = Conv(both, both, 1, key=keys[2], axes=REPLICATED_KERNEL) if cfg.quant_conv else None
         self.quant_conv = nnx.data(quant)
         post = (
@@ -219,22 +226,22 @@ class VAE(nnx.Module):
         self.post_quant_conv = nnx.data(post)
 
     def encode(self, images: Float[Array, "B Y X C"], remat: str = "none") -> Moments:
-        """Images (B, Y, X, 3) within [-1, 1] to fp32 moments, `cfg.factor` times smaller."""
+        """Return fp32 moments of images [B, Y, X, 3] in [-1, 1], `cfg.factor` times smaller."""
         x = self.encoder(images, remat)
         x = x if self.quant_conv is None else self.quant_conv(x)
-        mean, logvar = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        # At a limit itself the gradient is 1, as torch's clamp has it; jnp.clip's is a half.
+        mean, logvar = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, Y2, X2, C]
+        # At a limit the gradient is 1, as in torch's clamp. That of jnp.clip would be 1 / 2.
         inside = (logvar >= -30.0) & (logvar <= 20.0)
         return Moments(mean, jnp.where(inside, logvar, jnp.clip(logvar, -30.0, 20.0)))
 
     def decode(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
-        """Unscaled latents (`cfg.unscale`) to images, mostly within [-1, 1]."""
+        """Return the images of unscaled latents (`cfg.unscale`), mostly within [-1, 1]."""
         return self.decoder.conv_out(self.features(latents))
 
     def features(
         self, latents: Float[Array, "B Y X C"], remat: str = "none"
     ) -> Float[Array, "B Y2 X2 F"]:
-        """What `decoder.conv_out` makes the image from."""
+        """Return the input of `decoder.conv_out`."""
         x = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
         return self.decoder.features(x, remat)
 
@@ -246,7 +253,7 @@ def _resnet(cfg: Levels, inputs: int, outputs: int, *, key: PRNGKeyArray) -> Res
 def _in_turn(
     resnets: Iterable[ResnetBlock], attentions: Iterable[PixelAttention], x: Float[Array, "B Y X C"]
 ) -> Float[Array, "B Y X F"]:
-    """After each resnet its attention, if there is one."""
+    """Apply the resnets, each followed by its attention if there is one."""
     for resnet, attend in zip_longest(resnets, attentions):
         x = resnet(x)
         x = x if attend is None else attend(x)
@@ -258,13 +265,14 @@ def _pinned(x: Array) -> Array:
 
 
 def sizes(cfg: VAEConfig) -> dict[str, int]:
-    """The dims that RULES' layouts name: none."""
+    """Return the dims that RULES' layouts name: none."""
     return {}
 
 
 _CONV, _DENSE, _DENSE_OF_CONV = "o i y x -> y x i o", "o i -> i o", "o i 1 1 -> i o"
-# How diffusers before 0.12 called the attention's projections; the hub's SD 1 and 2 still do.
+# Names of attention's projections in diffusers before 0.12, and in the hub's SD 1 and 2 even today.
 _OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out"}
+# A tensor has only one rule whose path is a parameter of the model, although several keys match.
 RULES = (
     Rule("{p}.to_out.0.weight", "{p}.to_out.kernel", _DENSE),
     Rule("{p}.to_out.0.bias", "{p}.to_out.bias"),
@@ -291,9 +299,10 @@ ARCHITECTURE = Architecture(
 
 
 def ldm_rules(up: tuple[int, ...]) -> tuple[Rule, ...]:
-    """The table for names of taming-transformers, where up block i is called `decoder.up.{up[i]}`.
+    """Return the weight table for the names of taming-transformers.
 
-    Attention is of 1x1 convolutions there. Taming and LDM count the levels from the image.
+    up: the number of the file's `decoder.up.N` for each up block. Taming and LDM count from the
+    image, and others from the latents. The projections of attention are 1x1 convolutions.
     """
     mid = "{p}.mid."
     attns = [(f"{mid}attn_1", "{p}.mid_block.attentions.0")]
@@ -309,6 +318,7 @@ def ldm_rules(up: tuple[int, ...]) -> tuple[Rule, ...]:
         blocks.append((theirs + "block.{n}", ours + "resnets.{n}"))
         attns.append((theirs + "attn.{n}", ours + "attentions.{n}"))
         convs.append((theirs + "upsample.conv", ours + "upsamplers.0.conv"))
+    # A block is a resnet: two convolutions, two norms, and a 1x1 convolution as its shortcut.
     for theirs, ours in blocks:
         convs.append((theirs + ".conv{k}", ours + ".conv{k}"))
         convs.append((theirs + ".nin_shortcut", ours + ".conv_shortcut"))

@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "mid_block_add_attention": True,
     "sample_size": 32,
 }
-# JSON null where diffusers' class can compute with None although its default is another value.
+# Keys that may be null although their default is another value, with what null means in diffusers.
 NULLS: dict[str, Any] = dict.fromkeys(
     ("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), False
 )
@@ -42,7 +42,7 @@ NULLS: dict[str, Any] = dict.fromkeys(
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """One autoencoder, and how its latents become the diffusion model's (`scale`, `unscale`)."""
+    """The configuration of one autoencoder, with the scaling of its latents for diffusion."""
 
     in_channels: int
     out_channels: int
@@ -53,14 +53,14 @@ class VAEConfig:
     mid_attention: bool
     quant_conv: bool
     post_quant_conv: bool
-    force_upcast: bool  # fp16 overflows; bf16 does not
+    force_upcast: bool  # fp16 overflows, bf16 does not
     scaling_factor: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str = FILE) -> "VAEConfig":
-        """Read a config.json; UserError where it asks for what is not supported."""
+        """Read a config.json. Raises: UserError for values that are not supported."""
         get = fields(config, DEFAULTS, NULLS, where)
         _check(get, where)
         mean, channels = get["latents_mean"], get["latent_channels"]
@@ -84,37 +84,37 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels a latent, in each direction."""
+        """Pixels for one latent, in each direction."""
         return 2 ** (len(self.widths) - 1)
 
     @property
     def moments(self) -> int:
-        """Mean and log variance of each latent channel."""
+        """Channels of the encoder's output: mean and log variance of each latent channel."""
         return 2 * self.latent_channels
 
     @property
     def down_attends(self) -> tuple[bool, ...]:
-        """Only the middle has attention."""
+        """Attention of each level: none. Only the middle block has it."""
         return (False,) * len(self.widths)
 
     @property
     def up_attends(self) -> tuple[bool, ...]:
-        """As `down_attends`."""
+        """Attention of each level on the way up: none."""
         return self.down_attends
 
     def scale(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
-        """The VAE's latents as the diffusion model sees them: (z - mean) scaling_factor / std."""
+        """Return latents scaled for the diffusion model: (z - mean) scaling_factor / std."""
         mean, std = jnp.array(self.mean, latents.dtype), jnp.array(self.std, latents.dtype)
         return (latents - mean) * (self.scaling_factor / std)
 
     def unscale(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
-        """The inverse of `scale`, for decoding."""
+        """Return latents for the decoder: the inverse of `scale`."""
         mean, std = jnp.array(self.mean, latents.dtype), jnp.array(self.std, latents.dtype)
         return latents * (std / self.scaling_factor) + mean
 
 
 def _check(get: Mapping[str, Any], where: str) -> None:
-    """Refuse what would silently compute something else."""
+    """Raise UserError for values that are not supported, or that contradict each other."""
     if get["_class_name"] != "AutoencoderKL":
         raise UserError(
             f"{where}: _class_name={get['_class_name']!r} is not supported; expected AutoencoderKL,"

@@ -1,4 +1,4 @@
-"""What the config.json of a VQ tokenizer says: transformers' JanusVQVAE or diffusers' VQModel."""
+"""Fields of a VQ tokenizer's config.json: transformers' JanusVQVAE or diffusers' VQModel."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from jaxft.weights.fields import fields
 
 FILE = "config.json"
 JANUS, DIFFUSERS = "janus_vqgan", "VQModel"
-JANUS_GROUPS = 32  # of every norm; no config.json says it
+JANUS_GROUPS = 32  # of every norm. No config.json has it
 
-# LlamaGen's name. No class of transformers or diffusers reads it: see VQConfig.l2.
+# LlamaGen's name of a key that no class of transformers or diffusers reads: see VQConfig.l2.
 L2 = "codebook_l2_norm"
 
-# What transformers' JanusVQVAE assumes where a config.json has no such key.
+# Defaults of transformers' JanusVQVAE for keys that a config.json lacks.
 JANUS_DEFAULTS: dict[str, Any] = {
     "embed_dim": 8,
     "num_embeddings": 16384,
@@ -31,7 +31,7 @@ JANUS_DEFAULTS: dict[str, Any] = {
     "out_channels": 3,
     L2: True,
 }
-# What diffusers' VQModel assumes.
+# Defaults of diffusers' VQModel.
 DIFFUSERS_DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -49,7 +49,7 @@ DIFFUSERS_DEFAULTS: dict[str, Any] = {
     "mid_block_add_attention": True,
     L2: False,
 }
-# JSON null where diffusers' class can compute with None although its default is another value.
+# Keys that may be null although their default is another value, with what null means in diffusers.
 NULLS = {"mid_block_add_attention": False}
 ATTENDS = {
     "DownEncoderBlock2D": False,
@@ -61,16 +61,16 @@ ATTENDS = {
 
 @dataclass(frozen=True)
 class VQConfig:
-    """One tokenizer: the encoder's and decoder's levels (models/vae.py: Levels) and the codebook.
+    """The configuration of one tokenizer: encoder and decoder (`vae.Levels`) and the codebook.
 
-    `l2` says how a code is found. True: by the angle between z and the codebook's rows, as
-    LlamaGen and Janus train it; a JanusVQVAE folder without `codebook_l2_norm` means that.
-    False: by the distance of both as they are, as transformers' JanusVQVAE.encode does whatever
-    the folder says. The two agree where the rows have unit length, which is why an export writes
-    them so (vqgan.unit_codebook). A VQModel is never l2.
+    `l2` is the measure by which a code is found. If True, it is the angle between z and the rows of
+    the codebook, as LlamaGen and Janus train it. A JanusVQVAE folder without `codebook_l2_norm` has
+    True. If False, it is the distance of z and the rows. transformers' JanusVQVAE.encode always
+    uses the distance to the stored rows. The two agree where the rows have unit length, so an
+    export writes such rows (vqgan.unit_codebook). A VQModel is never l2.
     """
 
-    kind: str  # JANUS or DIFFUSERS: the folder's layout
+    kind: str  # JANUS or DIFFUSERS, the layout of the folder
     in_channels: int
     out_channels: int
     latent_channels: int
@@ -83,11 +83,14 @@ class VQConfig:
     codes: int
     code_dim: int
     l2: bool
-    size: int  # of the images it was made for, in pixels; any multiple of `factor` works
+    size: int  # pixels a side of the images that it was made for. Any multiple of `factor` works
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str = FILE) -> "VQConfig":
-        """Read a config.json of either kind; UserError where it asks for what is not supported."""
+        """Read a config.json of either kind.
+
+        Raises: UserError for values that are not supported.
+        """
         if config.get("model_type") == JANUS:
             return _from_janus(config, where)
         if config.get("_class_name") == DIFFUSERS:
@@ -99,22 +102,22 @@ class VQConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json of a folder of this kind."""
+        """Return the config.json of a folder of this kind."""
         return _to_janus(self) if self.kind == JANUS else _to_diffusers(self)
 
     @property
     def factor(self) -> int:
-        """Pixels a code, in each direction."""
+        """Pixels for one code, in each direction."""
         return 2 ** (len(self.widths) - 1)
 
     @property
     def moments(self) -> int:
-        """What the encoder makes: the latents alone."""
+        """Channels of the encoder's output: the latents."""
         return self.latent_channels
 
     @property
     def unit_lookup(self) -> bool:
-        """Whether the decoder sees rows of unit length; transformers' Janus decoder always does."""
+        """True if the decoder gets rows of unit length, as in transformers' Janus."""
         return self.kind == JANUS
 
     @property
@@ -124,7 +127,10 @@ class VQConfig:
 
 
 def check_codes(codes: np.ndarray, cfg: VQConfig, where: str) -> None:
-    """UserError where stored codes are not of this codebook: a lookup would clamp them silently."""
+    """Raise UserError for stored codes outside of this codebook.
+
+    A lookup would clamp them silently. where: the name of the codes' file.
+    """
     low, high = int(np.min(codes, initial=0)), int(np.max(codes, initial=0))
     if low < 0 or high >= cfg.codes:
         raise UserError(
@@ -145,6 +151,7 @@ def _from_janus(config: Mapping[str, Any], where: str) -> VQConfig:
         )
     widths = tuple(get["base_channels"] * one for one in get["channel_multiplier"])
     levels = len(widths)
+    # JanusVQVAE has attention in the middle, and at the smallest of its levels.
     cfg = VQConfig(
         kind=JANUS,
         in_channels=get["in_channels"],
@@ -204,7 +211,7 @@ def _attends(types: Any, way: str, levels: int, where: str) -> tuple[bool, ...]:
 
 
 def _check(cfg: VQConfig, where: str, key: str) -> None:
-    """Refuse what no image or norm fits."""
+    """Raise UserError for images without 3 channels, and for groups that do not divide a width."""
     for name, channels in (("in_channels", cfg.in_channels), ("out_channels", cfg.out_channels)):
         if channels != 3:
             raise UserError(f"{where}: {name}={channels} is not supported; images have 3 channels")

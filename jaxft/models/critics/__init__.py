@@ -1,1 +1,1 @@
-"""Critics: networks that judge pictures and are not exported."""
+"""Critics: networks that measure pictures during training and are not exported."""

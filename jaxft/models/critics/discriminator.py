@@ -1,4 +1,4 @@
-"""PatchGAN: says of every patch of an image whether it looks real."""
+"""PatchGAN, a discriminator: one logit for each patch of an image, high for real ones."""
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,15 @@ from jaxft.nn.norm import GroupNorm
 WIDTHS = (64, 128, 256, 512)  # pix2pix's three strided layers and one more
 GROUPS = 32
 STD = 0.02
-LEAST = 32  # pixels a side, of which two logits a side are left
+LEAST = 32  # pixels a side, which give two logits a side
 
 
 class PatchGAN(nnx.Module):
-    """Isola et al. 2017, arXiv:1611.07004, as taming-transformers trains autoencoders against it.
+    """The discriminator that taming-transformers trains autoencoders against.
 
-    Group norm stands where taming has batch norm: rows stay independent, so that a result depends
-    neither on the mesh nor on micro-batches. Images have to be at least LEAST pixels a side.
+    Images have to be at least LEAST pixels a side. It has group norm instead of taming's batch
+    norm, so that rows are independent, and results depend neither on the mesh nor on micro-batches.
+    Source: Isola et al. 2017, arXiv:1611.07004.
     """
 
     def __init__(self, *, key: PRNGKeyArray):
@@ -35,11 +36,11 @@ class PatchGAN(nnx.Module):
         self.conv_out = _conv(WIDTHS[-1], 1, 1, bias=True, key=keys[-1], axes=REPLICATED_KERNEL)
 
     def __call__(self, images: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2"]:
-        """One logit a patch of 70 pixels, fp32; above 0 is real."""
+        """Return one fp32 logit for each patch of 70 pixels. A logit above 0 means real."""
         x = jax.nn.leaky_relu(self.convs[0](images), 0.2)
         for conv, norm in zip(self.convs[1:], self.norms, strict=True):
             x = jax.nn.leaky_relu(norm(conv(x)), 0.2)
-        return self.conv_out(x)[..., 0].astype(jnp.float32)
+        return self.conv_out(x)[..., 0].astype(jnp.float32)  # [B, Y2, X2]
 
 
 def _conv(
@@ -52,5 +53,6 @@ def _conv(
     axes: tuple[str | None, ...] = (None, None, None, "embed"),
 ) -> Conv:
     conv = Conv(inputs, outputs, 4, key=key, stride=stride, padding=1, bias=bias, axes=axes)
+    # The initialisation of pix2pix, instead of that of torch's Conv2d.
     conv.kernel[...] = STD * jax.random.normal(key, conv.kernel.shape)
     return conv

@@ -10,13 +10,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxft.nn.conv import REPLICATED_KERNEL
 from jaxft.weights.rules import Rule
 
-BATCH_NORM_EPS = 1e-3  # of every norm, as TensorFlow's EfficientNets have it
-IMAGE_SIZE = 224  # what it was trained on
+BATCH_NORM_EPS = 1e-3  # of every norm, as in TensorFlow's EfficientNets
+IMAGE_SIZE = 224  # pixels a side of the images that it was trained on
 STEM_WIDTH, HEAD_WIDTH = 32, 1280
 
 
 class Stage(NamedTuple):
-    """Blocks of one width: how many, kernel size, first stride, expansion, channels out."""
+    """Blocks of one width: their number, kernel size, first stride, expansion, output channels."""
 
     blocks: int
     size: int
@@ -25,7 +25,7 @@ class Stage(NamedTuple):
     width: int
 
 
-# Tan & Le 2019, arXiv:1905.11946, table 1; "lite" has no squeeze-and-excitation, and ReLU6.
+# Tan & Le 2019, arXiv:1905.11946, table 1. "Lite" has no squeeze-and-excitation, and has ReLU6.
 STAGES = (
     Stage(1, 3, 1, 1, 16),
     Stage(2, 3, 2, 6, 24),
@@ -40,9 +40,9 @@ TAPS = {0: 16, 2: 24, 4: 40, 10: 112, 15: 320}
 
 
 class SameConv(nnx.Module):
-    """A convolution without bias, padded as TensorFlow's "same"; `groups` = inputs is depthwise.
+    """A convolution without bias, padded as TensorFlow's "same". `groups` = inputs is depthwise.
 
-    Whole on every device and without a LoRA slot: it is never trained.
+    It is replicated on all devices and has no LoRA slot, because it is never trained.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class SameConv(nnx.Module):
 class FrozenNorm(nnx.Module):
     """Batch norm with its stored statistics: (x - mean) / sqrt(var + eps) * scale + bias.
 
-    Ioffe & Szegedy 2015, arXiv:1502.03167, inference form; the two factors are made in fp32.
+    Its factor and shift are computed in fp32.
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167, inference form.
     """
 
     def __init__(self, channels: int):
@@ -92,7 +93,7 @@ class FrozenNorm(nnx.Module):
 
 
 class InvertedBottleneck(nnx.Module):
-    """Widen, convolve each channel, narrow; plus x where neither size nor width changes."""
+    """Widen, convolve each channel, narrow. Plus x, where neither size nor width changes."""
 
     def __init__(self, inputs: int, stage: Stage, stride: int, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 3)
@@ -118,9 +119,9 @@ class InvertedBottleneck(nnx.Module):
 
 
 class EfficientNetLite0(nnx.Module):
-    """The whole network without its classifier; it computes in the dtype of its input.
+    """The whole network without its classifier. It computes in the dtype of its input.
 
-    Images are (B, Y, X, 3) within [-1, 1], of any size.
+    Images are [B, Y, X, 3] in [-1, 1], of any size.
     """
 
     name: ClassVar[str] = "effnet-lite0"
@@ -140,7 +141,10 @@ class EfficientNetLite0(nnx.Module):
         self.bn1 = FrozenNorm(HEAD_WIDTH)
 
     def stages(self, images: Float[Array, "B Y X C"]) -> tuple[Float[Array, "B _ _ _"], ...]:
-        """The last block's output at each of five resolutions, 1/2 to 1/32; nothing is resized."""
+        """Return the last block's output at each of five resolutions, 1/2 to 1/32 of the image.
+
+        The images are not resized.
+        """
         x = (images * 127.5 + 0.5) / 128  # [-1, 1] to 0...255, then (x - 127) / 128
         x = jax.nn.relu6(self.bn0(self.conv_stem(x)))
         found = []
@@ -151,23 +155,23 @@ class EfficientNetLite0(nnx.Module):
         return tuple(found)
 
     def heads(self) -> tuple[Float[Array, "C"], ...]:
-        """The weight of each channel of each stage in a perceptual distance: their mean."""
+        """Return the weights of channels in a perceptual distance: 1 / channels, for each stage."""
         return tuple(jnp.full((width,), 1 / width) for width in TAPS.values())
 
     def features(self, images: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
-        """The map before the classifier's pooling, 1/32 of the image, 1280 channels."""
+        """Return the map before the classifier's pooling, 1/32 of the image, with 1280 channels."""
         return jax.nn.relu6(self.bn1(self.conv_head(self.stages(images)[-1])))
 
     def pooled(self, images: Float[Array, "B Y X C"]) -> Float[Array, "B F"]:
-        """(B, 1280) features of images `resized` to what the network was trained on."""
-        return jnp.mean(self.features(resized(images)), axis=(1, 2))
+        """Return features [B, 1280] of images, resized to the size that it was trained on."""
+        return jnp.mean(self.features(resized(images)), axis=(1, 2))  # [B, 1280]
 
 
 def resized(images: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 C"]:
-    """Images at 224x224: bilinear with half-pixel centres, antialiased where that shrinks them.
+    """Return images at 224x224: bilinear with half-pixel centres, antialiased where they shrink.
 
-    torch's interpolate(antialias=True), without its rounding of bytes to whole grey levels. Sides
-    that differ are squeezed, not cropped.
+    It is torch's interpolate(antialias=True), without its rounding of bytes to whole grey levels.
+    Images that are not square are squeezed and not cropped.
     """
     size = (images.shape[0], IMAGE_SIZE, IMAGE_SIZE, images.shape[-1])
     return jax.image.resize(images, size, "bilinear", antialias=True)
@@ -183,4 +187,4 @@ RULES = (
       for old, new in _NORM.items()),
 )  # fmt: skip
 SIZES: dict[str, int] = {}  # the layouts name no dim
-IGNORE = (r"_fc\..*", r".*\.num_batches_tracked")  # the classifier, and what only training needs
+IGNORE = (r"_fc\..*", r".*\.num_batches_tracked")  # the classifier, and a counter of training

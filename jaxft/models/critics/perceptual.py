@@ -1,4 +1,4 @@
-"""The frozen network that a perceptual distance is measured with: the demo's, or LPIPS's VGG16."""
+"""The frozen network of a perceptual distance: the demo's EfficientNet, or LPIPS's VGG16."""
 
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
@@ -21,14 +21,14 @@ from jaxft.weights.transfer import Part
 DEMO = "demo:efficientnet-lite0"
 LPIPS_EPS = 1e-10  # of LPIPS's normalisation
 
-# Channels of VGG16's 13 convolutions, by the slice that LPIPS cuts after each pooling's ReLU.
+# Channels of VGG16's 13 convolutions, by slices of LPIPS, which end with the ReLU before a pooling.
 SLICES = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
 # LPIPS's scaling layer: ImageNet's mean and deviation of images within [-1, 1].
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class Network(Protocol):
-    """Images within [-1, 1] to feature maps; `heads` weighs the channels of each map."""
+    """Images in [-1, 1] to feature maps. `heads` holds the weights of the channels of each map."""
 
     name: ClassVar[str]  # the name of the metric
 
@@ -52,9 +52,10 @@ class LpipsVGG16(nnx.Module):
         self.lins = nnx.List([nnx.Param(head, axes=("norm",)) for head in uniform])
 
     def stages(self, images: Float[Array, "B Y X C"]) -> tuple[Float[Array, "B Y2 X2 F"], ...]:
-        """relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3: 1 to 1/16 of the image, rounded down.
+        """Return relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3.
 
-        UserError for images of fewer than 16 pixels a side, which leave nothing at the end.
+        Their sizes are 1 to 1/16 of the image, rounded down.
+        Raises: UserError for images of fewer than 16 pixels a side: the last map would be empty.
         """
         if min(images.shape[1:3]) < 16:
             raise UserError(
@@ -71,18 +72,21 @@ class LpipsVGG16(nnx.Module):
         return tuple(found)
 
     def heads(self) -> tuple[Float[Array, "F"], ...]:
-        """LPIPS's learned 1x1 convolutions to one number."""
+        """Return the learned weights of LPIPS, 1x1 convolutions to one channel."""
         return tuple(head[...].astype(jnp.float32) for head in self.lins)
 
 
 def distance(
     network: Network, x: Float[Array, "B Y X C"], y: Float[Array, "B Y X C"]
 ) -> Float[Array, "B"]:
-    """The perceptual distance of each pair of images within [-1, 1], in fp32.
+    """Return the perceptual distance [B] of each pair of images in [-1, 1], in fp32.
 
-    Zhang et al. 2018, arXiv:1801.03924, equation 1: channels to unit length, squared difference,
-    weighed by the head, mean over the pixels, sum over the stages. With LpipsVGG16 it is LPIPS
-    v0.1; with any other network call it by `network.name`. UserError unless there are 3 channels.
+    Channels are scaled to unit length. Squared differences are multiplied by the head, averaged
+    over the pixels, and summed over the stages. With LpipsVGG16 it is LPIPS v0.1. With any other
+    network it should be reported as `network.name`.
+
+    Raises: UserError unless the images have 3 channels.
+    Source: Zhang et al. 2018, arXiv:1801.03924, equation 1.
     """
     for images in (x, y):
         if images.shape[-1] != 3:
@@ -93,13 +97,13 @@ def distance(
     total = jnp.zeros((x.shape[0],), jnp.float32)
     wide = (network.stages(images.astype(jnp.float32)) for images in (x, y))
     for a, b, head in zip(*wide, network.heads(), strict=True):
-        different = jnp.square(_unit(a) - _unit(b))
-        total += jnp.mean(jnp.sum(different * head, axis=-1), axis=(1, 2))
+        different = jnp.square(_unit(a) - _unit(b))  # [B, Y, X, C]
+        total += jnp.mean(jnp.sum(different * head, axis=-1), axis=(1, 2))  # [B]
     return total
 
 
 def _unit(x: Array) -> Array:
-    """x / (|x| + eps) over the channels; a pixel without features stays zero, gradient too."""
+    """Return x / (|x| + eps) over the channels. Pixels without features, and their gradients: 0."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     present = square > 0
     length = jnp.sqrt(jnp.where(present, square, 1.0))  # sqrt has no gradient at 0
@@ -107,7 +111,7 @@ def _unit(x: Array) -> Array:
 
 
 class PerceptualNetwork(NamedTuple):
-    """A perceptual network's module class and the checkpoint that fills it."""
+    """The module class of a perceptual network, and the checkpoint that fills it."""
 
     name: str
     module: type[EfficientNetLite0] | type[LpipsVGG16]
@@ -118,16 +122,16 @@ class PerceptualNetwork(NamedTuple):
     ignore: tuple[str, ...]
 
     def part(self, prefix: str = "perceptual.") -> Part:
-        """What fills the parameters under `prefix`; it is frozen, so nothing exports it."""
+        """Return the part that fills the parameters under `prefix`. It is not exported."""
         where = f"{self.where} (read as {self.name})"
         return Part(prefix, where, self.tensors, self.rules, self.sizes, self.ignore)
 
 
 def open_perceptual(spec: str) -> PerceptualNetwork:
-    """`demo:efficientnet-lite0`, or a safetensors file or folder of one of the two networks.
+    """Open `demo:efficientnet-lite0`, or a safetensors file or folder of one of the two networks.
 
-    The network is known by its tensors, and all of them are checked here. UserError where the file
-    is missing or belongs to another network.
+    The network is recognised by its tensors, and all of them are checked.
+    Raises: UserError if the file is missing or belongs to another network.
     """
     path = demo_path(spec, "perceptual") or Path(spec).expanduser()
     if not path.exists():
@@ -151,7 +155,7 @@ def _recognised(spec: str, tensors: Tensors) -> PerceptualNetwork:
         )
     for first, rules in VGG_RULES.items():
         if first in keys:
-            # LPIPS's own state dict names each head twice.
+            # The state dict of the lpips package has each head under two names.
             twice = (r"lins\..*",) if "lin0.model.1.weight" in keys else ()
             ignore = (r"classifier\..*", r"scaling_layer\..*", *twice)
             return PerceptualNetwork(LpipsVGG16.name, LpipsVGG16, spec, tensors, rules, {}, ignore)
@@ -164,7 +168,10 @@ def _recognised(spec: str, tensors: Tensors) -> PerceptualNetwork:
 
 
 def _vgg_rules(stem: str) -> tuple[Rule, ...]:
-    """VGG16 by torchvision's count of layers, ReLU and pooling too; `stem` may name the slice."""
+    """Return VGG16's table by torchvision's numbers of layers, which count ReLU and pooling too.
+
+    stem: the beginning of the keys, in which `{slice}` is the number of the slice.
+    """
     rules, layer, conv = [], 0, 0
     for k, widths in enumerate(SLICES):
         layer += k > 0  # the pooling
@@ -179,7 +186,7 @@ def _vgg_rules(stem: str) -> tuple[Rule, ...]:
 _HEADS = tuple(
     Rule(f"{stem}.model.1.weight", "lins.{k}", "1 c 1 1 -> c") for stem in ("lin{k}", "lins.{k}")
 )
-# By the first convolution's name: torchvision's layout, and the lpips package's.
+# Tables by the key of the first convolution: torchvision's layout, and that of the lpips package.
 VGG_RULES = {
     "features.0.weight": (*_vgg_rules("features"), *_HEADS),
     "net.slice1.0.weight": (*_vgg_rules("net.slice{slice}"), *_HEADS),

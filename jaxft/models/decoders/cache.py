@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far, for a decoder that is fed a few tokens at a time."""
+"""Keys and values of the tokens so far, for a decoder that gets a few tokens at a time."""
 
 from typing import Any, NamedTuple
 
@@ -25,8 +25,11 @@ class Cache(NamedTuple):
 def init_cache(
     cfg: DecoderConfig, batch: int, length: int, dtype: Any = jnp.float32, unstacked: bool = False
 ) -> Cache:
-    """Return an empty cache of `length` slots a row, padding included."""
-    one = jnp.zeros((batch, cfg.num_kv_heads, length, cfg.head_dim), dtype)
+    """Return an empty cache of `length` slots a row, padding included.
+
+    unstacked: the layers are a tuple of arrays instead of one array.
+    """
+    one = jnp.zeros((batch, cfg.num_kv_heads, length, cfg.head_dim), dtype)  # [B, K, S, H]
     empty = (one,) * cfg.num_layers if unstacked else jnp.stack([one] * cfg.num_layers)
     return Cache(empty, empty, jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
 
@@ -47,7 +50,7 @@ def place(
 ) -> tuple[Int[Array, "B T"] | None, Int[Array, "B S"] | None, Cache | None]:
     """Return the segments of the queries and of all keys, and the cache with the new segments.
 
-    Without a cache the keys are this call's own. `shape` is the input's, [B, T, D].
+    Without a cache the keys are those of this call. `shape` is the shape of the input, [B, T, D].
     """
     if cache is None:
         return segment_ids, segment_ids, None
@@ -62,8 +65,8 @@ def default_positions(
     """Return 0, 1, …, or after a cache the count of real tokens that a row already has."""
     if cache is None or segments is None:
         return jnp.arange(length, dtype=jnp.int32)[None]
-    counted = jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32) - 1
-    return jax.lax.dynamic_slice_in_dim(counted, cache.index, length, axis=1)
+    counted = jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32) - 1  # [B, S]
+    return jax.lax.dynamic_slice_in_dim(counted, cache.index, length, axis=1)  # [B, T]
 
 
 def append(
@@ -73,14 +76,15 @@ def append(
     layer: Int[Array, ""] | int,
     index: Int[Array, ""],
 ) -> tuple[tuple[Array, Array], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Write one layer's k and v from slot `index` on; return the memory and all its k and v.
+    """Write one layer's k and v from slot `index` on.
 
-    memory: `k` and `v` of a cache, stacked or one layer's own. Only T slots move.
+    memory: `k` and `v` of a cache, stacked or of this layer alone.
+    Returns: the memory, and the layer's k and v of all slots. Only T slots are written.
     """
 
     def write(old: Array, new: Array) -> Array:
         new, start = new.swapaxes(1, 2).astype(old.dtype), (0, 0, index, 0)  # [B, K, T, H]
-        if old.ndim == new.ndim:
+        if old.ndim == new.ndim:  # the layer alone, [B, K, S, H]
             return jax.lax.dynamic_update_slice(old, new, start)
         return jax.lax.dynamic_update_slice(old, new[None], (layer, *start))
 

@@ -1,7 +1,7 @@
 """The configuration of a decoder, layer by layer, and the reading of a config.json's keys.
 
-An absent key has the default of the class of its model_type. null is a value like any other:
-the class takes it for some keys, and refuses it for the others, as here.
+An absent key has the default of the class of its model_type. null is accepted for the keys for
+which that class accepts it, and refused for the others.
 """
 
 import json
@@ -23,8 +23,8 @@ OLD_NAMES = {"attention": "full_attention"}  # transformers renames it on readin
 class LayerSpec:
     """The kind of one layer. Every field is a Python value, so a step is compiled for it.
 
-    window: the number of keys that a query attends to, its own included; None attends to all.
-    rope: the index of the rotation in `DecoderConfig.ropes`; None leaves positions out.
+    window: the number of keys that a query attends to, its own included. None is all keys.
+    rope: the index of the rotation in `DecoderConfig.ropes`. None is no position embedding.
     norms: "pre" is x + f(norm(x)), "post" is x + norm(f(x)), "sandwich" is x + norm(f(norm(x))).
     activation: a key of `decoder.ACTIVATIONS`. qk_norm: an RMSNorm of every head's q and k.
     """
@@ -40,7 +40,7 @@ class LayerSpec:
 class DecoderConfig:
     """The values of a whole decoder, and the kind of each of its layers.
 
-    Raises ValueError for layers whose parameters differ: they are stacked in one array.
+    Raises: ValueError for layers whose parameters differ, because layers are stacked in one array.
     """
 
     vocab_size: int
@@ -72,7 +72,7 @@ class DecoderConfig:
 
 
 class LayerScan(NamedTuple):
-    """Layers from `start` on that one scan runs: a period of kinds, repeated."""
+    """The layers of one scan, from `start` on: a period of kinds, repeated `times` times."""
 
     start: int
     period: tuple[LayerSpec, ...]
@@ -80,13 +80,14 @@ class LayerScan(NamedTuple):
 
 
 def layer_scans(layers: tuple[LayerSpec, ...], start: int = 0) -> tuple[LayerScan, ...]:
-    """Cut layers into scans, so that few of them are compiled.
+    """Cut layers into scans, so that only a few layers are compiled.
 
-    A pattern of up to LONGEST_PERIOD layers is one scan, and a scan for what remains of it. Other
-    layers (windows from some layer on) are a scan for each row of equal ones.
+    A repeated pattern of up to LONGEST_PERIOD layers becomes one scan, and the rest of it another.
+    Without one (windows from some layer on) each run of equal layers becomes a scan.
     """
     if not layers:
         return ()
+    # The smallest number of layers after which all of them repeat.
     period = next(n for n in range(1, len(layers) + 1) if layers[n:] == layers[:-n])
     times = len(layers) // period
     if period > LONGEST_PERIOD:
@@ -103,7 +104,7 @@ IDS, NAMES, FLAGS = "a token id or a list of them", "a list of names", "a list o
 
 
 class Key(NamedTuple):
-    """The default of a key, the values that it takes, and whether null is one of them."""
+    """The default of a key, a description of its values, and if null is one of them."""
 
     default: Any
     values: str
@@ -126,9 +127,9 @@ COMMON = {
 
 
 def read_keys(config: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
-    """Return the value of every key of a class, its default where config.json lacks it.
+    """Return the value of every key of a class, or its default where config.json lacks the key.
 
-    Raises UserError for a value of another type, and for a null that the class refuses.
+    Raises: UserError for a value of another type, and for a null that the class refuses.
     """
     for name, key in keys.items():
         if name in config:
@@ -148,8 +149,9 @@ def _check(name: str, value: Any, key: Key) -> None:
 
 
 def _fits(value: Any, values: str) -> bool:
+    # type() and not isinstance, because True is an int in Python.
     if values in (SIZE, COUNT):
-        return type(value) is int and value >= (values == SIZE)
+        return type(value) is int and value >= (values == SIZE)  # at least 1 or 0
     if values == NUMBER:
         return type(value) in (int, float) and 0 <= value < math.inf
     if values == FLAG:
@@ -174,7 +176,7 @@ def decoder_config(
     """Return the configuration of a decoder with one rope and LLaMA's key names.
 
     config: config.json. c: its keys as `read_keys` returns them. layers: one spec a layer.
-    Raises UserError for shapes that do not fit each other, and for a rope that is not supported.
+    Raises: UserError for shapes that do not fit each other, and for a rope that is not supported.
     """
     heads = c["num_attention_heads"]
     kv_heads = c["num_key_value_heads"] or heads
@@ -191,7 +193,7 @@ def decoder_config(
         )
     if head_dim % 2:
         raise UserError(f"config.json: head_dim={head_dim} is odd, but rope rotates pairs")
-    eos = c["eos_token_id"]
+    eos = c["eos_token_id"]  # one id, a list of them, or null
     return DecoderConfig(
         vocab_size=c["vocab_size"],
         hidden_size=c["hidden_size"],
@@ -229,18 +231,22 @@ def layer_windows(
 ) -> tuple[int | None, ...]:
     """Return each layer's window in tokens, None for full attention.
 
-    `layer_types` of config.json wins over `sliding`, the class's own choice of layers. Raises
-    UserError for layer types that are not supported or contradict `sliding_window`.
+    `sliding` marks the layers that slide by default in the class. `layer_types` of config.json
+    replaces it.
+    Raises: UserError for layer types that are not supported or that contradict `sliding_window`.
     """
     if c["layer_types"] is not None:
         sliding = _listed(c["layer_types"], c["num_hidden_layers"], window)
     if window == 0 and any(sliding):
-        raise UserError("config.json: sliding_window=0 sees nothing; expected a number or null")
+        raise UserError(
+            "config.json: sliding_window=0 leaves no key to attend to; expected a number above 0"
+            " or null"
+        )
     return tuple(window if slides else None for slides in sliding)
 
 
 def _listed(types: list[str], count: int, window: int | None) -> tuple[bool, ...]:
-    """Return for each layer whether `layer_types` gives it a sliding window."""
+    """Return True for each layer that has a sliding window by `layer_types`."""
     names = [OLD_NAMES.get(name, name) for name in types]
     if len(names) != count:
         raise UserError(f"config.json: layer_types has {len(names)} entries for {count} layers")

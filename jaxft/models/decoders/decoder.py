@@ -1,4 +1,4 @@
-"""Causal language models driven by one specification a layer, from token ids to logits."""
+"""Causal language models, specified layer by layer, from token ids to logits."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ Memory = tuple[Array, Array]  # keys and values of the cache, as `Cache` holds t
 
 
 class Context(NamedTuple):
-    """The inputs that all layers of one call share; cos and sin of every rope."""
+    """The inputs that all layers of one call share. `angles` are cos and sin of every rope."""
 
     angles: tuple[tuple[Float[Array, "B T half"], Float[Array, "B T half"]], ...]
     q_segments: Int[Array, "B T"] | None
@@ -33,7 +33,7 @@ class Context(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions, and norms of q and k where asked for."""
+    """Grouped-query self-attention with rotary positions, and RMSNorms of q and k by the config."""
 
     def __init__(self, cfg: DecoderConfig, *, key: PRNGKeyArray):
         d, h, std = (cfg.hidden_size,), cfg.head_dim, cfg.initializer_range
@@ -77,7 +77,7 @@ class Attention(nnx.Module):
             q_segments=context.q_segments,
             kv_segments=context.kv_segments,
             window=spec.window,
-        )
+        )  # [B, T, N, H]
         return self.o_proj(out, keys), memory
 
 
@@ -101,7 +101,7 @@ class MLP(nnx.Module):
 
 @partial(jax.checkpoint, static_argnums=2)
 def _gated(gate: Array, up: Array, activation: str) -> Array:
-    """Return act(gate) * up. Its gradients recompute it, for they would keep three more arrays."""
+    """Return act(gate) * up. The gradients recompute it instead of saving three more arrays."""
     return ACTIVATIONS[activation](gate) * up
 
 
@@ -132,12 +132,13 @@ class Block(nnx.Module):
         memory: Memory | None = None,
         keys: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Memory | None]:
-        """Return the layer's output, and the cache's memory with this call's keys in it.
+        """Return the layer's output, and the cache's memory with the keys of this call in it.
 
-        layer: the index of this layer, for the cache and for a dropout of its own.
+        layer: the index of this layer, for the cache and for the PRNG keys of its dropout.
         """
-        x = checkpoint_name(x, "block_input")
+        x = checkpoint_name(x, "block_input")  # for the remat policy "offload"
         if keys is not None:
+            # The layers of a scan share the keys, but not their dropout masks.
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
         normed = _normed(self.input_layernorm, x)
         attended, memory = self.self_attn(normed, spec, layer, context, memory, keys)
@@ -158,8 +159,8 @@ def _normed(norm: RMSNorm | None, x: Array) -> Array:
 class Decoder(nnx.Module):
     """Token ids to logits. The layers are one stacked Block, leaves [L, ...].
 
-    Calling the model returns fp32 logits [B, T, V], for notebooks. Training calls `hidden` and
-    `head`, so that the logits never exist whole.
+    A call of the model returns fp32 logits [B, T, V], for notebooks. Training calls `hidden` and
+    `head` instead, so that all logits never exist at once.
     """
 
     def __init__(self, cfg: DecoderConfig, *, key: PRNGKeyArray):
@@ -168,7 +169,7 @@ class Decoder(nnx.Module):
         self.cfg = cfg
         self.embed_tokens = Embedding(v, d, key=embed, std=std)
         keys = jax.random.split(layers, cfg.num_layers)
-        self.layers = jax.vmap(lambda key: Block(cfg, key=key))(keys)
+        self.layers = jax.vmap(lambda key: Block(cfg, key=key))(keys)  # leaves [L, ...]
         self.norm = RMSNorm(d, eps=cfg.rms_norm_eps)
         untied = None if cfg.tied else Linear((d,), (v,), ("embed", "vocab"), key=head, std=std)
         self.lm_head = nnx.data(untied)
@@ -198,18 +199,20 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Return the final norm's output in `dtype`, and the cache with these tokens in it.
 
-        positions: for the rotation. The default is 0, 1, …, after a cache the count of real tokens
-        before. segment_ids: a token attends to its own segment. 0 is padding. The default is one
-        segment. embeds: in place of tokens. keys: one a row, turn adapter dropout on. remat: "none"
-        or a key of REMAT. unroll: periods of layers an iteration of the scan, 0 for all. blocks:
-        the layers from `unstacked`, for a cache of the same kind, without dropout and remat.
-        Raises ValueError for another remat, and for both or none of tokens and embeds.
+        positions: for the rotation. The default is 0, 1, …, and with a cache the number of real
+        tokens before. segment_ids: a token attends to its own segment. 0 is padding. The default is
+        one segment. embeds: used instead of tokens. keys: one a row, for the dropout of adapters.
+        remat: "none" or a key of REMAT. unroll: periods of layers in one iteration of the scan,
+        0 for all. blocks: the layers from `unstacked`, for a cache of the same kind, without
+        dropout and remat.
+        Raises: ValueError for another remat, and for both or none of tokens and embeds.
         """
-        x = self._embed(tokens, embeds, dtype)
+        x = self._embed(tokens, embeds, dtype)  # [B, T, D]
         q_segments, kv_segments, cache = place(cache, segment_ids, x.shape)
         if positions is None:
             positions = default_positions(kv_segments, cache, x.shape[1])
         index = jnp.int32(0) if cache is None else cache.index
+        # The angles of all kinds of rope are computed once, and every layer picks its own.
         angles = tuple(
             rope.cos_sin(positions, rope.frequencies(one, positions), one.scale)
             for one in self.cfg.ropes
@@ -229,9 +232,9 @@ class Decoder(nnx.Module):
         return self.norm(x), cache
 
     def unstacked(self) -> tuple[Block, ...]:
-        """Return the layers for a loop over tokens, or nothing where they had better stay stacked.
+        """Return the layers one by one, for a loop over tokens, or () where they stay stacked.
 
-        On a CPU such a loop reads them in place. From a stack it copies each layer for each token.
+        On a CPU the loop reads them in place. From a stack it copies each layer for each token.
         """
         size = sum(x.nbytes for x in jax.tree.leaves(self.layers))
         if not unstacks(size):
@@ -291,25 +294,25 @@ class Decoder(nnx.Module):
         return carry
 
     def head(self) -> tuple[Array, bool]:
-        """Return the output matrix for `features`, and whether the vocabulary comes first in it.
+        """Return the output matrix for `features`, and True if the vocabulary is its first dim.
 
-        It is a tied table [V, D] or a kernel [D, V].
+        It is a tied table [V, D], or a kernel [D, V]. With an adapter it is [D + r, V].
         """
         if self.lm_head is None:
-            return self.embed_tokens.embedding[...], True
-        return self.lm_head.wide_kernel(), False
+            return self.embed_tokens.embedding[...], True  # [V, D]
+        return self.lm_head.wide_kernel(), False  # [D, V] or [D + r, V]
 
     def features(
         self, hidden: Float[Array, "... D"], keys: PRNGKeyArray | None = None
     ) -> Float[Array, "... E"]:
         """Return the input of `head`: hidden states, concatenated with its adapter's activations.
 
-        `keys`, one a row, turn that adapter's dropout on.
+        keys: one a row, for the dropout of that adapter.
         """
         return hidden if self.lm_head is None else self.lm_head.wide_input(hidden, keys)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Return fp32 logits. The product takes its inputs in hidden's dtype and sums in fp32."""
+        """Return fp32 logits. The inputs of the product are in hidden's dtype, its sums in fp32."""
         matrix, vocab_first = self.head()
         spec = "btd,vd->btv" if vocab_first else "btd,dv->btv"
         matrix = matrix.astype(hidden.dtype)
@@ -330,10 +333,11 @@ REMAT = {
 
 
 def _rematted(run: Any, remat: str, layers: int) -> Any:
-    """Return `run` that keeps for the backward pass only the arrays that the policy names.
+    """Return `run` that saves for the backward pass only the arrays of the policy.
 
-    layers: how many of it one iteration of a loop holds. Among several, XLA would merge the
-    recomputation with the computation. A loop keeps them apart.
+    layers: the number of calls in one iteration of the loop. Among several, XLA would merge the
+    recomputation with the first computation. A loop with one call keeps them apart.
+    Raises: ValueError for an unknown policy.
     """
     if remat == "none":
         return run
@@ -348,9 +352,11 @@ def flops_per_token(cfg: DecoderConfig, seq_len: int) -> float:
     A causal token attends to (seq_len + 1) / 2 keys on average, and at most to its window.
     """
     d, n, k, h = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    # q, o, k and v projections, and the three matrices of the MLP.
     weights = d * h * (2 * n + 2 * k) + 3 * d * cfg.intermediate_size
     attended = 0.0
     for layer in cfg.layers:
         w = min(layer.window or seq_len, seq_len)
-        attended += w - w * (w - 1) / (2 * seq_len)
+        attended += w - w * (w - 1) / (2 * seq_len)  # the first w - 1 tokens have fewer keys
+    # Each key costs a product with q and one with its weight: 4 n h.
     return 2.0 * (cfg.num_layers * weights + d * cfg.vocab_size) + 4.0 * n * h * attended

@@ -1,4 +1,4 @@
-"""A language model's folder as transformers reads it, under the names that its weight table has."""
+"""A language model's folder as transformers reads it, under the names of its weight table."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,13 +18,14 @@ PREFIX = "model."  # base_model_prefix of the causal language models, and of Jan
 
 
 def check_causal(config: Mapping[str, Any]) -> None:
-    """Check the head and the layers that a config.json states.
+    """Raise UserError for a config.json that is not a plain causal language model.
 
-    Raises UserError for the head of another task, for layers that attend to later tokens, and for
-    layers of several sizes.
+    Refused are the head of another task, layers that attend to later tokens, and layers of several
+    sizes.
     """
     stated, causal = config.get("architectures") or [], registry.class_names("decoder")
     stated = stated if isinstance(stated, list) else [stated]
+    # LlamaModel is LlamaForCausalLM without its head, which may be tied.
     known = {*causal, *(name.replace("ForCausalLM", "Model") for name in causal)}
     if stated and known.isdisjoint(stated):
         raise UserError(
@@ -33,8 +34,8 @@ def check_causal(config: Mapping[str, Any]) -> None:
         )
     if not config.get("is_causal", True):
         raise UserError(
-            f"config.json: is_causal={json.dumps(config['is_causal'])} lets tokens see later ones,"
-            " which no layer here does; give the causal language model that it was made from"
+            f"config.json: is_causal={json.dumps(config['is_causal'])} lets tokens attend to later"
+            " ones, which is not supported; give the causal language model that it was made from"
         )
     if config.get("per_layer_config") is not None:
         raise UserError(
@@ -49,13 +50,13 @@ def open_decoder(spec: str, weights: bool = True) -> Source:
 
 
 def as_decoder(source: Source) -> Source:
-    """Return the source under its weight table's names, with a config.json that fits its weights.
+    """Return the source under the names of its weight table, with a config.json that fits it.
 
-    As transformers 5 does, it takes a base model's tensors, which have no `model.` in front, and
-    the head for the table of a tied model whose file has no table. If a tied model's file has a
-    head that differs from its table, transformers 5 uses that head. Older versions tie by the flag
-    alone, so the flag then turns false. Raises UserError for a config.json that is not supported,
-    and for an untied model without head.
+    Like transformers 5, it accepts the tensors of a base model, whose names lack `model.`. The head
+    becomes the table of a tied model whose file has no table. If the head of a tied model differs
+    from its table, transformers 5 uses that head. Older versions tie by the flag alone, so the flag
+    is then set to false.
+    Raises: UserError for a config.json that is not supported, and for an untied model without head.
     """
     architecture = registry.find(source.config, "decoder")
     cfg, config = architecture.config(source.config, "config.json"), dict(source.config)
@@ -86,10 +87,10 @@ def as_decoder(source: Source) -> Source:
 
 
 def with_prefix(tensors: Tensors, known: Callable[[str], bool], where: str) -> Tensors:
-    """Return the tensors with PREFIX added to a name, or taken off, where only that is `known`.
+    """Return the tensors with PREFIX added to a name, or removed, where only that name is `known`.
 
-    So transformers loads a base model as one with a head, and the reverse. Raises UserError for
-    two tensors that become one.
+    In this way transformers loads a base model as one with a head, and the reverse.
+    Raises: UserError for two tensors that get the same name.
     """
     places: dict[str, Place] = {}
     for key in tensors.keys():  # noqa: SIM118
@@ -102,11 +103,11 @@ def with_prefix(tensors: Tensors, known: Callable[[str], bool], where: str) -> T
 
 
 def _equal(tensors: Tensors) -> bool:
-    """Return whether head and embedding have equal values, whatever their dtypes."""
+    """Return True if head and embedding have equal values, whatever their dtypes."""
     if tensors.info(HEAD)[0] != tensors.info(TABLE)[0]:
         return False
     head, table = tensors.read(HEAD), tensors.read(TABLE)
-    blocks = (slice(i, i + 4096) for i in range(0, len(head), 4096))  # a whole copy is gigabytes
+    blocks = (slice(i, i + 4096) for i in range(0, len(head), 4096))  # fp32 copies of all are GBs
     return all(
         np.array_equal(head[rows].astype(np.float32), table[rows].astype(np.float32))
         for rows in blocks

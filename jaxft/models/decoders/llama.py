@@ -83,7 +83,7 @@ CLASSES = {
 def read(config: Mapping[str, Any]) -> DecoderConfig:
     """Read the config.json of one of these families, as transformers 5 reads it.
 
-    Raises UserError for another architecture, and for values that no layer here computes.
+    Raises: UserError for another architecture, and for values that no layer here computes.
     """
     check_causal(config)
     kind = _kind(config)
@@ -96,6 +96,8 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
             " without and decodes with; set model_type to mistral, or all layers to full_attention"
         )
     act, rotary = activation(c), _rotary(c)
+    # By default all layers of Mistral and Ministral slide. In SmolLM 3 the layers without rope do,
+    # if use_sliding_window is set.
     sliding = (kind != "llama",) * len(rotary)
     if kind == "smollm3":
         sliding = tuple(c["use_sliding_window"] and not rotates for rotates in rotary)
@@ -111,12 +113,12 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
 def _kind(config: Mapping[str, Any]) -> str:
     """Return the model_type of the class that AutoModelForCausalLM builds."""
     kind = str(config["model_type"])
-    # transformers takes Ministral's class for a mistral that lists layer types, even for null.
+    # transformers builds Ministral's class for a mistral with layer_types, even if that is null.
     return "ministral" if kind == "mistral" and "layer_types" in config else kind
 
 
 def _rotary(c: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Return for each layer whether it rotates: SmolLM 3 leaves every fourth without positions."""
+    """Return True for each layer with rope. In SmolLM 3 every fourth layer has no positions."""
     count = c["num_hidden_layers"]
     if "no_rope_layers" not in c:
         return (True,) * count
@@ -134,12 +136,12 @@ def sizes(cfg: DecoderConfig) -> dict[str, int]:
 
 
 def ignore(cfg: DecoderConfig) -> tuple[str, ...]:
-    """Return the tensors that old files hold but no model reads."""
+    """Return regexes of tensors in old files that no model reads."""
     return (r".*rotary_emb\.inv_freq", *((r"lm_head\.weight",) if cfg.tied else ()))
 
 
 def drop(cfg: DecoderConfig) -> tuple[str, ...]:
-    """Return the tensors that training would leave stale: a copy of a tied table."""
+    """Return the tensors that training would make stale: a copy of a tied table."""
     return ("lm_head.weight",) if cfg.tied else ()
 
 
@@ -147,6 +149,7 @@ TARGETS = r".*self_attn\.[qkvo]_proj"
 _T, _J = "model.layers.{i}.self_attn.", "layers.self_attn."
 RULES = (
     Rule("model.embed_tokens.weight", "embed_tokens.embedding"),
+    # {p} is input_layer or post_attention_layer, and in Qwen 3 also self_attn.q_ or self_attn.k_.
     Rule("model.layers.{i}.{p}norm.weight", "layers.{p}norm.scale"),
     Rule(_T + "q_proj.weight", _J + "q_proj.kernel", "(n h) d -> d n h"),
     Rule(_T + "k_proj.weight", _J + "k_proj.kernel", "(k h) d -> d k h"),

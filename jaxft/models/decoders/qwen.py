@@ -1,4 +1,4 @@
-"""Qwen 2, 2.5 and 3: config.json and registration; their tensors have Llama's names."""
+"""Qwen 2, 2.5 and 3: config.json and registration. Their tensors have Llama's names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -40,17 +40,19 @@ CLASSES = {"qwen2": "Qwen2", "qwen3": "Qwen3"}
 def read(config: Mapping[str, Any]) -> DecoderConfig:
     """Read the config.json of Qwen 2 or 3, as transformers 5 reads it.
 
-    Raises UserError for another architecture, and for values that no layer here computes.
+    Raises: UserError for another architecture, and for values that no layer here computes.
     """
     check_causal(config)
     kind = config["model_type"]
     c = read_keys(config, KEYS[kind])
     act, window = activation(c), c["sliding_window"] if c["use_sliding_window"] else None
+    # The first max_window_layers layers have full attention.
     sliding = tuple(i >= c["max_window_layers"] for i in range(c["num_hidden_layers"]))
     layers = tuple(
         LayerSpec(window=one, activation=act, qk_norm=kind == "qwen3")
         for one in layer_windows(c, window, sliding)
     )
+    # q, k and v of Qwen 2 always have biases. In Qwen 3 they have them by the config.
     biased = kind == "qwen2" or c["attention_bias"]
     return decoder_config(config, c, layers, qkv_bias=biased)
 

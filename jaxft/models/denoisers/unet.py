@@ -30,14 +30,14 @@ from jaxft.weights.rules import Rule
 
 
 class Added(NamedTuple):
-    """What SDXL adds to the time embedding: pooled text, and original size, crop, target size."""
+    """SDXL's inputs of the time embedding: pooled text, and original size, crop, target size."""
 
     text_embeds: Float[Array, "B D"]
     time_ids: Float[Array, "B 6"]
 
 
 class Shared(NamedTuple):
-    """What every block of one call sees; `run` calls a module under the remat policy."""
+    """The inputs that all blocks of one call share. `run` calls a module under the remat policy."""
 
     time: Float[Array, "B D"]
     context: Float[Array, "B S D"]
@@ -46,7 +46,7 @@ class Shared(NamedTuple):
 
 
 class UNetAttention(nnx.Module):
-    """Multi-head attention from image tokens to themselves or to the context; q, k, v no bias."""
+    """Multi-head attention from image tokens to themselves or to the context. q, k, v: no bias."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, *, key: PRNGKeyArray):
         q, k, v, out = jax.random.split(key, 4)
@@ -61,8 +61,9 @@ class UNetAttention(nnx.Module):
         self, x: Float[Array, "B T D"], context: Float[Array, "B S E"], keys: PRNGKeyArray | None
     ) -> Float[Array, "B T D"]:
         q, k, v = self.to_q(x, keys), self.to_k(context, keys), self.to_v(context, keys)
-        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))
-        return self.to_out(attention(q, k, v, causal=False).reshape(x.shape), keys)
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))  # [B, T|S, N, H]
+        out = attention(q, k, v, causal=False).reshape(x.shape)  # [B, T, D]
+        return self.to_out(out, keys)
 
 
 class FeedForward(nnx.Module):
@@ -77,12 +78,12 @@ class FeedForward(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], keys: PRNGKeyArray | None
     ) -> Float[Array, "B T D"]:
-        value, gate = jnp.split(self.proj(x, keys), 2, axis=-1)
+        value, gate = jnp.split(self.proj(x, keys), 2, axis=-1)  # [B, T, F] each
         return self.out(value * jax.nn.gelu(gate, approximate=False), keys)
 
 
 class TransformerBlock(nnx.Module):
-    """Self-attention, cross-attention and GEGLU, each on a norm and added."""
+    """Pre-norm residual block: self-attention, cross-attention, GEGLU."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 3)
@@ -103,10 +104,10 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer2D(nnx.Module):
-    """A stack of blocks over all pixels as tokens, run by a scan; added to its input.
+    """A stack of transformer blocks, run by a scan with all pixels as tokens, added to its input.
 
-    proj_in and proj_out are the same map of channels whether the file has them as linear layers or
-    as 1x1 convolutions (`rules` knows which). Its norm's eps is 1e-6, unlike all others.
+    proj_in and proj_out are matrices here. In the file they are linear layers or 1x1 convolutions
+    (see `rules`). The eps of its norm is 1e-6, unlike all others.
     """
 
     def __init__(self, cfg: UNetConfig, level: int, *, key: PRNGKeyArray):
@@ -116,33 +117,35 @@ class Transformer2D(nnx.Module):
         self.proj_in = dense(dim, dim, key=first)
         self.transformer_blocks = jax.vmap(
             lambda key: TransformerBlock(dim, cfg.context_dims[level], cfg.heads[level], key=key)
-        )(jax.random.split(second, depth))
+        )(jax.random.split(second, depth))  # leaves [depth, ...]
         self.proj_out = dense(dim, dim, key=third)
         self.depth = depth
 
     def __call__(self, x: Float[Array, "B Y X C"], shared: Shared) -> Float[Array, "B Y X C"]:
-        tokens = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        tokens = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])  # [B, Y X, C]
         tokens = self.proj_in(tokens, shared.keys)
 
         def body(tokens: Array, layer: tuple[TransformerBlock, Array]) -> tuple[Array, None]:
             block, index = layer
             keys = shared.keys
             if keys is not None:
+                # The layers of a scan share the keys, but not their dropout masks.
                 keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
             return shared.run(block, tokens, shared.context, keys), None
 
         layers = (self.transformer_blocks, jnp.arange(self.depth))
-        # unroll=0 unrolls whole: a loop around one block would only copy its weights.
+        # A loop around one block would only copy its weights: 0 unrolls the scan.
         tokens, _ = jax.lax.scan(body, tokens, layers, unroll=int(self.depth > 1))
-        return x + self.proj_out(tokens, shared.keys).reshape(x.shape)
+        return x + self.proj_out(tokens, shared.keys).reshape(x.shape)  # [B, Y, X, C]
 
 
 class DownBlock(nnx.Module):
-    """One level on the way down; gives what the way up needs as well."""
+    """One level on the way down. Returns its output, and the skips for the way up."""
 
     def __init__(self, cfg: UNetConfig, level: int, *, key: PRNGKeyArray):
         keys, width = _stream(key), cfg.channels[level]
         count, last = cfg.layers[level], level == len(cfg.channels) - 1
+        # Input channels of the resnets. The first one gets the output of the level before.
         inputs = [cfg.channels[max(level - 1, 0)], *[width] * (count - 1)]
         self.resnets = nnx.List([_resnet(cfg, n, width, next(keys)) for n in inputs])
         attending = range(count if cfg.down_attends[level] else 0)
@@ -166,7 +169,7 @@ class DownBlock(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    """The narrowest images: a resnet, then attention and a resnet."""
+    """The level of the smallest images: a resnet, then attention and a resnet."""
 
     def __init__(self, cfg: UNetConfig, *, key: PRNGKeyArray):
         keys, width = _stream(key), cfg.channels[-1]
@@ -180,15 +183,18 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """One level on the way up; every resnet takes one skip, the last made first."""
+    """One level on the way up. Every resnet takes one skip, beginning with the last one made."""
 
     def __init__(self, cfg: UNetConfig, level: int, *, key: PRNGKeyArray):
         keys, width = _stream(key), cfg.channels[level]
         count, top = cfg.layers[level] + 1, len(cfg.channels) - 1
+        # The input of a resnet is the output before it, concatenated with a skip. The last skip of
+        # a level was the input of the same level on the way down.
         before = [cfg.channels[min(level + 1, top)], *[width] * (count - 1)]
         skips = [*[width] * (count - 1), cfg.channels[max(level - 1, 0)]]
         inputs = [x + skip for x, skip in zip(before, skips, strict=True)]
         self.resnets = nnx.List([_resnet(cfg, n, width, next(keys)) for n in inputs])
+        # The config lists up blocks in their order, which begins with the smallest images.
         attending = range(count if cfg.up_attends[top - level] else 0)
         self.attentions = nnx.List([Transformer2D(cfg, level, key=next(keys)) for _ in attending])
         self.upsamplers = nnx.List([Upsample(width, key=next(keys))] if level else [])
@@ -196,9 +202,9 @@ class UpBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "B Y X C"], skips: list[Array], shared: Shared
     ) -> Float[Array, "B Y2 X2 F"]:
-        """Pops its skips off the list; the next one gives the size to upsample to."""
+        """Pop the level's skips off the list. The size of the next skip is that of the result."""
         for i, resnet in enumerate(self.resnets):
-            x = jnp.concatenate([x, skips.pop()], axis=-1)
+            x = jnp.concatenate([x, skips.pop()], axis=-1)  # [B, Y, X, C + skip's C]
             x = shared.run(resnet, x, shared.time, shared.keys)
             if self.attentions:
                 x = self.attentions[i](x, shared)
@@ -223,7 +229,7 @@ class TimeEmbedding(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """Noisy latents, their timesteps and the text to the model's prediction, as `cfg` says."""
+    """Noisy latents, their timesteps and the embedded text to the model's prediction."""
 
     def __init__(self, cfg: UNetConfig, *, key: PRNGKeyArray):
         keys, width = _stream(key), cfg.channels[0]
@@ -254,11 +260,13 @@ class UNet(nnx.Module):
         keys: PRNGKeyArray | None = None,
         remat: str = "none",
     ) -> Float[Array, "B Y X F"]:
-        """The prediction (epsilon, v or x0: what the schedule says), in `dtype`.
+        """Return the prediction in `dtype`: epsilon or v, by the schedule that it was trained with.
 
-        timesteps: integers or fractions of 0 ... 999. added: SDXL's, and only SDXL's. dtype: of the
-        computation, default the latents'. keys: one a row, turn adapter dropout on. remat: a key of
-        conv.REMAT, or "none". Any Y and X: levels round up, the way up cuts back.
+        latents: of any Y and X. Levels round odd sizes up, and the way up crops them again.
+        timesteps: integers or fractions in 0 ... 999. added: for SDXL, and only for SDXL. dtype: of
+        the computation, by default that of the latents. keys: one a row, for the dropout of
+        adapters. remat: a key of conv.CONV_REMAT, or "none".
+        Raises: ValueError for `added` that does not fit the model.
         """
         dtype = latents.dtype if dtype is None else dtype
         run = runner(remat)
@@ -272,7 +280,7 @@ class UNet(nnx.Module):
         x = self.mid_block(x, shared)
         for block in self.up_blocks:
             x = block(x, skips, shared)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)), keys)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)), keys)  # [B, Y, X, F]
 
     def _time(
         self, timesteps: Array, added: Added | None, dtype: Any, keys: PRNGKeyArray | None
@@ -287,11 +295,11 @@ class UNet(nnx.Module):
                 numbers, dim, cos_first=cfg.cos_first, freq_shift=cfg.freq_shift
             )
 
-        time = self.time_embedding(embed(timesteps, cfg.channels[0]).astype(dtype), keys)
+        time = self.time_embedding(embed(timesteps, cfg.channels[0]).astype(dtype), keys)  # [B, D]
         if added is not None and self.add_embedding is not None and cfg.added_time_dim:
             text, ids = added
-            ids = embed(ids, cfg.added_time_dim).reshape(len(ids), -1)
-            both = jnp.concatenate([text.astype(dtype), ids.astype(dtype)], axis=-1)
+            ids = embed(ids, cfg.added_time_dim).reshape(len(ids), -1)  # [B, 6 added_time_dim]
+            both = jnp.concatenate([text.astype(dtype), ids.astype(dtype)], axis=-1)  # [B, F]
             time = time + self.add_embedding(both, keys)
         return time
 
@@ -309,13 +317,14 @@ def _stream(key: PRNGKeyArray) -> Iterator[PRNGKeyArray]:
 
 
 def rules(cfg: UNetConfig) -> tuple[Rule, ...]:
-    """The weight table of a diffusers unet/ folder; 1x1 convolutions become matrices."""
+    """Return the weight table of a diffusers unet/ folder. 1x1 convolutions become matrices."""
     layout = _DENSE if cfg.linear_projection else "o i 1 1 -> i o"
     return (*RULES, Rule("{p}.proj_{pq}.weight", "{p}.proj_{pq}.kernel", layout))
 
 
 _CONV, _DENSE = "o i y x -> y x i o", "o i -> i o"
 _T, _J = "{p}.transformer_blocks.{i}.", "{p}.transformer_blocks."
+# A tensor has only one rule whose path is a parameter of the model, although several keys match.
 RULES = (
     Rule("{p}.weight", "{p}.scale"),
     Rule("{p}.bias", "{p}.bias"),

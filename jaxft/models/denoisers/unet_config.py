@@ -9,7 +9,7 @@ from jaxft.weights.fields import fields
 
 FILE = "unet/config.json"
 
-# What diffusers' UNet2DConditionModel assumes where a config.json has no such key.
+# Defaults of diffusers' UNet2DConditionModel for keys that a config.json lacks.
 DEFAULTS: dict[str, Any] = {
     "sample_size": None,
     "in_channels": 4,
@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "projection_class_embeddings_input_dim": None,
     "time_embedding_dim": None,
 }
-# JSON null where diffusers' class can compute with None although its default is another value.
+# Keys that may be null although their default is another value, with what null means in diffusers.
 NULLS: dict[str, Any] = {
     "center_input_sample": False,
     "flip_sin_to_cos": False,
@@ -43,7 +43,7 @@ NULLS: dict[str, Any] = {
     "attention_type": "default",
     "class_embeddings_concat": False,
 }
-# Keys whose other values no layer here computes, with what is computed (the default first).
+# Keys of which only some values are supported, with these values (the default first).
 ONLY: dict[str, tuple] = {
     "_class_name": ("UNet2DConditionModel",),
     "center_input_sample": (False,),
@@ -76,7 +76,7 @@ ONLY: dict[str, tuple] = {
     "cross_attention_norm": (None,),
     "addition_embed_type": (None, "text_time"),
 }
-# Published models that a key's other values belong to.
+# Published models that have other values of a key.
 BELONGS = {
     "time_cond_proj_dim": "a latent consistency model, whose guidance is an input; train a LoRA on"
     " the model that it was distilled from",
@@ -89,10 +89,11 @@ _DEFAULTS = {**{key: values[0] for key, values in ONLY.items()}, **DEFAULTS}
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """One UNet; tuples have an entry a level, the widest images first.
+    """The configuration of one UNet. Tuples have one entry a level, the largest images first.
 
-    `heads` is what the file calls attention_head_dim. `added_time_dim` and `added_dim` are SDXL's
-    width of one embedded time id and of all that joins the time embedding, None elsewhere.
+    `heads` is the number of heads, which the file calls attention_head_dim. `added_time_dim` is the
+    width of one embedded time id of SDXL, and `added_dim` the width of the whole input of its
+    add_embedding. Both are None in other models.
     """
 
     in_channels: int
@@ -116,10 +117,10 @@ class UNetConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str = FILE) -> "UNetConfig":
-        """Read a unet/config.json; absent keys take the defaults of diffusers' class.
+        """Read a unet/config.json. Absent keys take the defaults of diffusers' class.
 
-        A null is read as that class reads None. Raises UserError for values that no layer here
-        computes and for widths that do not divide.
+        A null has the meaning of None in that class.
+        Raises: UserError for values that no layer here computes, and for widths that do not divide.
         """
         c = fields(config, _DEFAULTS, NULLS, where)
         if isinstance(c["only_cross_attention"], list | tuple):
@@ -161,7 +162,7 @@ def _unsupported(where: str, key: str, value: Any, expected: str, note: str = ""
 def _per_level(
     key: str, c: Mapping[str, Any], channels: tuple[int, ...], where: str
 ) -> tuple[int, ...]:
-    """One int for all levels, or a list with one a level."""
+    """Return one int a level. The file has one for all levels, or a list."""
     value = c[key]
     values = (value,) * len(channels) if isinstance(value, int) else tuple(value or ())
     if len(values) != len(channels) or any(type(one) is not int or one < 1 for one in values):

@@ -30,13 +30,14 @@ def condition(
     keys: PRNGKeyArray | None,
     dtype: jnp.dtype,
 ) -> Float[Array, "B Y X K"] | None:
-    """Return the UNet's channels beside the noisy latents; None for text-to-image.
+    """Return the UNet's channels beside the noisy latents, None for text-to-image.
 
     They are those of diffusers' trainers and pipelines.
 
-    HOLE: the mask's pixel at the corner of each latent's, then the scaled latents of `pixels`,
-    grey where masked; the mask is `mask` of the batch, else drawn with `keys`, else the centre.
-    With `keys` latents are drawn, else they are the mode. SOURCE: the mode of `source`, unscaled.
+    HOLE: the mask at the top left pixel of each latent, then the scaled latents of `pixels`, which
+    are grey where masked. The mask is `mask` of the batch. Without it, the mask is random with
+    `keys`, and the centre else. The latents are sampled with `keys`, and the mode else.
+    SOURCE: the mode of `source`, unscaled.
     """
     if cfg.sees == NOTHING:
         return None
@@ -48,8 +49,9 @@ def condition(
     moments = model.vae.encode((pixels * (1.0 - mask)).astype(dtype))
     latents = moments.mean if own is None else vae.sample(moments, own[:, 1])
     factor = cfg.vae.factor
-    corners = mask[:, ::factor, ::factor]
-    return jnp.concatenate([corners, cfg.vae.scale(latents.astype(jnp.float32))], axis=-1)
+    corners = mask[:, ::factor, ::factor]  # [B, Y, X, 1]
+    scaled = cfg.vae.scale(latents.astype(jnp.float32))
+    return jnp.concatenate([corners, scaled], axis=-1)  # [B, Y, X, 1 + C]
 
 
 def _mask(batch: Mapping[str, Any], keys: PRNGKeyArray | None) -> Float[Array, "B Y X 1"]:
@@ -62,9 +64,9 @@ def _mask(batch: Mapping[str, Any], keys: PRNGKeyArray | None) -> Float[Array, "
 
 
 def random_masks(keys: PRNGKeyArray, size: tuple[int, int]) -> Float[Array, "B Y X 1"]:
-    """Return 1 where a picture is to be filled: up to BOXES rectangles, or all of it.
+    """Return masks, 1 where a picture is to be filled: up to BOXES rectangles, or all of it.
 
-    WHOLE of the rows are filled as a whole.
+    A share WHOLE_SHARE of the rows is masked as a whole. keys: one a row.
     """
     return jax.vmap(partial(_random_mask, size=size))(keys)
 
@@ -77,13 +79,13 @@ def _random_mask(key: PRNGKeyArray, size: tuple[int, int]) -> Float[Array, "Y X 
     ys, xs = ((jnp.arange(n) + 0.5) / n for n in size)
     inside_y = (ys >= start[0]) & (ys < start[0] + side[0])
     inside_x = (xs >= start[1]) & (xs < start[1] + side[1])
-    boxes = used[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]
+    boxes = used[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]  # [BOXES, Y, X]
     masked = boxes.any(axis=0) | (jax.random.uniform(whole) < WHOLE_SHARE)
     return masked[..., None].astype(jnp.float32)
 
 
 def centre_mask(size: tuple[int, int]) -> Float[np.ndarray, "Y X 1"]:
-    """Return 1 in the middle half of both sides, which evaluations fill."""
+    """Return the mask of evaluations: 1 in the middle half of both sides."""
     ys, xs = ((np.arange(n) + 0.5) / n for n in size)
     inside = (abs(ys - 0.5) < 0.25)[:, None] & (abs(xs - 0.5) < 0.25)
     return inside[..., None].astype(np.float32)
@@ -92,9 +94,10 @@ def centre_mask(size: tuple[int, int]) -> Float[np.ndarray, "Y X 1"]:
 def captions_dropped(
     cfg: PipelineConfig, drawn: Float[Array, " B"], share: float
 ) -> Bool[Array, " B"]:
-    """Return the rows that lose their caption.
+    """Return True for the rows that lose their caption.
 
-    With a source picture, `share` of all rows lose the caption alone and `share` lose both.
+    drawn: uniform numbers. With a source picture, `share` of the rows lose only the caption, and
+    `share` lose the caption and the picture.
     """
     return drawn < (2 * share if cfg.sees == SOURCE else share)
 
@@ -102,7 +105,10 @@ def captions_dropped(
 def drop_sources(
     cfg: PipelineConfig, seen: Array | None, drawn: Float[Array, " B"], share: float
 ) -> Array | None:
-    """Return zeros for the source pictures of rows that lose them, alone or with the caption."""
+    """Return `seen`, with zeros in rows that lose their source picture.
+
+    Of all rows, `share` lose the picture together with the caption, and `share` the picture alone.
+    """
     if seen is None or cfg.sees != SOURCE:
         return seen
     dropped = (drawn >= share) & (drawn < 3 * share)

@@ -1,4 +1,4 @@
-"""Guided sampling of a fixed number of image codes, one compiled loop with a KV cache."""
+"""Guided sampling of a fixed number of image codes, in one compiled loop with a KV cache."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,14 +18,15 @@ from jaxft.nn.linear import gather_rows
 
 
 class Speaker(Protocol):
-    """A model that continues text with codes: how codes come in, and how they come out.
+    """A model that continues text with codes: their embeddings, loss and logits.
 
-    In rows of tokens and in targets a code is what `Unified` or Janus calls it: its id.
+    In rows of tokens and in targets a code has its id in the model: counted from 0 in Janus, and
+    from `offset` in `Unified`.
     """
 
     @property
     def llama(self) -> Decoder:
-        """What all tokens go through."""
+        """The decoder of all tokens."""
         ...
 
     def embed(
@@ -35,14 +36,14 @@ class Speaker(Protocol):
         dtype: Any,
         keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
-        """The language model's input, where `images` says which tokens are codes.
+        """Return the embeddings of tokens. `images` is True where a token is a code.
 
-        `keys`, one a row, turn the dropout of adapters on, here and in `cross_entropy`.
+        keys: one a row, for the dropout of adapters, here and in `cross_entropy`.
         """
         ...
 
     def embed_codes(self, codes: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
-        """The language model's input of codes, counted from 0."""
+        """Return the embeddings of codes, counted from 0."""
         ...
 
     def cross_entropy(
@@ -53,11 +54,14 @@ class Speaker(Protocol):
         z_loss: float,
         keys: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """`linear_cross_entropy` of the model's own head."""
+        """Return `linear_cross_entropy` with the model's head."""
         ...
 
     def scorer(self) -> Callable[[Float[Array, "B D"]], Float[Array, "B K"]]:
-        """From hidden states to fp32 logits of the next code, no other token among them."""
+        """Return a function from hidden states to fp32 logits of the next code.
+
+        The logits of all other tokens are left out.
+        """
         ...
 
 
@@ -79,7 +83,7 @@ class Unified(NamedTuple):
         return self.llama.embed_tokens(tokens, dtype)
 
     def embed_codes(self, codes: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
-        # XLA:CPU shares a row of a large table out over threads, and waits 40 us for them.
+        # XLA:CPU splits the lookup in a large table over threads, which costs 40 us.
         table = self.llama.embed_tokens.embedding[...]
         part = jax.lax.slice_in_dim(table, self.offset, self.offset + self.codes)
         return gather_rows(part.astype(dtype), codes)
@@ -92,17 +96,17 @@ class Unified(NamedTuple):
         z_loss: float,
         keys: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Over the whole vocabulary, as the exported model has it."""
+        """Return the loss over the whole vocabulary, as in the exported model."""
         head, first = self.llama.head()
         measure = partial(linear_cross_entropy, vocab_first=first, z_loss=z_loss)
         return measure(self.llama.features(hidden, keys), head, targets, weights)
 
     def scorer(self) -> Callable[[Float[Array, "B D"]], Float[Array, "B K"]]:
-        """What suppressing all other ids leaves."""
+        """Return a function from hidden states to the logits of codes alone."""
         matrix, vocab_first = self.llama.head()
         axis = 0 if vocab_first else 1
         part = jax.lax.slice_in_dim(matrix, self.offset, self.offset + self.codes, axis=axis)
-        kernel = part.T if vocab_first else part
+        kernel = part.T if vocab_first else part  # [D, K] or [D + r, K]
         return lambda hidden: score(self.llama.features(hidden), kernel)
 
 
@@ -111,9 +115,10 @@ def score(
     kernel: Float[Array, "D K"],
     bias: Float[Array, "K"] | float = 0.0,
 ) -> Float[Array, "B K"]:
-    """The product takes its inputs in hidden's dtype and sums in fp32."""
+    """Return fp32 logits. The inputs of the product are in hidden's dtype, its sums in fp32."""
     kernel = kernel.astype(hidden.dtype)
-    return jnp.einsum("bd,dk->bk", hidden, kernel, preferred_element_type=jnp.float32) + bias
+    logits = jnp.einsum("bd,dk->bk", hidden, kernel, preferred_element_type=jnp.float32)  # [B, K]
+    return logits + bias
 
 
 def generate_codes(
@@ -127,14 +132,18 @@ def generate_codes(
     how: Sampling,
     dtype: Any,
 ) -> Int[Array, "B S"]:
-    """`count` codes a row after left-padded prompts (mask 0 on the padding) that end with BOI.
+    """Sample `count` codes a row after prompts that end with BOI.
 
-    The first B rows have captions, the last B are the same without. Logits are
-    u + guidance * (c - u) in fp32 (Ho & Salimans 2022, arXiv:2207.12598, with 1 for no guidance),
-    before temperature, top-k and top-p. `keys` holds one PRNG key for each of the B rows.
+    tokens, mask: left-padded prompts, mask 0 on the padding, with R = 2 B rows. The first B rows
+    have captions, and the last B are the same prompts without. keys: one PRNG key for each of the B
+    rows. guidance: 1 for none. Logits are u + guidance * (c - u) in fp32, before temperature, top-k
+    and top-p.
+
+    Returns: codes [B, count].
+    Source of the guidance: Ho & Salimans 2022, arXiv:2207.12598.
     """
     llama, scores = speaker.llama, speaker.scorer()
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)  # [R, T], 0 on the padding
     blocks, ends = llama.unstacked(), cache_growth(count)
     step = partial(llama.hidden, blocks=blocks, dtype=dtype)
     cache = init_cache(llama.cfg, len(tokens), tokens.shape[1], dtype, bool(blocks))
@@ -143,15 +152,17 @@ def generate_codes(
     ones = jnp.ones((len(tokens), 1), jnp.int32)
 
     def choose(hidden: Array, number: Array | int) -> Array:
-        """The next code of each of the B rows, from the last hidden state of all 2B."""
-        with_caption, without = jnp.split(scores(hidden[:, -1]), 2)
+        """Return the next code of the B rows, from the last hidden state of all 2 B."""
+        with_caption, without = jnp.split(scores(hidden[:, -1]), 2)  # [B, K] each
         mixed = without + guidance * (with_caption - without)
+        # Keys by row and by number of the code: a row's codes do not depend on its batch.
         now = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
         return pick(mixed, now, how).astype(jnp.int32)
 
     def body(carry: tuple[Cache, Array], number: Array) -> tuple[tuple[Cache, Array], Array]:
         cache, code = carry
-        embeds = speaker.embed_codes(jnp.tile(code, 2)[:, None], dtype)
+        # Rows with and without caption continue with the same codes.
+        embeds = speaker.embed_codes(jnp.tile(code, 2)[:, None], dtype)  # [R, 1, D]
         place = positions[:, -1:] + number
         hidden, cache = step(None, place, ones, embeds=embeds, cache=cache)
         assert cache is not None
@@ -164,5 +175,5 @@ def generate_codes(
     for start, end in pairwise([1, *ends]):
         cache = lengthened(cache, tokens.shape[1] + end - 1)
         (cache, code), made = jax.lax.scan(body, (cache, code), jnp.arange(start, end))
-        codes.append(made)
-    return jnp.concatenate(codes).T
+        codes.append(made)  # [end - start, B]
+    return jnp.concatenate(codes).T  # [B, count]

@@ -1,7 +1,7 @@
-"""Janus: a language model with a table, an aligner and a head of its own for an image's codes.
+"""Janus: a language model with a further table, aligner and head for the codes of an image.
 
-Only what makes images is here. What understands them, and the output head of text, an export
-carries through.
+Only the parts that generate images are here. An export copies the parts that understand images, and
+the output head of text.
 """
 
 import re
@@ -29,7 +29,7 @@ from jaxft.weights.rules import Rule, renamed
 
 KIND, CLASS_NAME = "janus", "JanusForConditionalGeneration"
 
-# What transformers' vision_config and vq_config assume where a config.json has no such key.
+# Defaults of transformers' vision_config and vq_config for keys that a config.json lacks.
 VISION_DEFAULTS = {"image_size": 384, "patch_size": 16, "num_image_tokens": 576}
 VQ_DEFAULTS: dict[str, Any] = {
     "projection_dim": 2048,
@@ -41,9 +41,10 @@ VQ_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class JanusConfig:
-    """The parts that draw images. `text` is tied: the head of text is none of its parameters.
+    """The configuration of the parts that generate images.
 
-    depth: of the aligner, in layers. grid: codes a side of an image. vq: the tokenizer's own.
+    text: the language model. It is tied, because the head of text is not one of its parameters.
+    vq: the image tokenizer. depth: layers of the aligner. grid: codes a side of an image.
     """
 
     text: DecoderConfig
@@ -53,7 +54,10 @@ class JanusConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> "JanusConfig":
-        """Read a config.json of model_type janus. Raises UserError for what no layer computes."""
+        """Read a config.json of model_type janus.
+
+        Raises: UserError for values that no layer here computes.
+        """
         if config.get("model_type") != KIND:
             raise UserError(f"{where}: model_type={config.get('model_type')!r} is not {KIND!r}")
         vision = {**VISION_DEFAULTS, **(config.get("vision_config") or {})}
@@ -99,7 +103,7 @@ def _check(vq: Mapping, vision: Mapping, width: int, grid: int, where: str) -> N
 
 
 class CodeTable(nnx.Module):
-    """A row for each code, apart from the tokenizer's codebook; whole on every device."""
+    """A row for each code, other than the tokenizer's codebook. It is replicated on all devices."""
 
     def __init__(self, codes: int, dim: int, *, key: PRNGKeyArray, std: float):
         table = std * jax.random.normal(key, (codes, dim))
@@ -111,7 +115,7 @@ class CodeTable(nnx.Module):
 
 
 class Aligner(nnx.Module):
-    """From a code's row to the language model's width: linear layers with exact GELU between."""
+    """Rows of codes to the language model's width: linear layers with exact GELU between them."""
 
     def __init__(self, cfg: JanusConfig, *, key: PRNGKeyArray):
         d, std = (cfg.text.hidden_size,), cfg.text.initializer_range
@@ -132,7 +136,7 @@ class Aligner(nnx.Module):
 
 
 class CodeHead(nnx.Module):
-    """From hidden states to codes: linear, exact GELU, linear."""
+    """Hidden states to logits of codes: linear, exact GELU, linear."""
 
     def __init__(self, cfg: JanusConfig, *, key: PRNGKeyArray):
         d, v, std = (cfg.text.hidden_size,), (cfg.vq.codes,), cfg.text.initializer_range
@@ -143,18 +147,18 @@ class CodeHead(nnx.Module):
     def features(
         self, hidden: Float[Array, "... D"], keys: PRNGKeyArray | None = None
     ) -> Float[Array, "... E"]:
-        """Input of the last layer. `keys`, one a row, turn the dropout of adapters on."""
+        """Return the input of the last layer. keys: one a row, for the dropout of adapters."""
         x = jax.nn.gelu(self.proj_out(hidden, keys), approximate=False)
         return self.vision_head.wide_input(x, keys)
 
     def last(self) -> tuple[Float[Array, "E V"], Float[Array, "V"]]:
-        """That layer's kernel and bias."""
+        """Return the kernel and bias of the last layer."""
         assert self.vision_head.bias is not None
         return self.vision_head.wide_kernel(), self.vision_head.bias[...]
 
 
 class Janus(nnx.Module):
-    """Prompts and codes to the codes that follow: a `models.pipelines.image_decode.Speaker`."""
+    """Prompts and codes to the codes that follow. Implements `image_decode.Speaker`."""
 
     def __init__(self, cfg: JanusConfig, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 4)
@@ -176,8 +180,10 @@ class Janus(nnx.Module):
         dtype: Any,
         keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
-        """Rows of text ids that hold codes where `images`: two spaces that share no number."""
-        rows = self.generation_embeddings(jnp.where(images, tokens, 0), dtype)
+        """Return the embeddings of tokens, which are codes where `images`, and else ids of text."""
+        # Both tables are read at every token. The id of the other kind is replaced, since it may be
+        # outside of the table.
+        rows = self.generation_embeddings(jnp.where(images, tokens, 0), dtype)  # [B, T, C]
         codes = self.generation_aligner(rows, keys)
         text = self.language_model.embed_tokens(jnp.where(images, 0, tokens), dtype)
         return jnp.where(images[..., None], codes, text)
@@ -193,7 +199,7 @@ class Janus(nnx.Module):
         z_loss: float,
         keys: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """`linear_cross_entropy` of codes."""
+        """Return `linear_cross_entropy` of codes."""
         kernel, bias = self.generation_head.last()
         features = self.generation_head.features(hidden, keys)
         return linear_cross_entropy(
@@ -206,18 +212,22 @@ class Janus(nnx.Module):
 
 
 def known(key: str) -> bool:
-    """Whether transformers' class has a tensor of this name."""
+    """Return True if transformers' class has a tensor of this name."""
     return any(re.fullmatch(name, key) for name in _OTHERS) or bool(renamed(RULES, key))
 
 
 def flops_per_token(cfg: JanusConfig, length: int) -> float:
-    """Forward matmul FLOPs of one token in a row of `length`, with the head of codes for text's."""
+    """Return the matmul FLOPs of one token's forward pass in a row of `length`.
+
+    The head is that of codes.
+    """
     d = cfg.text.hidden_size
+    # The aligner: depth - 1 matrices [D, D] and one [C, D]. The head has one more [D, D].
     own = cfg.depth * d * d + cfg.vq.code_dim * d
     return decoder.flops_per_token(replace(cfg.text, vocab_size=cfg.vq.codes), length) + 2.0 * own
 
 
-# Tensors that make no parameter here: what understands images, the head of text, the tokenizer.
+# Tensors that fill no parameter here: understanding of images, the head of text, the tokenizer.
 VQ = "model.vqmodel."
 _OTHERS = (
     r"lm_head\.weight",

@@ -1,4 +1,4 @@
-"""LDM's names for the modules of Stable Diffusion, and the one door to folders and single files."""
+"""LDM's names of the modules of Stable Diffusion, and the opening of folders and single files."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,7 +35,7 @@ UNET_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-# By diffusers' old and new names: where two are the same module, reading gives the last.
+# By diffusers' old and new names. Of two names of one module, reading uses the last.
 VAE_ATTENTION = {
     "query": "q",
     "key": "k",
@@ -57,9 +57,9 @@ OPEN_CLIP = {
 
 
 def open_model(spec: str, weights: bool = True, prediction: str | None = None) -> Pipeline:
-    """A diffusers folder, `pip:` package or hub id as `open_pipeline` has it, or a single file.
+    """Open a diffusers folder, `pip:` package or hub id (see `open_pipeline`), or a single file.
 
-    A single file's components come under diffusers' keys and shapes: from here on it is a folder.
+    The components of a single file have diffusers' keys and shapes, like those of a folder.
     """
     if not spec.endswith(SINGLE):
         return open_pipeline(spec, weights)
@@ -75,7 +75,7 @@ def open_model(spec: str, weights: bool = True, prediction: str | None = None) -
 
 
 def kind(pipeline: Pipeline) -> str:
-    """Which LDM layout a pipeline's single file has: "sd1", "sd2" or "sdxl"."""
+    """Return the LDM layout of a pipeline's single file: "sd1", "sd2" or "sdxl"."""
     if "text_encoder_2" in pipeline.components:
         return "sdxl"
     act = pipeline.components["text_encoder"].config.get("hidden_act", "quick_gelu")
@@ -83,7 +83,7 @@ def kind(pipeline: Pipeline) -> str:
 
 
 def layouts(pipeline: Pipeline) -> dict[str, LDMLayout]:
-    """The single-file layout of every component, from its config."""
+    """Return the single-file layout of every component, by its config."""
     configs = {name: source.config for name, source in pipeline.components.items()}
     made = {
         "unet": unet_layout(UNetConfig.from_hf(configs["unet"])),
@@ -97,7 +97,7 @@ def layouts(pipeline: Pipeline) -> dict[str, LDMLayout]:
 
 
 def unet_layout(cfg: UNetConfig) -> LDMLayout:
-    """input_blocks, middle_block and output_blocks, each one counted through all levels."""
+    """Return the UNet's layout: input_blocks and output_blocks are numbered through all levels."""
     names = dict(UNET_ENDS)
     for ours, theirs in _unet_blocks(cfg):
         if ".resnets." in ours:
@@ -108,7 +108,7 @@ def unet_layout(cfg: UNetConfig) -> LDMLayout:
 
 
 def _unet_blocks(cfg: UNetConfig) -> Iterator[tuple[str, str]]:
-    top, block = len(cfg.channels) - 1, 1
+    top, block = len(cfg.channels) - 1, 1  # input_blocks.0 is conv_in
     for level, count in enumerate(cfg.layers):
         down = f"down_blocks.{level}"
         for i in range(count):
@@ -129,12 +129,16 @@ def _unet_blocks(cfg: UNetConfig) -> Iterator[tuple[str, str]]:
             yield f"{up}.attentions.{i}", f"output_blocks.{block}.1"
             block += 1
         if place < top:
+            # LDM has the upsampler in the last block of a level, after resnet and attention.
             after = 2 if cfg.up_attends[place] else 1
             yield f"{up}.upsamplers.0.conv", f"output_blocks.{block - 1}.{after}.conv"
 
 
 def vae_layout(cfg: VAEConfig) -> LDMLayout:
-    """The decoder counts its levels from the image; attention is of 1x1 convolutions."""
+    """Return the VAE's layout.
+
+    The decoder's levels are numbered from the image. Attention is made of 1x1 convolutions.
+    """
     names, arrows = {}, {}
     top = len(cfg.widths) - 1
     for side in ("encoder", "decoder"):
@@ -155,12 +159,16 @@ def vae_layout(cfg: VAEConfig) -> LDMLayout:
     resnets = {ours: theirs for ours, theirs in names.items() if ".resnets." in ours}
     for ours, theirs in resnets.items():
         names[f"{ours}.conv_shortcut"] = f"{theirs}.nin_shortcut"
-    # Losses and averages of LDM's training, which no reader takes.
+    # Losses and averages of LDM's training, which no program reads.
     return LDMLayout(FIRST_STAGE, names, arrows, ignore=r"(loss|model_ema)\..*")
 
 
 def clip_layout(cfg: CLIPTextConfig, prefix: str) -> LDMLayout:
-    """transformers' own names after `…transformer.`; open_clip's after `…model.`, q, k, v fused."""
+    """Return the layout of a text encoder.
+
+    Keys that begin with `…transformer.` have transformers' names. Keys that begin with `…model.`
+    have open_clip's names, with q, k and v fused.
+    """
     if prefix.endswith("transformer."):
         return LDMLayout(prefix, {}, ignore=VISION)
     names = {
@@ -171,7 +179,7 @@ def clip_layout(cfg: CLIPTextConfig, prefix: str) -> LDMLayout:
     for i in range(cfg.num_layers):
         ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
         names |= {f"{ours}.{one}": f"{theirs}.{other}" for one, other in OPEN_CLIP.items()}
-    # SD 2 reads the last layer but one: the file's last block serves nothing.
+    # SD 2 uses the output of the last layer but one, so the file's last block is not used.
     ignore = "|".join((r"attn_mask|.*position_ids", *clip.ignore(cfg)))
     ignore = rf"{ignore}|transformer\.resblocks\.{cfg.num_layers}\..*"
     if cfg.projection_dim is None:

@@ -1,4 +1,4 @@
-"""Stable Diffusion as a whole: captions to embeddings, predictions, pictures from noise."""
+"""Stable Diffusion as a whole: embeddings of captions, predictions, pictures from noise."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,16 +24,16 @@ from jaxft.noise.schedule import SCHEDULE_CHOICES, ZERO_SNR, Schedule
 from jaxft.weights.folders.diffusers import SCHEDULER, TEXT_ENCODERS, Pipeline, legacy_part, part
 from jaxft.weights.transfer import Part
 
-# What a UNet sees beside the noisy latents and the text.
+# Picture conditioning of a UNet, by its channels beside the noisy latents.
 NOTHING, HOLE, SOURCE = "nothing", "hole", "source"
 
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """The configs of a pipeline's networks, its noise schedule, and what a dropped caption is.
+    """The configs of a pipeline's networks, its noise schedule, and its kind of null caption.
 
-    `zero_null`: a null caption is zeros (SDXL's pipeline), not the embedding of "". `scheduler`
-    holds the keys of scheduler_config.json that differ from the folder's.
+    `zero_null`: a null caption is zeros (SDXL's pipeline), and not the embedding of "". `scheduler`
+    holds the keys of scheduler_config.json that differ from those of the folder.
     """
 
     unet: UNetConfig
@@ -46,13 +46,15 @@ class PipelineConfig:
 
     @property
     def multiple(self) -> int:
-        """What both sides of a picture have to be a multiple of, in pixels."""
+        """The number of pixels that both sides of a picture have to be a multiple of."""
         return self.vae.factor * 2 ** (len(self.unet.channels) - 1)
 
     @property
     def sees(self) -> str:
-        """NOTHING (text-to-image), HOLE (inpainting: a mask and the masked picture's latents) or
-        SOURCE (InstructPix2Pix: a picture's latents), by the UNet's channels; "" is none of them.
+        """The picture conditioning, by the UNet's input channels.
+
+        It is NOTHING (text-to-image), HOLE (inpainting: a mask and the latents of the masked
+        picture), SOURCE (InstructPix2Pix: the latents of a picture), or "" for other channels.
         """
         latent = self.vae.latent_channels
         known = {0: NOTHING, latent + 1: HOLE, latent: SOURCE}
@@ -60,13 +62,14 @@ class PipelineConfig:
 
     @classmethod
     def of(cls, pipeline: Pipeline, prediction: str = "", zero_snr: bool = False):
-        """Read every config.json; `prediction` and `zero_snr` replace the folder's own.
+        """Read every config.json. `prediction` and `zero_snr` replace settings of the folder.
 
-        UserError where the components do not fit each other.
+        Raises: UserError if the components do not fit each other, or the two settings the folder.
         """
         changes = _changes(pipeline, prediction, zero_snr)
         sdxl = pipeline.family == "sdxl"
-        # StableDiffusionPipeline corrects these two of old folders; others the first, or none.
+        # As in diffusers: StableDiffusionPipeline corrects these two settings of old folders,
+        # inpainting only the first, SDXL and InstructPix2Pix none.
         name, forced = pipeline.index.get("_class_name", ""), {"steps_offset": 1}
         forced |= {} if "Inpaint" in name else {"clip_sample": False}
         forced = {} if sdxl or "Pix2Pix" in name else forced
@@ -93,15 +96,15 @@ class PipelineConfig:
 
 
 def _changes(pipeline: Pipeline, prediction: str, zero_snr: bool) -> dict[str, Any]:
-    """The keys of the folder's scheduler_config.json that the run's own two options change."""
+    """Return the keys of scheduler_config.json that the two settings of the run change."""
     known = SCHEDULE_CHOICES["prediction_type"]
     if prediction and prediction not in known:
         raise UserError(f"prediction={prediction!r} is not one of {', '.join(known)}, or empty")
     old = {"prediction_type": "epsilon", **pipeline.scheduler}
     if prediction == "epsilon" and old["prediction_type"] == "v_prediction":
         raise UserError(
-            f"prediction='epsilon', but {SCHEDULER} of {pipeline.name} says v_prediction, which is"
-            " what its UNet has learned; leave prediction empty"
+            f"prediction='epsilon', but {SCHEDULER} of {pipeline.name} has v_prediction, by which"
+            " its UNet was trained; leave prediction empty"
         )
     changes: dict[str, Any] = {"prediction_type": prediction} if prediction else {}
     if zero_snr and (prediction or old["prediction_type"]) == "epsilon":
@@ -142,7 +145,7 @@ def _check_fit(cfg: PipelineConfig, name: str) -> None:
 
 
 class Text(NamedTuple):
-    """What the UNet is told of a caption; `pooled` is SDXL's."""
+    """The embeddings of captions, inputs of the UNet. Only SDXL has `pooled`."""
 
     context: Float[Array, "B T D"]
     pooled: Float[Array, "B P"] | None
@@ -162,16 +165,18 @@ class StableDiffusion(nnx.Module):
     def encode_text(
         self, ids: Int[Array, "B E T"], *, dtype: Any, keys: PRNGKeyArray | None = None
     ) -> Text:
-        """Embeddings of captions, tokenised for each of the E encoders.
+        """Return the embeddings of captions, tokenised for each of the E encoders.
 
-        SD 1.x and 2.x: the last state after the final norm. SDXL: both encoders' last but one
-        before it, side by side, and the second one's projected end token.
+        SD 1.x and 2.x: the last hidden states after the final norm. SDXL: the last but one hidden
+        states of both encoders, concatenated, without the norm, and the projected end token of the
+        second encoder. keys: one a row, for the dropout of adapters.
         """
         if self.text_encoder_2 is None:
             return Text(self.text_encoder(ids[:, 0], keys=keys, dtype=dtype).normed, None)
         first = self.text_encoder(ids[:, 0], skip=1, keys=keys, dtype=dtype)
         second = self.text_encoder_2(ids[:, 1], skip=1, keys=keys, dtype=dtype)
-        return Text(jnp.concatenate([first.hidden, second.hidden], axis=-1), second.pooled)
+        context = jnp.concatenate([first.hidden, second.hidden], axis=-1)  # [B, T, D]
+        return Text(context, second.pooled)
 
     def predict(
         self,
@@ -185,9 +190,13 @@ class StableDiffusion(nnx.Module):
         keys: PRNGKeyArray | None = None,
         remat: str = "none",
     ) -> Float[Array, "B Y X C"]:
-        """What the UNet says of noisy, scaled latents; `seen` are its further channels."""
+        """Return the UNet's prediction for noisy, scaled latents.
+
+        seen: further input channels (see `conditioning`). time_ids: for SDXL. Other arguments are
+        as in `UNet`.
+        """
         if seen is not None:
-            latents = jnp.concatenate([latents, seen.astype(latents.dtype)], axis=-1)
+            latents = jnp.concatenate([latents, seen.astype(latents.dtype)], axis=-1)  # [.., C + K]
         added = None if text.pooled is None else Added(text.pooled, time_ids)
         return self.unet(
             latents, timesteps, text.context, added, dtype=dtype, keys=keys, remat=remat
@@ -195,7 +204,7 @@ class StableDiffusion(nnx.Module):
 
 
 def drop_captions(text: Text, null: Text, dropped: Array) -> Text:
-    """`null` (of one row, or as many) in the rows that `dropped` (B,) names."""
+    """Return captions, with `null` (of one row or B rows) in the rows where `dropped` [B]."""
     context = jnp.where(dropped[:, None, None], null.context.astype(text.context.dtype), text[0])
     if text.pooled is None or null.pooled is None:
         return Text(context, None)
@@ -204,13 +213,16 @@ def drop_captions(text: Text, null: Text, dropped: Array) -> Text:
 
 
 def zeroed(text: Text) -> Text:
-    """SDXL's null caption."""
+    """Return SDXL's null caption: zeros."""
     return jax.tree.map(jnp.zeros_like, text)
 
 
 class Guidance(NamedTuple):
-    """Classifier-free guidance: its scale, how much of its contrast is undone, and the scale of a
-    source picture."""
+    """Settings of classifier-free guidance, as in `samplers.guide` and `guide_edit`.
+
+    scale: of the caption. rescale: the share whose contrast is corrected. image: the scale of a
+    source picture.
+    """
 
     scale: Any
     rescale: Any = 0.0
@@ -228,46 +240,43 @@ def generate(
     dtype: Any,
     seen: Float[Array, "B Y X K"] | None = None,
 ) -> Float[Array, "B Y2 X2 3"]:
-    """Pictures within [-1, 1] from unit noise; caption and null go through the UNet together.
+    """Return pictures in [-1, 1] from unit noise [B, Y, X, C].
 
-    So does, where it sees a source picture, the null caption without it (`seen` of zeros).
+    Each step calls the UNet once, with the rows of null and caption together. With a source
+    picture there are rows of the null caption without the picture too (`seen` of zeros).
     """
     rows, y, x, _ = noise.shape
     factor = cfg.vae.factor
+    # SDXL's time ids: original size, crop, target size, for a picture that was not cropped.
     size = jnp.array([y * factor, x * factor, 0, 0, y * factor, x * factor], jnp.float32)
     texts, sights = (null, text), (seen, seen)
     if cfg.sees == SOURCE:
         texts, sights = (null, *texts), (jax.tree.map(jnp.zeros_like, seen), *sights)
     every, sight = _stacked(*texts), _stacked(*sights)
-    times_rows = len(texts) * rows
-    ids = jnp.broadcast_to(size, (times_rows, 6))
+    times_rows = len(texts) * rows  # R
+    ids = jnp.broadcast_to(size, (times_rows, 6))  # [R, 6]
 
     def predict(latents: Array, t: Array) -> Array:
-        copies = jnp.concatenate([latents] * len(texts))
-        times = jnp.broadcast_to(t, (times_rows,))
+        copies = jnp.concatenate([latents] * len(texts))  # [R, Y, X, C]
+        times = jnp.broadcast_to(t, (times_rows,))  # [R]
         out = model.predict(copies, times, every, ids, dtype=dtype, seen=sight)
-        return _guided(guidance, jnp.split(out, len(texts)))
+        *first, image, cond = jnp.split(out, len(texts))  # [B, Y, X, C] each
+        if not first:
+            return guide(image, cond, guidance.scale, guidance.rescale)
+        return guide_edit(first[0], image, cond, guidance.scale, guidance.image, guidance.rescale)
 
     latents = denoise(predict, noise, sampler)
-    images = model.vae.decode(cfg.vae.unscale(latents).astype(dtype))
+    images = model.vae.decode(cfg.vae.unscale(latents).astype(dtype))  # [B, Y2, X2, 3]
     return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
 
 
 def _stacked(*trees: Any) -> Any:
-    """Arrays of every tree, row after row; None stays None."""
+    """Concatenate the rows of trees of arrays. None stays None."""
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *trees)
 
 
-def _guided(guidance: Guidance, outs: list[Array]) -> Array:
-    """Of (null, caption), or of (null that saw no source picture, null, caption)."""
-    *first, image, cond = outs
-    if not first:
-        return guide(image, cond, guidance.scale, guidance.rescale)
-    return guide_edit(first[0], image, cond, guidance.scale, guidance.image, guidance.rescale)
-
-
 def parts(pipeline: Pipeline, cfg: PipelineConfig) -> tuple[Part, ...]:
-    """Where each component's parameters come from and go to."""
+    """Return the parts of a pipeline, which fill its parameters and which an export writes."""
     tables = {"unet": (unet.rules(cfg.unet), {}), "vae": (vae.RULES, vae.sizes(cfg.vae))}
     found = [part(pipeline, name, table) for name, table in tables.items()]
     for name, text in zip(TEXT_ENCODERS, cfg.texts, strict=False):

@@ -1,4 +1,4 @@
-"""CLIP's text encoders: CLIP-L of SD 1.x, OpenCLIP-H of SD 2.x, and both of SDXL."""
+"""CLIP text encoders: CLIP-L of SD 1.x, OpenCLIP-H of SD 2.x, and the two encoders of SDXL."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ LEGACY_EOS = 2  # configs from before transformers #24773, whose true end token 
 TRUE_EOS = 49407
 CLIP_VOCAB = 49408
 
-# What transformers' CLIPTextConfig assumes where a config.json has no such key.
+# Defaults of transformers' CLIPTextConfig for keys that a config.json lacks.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": CLIP_VOCAB,
     "hidden_size": 512,
@@ -43,9 +43,9 @@ CLIP_ACTIVATIONS = ("quick_gelu", "gelu")
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """One text encoder; `projection_dim` is None where nothing projects the pooled vector.
+    """The configuration of one text encoder. `projection_dim` is None without a projection.
 
-    `new_tokens` follow the vocabulary, with a table of their own (textual inversion).
+    The ids of `new_tokens` follow the vocabulary. They have another table (textual inversion).
     """
 
     vocab_size: int
@@ -64,9 +64,11 @@ class CLIPTextConfig:
     def from_hf(
         cls, config: Mapping[str, Any], projects: bool | None = None, where: str = FILE
     ) -> "CLIPTextConfig":
-        """Read a config.json; `projects` is the class that model_index.json names.
+        """Read a config.json.
 
-        It says whether that is CLIPTextModelWithProjection; by default config.architectures does.
+        projects: True if model_index.json names CLIPTextModelWithProjection. By default this is
+        read from config.architectures. where: the name of the file in errors.
+        Raises: UserError for values that are not supported.
         """
         if config.get("model_type", "clip") not in ("clip", "clip_text_model"):
             raise UserError(
@@ -75,9 +77,9 @@ class CLIPTextConfig:
             )
         if projects is None:
             projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
-        if config.get("model_type") == "clip":  # a whole CLIPModel, of which this is one half
+        if config.get("model_type") == "clip":  # a whole CLIPModel: text and vision
             config = config.get("text_config") or {}
-        # A null projection_dim serves where nothing projects.
+        # Without a projection its dim may be null.
         nulls: dict[str, Any] = {} if projects else {"projection_dim": None}
         get = fields(config, DEFAULTS, nulls, where)
         if get["hidden_act"] not in CLIP_ACTIVATIONS:
@@ -111,18 +113,21 @@ class CLIPTextConfig:
 
     @property
     def takes_highest_id(self) -> bool:
-        """Whether the pooled position is that of the highest id, as legacy configs have it.
+        """True if the pooled position is that of the highest id, as in legacy configs.
 
-        With tokens added after the true end token that would find those: then it is not.
+        It is False if tokens were added after the true end token: they have higher ids.
         """
         return self.eos_token_id == LEGACY_EOS and self.vocab_size <= CLIP_VOCAB
 
 
 class EncodedText(NamedTuple):
-    """What the families take. SD 1 and 2: `normed`; SDXL: `hidden` with skip=1, `pooled` of #2.
+    """The outputs of a text encoder.
 
-    hidden: hidden_states[-(skip + 1)], raw. normed: the final norm of that. pooled: the final norm
-    of the last layer at the end token, projected where the model projects; skip does not move it.
+    hidden: hidden_states[-(skip + 1)], without the final norm. normed: the final norm of `hidden`.
+    pooled: the final norm of the last layer at the end token, projected if the model has a
+    projection. It does not depend on skip.
+
+    SD 1 and 2 use `normed`. SDXL uses `hidden` with skip=1, and `pooled` of its second encoder.
     """
 
     normed: Float[Array, "B T D"]
@@ -131,7 +136,7 @@ class EncodedText(NamedTuple):
 
 
 class SmallTable(nnx.Module):
-    """One vector a position or new token; too few rows to cut over the mesh's tensor axis."""
+    """One vector for each position or new token. Its few rows are not sharded over `tensor`."""
 
     def __init__(self, rows: int, dim: int, *, key: PRNGKeyArray):
         table = 0.02 * jax.random.normal(key, (rows, dim))
@@ -142,7 +147,7 @@ class SmallTable(nnx.Module):
 
 
 class CLIPAttention(nnx.Module):
-    """Causal multi-head self-attention with biases; padding is not masked, as SD has it."""
+    """Causal multi-head self-attention with biases. As in SD, padding is not masked."""
 
     def __init__(self, cfg: CLIPTextConfig, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 4)
@@ -154,12 +159,12 @@ class CLIPAttention(nnx.Module):
         self.out_proj = Linear(heads, d, (*axes[1:], "embed"), key=keys[3], bias=True)
 
     def __call__(self, x: Float[Array, "B T D"], keys: PRNGKeyArray | None) -> Array:
-        q, k, v = self.q_proj(x, keys), self.k_proj(x, keys), self.v_proj(x, keys)
+        q, k, v = self.q_proj(x, keys), self.k_proj(x, keys), self.v_proj(x, keys)  # [B, T, N, H]
         return self.out_proj(attention(q, k, v, causal=True), keys)
 
 
 class CLIPMLP(nnx.Module):
-    """fc2(act(fc1 x)); the act is x sigmoid(1.702 x) or the exact (erf) GELU."""
+    """fc2(act(fc1 x)), where act is x sigmoid(1.702 x) or the exact (erf) GELU."""
 
     def __init__(self, cfg: CLIPTextConfig, *, key: PRNGKeyArray):
         first, second = jax.random.split(key)
@@ -196,7 +201,7 @@ class CLIPLayer(nnx.Module):
 
 
 class CLIPText(nnx.Module):
-    """Token ids to text states. Layers are one stacked Block (leaves (L, ...)) run by a scan."""
+    """Token ids to hidden states. The layers are one stacked CLIPLayer, leaves [L, ...]."""
 
     def __init__(self, cfg: CLIPTextConfig, *, key: PRNGKeyArray):
         tokens, positions, layers, projection = jax.random.split(key, 4)
@@ -206,11 +211,12 @@ class CLIPText(nnx.Module):
         self.position_embedding = SmallTable(cfg.max_positions, d, key=positions)
         self.inversion = nnx.data(None)
         if cfg.new_tokens:
+            # Not one key more from the split, which would change the other parameters.
             new = jax.random.fold_in(tokens, 1)
             self.inversion = nnx.data(SmallTable(cfg.new_tokens, d, key=new))
             mark(self.inversion, NEW_TOKEN_ROLE)
         keys = jax.random.split(layers, cfg.num_layers)
-        self.layers = jax.vmap(lambda key: CLIPLayer(cfg, key=key))(keys)
+        self.layers = jax.vmap(lambda key: CLIPLayer(cfg, key=key))(keys)  # leaves [L, ...]
         self.final_layer_norm = LayerNorm(d, eps=cfg.layer_norm_eps)
         self.text_projection = nnx.data(None)
         if cfg.projection_dim is not None:
@@ -226,10 +232,12 @@ class CLIPText(nnx.Module):
         unroll: int = 1,
         dtype: Any = jnp.float32,
     ) -> EncodedText:
-        """Encode padded ids (B, T <= max_positions), computing in `dtype`.
+        """Encode padded ids [B, T], T <= max_positions, computing in `dtype`.
 
-        skip: how many of the last layers `normed` and `hidden` leave out (diffusers' clip_skip;
-        SDXL's own is 1 more). keys: one a row, turns adapter dropout on.
+        skip: the number of last layers that `normed` and `hidden` leave out. It is diffusers'
+        clip_skip, which for SDXL means one layer more. keys: one a row, for the dropout of
+        adapters. unroll: layers in one iteration of the scan.
+        Raises: UserError for a skip that is too large and for too many tokens.
         """
         count, length = self.cfg.num_layers, ids.shape[1]
         if not 0 <= skip <= count:
@@ -247,10 +255,10 @@ class CLIPText(nnx.Module):
         return EncodedText(normed, hidden, self._pool(last, ids, keys))
 
     def _tokens(self, ids: Array, dtype: Any) -> Array:
-        """Rows of the vocabulary's table, and from its end on of the new tokens'."""
+        """Return rows of the vocabulary's table, and for ids after it rows of the new tokens'."""
         if self.inversion is None:
             return self.token_embedding(ids, dtype)
-        number = ids - self.cfg.vocab_size
+        number = ids - self.cfg.vocab_size  # of a new token, negative for the vocabulary
         old = self.token_embedding(jnp.where(number < 0, ids, 0), dtype)
         new = self.inversion(jnp.maximum(number, 0), dtype)
         return jnp.where((number < 0)[..., None], old, new)
@@ -258,12 +266,13 @@ class CLIPText(nnx.Module):
     def _scan(
         self, x: Array, wanted: int, keys: PRNGKeyArray | None, unroll: int
     ) -> tuple[Array, Array]:
-        """The last layer's output, and that of layer number `wanted` (0: the embeddings)."""
+        """Return the output of the last layer and of layer number `wanted` (0: the embeddings)."""
 
         def body(carry: tuple[Array, Array], xs: tuple[CLIPLayer, Array]) -> tuple:
             (x, hidden), (block, number) = carry, xs
             own = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
             x = block(x, own)
+            # A scan runs all layers, so the output of `wanted` is kept on the way.
             return (x, jnp.where(number == wanted, x, hidden)), None
 
         numbers = jnp.arange(1, self.cfg.num_layers + 1)
@@ -271,17 +280,17 @@ class CLIPText(nnx.Module):
         return x, hidden
 
     def _pool(self, last: Array, ids: Array, keys: PRNGKeyArray | None) -> Array:
-        """The state at the end token: the first one, or at the highest id for legacy configs."""
+        """Return the state at the first end token, or at the highest id for legacy configs."""
         legacy = self.cfg.eos_token_id == LEGACY_EOS
         end = TRUE_EOS if legacy else self.cfg.eos_token_id
         score = ids if self.cfg.takes_highest_id else (ids == end).astype(jnp.int32)
-        place = jnp.argmax(score, axis=-1)
-        pooled = jnp.take_along_axis(last, place[:, None, None], axis=1)[:, 0]
+        place = jnp.argmax(score, axis=-1)  # [B], the first maximum
+        pooled = jnp.take_along_axis(last, place[:, None, None], axis=1)[:, 0]  # [B, D]
         return pooled if self.text_projection is None else self.text_projection(pooled, keys)
 
 
 def sizes(cfg: CLIPTextConfig) -> dict[str, int]:
-    """The dims that RULES' layouts name."""
+    """Return the dims that RULES' layouts name."""
     return {"n": cfg.num_heads, "h": cfg.head_dim}
 
 
@@ -321,7 +330,7 @@ _INNER = (
     Rule("final_layer_norm.weight", "final_layer_norm.scale"),
     Rule("final_layer_norm.bias", "final_layer_norm.bias"),
 )
-# transformers 5 writes CLIPTextModel without the prefix, which older packages cannot read.
+# transformers 5 writes CLIPTextModel without the prefix, which older versions cannot read.
 RULES = (
     *(rule._replace(key="text_model." + rule.key) for rule in _INNER),
     *_INNER,

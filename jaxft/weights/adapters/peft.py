@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's layout, derived from the weight table, both ways."""
+"""LoRA adapters in PEFT's layout, read and written by the weight table of the model."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from jaxft.weights.transfer import Part
 
 
 class Slot(NamedTuple):
-    """One adapted projection of one layer: torch module name, jaxft paths, both layouts."""
+    """One adapted projection of one layer: torch module name, jaxft path, layouts of A and B."""
 
     module: str
     path: str
@@ -35,12 +35,12 @@ class Slot(NamedTuple):
     layout_b: str
 
     def sides(self) -> tuple[tuple[str, str, str], ...]:
-        """(PEFT's letter, jaxft's leaf name, layout) of both factors."""
+        """Return (PEFT's letter, jaxft's leaf name, layout) of both factors."""
         return ("A", "lora_a", self.layout_a), ("B", "lora_b", self.layout_b)
 
 
 def slots(part: Part, leaves: Mapping[str, Leaf]) -> list[Slot]:
-    """Where each adapter of a model lives on both sides."""
+    """Return the adapted projections of a part, one a layer."""
     found = []
     for entry in part.entries(leaves):
         linear = entry.path.removesuffix(".kernel")
@@ -61,10 +61,11 @@ def write(
     cfg: Lora,
     base: str,
 ) -> None:
-    """adapter_model.safetensors and adapter_config.json as PEFT 0.18+ reads them.
+    """Write adapter_model.safetensors and adapter_config.json as PEFT 0.18+ reads them.
 
-    `arrays` holds the `….lora_a` / `….lora_b` parameters by path, and what trained beside them of
-    `part.whole`: PEFT's modules_to_save. A layer whose A is zero has no adapter and is left out.
+    `arrays` holds the `….lora_a` / `….lora_b` parameters by path, and the trained modules of
+    `part.whole`, which are PEFT's modules_to_save. A layer whose A is zero has no adapter and is
+    left out.
     """
     tensors = _saved(part, leaves, arrays)
     adapted = [slot for slot in slots(part, leaves) if _factor(slot, "lora_a", arrays).any()]
@@ -100,7 +101,7 @@ def write(
 
 
 def _factor(slot: Slot, leaf: str, arrays: Mapping[str, Any]) -> np.ndarray:
-    """One layer's A or B, fp32."""
+    """Return one layer's A or B, fp32."""
     array = np.asarray(arrays[f"{slot.path}.{leaf}"], np.float32)
     return array if slot.layer is None else array[slot.layer]
 
@@ -108,7 +109,7 @@ def _factor(slot: Slot, leaf: str, arrays: Mapping[str, Any]) -> np.ndarray:
 def _saved(
     part: Part, leaves: Mapping[str, Leaf], arrays: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The tensors of modules that are given whole, under their own names."""
+    """Return the tensors of `part`'s parameters in `arrays`, under PEFT's names."""
     tensors = {}
     for entry in part.entries(leaves):
         for i, key in enumerate(entry.keys if entry.path in arrays else ()):
@@ -123,9 +124,11 @@ def _has(arrays: Mapping[str, Any], leaves: Mapping[str, Leaf], module: str) -> 
 
 
 def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
-    """The arrays of an adapter by jaxft path, its tensors named as `fit` names them.
+    """Return the arrays of an adapter by jaxft path. `fit` has named its tensors.
 
-    A layer without factors gets zeros: it stays as it is in the base, and its gradients are zero.
+    A layer without factors gets zeros: the layer of the base does not change, and the gradients of
+    both factors are zero.
+    Raises: UserError for a tensor without a place, without the other factor, or of another shape.
     """
     arrays = {
         path: np.zeros(leaf.shape, np.float32)
@@ -159,7 +162,8 @@ def load_whole(
 ) -> dict[str, np.ndarray]:
     """Return the parameters of modules that an adapter's file holds whole, by jaxft path, fp32.
 
-    Tensors are named as PEFT saves them. Raises UserError for one outside of `part.whole`.
+    Tensors are named as PEFT saves them.
+    Raises: UserError for a tensor that is not in `part.whole`, or of another shape.
     """
     keys = {key for key in adapter.tensors.keys() if not FACTOR.fullmatch(key)}  # noqa: SIM118
     arrays: dict[str, np.ndarray] = {}
@@ -184,9 +188,9 @@ def _other_half(key: str) -> str:
 
 
 def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str]:
-    """The kernel's layout "out in -> in out" cut into those of A [r, in] and B [out, r].
+    """Split the kernel's layout "out in -> in out" into those of A [r, in] and B [out, r].
 
-    A convolution's kernel (4 dims in torch, 1x1 ones too) has an A of its own size, a 1x1 B.
+    The A of a convolution (4 dims in torch, 1x1 ones too) has the kernel's size, and its B is 1x1.
     """
     left, right = entry.layout.split("->")
     out_group, *in_groups = re.findall(r"\([^)]*\)|\S+", left)
@@ -197,9 +201,9 @@ def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str]:
 
 
 def _targets(part: Part, leaves: Mapping[str, Leaf], modules: set[str]) -> list[str]:
-    """Module names for PEFT: short suffixes, or full names where a suffix would hit others.
+    """Return module names for PEFT: last parts, or full names where these match other modules.
 
-    Others are all of the checkpoint, those that make no parameter here too.
+    Other modules are all of the checkpoint, even those that fill no parameter here.
     """
     keys = [key for entry in part.entries(leaves) for key in entry.keys]
     keys += [] if part.tensors is None else list(part.tensors.keys())

@@ -1,4 +1,4 @@
-"""PEFT folders as PEFT, Unsloth and axolotl save them, opened on the model that they lie on."""
+"""PEFT folders as PEFT, Unsloth and axolotl save them, opened together with their base model."""
 
 import json
 import re
@@ -22,7 +22,7 @@ CONFIG = "adapter_config.json"
 BASE = "base_model_name_or_path"
 PEFT_PREFIX = "base_model.model."
 ADAPTER_STEM = "adapter_model"
-UNSUPPORTED = (  # fields of PEFT's LoraConfig that make more of it than W + scale * A B
+UNSUPPORTED = (  # fields of PEFT's LoraConfig that compute something else than W + scale * A B
     "use_dora",
     "modules_to_save",
     "rank_pattern",
@@ -54,10 +54,10 @@ TOKENIZER = (
 
 
 class PeftAdapter(NamedTuple):
-    """A PEFT folder as read: its LoRA settings, its base model, its tensors.
+    """A PEFT folder: its LoRA settings, the name of its base model, its tensors.
 
-    Names of tensors are without PEFT's prefix. `fit` makes them those of the base's modules, keeps
-    the factors alone, and sets `lora.targets` by them.
+    Names of tensors are without PEFT's prefix. `fit` renames them by the base's modules, keeps only
+    the factors, and sets `lora.targets` by them.
     """
 
     name: str
@@ -67,9 +67,10 @@ class PeftAdapter(NamedTuple):
 
 
 class AdaptedSource(NamedTuple):
-    """A model, and the adapter on it if `spec` was a PEFT folder.
+    """A model, and the adapter on it if the user named one.
 
-    `kept` names the tensors of the source that are the adapter's own: resized or saved embeddings.
+    `kept` names the tensors of the source that come from the adapter's file, such as resized
+    embeddings.
     """
 
     source: Source
@@ -85,10 +86,10 @@ def open_adapted(
 ) -> AdaptedSource:
     """Open a model by `opener`, and a PEFT folder on it.
 
-    `adapter` names the folder that lies on the model `spec`. Without it `spec` may itself be a PEFT
-    folder, whose config names the base. The folder's own tokenizer, chat template and whole tensors
-    replace the base's. Raises UserError for what plain LoRA does not cover, and for what `opener`
-    refuses.
+    `adapter` names the PEFT folder, and `spec` its base model. Without `adapter`, `spec` may itself
+    be a PEFT folder, whose config names the base. Tokenizer, chat template and whole tensors of the
+    folder replace those of the base.
+    Raises: UserError for an adapter that is not plain LoRA, and for models that `opener` refuses.
     """
     folder, base = (adapter, spec) if adapter else (spec, "")
     if not is_adapter(folder):
@@ -103,15 +104,16 @@ def open_adapted(
 
 
 def is_adapter(spec: str) -> bool:
-    """Tell whether a model's name is a PEFT folder."""
+    """Return True if a model's name is a PEFT folder."""
     return (Path(spec).expanduser() / CONFIG).is_file()
 
 
 def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter:
-    """Read a PEFT folder, on its own base or another one.
+    """Read a PEFT folder.
 
-    `whole` names the modules that it may hold beside the factors (PEFT's modules_to_save). Raises
-    UserError for what plain LoRA does not cover (DoRA, patterns).
+    `base` replaces the base that its config names. `whole` names the modules that it may hold
+    beside the factors (PEFT's modules_to_save).
+    Raises: UserError for an adapter that is not plain LoRA (DoRA, patterns), or not complete.
     """
     file = folder / CONFIG
     try:
@@ -128,10 +130,10 @@ def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter
         what = ", ".join(unsupported) or f"peft_type={config.get('peft_type')}"
         raise UserError(f"{file}: {what} is not supported; plain LoRA adapters are: {MERGE}")
     if gone := [key for key in ("r", "lora_alpha") if not config.get(key)]:
-        raise UserError(f"{file} does not say {', '.join(gone)}; add them to the file")
+        raise UserError(f"{file} has no {', '.join(gone)}; add them to the file")
     base = base or config.get(BASE) or ""
     if not base:
-        raise UserError(f"{file} does not say {BASE}; {GIVE_BASE}")
+        raise UserError(f"{file} has no {BASE}; {GIVE_BASE}")
     beside = folder / base
     if not Path(base).expanduser().exists() and beside.exists():
         base = str(beside.resolve())
@@ -145,7 +147,7 @@ def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter
 
 
 def _tensors(folder: Path) -> Tensors:
-    """The adapter's tensors without PEFT's prefix and what wrappers of training left in names."""
+    """Return the adapter's tensors, named without PEFT's prefix and those of training wrappers."""
     file, pickle = folder / f"{ADAPTER_STEM}.safetensors", folder / f"{ADAPTER_STEM}.bin"
     if not file.exists() and pickle.exists():
         raise UserError(
@@ -172,10 +174,12 @@ def _tensors(folder: Path) -> Tensors:
 
 
 def fit(adapter: PeftAdapter, entries: Iterable[Entry]) -> PeftAdapter:
-    """The adapter with its factors named by the base's modules, and their paths as targets.
+    """Return the adapter with its factors named by the base's modules, and their paths as targets.
 
-    What the adapter holds says its targets: target_modules may be a list, a pattern, "all-linear",
-    and layers_to_transform leaves some layers out.
+    `entries` are the plan of the base. The targets follow from the tensors and not from the config:
+    target_modules may be a list, a pattern or "all-linear", and layers_to_transform may leave
+    layers out.
+    Raises: UserError for factors without a place in the base, or if there are none.
     """
     paths = {
         key.removesuffix(".weight"): entry.path.removesuffix(".kernel")
@@ -200,13 +204,16 @@ def fit(adapter: PeftAdapter, entries: Iterable[Entry]) -> PeftAdapter:
 
 
 def _aligned(name: str, known: Iterable[str]) -> str | None:
-    """The known name that differs at most by "model." in front: an adapter of the bare decoder."""
+    """Return the known name that is equal to `name` but for a leading "model.", or None.
+
+    An adapter that was trained on the bare decoder lacks this prefix.
+    """
     spelled = (name, f"model.{name}", name.removeprefix("model."))
     return next((one for one in spelled if one in set(known)), None)
 
 
 def base_name(spec: str) -> str:
-    """A base as an adapter's config names it: a path whole, so that it holds from any folder."""
+    """Return the name of a base for an adapter's config. A path becomes absolute."""
     path = Path(spec).expanduser()
     return str(path.absolute()) if path.exists() else spec
 
@@ -230,9 +237,13 @@ def _open_base(
 
 
 def _laid_over(adapter: PeftAdapter, source: Source) -> tuple[Source, tuple[str, ...]]:
-    """The base with the tensors that the adapter's file holds whole, as PEFT loads them.
+    """Return the base with the whole tensors of the adapter's file, as PEFT loads them.
 
-    Copies of the base's own are left out. Tables with other rows resize the vocabulary.
+    Tensors equal to the base's are left out. An embedding with another number of rows changes
+    vocab_size.
+    Returns: the base, and the keys of the tensors that were replaced.
+    Raises: UserError for a tensor without a place in the base, and for an untied head on a base
+    that ties it.
     """
     if source.tensors is None:
         return source, ()
@@ -264,7 +275,7 @@ def _laid_over(adapter: PeftAdapter, source: Source) -> tuple[Source, tuple[str,
 
 
 def _same(ours: Tensors, name: str, theirs: Tensors, key: str) -> bool:
-    """Whether two tensors are the same in the precision of the first."""
+    """Return True if two tensors are equal in the precision of the first."""
     if tuple(ours.info(name)[0]) != tuple(theirs.info(key)[0]):
         return False
     own = ours.read(name)
@@ -272,7 +283,7 @@ def _same(ours: Tensors, name: str, theirs: Tensors, key: str) -> bool:
 
 
 def _with_tokenizer(source: Source, folder: Path) -> Source:
-    """The base with the tokenizer that the adapter was taught with, or its chat template alone."""
+    """Return the base with the adapter folder's tokenizer, or else with its chat template alone."""
     own: dict[str, Any] = {
         path.name: path
         for path in sorted(folder.iterdir())

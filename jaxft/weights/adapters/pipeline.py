@@ -1,4 +1,4 @@
-"""LoRA files of diffusion pipelines, written: diffusers' PEFT file and kohya's file."""
+"""Writing of LoRA files of diffusion pipelines: diffusers' PEFT file and kohya's file."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,20 +15,20 @@ from jaxft.weights.folders.diffusers import legacy_part
 from jaxft.weights.rules import to_torch
 from jaxft.weights.transfer import Part
 
-LORA_STEM = "pytorch_lora_weights"  # what diffusers' load_lora_weights looks for in a folder
+LORA_STEM = "pytorch_lora_weights"  # the name that diffusers' load_lora_weights expects
 KOHYA = {
     "unet": ("lora_unet_",),
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
 }
-# diffusers 0.42 does not find these again in one format or both.
+# diffusers 0.42 does not load adapters of these modules from one format or both.
 UNREAD = ("unet.add_embedding.linear_1", "unet.add_embedding.linear_2")
 UNREAD += ("text_encoder.text_projection", "text_encoder_2.text_projection")
 VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 
 
 class Site(NamedTuple):
-    """One adapted projection of one layer, in the component that it is part of."""
+    """One adapted projection of one layer, with the name of its component."""
 
     component: str
     slot: Slot
@@ -36,11 +36,11 @@ class Site(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As diffusers' files begin its keys."""
+        """The beginning of its keys in diffusers' files."""
         return f"{self.component}.{self.slot.module}"
 
     def factors(self, arrays: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """A [r, in, …] and B [out, r, …] in torch's layout, fp32."""
+        """Return A [r, in, …] and B [out, r, …] in torch's layout, fp32."""
         made = []
         for _, leaf, layout in self.slot.sides():
             array = np.asarray(arrays[f"{self.slot.path}.{leaf}"], np.float32)
@@ -50,7 +50,7 @@ class Site(NamedTuple):
 
 
 def sites(parts: Sequence[Part], leaves: Mapping[str, Leaf]) -> list[Site]:
-    """Return every adapted projection of a pipeline by the module names that all packages read."""
+    """Return every adapted projection of a pipeline, under module names that all packages read."""
     return [
         Site(part.prefix.rstrip("."), slot, part.sizes)
         for part in map(legacy_part, parts)
@@ -59,7 +59,7 @@ def sites(parts: Sequence[Part], leaves: Mapping[str, Leaf]) -> list[Site]:
 
 
 def check(parts: Sequence[Part], leaves: Mapping[str, Leaf]) -> None:
-    """UserError where there is no adapter, or one that readers of LoRA files leave out."""
+    """Raise UserError if there is no adapter, or one that diffusers does not read from a file."""
     found = sites(parts, leaves)
     if not found:
         raise UserError(
@@ -79,10 +79,10 @@ def write_peft(
     arrays: Mapping[str, Any],
     scale: float,
 ) -> Path:
-    """`pytorch_lora_weights.safetensors` with `scale` folded into B.
+    """Write `pytorch_lora_weights.safetensors`, with `scale` multiplied into B.
 
-    diffusers takes alpha = rank from a file that states none: any other is the wrong strength.
-    A layer whose A is zero has no adapter and is left out.
+    The file has no alpha, so that diffusers uses alpha = rank, which is a scale of 1. A layer whose
+    A is zero has no adapter and is left out.
     """
     tensors = {}
     for site in sites(parts, leaves):
@@ -103,7 +103,7 @@ def write_kohya(
     scale: float,
     metadata: Mapping[str, str],
 ) -> Path:
-    """`NAME.kohya.safetensors` under diffusers' block names, which all programs read.
+    """Write `NAME.kohya.safetensors` under diffusers' block names, which all programs read.
 
     `metadata`: see `metadata` and `single_file.modelspec`. A layer whose A is zero is left out.
     """
@@ -121,7 +121,10 @@ def write_kohya(
 
 
 def metadata(kind: str, name: str, base: str, rank: int, alpha: float) -> dict[str, str]:
-    """The ss_* keys by which UIs sort and describe a LoRA; `kind` as in `models.pipelines.ldm`."""
+    """Return the ss_* keys by which UIs sort and describe a LoRA.
+
+    `kind` is "sd1", "sd2" or "sdxl".
+    """
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),

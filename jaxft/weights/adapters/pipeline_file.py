@@ -1,4 +1,4 @@
-"""LoRA files of diffusion pipelines, read: those of jaxft, diffusers (PEFT) and kohya."""
+"""Reading of LoRA files of diffusion pipelines: those of jaxft, diffusers (PEFT) and kohya."""
 
 import json
 import re
@@ -40,7 +40,7 @@ GIVE_TRAINED_BASE = "give the model that the LoRA was trained on by model=MODEL"
 
 
 class AdaptedSite(NamedTuple):
-    """One projection that a file adapts: its factors' keys, its rank, what A B is multiplied by."""
+    """One projection that a file adapts: the keys of its factors, its rank, the scale of A B."""
 
     site: Site
     keys: Mapping[str, str]
@@ -49,7 +49,7 @@ class AdaptedSite(NamedTuple):
 
 
 class PipelineLora(NamedTuple):
-    """A LoRA file as read. `lora` has its largest rank, its most common scale, and its targets."""
+    """A LoRA file. `lora` has its largest rank, its most common scale, and its targets."""
 
     lora: Lora
     tensors: TensorFiles
@@ -61,9 +61,9 @@ def open_lora(
 ) -> PipelineLora:
     """Open a LoRA file, or a folder with one, for the pipeline that it was trained on.
 
-    `leaves` is of a model in which every projection has an adapter, of any rank. `layouts` by
-    component are LDM's, for kohya's files name the blocks of an SDXL UNet as LDM does. Raises
-    UserError for tensors without a place, of another shape, or of another method than LoRA.
+    `leaves` describes a model in which every projection has an adapter, of any rank. `layouts` are
+    LDM's, by component, because kohya's files name the blocks of an SDXL UNet as LDM does.
+    Raises: UserError for tensors without a place, of another shape, or of another method than LoRA.
     """
     file = _file(spec)
     tensors = TensorFiles.open(file)
@@ -89,11 +89,11 @@ def open_lora(
 
 
 def load(found: PipelineLora, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
-    """Return the arrays of a LoRA by path, fp32, for a model that was given `found.lora`.
+    """Return the arrays of a LoRA by path, fp32, for a model built with `found.lora`.
 
-    A projection whose scale differs from the common one has the quotient in its B. A smaller rank
-    is filled up with zeros, and so is a layer of a stack that the file lacks: neither changes the
-    product A B, and both have zero gradients.
+    The model has one scale. A projection of another scale has its B multiplied by the quotient. A
+    smaller rank is filled up with zeros, and so are layers of a stack that the file lacks. These
+    zeros do not change the product A B, and their gradients are zero.
     """
     arrays = {
         path: np.zeros(leaf.shape, np.float32)
@@ -155,10 +155,10 @@ def _side(key: str) -> tuple[str, str]:
 
 
 def _names(site: Site, layouts: Mapping[str, LDMLayout]) -> Iterator[str]:
-    """Yield all beginnings of keys that mean this site."""
+    """Yield the beginnings of keys that name this site, in all formats."""
     module = site.slot.module
     yield site.name
-    yield f"{site.component}.{module.removeprefix(LEGACY)}"  # as transformers 5 has it
+    yield f"{site.component}.{module.removeprefix(LEGACY)}"  # the name in transformers 5
     modules = {module}
     if site.component in layouts:
         modules.add(renamed(module, layouts[site.component].names))
@@ -167,7 +167,7 @@ def _names(site: Site, layouts: Mapping[str, LDMLayout]) -> Iterator[str]:
 
 
 def _stated_scales(file: Path) -> dict[str, float]:
-    """Return alpha / r by component, as diffusers 0.34+ states it in the header of a PEFT file."""
+    """Return alpha / r by component, which diffusers 0.34+ writes to the header of a PEFT file."""
     with safe_open(file, "np") as opened:
         text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
     stated, scales = json.loads(text), {}
@@ -188,9 +188,9 @@ def _adapted(
     leaves: Mapping[str, Leaf],
     stated: Mapping[str, float],
 ) -> AdaptedSite:
-    """Return a site with its rank and scale. Raises UserError for factors that do not fit it.
+    """Return a site with its rank and scale. Without an alpha the scale is 1, as in diffusers.
 
-    Without alpha the scale is 1, as in diffusers.
+    Raises: UserError for factors that do not fit the site.
     """
     site, keys = matched
     if gone := sorted({"lora_a", "lora_b"} - keys.keys()):

@@ -1,4 +1,4 @@
-"""GGUF files of the llama architecture, read as if they were a Hugging Face folder."""
+"""GGUF files of the llama architecture, read as a Hugging Face folder would be."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from jaxft.weights.files.tensor_files import Info
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"}
 SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
-# ggml's type number: name, elements a block, bytes a block, dtype once read.
+# ggml's type number: name, elements a block, bytes a block, dtype of the array that is read.
 TYPES = {
     0: ("F32", 1, 4, np.dtype(np.float32)),
     1: ("F16", 1, 2, np.dtype(np.float16)),
@@ -72,16 +72,16 @@ class _Tensor(NamedTuple):
 class GgufFile:
     """A GGUF file of a llama model: tensors under Hugging Face keys, config and side files.
 
-    Only the header is read on opening; `read` dequantises one tensor. Quantised types come as
-    float32, the others keep their dtype. Raises UserError naming the file for anything that is
-    damaged or of another kind.
+    Opening reads only the header. `read` dequantises one tensor. Quantised types are read as
+    float32, and the others keep their dtype.
+    Raises: UserError that names the file, if it is damaged or of another architecture.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
             self._data = np.memmap(self.path, np.uint8, "r")
-        except (OSError, ValueError) as error:  # numpy's word for an empty file is ValueError
+        except (OSError, ValueError) as error:  # ValueError: numpy cannot map an empty file
             raise UserError(f"{path}: not a readable GGUF file ({error})") from error
         self.metadata, stored = _Header(self.path, self._data.data).read()
         architecture = self.metadata.get("general.architecture")
@@ -113,25 +113,26 @@ class GgufFile:
         raise self._error(f"tensor {name!r} is not part of a llama model; use its HF folder")
 
     def _heads_of(self, tensor: _Tensor) -> int | None:
-        """The head count of rows that llama.cpp permuted, None for all other tensors."""
+        """Return the number of heads of a tensor whose rows llama.cpp permutes, else None."""
         return self._heads.get(tensor.name.split(".")[-2])
 
     def keys(self) -> Sequence[str]:
         return list(self._tensors)
 
     def info(self, key: str) -> Info:
-        """(shape, dtype) of the array that `read` gives."""
+        """Return (shape, dtype) of the array that `read` returns."""
         tensor = self._tensors[key]
         return tensor.shape, TYPES[tensor.type][3]
 
     def read(self, key: str) -> np.ndarray:
-        """The tensor as transformers lays it out."""
+        """Return the tensor in the layout of transformers."""
         tensor = self._tensors[key]
         array = self._array(tensor)
         heads = self._heads_of(tensor)
         if heads is None:
             return array
-        # llama.cpp rotates neighbouring rows, transformers the two halves of a head.
+        # RoPE of llama.cpp rotates pairs of neighbouring rows, that of transformers pairs row i
+        # with row i + H / 2 of a head.
         pairs = array.reshape(heads, -1, 2, *array.shape[1:])
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
 
@@ -148,14 +149,14 @@ class GgufFile:
         return value
 
     def _decimal(self, name: str, default: float) -> float:
-        """The shortest decimal of a stored float32: 1e-05, not 9.999999747378752e-06."""
+        """Return the shortest decimal of a stored float32: 1e-05, not 9.999999747378752e-06."""
         value = self.metadata.get(f"llama.{name}", default)
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise self._error(f"llama.{name} is {value!r}; expected one positive number")
         return float(str(np.float32(value)))
 
     def config(self) -> dict[str, Any]:
-        """config.json in the spelling of transformers 4 and 5 at once."""
+        """Return config.json with the keys of both transformers 4 and 5."""
         width, heads = self._integer("embedding_length"), self._heads["attn_q"]
         head_dim = self._integer("attention.key_length", width // heads)
         if self._integer("rope.dimension_count", head_dim) != head_dim:
@@ -192,7 +193,7 @@ class GgufFile:
         }
 
     def _dtype(self) -> np.dtype:
-        """The dtype of most elements: norms stay float32 in half-precision files."""
+        """Return the dtype of most elements. Norms are float32 even in half-precision files."""
         sizes: dict[np.dtype, int] = {}
         for tensor in self._tensors.values():
             dtype = TYPES[tensor.type][3]
@@ -218,7 +219,10 @@ class GgufFile:
         raise self._error(f"rope scaling {kind!r}; expected none, linear or yarn")
 
     def _llama3_scaling(self, head_dim: int) -> dict[str, Any] | None:
-        """Llama 3.1 stores what its formula gave per frequency; finds the factor and checks it."""
+        """Return Llama 3.1's RoPE scaling, from the divisor that the file stores per frequency.
+
+        The other constants of the formula are assumed, and the stored values are checked by them.
+        """
         assert self._rope_factors is not None
         stored = self._array(self._rope_factors)
         factor, low, high, length = float(stored.max()), 1.0, 4.0, 8192
@@ -239,19 +243,20 @@ class GgufFile:
         }
 
     def side_files(self) -> dict[str, bytes]:
-        """Every file that save_pretrained would write beside the weights."""
+        """Return the files that save_pretrained writes beside the weights."""
         config = json.dumps(self.config(), indent=2) + "\n"
         length = self._integer("context_length")
         return {"config.json": config.encode(), **self.tokenizer.files(length)}
 
 
 class _Header:
-    """Reads the front of a GGUF file; every length is checked against the bytes that are left."""
+    """Reader of the header of a GGUF file. Every length is checked against the remaining bytes."""
 
     def __init__(self, path: Path, data: memoryview):
         self.path, self.data, self.at = path, data, 0
 
     def read(self) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+        """Return metadata and tensors by name. Raises: UserError for a damaged file."""
         if bytes(self.data[:4]) != b"GGUF":
             raise UserError(f"{self.path}: not a GGUF file; expected it to start with 'GGUF'")
         self.at = 4
@@ -321,10 +326,11 @@ class _Header:
 
 
 def dequantise(blocks: UInt8[np.ndarray, "N bytes"], kind: str) -> Float32[np.ndarray, "N 32"]:
-    """Decodes blocks of 32 weights: Q8_0, or Q4 and Q5 with scale only (_0) or scale and min (_1).
+    """Decode blocks of 32 weights: Q8_0, or Q4 and Q5 with scale only (_0) or scale and min (_1).
 
-    Layout as in ggml's block_q4_0 and its kin: half-precision scale, then min, the fifth bits, and
-    nibbles whose low halves are weights 0-15 and high halves 16-31.
+    A block [bytes] has a half-precision scale, the min (_1), the fifth bits (Q5), and 16 bytes
+    whose low nibbles are weights 0-15 and whose high nibbles are weights 16-31. Q8_0 has 32 int8.
+    Source: block_q4_0 and the other blocks of ggml.
     """
     scale = _half(blocks[:, :2])
     if kind == "Q8_0":

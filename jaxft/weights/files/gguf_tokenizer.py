@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, rebuilt as the files that transformers reads."""
+"""The tokenizer of a GGUF file, rebuilt as the files that transformers reads."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,8 @@ from jaxft.core.errors import UserError
 
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # tokenizer.ggml.token_type
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-# How text is cut before merging, by tokenizer.ggml.pre (src/llama-vocab.cpp of llama.cpp). Each
-# pattern cuts the pieces of the one before: without SmolLM's digit pattern "2023" stays whole.
+# Patterns that cut text before merging, by tokenizer.ggml.pre (llama.cpp, src/llama-vocab.cpp).
+# Each pattern cuts the pieces of the pattern before it: SmolLM's first cuts "2023" into digits.
 CUTS = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
     "gpt-2": (WORDS,),
@@ -34,7 +34,10 @@ ALIASES = {
 
 
 class GgufTokenizer:
-    """The `tokenizer.*` metadata of one file; raises UserError naming the file where it is bad."""
+    """The `tokenizer.*` metadata of one file.
+
+    Raises: UserError that names the file, for values that are missing or wrong.
+    """
 
     def __init__(self, path: Path, metadata: dict[str, Any]):
         self._path = path
@@ -54,14 +57,14 @@ class GgufTokenizer:
         return value
 
     def token_id(self, name: str) -> int | None:
-        """The id of `bos`, `eos`, `eot`, `eom`, `padding` or `unknown`; None where unset."""
+        """Return the id of `bos`, `eos`, `eot`, `eom`, `padding` or `unknown`, None where unset."""
         value, count = self._settings.get(f"{name}_token_id"), len(self._list("tokens", str))
         if value is not None and (type(value) is not int or not 0 <= value < count):
             raise self._error(f"{name}_token_id is {value!r}; expected a number below {count}")
         return value
 
     def files(self, context_length: int) -> dict[str, bytes]:
-        """tokenizer.json, its config, generation_config.json and chat_template.jinja (if any)."""
+        """Return tokenizer.json, its config, generation_config.json, and a chat template if any."""
         tokens = self._list("tokens", str)
         names = {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}
         ids = {short: self.token_id(name) for name, short in names.items()}
@@ -88,7 +91,10 @@ class GgufTokenizer:
         return {**files, "tokenizer_config.json": _json(settings)}
 
     def build(self) -> Tokenizer:
-        """The tokenizer; it adds BOS and EOS exactly when the file says so."""
+        """Return the tokenizer. It adds BOS and EOS by the file's flags.
+
+        Raises: UserError for a type of tokenizer that is not supported, and for a damaged one.
+        """
         kind, cut = self._settings.get("model"), str(self._settings.get("pre", "default"))
         cut = ALIASES.get(cut, cut)
         try:
@@ -105,7 +111,7 @@ class GgufTokenizer:
             raise
         except Exception as error:  # tokenizers raises nothing narrower
             raise self._error(f"its tokenizer is damaged ({error})") from error
-        # llama.cpp adds BOS for these two where the file does not say.
+        # llama.cpp adds BOS for these two types where the file has no flag.
         bos = self._settings.get("add_bos_token", kind == "llama" or cut == "llama-bpe")
         self._add_ends(tokenizer, bos, self._settings.get("add_eos_token", False))
         return tokenizer
@@ -118,7 +124,11 @@ class GgufTokenizer:
         return vocab
 
     def _sentencepiece(self) -> Tokenizer:
-        """SentencePiece joins the pair whose result scores best: as merges, best result first."""
+        """Return a BPE tokenizer equal to SentencePiece.
+
+        SentencePiece joins the pair whose result has the best score, so the merges are all pairs in
+        the order of their results' scores.
+        """
         vocab, scores = self._vocab(), self._list("scores", float)
         kinds = self._list("token_type", int)
         unknown = self._list("tokens", str)[self.token_id("unknown") or 0]

@@ -1,4 +1,4 @@
-"""Safetensors on disk: checked, one tensor in memory at a time, read and written in shards."""
+"""Safetensors files: checked, read and written in shards, with one tensor in memory at a time."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from jaxft.core.errors import UserError
 
 STEMS = ("model", "diffusion_pytorch_model")
 INDEX_SUFFIX = ".safetensors.index.json"
-LFS = b"version https://git-lfs"  # what git leaves in a file's place without its LFS extension
+LFS = b"version https://git-lfs"  # start of the pointer that git writes without its LFS extension
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHARD = r".+-\d+-of-\d+\.safetensors"
 MAX_HEADER_BYTES = 100_000_000
@@ -45,7 +45,7 @@ Info = tuple[tuple[int, ...], np.dtype]
 
 
 class Tensors(Protocol):
-    """A checkpoint under Hugging Face keys; `read` holds one tensor, never the whole."""
+    """A checkpoint under Hugging Face keys. `read` loads one tensor, never the whole file."""
 
     def keys(self) -> Sequence[str]: ...
     def info(self, key: str) -> Info: ...
@@ -53,7 +53,7 @@ class Tensors(Protocol):
 
 
 class _Place(NamedTuple):
-    """Where one tensor lies: absolute byte offset in its file."""
+    """The place of one tensor: its file and the absolute byte offset there."""
 
     file: Path
     shape: tuple[int, ...]
@@ -71,8 +71,8 @@ class TensorFiles:
     def open(cls, where: str | Path | Sequence[str | Path]) -> "TensorFiles":
         """Open a folder (single file or index), one file, an index, or a list of files.
 
-        Every file is checked whole before the first tensor is read. Raises UserError naming the
-        file for anything truncated, corrupt, ambiguous or pickled.
+        The headers of all files are checked before the first tensor is read.
+        Raises: UserError that names the file, if it is truncated, corrupt, ambiguous or pickled.
         """
         if not isinstance(where, str | Path):
             return cls(_merge([Path(file) for file in where]))
@@ -85,12 +85,15 @@ class TensorFiles:
         return list(self._places)
 
     def info(self, key: str) -> Info:
-        """(shape, dtype) from the header alone."""
+        """Return (shape, dtype) from the header alone."""
         place = self._places[key]
         return place.shape, place.dtype
 
     def read(self, key: str) -> np.ndarray:
-        """A fresh array of the tensor; plain reads, so that no mapped page counts as memory."""
+        """Return the tensor as a new array.
+
+        The file is read and not mapped, because mapped pages count as memory of the process.
+        """
         place = self._places[key]
         array = np.empty(place.shape, place.dtype)
         with place.file.open("rb") as file:
@@ -102,7 +105,7 @@ class TensorFiles:
 
 def _open_folder(folder: Path) -> dict[str, _Place]:
     for stem in STEMS:
-        # As transformers and diffusers do: a single file wins over an index left beside it.
+        # A single file is read before an index beside it, as transformers does.
         if (path := folder / f"{stem}.safetensors").exists():
             return _header(path)
         if (path := folder / f"{stem}{INDEX_SUFFIX}").exists():
@@ -125,7 +128,7 @@ def _open_folder(folder: Path) -> dict[str, _Place]:
 
 
 def _pickle_error(path: Path, what: Path) -> UserError:
-    """Return the error for a pickle, with the Python that converts `what`, or its pipeline."""
+    """Return the error for a pickle, with the Python code that converts `what`, or its pipeline."""
     folder = what if what.is_dir() else what.parent
     pipeline = (folder.parent / "model_index.json").is_file()
     what = folder.parent if pipeline else folder if "-of-" in what.name else what
@@ -138,7 +141,10 @@ def _pickle_error(path: Path, what: Path) -> UserError:
 
 
 def _merge(files: Sequence[Path], copies: bool = False) -> dict[str, _Place]:
-    """The tensors of all files; one that two of them hold is refused, or must be the same copy."""
+    """Return the tensors of all files.
+
+    Raises: UserError for a key in two files. If `copies`, only for one with different values.
+    """
     places: dict[str, _Place] = {}
     for file in files:
         for key, place in _header(file).items():
@@ -159,11 +165,11 @@ def _same(one: _Place, other: _Place) -> bool:
 
 
 def _open_index(index: Path) -> dict[str, _Place]:
-    """Read `*.safetensors.index.json` as transformers does: as a list of the shards to open.
+    """Read `*.safetensors.index.json` as a list of the shards to open, as transformers does.
 
-    The shards' own headers name the tensors, so that an index may be wrong about where a tensor
-    is. Shards that it does not list are of another save. Whoever reads the tensors checks that
-    none of a model's is missing.
+    The tensors are found by the shards' own headers, so the index may be wrong about the shard of a
+    tensor. Shards that it does not list belong to another save. A missing tensor is reported later,
+    when the checkpoint is matched with a model.
     """
     if index.stat().st_size > MAX_HEADER_BYTES:
         raise UserError(f"{index}: larger than {MAX_HEADER_BYTES} bytes, not a weight index")
@@ -188,7 +194,10 @@ def _open_index(index: Path) -> dict[str, _Place]:
 
 
 def _is_inside(folder: Path, name: str) -> bool:
-    """A file under the folder; links may lead only there, or into a hub cache's own blobs."""
+    """Return True for a file under the folder.
+
+    A link has to lead into the folder too, or into the `blobs` of the hub cache that it is in.
+    """
     path = PurePosixPath(name)
     if not path.parts or ".." in path.parts or path.is_absolute() or re.search(r"[\\\0]", name):
         return False
@@ -199,10 +208,10 @@ def _is_inside(folder: Path, name: str) -> bool:
 
 
 def _header(file: Path) -> dict[str, _Place]:
-    """Checks one file with the safetensors library, then reads where each tensor lies.
+    """Check one file with the safetensors library, then read the place of each tensor.
 
-    The library accepts two hostile cases, refused here: duplicate keys, and shapes whose product
-    is 0 but whose strides overflow.
+    Two malicious cases that the library accepts are refused here: duplicate keys, and shapes whose
+    product is 0 but whose strides overflow.
     """
     if file.suffix in PICKLES:
         raise _pickle_error(file, file)
@@ -264,11 +273,15 @@ def write_sharded(
 ) -> list[Path]:
     """Write `{stem}.safetensors`, or numbered shards and their index, as transformers names them.
 
-    `infos` (shape and dtype of every tensor) fixes the layout, so `tensors` may come in any order
-    and only one is held at a time. `metadata` joins {"format": "pt"} in every header. Returns the
-    weight files. Raises ValueError when a tensor is missing, repeated, unknown or not as announced.
-    The caller owns temporary names and renaming. Any process but the first takes the tensors,
-    which all may have to gather, and writes none.
+    `infos` (shape and dtype of every tensor) fixes the layout, so `tensors` may come in any order,
+    and only one is held at a time. `metadata` is added to {"format": "pt"} in every header. The
+    names are final: a caller that needs an atomic write passes a temporary folder and renames it.
+
+    Returns: the weight files.
+    Raises: ValueError for a tensor that is missing, repeated, unknown or not as in `infos`.
+
+    Processes other than the first write nothing. They still iterate over `tensors`, because making
+    one may gather an array from all processes.
     """
     shards = _split(infos, max_shard_bytes)
     files = [folder / f"{stem}.safetensors"]
@@ -294,7 +307,7 @@ def write_sharded(
             stream.write(array.reshape(-1).view(np.uint8).data)
     if places:
         raise ValueError(f"tensors never written: {_some(sorted(places))}")
-    for file in files:  # a rename must not reach the disk before the bytes
+    for file in files:  # the bytes must be on disk before a rename is
         with file.open("r+b") as stream:
             os.fsync(stream.fileno())
     if len(shards) > 1:
@@ -312,7 +325,7 @@ def _nbytes(info: Info) -> int:
 
 
 def _split(infos: Mapping[str, Info], max_shard_bytes: int) -> list[list[str]]:
-    """Fill shards in the given order; a tensor above the limit gets a shard of its own."""
+    """Fill shards in the given order. A tensor larger than the limit is alone in its shard."""
     shards: list[list[str]] = [[]]
     room = max_shard_bytes
     for key, info in infos.items():
@@ -328,7 +341,7 @@ def _split(infos: Mapping[str, Info], max_shard_bytes: int) -> list[list[str]]:
 def _write_header(
     file: Path, infos: Mapping[str, Info], metadata: Mapping[str, str]
 ) -> dict[str, _Place]:
-    """Write the header and reserve the data. Wide dtypes first keep every tensor aligned."""
+    """Write the header and reserve the data. Wide dtypes come first to keep all tensors aligned."""
     spans: dict[str, tuple[int, int]] = {}
     end = 0
     for key in sorted(infos, key=lambda key: -np.dtype(infos[key][1]).itemsize):

@@ -1,4 +1,4 @@
-"""diffusers folders: a pipeline's or one component's configs, weights and side files, both ways."""
+"""diffusers folders, read and written: configs, weights and side files of pipelines."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 COMPONENTS = ("unet", "vae", *TEXT_ENCODERS)
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
-LEGACY = "text_model."  # transformers 4 cannot read a CLIPTextModel whose keys lack it
+LEGACY = "text_model."  # transformers 4 cannot read a CLIPTextModel without this prefix in its keys
 BULKY = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5", ".safetensors")
 
 Files = dict[str, Path | bytes]
@@ -30,11 +30,11 @@ Files = dict[str, Path | bytes]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A pipeline as its owner left it; nothing here is renamed, converted or cast.
+    """A pipeline, before any renaming, conversion or cast.
 
-    `components` are the parts with weights that jaxft computes; a component's `side_files` are its
-    config.json and its weight files under their plain names. `files` maps relative paths to all
-    else that an export copies. `layout` is "diffusers", or "ldm" for a single file.
+    `components` are the parts with weights that jaxft computes. The `side_files` of a component are
+    its config.json and its weight files, named without a variant. `files` maps relative paths to
+    all other files that an export copies. `layout` is "diffusers", or the family of a single file.
     """
 
     name: str
@@ -47,11 +47,14 @@ class Pipeline:
 
     @property
     def family(self) -> str:
-        """ "sdxl" where the index names an SDXL pipeline, else "sd"."""
+        """The family by the index: "sdxl" for an SDXL pipeline, else "sd"."""
         return "sdxl" if "XL" in self.index.get("_class_name", "") else "sd"
 
     def tokenizer_dir(self, name: str = "tokenizer") -> Path:
-        """The folder of `tokenizer` or `tokenizer_2`, for AutoTokenizer.from_pretrained."""
+        """Return the folder of `tokenizer` or `tokenizer_2`, for AutoTokenizer.from_pretrained.
+
+        Raises: UserError if there is no tokenizer.
+        """
         if not {f"{name}/vocab.json", f"{name}/tokenizer.json"} & self.files.keys():
             raise UserError(
                 f"{self.folder / name}: no vocab.json or tokenizer.json; copy the folder {name}/ "
@@ -60,13 +63,13 @@ class Pipeline:
         return self.folder / name
 
     def projects(self, name: str) -> bool | None:
-        """Whether a text encoder is a CLIPTextModelWithProjection; None where the index is mum."""
+        """Return True if a text encoder's class has a projection, None if the index names none."""
         entry = self.index.get(name)
         return entry[1] == "CLIPTextModelWithProjection" if entry and entry[1] else None
 
 
 class Changes(NamedTuple):
-    """What training changed of a pipeline, for `pipeline_files`.
+    """The changes of a pipeline by training, for `pipeline_files`.
 
     rewritten: components whose weights the caller writes. scheduler and configs (by component):
     keys with their new values. files: further or replaced files by relative path.
@@ -84,9 +87,9 @@ UNCHANGED = Changes()
 def open_pipeline(spec: str, weights: bool = True) -> Pipeline:
     """Open a folder with model_index.json, a `pip:PACKAGE` that holds one, or a hub id.
 
-    A hub id may name a subfolder (org/name/sub). Where a plain weight file is absent, one of
-    VARIANTS (`*.fp16.safetensors`) is read. weights=False reads configs alone.
-    Raises UserError naming whatever is absent, unreachable or damaged.
+    A hub id may name a subfolder (org/name/sub). Where the plain weight file is absent, one of
+    VARIANTS (`*.fp16.safetensors`) is read. weights=False reads only configs.
+    Raises: UserError that names the file which is absent, unreachable or damaged.
     """
     folder = locate(spec, INDEX, weights)
     if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
@@ -114,9 +117,9 @@ def open_pipeline(spec: str, weights: bool = True) -> Pipeline:
 
 
 def open_component(spec: str, kind: str, weights: bool = True) -> Source:
-    """Open one component's own folder, or the subfolder `kind` ("vae") of a pipeline's.
+    """Open the folder of one component, or the subfolder `kind` ("vae") of a pipeline.
 
-    `spec` as in `open_pipeline`; the class is for the caller to check.
+    `spec` is as in `open_pipeline`. The caller checks the class.
     """
     folder = locate(spec, "config.json", weights)
     if (folder / kind / "config.json").is_file():
@@ -142,21 +145,22 @@ def _component(name: str, folder: Path, weights: bool) -> Source:
 def _open_weights(folder: Path, files: Files) -> Tensors:
     if not files:
         if any(path.suffix in PICKLES for path in folder.iterdir()):
-            return TensorFiles.open(folder)  # whose error tells how to convert them
+            return TensorFiles.open(folder)  # raises the error that explains how to convert them
         raise UserError(
             f"{folder}: found no {STEMS[0]}.safetensors or {STEMS[1]}.safetensors; give a "
             "folder saved by save_pretrained, with its weights"
         )
-    # As in diffusers and transformers, an index names shards and no more: all their tensors count.
+    # As in diffusers and transformers, an index only lists shards, and all their tensors count.
     shards = [path for path in files.values() if isinstance(path, Path) and path.suffix != ".json"]
     return widened(as_matrices(TensorFiles.open(shards)))
 
 
 def _weight_files(folder: Path, stems: Sequence[str] = STEMS) -> Files:
-    """Return the weights of a folder under the names without a variant, or nothing.
+    """Return the weight files of a folder, named without a variant. {} if there are none.
 
-    `stems` are the library's own name first: of two files with weights, it reads that one. Where
-    there are shards and a single file, diffusers reads the shards, transformers the single file.
+    `stems` begins with the name that the component's own library uses: the library reads this one
+    if both exist. Where there are shards and a single file, diffusers reads the shards, and
+    transformers the single file.
     """
     for stem in stems:
         for infix in VARIANTS:
@@ -196,13 +200,13 @@ def _sharded(index: Path, stem: str, dotted: str) -> Files:
 def _other_files(
     folder: Path, index: Mapping[str, Any], named: Iterable[str]
 ) -> dict[str, Path | bytes]:
-    """Everything that is no component: side files at the top, and the index's other folders."""
+    """Return all files outside of the components: side files, and other folders of the index."""
     found: Files = {
         path.name: path
         for path in sorted(folder.iterdir())
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in SIDE_FILES)
     }
-    found.pop("parity.json", None)  # speaks of these weights, not of what training makes of them
+    found.pop("parity.json", None)  # describes the original weights, wrong after training
     for key in sorted(set(index) - set(named)):
         if not _names(index, key) or not (folder / key).is_dir():
             if _names(index, key) and key not in OPTIONAL:
@@ -210,33 +214,36 @@ def _other_files(
             continue
         weights = _weight_files(folder / key)
         here = sorted(path for path in (folder / key).iterdir() if path.is_file())
-        small = {path.name: path for path in here if not weights or _is_small(path)}
+        small = {
+            path.name: path
+            for path in here
+            if not weights or (path.suffix not in BULKY and ".safetensors.index" not in path.name)
+        }
         found |= {f"{key}/{name}": content for name, content in (small | weights).items()}
     return found
 
 
-def _is_small(path: Path) -> bool:
-    return path.suffix not in BULKY and ".safetensors.index" not in path.name
-
-
 def _names(index: Mapping[str, Any], key: str) -> bool:
-    """Whether the index has a class for this key."""
+    """Return True if the index has a class for this key."""
     entry = index.get(key)
     return isinstance(entry, list) and len(entry) == 2 and bool(entry[1])
 
 
-# ---- giving it back ---------------------------------------------------------------------------
+# ---- writing ----------------------------------------------------------------------------------
 
 
 def part(pipeline: Pipeline, name: str, table: tuple, ignore: tuple[str, ...] = ()) -> Part:
-    """The Part of a component, prefix `name.`, folder `name`; `table` is its (rules, sizes)."""
+    """Return the Part of a component, prefix `name.`, folder `name`. `table` is (rules, sizes)."""
     source, (rules, sizes) = pipeline.components[name], table
     stem = STEMS[0] if name in TEXT_ENCODERS else STEMS[1]
     return Part(f"{name}.", source.name, source.tensors, rules, sizes, ignore, (), name, stem)
 
 
 def must_rewrite(pipeline: Pipeline) -> frozenset[str]:
-    """Untouched components whose files old packages cannot read, so that a copy would not do."""
+    """Return the components that an export cannot copy even if they did not change.
+
+    Old versions of diffusers and transformers cannot read their files.
+    """
     if pipeline.layout != "diffusers":
         return frozenset(pipeline.components)
     return frozenset(
@@ -253,7 +260,7 @@ def _lacks_prefix(tensors: Tensors | None) -> bool:
 
 
 def _lacks_format(source: Source) -> bool:
-    """Whether a weight file has no {"format": "pt"}, without which diffusers 0.31 fails."""
+    """Return True if a weight file has no {"format": "pt"}: diffusers 0.31 fails on it."""
     for path in source.side_files.values():
         if isinstance(path, Path) and path.suffix == ".safetensors":
             with safe_open(path, "np") as file:
@@ -279,7 +286,7 @@ class Renamed:
 
 
 def legacy_part(one: Part) -> Part:
-    """A Part whose text encoder has the keys of transformers 4, whoever saved it; others as is."""
+    """Return the Part of a text encoder with the keys of transformers 4. Others are unchanged."""
     if one.tensors is None or not _lacks_prefix(one.tensors):
         return one
     text = ("embeddings.", "encoder.", "final_layer_norm.")
@@ -288,10 +295,10 @@ def legacy_part(one: Part) -> Part:
 
 
 def pipeline_files(pipeline: Pipeline, changes: Changes = UNCHANGED) -> Files:
-    """All files of the exported folder but the weights that the caller writes, by relative path.
+    """Return all files of the exported folder by relative path, but those that the caller writes.
 
-    Configs, scheduler, tokenizers and untouched components are the source's own files (a Path);
-    bytes are what had to change. The caller's weights are `changes.rewritten` and `must_rewrite`.
+    The caller writes the weights of `changes.rewritten` and `must_rewrite`. A file of the source
+    that did not change is returned as its Path, a changed or new file as bytes.
     """
     rewritten = changes.rewritten | must_rewrite(pipeline)
     files = dict(pipeline.files)
@@ -308,7 +315,10 @@ def pipeline_files(pipeline: Pipeline, changes: Changes = UNCHANGED) -> Files:
         name = encoder.replace("text_encoder", "tokenizer")
         files |= _legacy_tokenizer(files, name)
         if f"{name}/vocab.json" in files:
-            files.setdefault(f"{name}/tokenizer_config.json", _tokenizer_config(pipeline, encoder))
+            # Without model_max_length the tokenizer neither pads nor truncates.
+            length = pipeline.components[encoder].config.get("max_position_embeddings", 77)
+            config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
+            files.setdefault(f"{name}/tokenizer_config.json", _dump(config))
     files.setdefault("README.md", _card(pipeline).encode())
     return files | dict(changes.files)
 
@@ -319,7 +329,10 @@ def _edited(content: Path | bytes | None, old: Mapping, new: Mapping[str, Any]) 
 
 
 def _index_bytes(pipeline: Pipeline, files: Mapping[str, Path | bytes]) -> Path | bytes:
-    """model_index.json naming only what is there: both generations fail on an absent folder."""
+    """Return model_index.json without components whose folders are absent.
+
+    diffusers fails on an absent folder, in old and new versions.
+    """
     index = dict(pipeline.index)
     present = {path.split("/")[0] for path in files if "/" in path} | pipeline.components.keys()
     for key in list(index):
@@ -331,7 +344,10 @@ def _index_bytes(pipeline: Pipeline, files: Mapping[str, Path | bytes]) -> Path 
 
 
 def _legacy_tokenizer(files: Mapping[str, Path | bytes], name: str) -> Files:
-    """vocab.json and merges.txt for transformers 4 where transformers 5 wrote tokenizer.json."""
+    """Return vocab.json and merges.txt, which transformers 4 needs, from a lone tokenizer.json.
+
+    transformers 5 saves only tokenizer.json. Raises: UserError if it is not a byte-pair model.
+    """
     whole = files.get(f"{name}/tokenizer.json")
     if not isinstance(whole, Path) or f"{name}/vocab.json" in files:
         return {}
@@ -343,12 +359,6 @@ def _legacy_tokenizer(files: Mapping[str, Path | bytes], name: str) -> Files:
     vocab = json.dumps(model["vocab"], ensure_ascii=False)
     made: Files = {f"{name}/vocab.json": vocab.encode(), f"{name}/merges.txt": merges.encode()}
     return made
-
-
-def _tokenizer_config(pipeline: Pipeline, encoder: str) -> bytes:
-    """The least that is needed: without a model_max_length nothing pads or truncates."""
-    length = pipeline.components[encoder].config.get("max_position_embeddings", 77)
-    return _dump({"tokenizer_class": "CLIPTokenizer", "model_max_length": length})
 
 
 def _card(pipeline: Pipeline) -> str:

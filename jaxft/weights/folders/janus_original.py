@@ -1,6 +1,6 @@
-"""Janus as DeepSeek names its tensors and config (MultiModalityCausalLM), and as transformers does.
+"""Janus between DeepSeek's names of tensors and config (MultiModalityCausalLM) and transformers'.
 
-The pairs are facts of transformers' conversion script for Janus.
+Source of the pairs: transformers' conversion script for Janus.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ ORIGINAL_TYPE, ORIGINAL_CLASS = "multi_modality", "MultiModalityCausalLM"
 _VQ, _GEN = "model.vqmodel.", "gen_vision_model."
 _VISION, _TOWER = "model.vision_model.", "vision_model.vision_tower."
 _LAYER, _BLOCK = _VISION + "encoder.layers.{m}.", _TOWER + "blocks.{m}."
-# From transformers' names to the original ones; the first that fits counts, either way.
+# From transformers' names to the original ones. The first rule that matches counts, either way.
 ORIGINAL_NAMES = (
     Rule("lm_head.weight", "language_model.lm_head.weight"),
     Rule("model.language_model.{p}", "language_model.model.{p}"),
@@ -51,7 +51,7 @@ BACK = tuple(
     Rule(rule.path, rule.key, " -> ".join(reversed(rule.layout.split(" -> "))))
     for rule in ORIGINAL_NAMES
 )
-# Where q, k and v are one tensor, in this order.
+# The original tower has q, k and v as one tensor, in this order.
 _NUMBER = {"m": r"(\d+)"}
 FUSED = re.compile(_LAYER.format(**_NUMBER) + r"self_attn\.([qkv])_proj\.(\w+)")
 FUSED_QKV = re.compile(_BLOCK.format(**_NUMBER) + r"attn\.qkv\.(\w+)")
@@ -60,7 +60,10 @@ DROPPED = re.compile(r"vision_model\.vision_tower\.attn_pool\..*|.*\.quantize\.c
 
 
 def transformers_keyed(tensors: Tensors, where: str) -> Relaid:
-    """An original checkpoint under transformers' keys and shapes."""
+    """Return an original checkpoint under transformers' keys and shapes.
+
+    Raises: UserError for a tensor that no rule matches.
+    """
     places: dict[str, Place] = {}
     for key in tensors.keys():  # noqa: SIM118 (a Tensors is no dict)
         if DROPPED.fullmatch(key):
@@ -77,23 +80,26 @@ def transformers_keyed(tensors: Tensors, where: str) -> Relaid:
 
 
 def original(made: Export) -> Export:
-    """An export under transformers' keys as DeepSeek's code reads it."""
-    return relaid(made, {key: _to_original(key) for key in made.infos})
-
-
-def _to_original(key: str) -> Place:
-    if match := FUSED.fullmatch(key):
-        name = f"{_BLOCK.format(m=match[1])}attn.qkv.{match[3]}"
-        return Place(name, third="qkv".index(match[2]))
-    name, layout = renamed(ORIGINAL_NAMES, key) or (key, "")
-    return Place(name, layout)
+    """Return an export under transformers' keys as one under DeepSeek's keys."""
+    places: dict[str, Place] = {}
+    for key in made.infos:
+        if match := FUSED.fullmatch(key):
+            name = f"{_BLOCK.format(m=match[1])}attn.qkv.{match[3]}"
+            places[key] = Place(name, third="qkv".index(match[2]))
+        else:
+            name, layout = renamed(ORIGINAL_NAMES, key) or (key, "")
+            places[key] = Place(name, layout)
+    return relaid(made, places)
 
 
 # ---- configs ----------------------------------------------------------------------------------
 
 
 def as_transformers(source: Source) -> Source:
-    """An original folder as transformers' would be; the tokenizer's files stay."""
+    """Return an original folder with transformers' config, keys and preprocessor config.
+
+    Raises: UserError for a config that is not supported.
+    """
     where = f"{source.name}/config.json"
     config = _transformers_config(source.config, where)
     files = {k: v for k, v in source.side_files.items() if not k.startswith("processor_config")}
@@ -142,7 +148,10 @@ def _transformers_config(config: Mapping[str, Any], where: str) -> dict[str, Any
 
 
 def _tower(params: Mapping[str, Any], where: str) -> tuple[int, dict[str, int]]:
-    """(patch size, other keys of vision_config) of the tower that the original code names."""
+    """Return (patch size, other keys of vision_config) of the vision tower.
+
+    The original config holds only the name of the tower. Raises: UserError for other towers.
+    """
     name = params.get("model_name", "siglip_large_patch16_384")
     if name != "siglip_large_patch16_384":
         raise UserError(
@@ -153,7 +162,7 @@ def _tower(params: Mapping[str, Any], where: str) -> tuple[int, dict[str, int]]:
 
 
 def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of transformers' layout as DeepSeek's code reads it."""
+    """Return DeepSeek's config.json for one of transformers."""
     text, vq = dict(config["text_config"]), {**_VQ_SIZES, **(config.get("vq_config") or {})}
     width, codes, dim = text.get("hidden_size", 4096), vq["num_embeddings"], vq["embed_dim"]
     side = (config.get("vision_config") or {}).get("image_size", 384)
@@ -186,9 +195,9 @@ _VQ_SIZES = {"num_embeddings": 16384, "embed_dim": 8}
 def original_files(
     files: Mapping[str, Path | bytes], config: Mapping[str, Any], conversation: str
 ) -> dict[str, Path | bytes]:
-    """What lies beside the weights: tokenizer and licence as they are, configs as DeepSeek's.
+    """Return the files beside the weights: tokenizer and licence unchanged, configs as DeepSeek's.
 
-    `conversation` is their name of the prompt's template.
+    `conversation` is DeepSeek's name of the prompt template.
     """
     own = ("config.json", "generation_config.json", "preprocessor_config.json")
     kept = {k: v for k, v in files.items() if k not in own and not k.startswith("processor_config")}

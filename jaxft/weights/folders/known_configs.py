@@ -1,4 +1,4 @@
-"""What the published SD 1.5, SD 2.1 and SDXL folders say, for single files, which say nothing."""
+"""The configs of the published SD 1.5, SD 2.1 and SDXL folders, for single files without any."""
 
 from typing import Any
 

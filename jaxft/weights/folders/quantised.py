@@ -1,4 +1,4 @@
-"""Refusal of checkpoints whose weights are quantised, in one line that names the method."""
+"""Refusal of checkpoints whose weights are quantised. The error names the method."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxft.core.errors import UserError
 
-# Names of tensors that a method leaves beside its weights, for folders whose config.json has none.
+# Names of tensors that a method saves beside its weights. Some folders have no other sign of it.
 MARKS = (
     (r".*\.(absmax|nested_absmax|quant_map|quant_state\..+|SCB|weight_format)", "bitsandbytes"),
     (r".*\.(qweight|qzeros|g_idx)", "gptq or awq"),
@@ -38,7 +38,8 @@ def refuse_tensors(names: Iterable[str], where: str) -> None:
 def _method(stated: Any) -> str:
     if not isinstance(stated, dict):
         return str(stated)
-    bits = any(stated.get(f"load_in_{n}bit") for n in (4, 8))  # written before there was a name
+    # Old configs have no quant_method.
+    bits = any(stated.get(f"load_in_{n}bit") for n in (4, 8))
     return str(stated.get("quant_method") or ("bitsandbytes" if bits else "unknown"))
 
 

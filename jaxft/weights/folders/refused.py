@@ -1,4 +1,4 @@
-"""Pipelines and single files that jaxft cannot train: each is refused by its own name."""
+"""Refusal of pipelines and single files that jaxft cannot train. The error names the model."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -8,9 +8,9 @@ from typing import Any
 from jaxft.core.errors import UserError
 
 GIVE = "give a Stable Diffusion 1.x, 2.x or XL model"
-# Models by the beginning of their transformer's class.
+# Models by the start of the class name of their transformer.
 TRANSFORMERS = {"Flux": "FLUX", "SD3": "Stable Diffusion 3", "Chroma": "Chroma"}
-# Pipelines with a UNet of another kind, by a part of their class.
+# Pipelines with a UNet of another kind, by a part of their class name.
 UNETS = {
     "Upscale": "an upscaler, whose UNet takes a low-resolution picture and its noise level",
     "Depth2Img": "a depth-to-image model, whose UNet takes a depth map",
@@ -41,10 +41,11 @@ REFUSED_KEYS = {
 def check_index(index: Mapping[str, Any], where: Path) -> None:
     """Raise UserError for a model_index.json of a pipeline that jaxft cannot train.
 
-    The error names the model, says why, and says which folder to give instead.
+    The error names the model, the reason, and the model to give instead.
     """
     name = index.get("_class_name", "")
-    classes = {key: entry[1] for key, entry in index.items() if _names_class(entry)}
+    pairs = {key: e for key, e in index.items() if isinstance(e, list) and len(e) == 2}
+    classes = {key: cls for key, (_, cls) in pairs.items() if isinstance(cls, str)}
     if "unet" not in classes and (found := classes.get("transformer")):
         model = next((m for start, m in TRANSFORMERS.items() if found.startswith(start)), found)
         raise UserError(
@@ -74,12 +75,7 @@ def check_index(index: Mapping[str, Any], where: Path) -> None:
 
 
 def check_keys(names: Collection[str], path: Path) -> None:
-    """Raise UserError for a single file whose keys are of another model than jaxft trains."""
+    """Raise UserError for a single file whose keys belong to a model that jaxft cannot train."""
     for pattern, kind in REFUSED_KEYS.items():
         if any(re.fullmatch(pattern, name) for name in names):
             raise UserError(f"{path}: this is {kind}")
-
-
-def _names_class(entry: Any) -> bool:
-    """Return whether an entry of the index is a pair of library and class, and not of nulls."""
-    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)

@@ -1,4 +1,4 @@
-"""Single files in LDM's layout (SD 1.x, 2.x, SDXL): seen under diffusers' keys, and written."""
+"""Single files in LDM's layout (SD 1.x, 2.x, SDXL): read under diffusers' keys, and written."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from jaxft.weights.relaid import Place, Relaid, relaid, widened
 from jaxft.weights.transfer import Export
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
-TEXT_PREFIXES = {  # the prefixes that tell the families apart
+TEXT_PREFIXES = {  # each family has its own
     "sd1": {"text_encoder": "cond_stage_model.transformer."},
     "sd2": {"text_encoder": "cond_stage_model.model."},
     "sdxl": {
@@ -30,15 +30,16 @@ TEXT_PREFIXES = {  # the prefixes that tell the families apart
         "text_encoder_2": "conditioner.embedders.1.model.",
     },
 }
-V_PRED, ZTSNR = "v_pred", "ztsnr"  # empty tensors by which UIs know v-prediction files
+V_PRED, ZTSNR = "v_pred", "ztsnr"  # empty tensors by which UIs recognise v-prediction files
 
 
 class LDMLayout(NamedTuple):
-    """How LDM spells one component.
+    """Keys and shapes of one component in LDM's layout.
 
-    prefix: of its keys. names: module (or tensor) by diffusers' name to LDM's; the longest that
-    begins a key counts. arrows: tensor by diffusers' name to its layout, LDM -> diffusers. fused:
-    q, k and v are one in_proj. ignore: a regex of keys, on either side, that make nothing.
+    prefix: the beginning of its keys. names: diffusers' names of modules or tensors to LDM's. The
+    longest name that begins a key counts. arrows: diffusers' names of tensors to their layouts,
+    LDM -> diffusers. fused: q, k and v are one in_proj. ignore: a regex of keys, on either side,
+    that fill no parameter.
     """
 
     prefix: str
@@ -49,7 +50,7 @@ class LDMLayout(NamedTuple):
 
 
 def as_diffusers(tensors: Tensors, layout: LDMLayout) -> Relaid:
-    """One component of a single file under diffusers' keys and shapes."""
+    """Return one component of a single file under diffusers' keys and shapes."""
     back = {ldm: name for name, ldm in layout.names.items()}
     places: dict[str, Place] = {}
     for key in tensors.keys():  # noqa: SIM118 (a Tensors is no dict)
@@ -59,20 +60,18 @@ def as_diffusers(tensors: Tensors, layout: LDMLayout) -> Relaid:
         name = renamed(inner, back)
         match = re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name) if layout.fused else None
         if match is None:
-            places[name] = Place(key, _fitted(layout.arrows.get(name, ""), tensors.info(key)[0]))
+            arrow, shape = layout.arrows.get(name, ""), tensors.info(key)[0]
+            # Some tools store attention as matrices already.
+            is_matrix = arrow.startswith("o i 1 1") and len(shape) == 2
+            places[name] = Place(key, "" if is_matrix else arrow)
             continue
         for third, letter in enumerate("qkv"):
             places[f"{match[1]}.{letter}_proj.{match[2]}"] = Place(key, third=third)
     return Relaid(tensors, places)
 
 
-def _fitted(arrow: str, shape: Sequence[int]) -> str:
-    """Return the layout, or none for attention that a tool stored as matrices already."""
-    return "" if arrow.startswith("o i 1 1") and len(shape) == 2 else arrow
-
-
 def renamed(key: str, names: Mapping[str, str]) -> str:
-    """The key with its longest known beginning (of whole dotted parts) replaced."""
+    """Return the key with its longest known beginning (of whole dotted parts) replaced."""
     parts = key.split(".")
     for n in range(len(parts), 0, -1):
         if (new := names.get(".".join(parts[:n]))) is not None:
@@ -84,12 +83,13 @@ def renamed(key: str, names: Mapping[str, str]) -> str:
 
 
 def open_single_file(spec: str, weights: bool = True, prediction: str | None = None) -> Pipeline:
-    """A .safetensors of SD 1.x, 2.x or SDXL; its components' tensors are the file's, unrenamed.
+    """Open a .safetensors file of SD 1.x, 2.x or SDXL.
 
-    Configs are those of a model_index.json beside the file, else the published ones that fit its
-    shapes. Tokenizers lie beside the file, in tokenizer/ (and tokenizer_2/). `prediction`
-    ("epsilon", "v_prediction") is for SD 2 files, which do not say it. `models.pipelines.ldm` gives
-    the components diffusers' keys.
+    Each component has all tensors of the file, under the file's keys: `models.pipelines.ldm` gives
+    them diffusers' keys. The configs are those of a model_index.json beside the file, else the
+    published ones. The tokenizers are beside the file, in tokenizer/ (and tokenizer_2/).
+    `prediction` ("epsilon", "v_prediction") is for SD 2 files, which mostly have no sign of it.
+    Raises: UserError for other files, and for a prediction that is missing or contradicted.
     """
     path = Path(spec).expanduser()
     if not path.is_file():
@@ -127,7 +127,7 @@ def open_single_file(spec: str, weights: bool = True, prediction: str | None = N
 
 
 def family(tensors: Tensors, path: Path) -> str:
-    """Which of TEXT's layouts a file has, "sd1", "sd2" or "sdxl"."""
+    """Return the family of a file by its keys: "sd1", "sd2" or "sdxl"."""
     names = tensors.keys()
     for kind, prefixes in TEXT_PREFIXES.items():
         if all(
@@ -143,7 +143,7 @@ def family(tensors: Tensors, path: Path) -> str:
 
 
 def _published(tensors: Tensors, kind: str, path: Path) -> dict[str, dict[str, Any]]:
-    """The published configs, with the file's own input channels and vocabulary."""
+    """Return the published configs, with the input channels and vocabulary size of the file."""
     width, channels = tensors.info(f"{UNET_PREFIX}input_blocks.0.0.weight")[0][:2]
     if width != 320:
         raise UserError(
@@ -160,10 +160,10 @@ def _published(tensors: Tensors, kind: str, path: Path) -> dict[str, dict[str, A
 
 
 def published_index(kind: str, channels: int) -> dict[str, Any]:
-    """model_index.json of a family, with diffusers' class for a UNet of so many input channels."""
+    """Return a family's model_index.json, with the pipeline class for a UNet's input channels."""
     index = known.KNOWN_INDEXES[kind]
-    sees = {8: "InstructPix2Pix", 9: "Inpaint"}.get(channels, "")
-    return {**index, "_class_name": index["_class_name"].replace("Pipeline", f"{sees}Pipeline")}
+    variant = {8: "InstructPix2Pix", 9: "Inpaint"}.get(channels, "")
+    return {**index, "_class_name": index["_class_name"].replace("Pipeline", f"{variant}Pipeline")}
 
 
 def _beside(folder: Path) -> dict[str, Path]:
@@ -179,7 +179,10 @@ def _scheduler(folder: Path, kind: str) -> dict[str, Any]:
 def _prediction(
     path: Path, tensors: Tensors, kind: str, scheduler: Mapping, given: str | None
 ) -> dict[str, Any]:
-    """What the file says of its schedule: by marker tensors, modelspec, or not at all."""
+    """Return the scheduler's keys that follow from marker tensors, modelspec and `given`.
+
+    Raises: UserError if there is no prediction type, or if `given` contradicts the file.
+    """
     with safe_open(path, "np") as file:
         stated = (file.metadata() or {}).get("modelspec.prediction_type", "")
     names = set(tensors.keys())
@@ -192,14 +195,14 @@ def _prediction(
         found |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if given == "epsilon" and {**scheduler, **found}.get("prediction_type") == "v_prediction":
         raise UserError(
-            f"prediction='epsilon', but {path} says v_prediction, which is what its UNet has"
-            " learned; leave prediction empty"
+            f"prediction='epsilon', but {path} has v_prediction, by which its UNet was trained;"
+            " leave prediction empty"
         )
     if given:
         found["prediction_type"] = given
     if "prediction_type" not in {**scheduler, **found}:
         raise UserError(
-            f"{path}: SD 2 files do not say whether they predict epsilon or v; set "
+            f"{path}: this SD 2 file has no key for its prediction, epsilon or v; set "
             "prediction=v_prediction (768 px models) or prediction=epsilon (the base model)"
         )
     return found
@@ -230,7 +233,7 @@ def write(
 
 
 def to_ldm(export: Export, layout: LDMLayout) -> Export:
-    """A component's export under LDM's keys and shapes."""
+    """Return a component's export under LDM's keys and shapes."""
     kept = (key for key in export.infos if not re.fullmatch(layout.ignore, key))
     return relaid(export, {key: _to_ldm(key, layout) for key in kept})
 
@@ -247,7 +250,10 @@ def _to_ldm(key: str, layout: LDMLayout) -> Place:
 
 
 def markers(scheduler: Mapping[str, Any]) -> tuple[str, ...]:
-    """The marker tensors of a schedule; UIs read a file without them as epsilon-prediction."""
+    """Return the names of a schedule's marker tensors.
+
+    UIs read a file without them as epsilon-prediction.
+    """
     v = scheduler.get("prediction_type") == "v_prediction"
     return ((V_PRED,) if v else ()) + ((ZTSNR,) if scheduler.get("rescale_betas_zero_snr") else ())
 
@@ -262,7 +268,7 @@ ARCHITECTURES = {
 def modelspec(
     kind: str, title: str, resolution: int, scheduler: Mapping[str, Any], adapter: str = ""
 ) -> dict[str, str]:
-    """Metadata by Stability's model specification 1.0; `adapter` is "lora" or nothing."""
+    """Return metadata by Stability's model specification 1.0. `adapter` is "lora" or ""."""
     v = scheduler.get("prediction_type") == "v_prediction"
     name = ARCHITECTURES[kind]
     if kind == "sd2":

@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face folder, a file, an installed package or the hub."""
+"""The source of a model: a Hugging Face folder, a file, an installed package or the hub."""
 
 import atexit
 import importlib.util
@@ -20,7 +20,7 @@ from jaxft.weights.files.gguf import GgufFile
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
 from jaxft.weights.folders import quantised
 
-# What belongs to a model besides its weights: configs, tokenizer, chat template, licence, card.
+# Files of a model besides its weights: configs, tokenizer, chat template, licence, model card.
 CONFIGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 SIDE_FILES = (*CONFIGS, "LICENSE*", "LICENCE*", "NOTICE*", "README*", "USE_POLICY*")
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"}
@@ -29,11 +29,11 @@ HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"  # of causal languag
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder or file as its owner left it, without renaming, converting or casting.
+    """A model's folder or file, before any renaming, conversion or cast.
 
-    `side_files` maps a file name to where it lies (or to its bytes, when it came out of a GGUF):
-    everything that an export copies verbatim, config.json included. `tensors` is None when the
-    weights were not asked for.
+    `side_files` maps the name of a file to its path (for a GGUF, to its bytes). An export copies
+    these files unchanged. config.json is one of them. `tensors` is None if the weights were not
+    requested.
     """
 
     name: str
@@ -41,11 +41,11 @@ class Source:
     tensors: Tensors | None
     side_files: Mapping[str, Path | bytes]
     folder: Path | None = None
-    tokenizer: Path | None = None  # a folder, where the tokenizer is another one's (an adapter's)
+    tokenizer: Path | None = None  # the folder of a tokenizer that replaces the model's
 
     @property
     def dtype(self) -> str:
-        """The name of the dtype that config.json states, else that of most of the weights."""
+        """The name of the dtype in config.json, else that of most of the weights."""
         stated = config_dtype(self.config)
         if stated or self.tensors is None:
             return stated or "float32"
@@ -56,15 +56,18 @@ class Source:
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        """generation_config.json, or nothing where there is none or it cannot be read."""
+        """The content of generation_config.json, {} where it is absent or cannot be read."""
         content = self.side_files.get("generation_config.json", b"{}")
         try:
             return json.loads(content if isinstance(content, bytes) else content.read_bytes())
         except (OSError, ValueError):
-            return {}  # an export copies it as it is; it must never stop one
+            return {}  # an export copies the file unchanged, so a damaged file must not stop it
 
     def tokenizer_dir(self) -> Path:
-        """A folder for AutoTokenizer.from_pretrained; a temporary one for what is in no folder."""
+        """Return a folder for AutoTokenizer.from_pretrained, for a GGUF a temporary one.
+
+        Raises: UserError if there is no tokenizer.
+        """
         if not TOKENIZER_FILES & self.side_files.keys():
             raise UserError(
                 f"{self.name}: no tokenizer beside the weights; copy tokenizer.json and "
@@ -81,16 +84,17 @@ class Source:
 
 
 def config_dtype(config: Mapping[str, Any]) -> str | None:
-    """The dtype named by config.json: `dtype` since transformers 5, `torch_dtype` before."""
+    """Return the dtype in config.json: `dtype` since transformers 5, `torch_dtype` before."""
     name = config.get("dtype") or config.get("torch_dtype")
     return name.removeprefix("torch.") if isinstance(name, str) else None
 
 
 def export_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """config.json for an export: every field as it was, plus the other generation's dialect.
+    """Return config.json for an export: all fields, plus the keys of the other transformers.
 
     transformers 4 reads rope_theta, rope_scaling and torch_dtype, transformers 5 rope_parameters
-    and dtype; each silently takes its default where its own key is absent. `dtype` None keeps it.
+    and dtype. Each silently uses its default where its own key is absent. `dtype` None keeps the
+    dtype of the source.
     """
     out = {key: value for key, value in config.items() if key != "transformers_weights"}
     rope, theta = config.get("rope_parameters"), config.get("rope_theta")
@@ -108,11 +112,12 @@ def export_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any
 
 
 def open_source(spec: str, weights: bool = True) -> Source:
-    """Open a folder, a .safetensors beside config.json, a .gguf, or what else names a model.
+    """Open a model.
 
-    That is `pip:PACKAGE`, `demo:NAME`, or a hub id `org/name`.
-    A path that exists never touches the network. With `weights=False` none are read or downloaded.
-    Raises UserError for whatever is absent, unreachable or damaged.
+    `spec` is a folder, a .safetensors beside config.json, a .gguf, `pip:PACKAGE`, `demo:NAME` or a
+    hub id `org/name`. A path that exists needs no network. With `weights=False` no weights are read
+    or downloaded.
+    Raises: UserError for a model that is absent, unreachable or damaged.
     """
     if spec.startswith("pip:"):
         return _open_path(spec, _in_package(spec.removeprefix("pip:")), weights)
@@ -144,7 +149,7 @@ def _open_path(name: str, path: Path, weights: bool) -> Source:
 
 
 def _stated_file(config: Mapping[str, Any]) -> str:
-    """The weight file or index that config.json names for transformers, else the folder itself."""
+    """Return the weight file or index that config.json names for transformers, else "."."""
     name = config.get("transformers_weights") or "."
     if name != "." and not re.fullmatch(r"[\w-][\w.-]*\.safetensors(\.index\.json)?", str(name)):
         raise UserError(
@@ -171,13 +176,13 @@ def _side_files(folder: Path) -> dict[str, Path | bytes]:
     return {
         name: path
         for name, path in sorted(found.items())
-        # parity.json is about the original weights, and would be wrong after training.
+        # parity.json describes the original weights, and would be wrong after training.
         if path.is_file() and not name.endswith(".index.json") and name != "parity.json"
     }
 
 
 def _in_package(package: str) -> Path:
-    """The one model of an installed package, found without importing the package."""
+    """Return the only model of an installed package. The package is not imported."""
     name = re.sub(r"[-.]", "_", package)
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None:

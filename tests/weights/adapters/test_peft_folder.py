@@ -236,14 +236,14 @@ def test_t22_t23_what_plain_lora_does_not_cover_is_refused(plain, tmp_path, chan
 @pytest.mark.parametrize("key", ["r", "lora_alpha", "base_model_name_or_path"])
 @pytest.mark.parametrize("value", ["gone", None])
 def test_an_incomplete_adapter_config_names_the_key(plain, tmp_path, key, value):
-    with pytest.raises(UserError, match=rf"adapter_config\.json does not say {key}"):
+    with pytest.raises(UserError, match=rf"adapter_config\.json has no {key}"):
         peft_folder.read(rewritten(plain, tmp_path, {key: value}))
 
 
 @pytest.mark.parametrize(
     ("base", "words"),
     [
-        (None, ["does not say base_model_name_or_path", "model=MODEL", "lora.from=FOLDER"]),
+        (None, ["has no base_model_name_or_path", "model=MODEL", "lora.from=FOLDER"]),
         ("nobody/model", ["base_model_name_or_path='nobody/model' does not open", "lora.from"]),
         ("unsloth/llama-3-8b-bnb-4bit", ["does not open", "QLoRA", "lora.from"]),
     ],

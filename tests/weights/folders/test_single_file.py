@@ -91,11 +91,11 @@ def test_markers_say_the_prediction(tmp_path, kind):
     scheduler = open_single_file(marked).scheduler
     assert V_ZERO.items() <= scheduler.items() and scheduler["timestep_spacing"] == "trailing"
     assert set(markers(scheduler)) == {"v_pred", "ztsnr"}
-    with pytest.raises(UserError, match=r"='epsilon', but .*v\.safetensors says v_prediction"):
+    with pytest.raises(UserError, match=r"='epsilon', but .*v\.safetensors has v_prediction"):
         open_single_file(marked, prediction="epsilon")
     plain = fake(tmp_path / "e.safetensors", kind)
     if kind == "sd2":
-        with pytest.raises(UserError, match=r"e\.safetensors: SD 2 files do not say .* or v"):
+        with pytest.raises(UserError, match=r"e\.safetensors: this SD 2 file has no key .* or v"):
             open_single_file(plain)
     else:
         assert open_single_file(plain).scheduler["prediction_type"] == "epsilon"
