@@ -16,7 +16,7 @@ from jaxft.core.errors import UserError
 from jaxft.runs.opening import Run
 from jaxft.runs.restoring import restore_run, step_option
 from jaxft.tasks import Job
-from jaxft.weights.graft import Grafted
+from jaxft.weights.views import Grafted
 
 
 def main(argv: list[str] | None = None) -> int:

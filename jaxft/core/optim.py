@@ -104,10 +104,10 @@ def _clipped(clip: float, leaves: Mapping[str, Leaf]) -> optax.GradientTransform
 
     def update(grads: Any, params: Any = None) -> Any:
         del params
-        players = ({}, {})
-        for path, grad in grads.items():
-            players[leaves[path].role == ADVERSARY_ROLE][path] = grad
-        shares: list[Any] = [one.update(p, optax.EmptyState())[0] for p in players if p]
+        adversary = {path: g for path, g in grads.items() if leaves[path].role == ADVERSARY_ROLE}
+        model = {path: grad for path, grad in grads.items() if path not in adversary}
+        players = filter(None, (model, adversary))
+        shares: list[Any] = [one.update(p, optax.EmptyState())[0] for p in players]
         return {path: grad for share in shares for path, grad in share.items()}
 
     return optax.stateless(update)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import zip_longest
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import attention
 from jaxft.models.autoencoders.vae_config import VAEConfig
+from jaxft.models.autoencoders.vq_config import VQConfig
 from jaxft.models.registry import Architecture
 from jaxft.nn.conv import (
     BOTTOM_RIGHT,
@@ -29,33 +30,9 @@ from jaxft.weights.rules import Rule
 VAE_EPS = 1e-6  # of every norm. No config.json has it
 
 
-class Levels(Protocol):
-    """The sizes of an encoder and its decoder: a part of the configs of VAEs and VQ tokenizers.
-
-    `down_attends` and `up_attends` mark, in the order of the blocks, those with attention after
-    each resnet. `moments` is the number of channels of the encoder's output.
-    """
-
-    @property
-    def in_channels(self) -> int: ...
-    @property
-    def out_channels(self) -> int: ...
-    @property
-    def latent_channels(self) -> int: ...
-    @property
-    def moments(self) -> int: ...
-    @property
-    def widths(self) -> tuple[int, ...]: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def groups(self) -> int: ...
-    @property
-    def mid_attention(self) -> bool: ...
-    @property
-    def down_attends(self) -> tuple[bool, ...]: ...
-    @property
-    def up_attends(self) -> tuple[bool, ...]: ...
+# The sizes of an encoder and its decoder. `down_attends` and `up_attends` mark, in the order of the
+# blocks, those with attention after each resnet. `moments` counts the channels of the encoder.
+Levels = VAEConfig | VQConfig
 
 
 class Moments(NamedTuple):

@@ -51,12 +51,10 @@ DIFFUSERS_DEFAULTS: dict[str, Any] = {
 }
 # Keys that may be null although their default is another value, with what null means in diffusers.
 NULLS = {"mid_block_add_attention": False}
-ATTENDS = {
-    "DownEncoderBlock2D": False,
-    "AttnDownEncoderBlock2D": True,
-    "UpDecoderBlock2D": False,
-    "AttnUpDecoderBlock2D": True,
-}
+# The class names of blocks without attention, and with it.
+DOWN_BLOCKS = {False: "DownEncoderBlock2D", True: "AttnDownEncoderBlock2D"}
+UP_BLOCKS = {False: "UpDecoderBlock2D", True: "AttnUpDecoderBlock2D"}
+ATTENDS = {name: attends for table in (DOWN_BLOCKS, UP_BLOCKS) for attends, name in table.items()}
 
 
 @dataclass(frozen=True)
@@ -248,8 +246,8 @@ def _to_diffusers(cfg: VQConfig) -> dict[str, Any]:
         "_class_name": DIFFUSERS,
         "in_channels": cfg.in_channels,
         "out_channels": cfg.out_channels,
-        "down_block_types": [f"{'Attn' * one}DownEncoderBlock2D" for one in cfg.down_attends],
-        "up_block_types": [f"{'Attn' * one}UpDecoderBlock2D" for one in cfg.up_attends],
+        "down_block_types": [DOWN_BLOCKS[attends] for attends in cfg.down_attends],
+        "up_block_types": [UP_BLOCKS[attends] for attends in cfg.up_attends],
         "block_out_channels": list(cfg.widths),
         "layers_per_block": cfg.layers,
         "act_fn": "silu",

@@ -174,7 +174,8 @@ def _vgg_rules(stem: str) -> tuple[Rule, ...]:
     """
     rules, layer, conv = [], 0, 0
     for k, widths in enumerate(SLICES):
-        layer += k > 0  # the pooling
+        if k > 0:
+            layer += 1  # the pooling
         for _ in widths:
             theirs = f"{stem.format(slice=k + 1)}.{layer}"
             rules.append(Rule(f"{theirs}.weight", f"convs.{conv}.kernel", "o i y x -> y x i o"))

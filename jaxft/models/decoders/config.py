@@ -151,7 +151,7 @@ def _check(name: str, value: Any, key: Key) -> None:
 def _fits(value: Any, values: str) -> bool:
     # type() and not isinstance, because True is an int in Python.
     if values in (SIZE, COUNT):
-        return type(value) is int and value >= (values == SIZE)  # at least 1 or 0
+        return type(value) is int and value >= (1 if values == SIZE else 0)
     if values == NUMBER:
         return type(value) in (int, float) and 0 <= value < math.inf
     if values == FLAG:

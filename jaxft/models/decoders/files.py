@@ -11,8 +11,8 @@ from jaxft.core.errors import UserError
 from jaxft.models import registry
 from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.folders.transformers import HEAD, TABLE, Source, open_source
-from jaxft.weights.relaid import Place, Relaid
 from jaxft.weights.rules import renamed
+from jaxft.weights.views import Place, Relaid
 
 PREFIX = "model."  # base_model_prefix of the causal language models, and of Janus
 

@@ -98,7 +98,7 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
     act, rotary = activation(c), _rotary(c)
     # By default all layers of Mistral and Ministral slide. In SmolLM 3 the layers without rope do,
     # if use_sliding_window is set.
-    sliding = (kind != "llama",) * len(rotary)
+    sliding = tuple(kind != "llama" for _ in rotary)
     if kind == "smollm3":
         sliding = tuple(c["use_sliding_window"] and not rotates for rotates in rotary)
     windows = layer_windows(c, c.get("sliding_window"), sliding)

@@ -205,7 +205,9 @@ class StableDiffusion(nnx.Module):
 
 def drop_captions(text: Text, null: Text, dropped: Array) -> Text:
     """Return captions, with `null` (of one row or B rows) in the rows where `dropped` [B]."""
-    context = jnp.where(dropped[:, None, None], null.context.astype(text.context.dtype), text[0])
+    context = jnp.where(
+        dropped[:, None, None], null.context.astype(text.context.dtype), text.context
+    )
     if text.pooled is None or null.pooled is None:
         return Text(context, None)
     pooled = jnp.where(dropped[:, None], null.pooled.astype(text.pooled.dtype), text.pooled)

@@ -22,10 +22,10 @@ from jaxft.tasks.image_tokens.options import ImageTokenOptions
 from jaxft.tasks.image_tokens.tokenizer import ImageTokenizer, unit_rows
 from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.folders import janus_original as janus_layout
-from jaxft.weights.folders.diffusers import Renamed, open_component
+from jaxft.weights.folders.diffusers import open_component
 from jaxft.weights.folders.transformers import HEAD, Source, export_config
-from jaxft.weights.patch import Overlaid
 from jaxft.weights.transfer import Part
+from jaxft.weights.views import Overlaid, Renamed
 
 # Templates of the releases: of Janus-Pro, whose tokenizer has the roles, and of Janus 1.3B.
 PRO, OLD = f"<|User|>: {CAPTION}\n\n<|Assistant|>:", f"User: {CAPTION}\n\nAssistant:"

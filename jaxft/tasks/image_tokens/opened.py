@@ -37,8 +37,8 @@ from jaxft.tasks.image_tokens.tokenizer import ImageTokenizer, open_tokenizer
 from jaxft.weights.adapters import peft, peft_folder
 from jaxft.weights.adapters.peft_folder import GIVE_BASE, PeftAdapter, is_adapter
 from jaxft.weights.folders.transformers import HEAD, TABLE, Source, export_config, open_source
-from jaxft.weights.graft import Grafted
 from jaxft.weights.transfer import Part
+from jaxft.weights.views import Grafted
 
 TABLES = (TABLE, HEAD)  # a row an id
 

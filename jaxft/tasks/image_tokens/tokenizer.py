@@ -25,11 +25,11 @@ from jaxft.tasks.common.encoded import fingerprint
 from jaxft.tasks.common.image_metrics import psnr, ssim
 from jaxft.weights import transfer
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors, write_sharded
-from jaxft.weights.folders.diffusers import Renamed, open_component
+from jaxft.weights.folders.diffusers import open_component
 from jaxft.weights.folders.transformers import SIDE_FILES, Source
-from jaxft.weights.patch import Mapped
 from jaxft.weights.rules import Rule, renamed
 from jaxft.weights.transfer import Part
+from jaxft.weights.views import Mapped, Renamed
 
 CODED_TOGETHER = 16  # pictures that are encoded or decoded together
 FINDS = ("encoder.", "quant_conv.", "quantize.")  # the parameters that decide a picture's codes

@@ -13,10 +13,9 @@ import numpy as np
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
-from jaxft.weights.folders.diffusers import Renamed
 from jaxft.weights.folders.transformers import HEAD, TABLE, TOKENIZER_FILES, Source, open_source
-from jaxft.weights.patch import Overlaid
 from jaxft.weights.rules import Entry
+from jaxft.weights.views import Overlaid, Renamed
 
 CONFIG = "adapter_config.json"
 BASE = "base_model_name_or_path"

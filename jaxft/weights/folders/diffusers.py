@@ -7,16 +7,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from safetensors import safe_open
 
 from jaxft.core.errors import UserError
-from jaxft.weights.files.tensor_files import PICKLES, STEMS, Info, TensorFiles, Tensors
+from jaxft.weights.files.tensor_files import PICKLES, STEMS, TensorFiles, Tensors
 from jaxft.weights.folders.refused import check_index
 from jaxft.weights.folders.transformers import SIDE_FILES, Source
 from jaxft.weights.locate import INDEX, VARIANTS, locate
-from jaxft.weights.relaid import Relaid, as_matrices, widened
 from jaxft.weights.transfer import Part
+from jaxft.weights.views import Relaid, Renamed, as_matrices, widened
 
 SCHEDULER = "scheduler/scheduler_config.json"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -267,22 +266,6 @@ def _lacks_format(source: Source) -> bool:
                 if (file.metadata() or {}).get("format") != "pt":
                     return True
     return False
-
-
-class Renamed:
-    """A checkpoint's tensors under other keys."""
-
-    def __init__(self, tensors: Tensors, old: Mapping[str, str]):
-        self._tensors, self._old = tensors, dict(old)
-
-    def keys(self) -> Sequence[str]:
-        return list(self._old)
-
-    def info(self, key: str) -> Info:
-        return self._tensors.info(self._old[key])
-
-    def read(self, key: str) -> np.ndarray:
-        return self._tensors.read(self._old[key])
 
 
 def legacy_part(one: Part) -> Part:

@@ -13,9 +13,9 @@ from typing import Any
 from jaxft.core.errors import UserError
 from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.folders.transformers import Source
-from jaxft.weights.relaid import Place, Relaid, relaid
 from jaxft.weights.rules import Rule, renamed
 from jaxft.weights.transfer import Export
+from jaxft.weights.views import Place, Relaid, relaid
 
 ORIGINAL_TYPE, ORIGINAL_CLASS = "multi_modality", "MultiModalityCausalLM"
 _VQ, _GEN = "model.vqmodel.", "gen_vision_model."

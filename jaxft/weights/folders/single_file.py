@@ -18,8 +18,8 @@ from jaxft.weights.folders.diffusers import SCHEDULER, Pipeline, open_pipeline
 from jaxft.weights.folders.refused import check_keys
 from jaxft.weights.folders.transformers import Source
 from jaxft.weights.locate import INDEX
-from jaxft.weights.relaid import Place, Relaid, relaid, widened
 from jaxft.weights.transfer import Export
+from jaxft.weights.views import Place, Relaid, relaid, widened
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 TEXT_PREFIXES = {  # each family has its own

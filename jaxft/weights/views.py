@@ -1,8 +1,8 @@
-"""Views of a checkpoint: other names and layouts, q, k and v split or fused, wider numbers."""
+"""Views of a checkpoint: tensors renamed, rearranged, replaced, computed or extended when read."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +10,97 @@ import numpy as np
 from jaxft.weights.files.tensor_files import Info, Tensors
 from jaxft.weights.rules import rearrange, rearranged_shape
 from jaxft.weights.transfer import Export
+
+ATTENTION = r".*\.(query|key|value|proj_attn|to_q|to_k|to_v|to_out\.0)\.weight"
+FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+
+
+class Renamed:
+    """A checkpoint's tensors under other keys."""
+
+    def __init__(self, tensors: Tensors, old: Mapping[str, str]):
+        self._tensors, self._old = tensors, dict(old)
+
+    def keys(self) -> Sequence[str]:
+        return list(self._old)
+
+    def info(self, key: str) -> Info:
+        return self._tensors.info(self._old[key])
+
+    def read(self, key: str) -> np.ndarray:
+        return self._tensors.read(self._old[key])
+
+
+class Overlaid(NamedTuple):
+    """The tensors of `base`, replaced by those of `over` with the same keys. New keys come last."""
+
+    base: Tensors
+    over: Tensors
+
+    def keys(self) -> list[str]:
+        own = list(self.base.keys())
+        return own + sorted(set(self.over.keys()) - set(own))
+
+    def info(self, key: str) -> tuple[tuple[int, ...], Any]:
+        return self._of(key).info(key)
+
+    def read(self, key: str) -> np.ndarray:
+        return self._of(key).read(key)
+
+    def _of(self, key: str) -> Tensors:
+        return self.over if key in set(self.over.keys()) else self.base
+
+
+class Mapped(NamedTuple):
+    """The tensors of `base`, some of them passed through a function: fp32, of the same shape."""
+
+    base: Tensors
+    functions: Mapping[str, Callable[[np.ndarray], np.ndarray]]
+
+    def keys(self) -> list[str]:
+        return list(self.base.keys())
+
+    def info(self, key: str) -> tuple[tuple[int, ...], Any]:
+        shape, dtype = self.base.info(key)
+        return shape, np.dtype(np.float32) if key in self.functions else dtype
+
+    def read(self, key: str) -> np.ndarray:
+        tensor = self.base.read(key)
+        if key not in self.functions:
+            return tensor
+        return self.functions[key](tensor.astype(np.float32))
+
+
+class Grafted(NamedTuple):
+    """The tensors of `base`, in which each of `tables` (V, D) has `rows` more rows.
+
+    A new row is sampled from N(mean, std) of the table's rows, separately for each column, so that
+    new embeddings have the size of the trained ones. The same seed gives the same rows at every
+    read.
+    """
+
+    base: Tensors
+    tables: tuple[str, ...]
+    rows: int
+    seed: int
+
+    def keys(self) -> Any:
+        return self.base.keys()
+
+    def info(self, key: str) -> tuple[tuple[int, ...], Any]:
+        shape, dtype = self.base.info(key)
+        return ((shape[0] + self.rows, *shape[1:]) if key in self.tables else shape), dtype
+
+    def read(self, key: str) -> np.ndarray:
+        """Return one tensor, a table with its new rows [V + rows, D]."""
+        table = self.base.read(key)
+        if key not in self.tables:
+            return table
+        own = table.astype(np.float32)  # [V, D]
+        random = np.random.default_rng((self.seed, self.tables.index(key)))
+        drawn = random.standard_normal((self.rows, own.shape[1]), np.float32)
+        added = own.mean(axis=0) + own.std(axis=0) * drawn
+        return np.concatenate([table, added.astype(table.dtype)])
 
 
 class Place(NamedTuple):
@@ -47,10 +138,6 @@ class Relaid:
         if place.third is not None:
             return np.split(array, 3)[place.third].copy()
         return _moved(array, place.layout)
-
-
-ATTENTION = r".*\.(query|key|value|proj_attn|to_q|to_k|to_v|to_out\.0)\.weight"
-FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
 
 def as_matrices(tensors: Tensors) -> Tensors:
