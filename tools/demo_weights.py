@@ -235,7 +235,7 @@ def _encoded(folder: Path, images: Path) -> list[Any]:
     from jaxft.core.params import bind, describe
     from jaxft.core.sharding import one_device_mesh, shardings
     from jaxft.data.images.dataset import ImageSet
-    from jaxft.data.sources.images import open_images
+    from jaxft.data.sources.schemes import open_images
     from jaxft.models.autoencoders import vae
     from jaxft.nn.pixels import to_float
     from jaxft.weights.folders.diffusers import open_component

@@ -1,4 +1,4 @@
-"""Sources of texts: one spec string names one random-access sequence of dicts."""
+"""Sources of texts: JSON lines, text files and TFDS splits as random-access sequences of dicts."""
 
 import json
 import mmap
@@ -11,9 +11,7 @@ import numpy as np
 
 from jaxft.core.errors import UserError
 from jaxft.data.sources.files import find_files, refuse_mixed_folders
-from jaxft.demo import demo_path
 
-TEXT_SCHEMES = "jsonl:FILE, text:FILE_OR_FOLDER_OR_GLOB, demo:NAME or tfds:NAME[:SPLIT][@DATA_DIR]"
 _TFDS_SPEC = re.compile(r"(?P<name>[^:@]+(:\d+\.\d+\.\d+)?)(:(?P<split>[^@]+))?(@(?P<folder>.+))?")
 
 
@@ -27,30 +25,6 @@ class TextRecords(Protocol):
     def where(self, index: int) -> str:
         """The place of record `index` for messages, such as "rows.jsonl:12"."""
         ...
-
-
-def open_records(spec: str) -> TextRecords:
-    """Open the set that `spec` names: jsonl:, text:, demo: or tfds: (see TEXT_SCHEMES).
-
-    Contents are read when indexed; only line offsets are found at once. Raises UserError for an
-    unknown spec, a missing file or an empty set.
-    """
-    scheme, _, rest = spec.partition(":")
-    if scheme == "jsonl" and rest:
-        return JsonlRecords(spec, Path(rest).expanduser())
-    if scheme == "text" and rest:
-        return TextFiles(spec, _text_paths(spec, rest))
-    if (demo := demo_path(spec, "texts")) is not None:
-        texts = demo.suffix == ".txt"
-        return TextFiles(spec, [demo]) if texts else JsonlRecords(spec, demo)
-    if scheme == "tfds" and rest:
-        return _open_tfds(spec, rest)
-    hint = f"; did you mean {_guess_spec(spec)}?" if Path(spec).expanduser().exists() else ""
-    raise UserError(f"unknown data source {spec!r}: expected {TEXT_SCHEMES}{hint}")
-
-
-def _guess_spec(path: str) -> str:
-    return f"jsonl:{path}" if path.endswith((".jsonl", ".json")) else f"text:{path}"
 
 
 class JsonlRecords:
@@ -150,8 +124,8 @@ class TextFiles:
         return str(self._paths[index])
 
 
-def _text_paths(spec: str, pattern: str) -> list[Path]:
-    """The file itself, every visible .txt file below a folder, or the files of a glob; sorted."""
+def open_text_files(spec: str, pattern: str) -> TextFiles:
+    """Open one text file, every visible .txt file below a folder, or the files of a glob."""
     path = Path(pattern).expanduser()
     base, paths = find_files(pattern, (".txt",))
     if not paths and path.is_dir():
@@ -161,7 +135,7 @@ def _text_paths(spec: str, pattern: str) -> list[Path]:
     refuse_mixed_folders(spec, base, paths)
     if not any(p.stat().st_size for p in paths):
         raise UserError(f"{spec} is empty: every file it names has 0 bytes")
-    return paths
+    return TextFiles(spec, paths)
 
 
 class TfdsRecords:
@@ -210,7 +184,8 @@ def tfds_arguments(spec: str, rest: str) -> tuple[Any, str, dict[str, Any]]:
     return tfds, match["name"], where
 
 
-def _open_tfds(spec: str, rest: str) -> TextRecords:
+def open_tfds_texts(spec: str, rest: str) -> TextRecords:
+    """Open a split of a TFDS dataset of texts."""
     tfds, name, where = tfds_arguments(spec, rest)
     try:
         source: Any = tfds.data_source(name, **where)

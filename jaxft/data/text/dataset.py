@@ -12,7 +12,8 @@ import tokenizers
 from jaxtyping import Bool, Float, Int
 
 from jaxft.core.errors import UserError
-from jaxft.data.sources.texts import TextRecords, open_records
+from jaxft.data.sources.schemes import open_records
+from jaxft.data.sources.texts import TextRecords
 from jaxft.data.text import store
 from jaxft.data.text.store import EncodedRecord, Flat
 from jaxft.data.text.templates import record_kind, render, split_template

@@ -14,7 +14,7 @@ from jaxft.data.cache import ArrayCache
 from jaxft.data.images.dataset import ImageSet
 from jaxft.data.loader import subset, train_loader
 from jaxft.data.sources.image_records import Bad
-from jaxft.data.sources.images import open_images
+from jaxft.data.sources.schemes import open_images
 from jaxft.models.autoencoders.vq_config import check_codes
 from jaxft.tasks.common.encoded import Row, collate, keep_pixels, store_pictures
 from jaxft.tasks.common.pictures import grid

@@ -17,7 +17,7 @@ from jaxft.data.images.dataset import (
     time_ids,
 )
 from jaxft.data.images.decode import decode
-from jaxft.data.sources.images import open_images
+from jaxft.data.sources.schemes import open_images
 from jaxft.nn.pixels import to_float
 from tests.data.images.test_decode import encoded, noise
 

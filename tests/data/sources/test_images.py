@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jaxft.core.errors import UserError
-from jaxft.data.sources.images import open_images
+from jaxft.data.sources.schemes import open_images
 
 NAMES = ["a", "b", "c"]
 

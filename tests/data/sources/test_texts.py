@@ -8,7 +8,7 @@ import pytest
 
 from jaxft.core.config import PACKAGE
 from jaxft.core.errors import UserError
-from jaxft.data.sources.texts import open_records
+from jaxft.data.sources.schemes import open_records
 from jaxft.demo import DEMOS
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxft.core.errors import UserError
 from jaxft.data.loader import eval_batches
-from jaxft.data.sources.texts import open_records
+from jaxft.data.sources.schemes import open_records
 from jaxft.data.text.dataset import (
     Example,
     encode,

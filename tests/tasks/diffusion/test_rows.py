@@ -9,7 +9,7 @@ import pytest
 from jaxft.core.errors import UserError
 from jaxft.data.cache import ArrayCache
 from jaxft.data.images.dataset import ImageSet
-from jaxft.data.sources.images import open_images
+from jaxft.data.sources.schemes import open_images
 from jaxft.tasks.common import encoded
 from jaxft.tasks.common.encoded import collate, fingerprint, keep_pixels, store_pictures
 from jaxft.tasks.diffusion.rows import PictureRows, Share, Stores, ids_key, store_texts

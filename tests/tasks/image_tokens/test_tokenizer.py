@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, JanusVQVAE
 from jaxft.core.errors import UserError
 from jaxft.data.cache import ArrayCache
 from jaxft.data.images.dataset import ImageSet
-from jaxft.data.sources.images import open_images
+from jaxft.data.sources.schemes import open_images
 from jaxft.tasks.image_tokens import rows as row_module
 from jaxft.tasks.image_tokens import tokenizer
 from jaxft.tasks.image_tokens.layout import extended

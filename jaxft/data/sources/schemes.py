@@ -1,0 +1,112 @@
+"""The table of schemes: what a spec such as `jsonl:rows.jsonl` opens as texts or as pictures."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxft.core.errors import UserError
+from jaxft.data.sources.image_folders import open_edited, open_folder
+from jaxft.data.sources.image_records import Bad, ImageSource, Records, count_unreadable
+from jaxft.data.sources.image_tars import open_tars
+from jaxft.data.sources.images import open_table_images, open_tfds_images
+from jaxft.data.sources.texts import (
+    JsonlRecords,
+    TextFiles,
+    TextRecords,
+    open_text_files,
+    open_tfds_texts,
+)
+from jaxft.demo import demo_path
+
+Images = tuple[ImageSource, list[Bad]]  # a source, and the pictures that nothing here reads
+
+
+class Scheme(NamedTuple):
+    """A scheme as messages write it, and its openers, which are None where it has no such data.
+
+    `texts(spec, rest)` and `images(spec, rest, captions)` get the whole spec and what follows the
+    colon.
+    """
+
+    form: str
+    texts: Callable[[str, str], TextRecords] | None = None
+    images: Callable[[str, str, bool], Images] | None = None
+
+
+def _demo_texts(spec: str, rest: str) -> TextRecords:
+    path = demo_path(spec, "texts")
+    assert path is not None, rest
+    return TextFiles(spec, [path]) if path.suffix == ".txt" else JsonlRecords(spec, path)
+
+
+def _demo_images(spec: str, rest: str, captions: bool) -> Images:
+    path = demo_path(spec, "images")
+    assert path is not None, rest
+    return open_folder(spec, path, captions)
+
+
+SCHEMES = {
+    "jsonl": Scheme(
+        "jsonl:FILE", texts=lambda spec, rest: JsonlRecords(spec, Path(rest).expanduser())
+    ),
+    "text": Scheme("text:FILE_OR_FOLDER_OR_GLOB", texts=open_text_files),
+    "folder": Scheme(
+        "folder:PATH",
+        images=lambda spec, rest, captions: open_folder(spec, Path(rest).expanduser(), captions),
+    ),
+    "wds": Scheme("wds:TARS", images=open_tars),
+    "hf": Scheme(
+        "hf:PATH", images=lambda spec, rest, captions: (open_table_images(spec, rest, captions), [])
+    ),
+    "tfds": Scheme(
+        "tfds:NAME[:SPLIT][@DATA_DIR]",
+        texts=open_tfds_texts,
+        images=lambda spec, rest, captions: (open_tfds_images(spec, rest, captions), []),
+    ),
+    "demo": Scheme("demo:NAME", texts=_demo_texts, images=_demo_images),
+}
+
+
+def open_records(spec: str) -> TextRecords:
+    """Open the texts that `spec` names, by SCHEMES.
+
+    Contents are read when indexed. Only line offsets are found at once. Raises UserError for an
+    unknown spec, a missing file or an empty set.
+    """
+    name, _, rest = spec.partition(":")
+    scheme = SCHEMES.get(name)
+    if scheme is None or scheme.texts is None or not rest:
+        forms = _forms([one.form for one in SCHEMES.values() if one.texts])
+        guess = f"jsonl:{spec}" if spec.endswith((".jsonl", ".json")) else f"text:{spec}"
+        hint = f"; did you mean {guess}?" if Path(spec).expanduser().exists() else ""
+        raise UserError(f"unknown data source {spec!r}: expected {forms}{hint}")
+    return scheme.texts(spec, rest)
+
+
+def open_images(spec: str, captions: bool = True, edited: bool = False) -> Records:
+    """Open the pictures that `spec` names, by SCHEMES. Only names and captions are read at once.
+
+    captions: require a caption of every picture. Without it a picture that has none gets "".
+    edited: require the name of the picture that each was edited from.
+    Pictures in formats that nothing here reads are left out, counted in a printed line and listed
+    in `left_out`. Raises UserError for an unknown spec, a missing file, caption or optional
+    package, several splits at once, and an empty set.
+    """
+    name, _, rest = spec.partition(":")
+    scheme = SCHEMES.get(name)
+    if scheme is None or scheme.images is None or not rest:
+        forms = _forms([one.form for one in SCHEMES.values() if one.images])
+        hint = f"; did you mean folder:{spec}?" if Path(spec).expanduser().is_dir() else ""
+        raise UserError(f"unknown image source {spec!r}: expected {forms}{hint}")
+    source, left_out = scheme.images(spec, rest, captions)
+    if not len(source):
+        found = f", but {count_unreadable(left_out)}" if left_out else ""
+        raise UserError(f"{spec!r} holds no image: expected files such as *.png or *.jpg{found}")
+    if left_out:
+        print(f"left out images of {spec}: {count_unreadable(left_out)}", flush=True)
+    before = open_edited(spec, Path(rest).expanduser()) if edited else None
+    return Records(spec, source, before, tuple(left_out))
+
+
+def _forms(forms: list[str]) -> str:
+    return f"{', '.join(forms[:-1])} or {forms[-1]}"
