@@ -13,16 +13,14 @@ __version__ = "0.1.0"
 def load(path_or_id: str, dtype: str = "float32") -> Loaded:
     """Return a pretrained model of any family for a notebook.
 
-    It has `params`, `config`, `model`, and a `tokenizer` that is None where there is none.
-
-    Of a language model `loaded(tokens)` returns fp32 logits [B, T, V], and
-    `loaded.generate(prompts)` texts. Of Stable Diffusion and of an image-token model
-    `loaded.sample(prompts)` returns pictures, uint8 [N, Y, X, 3]. Of an autoencoder
-    `loaded(images)` returns the images, encoded and decoded.
-
     `path_or_id` is a Hugging Face folder, a single file (.gguf, .safetensors), `pip:PACKAGE`,
-    `demo:NAME` or a hub id. `dtype` is the dtype of the parameters. Raises
-    `jaxft.core.errors.UserError` for a model that is absent or not supported.
+    `demo:NAME` or a hub id. `dtype` is the dtype of the parameters.
+
+    The result has `params`, `config`, `model`, and a `tokenizer` that may be None. For a language
+    model, `loaded(tokens)` returns fp32 logits [B, T, V], and `loaded.generate(prompts)` returns
+    texts. For Stable Diffusion and image-token models, `loaded.sample(prompts)` returns pictures,
+    uint8 [N, Y, X, 3]. For an autoencoder, `loaded(images)` returns the images, encoded and
+    decoded. Raises `jaxft.core.errors.UserError` for a model that is absent or not supported.
     """
     from jaxft.loading import load as load_any  # importing jaxft itself touches no device
 

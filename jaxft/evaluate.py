@@ -9,7 +9,7 @@ from jaxft.core.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the metrics of a checkpoint, or with --config those of the model before training."""
+    """Print the metrics of a checkpoint, or with --config those of the untrained model."""
     return runtime.command(_main, sys.argv[1:] if argv is None else argv)
 
 

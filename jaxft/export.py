@@ -1,4 +1,4 @@
-"""Give weights back: `python -m jaxft.export --workdir DIR [--step N] [--out DIR] [--kind …]`."""
+"""Export weights: `python -m jaxft.export --workdir DIR [--step N] [--out DIR] [--kind …]`."""
 
 import os
 import shutil
@@ -48,9 +48,10 @@ def export_folder(
 ) -> None:
     """Write an export of `kind` under a temporary name, and rename it to `out`.
 
-    `run.task.writers` has the kinds, and exports.py of each task describes them. `params` holds at
-    least what was trained. Of many processes all have to call this, for they gather what is spread
-    over them. The first one writes, and all return when the folder stands.
+    The keys of `run.task.writers` are the kinds, and exports.py of each task describes them.
+    `params` holds at least the trained parameters. All processes have to call this function,
+    because parameters are gathered from all. The first process writes. Each process returns when
+    the folder is complete. Raises UserError where `check_kind` does.
     """
     check_kind(run, kind)
     place = out.absolute()
@@ -76,9 +77,9 @@ def export_folder(
 
 
 def check_kind(run: Run, kind: str) -> None:
-    """Raise UserError where `kind` would leave out trained parameters, or has nothing to hold."""
+    """Raise UserError if an export of `kind` would omit trained parameters, or would be empty."""
     writer = run.task.writers.get(kind)
-    if writer is None or not writer.needs:  # no export, or one of the whole model
+    if writer is None or not writer.needs:  # no export, or an export of the whole model
         return
     instead = next(iter(run.task.writers))
     if not any(leaf.role == writer.made_of for leaf in run.leaves.values()):

@@ -57,7 +57,7 @@ from jaxft.weights.transfer import Part
 
 @dataclass(frozen=True)
 class LoadedDecoder:
-    """A causal language model; `model.hidden`, `model.head` and the cache are for own loops."""
+    """A causal language model. `model.hidden`, `model.head` and the cache are for custom loops."""
 
     params: Params
     config: DecoderConfig
@@ -66,7 +66,7 @@ class LoadedDecoder:
 
     @cached_property
     def tokenizer(self) -> Any | None:
-        """The folder's tokenizer, read when it is first asked for; None where there is none."""
+        """Return the folder's tokenizer, or None. It is read at the first access."""
         there = TOKENIZER_FILES & self.source.side_files.keys()
         return load_tokenizer(self.source.tokenizer_dir()) if there else None
 
@@ -76,7 +76,7 @@ class LoadedDecoder:
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Return fp32 logits. A token attends to its own segment, 0 is padding."""
+        """Return fp32 logits. A token attends to its own segment. Segment 0 is padding."""
         return self.model(tokens, positions, segment_ids)
 
     def generate(
@@ -91,12 +91,12 @@ class LoadedDecoder:
     ) -> list[str]:
         """Return the continuation of each prompt, up to an end token or `max_new` tokens.
 
-        temperature 0 is greedy, top_k 0 and top_p 1 are off. A row's draws depend on `seed` and on
-        its place. Raises UserError for a model without a tokenizer, and for a token that it has no
-        row of.
+        temperature 0 is greedy, top_k 0 and top_p 1 are off. The samples of a row depend on `seed`
+        and on its index. Raises UserError for a model without a tokenizer, and for a token without
+        a row in the embedding table.
         """
         if self.tokenizer is None:
-            self.source.tokenizer_dir()  # raises the error that says which files are missing
+            self.source.tokenizer_dir()  # raises an error that names the missing files
         tokenizer: Any = self.tokenizer
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows = [prompt_tokens(tokenizer, text) for text in texts]
@@ -104,10 +104,8 @@ class LoadedDecoder:
             check_ids(row, self.config.vocab_size, tokenizer, f"prompt {text[:60]!r}")
         tokens, segments = _left_padded(rows)
         stops, keys = self._stop_ids(), jax.random.split(jax.random.key(seed), len(rows))
-        how, dtype = (
-            Sampling(temperature, top_k, top_p),
-            self.params["embed_tokens.embedding"].dtype,
-        )
+        how = Sampling(temperature, top_k, top_p)
+        dtype = self.params["embed_tokens.embedding"].dtype
         made, lengths = _generate(
             self.model, tokens, segments, keys,
             max_new=max_new, stop_ids=stops, how=how, dtype=dtype,
@@ -117,7 +115,7 @@ class LoadedDecoder:
         return [tokenizer.decode(row, skip_special_tokens=True) for row in kept]
 
     def _stop_ids(self) -> tuple[int, ...]:
-        """Return the ids that end a text, by generation config, config and tokenizer."""
+        """Return the end tokens of the generation config, the config and the tokenizer."""
         stated = self.source.generation_config.get("eos_token_id") or ()
         own = self.tokenizer.eos_token_id if self.tokenizer else None
         ids = {*self.config.eos_ids, *(stated if isinstance(stated, list | tuple) else (stated,))}
@@ -128,7 +126,7 @@ _generate = jax.jit(generate, static_argnames=("max_new", "stop_ids", "how", "dt
 
 
 def _left_padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return prompts [B, T] padded on the left, and their segments, 0 on the padding."""
+    """Return prompts [B, T] padded on the left, and their segments [B, T], 0 on the padding."""
     width = max(len(row) for row in rows)
     tokens = np.zeros((len(rows), width), np.int32)
     segments = np.zeros_like(tokens)
@@ -139,7 +137,7 @@ def _left_padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class LoadedImageTokens:
-    """A model that continues a caption with an image's codes; `config` is its decoder's."""
+    """A model that continues a caption with an image's codes. `config` is that of its decoder."""
 
     params: Params
     config: DecoderConfig
@@ -155,7 +153,7 @@ class LoadedImageTokens:
         dtype = jax.tree.leaves(self.params)[0].dtype
         hidden, _ = speaker.llama.hidden(embeds=speaker.embed(tokens, images, dtype))
         flat = speaker.scorer()(hidden.reshape(-1, hidden.shape[-1]))  # [B * T, K]
-        return flat.reshape(*hidden.shape[:2], -1)
+        return flat.reshape(*hidden.shape[:2], -1)  # [B, T, K]
 
     def sample(
         self,
@@ -167,7 +165,7 @@ class LoadedImageTokens:
         guidance: float = 3.0,
         seed: int = 0,
     ) -> UInt8[np.ndarray, "N Y X 3"]:
-        """Return a picture of each prompt, guided away from no caption by `guidance` (1 is off)."""
+        """Return a picture of each prompt. `guidance` is the classifier-free scale, off at 1."""
         layout, texts = self.opened.layout, [prompts] if isinstance(prompts, str) else prompts
         rows = [encode_prompt(layout, self.tokenizer, text).ids for text in texts]
         nulls = [null_prompt(layout, row) for row in rows]
@@ -188,7 +186,7 @@ class LoadedImageTokens:
 
 @dataclass(frozen=True)
 class LoadedAutoencoder:
-    """A VAE or a VQ tokenizer of images; `model.encode` and `model.decode` are its halves."""
+    """A VAE or a VQ tokenizer of images, with `model.encode` and `model.decode`."""
 
     params: Params
     config: Any
@@ -196,7 +194,7 @@ class LoadedAutoencoder:
     tokenizer: None = None
 
     def __call__(self, images: Float[Array, "B Y X 3"]) -> Float[Array, "B Y X 3"]:
-        """Return images within [-1, 1], encoded to their likeliest latents or codes and decoded."""
+        """Encode images in [-1, 1] to the mean of their latents, or to codes, and decode them."""
         if isinstance(self.model, VAE):
             return self.model.decode(self.model.encode(images).mean.astype(images.dtype))
         return self.model.decode(self.model.encode(images).quantized.astype(images.dtype))
@@ -204,7 +202,7 @@ class LoadedAutoencoder:
 
 @dataclass(frozen=True)
 class LoadedPipeline:
-    """A Stable Diffusion pipeline; `tokenizer` maps a caption to ids for each text encoder."""
+    """A Stable Diffusion pipeline. `tokenizer` maps a caption to ids for each text encoder."""
 
     params: Params
     config: PipelineConfig
@@ -217,7 +215,7 @@ class LoadedPipeline:
         timesteps: Float[Array, " B"],
         captions: Sequence[str],
     ) -> Float[Array, "B Y X C"]:
-        """Return the UNet's prediction for noisy, scaled latents of pictures in their full size."""
+        """Return the UNet's prediction for noisy, scaled latents of uncropped pictures."""
         text = self.model.encode_text(self._ids(captions), dtype=latents.dtype)
         y, x = (side * self.config.vae.factor for side in latents.shape[1:3])
         size = jnp.broadcast_to(jnp.array([y, x, 0, 0, y, x], jnp.float32), (len(latents), 6))
@@ -233,15 +231,16 @@ class LoadedPipeline:
         sampler: str = "dpm++",
         seed: int = 0,
     ) -> UInt8[np.ndarray, "N Y X 3"]:
-        """Return a picture of each prompt. A row's noise depends on `seed` and on its place.
+        """Return a picture of each prompt. The noise of a row depends on `seed` and on its index.
 
-        size: pixels a side, by default the size that unet/config.json states. sampler: ddim, euler
-        or dpm++. Raises UserError for a UNet that needs a picture, which `jaxft.sample` gives.
+        size: pixels a side, by default the size in unet/config.json. sampler: ddim, euler or
+        dpm++. Raises UserError for an unknown sampler, for no size at all, and for a UNet with a
+        picture as input (`python -m jaxft.sample` has the option --image).
         """
         cfg, texts = self.config, [prompts] if isinstance(prompts, str) else list(prompts)
         if cfg.sees != NOTHING:
             raise UserError(
-                "this pipeline draws on a picture; use python -m jaxft.sample --workdir DIR"
+                "this pipeline needs a picture as input; use python -m jaxft.sample --workdir DIR"
                 " --image FILE of a run"
             )
         if sampler not in SAMPLERS:
@@ -273,7 +272,7 @@ class LoadedPipeline:
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """One component of a pipeline by itself: a UNet, or a CLIP text encoder."""
+    """A single component of a pipeline: a UNet, or a CLIP text encoder."""
 
     params: Params
     config: Any
@@ -281,7 +280,7 @@ class LoadedNetwork:
     tokenizer: None = None
 
     def __call__(self, *inputs: Array) -> Any:
-        """Return the outputs of the model for its own inputs."""
+        """Return the outputs of the model. The inputs are those of `model`."""
         return self.model(*inputs)
 
 
@@ -289,7 +288,7 @@ Loaded = LoadedDecoder | LoadedImageTokens | LoadedAutoencoder | LoadedPipeline 
 
 
 def load(spec: str, dtype: str = "float32") -> Loaded:
-    """Return the model that `spec` names, whole on the first device; see `jaxft.load`."""
+    """Return the model that `spec` names, whole on the first device, as in `jaxft.load`."""
     kind = family_of(spec)
     if kind == "pipeline":
         return _load_pipeline(open_model(spec), dtype)
@@ -322,7 +321,7 @@ def _load_pipeline(pipeline: Pipeline, dtype: str) -> LoadedPipeline:
 
 
 def _bound(build: Any, parts: Sequence[Part], dtype: str) -> tuple[Any, Params]:
-    """Return the module that `build` makes of a key, with the parameters of its parts in it."""
+    """Return the module of `build(key)` with the parameters of its parts, and these by path."""
     template = jax.eval_shape(build, jax.random.key(0))
     leaves, params = describe(template), {}
     places = shardings(leaves, one_device_mesh())
@@ -333,10 +332,10 @@ def _bound(build: Any, parts: Sequence[Part], dtype: str) -> tuple[Any, Params]:
 
 
 def family_of(spec: str) -> str:
-    """Return "pipeline" or a family of the registry's table for what `spec` names.
+    """Return "pipeline", "image_tokens" or a family of the registry's table for a spec.
 
-    A folder's own files decide: model_index.json, imagetoken.json, config.json. All that none of
-    them claims is taken for a decoder, whose reading says what is not supported.
+    The files model_index.json, imagetoken.json and config.json of a folder decide. Any other
+    model counts as a decoder, whose loading raises an error that names what is not supported.
     """
     path = demo_path(spec, "model") or Path(spec).expanduser()
     if path.exists():
@@ -354,7 +353,7 @@ def family_of(spec: str) -> str:
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
-    """Return config.json of a folder, nothing where there is none that can be read."""
+    """Return config.json of a folder, or {} without one that can be read."""
     try:
         content = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):

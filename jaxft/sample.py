@@ -1,4 +1,4 @@
-"""Let a model write or draw: `python -m jaxft.sample --workdir DIR --prompt TEXT [--seed 1 …]`."""
+"""Sample texts or pictures: `python -m jaxft.sample --workdir DIR --prompt TEXT [--seed 1 …]`."""
 
 import sys
 from pathlib import Path
@@ -13,15 +13,16 @@ from jaxft.tasks.common.pictures import grid
 NUMBERS = {"temperature": float, "top_p": float, "guidance": float, "image_guidance": float}
 COUNTS = {"max_new": int, "top_k": int, "steps": int, "seed": int, "copies": int}
 ACROSS = 8  # pictures in a row of the grid
-SWEEP_CELL = 96  # least pixels of a picture in a sweep's grid
+SWEEP_CELL = 96  # least pixels a side of a picture in a sweep's grid
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Continue or draw a prompt, or every line of a file of prompts in one batch.
+    """Sample from one prompt, or from each line of a file of prompts in one batch.
 
-    Pictures go to `--out` (a folder; samples/ of the run unless given), and all of them to a grid.
-    `--guidance=1,3,5 --temperature=0.7,1` tries every pair: rows and columns of that grid.
-    An inpainting model fills what is white in `--mask` of `--image`; InstructPix2Pix edits it.
+    Texts are printed. Pictures are written to the folder `--out` (by default samples/ of the run),
+    each by itself and all in a grid. `--guidance=1,3,5 --temperature=0.7,1` samples every pair of
+    values, as rows and columns of the grid. An inpainting model fills the white area of `--mask`
+    in `--image`. InstructPix2Pix edits `--image`.
     """
     return runtime.command(_main, sys.argv[1:] if argv is None else argv)
 
@@ -46,7 +47,7 @@ def _main(argv: list[str]) -> None:
     request = Request()._replace(**fixed)
     run, params, _ = open_any(arguments)
     out = Path(options.get("out", Path(options.get("workdir", ".")) / "samples"))
-    rows: list[list[list[np.ndarray]]] = []  # of each pair, the pictures of all prompts
+    rows: list[list[list[np.ndarray]]] = []  # by row and column, the pictures of all prompts
     with jax.set_mesh(run.mesh):
         preview = run.task.preview(run.opened, Data())  # a prompt needs no data
         for row in down:
@@ -63,7 +64,10 @@ def _main(argv: list[str]) -> None:
 
 
 def _sides(asked: dict[str, list]) -> tuple[list[dict], list[dict]]:
-    """What changes from row to row and from column to column: the options of several values."""
+    """Return the changes of options from row to row and from column to column of the grid.
+
+    Raises UserError for more than two options with several values.
+    """
     swept = [name for name, values in asked.items() if len(values) > 1]
     if len(swept) > 2:
         names = ", ".join(f"--{name}" for name in swept)
@@ -83,7 +87,7 @@ def _save(
     across: list[dict],
     out: Path,
 ) -> None:
-    """Every picture by itself, and a grid: of a sweep, its rows for one prompt after another."""
+    """Write each picture and a grid. The grid of a sweep repeats its rows for each prompt."""
     pictures = [one for row in rows for cell in row for one in cell]
     if not pictures:
         return
@@ -117,7 +121,10 @@ def _prompts(options: dict[str, str]) -> list[str]:
 
 
 def _numbers(options: dict[str, str], name: str, kind: type) -> list[int | float]:
-    """One value, or several between commas; of what a grid can compare."""
+    """Return the values of an option, which are separated by commas. `copies` has one value.
+
+    Raises UserError for a value that is not of `kind`.
+    """
     parts = options[name].split(",")
     try:
         if len(parts) > 1 and name == "copies":

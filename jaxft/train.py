@@ -1,4 +1,4 @@
-"""The loop: `python -m jaxft.train --config configs/llm.py [--workdir DIR] [--config.KEY=…]`."""
+"""Train: `python -m jaxft.train --config configs/llm.py [--workdir DIR] [--config.KEY=…]`."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ from jaxft.tasks import OPTIONS, check_task
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, or resume, or say that the run is finished; 0 when done, 2 for a user's mistake."""
+    """Train or resume a run. Returns exit status 0, or 2 for a user's mistake."""
     return runtime.command(_main, sys.argv[1:] if argv is None else argv)
 
 
@@ -26,12 +26,12 @@ def _main(argv: list[str]) -> None:
     configs.read_config(config, OPTIONS[config["task"]])
     workdir = Path(options.get("workdir", f"runs/{Path(options['config']).stem}"))
     _claim(workdir, config)
-    # jax and the weights come only now that the config and the folder are known to be sound.
+    # Mistakes in the config or the folder have failed by now, before jax and the weights load.
     train(config, workdir)
 
 
 def _claim(workdir: Path, config: dict[str, Any]) -> None:
-    """Make the run folder; of many processes the first does it, and the others check it."""
+    """Make the run folder in the first process, and check it in the others."""
     if not runtime.launcher():
         claim_workdir(workdir, config, OPTIONS)
         return
@@ -43,11 +43,11 @@ def _claim(workdir: Path, config: dict[str, Any]) -> None:
         if jax.process_index() == 0:
             claim_workdir(workdir, config, OPTIONS)
     finally:
-        sync_global_devices("claimed")  # the others would wait for a process that gave up
+        sync_global_devices("claimed")  # after an error too, or the others would wait for ever
     if not (workdir / "config.json").exists():
         raise UserError(
-            f"process {jax.process_index()} does not find in workdir {workdir} what process 0 wrote"
-            " there; choose a --workdir on a disk that all hosts share"
+            f"process {jax.process_index()} finds no config.json in workdir {workdir}, but process"
+            " 0 wrote it; choose a --workdir on a disk that all hosts share"
         )
     if differing := differing_keys(read_config_file(workdir, OPTIONS), config):
         raise UserError(
@@ -60,8 +60,8 @@ def _claim(workdir: Path, config: dict[str, Any]) -> None:
 def train(config: dict[str, Any], workdir: Path) -> None:
     """Run the training that a config describes in a claimed `workdir`, then export.
 
-    The order of the loop (evaluate, sample, save, next batch, step, log) makes resume exact: step k
-    does the same work on the same state, whether the run began before it or at it.
+    Resume is exact by the order of the loop: evaluate, sample, save, next batch, step, log. Step k
+    does the same work on the same state, whether the run began before step k or at it.
     """
     import jax
 
@@ -103,14 +103,14 @@ def train(config: dict[str, Any], workdir: Path) -> None:
             if step > start and _due(step, every.sample):
                 watch.look(step, states.model_params(frozen, state))
             if step > start and _due(step, every.save):
-                watch.flush()  # raises where the state is not worth keeping
+                watch.flush()  # raises if the loss is not finite, before the state is saved
                 saved.save(step, state, config, {"next_step": step})
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
             placed = place_batch(batch, mesh)
             state, sums = step_fn(state, frozen, placed)
-            # Its numbers are fetched one step late, so that the device never waits for the host.
+            # The numbers are fetched one step late, so that the device never waits for the host.
             watch.train(step + 1, sums, batch, waited, _due(step + 1, every.log))
         watch.flush()
         if plan.total > start:

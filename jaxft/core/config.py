@@ -1,6 +1,6 @@
 """Configs: an ml_collections file plus `--config.a.b=value` overrides, read once into dataclasses.
 
-Nothing heavy is imported here, so that a mistyped key fails before jax or weights are touched.
+Nothing heavy is imported here. A mistyped key thus fails before jax starts or weights are read.
 """
 
 import ast
@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class DataKeys:
-    """Which records train and which evaluate, as `kind:place` (jsonl:, text:, demo:, tfds:)."""
+    """Training and evaluation records, each as `kind:place` (jsonl:, text:, demo:, tfds:)."""
 
     train: str
     eval: str
@@ -28,10 +28,10 @@ class DataKeys:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters. rank 0 is off, and `targets` is a regex over the paths of projections.
+    """Low-rank adapters, off at rank 0. `targets` is a regex over the paths of projections.
 
-    `from_`, the key `lora.from`, is a LoRA file or a PEFT folder to go on from. It has its own
-    rank, alpha and targets: the values 0, 0.0 and "" leave them to it.
+    `from_` is the key `lora.from`: a LoRA file or a PEFT folder from which training continues.
+    Its rank, alpha and targets hold where the config has the values 0, 0.0 and "".
     """
 
     rank: int = 0
@@ -44,7 +44,7 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """lr is the peak; clip 0, ema 0 and a warm-up of 0 steps are off."""
+    """Optimiser keys. lr is the peak. clip 0, ema 0 and a warm-up of 0 steps are off."""
 
     name: str
     lr: float
@@ -59,7 +59,7 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices along each mesh axis; -1 is the rest."""
+    """Number of devices along each mesh axis. -1 takes the devices that remain."""
 
     data: int
     fsdp: int
@@ -68,7 +68,7 @@ class MeshShape:
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """Periods as durations ("50_steps", "1_epochs"); "0_steps" is never."""
+    """Periods as durations ("50_steps", "1_epochs"). "0_steps" is never."""
 
     log: str
     eval: str
@@ -84,7 +84,7 @@ class ExportKeys:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that every task needs; `own` holds the task's further keys."""
+    """Keys that all tasks share. `own` holds the keys of the task alone."""
 
     task: str
     model: str
@@ -123,7 +123,7 @@ AT_LEAST = {
     "optim.clip": 0,
     "optim.weight_decay": 0,
 }
-RENAMED = {  # keys of former versions, and what is written in place of them
+RENAMED = {  # keys of former versions, and their replacements
     "lora.base": "give the base by model=MODEL and the adapter by lora.from=FOLDER",
 }
 BELOW_ONE = ("lora.dropout", "optim.b1", "optim.b2", "optim.ema")
@@ -134,11 +134,11 @@ MAPPING: Mapping[str, type] = {}
 def load_config(
     path: str, overrides: Iterable[tuple[str, str]] = (), options: Mapping[str, type] = MAPPING
 ) -> dict[str, Any]:
-    """The resolved config of a file's `get_config()` with overrides applied.
+    """Return the resolved config of a file's `get_config()` with overrides applied.
 
-    A path that does not exist is looked up beside the installed package, so that
-    `configs/llm.py` works from a wheel too. With an override of `lora.from`, the file's `trainable`
-    and its section `lora` are left out.
+    A path that does not exist is looked up in the installed package, so that `configs/llm.py`
+    works from a wheel too. An override of `lora.from` drops the file's `trainable` and `lora`.
+    Raises UserError for a file that is absent, is not Python or has no get_config().
     """
     file = Path(path)
     if not file.is_file():
@@ -154,7 +154,7 @@ def load_config(
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {file} defines no get_config(); copy one from configs/")
     config, overrides = module.get_config().to_dict(), list(overrides)
-    if dict(overrides).get("lora.from"):  # what the file says of adapters is of other ones
+    if dict(overrides).get("lora.from"):  # the file's own are for new adapters
         config |= {"lora": {"alpha": 0.0}, "trainable": ""}
     return resolve_config(config, overrides, options)
 
@@ -164,15 +164,15 @@ def resolve_config(
     overrides: Iterable[tuple[str, str]] = (),
     options: Mapping[str, type] = MAPPING,
 ) -> dict[str, Any]:
-    """A config with every default filled in and overrides applied, as nested dicts of JSON values.
+    """Return a config with its defaults and the overrides, as nested dicts of JSON values.
 
-    `options` maps a task's name to the dataclass of its own keys. The result equals what JSON
-    makes of it: sequences are lists, and an int that stands for a float is a float. Run folders
-    and processes can therefore compare configs with `==`. A key of the wrong type is kept, so that
-    `read_config` names it. Raises UserError for a value that JSON cannot hold.
+    `options` maps a task's name to the dataclass of its own keys. A trip through JSON leaves the
+    result equal: sequences are lists, and an int for a float key is a float. Configs of run
+    folders and processes can therefore be compared with `==`. A value of the wrong type is kept,
+    so that `read_config` can name its key. Raises UserError for a value that JSON cannot hold.
     """
     resolved = _plain(config, "")
-    for key in RENAMED:  # run folders of former versions hold them; an empty one said nothing
+    for key in RENAMED:  # run folders of former versions hold empty ones, without effect
         section, _, leaf = key.rpartition(".")
         if isinstance(node := resolved.get(section), dict) and node.get(leaf) == "":
             del node[leaf]
@@ -186,9 +186,10 @@ def resolve_config(
 
 
 def read_config(config: Mapping[str, Any], own: type | None = None) -> Config:
-    """The frozen form of a config; unknown, missing and mistyped keys raise, naming the key.
+    """Return the frozen form of a config.
 
-    `own` is the task's dataclass: its fields are the keys that only this task knows.
+    `own` is the task's dataclass, whose fields are the keys of this task alone. Raises UserError
+    that names the key for one that is unknown, missing or mistyped.
     """
     shared = {f.name for f in dataclasses.fields(Config)} - {"own"}
     ours = {f.name for f in dataclasses.fields(own)} if own else set(config) - shared
@@ -203,7 +204,7 @@ def read_config(config: Mapping[str, Any], own: type | None = None) -> Config:
 
 
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves by dotted key."""
+    """Return the leaves of a config by dotted key."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -214,7 +215,7 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 def steps(duration: str, batch_size: int, examples: int, key: str) -> int:
-    """A duration ("200_steps", "3_epochs", "10000_examples") in optimiser steps."""
+    """Return the optimiser steps of a duration ("200_steps", "3_epochs", "10000_examples")."""
     match = re.fullmatch(r"(\d+)_(steps|epochs|examples)", duration)
     if not match:
         raise UserError(
@@ -232,8 +233,8 @@ def override(
 ) -> None:
     """Set one leaf of a config to a text from the command line.
 
-    `kinds` holds the types of the keys that the schemas know by dotted key; such a key may be
-    absent from the config. Any other key has to be there, and keeps the type of its value.
+    `kinds` maps the schemas' dotted keys to types. These keys may be absent from the config. Any
+    other key has to be there and keeps the type of its value. Raises UserError for an unknown key.
     """
     *sections, leaf = key.split(".")
     node: Any = config
@@ -262,7 +263,7 @@ def _convert(key: str, text: str, kind: Any) -> Any:
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
-    """A value as `kind`, which is a class or tuple[class, ...]."""
+    """Return a value as `kind`, which is a class, list or tuple[class, ...]."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if (get_origin(kind) or kind) in (tuple, list):
@@ -279,7 +280,7 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
 
 
 def _plain(value: Any, key: str) -> Any:
-    """A copy of a config's value as JSON gives it back."""
+    """Return a copy of a config's value as JSON would return it."""
     if isinstance(value, Mapping):
         prefix = f"{key}." if key else ""
         return {str(name): _plain(one, f"{prefix}{name}") for name, one in value.items()}
@@ -296,7 +297,7 @@ def _plain(value: Any, key: str) -> Any:
 
 
 def _complete(config: dict[str, Any], schema: type, prefix: str) -> dict[str, Any]:
-    """Fill in the defaults of what a config leaves out; the types of all keys by dotted key."""
+    """Fill in the defaults of absent keys. Return the types of all keys by dotted key."""
     kinds: dict[str, Any] = {}
     for f in dataclasses.fields(schema):
         kind: Any = f.type
@@ -318,12 +319,12 @@ def _complete(config: dict[str, Any], schema: type, prefix: str) -> dict[str, An
 
 
 def _key(f: dataclasses.Field) -> str:
-    """Return the config key of a field: one named as a word of Python has an underscore behind."""
+    """Return the config key of a field: its name without the underscore behind a Python keyword."""
     return f.name.removesuffix("_")
 
 
 def _needed(schema: type) -> set[str]:
-    """The fields that a config has to give."""
+    """Return the keys without a default, which a config has to hold."""
     return {
         _key(f)
         for f in dataclasses.fields(schema)

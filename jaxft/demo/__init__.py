@@ -1,4 +1,4 @@
-"""Small real data and small weights that ship with jaxft, by name; NOTICE.md has their licences."""
+"""Small real data and small weights that ship with jaxft, by name. NOTICE.md has the licences."""
 
 from pathlib import Path
 
@@ -17,9 +17,9 @@ DEMOS = {  # by the config key that may name them as "demo:NAME"
 
 
 def demo_path(spec: str, kind: str) -> Path | None:
-    """Return the place of `demo:NAME`, None for a spec of another scheme.
+    """Return the path of `demo:NAME`, or None for a spec of another scheme.
 
-    A name is a place in DEMOS without its suffix. Raises UserError for one that `kind` lacks.
+    A name is an entry of DEMOS without its suffix. Raises UserError for a name that `kind` lacks.
     """
     if not spec.startswith("demo:"):
         return None

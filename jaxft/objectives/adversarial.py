@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-MOST_WEIGHT = 1e4  # of the adaptive weight
+MOST_WEIGHT = 1e4  # bound of the adaptive weight, as in taming-transformers
 
 
 class Pull(NamedTuple):
@@ -18,12 +18,12 @@ class Pull(NamedTuple):
 
     @property
     def value(self) -> Float[Array, ""]:
-        """The whole loss."""
+        """Return the sum of the terms."""
         return sum(self.terms.values(), start=jnp.zeros(()))
 
 
 def pull(loss: Callable[[Array], dict[str, Array]], images: Float[Array, "B Y X C"]) -> Pull:
-    """The loss at fixed images; nothing flows back through it (`steer` does that)."""
+    """Return the loss at fixed images and its gradient. `steer` carries the gradient back."""
 
     def total(y: Array) -> tuple[Array, dict[str, Array]]:
         terms = loss(y)
@@ -34,10 +34,10 @@ def pull(loss: Callable[[Array], dict[str, Array]], images: Float[Array, "B Y X 
 
 
 def steer(images: Float[Array, "B Y X C"], gradient: Float[Array, "B Y X C"]) -> Float[Array, ""]:
-    """0, with `gradient` as its derivative with respect to `images`.
+    """Return 0, with `gradient` as its derivative with respect to `images`.
 
-    Several losses of one image thus cost one backward pass through what made it, and may be
-    weighed by their own gradients first.
+    Several losses of the images thus need one backward pass through the autoencoder, and their
+    gradients can be weighed before it.
     """
     product = jnp.sum(images.astype(jnp.float32) * jax.lax.stop_gradient(gradient))
     return product - jax.lax.stop_gradient(product)
@@ -50,11 +50,12 @@ def adaptive_weight(
     adv: Float[Array, "B Y X C"],
     rows: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """|d rec / d kernel| / |d adv / d kernel| within [0, 1e4]: Esser et al. 2021, eq. 7.
+    """Return |d rec / d kernel| / |d adv / d kernel| within [0, 1e4], as a constant.
 
-    `last` makes the images from the last layer's kernel; `rec` and `adv` are both losses'
-    gradients with respect to the images, as sums of which `rows` makes means: to those
-    taming-transformers adds its 1e-4. A constant: nothing flows back through it.
+    `last` computes the images from the last layer's `kernel`. `rec` and `adv` are the gradients of
+    both losses with respect to the images, as sums over a batch. Division by `rows` gives means,
+    because taming-transformers adds its 1e-4 to the norm of a mean. Source: Esser et al. 2021,
+    eq. 7.
     """
     back = jax.vjp(last, jax.lax.stop_gradient(kernel))[1]
     rec_norm, adv_norm = (
@@ -64,6 +65,9 @@ def adaptive_weight(
 
 
 def hinge(real: Float[Array, "B Y X"], fake: Float[Array, "B Y X"]) -> Float[Array, "B"]:
-    """The discriminator's loss of each row: Lim & Ye 2017, arXiv:1705.02894, halved as taming's."""
-    terms = jnp.stack([jax.nn.relu(1.0 - real), jax.nn.relu(1.0 + fake)])
+    """Return the discriminator's loss of each row, half the hinge loss as in taming-transformers.
+
+    Source: Lim & Ye 2017, arXiv:1705.02894.
+    """
+    terms = jnp.stack([jax.nn.relu(1.0 - real), jax.nn.relu(1.0 + fake)])  # [2, B, Y, X]
     return 0.5 * jnp.sum(jnp.mean(terms, axis=(2, 3)), axis=0)

@@ -18,7 +18,7 @@ CAPTION_STREAM, ADAPTER_STREAM = range(2)  # streams of a row's own key
 
 
 class RowLayout(Protocol):
-    """The ids of a row; code c is the token image_offset + c, and there are `count` in a picture.
+    """Token ids of a row. Code c is the token image_offset + c, and a picture has `count` codes.
 
     `without_caption(captions, lengths)` returns null prompts [B, C] and their lengths [B].
     """
@@ -50,8 +50,8 @@ class TokenWeights(Protocol):
 class CodePrediction:
     """Next-token prediction of `prompt BOI codes`.
 
-    speaker: makes of a bound module a `models.pipelines.image_decode.Speaker`. dropout: adapters
-    draw a mask. image_flops: of a forward pass, a row.
+    speaker: returns the `models.pipelines.image_decode.Speaker` of a bound module. dropout:
+    adapters use dropout. image_flops: FLOPs of a forward pass, a row.
     """
 
     layout: RowLayout
@@ -68,18 +68,20 @@ class CodePrediction:
         return len(batch["weights"])
 
     def flops(self, trained: Mapping[str, Leaf]) -> float:
-        """Count the forward pass and both halves of backward; a frozen base has one half."""
+        """Return FLOPs an image: the forward pass and both halves of backward.
+
+        With a frozen base, backward has one half: its weights get no gradients.
+        """
         passes = 2 if all(leaf.added for leaf in trained.values()) else 3
         return passes * self.image_flops
 
     def loss(
         self, model: nnx.Module, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
-        """Return the summed cross-entropy of codes and prompt, and the number of rows.
+        """Return the cross-entropy summed over rows, and the number of rows.
 
-        Each is a mean over its own tokens of a row.
-
-        Sums over rows, and their count, do not depend on how a batch is cut.
+        A row has a mean over its codes and, with `text_weight`, one over its prompt. Sums over
+        rows, and the number of rows, do not depend on the split into micro-batches.
         """
         dropped = jax.vmap(jax.random.uniform)(stream(keys, CAPTION_STREAM)) < self.caption_dropout
         adapter = stream(keys, ADAPTER_STREAM) if self.dropout else None
@@ -89,22 +91,23 @@ class CodePrediction:
     def cross_entropy(
         self, model: nnx.Module, batch: Batch, dropped: jax.Array, keys: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
-        """Return the weighted sum over rows, and its parts; `dropped` bool [B]."""
+        """Return the weighted sum over rows, and its parts. `dropped` is bool [B]."""
         layout, options, weights = self.layout, self.weights, batch["weights"][:, None]
         rows = train_rows(layout, batch["prompt"], batch["length"], batch["codes"], dropped)
         speaker = self.speaker(model)
         embeds = speaker.embed(rows.tokens, rows.images, self.dtype, keys)
-        hidden = speaker.llama.hidden(embeds=embeds, keys=keys, remat=self.remat, dtype=self.dtype)[
-            0
-        ]
-        before_codes = jnp.take_along_axis(hidden, rows.places[..., None], axis=1)
+        hidden, _ = speaker.llama.hidden(
+            embeds=embeds, keys=keys, remat=self.remat, dtype=self.dtype
+        )
+        # The head computes logits at these positions alone.
+        before_codes = jnp.take_along_axis(hidden, rows.places[..., None], axis=1)  # [B, S, D]
         even = jnp.broadcast_to(weights / layout.count, rows.image_targets.shape)
         targets = rows.image_targets
         image, sums = speaker.cross_entropy(before_codes, targets, even, options.z, keys)
         total = options.image_weight * image
         metrics = {"image_ce": image - sums.get("z", 0.0), "accuracy": sums["correct"]}
         if options.text_weight:
-            before_text = hidden[:, : rows.text_targets.shape[1]]
+            before_text = hidden[:, : rows.text_targets.shape[1]]  # [B, C, D]
             spoken = rows.text_weights * weights
             text, text_sums = speaker.cross_entropy(
                 before_text, rows.text_targets, spoken, options.z, keys
@@ -115,11 +118,11 @@ class CodePrediction:
 
 
 class TrainRows(NamedTuple):
-    """Rows of a batch, padded on the right, which real tokens of a causal model do not attend to.
+    """Rows of a batch, padded on the right: no real token of a causal model attends to padding.
 
-    places: where image_targets are predicted from. text_targets, text_weights: of the first
-    C places; the weights of a row add up to 1, or to 0 without a prompt.
-    images: which of the tokens are codes.
+    images: the tokens that are codes. places: positions whose hidden states predict image_targets.
+    text_targets, text_weights: targets of the first C positions. The weights of a row add up to 1,
+    or to 0 without a prompt.
     """
 
     tokens: Int[Array, "B T"]
@@ -139,7 +142,7 @@ def train_rows(
 ) -> TrainRows:
     """Return `prompt BOI codes` of each row, with the null prompt where `dropped`.
 
-    captions: prompts padded on the right, `lengths` real ids each. For use inside jit.
+    captions: prompts padded on the right, with `lengths` real ids each. Works inside jit.
     """
     width, count = captions.shape[1], layout.count
     captions, lengths = jnp.asarray(captions, jnp.int32), jnp.asarray(lengths, jnp.int32)
@@ -147,8 +150,9 @@ def train_rows(
     captions = jnp.where(dropped[:, None], null, captions)
     lengths = jnp.where(dropped, shorter, lengths)[:, None]
     ids = codes.astype(jnp.int32) + layout.image_offset  # [B, S]
-    after = jnp.arange(width + count)[None] - lengths  # 0 at BOI, k at code k - 1
-    image = jnp.take_along_axis(ids, jnp.clip(after - 1, 0, count - 1), axis=1)
+    after = jnp.arange(width + count)[None] - lengths  # [B, C + S]: 0 at BOI, k at code k - 1
+    # Prompts differ in length: the picture is gathered to its place behind each, without a loop.
+    image = jnp.take_along_axis(ids, jnp.clip(after - 1, 0, count - 1), axis=1)  # [B, C + S]
     image = jnp.where(after == 0, layout.boi, jnp.where(after < count, image, layout.pad))
     text = jnp.pad(captions, ((0, 0), (0, count)))  # [B, C + S]
     tokens = jnp.where(after < 0, text, image)

@@ -29,10 +29,10 @@ LATENT, NOISE, TIME, DROP, OFFSET, ADAPTER, PICTURE = range(7)
 
 @dataclass(frozen=True, eq=False)
 class Denoising:
-    """Prediction of what a noise process asks of a latent diffusion model.
+    """Prediction of a noise process's target by a latent diffusion model.
 
-    empty_ids: int32 [E, T], the token ids of the empty caption. dropout: adapters draw a mask.
-    image_flops: of a forward pass, an image.
+    empty_ids: int32 [E, T], the token ids of the empty caption. dropout: adapters use dropout.
+    image_flops: FLOPs of a forward pass, an image.
     """
 
     cfg: PipelineConfig
@@ -50,14 +50,17 @@ class Denoising:
         return len(batch["weights"])
 
     def flops(self, trained: Mapping[str, Leaf]) -> float:
-        """Count the UNet's forward pass and both halves of backward; adapters have one half."""
+        """Return FLOPs an image: the UNet's forward pass and both halves of backward.
+
+        With a frozen base, backward has one half: its weights get no gradients.
+        """
         passes = 2 if all(leaf.added for leaf in trained.values()) else 3
         return passes * self.image_flops
 
     def loss(
         self, model: StableDiffusion, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
-        """Return the sum of weighted squared errors, and the sum of the rows' own weights."""
+        """Return the sum of weighted squared errors, and the sum of the rows' weights."""
         cfg, share = self.cfg, self.caption_dropout
         latents = self.latents(model, batch, stream(keys, LATENT))
         noise = normal(stream(keys, NOISE), latents.shape[1:])
@@ -96,7 +99,7 @@ class Denoising:
         return squared_error(out, self.process.target(latents, noise, t))
 
     def latents(self, model: StableDiffusion, batch: Batch, keys: Any) -> jax.Array:
-        """Return scaled latents, fp32: sampled with `keys`, else the mode of the posterior."""
+        """Return scaled fp32 latents: posterior samples with `keys`, or its mode without."""
         if "mean" in batch:
             moments = Moments(batch["mean"], batch["logvar"])
         else:
@@ -110,12 +113,12 @@ class Denoising:
         return model.encode_text(batch["ids"], dtype=self.dtype, keys=keys)
 
     def null(self, model: StableDiffusion) -> Text:
-        """Return the null caption of one row, by the text encoders as they are now."""
+        """Encode the empty caption [1, T, D] by the current weights of the text encoders."""
         empty = jnp.asarray(self.empty_ids)[None]
         made = model.encode_text(empty, dtype=self.dtype)
         return zeroed(made) if self.cfg.zero_null else made
 
 
 def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return fp32 noise [B, *shape], each row's by its own key."""
+    """Return fp32 noise [B, *shape]. Each row has its own key."""
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)

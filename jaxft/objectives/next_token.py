@@ -1,4 +1,4 @@
-"""Next-token prediction: the cross-entropy of the tokens that a row trains."""
+"""Next-token prediction: the cross-entropy of the trained tokens of each row."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +17,9 @@ from jaxft.kernels.cross_entropy import linear_cross_entropy
 class NextToken:
     """Cross-entropy of a decoder over rows of `seq_len` positions.
 
-    width: the most positions that any row trains. packed: rows hold several examples, told apart
-    by segment_ids. dropout: adapters draw a mask. token_flops: of a forward pass, a token.
+    width: the largest number of trained positions in a row. packed: rows hold several examples,
+    marked by segment_ids. dropout: adapters use dropout. token_flops: FLOPs of a forward pass, a
+    token.
     """
 
     dtype: Any
@@ -33,7 +34,7 @@ class NextToken:
     def loss(
         self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
-        """Return the summed cross-entropy, the number of trained tokens, and correct ones."""
+        """Return the summed cross-entropy, the number of trained tokens, and the correct ones."""
         dropout = keys if self.dropout else None
         hidden = self.hidden(model, batch, dropout)
         total, sums = self.cross_entropy(model, hidden, batch, dropout)
@@ -43,7 +44,10 @@ class NextToken:
         return int(np.count_nonzero(batch["segment_ids"]))  # numbered from 1 in a shared row
 
     def flops(self, trained: Mapping[str, Leaf]) -> float:
-        """Count the forward pass and both halves of backward; a frozen base has one half."""
+        """Return FLOPs a token: the forward pass and both halves of backward.
+
+        With a frozen base, backward has one half: its weights get no gradients.
+        """
         passes = 2 if all(leaf.added for leaf in trained.values()) else 3
         return passes * self.token_flops
 
@@ -51,7 +55,7 @@ class NextToken:
         """Return the last hidden states [B, T, D].
 
         A row of one example is padded on the right. Under a causal mask no real token attends to
-        the padding, so it needs no segments, and the fastest causal kernel serves.
+        the padding. The row thus needs no segments, and the fastest causal kernel can be used.
         """
         places = (batch["positions"], batch["segment_ids"]) if self.packed else (None, None)
         return model.hidden(
@@ -61,7 +65,7 @@ class NextToken:
     def cross_entropy(
         self, model: Any, hidden: jax.Array, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
-        """Return the summed cross-entropy of hidden states [B, T, D] and its parts."""
+        """Return the summed cross-entropy of hidden states [B, T, D], and the sums beside it."""
         hidden, targets, weights = self.trained_only(hidden, batch, self.width)
         head, vocab_first = model.head()
         features = model.features(hidden, keys)
@@ -70,12 +74,14 @@ class NextToken:
     def trained_only(
         self, hidden: jax.Array, batch: Batch, width: int
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return hidden states, targets and weights at the `width` positions that rows may train.
+        """Return hidden states, targets and weights [B, W] at the trained positions of each row.
 
-        Where a completion alone is trained, this spares the head most of its work.
+        The head computes logits there alone, which saves most of its work if short completions
+        are trained. All positions stay if `width` is over half of them.
         """
         if 2 * width > self.seq_len:
             return hidden, batch["targets"], batch["weights"]
+        # Untrained positions have weight 0: the `width` largest weights include all trained ones.
         places = jax.lax.top_k(batch["weights"], width)[1]  # [B, W]
         targets, weights = (
             jnp.take_along_axis(batch[name], places, axis=1) for name in ("targets", "weights")

@@ -20,8 +20,8 @@ from jaxft.objectives.adversarial import Pull, adaptive_weight, hinge, pull, ste
 class Made(NamedTuple):
     """A reconstruction and the values that its losses need.
 
-    features: input of the last layer. latent: the latents' own losses of each row, by name and
-    without weights. codes: of a VQ tokenizer.
+    features: input of the last layer. latent: losses of the latents of each row, by name and
+    without weights. codes: codebook indices of a VQ tokenizer, None for a VAE.
     """
 
     features: Float[Array, "B Y X F"]
@@ -31,7 +31,7 @@ class Made(NamedTuple):
 
 
 class Weights(Protocol):
-    """Weights of the terms, as in the config; `latent` returns those of latents by name."""
+    """Weights of the terms, as in the config. `latent` returns the latents' weights by name."""
 
     @property
     def l1(self) -> float: ...
@@ -47,10 +47,10 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Losses of an autoencoder and, beside them, of its discriminator.
+    """Losses of an autoencoder and of its discriminator.
 
-    reconstruct(vae, images, keys, remat): a `Made`. start: the step from which the adversarial
-    term counts.
+    reconstruct(vae, images, keys, remat): returns a `Made`. start: first step with adversarial
+    terms.
     """
 
     reconstruct: Callable[[Any, Array, PRNGKeyArray | None, str], Made]
@@ -69,16 +69,18 @@ class Reconstruction:
     def loss(
         self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
-        """Return the summed terms of a batch, the discriminator's beside them, and its weight.
+        """Return the summed terms of a batch and its weight, with the terms as metrics.
 
-        Each of the two players has the other as a constant, so one gradient serves both:
-        LlamaGen's alternating update, in which both losses come from one forward pass.
+        The gradient is that of the autoencoder's losses and of the discriminator's. Each network
+        is a constant in the other's loss, so one gradient serves both. This is LlamaGen's
+        alternating update, in which both losses come from one forward pass.
         """
         rows = batch["weights"]
         images = to_float(batch["pixels"]).astype(self.dtype)
         made = self.reconstruct(model.vae, images, keys, self.remat)
         rec = pull(partial(self.terms, model, rows, images), made.images)
-        latent = self._latent(made, rows)
+        weights = self.losses.latent()
+        latent = {k: weights[k] * rows @ v for k, v in made.latent.items() if weights[k]}
         moving = sum(latent.values(), start=jnp.zeros(()))
         value, gradient, terms = rec.value + moving, rec.gradient, {**rec.terms, **latent}
         if model.discriminator is not None:
@@ -87,7 +89,7 @@ class Reconstruction:
             terms |= {**adv.terms, "discriminator": judged, "factor": factor * jnp.sum(rows)}
             moving = moving + judged
         moving = moving + steer(made.images, gradient)
-        # What moves the parameters, under the value that a reader expects.
+        # The gradient is that of `moving`, and the value that of the terms, as logs expect.
         total = moving + jax.lax.stop_gradient(value - moving)
         return (total, jnp.sum(rows)), jax.lax.stop_gradient(terms)
 
@@ -107,11 +109,6 @@ class Reconstruction:
             terms["perceptual"] = self.losses.perceptual * rows @ distance
         return terms
 
-    def _latent(self, made: Made, rows: jax.Array) -> dict[str, jax.Array]:
-        """Return the weighted terms of the latents; those of weight 0 are not computed."""
-        weights = self.losses.latent()
-        return {k: weights[k] * rows @ v for k, v in made.latent.items() if weights[k]}
-
     def _adversarial(
         self,
         model: Any,
@@ -121,13 +118,13 @@ class Reconstruction:
         rows: jax.Array,
         step: jax.Array,
     ) -> tuple[Pull, jax.Array, jax.Array]:
-        """Return the generator's pull, its factor, and the discriminator's loss.
+        """Return the generator's adversarial `Pull`, its factor, and the discriminator's loss.
 
-        The factor is adaptive, and 0 before `start`.
+        The factor is adaptive. Factor and loss are 0 before `start`.
         """
         judge = model.discriminator
         assert judge is not None
-        fixed = jax.lax.stop_gradient(judge)
+        fixed = jax.lax.stop_gradient(judge)  # the generator's loss must not train the judge
         adv = pull(
             lambda y: {"adversarial": -jnp.sum(rows * jnp.mean(fixed(y), axis=(1, 2)))}, made.images
         )

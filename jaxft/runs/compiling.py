@@ -26,8 +26,8 @@ def make_step(run: Run, plan: Plan, objective: Objective) -> Any:
 class Compiled:
     """A jitted step compiled ahead of its first call, once for each shape of batch.
 
-    The shapes that rows foretell are compiled before step 0. A batch of another shape (short
-    examples that need one more row) is compiled for when it comes.
+    The shapes that the data set announces are compiled before step 0. Another shape (short
+    examples that need one more row) is compiled at its first batch.
     """
 
     def __init__(self, step_fn: Any):
@@ -41,7 +41,7 @@ class Compiled:
     def prepare(self, state: State, frozen: Params, batch: dict[str, jax.Array]) -> bool:
         """Compile for a new shape, and print the seconds and the memory that it needs.
 
-        `batch` may hold shapes alone. Returns whether anything was compiled.
+        `batch` may hold shapes without values. Returns True if the shape was new.
         """
         if _shape(batch) in self.by_shape:
             return False

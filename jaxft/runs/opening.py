@@ -1,4 +1,4 @@
-"""From a config to a model on a mesh: what every command opens first. It reads no data."""
+"""Opening of a run: a config becomes a model on a mesh, before any data are read."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -17,7 +17,7 @@ from jaxft.weights import transfer
 
 
 class Run(NamedTuple):
-    """A config made concrete: task, opened model, mesh, parameters by name and the trained ones."""
+    """An opened config: task, model, mesh, all parameters by path, and the paths that train."""
 
     cfg: Config
     task: Task
@@ -33,7 +33,10 @@ class Run(NamedTuple):
 
 
 def open_run(config: Mapping[str, Any]) -> Run:
-    """Read the config, find the devices, open the model's folder. No weights are loaded yet."""
+    """Read the config, find the devices and open the model's folder. Loads no weights.
+
+    Raises UserError for a batch that the mesh does not divide, or an unknown export.kind.
+    """
     name = str(config.get("task"))
     check_task(name)
     cfg, task = configs.read_config(config, OPTIONS[name]), get_task(name)
@@ -42,7 +45,7 @@ def open_run(config: Mapping[str, Any]) -> Run:
     _check_batch(cfg, mesh)
     if cfg.export.kind not in (kinds := (*task.writers, "none")):
         raise UserError(f"export.kind={cfg.export.kind!r} is not one of {', '.join(kinds)}")
-    with jax.set_mesh(mesh):  # "auto" resolves by the devices of the run
+    with jax.set_mesh(mesh):  # "auto" depends on the devices of the run
         opened = task.open(cfg)
     leaves = describe(opened.template)
     places = sharding.shardings(leaves, mesh)
@@ -55,7 +58,7 @@ def open_run(config: Mapping[str, Any]) -> Run:
 
 
 def read_data(run: Run) -> Data:
-    """Read the training rows, and the evaluation rows where the config names some."""
+    """Read the training rows, and the evaluation rows if the config names them."""
     cfg = run.cfg
     train = run.task.read(run.opened, cfg.data.train, True)
     held_out = run.task.read(run.opened, cfg.data.eval, False) if cfg.data.eval else None
@@ -63,7 +66,7 @@ def read_data(run: Run) -> Data:
 
 
 def preview(run: Run, data: Data, params: Params) -> Preview:
-    """Return the preview of a model on its rows, which are encoded first where they need it."""
+    """Encode the rows if the task needs it, and return the preview of the model on them."""
     sets = [rows for rows in (data.train, data.held_out) if rows is not None]
     run.task.encode(run.opened, params, run.chosen, sets)
     facts = data.facts if data.train is None else data.train.report()
@@ -71,9 +74,9 @@ def preview(run: Run, data: Data, params: Params) -> Preview:
 
 
 def load_params(run: Run, wanted: set[str] | None = None) -> Params:
-    """Return parameters (all, or those `wanted`), imported or drawn, born sharded.
+    """Import or initialise parameters (all, or those `wanted`), each in its final sharding.
 
-    Adapters and new tokens are fp32 whatever the base is.
+    Adapters and new tokens are fp32, whatever the dtype of the base.
     """
     dtype = runtime.resolve_dtype(run.cfg.param_dtype)
     wanted = set(run.leaves) if wanted is None else wanted

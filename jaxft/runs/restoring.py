@@ -1,4 +1,4 @@
-"""A run folder, or a config before training, as a model with its parameters."""
+"""Models with parameters, restored from a run folder or opened from an untrained config."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -22,10 +22,10 @@ from jaxft.tasks import OPTIONS
 def restore_run(
     workdir: Path, at: int | None, overrides: Iterable[tuple[str, str]] = ()
 ) -> tuple[Run, Params, int]:
-    """Return (run, all parameters, step) of a run folder; the latest step unless one is named.
+    """Return (run, all parameters, step) of a run folder at a step, by default the latest.
 
-    No data is read. Overrides change how the model is measured (`data.eval`), never what it was
-    trained on.
+    No data are read. Overrides are for the measurement of the model (`data.eval`). Raises
+    UserError for a folder without a run or a checkpoint.
     """
     read_config_file(workdir)  # raises where this is no run folder
     runtime.join()
@@ -56,13 +56,13 @@ def open_any(arguments: runtime.Arguments) -> tuple[Run, Params, int]:
 
 
 def facts(workdir: str | None) -> Mapping[str, Any]:
-    """Return what a run wrote down about its training data; {} where there is no manifest."""
+    """Return the manifest's report on the training data of a run, or {} without a manifest."""
     file = Path(workdir or "") / MANIFEST
     return json.loads(file.read_text())["data"] if workdir and file.is_file() else {}
 
 
 def step_option(options: Mapping[str, str]) -> int | None:
-    """Return `--step` as a number, None for the latest."""
+    """Return `--step` as a number, or None for the latest."""
     text = options.get("step")
     if text is not None and not text.isdigit():
         raise UserError(f"--step={text!r} must be the number of a checkpoint")

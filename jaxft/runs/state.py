@@ -1,4 +1,4 @@
-"""The state of a run: durations, optimiser, parameters and moments before a step."""
+"""State of a run before a step: durations, optimiser, parameters and moments."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(run: Run, examples: int) -> Plan:
-    """Return durations in steps, the schedule and the Optax chain, for a set of `examples`."""
+    """Return the total steps, the schedule and the Optax chain for `examples` training rows."""
     cfg, o = run.cfg, run.cfg.optim
     total = configs.steps(cfg.total, cfg.batch_size, examples, "total")
     warmup = configs.steps(o.warmup, cfg.batch_size, examples, "optim.warmup")
@@ -48,7 +48,7 @@ def _optimizer(run: Run, schedule: optax.Schedule) -> optax.GradientTransformati
 
 
 class Periods(NamedTuple):
-    """Numbers of steps between two of a kind; 0 is never."""
+    """Numbers of steps between two events of a kind. 0 is never."""
 
     log: int
     eval: int
@@ -57,14 +57,14 @@ class Periods(NamedTuple):
 
 
 def periods(run: Run, examples: int) -> Periods:
-    """Return `every.…` in steps, for a set of `examples`."""
+    """Return `every.…` in steps, for `examples` training rows."""
     every, size = run.cfg.every, run.cfg.batch_size
     pairs = zip(Periods._fields, (every.log, every.eval, every.save, every.sample), strict=True)
     return Periods(*(configs.steps(value, size, examples, f"every.{key}") for key, value in pairs))
 
 
 def fresh_state(run: Run, tx: optax.GradientTransformation, trained: Params) -> State:
-    """Return the state before step 0, sharded as the step wants it."""
+    """Return the state before step 0, in the sharding of the step."""
     shards = run_state_shardings(run, tx)
     init = jax.jit(partial(init_state, tx, ema=run.cfg.optim.ema), out_shardings=shards)
     return init(trained)
@@ -76,9 +76,10 @@ def run_state_shardings(run: Run, tx: optax.GradientTransformation) -> State:
 
 
 def abstract_state(run: Run, tx: optax.GradientTransformation | None = None) -> State:
-    """Return shapes, dtypes and shardings of the state, to restore a checkpoint against.
+    """Return shapes, dtypes and shardings of the state, for the restore of a checkpoint.
 
-    Without `tx` the run's own: its structure depends on no duration, and so on no data.
+    Without `tx`, the run's own optimiser is used. The structure of its state depends on no
+    duration, so no data are needed.
     """
     tx = _optimizer(run, optax.constant_schedule(0.0)) if tx is None else tx
     dtype = runtime.resolve_dtype(run.cfg.param_dtype)
@@ -95,12 +96,12 @@ def abstract_state(run: Run, tx: optax.GradientTransformation | None = None) -> 
 
 
 def model_params(frozen: Params, state: State) -> Params:
-    """Return every parameter as evaluation, sampling and export use it: averages where kept."""
+    """Return all parameters for evaluation, sampling and export, averaged where averages exist."""
     return {**frozen, **(state.ema or state.params)}
 
 
 def start_state(run: Run, plan: Plan, saved: Checkpoints, start: int) -> tuple[State, Params]:
-    """Return (state, frozen parameters) before step `start`: fresh, or from that checkpoint."""
+    """Return (state, frozen parameters) before step `start`: new ones, or from its checkpoint."""
     if not start:
         params = load_params(run)
         frozen = {path: x for path, x in params.items() if path not in run.chosen}
@@ -111,7 +112,7 @@ def start_state(run: Run, plan: Plan, saved: Checkpoints, start: int) -> tuple[S
 
 
 def summary(run: Run, plan: Plan, rows: Rows) -> str:
-    """Return the first lines of a run, with the defaults that were chosen for this machine."""
+    """Return the first lines that a run prints, with the defaults chosen for this machine."""
     cfg = run.cfg
     micro = f" in {cfg.micro_batches} micro-batches" if cfg.micro_batches > 1 else ""
     lines = [

@@ -1,4 +1,4 @@
-"""What a person sees of a run: records of every step, evaluations, and the table at the end."""
+"""Output of a run: records of every step, evaluations, samples, and the table at the end."""
 
 import json
 import math
@@ -20,8 +20,8 @@ from jaxft.runs.opening import Run
 from jaxft.tasks import Data, Objective, Preview, Report
 
 MANIFEST = "manifest.json"  # environment, mesh and data of a run
-BAD_SAMPLES = "bad_samples.jsonl"  # the samples that were left out, one a line with its error
-BEFORE = "before.json"  # the evaluation before step 0; a resumed run still shows it at the end
+BAD_SAMPLES = "bad_samples.jsonl"  # the samples left out, one a line with its error
+BEFORE = "before.json"  # the evaluation before step 0, for the final table of a resumed run too
 
 
 class _Pending(NamedTuple):
@@ -34,7 +34,7 @@ class _Pending(NamedTuple):
 
 
 class Watch:
-    """Writes and shows what a run does; holds no part of its state."""
+    """Writer of a run's records, evaluations and samples. It holds no part of the state."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Watch:
         self.throughput = Throughput(
             runtime.device(run.mesh).kind, jax.device_count(), objective.unit
         )
-        rows = local_rows(run.mesh, run.cfg.batch_size)  # tensor parallel processes have the same
+        rows = local_rows(run.mesh, run.cfg.batch_size)  # the same for tensor parallel processes
         self.processes = run.cfg.batch_size / (rows.stop - rows.start)
         self.flops_per_unit = objective.flops(run.trained_leaves)
         self.pending: _Pending | None = None
@@ -63,7 +63,7 @@ class Watch:
         self._describe_data()
 
     def _describe_data(self) -> None:
-        """Write the counts of the data, and its bad samples, of which training may find more."""
+        """Write the counts of the data, and the bad samples. Training may find more of these."""
         sets = [rows for rows in (self.data.train, self.data.held_out) if rows is not None]
         bad = [one for rows in sets for one in rows.bad]
         if len(bad) == self._bad:
@@ -83,15 +83,16 @@ class Watch:
         waited: float,
         shown: bool,
     ) -> None:
-        """Take a step that was just dispatched, and write the one before it."""
+        """Hold the numbers of a step that was just dispatched, and write those of the last one."""
         units = round(self.objective.units(batch) * self.processes)
         self.flush(waited)
         self.pending = _Pending(step, sums, units, shown)
 
     def flush(self, waited: float = 0.0) -> None:
-        """Write the step whose numbers were not yet read; this waits for it to finish.
+        """Write the numbers of the held step. Waits until the device has finished it.
 
-        `waited` is the time spent since the last flush on the next step's batch.
+        `waited` is the time since the last flush that the next step's batch took. Raises UserError
+        for a loss or gradient norm that is not finite.
         """
         self._describe_data()
         if self.pending is None:
@@ -102,7 +103,7 @@ class Watch:
         flops = self.flops_per_unit * pending.units
         rates = self.throughput.rates(pending.units, now - self.last, waited, flops)
         self.last = now
-        # A loss may be finite whose gradients are not: they have spoilt the weights already.
+        # A finite loss may have gradients that are not, and those have spoilt the weights already.
         if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(sums[name])]:
             raise UserError(
                 f"{bad[0]} is {sums[bad[0]]} at step {pending.step}; nothing after the last"
@@ -111,7 +112,7 @@ class Watch:
         self.writer.write(pending.step, sums | rates, shown=pending.shown)
 
     def evaluate(self, step: int, params: Params) -> Report:
-        """Measure the model before `step`'s update and write it."""
+        """Return the evaluation of the model before `step`'s update, and write it."""
         self.flush()
         report = self.preview.evaluate(params, self.run.mesh)
         if report.metrics:
@@ -121,7 +122,7 @@ class Watch:
         return report
 
     def keep_before(self, report: Report) -> None:
-        """Remember the evaluation before training, for a table that compares."""
+        """Keep the evaluation before training, for the table at the end."""
         self._keep(BEFORE, report._replace(pictures={})._asdict())
 
     def _keep(self, name: str, record: dict[str, Any]) -> None:
@@ -129,15 +130,15 @@ class Watch:
             (self.workdir / name).write_text(json.dumps(record, indent=2) + "\n")
 
     def look(self, step: int, params: Params) -> None:
-        """Show what the model makes before `step`'s update."""
+        """Print and write samples of the model before `step`'s update."""
         self.flush()
-        seen = self.preview.sample(params)
-        self.note(seen.text)
-        self.pictures(step, seen.pictures)
+        sampled = self.preview.sample(params)
+        self.note(sampled.text)
+        self.pictures(step, sampled.pictures)
         self.last = time.perf_counter()
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Keep pictures as samples/NAME-STEP.png and in TensorBoard."""
+        """Write pictures to samples/NAME-STEP.png and to TensorBoard."""
         if pictures and self.primary:
             (self.workdir / "samples").mkdir(exist_ok=True)
         for name, picture in pictures.items() if self.primary else ():
@@ -151,7 +152,7 @@ class Watch:
             self.writer.note(text)
 
     def close(self, step: int, after: Report | None, params: Params, seconds: float) -> None:
-        """The last word: before and after, a few rows, where the export lies."""
+        """Write the last lines: metrics before and after, samples, the export's path, the time."""
         file = self.workdir / BEFORE
         before = Report(**json.loads(file.read_text())) if file.exists() else Report({})
         self.note(_comparison(before, after or before))
@@ -164,7 +165,7 @@ class Watch:
 
 
 def _comparison(before: Report, after: Report) -> str:
-    """Metrics before and after, then the shown rows with both predictions."""
+    """Return tables of the metrics before and after, and of the rows with both predictions."""
     rows = [(name, before.metrics.get(name), value) for name, value in after.metrics.items()]
     parts = [table(rows, ("metric", "before", "after"))] if rows else []
     if after.rows:

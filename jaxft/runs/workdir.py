@@ -1,4 +1,4 @@
-"""A run's folder: who may write in it, and the config that it keeps."""
+"""Folder of a run: the claim by one config, and that config on disk."""
 
 import json
 import os
@@ -13,10 +13,11 @@ from jaxft.core.errors import UserError
 def claim_workdir(
     workdir: Path, config: Mapping[str, Any], options: Mapping[str, type] = MAPPING
 ) -> None:
-    """Make the folder, refuse one where another config ran, and keep this config in it.
+    """Make the folder, refuse one where another config ran, and write this config to it.
 
-    A config that got no further than its own config.json (a wrong model path) holds nothing.
-    `options` maps a task's name to the dataclass of its own keys.
+    `options` maps a task's name to the dataclass of its own keys. Raises UserError for a folder
+    that cannot be written, or that belongs to another config. A folder with nothing but a
+    config.json (its run failed early, such as by a wrong model path) belongs to none.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -40,9 +41,9 @@ def claim_workdir(
 
 
 def read_config_file(workdir: Path, options: Mapping[str, type] = MAPPING) -> dict[str, Any]:
-    """The resolved config of a run folder.
+    """Return the resolved config of a run folder. Keys newer than the folder get their defaults.
 
-    Keys that came later than the folder get their defaults.
+    Raises UserError for a folder without config.json, or with one that is no JSON object.
     """
     file = workdir / "config.json"
     try:
@@ -57,7 +58,7 @@ def read_config_file(workdir: Path, options: Mapping[str, type] = MAPPING) -> di
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for every leaf that differs between two configs."""
+    """Return `key: old -> new` for every leaf that differs between two configs."""
     a, b = flatten_config(old), flatten_config(new)
     gone = object()
     return [
