@@ -71,7 +71,7 @@ class BucketBatches:
         self.short = {
             int(bucket_of[ids[0]]): len(ids) for ids in self._members if len(ids) < batch_size
         }
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)  # threads may read from two
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)  # threads may need two at once
 
     def plan(self, k: int) -> Int[np.ndarray, " batch_size"]:
         """Return the int32 ids of batch k's examples."""

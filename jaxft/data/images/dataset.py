@@ -157,7 +157,7 @@ class ImageSet:
     bucket_of int32 [examples]: index into `sizes`, the (h, w) of the buckets in use.
     originals int32 [images, 2]: height and width of every upright picture.
     kept: a cache of the pixels of some examples.
-    bad: pictures that are not read, that are damaged by their headers, or that do not decode. The
+    bad: pictures in formats that are not read, with damaged headers, or that do not decode. The
     last are found at their first use, and another picture of the bucket then takes their place.
     """
 

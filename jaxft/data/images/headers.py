@@ -10,7 +10,7 @@ from jaxft.data.images.buckets import Size
 from jaxft.data.images.png import SIGNATURE, without_pixels
 
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")  # MPO and TIFF hold further pictures, no frames
-_RANGES = ("F", "I")  # modes of float and 32-bit pixels, which are valid or not by their values
+_RANGES = ("F", "I")  # float and 32-bit pixels, of which `decode` refuses some values
 
 
 def header_size(content: bytes) -> Size | None:

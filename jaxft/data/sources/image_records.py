@@ -26,10 +26,8 @@ UNREADABLE = (
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mrw", ".nef",
     ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f",
 )  # fmt: skip
-_TOLD, _NAMED = (
-    10,
-    50,
-)  # numbers of bad samples up to which an error gives all reasons, or all names
+# Numbers of bad samples up to which an error gives all reasons, or all names.
+_TOLD, _NAMED = 10, 50
 
 
 class Record(NamedTuple):

@@ -18,7 +18,7 @@ from jaxft.data.sources.files import find_files, refuse_mixed_files
 _ENDINGS = (".parquet", ".arrow")
 # Columns that are tried first, with the most common name in front.
 _IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "pixel_values")
-_PROBED = 16  # number of rows in which a column of pictures must have one
+_PROBED = 16  # rows that are searched for the first picture of a column
 
 
 class Table:
