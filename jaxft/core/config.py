@@ -378,5 +378,6 @@ def _check_choices(cfg: Config) -> None:
         steps(leaves[key], 1, 1, key)
     if cfg.batch_size % cfg.micro_batches:
         raise UserError(
-            f"batch_size={cfg.batch_size} does not split into micro_batches={cfg.micro_batches}"
+            f"batch_size={cfg.batch_size} does not split into micro_batches={cfg.micro_batches};"
+            " give a multiple of it"
         )

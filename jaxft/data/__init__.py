@@ -1,1 +1,1 @@
-"""Where records come from and how they become batches: sources, text, loader."""
+"""Data: sources of records, encoded texts, pictures, a cache of encoded examples, batches."""

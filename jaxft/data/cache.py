@@ -1,4 +1,4 @@
-"""What a frozen encoder says of each example, computed once and kept on disk by content."""
+"""Cache of a frozen encoder's outputs: computed once an example, kept on disk by content."""
 
 import fcntl
 import hashlib
@@ -35,7 +35,7 @@ class _Entry(NamedTuple):
 
 @dataclass
 class _Shard:
-    """One data file and its index; `indexed` bytes of the index are known, `end` of the data."""
+    """One data file and its index, of which `end` and `indexed` bytes are known."""
 
     data: Path
     indexed: int = 0
@@ -49,7 +49,7 @@ class _Shard:
 
 @dataclass
 class _Writer:
-    """The shard that this process appends to, locked against every other process."""
+    """The shard to which this process appends, locked against every other process."""
 
     shard: int
     data: BinaryIO
@@ -60,12 +60,12 @@ class _Writer:
 class ArrayCache:
     """An append-only store of small arrays by key, below FOLDER/<namespace>-<hash>/.
 
-    namespace: everything but the key that the arrays depend on (weights' hash, dtype, …): caches
-    of different namespaces never see each other's entries, so that none is ever stale. Each
-    process appends to shards of its own, named after its `host`, and reads those of all.
-    An entry counts once its index line stands, which is written after its data: what a killed
-    process left half written is ignored, and cut off by the next writer. Reads are memory-mapped;
-    the index alone is in memory. Safe in threads.
+    namespace: everything besides the key on which the arrays depend (weights' hash, dtype, …).
+    Caches of different namespaces share no entries, so that no entry is ever stale. Each process
+    appends to its own shards, named after its `host`, and reads the shards of all processes.
+    An entry counts once its index line is complete, which is written after its data. Half-written
+    data of a killed process are ignored, and the next writer removes them. Reads are
+    memory-mapped, and only the index is in memory. Safe in threads.
     """
 
     def __init__(self, folder: str | Path, namespace: str, host: int = 0):
@@ -91,9 +91,10 @@ class ArrayCache:
         return f"ArrayCache({str(self.folder)!r}, {len(self)} entries)"
 
     def get(self, key: str) -> Arrays:
-        """Copies of the arrays of `key`, bit for bit; KeyError if absent.
+        """Return copies of the arrays of `key`, bit for bit.
 
-        Raises UserError where the data on disk no longer match their checksum.
+        Raises KeyError for an absent key, and UserError if the data on disk no longer match their
+        checksum.
         """
         entry = self._entries[key]
         shard = self._shards[entry.shard]
@@ -110,14 +111,14 @@ class ArrayCache:
         return arrays
 
     def names(self, key: str) -> tuple[str, ...]:
-        """Return the names of the arrays of `key` without reading them; KeyError if absent."""
+        """Return the names of a key's arrays without reading them. Raises KeyError if absent."""
         return tuple(name for name, _, _ in self._entries[key].layout)
 
     def put(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Append the arrays; a key that is there already is left as it is.
+        """Append the arrays of a new key. An existing key is not changed.
 
-        They are readable here at once, and after `flush` for everyone and after a crash. Raises
-        UserError for NaN and inf, which would otherwise spoil every later run.
+        This process can read them at once. After `flush` other processes can, also after a crash.
+        Raises UserError for NaN and inf, which would otherwise spoil every later run.
         """
         for name, values in arrays.items():
             if values.dtype.kind not in "biu" and not np.isfinite(values).all():
@@ -132,7 +133,7 @@ class ArrayCache:
                 self._append(key, layout, data)
 
     def flush(self) -> None:
-        """Make what was put durable: the data first, then the index that makes it count."""
+        """Make new entries durable: first the data, then the index lines that make them count."""
         with self._lock, self._disk_errors():
             writer = self._writer
             if writer is None or not writer.pending:
@@ -147,7 +148,7 @@ class ArrayCache:
             writer.pending.clear()
 
     def refresh(self) -> None:
-        """Read what other processes have added since."""
+        """Read the entries that other processes have added since."""
         with self._lock, self._disk_errors():
             known = {shard.index: shard for shard in self._shards}
             for path in sorted(self.folder.glob("host-*.jsonl")):
@@ -158,13 +159,13 @@ class ArrayCache:
                     self._read_index(number, shard)
 
     def _read_index(self, number: int, shard: _Shard) -> None:
-        """Take over the whole lines whose data are all there, and stop before any other."""
+        """Add the entries of complete lines with complete data. Stop at the first other line."""
         try:
             size = shard.data.stat().st_size
             with open(shard.index, "rb") as file:
                 file.seek(shard.indexed)
                 lines = file.read().splitlines(keepends=True)
-        except FileNotFoundError:  # another process is about to make it
+        except FileNotFoundError:  # another process is about to create it
             return
         for line in lines:
             parsed = _parse(line)
@@ -190,7 +191,7 @@ class ArrayCache:
         self._entries[key] = entry._replace(layout=self._layouts.setdefault(layout, layout))
 
     def _open_writer(self, n_bytes: int) -> _Writer:
-        """Lock this host's first shard with room and cut off what a killed writer left there."""
+        """Lock this host's first shard with room, and cut off half-written data in it."""
         known = {shard.data: number for number, shard in enumerate(self._shards)}
         count = 0
         while True:
@@ -214,7 +215,7 @@ class ArrayCache:
             return _Writer(known[path], data, index)
 
     def close(self) -> None:
-        """Flush, and let another process append to this one's shard."""
+        """Flush, and release the shard, so that another process can append to it."""
         with self._lock:
             self.flush()
             if self._writer is not None:
@@ -247,13 +248,13 @@ def _locked(file: BinaryIO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: hosts still have files of their own
+    except OSError:  # a file system without locks: each host still has its own files
         return True
     return True
 
 
 def _parse(line: bytes) -> tuple[str, int, int, int, ArrayLayout] | None:
-    """Key, offset, bytes, checksum and layout of an index line; None where it is torn."""
+    """Return key, offset, bytes, checksum and layout of an index line, or None if it is torn."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -274,9 +275,9 @@ def _n_bytes(dtype: str, shape: Sequence[int]) -> int:
 
 
 def missing(cache: ArrayCache, keys: Sequence[str], host: int = 0, hosts: int = 1) -> list[int]:
-    """This host's share of the examples that the cache lacks, equal pictures once.
+    """Return this host's share of the examples that the cache lacks, with equal keys once.
 
-    Shares depend on places alone, so that hosts need not agree on what is there already.
+    A share depends on indices alone, so that hosts need not agree on the entries that exist.
     """
     first: dict[str, int] = {}
     for index in range(host, len(keys), hosts):
@@ -298,14 +299,15 @@ def fill(
     hosts: int = 1,
     threads: int = 2,
 ) -> Iterator[tuple[int, int]]:
-    """Compute and store what is missing; yields (examples done, examples to do) by the batch.
+    """Compute and store missing entries. Yields (examples done, examples to do) after each batch.
 
-    `read` returns the examples of some indices, in threads ahead of `compute`, which returns each
-    one's arrays. Both get up to `batch_size` examples of one bucket. Of n keys with `copies`,
-    indices that are equal modulo n / copies are copies of one sample: a batch has all copies of
-    up to `batch_size` samples. Every batch is durable before the next, so a run that is stopped
-    goes on where it was. Nothing here waits for other hosts: `refresh` shows their entries once
-    they are done.
+    read: returns the examples of some indices, in threads ahead of `compute`. compute: returns
+    the arrays of each example. Both get up to `batch_size` examples of one bucket.
+    copies: of n keys, indices that are equal modulo n / copies are copies of one sample. A batch
+    then has all missing copies of up to `batch_size` samples.
+
+    Every batch is durable before the next, so a stopped run continues from its last batch. No host
+    waits here for others. Their entries are read by `refresh` once they are done.
     """
     todo = missing(cache, keys, host, hosts)
     if bucket_of is None:
@@ -324,7 +326,7 @@ def fill(
 
 @dataclass(frozen=True)
 class _Groups:
-    """The examples of each group, to be read ahead."""
+    """Random access to the examples of each group, for `read_ahead`."""
 
     read: Callable[[list[int]], list[Any]]
     groups: list[list[int]]
@@ -339,7 +341,7 @@ class _Groups:
 def _one_size(
     indices: list[int], bucket_of: np.ndarray, batch_size: int, samples: int
 ) -> list[list[int]]:
-    """Return groups of one bucket, of `batch_size` samples each with their copies in a row."""
+    """Return groups of indices of one bucket: up to `batch_size` samples, copies side by side."""
     by_bucket: dict[int, dict[int, list[int]]] = {}
     for index in indices:
         of_bucket = by_bucket.setdefault(int(bucket_of[index]), {})

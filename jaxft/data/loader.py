@@ -13,7 +13,7 @@ HostBatch = dict[str, np.ndarray]
 
 
 class Examples(Protocol):
-    """A random-access dataset; indexing must be safe in threads."""
+    """A random-access dataset. Indexing must be safe in threads."""
 
     def __len__(self) -> int: ...
 
@@ -21,16 +21,16 @@ class Examples(Protocol):
 
 
 class Collate(Protocol):
-    """Stacks examples to `batch_rows` rows; missing rows are padding with weight 0.
+    """Stack of examples as `batch_rows` rows. Missing rows are padding with weight 0.
 
-    With a layout it gets the examples of each row as a list.
+    With a layout, `examples` holds the list of examples of each row.
     """
 
     def __call__(self, examples: Sequence[Any], *, batch_rows: int) -> HostBatch: ...
 
 
 class Batches(Protocol):
-    """Batch k as a pure function of k; indexing must be safe in threads."""
+    """Batch k as a pure function of k. Indexing must be safe in threads."""
 
     def __len__(self) -> int: ...
 
@@ -38,7 +38,7 @@ class Batches(Protocol):
 
 
 class RowSharing(Protocol):
-    """Which of a batch's samples (by place) share which row, the same on every process."""
+    """Groups of a batch's samples (by place in it) that share a row, equal on every process."""
 
     def __call__(self, sample_ids: Sequence[int]) -> list[list[int]]: ...
 
@@ -54,13 +54,13 @@ def train_loader(
     layout: RowSharing | None = None,
     threads: int = 2,
 ) -> grain.DatasetIterator:
-    """Endless host batches from step `start_step` on, read ahead in threads.
+    """Return endless host batches from step `start_step` on, read ahead in threads.
 
     Batch k holds samples k*B .. (k+1)*B-1 of an endless stream in which every epoch is a new
-    permutation of the dataset; `rows` is this process's slice of those B (all by default). With a
-    `layout` samples share rows, and the process gets the same share of what rows there are. Each
-    batch carries sample_ids int32 [rows], the index of a row's first sample. Starting at a step
-    costs the same as starting at 0. Raises UserError if the dataset is smaller than a batch.
+    permutation of the dataset. `rows` is this process's slice of those B (all by default). With a
+    `layout` samples share rows, and the process gets the same share of the batch's rows. Each
+    batch has sample_ids int32 [rows], the index of each row's first sample. A start at a late step
+    costs the same as a start at 0. Raises UserError if the dataset is smaller than a batch.
     """
     if len(dataset) < batch_size:
         raise UserError(
@@ -83,10 +83,10 @@ def eval_batches(
     rows: slice | None = None,
     threads: int = 2,
 ) -> grain.DatasetIterator:
-    """The whole dataset once, in order, as ceil(n / batch_size) batches of one shape.
+    """Return the whole dataset once, in order, as ceil(n / batch_size) batches of one shape.
 
-    The last batch is padded by `collate_fn`; its padding rows have weight 0 and sample id -1.
-    Every process gets the same number of batches.
+    The last batch is padded by `collate_fn`. Padding rows have weight 0 and sample id -1. Every
+    process gets the same number of batches.
     """
     order = range(len(dataset))
     batches = _Batches(dataset, order, batch_size, checked_rows(rows, batch_size), collate_fn)
@@ -95,7 +95,7 @@ def eval_batches(
 
 @dataclass(frozen=True)
 class _Batches:
-    """Batch k as a pure function of k; `order` maps a place in the sample stream to an index."""
+    """Batch k as a pure function of k. `order` maps a place in the sample stream to an index."""
 
     dataset: Examples
     order: Examples
@@ -146,7 +146,7 @@ class Subset:
 
 
 def subset(data: Examples, limit: int, seed: int) -> Subset:
-    """`limit` random examples in order (all with limit 0), the same on every run of a seed."""
+    """Return `limit` random examples in order (all with limit 0), by the seed alone."""
     ids = np.arange(len(data))
     if 0 < limit < len(data):
         ids = np.sort(np.random.default_rng(seed).permutation(len(data))[:limit])
@@ -154,7 +154,7 @@ def subset(data: Examples, limit: int, seed: int) -> Subset:
 
 
 def checked_rows(rows: slice | None, batch_size: int) -> slice:
-    """A process's slice of the batch, all of it by default; ValueError where it is none."""
+    """Return a process's slice of the batch, by default all. Raises ValueError for a bad slice."""
     if rows is None:
         return slice(0, batch_size)
     if rows.step not in (None, 1) or not 0 <= rows.start < rows.stop <= batch_size:
@@ -163,7 +163,7 @@ def checked_rows(rows: slice | None, batch_size: int) -> slice:
 
 
 def read_ahead(batches: Batches, threads: int) -> grain.DatasetIterator:
-    """The batches in order, up to 2 * `threads` of them ahead of the one that is used."""
-    # Threads, never worker processes: those outlive a trainer that is killed.
+    """Return the batches in order, read ahead in threads by up to 2 * `threads` batches."""
+    # Threads, never worker processes, which would outlive a killed trainer.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(options))

@@ -108,6 +108,7 @@ class Denoising:
         return self.cfg.vae.scale(drawn.astype(jnp.float32))
 
     def text(self, model: StableDiffusion, batch: Batch, keys: Any) -> Text:
+        """Return the encoded captions: from the batch if cached, or else by the text encoders."""
         if "context" in batch:
             return Text(batch["context"], batch.get("pooled"))
         return model.encode_text(batch["ids"], dtype=self.dtype, keys=keys)

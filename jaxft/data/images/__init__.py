@@ -1,1 +1,1 @@
-"""Pictures: decoding, buckets and rows of pixels."""
+"""Pictures: decoding, aspect-ratio buckets and rows of pixels."""

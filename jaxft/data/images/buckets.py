@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: which picture sizes exist, and batches of one size each."""
+"""Aspect-ratio buckets: the sizes of pictures, and batches of one size each."""
 
 import math
 import sys
@@ -17,10 +17,11 @@ Size = tuple[int, int]  # height, width
 
 
 def make_buckets(resolution: int, multiple: int, max_ratio: float = 2.0) -> tuple[Size, ...]:
-    """Sizes (h, w) of about resolution^2 pixels and never more, sorted from wide to tall.
+    """Return sizes (h, w) of about resolution^2 pixels and never more, sorted from wide to tall.
 
-    Each long side comes with the longest short side; both are multiples of `multiple`, and at
-    most `max_ratio` apart. The square is one of them. As in SDXL (arXiv 2307.01952, section 2.2).
+    Each long side has the longest possible short side. Both are multiples of `multiple`, and their
+    ratio is at most `max_ratio`. The square is one of the sizes. Raises UserError if `resolution`
+    is no multiple of `multiple`. Source: SDXL (arXiv 2307.01952, section 2.2).
     """
     if multiple < 1 or resolution < multiple or resolution % multiple:
         raise UserError(
@@ -36,21 +37,21 @@ def make_buckets(resolution: int, multiple: int, max_ratio: float = 2.0) -> tupl
 
 
 def assign(original_size: Size, buckets: Sequence[Size]) -> int:
-    """Index of the bucket (h, w) whose aspect ratio is nearest on a log scale."""
+    """Return the index of the bucket (h, w) whose aspect ratio is nearest on a log scale."""
     ratio = math.log(original_size[0] / original_size[1])
     distances = [abs(math.log(h / w) - ratio) for h, w in buckets]
     return min(range(len(buckets)), key=distances.__getitem__)
 
 
 class BucketBatches:
-    """Which examples each batch holds: always of one bucket, for ever, from (seed, k) alone.
+    """Plan of an endless stream of batches of one bucket each, from (seed, k) alone.
 
     Every epoch is a new permutation inside the buckets and of the batches. A bucket's last batch
     is filled up with the bucket's first examples of the epoch, so that all batches have one size.
 
-    bucket_of: int [n], the bucket of each example. batches: the number of them in an epoch.
-    repeated: how many places of an epoch hold an example for the second time or more.
-    short: the examples of each bucket that has fewer than a batch, by bucket.
+    bucket_of: int [n], the bucket of each example. batches: number of batches in an epoch.
+    repeated: number of places in an epoch that repeat an example.
+    short: number of examples of each bucket with fewer than a batch, by bucket.
     Raises UserError for a dataset smaller than a batch.
     """
 
@@ -70,10 +71,10 @@ class BucketBatches:
         self.short = {
             int(bucket_of[ids[0]]): len(ids) for ids in self._members if len(ids) < batch_size
         }
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)  # threads may straddle two
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)  # threads may need two at once
 
     def plan(self, k: int) -> Int[np.ndarray, " batch_size"]:
-        """The int32 ids of batch k's examples."""
+        """Return the int32 ids of batch k's examples."""
         epoch, place = divmod(k, self.batches)
         return self._epoch(epoch)[place]
 
@@ -89,7 +90,7 @@ class BucketBatches:
 
 @dataclass(frozen=True)
 class _Planned:
-    """Batch k by its plan, this process's rows of it."""
+    """This process's rows of batch k by its plan."""
 
     dataset: Examples
     plan: BucketBatches
@@ -103,16 +104,12 @@ class _Planned:
         whole = self.plan.plan(index)
         ids = whole[self.rows]
         batch = self.collate_fn([self.dataset[int(i)] for i in ids], batch_rows=len(ids))
-        return {**batch, "sample_ids": _apart(whole, len(self.dataset))[self.rows]}
-
-
-def _apart(ids: Int[np.ndarray, " B"], n: int) -> Int[np.ndarray, " B"]:
-    """Sample ids, int32; the k-th repetition of one adds k * n, so that it draws its own noise."""
-    order = np.argsort(ids, kind="stable")
-    first = np.searchsorted(ids[order], ids[order])
-    apart = ids.astype(np.int32)
-    apart[order] += (n * (np.arange(len(ids)) - first)).astype(np.int32)
-    return apart
+        # The k-th repetition of an example adds k * n to its id, so that it gets its own noise.
+        order = np.argsort(whole, kind="stable")
+        first = np.searchsorted(whole[order], whole[order])
+        apart = whole.astype(np.int32)
+        apart[order] += (len(self.dataset) * (np.arange(len(whole)) - first)).astype(np.int32)
+        return {**batch, "sample_ids": apart[self.rows]}
 
 
 def bucket_loader(
@@ -124,11 +121,11 @@ def bucket_loader(
     rows: slice | None = None,
     threads: int = 2,
 ) -> grain.DatasetIterator:
-    """Endless host batches of one bucket each from step `start_step` on, read ahead in threads.
+    """Return endless host batches of one bucket each from step `start_step` on, read ahead.
 
-    As `train_loader`: `rows` is this process's slice of every batch, sample_ids int32 [rows] tell
-    the examples (modulo their number: no two rows of a batch share one), and starting late costs
-    nothing.
+    The batches are like those of `train_loader`. `rows` is this process's slice of every batch.
+    sample_ids int32 [rows] identify the examples modulo their number, and no two rows of a batch
+    share an id. A late start costs nothing.
     """
     rows = checked_rows(rows, plan.batch_size)
     iterator = read_ahead(_Planned(dataset, plan, rows, collate_fn), threads)

@@ -1,4 +1,4 @@
-"""Sets of pictures: pixels of one size each, with a key of everything that determines them."""
+"""Sets of pictures: fitted pixels, with a key of everything that determines them."""
 
 import hashlib
 import threading
@@ -21,15 +21,15 @@ from jaxft.data.sources.image_records import Bad, Records, name_all
 
 PIXEL_RULE = "cover, lanczos, centre; 2"  # in every key: change it when `decode` or `fit` change
 BAD_LIMIT = 0.01  # share of a set that may be bad
-UNDECODABLE = "bad"  # the array of a cache's entry for a picture that does not decode
+UNDECODABLE = "bad"  # name of the array that a cache has for a picture that does not decode
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # (bottom, right)
-CORNER_SCALE = 1.1  # LlamaGen's, of the picture whose corners are cropped
+CORNER_SCALE = 1.1  # of a picture before its corners are cropped, as in LlamaGen
 
 
 class Fitted(NamedTuple):
-    """Pixels uint8 [h, w, 3] and, each as (height, width), what SDXL is told about them.
+    """Pixels uint8 [h, w, 3] and the size conditioning of SDXL.
 
-    original: the picture's size; crop: (top, left) of the crop in the resized picture;
+    original: (height, width) of the picture. crop: (top, left) of the crop in the resized picture.
     target: (h, w).
     """
 
@@ -40,9 +40,9 @@ class Fitted(NamedTuple):
 
 
 class ImageExample(NamedTuple):
-    """One picture to train on; `key` is a hash of everything that determines the pixels.
+    """One picture to train on. `key` is a hash of everything that determines the pixels.
 
-    `source`: the picture that it was edited from, resized, cropped and mirrored alike.
+    source: the picture before the edit, resized, cropped and mirrored in the same way.
     """
 
     pixels: UInt8[np.ndarray, "h w 3"]
@@ -55,10 +55,10 @@ class ImageExample(NamedTuple):
 def drop_bad(
     records: Records, limit: float = BAD_LIMIT, threads: int = 4
 ) -> tuple[Records, tuple[Bad, ...]]:
-    """Return the pictures whose headers are sound, with sizes and digests, and the others.
+    """Return the pictures with sound headers, with sizes and digests, and the bad ones.
 
-    Each file is read once. A picture is decoded here only where its file seems to be damaged.
-    Raises UserError that counts and names all bad ones above a fraction of `limit`.
+    Each file is read once. A picture is decoded here only if its header is in doubt. Raises
+    UserError that counts and names all bad pictures if they are more than the fraction `limit`.
     """
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(lambda index: _head_or_error(records, index), range(len(records))))
@@ -83,7 +83,7 @@ def _refuse_many(bad: Sequence[Bad], total: int, spec: str, limit: float) -> Non
 
 
 def _head_or_error(records: Records, index: int) -> tuple[Size, bytes] | str:
-    """Return the upright picture's (height, width) and its file's digest, or why it is bad."""
+    """Return the upright picture's (height, width) and its file's digest, or an error."""
     try:
         name, _, content, source = records[index]
         size = _size(content, name)
@@ -95,9 +95,9 @@ def _head_or_error(records: Records, index: int) -> tuple[Size, bytes] | str:
 
 
 def _size(content: bytes, name: str) -> Size:
-    """Return the size in the header, or that of the decoded picture where the header is in doubt.
+    """Return the size in the header, or that of the decoded picture if the header is in doubt.
 
-    Raises UserError where it does not decode.
+    Raises UserError if it does not decode.
     """
     if (size := header_size(content)) is not None:
         return size
@@ -106,7 +106,10 @@ def _size(content: bytes, name: str) -> Size:
 
 
 def _check_pair(size: Size, source_size: Size, name: str) -> None:
-    """Both have one shape up to a pixel, or cropping would shift one against the other."""
+    """Raise UserError unless both have the same shape up to a pixel.
+
+    Otherwise cropping would shift one against the other.
+    """
     (h, w), (source_h, source_w) = size, source_size
     if abs(w * source_h - h * source_w) > max(w, h, source_w, source_h):
         raise UserError(
@@ -118,8 +121,9 @@ def _check_pair(size: Size, source_size: Size, name: str) -> None:
 def fit(image: Image.Image, size: Size, flip: bool = False, crop: int = 0) -> Fitted:
     """Resize to cover `size` (h, w) with an antialiased Lanczos filter and crop the centre.
 
-    `crop` n > 0 is CORNERS[n - 1] of the centre of a picture CORNER_SCALE larger, as in LlamaGen's
-    ten crops. The mirror comes before the crop, as in diffusers, so that its place stays true.
+    `crop` n > 0 takes CORNERS[n - 1] of the centre of a picture CORNER_SCALE larger, as in
+    LlamaGen's ten crops. The picture is mirrored before the crop, as in diffusers, so that
+    `Fitted.crop` is the place in the mirrored picture.
     """
     (h, w), (height, width) = size, (image.height, image.width)
     tall, wide = (round(CORNER_SCALE * h), round(CORNER_SCALE * w)) if crop else size
@@ -131,7 +135,7 @@ def fit(image: Image.Image, size: Size, flip: bool = False, crop: int = 0) -> Fi
         top, left = top + bottom * (tall - h), left + right * (wide - w)
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    # Resizing the crop's box alone gives the same pixels, and a panorama never grows large.
+    # Resizing the box of the crop alone gives the same pixels, and needs no large panorama.
     y, x = height / rows, width / columns
     box = (left * x, top * y, (left + w) * x, (top + h) * y)
     pixels = np.asarray(image.resize((w, h), Image.Resampling.LANCZOS, box=box))
@@ -139,21 +143,22 @@ def fit(image: Image.Image, size: Size, flip: bool = False, crop: int = 0) -> Fi
 
 
 def time_ids(fitted: Fitted) -> Float[np.ndarray, "6"]:
-    """SDXL's conditioning: original height, width, crop top, left, target height, width."""
+    """Return SDXL's conditioning: original height, width, crop top, left, target height, width."""
     return np.asarray((*fitted.original, *fitted.crop, *fitted.target), np.float32)
 
 
 class ImageSet:
-    """Pictures of a set fitted to their bucket's size; indexing is safe in threads.
+    """Pictures of a set, each fitted to its bucket's size. Indexing is safe in threads.
 
-    With `use_buckets` every picture's bucket has its shape; without, all are cropped to the square
-    `resolution`. With `crops` example k * n + i of n pictures is another crop of example i
-    (`fit`); with `flips` the second half of all examples is the first, mirrored.
-    bucket_of int32 [examples]: index into `sizes`, the (h, w) of the buckets in use. originals
-    int32 [images, 2]: height and width of every upright picture. kept: a cache of the pixels of
-    some examples. bad: pictures that are not read, that headers show to be damaged, or that do not
-    decode. The last are found when they are asked for: another picture of the bucket is in their
-    place then.
+    With `use_buckets` each picture has the bucket nearest to its shape. Without, all are cropped
+    to the square `resolution`. With `crops`, example k * n + i of n pictures is another crop of
+    example i (`fit`). With `flips`, the second half of all examples is the first half, mirrored.
+
+    bucket_of int32 [examples]: index into `sizes`, the (h, w) of the buckets in use.
+    originals int32 [images, 2]: height and width of every upright picture.
+    kept: a cache of the pixels of some examples.
+    bad: pictures in formats that are not read, with damaged headers, or that do not decode. The
+    last are found at their first use, and another picture of the bucket then takes their place.
     """
 
     def __init__(
@@ -186,9 +191,9 @@ class ImageSet:
         return self._copies * len(self.records)
 
     def __getitem__(self, index: int) -> ImageExample:
-        """Return the example, or that of the picture in its place where its own does not decode.
+        """Return the example. A picture that does not decode is replaced by another one (`place`).
 
-        Raises UserError where more than BAD_LIMIT of all pictures are bad.
+        Raises UserError if more than BAD_LIMIT of all pictures are bad.
         """
         while True:
             place = self.place(index)
@@ -205,10 +210,10 @@ class ImageSet:
         return self._dropped + tuple(self._failed[record] for record in sorted(self._failed))
 
     def attempts(self, indices: Iterable[int]) -> list[ImageExample | Bad]:
-        """Return the examples themselves, Bad in place of those whose pictures do not decode.
+        """Return the examples, with a Bad for each picture that does not decode.
 
-        A picture is decoded once for all its copies that follow each other, and never where `kept`
-        has their pixels.
+        A picture is decoded once for all copies that follow each other. It is not decoded if `kept`
+        has the pixels.
         """
         made: list[ImageExample | Bad] = []
         for record, copies in groupby(indices, lambda index: index % len(self.records)):
@@ -223,9 +228,10 @@ class ImageSet:
         return made
 
     def place(self, index: int) -> int:
-        """Return the index of the example that is in place of `index`, most often itself.
+        """Return the index of the example that is used for `index`, most often itself.
 
-        A picture that did not decode is replaced by the next one of its bucket that did.
+        A picture that did not decode is replaced by the next one of its bucket. Raises UserError
+        if no picture of the bucket decoded.
         """
         record = index % len(self.records)
         if record not in self._failed:
@@ -240,7 +246,7 @@ class ImageSet:
     def leave_out(self, found: Mapping[int, Bad]) -> None:
         """Record pictures that do not decode, by the index of an example, and print a line.
 
-        Raises UserError where more than BAD_LIMIT of all pictures are bad.
+        Raises UserError if more than BAD_LIMIT of all pictures are bad.
         """
         with self._lock:
             new = {index % len(self.records): bad for index, bad in found.items()}
@@ -262,7 +268,7 @@ class ImageSet:
         return self.records.caption(self.place(index) % len(self.records))
 
     def key(self, index: int) -> str:
-        """Return the example's key, as its file was when the set was opened."""
+        """Return the example's key, by its file's content when the set was opened."""
         return self._key(index, self.records.digests[index % len(self.records)])
 
     @property
@@ -271,9 +277,9 @@ class ImageSet:
 
     @property
     def report(self) -> dict[str, int]:
-        """Counts of images, of those cropped, of those smaller than their target, and by bucket.
+        """Return counts of images: all, cropped, smaller than their target, and by bucket.
 
-        bad: pictures that do not decode; not_read, where there are any: those in other formats.
+        bad: damaged pictures. not_read, if there are any: pictures in formats that are not read.
         """
         good = [record for record in range(len(self.records)) if record not in self._failed]
         bucket_of, originals = self.bucket_of[good], self.originals[good]
@@ -330,23 +336,23 @@ class ImageSet:
 
 
 def bad_arrays(bad: Bad) -> Arrays:
-    """Return the entry of a picture that does not decode: why, without the name of its file."""
+    """Return the cache's entry of a picture that does not decode: its error without its name."""
     reason = bad.error.removeprefix(f"{bad.name}: ")
     return {UNDECODABLE: np.frombuffer(reason.encode(), np.uint8)}
 
 
 def read_bad(name: str, arrays: Arrays) -> Bad:
-    """Return the picture of such an entry, under its name in this set."""
+    """Return the Bad of an entry of `bad_arrays`, under its name in this set."""
     return Bad(name, f"{name}: {arrays[UNDECODABLE].tobytes().decode()}")
 
 
 def collate(
     examples: Sequence[ImageExample], *, batch_rows: int, size: Size | None = None
 ) -> dict[str, np.ndarray]:
-    """pixels uint8 [B, h, w, 3], time_ids float32 [B, 6] and weights float32 [B].
+    """Return pixels uint8 [B, h, w, 3], time_ids float32 [B, 6] and weights float32 [B].
 
-    Rows past `examples` are padding with weight 0. Without `size` it is the first example's.
-    Raises ValueError where sizes are mixed, or where nothing tells the size.
+    Rows past `examples` are padding with weight 0. `size` is by default that of the first example.
+    Raises ValueError for mixed sizes, and for no examples without `size`.
     """
     if size is None and not examples:
         raise ValueError("no example tells the size of an empty batch: pass size=(h, w)")

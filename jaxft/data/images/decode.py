@@ -1,4 +1,4 @@
-"""From an image file's bytes to an upright RGB picture."""
+"""Decoding of an image file's bytes to an upright RGB picture."""
 
 from io import BytesIO
 
@@ -18,29 +18,25 @@ _FOREIGN_FORMATS = (
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """The upright RGB picture, with alpha over white, and 8 bits a channel.
+    """Return the upright RGB picture, with alpha over white, and 8 bits a channel.
 
-    Greys of 16 bits are rounded to 8, of colours the higher byte is kept. Upright is what
-    Pillow's `exif_transpose` makes of the loaded picture, from EXIF or XMP anywhere in the file.
-    Raises UserError naming the picture where it is corrupt, truncated, animated, no image or
+    Greys of 16 bits are rounded to 8. Colours of 16 bits keep the higher byte. Pillow's
+    `exif_transpose` turns the loaded picture upright, by EXIF or XMP anywhere in the file.
+    Raises UserError that names a picture which is corrupt, truncated, animated, no image or
     larger than Pillow's limit against decompression bombs.
     """
     try:
         content = without_texts(content)
         with Image.open(BytesIO(content)) as image:
-            _refuse_animated(image, name)
+            if image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False):
+                raise UserError(f"{name}: the image is animated: expected a still picture")
             image.load()
             correct_transparency(image, content)
             return _to_rgb(upright(image), name)
     except UserError:
         raise
-    except Exception as error:  # Pillow raises many kinds; each becomes one line
+    except Exception as error:  # Pillow raises many kinds, and each becomes one line
         raise _unreadable(content, name, error) from error
-
-
-def _refuse_animated(image: Image.Image, name: str) -> None:
-    if image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False):
-        raise UserError(f"{name}: the image is animated: expected a still picture")
 
 
 def _unreadable(content: bytes, name: str, error: Exception) -> UserError:

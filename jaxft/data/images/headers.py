@@ -10,14 +10,14 @@ from jaxft.data.images.buckets import Size
 from jaxft.data.images.png import SIGNATURE, without_pixels
 
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")  # MPO and TIFF hold further pictures, no frames
-_RANGES = ("F", "I")  # modes of float and 32-bit pixels: their values decide what is read
+_RANGES = ("F", "I")  # float and 32-bit pixels, of which `decode` refuses some values
 
 
 def header_size(content: bytes) -> Size | None:
     """Return (height, width) of the upright picture in a file that looks whole.
 
-    Returns None where only decoding tells whether the picture is good: a file that Pillow does not
-    open, one that seems to be cut or damaged, an animation, pixels without a known range.
+    Returns None if the picture has to be decoded for a verdict: a file that Pillow does not open,
+    a file that seems to be cut or damaged, an animation, or pixels without a known range.
     """
     try:
         head = without_pixels(content) if content.startswith(SIGNATURE) else content
@@ -26,12 +26,12 @@ def header_size(content: bytes) -> Size | None:
             if animated or image.mode in _RANGES or not _is_whole(str(image.format), content):
                 return None
             return _upright_size(image)
-    except Exception:  # Pillow raises many kinds; decoding makes one line of each
+    except Exception:  # Pillow raises many kinds, and decoding names each
         return None
 
 
 def _is_whole(kind: str, content: bytes) -> bool:
-    """Tell whether a file ends as its format does; chunks of PNG files are checked apart."""
+    """Return True if a file ends as its format does. `without_pixels` checks PNG files."""
     if kind in ("JPEG", "MPO"):
         return content.rstrip(b"\0").endswith(b"\xff\xd9")
     if kind == "GIF":
@@ -42,7 +42,7 @@ def _is_whole(kind: str, content: bytes) -> bool:
 
 
 def _upright_size(image: Any) -> Size:
-    """Apply the picture's orientation to a stand-in of two pixels, as decoding does to its own."""
+    """Return (height, width) of a picture, by a stand-in of two pixels with its orientation."""
     width, height = image.size
     stand_in: Any = Image.new("L", (1, 2))
     if image.format != "TIFF":  # its size is upright already
@@ -52,8 +52,8 @@ def _upright_size(image: Any) -> Size:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Return the picture turned as its EXIF or XMP tells."""
+    """Return the picture turned by the orientation in its EXIF or XMP."""
     try:
         return ImageOps.exif_transpose(image)
     except (SyntaxError, ValueError, LookupError, struct.error):
-        return image  # EXIF that is none: Pillow passes over it in JPEG files, but not in PNG
+        return image  # broken EXIF, which Pillow ignores in JPEG files, but not in PNG

@@ -1,4 +1,4 @@
-"""Corrections to PNG files before and after Pillow reads them: large texts, transparent colours."""
+"""Corrections to PNG files for Pillow: large texts before, transparent colours after reading."""
 
 import zlib
 from io import BytesIO
@@ -8,13 +8,13 @@ import numpy as np
 from PIL import Image
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # Pillow refuses the file where one is over 1 MiB
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # Pillow refuses a file with more than 1 MiB in one
 _ORIENTATION_KEYS = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # those that Pillow reads
-_TEXT_LIMIT = 1 << 25  # bytes of an inflated text; Pillow takes 64 MiB of all texts together
+_TEXT_LIMIT = 1 << 25  # bytes of an inflated text, below the 64 MiB that Pillow takes of all texts
 
 
 def without_texts(content: bytes) -> bytes:
-    """The file without its texts and colour profile; other formats are returned as they are.
+    """Return a PNG file without texts and colour profile, and another format unchanged.
 
     Texts that can hold an orientation stay, inflated. Neither texts nor profile change a pixel.
     """
@@ -38,8 +38,8 @@ def without_texts(content: bytes) -> bytes:
 def without_pixels(content: bytes) -> bytes:
     """Return the headers of a PNG file: all of its chunks but texts and pixels.
 
-    Raises ValueError where a chunk is cut or its checksum is wrong, and where pixels or the end
-    are missing.
+    Raises ValueError for a chunk that is cut or has a wrong checksum, and for a file without pixels
+    or end.
     """
     content = without_texts(content)
     view, place, kind, pixels = memoryview(content), len(SIGNATURE), b"", 0
@@ -61,7 +61,7 @@ def without_pixels(content: bytes) -> bytes:
 
 
 def _orientation_text(kind: bytes, data: bytes) -> bytes:
-    """The chunk of a text that can hold an orientation, not compressed; b"" for another one."""
+    """Return a text chunk without compression if it can hold an orientation, or else b""."""
     key, _, rest = data.partition(b"\0")
     if kind == b"iCCP" or key not in _ORIENTATION_KEYS:
         return b""
@@ -86,13 +86,13 @@ def _inflated(data: bytes) -> bytes:
 def correct_transparency(image: Image.Image, content: bytes) -> None:
     """Scale the transparent colour of a loaded PNG like its pixels, in place.
 
-    Pillow keeps the colour (tRNS) in the bits of the file: greys of 2 and 4 bits and colours of 16
-    bits then match other pixels, or none. Colours of 16 bits become an alpha channel.
+    Pillow keeps the colour (tRNS) in the bits of the file. For greys of 2 and 4 bits and colours of
+    16 bits, it then matches other pixels, or none. Colours of 16 bits become an alpha channel.
     """
     colour: Any = image.info.get("transparency")
     if image.format != "PNG" or colour is None:
         return
-    bits = content[24]  # behind signature, IHDR's head, width and height
+    bits = content[24]  # after signature, IHDR's head, width and height
     if image.mode == "L":
         most = 2**bits - 1
         image.info["transparency"] = (colour & most) * 255 // most

@@ -9,13 +9,13 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from jaxft.core.errors import UserError
 
-# Folders and files of macOS, Windows, Python and network storage; names with a dot are hidden too.
+# Folders and files of macOS, Windows, Python and network storage. Names with a dot are hidden too.
 _FOREIGN_NAMES = {
     "__macosx", "__pycache__", "@eadir", "@recycle", "#recycle", "#snapshot",
     "@recently-snapshot", "lost+found", "$recycle.bin", "system volume information",
     "thumbs.db", "ehthumbs.db", "desktop.ini",
 }  # fmt: skip
-# Those of Hugging Face datasets 5.2, `data_files.SPLIT_KEYWORDS`.
+# From Hugging Face datasets 5.2, `data_files.SPLIT_KEYWORDS`.
 SPLIT_KEYWORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -26,7 +26,7 @@ _REPEATS = re.compile(r"\d+_.+")  # kohya: 10_name repeats the pictures of a con
 
 
 def is_hidden(path: PurePath) -> bool:
-    """Tell whether a path relative to its data set is hidden, or left there by a system."""
+    """Return True for a path, relative to its data set, that is hidden or a system's own."""
     return any(
         (part.startswith(".") and part != "..") or part.lower() in _FOREIGN_NAMES
         for part in path.parts
@@ -34,7 +34,7 @@ def is_hidden(path: PurePath) -> bool:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Every file below a folder that is not hidden, sorted; links to folders are followed."""
+    """Return every file below a folder that is not hidden, sorted. Follows links to folders."""
     return sorted(_walk(folder))
 
 
@@ -53,10 +53,10 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def find_files(pattern: str, suffixes: Sequence[str]) -> tuple[Path, list[Path]]:
-    """The files that a file, a folder or a glob names, and the folder that they are relative to.
+    """Return (base folder, files) of a file, a folder or a glob.
 
-    Of a folder, the visible files below it with one of `suffixes`. Of a glob, the visible files
-    that match. A file that is named itself may be hidden.
+    A folder stands for the visible files below it with one of `suffixes`. A glob stands for the
+    visible files that match. A single file may be hidden.
     """
     path = Path(pattern).expanduser()
     if path.is_file():
@@ -71,7 +71,7 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> tuple[Path, list[Path]]
 
 
 def split_of(name: str) -> str | None:
-    """The split that a word of a file's or folder's name stands for, the last such word's."""
+    """Return the split of the last word in a name that stands for one, or None without any."""
     words = re.findall(r"[^\W\d_]+", name.lower())
     return next((_SPLIT_OF[word] for word in reversed(words) if word in _SPLIT_OF), None)
 
@@ -91,12 +91,11 @@ def refuse_mixed_files(spec: str, base: Path, files: Sequence[Path]) -> None:
 
 
 def refuse_mixed_folders(spec: str, base: Path, files: Iterable[Path]) -> None:
-    """Raise UserError where folders below `base` divide its pictures or texts into splits.
+    """Raise UserError if folders below `base` divide its pictures or texts into splits.
 
-    Folders side by side that stand for two splits do, and so does a held-out split's folder
-    beside files or other folders. One named just "test" or "dev" among several others is taken
-    for a class, which a printed line tells. A file's own name counts only where the names of all
-    files stand for splits.
+    Two folders side by side with names of different splits do so. A folder of a held-out split
+    beside files or other folders does so too. A folder "test" or "dev" among several others counts
+    as a class, and a line is printed. Names of files count only if all of them stand for splits.
     """
     inside: dict[PurePath, set[str]] = defaultdict(set)
     direct: dict[PurePath, Path] = {}
@@ -144,11 +143,11 @@ def _refuse(spec: str, found: dict[str | None, Path]) -> None:
 
 
 def repeat_folders(base: Path, files: Iterable[Path]) -> list[str]:
-    """The names of kohya's folders NUMBER_NAME that hold some of the files."""
+    """Return the names of kohya's folders NUMBER_NAME that hold some of the files."""
     parts = {part for file in files for part in file.relative_to(base).parent.parts}
     return sorted(part for part in parts if _REPEATS.fullmatch(part))
 
 
 def visible_member(name: str) -> bool:
-    """Tell whether a tar's member is neither hidden nor left there by a system."""
+    """Return True for a member of a tar that is neither hidden nor a system's own."""
     return not is_hidden(PurePosixPath(name))

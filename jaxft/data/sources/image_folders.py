@@ -1,4 +1,4 @@
-"""Folders of pictures: captions in files beside them, or in a list of all."""
+"""Folders of pictures, with captions in files beside them or in a list."""
 
 import csv
 import os
@@ -19,13 +19,13 @@ from jaxft.data.sources.image_records import (
 )
 from jaxft.data.sources.texts import JsonlRecords
 
-_LISTS = ("metadata.jsonl", "metadata.csv")  # as the imagefolder of Hugging Face datasets has them
+_LISTS = ("metadata.jsonl", "metadata.csv")  # the names of the imagefolder in Hugging Face datasets
 _CAPTION_ENDINGS = (".txt", ".caption")  # the second is kohya's default
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """One picture a file; `captions` is as long as `paths`."""
+    """One picture a file. `captions` is as long as `paths`."""
 
     paths: Sequence[Path]
     captions: Sequence[str]
@@ -47,10 +47,11 @@ class ImageFiles:
 
 
 def open_folder(spec: str, folder: Path, captions: bool) -> tuple[ImageFiles, list[Bad]]:
-    """The pictures of a folder, and those that are left out because nothing here reads them.
+    """Return the pictures of a folder, and those left out because their formats are not read.
 
-    The set has the pictures that a list (`_LISTS`) in the folder itself names, or else lists in
-    folders below it. Without a list it has every picture, with a caption file beside it.
+    The set has the pictures that are named by a list (`_LISTS`) in the folder itself, or else by
+    lists in folders below it. Without a list it has every picture, with a caption file beside it.
+    Raises UserError for mixed splits and for bad rows or captions.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} ({spec}) is no folder: expected one that holds images")
@@ -79,7 +80,7 @@ def open_folder(spec: str, folder: Path, captions: bool) -> tuple[ImageFiles, li
 
 
 def open_edited(spec: str, folder: Path) -> ImageFiles:
-    """The pictures that those of a folder were edited from, as the list in it names them."""
+    """Return the pictures before the edit, which the folder's list names as "source"."""
     found = next((folder / name for name in _LISTS if (folder / name).is_file()), None)
     if not spec.startswith("folder:") or found is None:
         raise UserError(
@@ -94,7 +95,11 @@ def _listed(spec: str, lists: list[Path], captions: bool, pictures: Sequence[Pat
     listed = _files(rows, bad, captions, "file_name")
     # Pictures in other columns, such as "source", are named as well.
     cells = ((row.folder, value) for row in rows for value in row.values.values())
-    named = {os.path.abspath(folder / value) for folder, value in cells if _is_picture(value)}
+    named = {
+        os.path.abspath(folder / value)
+        for folder, value in cells
+        if isinstance(value, str) and value.lower().endswith(SUFFIXES)
+    }
     named |= {os.path.abspath(path) for path in listed.paths}
     if unlisted := [p for p in pictures if os.path.abspath(p) not in named]:
         print(
@@ -103,10 +108,6 @@ def _listed(spec: str, lists: list[Path], captions: bool, pictures: Sequence[Pat
             flush=True,
         )
     return listed
-
-
-def _is_picture(value: Any) -> bool:
-    return isinstance(value, str) and value.lower().endswith(SUFFIXES)
 
 
 class _Row(NamedTuple):
@@ -118,7 +119,7 @@ class _Row(NamedTuple):
 
 
 def _read_lists(spec: str, lists: Sequence[Path]) -> tuple[list[_Row], list[Bad]]:
-    """All rows, and the lines that are none."""
+    """Return all rows, and the lines that are not valid."""
     rows, bad = [], []
     for path in lists:
         if path.suffix == ".csv":
@@ -146,7 +147,7 @@ def _read_csv(spec: str, path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _files(rows: Sequence[_Row], bad: list[Bad], captions: bool, key: str) -> ImageFiles:
-    """The files that the rows name under `key`, in their order, with their captions."""
+    """Return the files under `key` of the rows, in their order, with captions."""
     paths, texts = [], []
     for where, folder, row in rows:
         try:
@@ -172,7 +173,10 @@ def _path(folder: Path, row: dict[str, Any], where: str, key: str) -> Path:
 
 
 def _beside(paths: Sequence[Path], files: dict[Path, Path], captions: bool) -> ImageFiles:
-    """The pictures with their captions; `files` are all files by name with a lower-case ending."""
+    """Return the pictures with their captions.
+
+    `files` are all files of the folder by name, with the ending in lower case.
+    """
     texts, bad = [], []
     for path in paths:
         try:

@@ -1,4 +1,4 @@
-"""Records of pictures and captions, the same from every kind of set, and samples left out."""
+"""Records of pictures and captions, common to all kinds of sets, and samples left out."""
 
 import json
 import tempfile
@@ -18,7 +18,7 @@ SUFFIXES = (
     ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf",
     ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi",
 )  # fmt: skip
-# Pictures that Pillow opens not at all, or as something else than what a person would see.
+# Formats that Pillow does not open, or opens as another picture than a viewer shows.
 UNREADABLE = (
     ".heic", ".heics", ".heif", ".heifs", ".hif", ".jxl", ".jxr", ".wdp", ".hdp", ".bpg", ".flif",
     ".jls", ".svg", ".svgz", ".psd", ".psb", ".xcf", ".kra", ".ai", ".eps", ".exr", ".hdr", ".pfm",
@@ -26,13 +26,14 @@ UNREADABLE = (
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mrw", ".nef",
     ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f",
 )  # fmt: skip
-_TOLD, _NAMED = 10, 50  # bad samples that an error gives a reason for, and that it names
+# Numbers of bad samples up to which an error gives all reasons, or all names.
+_TOLD, _NAMED = 10, 50
 
 
 class Record(NamedTuple):
-    """One picture: its place for messages, its caption ("" for none) and the file's bytes.
+    """One picture: its name in messages, its caption ("" for none) and the file's bytes.
 
-    `source`: the file of the picture that it was edited from, where the set was opened with them.
+    source: the bytes of the picture before the edit, or None in other sets.
     """
 
     name: str
@@ -42,14 +43,14 @@ class Record(NamedTuple):
 
 
 class Bad(NamedTuple):
-    """A sample that was left out, and why."""
+    """A sample that was left out, with its error."""
 
     name: str
     error: str
 
 
 class ImageSource(Protocol):
-    """The methods of each kind of set; every one is safe in threads."""
+    """Methods of each kind of set. All are safe in threads."""
 
     def __len__(self) -> int: ...
 
@@ -58,17 +59,17 @@ class ImageSource(Protocol):
     def caption(self, index: int, /) -> str: ...
 
     def content(self, index: int, /) -> bytes:
-        """The file's bytes."""
+        """Return the bytes of the file."""
         ...
 
 
 @dataclass(frozen=True)
 class Records:
-    """A random-access set of captioned pictures; bytes are read when indexed, safe in threads.
+    """A random-access set of captioned pictures. Bytes are read at each access, safe in threads.
 
-    edited: the pictures that each was edited from. left_out: pictures that nothing can read.
+    edited: the pictures before the edit. left_out: pictures in formats that are not read.
     sizes: int32 [n, 2], height and width of every upright picture. digests: SHA-256 of every
-    file's bytes. Both are there once all headers were read.
+    file's bytes. Both are set after all headers have been read.
     """
 
     spec: str
@@ -89,11 +90,11 @@ class Records:
         return self.source.name(index)
 
     def caption(self, index: int) -> str:
-        """The caption alone, without reading the picture."""
+        """Return the caption without reading the picture."""
         return self.source.caption(index)
 
     def keep(self, indices: Sequence[int]) -> "Records":
-        """The records of these indices, in their order."""
+        """Return the records of these indices, in their order."""
         edited = None if self.edited is None else _Kept(self.edited, indices)
         sizes = None if self.sizes is None else self.sizes[np.asarray(indices, int)]
         digests = tuple(self.digests[i] for i in indices) if self.digests else ()
@@ -107,7 +108,7 @@ class Records:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Some of a source's pictures."""
+    """Pictures of a source at some indices."""
 
     source: ImageSource
     indices: Sequence[int]
@@ -126,7 +127,7 @@ class _Kept:
 
 
 def caption_of(record: dict[str, Any], where: str, captions: bool) -> str:
-    """The caption of a record's first caption field; UserError if it is needed and not there."""
+    """Return the caption of a record. Raises UserError if it is required and missing or bad."""
     for key in CAPTION_KEYS:
         value = record.get(key)
         if isinstance(value, str) and (value.strip() or not captions):
@@ -145,13 +146,13 @@ def caption_of(record: dict[str, Any], where: str, captions: bool) -> str:
 
 
 def unreadable(name: str) -> Bad:
-    """The entry of a picture whose ending stands for a format that is not read."""
+    """Return the Bad of a picture in a format that is not read, by its ending."""
     suffix = PurePath(name).suffix.lower()
     return Bad(name, f"{name}: {suffix} pictures are not read: convert it to PNG or JPEG")
 
 
 def count_unreadable(left_out: Sequence[Bad]) -> str:
-    """Number of left-out pictures by ending, the first of them and the fix, in one line."""
+    """Return one line: counts of left-out pictures by ending, the first one and the fix."""
     counts = Counter(PurePath(bad.name).suffix.lower() for bad in left_out)
     endings = ", ".join(f"{n} {suffix}" for suffix, n in sorted(counts.items()))
     return (
@@ -161,7 +162,10 @@ def count_unreadable(left_out: Sequence[Bad]) -> str:
 
 
 def name_all(bad: Sequence[Bad]) -> str:
-    """The bad samples in one line: of few the errors, of more the names, of many a file of all."""
+    """Return one line about bad samples.
+
+    It has all errors of a few, all names of some more, and for many the path of a file with all.
+    """
     if len(bad) <= _TOLD:
         return "; ".join(one.error for one in bad)
     first = "; ".join(one.error for one in bad[:3])
@@ -175,7 +179,7 @@ def name_all(bad: Sequence[Bad]) -> str:
 
 
 def refuse_bad(bad: Sequence[Bad], what: str) -> None:
-    """Raise one UserError that names all bad samples, if there are any."""
+    """Raise one UserError for all bad samples, if there are any."""
     if len(bad) == 1:
         raise UserError(bad[0].error)
     if bad:

@@ -1,4 +1,4 @@
-"""Tables with a picture a row: Parquet files and saved Hugging Face datasets."""
+"""Tables with one picture a row: Parquet files and saved Hugging Face datasets."""
 
 import json
 import threading
@@ -16,15 +16,15 @@ from jaxft.core.errors import UserError
 from jaxft.data.sources.files import find_files, refuse_mixed_files
 
 _ENDINGS = (".parquet", ".arrow")
-# Columns that are tried first; "image" is the name in most sets.
+# Columns that are tried first, with the most common name in front.
 _IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "pixel_values")
-_PROBED = 16  # rows whose first picture tells whether a column holds any
+_PROBED = 16  # rows that are searched for the first picture of a column
 
 
 class Table:
-    """Random access to the pictures and captions of many files as one; safe in threads.
+    """Random access to the pictures and captions of many files as one table. Safe in threads.
 
-    Captions are in memory; pictures are read when asked for.
+    Captions are in memory. Pictures are read at each access.
     """
 
     def __init__(self, parts: "Sequence[_ArrowFile | _ParquetFile]", image: str, text: str | None):
@@ -36,12 +36,12 @@ class Table:
         return self._ends[-1] if self._ends else 0
 
     def image(self, index: int) -> Any:
-        """A cell of the image column: bytes, or {"bytes": ..., "path": ...}."""
+        """Return a cell of the image column: bytes, or {"bytes": ..., "path": ...}."""
         part, row = self._place(index)
         return _as_bytes(self._parts[part].cell(self._image, row))
 
     def text(self, index: int) -> Any:
-        """The caption, or None without a caption column."""
+        """Return the caption, or None without a caption column."""
         part, row = self._place(index)
         return None if self._texts is None else self._texts[part][row].as_py()
 
@@ -51,7 +51,7 @@ class Table:
 
 
 def _as_bytes(value: Any) -> Any:
-    """A cell whose bytes may stand in a list of numbers, as Polars can write them."""
+    """Return a cell with its bytes as bytes. Polars may write them as a list of numbers."""
     if isinstance(value, dict):
         return {**value, "bytes": _as_bytes(value.get("bytes"))}
     return bytes(value) if isinstance(value, list) else value
@@ -60,8 +60,9 @@ def _as_bytes(value: Any) -> Any:
 def open_table(spec: str, path: Path, caption_keys: Sequence[str]) -> Table:
     """Open a file, folder or glob of Parquet files, or the folder of a saved dataset.
 
-    caption_keys: the columns one of which must be there; () for none. Raises UserError naming
-    the file for missing or mixed files and columns, or if the package pyarrow is missing.
+    caption_keys: names of the caption column, of which one is required. () is for no captions.
+    Raises UserError that names the file for missing or mixed files and columns, and without the
+    package pyarrow.
     """
     try:
         import pyarrow
@@ -87,7 +88,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _table_files(spec: str, path: Path) -> list[Path]:
-    """The files of one split, without those that a dataset's folder only keeps for later."""
+    """Return the table files of one split, without caches and other files beside a saved set."""
     base, files = find_files(str(path), _ENDINGS)
     base, files = _one_split(spec, base, files)
     if not path.is_file():
@@ -107,7 +108,7 @@ def _table_files(spec: str, path: Path) -> list[Path]:
 
 
 def _one_split(spec: str, base: Path, files: list[Path]) -> tuple[Path, list[Path]]:
-    """The only split of a saved DatasetDict; UserError where it has several."""
+    """Return the only split of a saved DatasetDict. Raises UserError if it has several."""
     listing = base / "dataset_dict.json"
     if not listing.is_file():
         return base, files
@@ -124,7 +125,7 @@ def _one_split(spec: str, base: Path, files: list[Path]) -> tuple[Path, list[Pat
 
 
 def _saved_files(folder: Path) -> set[str] | None:
-    """The files that `save_to_disk` wrote into a folder, by its state.json; None without one."""
+    """Return the names of the files that `save_to_disk` wrote, or None without its state.json."""
     state = folder / "state.json"
     if not state.is_file():
         return None
@@ -153,7 +154,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _columns(
     spec: str, parts: "Sequence[_ArrowFile | _ParquetFile]", caption_keys: Sequence[str]
 ) -> tuple[str, str | None]:
-    """The names of the picture's and the caption's column, the same in every part."""
+    """Return the names of the image and the caption column, which are the same in all parts."""
     kinds = {field.name: field.type for field in parts[0].schema}
     image = _image_column(spec, parts[0])
     known = [key for key in caption_keys if key in kinds]
@@ -198,7 +199,7 @@ def _image_column(spec: str, part: "_ArrowFile | _ParquetFile") -> str:
 
 
 def _is_struct(kind: Any) -> bool:
-    """Tell whether a column is an `Image` of Hugging Face datasets: a struct with bytes."""
+    """Return True for a column of `Image` in Hugging Face datasets: a struct with bytes."""
     fields = [kind.field(i) for i in range(kind.num_fields)] if "struct<" in str(kind)[:7] else []
     return any(field.name == "bytes" and _is_bytes(field.type) for field in fields)
 
@@ -224,7 +225,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _holds_image(part: "_ArrowFile | _ParquetFile", name: str) -> bool:
-    """Tell whether the first cell of a column that is not empty is a picture, by its header."""
+    """Return True if the first cell of a column that is not empty has the header of a picture."""
     cells = (_as_bytes(part.cell(name, row)) for row in range(min(_PROBED, len(part))))
     for cell in cells:
         content = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -239,7 +240,7 @@ def _holds_image(part: "_ArrowFile | _ParquetFile", name: str) -> bool:
 
 
 class _ArrowFile:
-    """A file of `Dataset.save_to_disk`, or of another writer of Arrow, mapped into memory."""
+    """An Arrow file of `Dataset.save_to_disk` or another writer, mapped into memory."""
 
     def __init__(self, path: Path, pyarrow: Any):
         self.path = path
@@ -261,7 +262,7 @@ class _ArrowFile:
 
 
 class _ParquetFile:
-    """A Parquet file, of which the last row groups read are kept: they decode only as a whole."""
+    """A Parquet file. The last row groups read stay in memory, as they decode only as a whole."""
 
     def __init__(self, path: Path, parquet: Any):
         self.path = path

@@ -1,4 +1,4 @@
-"""Webdataset tars: files of one name up to the first dot are one sample."""
+"""Webdataset tars: files with the same name up to the first dot are one sample."""
 
 import json
 import tarfile
@@ -18,11 +18,11 @@ from jaxft.data.sources.image_records import (
     unreadable,
 )
 
-_Group = dict[str, tarfile.TarInfo]  # the members of a sample by ending
+_Group = dict[str, tarfile.TarInfo]  # members of a sample by ending
 
 
 class _Member(NamedTuple):
-    """A picture in a tar: (first byte, size) of it and of its caption, whose name may be ""."""
+    """A picture in a tar: (first byte, size) of picture and caption. No caption has the name ""."""
 
     tar: Path
     name: str
@@ -33,7 +33,7 @@ class _Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Tars:
-    """Members of webdataset tars, read in place by offset."""
+    """Members of webdataset tars, read by offset without unpacking."""
 
     members: Sequence[_Member]
     captions: bool
@@ -77,9 +77,10 @@ def _read_span(path: Path, start: int, size: int) -> bytes:
 
 
 def open_tars(spec: str, pattern: str, captions: bool) -> tuple[Tars, list[Bad]]:
-    """The pictures of a tar, of a folder of tars or of a glob, and those that are left out.
+    """Return the pictures of a tar, of a folder of tars or of a glob, and those left out.
 
-    Raises UserError that names all samples without a caption, with two pictures, or given twice.
+    Raises UserError that names all samples without a caption, with two pictures, or with two
+    members of one name.
     """
     base, paths = find_files(pattern, (".tar",))
     if not paths:
@@ -106,7 +107,7 @@ def open_tars(spec: str, pattern: str, captions: bool) -> tuple[Tars, list[Bad]]
 
 
 def _index_tar(path: Path) -> tuple[list[_Group], list[Bad]]:
-    """A tar's samples, by the path up to the first dot of the file name, and repeated members."""
+    """Return the samples of a tar, by path up to the file's first dot, and repeated members."""
     groups: dict[str, _Group] = {}
     twice = []
     try:
@@ -122,7 +123,7 @@ def _index_tar(path: Path) -> tuple[list[_Group], list[Bad]]:
                     twice.append(Bad(f"{path}:{info.name}", f"{path}:{info.name}: {error}"))
                 group[suffix.lower()] = info
             end = tar.offset
-        # A damaged header ends the loop above like the end of the tar, which is a block of zeros.
+        # A damaged header ends the loop like the end of the tar, but that is a block of zeros.
         if any(_read_span(path, end, min(tarfile.BLOCKSIZE, path.stat().st_size - end))):
             raise tarfile.ReadError(f"no member and no end at byte {end}")
     except (OSError, tarfile.TarError) as error:
@@ -134,13 +135,16 @@ def _index_tar(path: Path) -> tuple[list[_Group], list[Bad]]:
 
 
 def _member(path: Path, group: _Group, captions: bool) -> _Member | Bad | None:
-    """The picture of a group and its caption, or why it is left out; None without a picture."""
+    """Return the picture of a group with its caption, or the Bad of a format that is not read.
+
+    Returns None for a group without a picture.
+    """
     images = sorted((s.count("."), s) for s in group if f".{s}".endswith(SUFFIXES))
     if not images:
         foreign = [info.name for s, info in group.items() if f".{s}".endswith(UNREADABLE)]
         return unreadable(f"{path}:{foreign[0]}") if foreign else None
     image = group[images[0][1]]
-    # "a.png" is the picture of "a.mask.png"; of two with as many dots, none is.
+    # The fewest dots decide: "a.png" is the picture beside "a.mask.png". Two equals are an error.
     if len(images) > 1 and images[0][0] == images[1][0]:
         raise UserError(
             f"{path}:{image.name} and {group[images[1][1]].name} are two pictures of one sample: "

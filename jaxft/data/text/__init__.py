@@ -1,1 +1,1 @@
-"""Texts: token rows, their masks and how they share rows."""
+"""Texts: token rows, masks of trained tokens, and packing of short examples."""

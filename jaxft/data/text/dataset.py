@@ -1,4 +1,4 @@
-"""Text records to masked token rows: spans decide what is trained, never token ids."""
+"""Text records as masked token rows: spans of characters mark what is trained, never ids."""
 
 import hashlib
 from collections import Counter
@@ -19,7 +19,7 @@ from jaxft.data.text.store import EncodedRecord, Flat
 from jaxft.data.text.templates import record_kind, render, split_template
 from jaxft.data.text.vocabulary import check_ids
 
-Tokenizer = Any  # a fast tokenizer of transformers; its classes are slow to import
+Tokenizer = Any  # a fast tokenizer of transformers, whose classes are slow to import
 
 _CHUNK_ROWS, _CHUNK_CHARS = 512, 1_000_000
 
@@ -32,7 +32,7 @@ class Example(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A tokenised record: what is trained, and the UTF-8 bytes each token adds to the text."""
+    """A tokenised record: ids, mask of trained tokens, and UTF-8 bytes of text a token."""
 
     tokens: Int[np.ndarray, " n"]
     trained: Bool[np.ndarray, " n"]
@@ -41,18 +41,18 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer with what it does at the ends of a text: `bos` is None unless it adds one."""
+    """A tokenizer with its special tokens at the ends of a text. `bos` is None if it adds none."""
 
     tokenizer: Tokenizer
     bos: int | None
     eos: int
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
-        """Tokenise (prompt, completion) pairs jointly; the completion and its EOS are trained.
+        """Tokenise (prompt, completion) pairs jointly. The completion and its EOS are trained.
 
-        The completion begins at the first token whose characters reach past the prompt, so a
-        token that straddles the border is trained. At most one BOS and one EOS end up in a row,
-        also where the text spells them out itself.
+        The completion begins at the first token whose characters reach past the prompt. A token
+        that crosses the border is therefore trained. No BOS or EOS is added where the text itself
+        begins or ends with it.
         """
         batch = self.tokenizer(
             [prompt + completion for prompt, completion in pairs],
@@ -83,7 +83,10 @@ class Encoder:
 
 
 def make_encoder(tokenizer: Tokenizer) -> Encoder:
-    """Ask the tokenizer once whether it adds BOS by default, and for its EOS."""
+    """Return the encoder of a tokenizer, with its EOS, and its BOS if it adds one by default.
+
+    Raises UserError for a tokenizer that is not fast or has no EOS.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer "
@@ -97,7 +100,7 @@ def make_encoder(tokenizer: Tokenizer) -> Encoder:
 
 
 def _byte_positions(text: str, chars: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """UTF-8 byte position of each character position."""
+    """Return the UTF-8 byte position of each character position."""
     if text.isascii():
         return chars
     code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
@@ -108,10 +111,10 @@ def _byte_positions(text: str, chars: Int[np.ndarray, " n"]) -> Int[np.ndarray, 
 def encode(
     record: dict[str, Any], tokenizer: Tokenizer, template: str | None = None, where: str = "record"
 ) -> Example:
-    """One whole record as tokens and weights, neither cut nor padded.
+    """Return one whole record as tokens and weights, neither cut nor padded.
 
-    Starts with BOS exactly when the tokenizer adds it by default; ends with a trained EOS.
-    The first token is never a target. Raises UserError naming `where` for a bad record.
+    It starts with BOS if the tokenizer adds it by default, and ends with a trained EOS. The first
+    token is never a target. Raises UserError that names `where` for a bad record.
     """
     pair = render(record, record_kind(record, where), template, where)
     row = make_encoder(tokenizer).encode([pair])[0]
@@ -120,12 +123,12 @@ def encode(
 
 def _example(tokens: Int[np.ndarray, " n"], trained: Bool[np.ndarray, " n"]) -> Example:
     weights = trained.astype(np.float32)
-    weights[:1] = 0  # nothing stands before the first token to predict it from
+    weights[:1] = 0  # no token before the first one predicts it
     return Example(tokens, weights)
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> Int[np.ndarray, " n"]:
-    """The token ids a model continues from: BOS when the tokenizer adds it, and no EOS."""
+    """Return the token ids of a prompt, with BOS if the tokenizer adds it, and without EOS."""
     encoder = make_encoder(tokenizer)
     ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     add_bos = encoder.bos is not None and ids[:1] != [encoder.bos]
@@ -135,11 +138,11 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> Int[np.ndarray, " n"]:
 def label_rows(
     tokenizer: Tokenizer, text: str, labels: Sequence[str], template: str | None, seq_len: int
 ) -> list[Example]:
-    """The rows that training would make of a text with each label in turn, cut as it cuts them.
+    """Return the training row of a text with each label in turn, cut to `seq_len` as in training.
 
-    Label, text after it and EOS are trained, so that a label that begins another one is told apart
-    by its end. Raises UserError where a label changes the prompt's own tokens, since then no common
-    prompt can score them.
+    Label, text after it and EOS are trained: a label that is the start of another one differs from
+    it by the end. Raises UserError if a label changes the tokens of the prompt, because the labels
+    are scored behind one common prompt.
     """
     head, lead, tail = split_template(template)
     encoder, prompt = make_encoder(tokenizer), head.replace("{text}", text)
@@ -154,10 +157,10 @@ def label_rows(
 
 
 def first_tokens(rows: Sequence[Example]) -> Int[np.ndarray, " n"] | None:
-    """The first trained token of each label's row, where it alone tells the labels apart.
+    """Return the first trained token of each label's row, if it alone identifies the label.
 
-    That is so where labels are one token each and nothing but EOS follows: the end of each label is
-    then the only way on from it. None where labels share tokens or have several.
+    It does if each label is one token, different from the others, and at most one token follows,
+    the same for all (EOS). Otherwise returns None.
     """
     targets = [row.tokens[row.weights > 0] for row in rows]
     ends = {tuple(ids[1:].tolist()) for ids in targets}
@@ -169,11 +172,12 @@ def first_tokens(rows: Sequence[Example]) -> Int[np.ndarray, " n"] | None:
 class TextDataset:
     """Tokenised examples in flat arrays: int32 tokens and one mask byte per token.
 
-    records: the source; record_ids int32 [n]: the record each example comes from.
+    records: the source. record_ids int32 [n]: index of each example's record in it.
     n_bytes int64 [n]: UTF-8 bytes of the trained text of each example (for bits per byte).
     labels: the sorted labels of {"text", "label"} records, else ().
-    report: counts of records, examples, tokens, trained_tokens, longest_trained (the most in one
-    example), and of records truncated, split into windows, dropped as empty, dropped as untrained.
+    report: counts of records, examples, tokens, trained_tokens and longest_trained (the most in one
+    example), of records truncated, split into windows or dropped as empty, and of examples dropped
+    as untrained.
     """
 
     def __init__(
@@ -199,7 +203,7 @@ class TextDataset:
         return _example(self._tokens[start:stop], self._trained[start:stop])
 
     def inputs(self, index: int) -> int:
-        """The number of input positions that example takes (its tokens but the last)."""
+        """Return the number of input positions of an example: its tokens without the last."""
         start, stop = self._spans[index]
         return int(stop - start - 1)
 
@@ -220,11 +224,12 @@ def load_text(
 
     A row holds up to seq_len + 1 tokens (seq_len inputs and their targets). Longer plain texts
     become windows that overlap by one token, so that every token but a document's first is
-    trained exactly once; longer prompt + completion rows lose the prompt's left end (BOS stays),
+    trained exactly once. Longer prompt + completion rows lose the prompt's left end (BOS stays),
     then the completion's right end. Empty rows and rows without a trained token are dropped and
-    counted. The arrays of more than IN_MEMORY bytes of text are files below the folder `cache`,
-    which later runs use again, unless it is "". Raises UserError for bad records, for tokens
-    beyond `vocab_size` (the rows of the model's embedding table), and if no trained token remains.
+    counted. The arrays of more than IN_MEMORY bytes of text are files in the folder `cache`, which
+    later runs reuse. With `cache` "" all arrays stay in memory. Raises UserError for bad records,
+    for tokens beyond `vocab_size` (the rows of the model's embedding table), and if no trained
+    token remains.
     """
     if seq_len < 1:
         raise UserError(f"seq_len={seq_len} must be at least 1 token")
@@ -261,7 +266,7 @@ def _fingerprint(
     tokenizer: Tokenizer,
     more: Any,
 ) -> tuple[int, str]:
-    """Return the bytes of all texts, and a hash of all that decides what they are tokenised to."""
+    """Return the bytes of all texts, and a hash of everything that determines their tokens."""
     known = (tokenizer.backend_tokenizer.to_str(), tokenizers.__version__, more)
     digest, size = hashlib.sha256(repr(known).encode()), 0
     for index in range(len(records)):
@@ -273,8 +278,13 @@ def _fingerprint(
 
 
 def _part(index: int, row: Encoded, seq_len: int) -> EncodedRecord:
-    """Cut a tokenised record into examples; the first token of one is never trained."""
-    spans = _windows(0, len(row.tokens), seq_len)
+    """Cut a tokenised record into examples of at most seq_len + 1 tokens.
+
+    Each example begins with the last token of the one before, and its first token is not trained.
+    """
+    length = len(row.tokens)
+    begins = range(0, max(length - 1, 1), seq_len)
+    spans = [(begin, min(begin + seq_len + 1, length)) for begin in begins]
     n_trained = [int(np.sum(row.trained[start + 1 : stop])) for start, stop in spans]
     n_bytes = [
         int(np.sum(row.n_bytes[start + 1 : stop], where=row.trained[start + 1 : stop]))
@@ -291,7 +301,7 @@ def _encode_all(
     counts: Counter,
     labels: set[str],
 ) -> Iterator[tuple[int, Encoded]]:
-    """Encode every record that is not empty, in chunks that bound the tokenizer's memory."""
+    """Encode every record that is not empty, in chunks that limit the tokenizer's memory."""
     pending: list[tuple[int, tuple[str, str]]] = []
     size = 0
     for index in range(len(records)):
@@ -319,7 +329,7 @@ def _encode_chunk(
 
 
 def _truncate(row: Encoded, limit: int, encoder: Encoder) -> Encoded:
-    """Cut the prompt from the left, keeping BOS, then the completion from the right."""
+    """Cut the prompt on the left, except BOS, then the completion on the right."""
     kept = 0 if encoder.bos is None else 1
     prompt = int(np.argmax(row.trained))
     cut = min(len(row.tokens) - limit, prompt - kept)
@@ -327,18 +337,16 @@ def _truncate(row: Encoded, limit: int, encoder: Encoder) -> Encoded:
     return Encoded(row.tokens[index], row.trained[index], row.n_bytes[index])
 
 
-def _windows(start: int, stop: int, seq_len: int) -> list[tuple[int, int]]:
-    """Spans of at most seq_len + 1 tokens; each begins with the last token of the one before."""
-    begins = range(start, max(stop - 1, start + 1), seq_len)
-    return [(begin, min(begin + seq_len + 1, stop)) for begin in begins]
-
-
 def _dataset(records: TextRecords, flat: Flat, facts: dict) -> TextDataset:
     """Drop the examples in which nothing is trained, and count the others."""
     keep, counts = flat.n_trained > 0, Counter(facts["counts"])
     counts["untrained"] += int((~keep).sum())
     if not keep.any():
-        raise _nothing_left(records, counts)
+        raise UserError(
+            f"{records!r} leaves nothing to train on: of {counts['records']} records "
+            f"{counts['empty']} are empty and {counts['untrained']} have no trained token; "
+            "expected a text, completion or label in each"
+        )
     spans = flat.spans[keep]
     counts["examples"] = len(spans)
     counts["tokens"] = int((spans[:, 1] - spans[:, 0]).sum())
@@ -347,12 +355,4 @@ def _dataset(records: TextRecords, flat: Flat, facts: dict) -> TextDataset:
     ids, n_bytes, labels = flat.record_ids[keep], flat.n_bytes[keep], tuple(facts["labels"])
     return TextDataset(
         records, flat.tokens, flat.trained, spans, ids, n_bytes, labels, dict(counts)
-    )
-
-
-def _nothing_left(records: TextRecords, counts: Counter) -> UserError:
-    return UserError(
-        f"{records!r} leaves nothing to train on: of {counts['records']} records "
-        f"{counts['empty']} are empty and {counts['untrained']} have no trained token; "
-        "expected a text, completion or label in each"
     )

@@ -1,4 +1,4 @@
-"""Short examples share rows: the same examples a step, the same sums, less padding to compute."""
+"""Packing of short examples in shared rows: same examples a step, same sums, less padding."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,14 +8,14 @@ import numpy as np
 from jaxft.data.text.dataset import Example
 
 Groups = list[list[int]]
-TRIALS = 64  # random batches that the usual number of rows is chosen from
+TRIALS = 64  # random batches, from which the usual number of rows is chosen
 
 
 class Packing(NamedTuple):
-    """How a batch of `examples` is laid out: in `rows` of `seq_len` inputs, at most `per_row` each.
+    """Layout of a batch of `examples`: `rows` of `seq_len` inputs, at most `per_row` examples each.
 
-    A batch that does not fit takes more rows (one more compiled shape), always a multiple of
-    `multiple` (micro-batches times devices), so that every part of the mesh gets as many.
+    A batch that does not fit takes more rows (one more compiled shape). The number of rows is a
+    multiple of `multiple` (micro-batches times devices), so that all devices get equally many.
     """
 
     rows: int
@@ -25,7 +25,7 @@ class Packing(NamedTuple):
     seq_len: int
 
     def groups(self, lengths: Sequence[int]) -> Groups:
-        """Which examples of a batch, by place, share which row: a pure function of the lengths."""
+        """Return the examples (by place) of each row of a batch, as a function of lengths alone."""
         packed = first_fit(lengths, self.seq_len, self.per_row)
         rows = max(self.rows, -(-len(packed) // self.multiple) * self.multiple)
         if rows >= self.examples:
@@ -36,10 +36,10 @@ class Packing(NamedTuple):
 def make_packing(
     length_of: Callable[[int], int], count: int, examples: int, multiple: int, seq_len: int
 ) -> Packing:
-    """Choose the rows that nine of ten random batches of a dataset of `count` examples fit in.
+    """Choose a number of rows that is enough for nine of ten random batches.
 
-    `length_of(i)` is the number of inputs of example i. Where sharing saves no row, every example
-    keeps its own.
+    `length_of(i)` is the number of inputs of example i, of `count` in the dataset. If packing
+    saves no row, every example has its own row.
     """
     rng = np.random.default_rng(0)
     drawn = [[length_of(int(i)) for i in rng.integers(0, count, examples)] for _ in range(TRIALS)]
@@ -53,7 +53,7 @@ def make_packing(
 
 
 def first_fit(lengths: Sequence[int], room: int, per_row: int) -> Groups:
-    """First-fit decreasing: longest first, each into the first row with room for it."""
+    """Return the places in each row by first-fit decreasing: longest first, first row with room."""
     groups: Groups = []
     free: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -76,18 +76,18 @@ def first_fit(lengths: Sequence[int], room: int, per_row: int) -> Groups:
 def collate(
     examples: Sequence[Example], seq_len: int, batch_rows: int | None = None
 ) -> dict[str, np.ndarray]:
-    """`collate_rows` with one example a row."""
+    """Return the batch of `collate_rows` with one example a row."""
     return collate_rows([[example] for example in examples], seq_len, batch_rows)
 
 
 def collate_rows(
     rows: Sequence[Sequence[Example]], seq_len: int, batch_rows: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Static [batch_rows, seq_len] arrays in which position t predicts `targets[t]`.
+    """Return [batch_rows, seq_len] arrays in which position t predicts `targets[t]`.
 
-    tokens, targets, segment_ids (1, 2, … a row's examples, 0 padding) and positions (from 0 in
-    every segment) are int32, weights float32. Rows past `rows` are padding with weight 0. Padding
-    is told by segment_ids alone.
+    tokens, targets, segment_ids (1, 2, … for a row's examples, 0 for padding) and positions (from
+    0 in every segment) are int32, weights are float32. Rows past `rows` are padding with weight 0.
+    Only segment_ids mark padding. Raises ValueError for too many rows or a row that is too long.
     """
     n_rows = len(rows) if batch_rows is None else batch_rows
     if n_rows < len(rows):

@@ -1,4 +1,4 @@
-"""Token ids of a set in memory, or in files that are mapped into memory where there are many."""
+"""Token ids of a set: in memory, or of a large set in files that are mapped into memory."""
 
 import json
 import os
@@ -13,15 +13,15 @@ from jaxtyping import Bool, Int
 
 from jaxft.core.errors import UserError
 
-# Bytes of text whose ids stay in memory: 256 MiB of them at most, as a token has a byte or more.
+# Bytes of text whose ids stay in memory: at most 256 MiB of int32, as a token has a byte or more.
 IN_MEMORY = 64 << 20
 _TOKENS, _TRAINED, _EXAMPLES, _FACTS = "tokens.bin", "trained.bin", "examples.npz", "facts.json"
 
 
 class EncodedRecord(NamedTuple):
-    """A tokenised record: ids, which of them are trained, and its examples.
+    """A tokenised record: ids, mask of trained ids, and examples.
 
-    spans: [start, stop) of each example within the record. record_id: its place in the source.
+    spans: [start, stop) of each example in the record. record_id: index in the source.
     n_trained, n_bytes: trained tokens of each example, and the UTF-8 bytes of their text.
     """
 
@@ -34,7 +34,7 @@ class EncodedRecord(NamedTuple):
 
 
 class Flat(NamedTuple):
-    """All records one after another: tokens int32 [total], trained bool [total], examples [n]."""
+    """All records in flat arrays: tokens int32 [total], trained bool [total], examples [n]."""
 
     tokens: np.ndarray
     trained: np.ndarray
@@ -58,11 +58,11 @@ def in_memory(parts: Iterator[EncodedRecord]) -> Flat:
 
 
 def on_disk(folder: Path, make: Callable[[dict], Iterator[EncodedRecord]]) -> tuple[Flat, dict]:
-    """Return the records in `folder` and facts about them, which `make(facts)` yields and sets.
+    """Return the records in `folder` and facts about them.
 
-    What is there already is used as it is; its name has to tell all that decides the content.
-    Otherwise the files are written under another name first, so that they are whole or absent.
-    Raises UserError where the disk does not take them.
+    An existing folder is read. Its name has to identify its content. Otherwise `make(facts)` yields
+    the records and fills in `facts`. The files are first written under another name, so that they
+    are complete or absent. Raises UserError if they cannot be written or read.
     """
     try:
         if not folder.exists():
@@ -107,7 +107,7 @@ def _write(folder: Path, make: Callable[[dict], Iterator[EncodedRecord]]) -> Non
 
 
 def _publish(made: Path, folder: Path) -> None:
-    """Rename a whole folder; another process may have been faster with the same content."""
+    """Rename a complete folder, unless another process has already made it."""
     try:
         made.rename(folder)
     except OSError:
@@ -116,7 +116,7 @@ def _publish(made: Path, folder: Path) -> None:
 
 
 def _join(parts: Iterator[EncodedRecord], add: Callable[[EncodedRecord], None]) -> list[np.ndarray]:
-    """Give every record to `add`; return the arrays of all examples."""
+    """Call `add` with each record. Return the arrays of all examples, in the order of Flat."""
     spans, record_ids, n_trained, n_bytes = [], [], [], []
     end = 0
     for part in parts:

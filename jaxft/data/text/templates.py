@@ -1,4 +1,4 @@
-"""The fields of a text record, and the prompt and the completion that they become."""
+"""Fields of a text record, and their prompt and completion."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ RECORD_KINDS = (("prompt", "completion"), ("text", "label"), ("text",))
 
 
 def record_kind(record: dict[str, Any], where: str) -> tuple[str, ...]:
-    """The fields that make `record` trainable: the first of RECORD_KINDS that it has."""
+    """Return the first of RECORD_KINDS whose fields a record has. Raises UserError for none."""
     for kind in RECORD_KINDS:
         if all(field in record for field in kind):
             return kind
@@ -22,7 +22,7 @@ def record_kind(record: dict[str, Any], where: str) -> tuple[str, ...]:
 def render(
     record: dict[str, Any], kind: tuple[str, ...], template: str | None, where: str
 ) -> tuple[str, str]:
-    """The (prompt, completion) of a record; a plain text is a completion without a prompt."""
+    """Return the (prompt, completion) of a record. A plain text has an empty prompt."""
     values = [_text_field(record, field, where) for field in kind]
     if kind == ("text",):
         return "", values[0]
@@ -53,9 +53,10 @@ def _text_field(record: dict[str, Any], field: str, where: str) -> str:
 
 
 def split_template(template: str | None) -> tuple[str, str, str]:
-    """A template as (prompt, whitespace before the label, text after the label).
+    """Return a template as (prompt, whitespace before the label, text after the label).
 
-    The whitespace belongs to the completion: tokenizers join it to the label's first word.
+    The whitespace belongs to the completion, because tokenizers join it to the label's first word.
+    Raises UserError unless {text} and then {label} are in the template once each.
     """
     template = template or ""
     head, _, tail = template.partition("{label}")
