@@ -11,9 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def start(arguments):
-    """`python -m jaxft.train` with these arguments, on the devices of this process."""
-    command = [sys.executable, "-m", "jaxft.train", *arguments]
+def start(arguments, first="pass"):
+    """`jaxft.train` with these arguments, on the devices of this process, after a line of code."""
+    code = f"import sys; from jaxft import train; {first}; sys.exit(train.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=dict(os.environ))
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from jaxft import train
 from jaxft.core.checkpoint import Checkpoints
+from jaxft.data.text import store
 from tests import whole as runs
 from tests.interrupted import kill_after, start, timeless
 
@@ -100,6 +101,24 @@ def test_t20_sigkill_and_the_same_command_again_is_bitwise(flags, tmp_path, rank
         kills += kill_after(process, broken, stop_after)
     assert kills, "no process was killed in time"
     assert train.main([*arguments, "--workdir", str(broken)]) == 0
+    assert timeless(tmp_path / "whole") == timeless(broken)
+    a, b = (weights(tmp_path / name / "export") for name in ("whole", "broken"))
+    assert all(a[key].tobytes() == b[key].tobytes() for key in a)
+
+
+def test_a_killed_run_resumes_bitwise_from_tokens_on_disk(flags, tmp_path, monkeypatch):
+    """Large sets are memory-mapped files, which the second process finds and reads again."""
+    changes = {"total": "8_steps", "every.save": "2_steps", "cache": tmp_path / "cache"}
+    arguments = [*CONFIG, *flags(changes)]
+    assert train.main([*arguments, "--workdir", str(tmp_path / "whole")]) == 0
+    assert not list(tmp_path.glob("cache/text-*")), "a small set is kept in memory"
+    broken, on_disk = tmp_path / "broken", "from jaxft.data.text import store; store.IN_MEMORY = 0"
+    process = start([*arguments, "--workdir", str(broken)], on_disk)
+    assert kill_after(process, broken, 5), "no process was killed in time"
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/text-*/*")}
+    monkeypatch.setattr(store, "IN_MEMORY", 0)
+    assert train.main([*arguments, "--workdir", str(broken)]) == 0
+    assert made and made == {path: path.stat().st_mtime_ns for path in made}
     assert timeless(tmp_path / "whole") == timeless(broken)
     a, b = (weights(tmp_path / name / "export") for name in ("whole", "broken"))
     assert all(a[key].tobytes() == b[key].tobytes() for key in a)
