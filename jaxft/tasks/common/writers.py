@@ -34,7 +34,7 @@ def parts(job: Job) -> list[Part]:
 
 
 def stated_dtype(job: Job) -> str | None:
-    """Return the dtype that an export states in its configs; None keeps each tensor's own."""
+    """Return the dtype in an export's configs. None keeps the dtype of each tensor."""
     return None if job.dtype == "source" else job.dtype
 
 
