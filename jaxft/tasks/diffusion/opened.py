@@ -130,7 +130,7 @@ def check(share: float, cfg: PipelineConfig) -> None:
     if not cfg.sees:
         latent = cfg.vae.latent_channels
         raise UserError(
-            f"unet/config.json: in_channels={cfg.unet.in_channels}, but of a VAE with"
+            f"unet/config.json: in_channels={cfg.unet.in_channels}, but for a VAE with"
             f" latent_channels={latent} a text-to-image UNet takes {latent}, InstructPix2Pix"
             f" {2 * latent}, inpainting {2 * latent + 1}; other kinds are not supported"
         )

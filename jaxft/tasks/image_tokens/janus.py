@@ -35,7 +35,7 @@ JANUS_PROMPT_TOKENS = 128  # default limit of a prompt, in tokens
 GUIDANCE = 5  # the authors' value
 JANUS_CODEBOOK = f"{janus.VQ}quantize.embedding.weight"
 JANUS_TABLE = "model.language_model.embed_tokens.weight"
-PROCESSOR = "JanusImageProcessor"
+JANUS_PROCESSOR = "JanusImageProcessor"
 COLOURS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 GENERATION_MODULES = ("generation_embeddings", "generation_aligner", "generation_head")
 
@@ -120,7 +120,7 @@ class JanusFolder(NamedTuple):
             if isinstance(inner, dict):
                 processor = {**processor, "image_processor": {**inner, **COLOURS}}
             else:
-                processor = {"image_processor_type": PROCESSOR, **processor, **COLOURS}
+                processor = {"image_processor_type": JANUS_PROCESSOR, **processor, **COLOURS}
             files[name] = _dump(processor)
         return files
 
