@@ -1,7 +1,7 @@
 """A task is a composition of five small things: Opened, Rows, Objective, Preview and writers.
 
-A command opens a model without its data, reads the rows that it needs, and never more. Nothing
-here knows devices, optimisers or checkpoints.
+A command opens a model without its data, and reads only the rows that it needs. This module does
+not depend on devices, optimisers or checkpoints.
 """
 
 from __future__ import annotations  # the names below are needed in annotations alone
@@ -46,41 +46,41 @@ OPTIONS = {  # the dataclass of the keys that only one task has
 
 
 class Opened(Protocol):
-    """A model's folder, read: shapes and weight tables. It holds no weights and no data."""
+    """Shapes and weight tables of a model's folder. Holds no weights and no data."""
 
     cfg: Config  # as given, or with values that the model's folder decides (an adapter's own rank)
     parts: tuple[Part, ...]  # weight tables, to load parameters from and to export them to
     template: nnx.Module  # abstract: shapes, no memory
 
     def build(self, key: jax.Array) -> nnx.Module:
-        """Draw all modules of a step, frozen ones and adapters too."""
+        """Return all modules of a step with random parameters, frozen ones and adapters too."""
         ...
 
     def initial(self) -> dict[str, np.ndarray]:
-        """Return arrays by path that replace drawn ones (an imported adapter)."""
+        """Return arrays by path that replace random parameters, such as an imported adapter."""
         ...
 
     def describe(self) -> str:
-        """Return a few words on the model."""
+        """Return a short description of the model."""
         ...
 
 
 class Rows(Protocol):
-    """The examples of a split, without parameters."""
+    """Examples of a split, without parameters."""
 
-    bad: tuple[Bad, ...]  # samples that were left out
+    bad: tuple[Bad, ...]  # samples left out
 
     def __len__(self) -> int: ...
 
     def batches(self, start_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
-        """Yield this host's `rows` of every batch from a global step on, without an end.
+        """Yield this host's `rows` of every batch, from a global step on, without an end.
 
         Batch k depends on (seed, k) alone.
         """
         ...
 
     def spec(self, rows: slice) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
-        """Yield the shapes of a batch of every kind that training can meet, on this host."""
+        """Yield the shapes of this host's batch, once for every kind of batch in training."""
         ...
 
     def report(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Rows(Protocol):
         ...
 
     def describe(self) -> str:
-        """Return a few words on the data."""
+        """Return a short description of the data."""
         ...
 
 
@@ -100,7 +100,7 @@ class Objective(Protocol):
     def loss(
         self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
-        """Return an unreduced sum with its weight, and further sums to report."""
+        """Return ((sum, weight), metrics): the unreduced loss, and further sums to report."""
         ...
 
     def units(self, batch: Mapping[str, np.ndarray]) -> int:
@@ -108,7 +108,7 @@ class Objective(Protocol):
         ...
 
     def flops(self, trained: Mapping[str, Leaf]) -> float:
-        """Return the model FLOPs of a training step a unit, by the parameters that train.
+        """Return the model FLOPs of a training step per unit, given the parameters that train.
 
         Recomputation is not counted.
         """
@@ -116,10 +116,10 @@ class Objective(Protocol):
 
 
 class Preview(Protocol):
-    """Evaluation and samples of a model as it is."""
+    """Evaluation and samples of a model."""
 
     def evaluate(self, params: Params, mesh: Mesh) -> Report:
-        """Return metrics over the whole evaluation set; empty where there is none."""
+        """Return metrics over the evaluation set. Without such a set there are none."""
         ...
 
     def sample(self, params: Params) -> Look:
@@ -132,9 +132,10 @@ class Preview(Protocol):
 
 
 class Data(NamedTuple):
-    """The rows that a command reads, and what a training run wrote down about its own.
+    """Rows that a command reads, and facts about the rows that the run trained on.
 
-    `facts` is `Rows.report` of the training rows, from manifest.json where these are not read.
+    `facts` is `Rows.report` of the training rows. A command that does not read these rows takes it
+    from manifest.json.
     """
 
     train: Any = None
@@ -159,7 +160,10 @@ class Look(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Settings of `Preview.complete`; None is the config's own, and unused ones are ignored."""
+    """Settings of `Preview.complete`.
+
+    None stands for the value in the config. A model ignores the settings that it does not use.
+    """
 
     seed: int = 0
     max_new: int = 64
@@ -175,7 +179,7 @@ class Request(NamedTuple):
 
 
 class Job(NamedTuple):
-    """An export under way: an opened model with its parameters, a name, a dtype, a folder."""
+    """An export to write: an opened model with its parameters, a name, a dtype, a folder."""
 
     opened: Any
     leaves: Mapping[str, Leaf]
@@ -187,10 +191,10 @@ class Job(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """An export kind. The other fields are of kinds that hold a part of the model alone.
+    """An export kind. Only kinds that export a part of the model set the other fields.
 
-    needs: the config key that such an export cannot do without. made_of: the role of a parameter
-    that the model then has. holds: the roles of all trained parameters that there is room for.
+    needs: the config key that the export requires. made_of: the role of a parameter that this key
+    adds to the model. holds: the roles of all trained parameters that the export can store.
     """
 
     write: Callable[[Job], None]
@@ -202,9 +206,9 @@ class Writer(NamedTuple):
 class Task(NamedTuple):
     """One family of models on one kind of data.
 
-    `read(opened, spec, training)` makes Rows. `encode(opened, params, chosen, sets)` fills caches
-    and has to be called before the first example of a set is read. `writers` is by export kind,
-    the whole model first.
+    `read(opened, spec, training)` returns Rows. `encode(opened, params, chosen, sets)` fills
+    caches. Call it before the first example of a set is read. `writers` maps each export kind to
+    its writer, the whole model first.
     """
 
     open: Callable[[Config], Any]
@@ -222,7 +226,10 @@ def check_task(name: Any) -> None:
 
 
 def get_task(name: str) -> Task:
-    """Return a task by its name, importing that one alone."""
+    """Return a task by its name. Imports this task alone.
+
+    Raises UserError for an unknown task.
+    """
     check_task(name)
     module, _, attribute = TASKS[name].partition(":")
     return getattr(import_module(module), attribute)

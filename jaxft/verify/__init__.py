@@ -16,7 +16,7 @@ __all__ = ["certify", "hf_folder", "main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Certify a folder; 0 when every check passes, 1 when one does not, 2 for a user's mistake."""
+    """Certify a folder. Returns 0 if every check passes, 1 if one fails, 2 for a user's mistake."""
     passed: list[bool] = []
 
     def run(words: list[str]) -> None:
@@ -42,9 +42,10 @@ def _main(argv: list[str]) -> bool:
 
 
 def certify(spec: str, far: int = 4096) -> tuple[dict[str, Any], list[Check]]:
-    """(certificate, checks) of the model that `spec` names; `far` is a language model's.
+    """Return (certificate, checks) of the model that `spec` names.
 
-    The family is that of `jaxft.load`. Raises UserError for models that cannot be compared.
+    `far` is the first far position of a language model. Raises UserError for a model that cannot be
+    compared. The family is that of `jaxft.load`.
     """
     family = family_of(spec)
     if family == "pipeline":

@@ -19,11 +19,11 @@ from jaxft.weights.folders.diffusers import open_component
 from jaxft.weights.folders.transformers import Source
 from jaxft.weights.transfer import Part
 
-VERIFIED_ROWS, GRID = 2, (8, 6)  # pictures, and the latents of each: a transpose would show
+VERIFIED_ROWS, GRID = 2, (8, 6)  # pictures, and latents of each, not square to reveal a transpose
 
 
 def certify(spec: str) -> tuple[dict[str, Any], list[Check]]:
-    """(certificate, checks) of an autoencoder's folder, both sides in fp32."""
+    """Return (certificate, checks) of an autoencoder's folder, both sides in fp32."""
     source = open_component(spec, "vae")
     if source.config.get("_class_name") == KL:
         cfg = VAEConfig.from_hf(source.config, f"{spec}/config.json")
@@ -41,7 +41,10 @@ def certify(spec: str) -> tuple[dict[str, Any], list[Check]]:
 
 
 def vae_subject(source: Source, part: Part, cfg: VAEConfig) -> ComponentSubject:
-    """AutoencoderKL: moments of pictures, and pictures of latents that are not theirs."""
+    """Return the comparison of an AutoencoderKL.
+
+    It compares moments of pictures, and pictures of latents that are not theirs.
+    """
     images = _images(cfg.factor)
     latents = np.asarray(
         cfg.unscale(jnp.asarray(normal(1, VERIFIED_ROWS, *GRID, cfg.latent_channels)))
@@ -63,7 +66,10 @@ def vae_subject(source: Source, part: Part, cfg: VAEConfig) -> ComponentSubject:
 
 
 def vq_subject(source: Source, cfg: VQConfig) -> ComponentSubject:
-    """A VQ tokenizer: latents and codes of pictures, and pictures of other codes."""
+    """Return the comparison of a VQ tokenizer.
+
+    It compares latents and codes of pictures, and pictures of other codes.
+    """
     stem = "model" if cfg.kind == JANUS else "diffusion_pytorch_model"
     rules = vqgan.rules(cfg)
     part = Part("vae.", source.name, source.tensors, rules, {}, vqgan.IGNORE, stem=stem)
@@ -88,10 +94,11 @@ def vq_subject(source: Source, cfg: VQConfig) -> ComponentSubject:
 
 
 def _their_codes(model: Any, latents: Any, cfg: VQConfig) -> Any:
-    """The codes of latents (B, C, Y, X) as the stock class finds them.
+    """Return the codes of latents [B, C, Y, X] that the stock class finds.
 
-    It compares the codebook's rows as they are stored. Where the model's own search is by
-    direction and they have not unit length (an export writes them so), that is what is asked for.
+    The stock class compares the codebook's rows as they are stored. An export stores rows of unit
+    length for a model that searches by direction. For rows of other lengths, the search by
+    direction is computed here.
     """
     import torch
 
@@ -110,7 +117,7 @@ def _their_pictures(model: Any, codes: np.ndarray, cfg: VQConfig) -> Any:
 
     flat = torch.from_numpy(codes).long()
     if cfg.kind == JANUS:
-        model.quantize.quant_state_dims = list(GRID)  # it takes every picture for a square
+        model.quantize.quant_state_dims = list(GRID)  # otherwise it assumes square pictures
         return model.decode(flat.flatten(1))
     model.register_to_config(lookup_from_codebook=True)
     shape = (VERIFIED_ROWS, *GRID, cfg.code_dim)
@@ -118,7 +125,7 @@ def _their_pictures(model: Any, codes: np.ndarray, cfg: VQConfig) -> Any:
 
 
 def _images(factor: int) -> Float[np.ndarray, "B Y X C"]:
-    """Noise over a ramp along one diagonal: no flip and no transpose of it is itself."""
+    """Return noise over a ramp along one diagonal. Every flip or transpose changes it."""
     height, width = (side * factor for side in GRID)
     y, x = np.mgrid[:height, :width] / max(height, width)
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, (VERIFIED_ROWS, height, width, 3))

@@ -1,4 +1,4 @@
-"""One network beside its stock twin: the same inputs, outputs, gradients and bytes."""
+"""Comparison of one network with its stock class: outputs, gradients and bytes."""
 
 import importlib
 import math
@@ -31,7 +31,7 @@ from jaxft.weights.folders.transformers import Source
 from jaxft.weights.rules import plan, to_torch
 from jaxft.weights.transfer import Part
 
-# What is called once costs more to compile than to run.
+# A function that is called once takes longer to compile than to run.
 ONCE = {
     **PLAIN_DOTS,
     "xla_backend_optimization_level": 0,
@@ -42,9 +42,9 @@ ONCE = {
 class ComponentSubject(NamedTuple):
     """A network under test, opened but not loaded.
 
-    `stock` names the library and class that it is compared with. `theirs(stock model)` and
-    `ours(module)` give the same outputs by name, pictures with their channels last; what is of
-    integers has to be equal. `template` is the abstract module, without the part's prefix.
+    stock: the library and class to compare with. theirs(stock model), ours(module): functions that
+    return the same outputs by name, pictures with channels last. Integer outputs must be equal.
+    template: the abstract module, without the prefix of the part.
     """
 
     name: str
@@ -66,10 +66,11 @@ class ComponentSubject(NamedTuple):
 
 
 class ComponentOracle(NamedTuple):
-    """Results of the stock model in fp32; gradients by torch key of the outputs' sum along `ways`.
+    """Results of the stock model in fp32.
 
-    `others` are the same outputs rounded otherwise (in float64, and in fp32 anew), `distances` what
-    the gradients then differ by, `weights` digests by torch key.
+    others: the same outputs under other roundings (in float64, and in fp32 again). ways: a
+    direction for each output. gradients: those of the outputs' sum along `ways`, by torch key.
+    distances: differences of the gradients under other roundings. weights: digests by torch key.
     """
 
     outputs: dict[str, np.ndarray]
@@ -82,14 +83,14 @@ class ComponentOracle(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A component's figures, and the digest of its weights."""
+    """A component's figures, with its size and the digest of its weights."""
 
     checks: list[Check]
     about: dict[str, Any]
 
 
 def check(subject: ComponentSubject) -> Result:
-    """Every figure of one network; one of the two models is in memory at a time."""
+    """Return every figure of one network. One of the two models is in memory at a time."""
     oracle = ask(subject)
     params = load(subject.part, subject.leaves)
     checks = [*loading(f"stock {subject.name}", oracle.report)]
@@ -101,7 +102,7 @@ def check(subject: ComponentSubject) -> Result:
 
 
 def ask(subject: ComponentSubject) -> ComponentOracle:
-    """Load the stock model on the CPU; outputs and gradients in fp32, and how far they round."""
+    """Return outputs and gradients of the stock model on the CPU in fp32, and their rounding."""
     model, report = open_stock(subject)
     weights = rounding.digests(model)
     outputs, ways = _run(subject, model, {})
@@ -120,10 +121,13 @@ def ask(subject: ComponentSubject) -> ComponentOracle:
 def _run(
     subject: ComponentSubject, model: Any, ways: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(outputs, ways) of a stock model, whose gradients are then there; new ways for {}."""
+    """Return (outputs, ways) of a stock model, and leave the gradients in its parameters.
+
+    An empty `ways` is replaced by new ones.
+    """
     import torch
 
-    # transformers' swish writes over what autograd saved.
+    # transformers' swish overwrites tensors that autograd saved.
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
         made = subject.theirs(model)
         outputs = {name: out.detach().numpy() for name, out in made.items()}
@@ -135,7 +139,7 @@ def _run(
 
 
 def _ways(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A random direction for each output, so that each has a like share of the gradient."""
+    """Return a random direction for each output, so that each has a like share of the gradient."""
     rng, ways = np.random.default_rng(9), {}
     for name, out in outputs.items():
         if np.issubdtype(out.dtype, np.floating):
@@ -145,7 +149,7 @@ def _ways(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def open_stock(subject: ComponentSubject) -> tuple[Any, Mapping[str, Any]]:
-    """The stock model and what it says of its loading."""
+    """Return the stock model and its report on loading."""
     import torch
 
     library, name = subject.stock
@@ -158,13 +162,16 @@ def open_stock(subject: ComponentSubject) -> tuple[Any, Mapping[str, Any]]:
 
 
 def stock_class(library: str, name: str) -> Any:
-    """A class of an optional package."""
+    """Return a class of an optional package."""
     return getattr(importlib.import_module(library), name)
 
 
 @contextmanager
 def _stock_folder(source: Source, stem: str) -> Iterator[Path]:
-    """The component's files under their plain names; a copy of what lies inside a single file."""
+    """Yield a folder with the component's files under their plain names.
+
+    Tensors that lie inside a single file are copied.
+    """
     with tempfile.TemporaryDirectory(prefix="jaxft-verify-") as name:
         folder = Path(name)
         for file, content in source.side_files.items():
@@ -181,14 +188,14 @@ def _stock_folder(source: Source, stem: str) -> Iterator[Path]:
 
 
 def load(part: Part, leaves: Mapping[str, Leaf]) -> Params:
-    """A part's parameters in fp32 on the first device."""
+    """Return a part's parameters in fp32 on the first device."""
     own = {path: leaf for path, leaf in leaves.items() if path.startswith(part.prefix)}
     places = shardings(own, one_device_mesh())
     return transfer.load(part, own, places, jnp.float32, set(own))
 
 
 def compare(subject: ComponentSubject, params: Params, oracle: ComponentOracle) -> list[Check]:
-    """Weights, outputs and gradients against the oracle's."""
+    """Compare weights, outputs and gradients with the oracle's."""
     prefix = subject.part.prefix
 
     @partial(jax.jit, compiler_options=ONCE)
@@ -217,9 +224,10 @@ def compare(subject: ComponentSubject, params: Params, oracle: ComponentOracle) 
 def compare_output(
     name: str, ours: np.ndarray, theirs: np.ndarray, others: Sequence[np.ndarray], note: str = ""
 ) -> Check:
-    """Largest difference relative to the largest value; of integers, how many differ.
+    """Compare one output: the largest difference relative to the largest value.
 
-    `others` are the oracle's output rounded otherwise.
+    For integers, the figure is the number of those that differ. `others` are the outputs of the
+    oracle under other roundings.
     """
     if not np.issubdtype(theirs.dtype, np.floating):
         count = int((ours != theirs).sum()) if ours.shape == theirs.shape else theirs.size
@@ -236,7 +244,7 @@ def compare_output(
 def _torch_keyed(
     subject: ComponentSubject, arrays: Params, oracle: ComponentOracle
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Our weights or gradients by the stock model's own keys, which a file's may be older than."""
+    """Yield our weights or gradients by the stock model's keys. A file may have older keys."""
     part, own = subject.part, describe(subject.template)
     shapes = {key: tuple(one.shape) for key, one in oracle.gradients.items()}
     for entry in plan(part.rules, own, shapes, part.sizes, (), f"stock {subject.name}"):
@@ -246,22 +254,22 @@ def _torch_keyed(
 
 
 def channels_first(x: Float[np.ndarray, "B Y X C"], model: Any) -> Any:
-    """A torch tensor (B, C, Y, X) of the dtype that a stock model has."""
+    """Return a torch tensor [B, C, Y, X] with the dtype of a stock model."""
     return as_input(x.transpose(0, 3, 1, 2), model)
 
 
 def as_input(x: Float[np.ndarray, "..."], model: Any) -> Any:
-    """A torch tensor of the dtype that a stock model has."""
+    """Return a torch tensor with the dtype of a stock model."""
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(x)).to(model.dtype)
 
 
 def channels_last(x: Any) -> Any:
-    """A torch tensor (B, Y, X, C)."""
+    """Return a torch tensor [B, Y, X, C]."""
     return x.permute(0, 2, 3, 1)
 
 
 def normal(seed: int, *shape: int) -> Float[np.ndarray, "..."]:
-    """Unit normal numbers, fp32."""
+    """Return unit normal numbers in fp32."""
     return np.random.default_rng(seed).standard_normal(shape, np.float32)

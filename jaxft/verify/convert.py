@@ -1,4 +1,4 @@
-"""Pickled weights to safetensors, once: `python -m jaxft.verify.convert PATH [OUT]`.
+"""Convert pickled weights to safetensors, once: `python -m jaxft.verify.convert PATH [OUT]`.
 
 A pickle can run code, so jaxft reads none. PyTorch's restricted reader (weights_only=True) takes
 tensors and plain containers alone, and this command uses no other.
@@ -18,7 +18,7 @@ from jaxft.core.errors import UserError
 from jaxft.weights.files.tensor_files import DTYPE_NAMES, PICKLES, STEMS, write_sharded
 from jaxft.weights.locate import INDEX
 
-# Weights by their names in transformers' and diffusers' folders; a trainer's state is none.
+# Names of weights in folders of transformers and diffusers. A trainer's state is not among them.
 PICKLED_WEIGHTS = (
     "pytorch_model*.bin",
     f"{STEMS[1]}*.bin",
@@ -32,10 +32,11 @@ NESTED = ("state_dict", "model_state_dict", "model", "module", "params")
 def convert(path: str | Path, out: str | Path | None = None) -> list[Path]:
     """Write the pickled weights at `path` as safetensors and return the new files.
 
-    `path` is one file, a folder of weights (shards are joined), or a pipeline's folder, each of
-    whose components is converted. `out` is the file to write for a single one. By default it lies
-    beside the pickle and has the name that transformers or diffusers look for.
-    Raises UserError where there is nothing to convert, or the restricted reader refuses a file.
+    `path` is one file, a folder of weights (shards are joined), or the folder of a pipeline, whose
+    components are all converted. `out` is the file to write for a single file or folder of weights.
+    By default the new file lies beside the pickle, under the name that transformers or diffusers
+    expect. Raises UserError if there is nothing to convert, or the restricted reader refuses a
+    file.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -78,11 +79,11 @@ def _pickles(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of one pickle, without what a trainer put around them."""
+    """Return the tensors of one pickle, without a trainer's containers around them."""
     try:
         try:
             content = torch.load(path, "cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of before PyTorch 1.6 cannot be mapped
+        except RuntimeError:  # files from before PyTorch 1.6 cannot be mapped
             content = torch.load(path, "cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -109,14 +110,14 @@ def _dtype(tensor: torch.Tensor) -> np.dtype:
 
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, np.ndarray]]:
-    """One tensor after the other; tied ones, which share memory, are written once a name."""
+    """Yield one tensor after the other. Tied tensors share memory and are written once per name."""
     for key, tensor in tensors.items():
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         yield key, raw.view(_dtype(tensor)).reshape(tuple(tensor.shape))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Convert what the command line names; 0 when it is done, 2 for a user's mistake."""
+    """Convert the weights that the command line names. Returns 0, or 2 for a user's mistake."""
 
     def run(words: list[str]) -> None:
         if not 1 <= len(words) <= 2:

@@ -1,4 +1,4 @@
-"""Stable Diffusion against diffusers: each network, and pictures of the same noise."""
+"""Stable Diffusion against diffusers: each network, and pictures from the same noise."""
 
 from functools import partial
 from math import lcm
@@ -44,7 +44,7 @@ from jaxft.weights.folders.diffusers import TEXT_ENCODERS, Pipeline
 from jaxft.weights.transfer import Part
 
 ORACLES = ("torch", "diffusers", "transformers")
-STEPS, PIPELINE_GUIDANCE, SIDE = 5, 4.0, 32  # SIDE: latents of a picture's long side, at most
+STEPS, PIPELINE_GUIDANCE, SIDE = 5, 4.0, 32  # SIDE: most latents of a picture's long side
 CAPTIONS = ("a red circle above a small house", "two cats asleep, seen from far away")
 PIPELINE_CLASSES = {
     "ddim": "DDIMScheduler",
@@ -54,7 +54,10 @@ PIPELINE_CLASSES = {
 
 
 class PipelineSubject(NamedTuple):
-    """A pipeline under test: `ids` of CAPTIONS and of "" (B + 1, E, T), latents' (Y, X)."""
+    """A pipeline under test.
+
+    ids: tokens of CAPTIONS and of "" [B + 1, E, T]. size: the latents' (Y, X).
+    """
 
     pipeline: Pipeline
     cfg: PipelineConfig
@@ -68,16 +71,17 @@ class PipelineSubject(NamedTuple):
 
     @property
     def sampler(self) -> str:
-        """The folder's own where it is one of ours; DDIM can run any schedule."""
+        """The folder's own sampler if jaxft has it. Otherwise DDIM, which can run any schedule."""
         stated = self.pipeline.scheduler.get("_class_name")
         own = [name for name, cls in PIPELINE_CLASSES.items() if cls == stated]
         return own[0] if own and not self.cfg.schedule.bent else "ddim"
 
 
 def certify(spec: str) -> tuple[dict[str, Any], list[Check]]:
-    """(certificate, checks) of a pipeline's folder or single file, both sides in fp32.
+    """Return (certificate, checks) of a pipeline's folder or single file, both sides in fp32.
 
-    Network by network, each side alone in memory; then pictures by all of them together.
+    Each network is compared alone, with one side in memory at a time. Then all networks together
+    sample pictures.
     """
     start(ORACLES)
     opened = open_pipeline(spec)
@@ -103,7 +107,7 @@ def certify(spec: str) -> tuple[dict[str, Any], list[Check]]:
 
 
 def open_pipeline(spec: str) -> PipelineSubject:
-    """Open a pipeline; every tensor is accounted for before one is read."""
+    """Open a pipeline. Every tensor is accounted for before one is read."""
     pipeline = open_model(spec)
     cfg = PipelineConfig.of(pipeline)
     unet, autoencoder, *texts = parts(pipeline, cfg)
@@ -140,7 +144,10 @@ def _tokenizer(pipeline: Pipeline, i: int, text: CLIPTextConfig) -> Any:
 
 
 def _size(pipeline: Pipeline, cfg: PipelineConfig) -> tuple[int, int]:
-    """Latents (Y, X), Y twice X: a size that both UNets and diffusers' pipelines take."""
+    """Return the latents' (Y, X), with Y twice X.
+
+    jaxft's UNet and diffusers' pipelines accept this size.
+    """
     stated = pipeline.components["unet"].config.get("sample_size") or SIDE
     side = min(*stated, SIDE) if isinstance(stated, list) else min(stated, SIDE)
     unit = lcm(8, cfg.multiple) // cfg.vae.factor
@@ -225,7 +232,7 @@ def _unet_subject(
 
 
 def _trajectory(opened: PipelineSubject) -> Check:
-    """Pictures of CAPTIONS by diffusers' pipeline and by jaxft's sampler from the same noise."""
+    """Compare pictures by diffusers' pipeline and by jaxft's sampler from the same noise."""
     theirs, *others = _their_pictures(opened)
     ours = _our_pictures(opened)
     free = float(((theirs > 0) & (theirs < 1)).mean())
@@ -234,7 +241,7 @@ def _trajectory(opened: PipelineSubject) -> Check:
 
 
 def _their_pictures(opened: PipelineSubject) -> list[Float[np.ndarray, "B Y X 3"]]:
-    """As a user of diffusers gets them in fp32, within [0, 1]; then the same, rounded otherwise."""
+    """Return the pictures of diffusers' pipeline in fp32 within [0, 1], then rounded otherwise."""
     import torch
 
     pipe = _their_pipeline(opened)
@@ -277,7 +284,7 @@ def _their_pipeline(opened: PipelineSubject) -> Any:
 
 
 def _our_pictures(opened: PipelineSubject) -> Float[np.ndarray, "B Y X 3"]:
-    """As `sample` makes them, within [0, 1]."""
+    """Return the pictures of jaxft's sampler within [0, 1]."""
     cfg = opened.cfg
     template = jax.eval_shape(lambda: StableDiffusion(cfg, key=jax.random.key(0)))
     leaves, params = describe(template), {}

@@ -43,14 +43,14 @@ DRAWN_CAPTIONS = (
     "water",
     "two people and a small dog in front of a house",
 )
-DRAWN_GUIDANCE, MOST_CODES = 3.0, 24  # codes that are drawn at most
+DRAWN_GUIDANCE, MOST_CODES = 3.0, 24  # MOST_CODES: most codes of a sampled image
 
 
 class JanusOracle(NamedTuple):
-    """Results of stock transformers on a Janus in fp32; gradients by torch key.
+    """Results of stock transformers on a Janus in fp32.
 
-    `rounding` is that of the loss, `distances` what the gradients differ by when they are rounded
-    otherwise, `weights` digests by torch key.
+    rounding: that of the loss. gradients: by torch key. distances: differences of the gradients
+    under other roundings. weights: digests by torch key.
     """
 
     loss: float
@@ -63,7 +63,10 @@ class JanusOracle(NamedTuple):
 
 
 def certify(spec: str, far: int) -> tuple[dict[str, Any], list[Check]]:
-    """(certificate, checks): of family N the language model's as well, `far` being its."""
+    """Return (certificate, checks) of an image-token folder.
+
+    For family N, the language model's certificate is included. `far` is its first far position.
+    """
     model = open_folder(spec)
     oracles = ("torch", "transformers")
     start(oracles)
@@ -131,7 +134,10 @@ def _janus(model: JanusFolder) -> tuple[dict[str, Any], list[Check]]:
 
 
 def _rows(model: ImageModel) -> dict[str, np.ndarray]:
-    """Prompts, padded to the limit, and codes; of the last row the caption is dropped."""
+    """Return prompts, padded to the limit, and random codes.
+
+    The caption of the last row is dropped.
+    """
     layout = model.layout
     prompts = [encode_prompt(layout, model.tokenizer, caption).ids for caption in DRAWN_CAPTIONS]
     captions = np.full((len(prompts), layout.max_caption_tokens), layout.pad, np.int32)
@@ -149,7 +155,7 @@ def _rows(model: ImageModel) -> dict[str, np.ndarray]:
 
 
 def _ask(model: JanusFolder, rows: Mapping[str, np.ndarray], count: int) -> JanusOracle:
-    """The composed loss of transformers' modules, row by row, and what `generate` draws."""
+    """Return the composed loss of transformers' modules row by row, and the codes of `generate`."""
     import torch
     from transformers import JanusForConditionalGeneration
 
@@ -158,7 +164,7 @@ def _ask(model: JanusFolder, rows: Mapping[str, np.ndarray], count: int) -> Janu
     )
     stock, report = loaded
     stock.eval()
-    # torch gives the pad token's row no gradient, though the null is made of it.
+    # torch gives the pad token's row no gradient, but the null prompt consists of pads.
     stock.model.language_model.embed_tokens.padding_idx = None
     weights, losses = rounding.digests(stock), _losses(stock, model, rows)
     losses.mean().backward()
@@ -173,14 +179,20 @@ def _ask(model: JanusFolder, rows: Mapping[str, np.ndarray], count: int) -> Janu
 
 
 def _losses(stock: Any, model: JanusFolder, rows: Mapping[str, np.ndarray]) -> Any:
-    """Cross-entropy of each code, row by row: a torch tensor [B, S]."""
+    """Return the cross-entropy of each code, row by row: a torch tensor [B, S]."""
     import torch
 
-    return torch.stack([_row_loss(stock, *row) for row in _written_out(model, rows)])
+    layout, losses = model.layout, []
+    for ids, length, codes, drop in zip(*rows.values(), strict=True):
+        prompt = ids[:length].tolist()
+        if drop:
+            prompt = [token if token == layout.bos else layout.pad for token in prompt]
+        losses.append(_row_loss(stock, [*prompt, layout.boi], codes))
+    return torch.stack(losses)
 
 
 def _their_codes(stock: Any, model: JanusFolder, count: int) -> Int[np.ndarray, "B S"]:
-    """The codes that `generate` draws greedily."""
+    """Return the greedy codes of `generate`."""
     import torch
 
     stock.model.vision_model.config.num_image_tokens = count
@@ -190,17 +202,6 @@ def _their_codes(stock: Any, model: JanusFolder, count: int) -> Int[np.ndarray, 
     tokens, mask = (torch.from_numpy(x.astype(np.int64)) for x in _prompts(model))
     how = {"generation_mode": "image", "guidance_scale": DRAWN_GUIDANCE, "do_sample": False}
     return stock.generate(tokens, attention_mask=mask, **how).numpy()
-
-
-def _written_out(
-    model: JanusFolder, rows: Mapping[str, np.ndarray]
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    """(prompt with BOI, codes) of each row, by hand."""
-    layout = model.layout
-    for ids, length, codes, drop in zip(*rows.values(), strict=True):
-        prompt = ids[:length].tolist()
-        null = [token if token == layout.bos else layout.pad for token in prompt]
-        yield [*(null if drop else prompt), layout.boi], codes
 
 
 def _row_loss(stock: Any, prompt: list[int], codes: np.ndarray) -> Any:
@@ -259,7 +260,7 @@ def _leaves(model: ImageModel) -> dict[str, Leaf]:
 
 
 def _prompts(model: ImageModel) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, mask) of the captions alone, padded on the left no wider than needed."""
+    """Return (tokens, mask) of the captions alone, padded on the left to the longest."""
     layout = model.layout
     prompts = [encode_prompt(layout, model.tokenizer, caption).ids for caption in DRAWN_CAPTIONS]
     tokens, mask = left_padded(layout, prompts)

@@ -46,7 +46,7 @@ from jaxft.weights.transfer import Part
 
 TRIP, WEIGHT_DIGESTS = "round trip, differing tensors", "weights, differing tensors"
 ROW = 64  # positions compared in each case
-FULL_LENGTH_SIZE = 200_000_000  # up to so many parameters a row of full length is run too
+FULL_LENGTH_SIZE = 200_000_000  # most parameters of a model with a row of full length
 SAMPLE_TEXT = (
     "The committee met on a Tuesday in 1987, above the harbour, and heard 3 reports: on the tides,"
     " on the price of rope (it had doubled), and one, written by hand, on what the town would do if"
@@ -55,7 +55,10 @@ SAMPLE_TEXT = (
 
 
 class Case(NamedTuple):
-    """Rows of tokens at positions start, start + 1, …; the last ROW positions are compared."""
+    """Rows of tokens at positions start, start + 1, …
+
+    The last ROW positions are compared.
+    """
 
     tokens: Int[np.ndarray, "B T"]
     start: int
@@ -81,15 +84,16 @@ class Subject(NamedTuple):
 
     @property
     def trained(self) -> set[str]:
-        """The adapters where there are some, else everything: the gradients training computes."""
+        """Paths of the adapters, or of all parameters without adapters: those with a gradient."""
         return {path for path, leaf in self.leaves.items() if leaf.added} or set(self.leaves)
 
 
 class Oracle(NamedTuple):
     """Results of stock transformers (and PEFT) on the same folder, in float32.
 
-    `others` are the same logits rounded otherwise (in float64, and in fp32 anew), `distances` what
-    the gradients then differ by, `weights` digests: all but logits by torch key.
+    others: the same logits under other roundings (in float64, and in fp32 again). distances:
+    differences of the gradients under these roundings. weights: digests. Logits are by case, and
+    all other mappings by torch key.
     """
 
     logits: dict[str, Float[np.ndarray, "B T V"]]
@@ -102,11 +106,12 @@ class Oracle(NamedTuple):
 
 
 def certify(spec: str, far: int = 4096) -> tuple[dict[str, Any], list[Check]]:
-    """(certificate, checks) of the model that `spec` names; `far` is the first far position.
+    """Return (certificate, checks) of the model that `spec` names.
 
-    `spec` is a Hugging Face or PEFT folder, or what else names a model. Both sides run in fp32,
-    and the oracle in fp64 too, which says how far fp32 is from itself; one of the models is in
-    memory at a time. Raises UserError for what cannot be compared.
+    `spec` is a Hugging Face or PEFT folder, or any other name of a model. `far` is the first far
+    position. Raises UserError for a model that cannot be compared. Both sides compute in fp32. The
+    oracle also computes in fp64, which measures the rounding of fp32. One of the models is in
+    memory at a time.
     """
     subject = open_subject(spec)
     oracles = ("torch", "peft") if subject.adapter else ("torch",)
@@ -133,9 +138,10 @@ def certify(spec: str, far: int = 4096) -> tuple[dict[str, Any], list[Check]]:
 
 
 def open_subject(spec: str) -> Subject:
-    """Open a model or a PEFT folder on its base; every tensor is accounted for before one is read.
+    """Open a model, or a PEFT folder on its base.
 
-    The adapted projections are those that the adapter has tensors for.
+    Every tensor is accounted for before one is read. The adapted projections are those that the
+    adapter has tensors for.
     """
     opened = open_adapted(spec, opener=open_decoder)
     source, adapter = opened.source, opened.adapter
@@ -156,9 +162,12 @@ def open_subject(spec: str) -> Subject:
 
 
 def make_cases(subject: Subject, far: int) -> dict[str, Case]:
-    """Fixed rows near (position 0 on) and far, and for a small model one long row up to there."""
+    """Return fixed rows near (from position 0 on) and far.
+
+    For a small model there is also one long row up to the far positions.
+    """
     cfg, rng = subject.template.cfg, np.random.default_rng(0)
-    # Random ids put a trained model where transformers' own fp32 is 4e-4 from its fp64.
+    # On random ids, transformers' own fp32 of a trained model is 4e-4 from its fp64.
     spells = TOKENIZER_FILES & subject.source.side_files.keys()
     tokens = _text_row(subject.source, cfg) if spells else _random_row(rng, cfg, ROW)
     cases = {"near": Case(tokens, 0)}
@@ -173,8 +182,11 @@ def make_cases(subject: Subject, far: int) -> dict[str, Case]:
 def _random_row(
     rng: np.random.Generator, cfg: DecoderConfig, length: int
 ) -> Int[np.ndarray, "B T"]:
-    """Any ids but the pad token's: transformers gives its embedding no gradient even where the id
-    is a token of the text, jaxft masks by spans alone."""
+    """Return random ids other than that of the pad token.
+
+    Transformers gives the embedding of the pad token no gradient, even if it is a token of the
+    text. jaxft masks by spans alone.
+    """
     after = rng.integers(1, cfg.vocab_size, (1, length), np.int32)
     return (after + (cfg.pad_id or 0)) % cfg.vocab_size
 
@@ -195,7 +207,7 @@ def _text_row(source: Source, cfg: DecoderConfig) -> Int[np.ndarray, "B T"]:
 
 
 def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
-    """Load the folder with stock transformers on the CPU; its results in fp32, then in fp64."""
+    """Return the results of stock transformers on the CPU, in fp32 and under other roundings."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -249,7 +261,10 @@ def _their_logits(model: Any, cases: Mapping[str, Case]) -> dict[str, Float[np.n
 
 @contextmanager
 def hf_folder(source: Source) -> Iterator[Path]:
-    """The folder that transformers reads: the model's own, or a copy of what is in no folder."""
+    """Yield the folder that transformers reads.
+
+    It is the model's own folder, or a temporary copy of a model that is in no folder.
+    """
     if source.folder is not None:
         yield source.folder
         return
@@ -269,7 +284,7 @@ def hf_folder(source: Source) -> Iterator[Path]:
 
 
 def _load(subject: Subject) -> Params:
-    """jaxft's parameters in fp32 on the first device."""
+    """Return jaxft's parameters in fp32 on the first device."""
     leaves, part, adapter = subject.leaves, subject.part, subject.adapter
     places = shardings(leaves, one_device_mesh())
     params = transfer.load(part, leaves, places, jnp.float32, set(leaves))
@@ -282,7 +297,7 @@ def _load(subject: Subject) -> Params:
 def compare(
     subject: Subject, params: Params, cases: Mapping[str, Case], oracle: Oracle
 ) -> list[Check]:
-    """Weights, logits, loss and gradients beside the oracle's."""
+    """Compare weights, logits, loss and gradients with the oracle's."""
     same = same_weights(WEIGHT_DIGESTS, torch_keyed(subject, params), oracle.weights)
     logits = _logits(subject, params, cases, oracle)
     return [same, *logits, *_gradients(subject, params, cases["near"].tokens, oracle)]
@@ -307,7 +322,7 @@ def _logits(
 def _gradients(
     subject: Subject, params: Params, tokens: Int[np.ndarray, "B T"], oracle: Oracle
 ) -> list[Check]:
-    """The loss as training computes it, and its gradient tensor by tensor."""
+    """Compare the training loss, and its gradient tensor by tensor."""
     frozen = {path: x for path, x in params.items() if path not in subject.trained}
     weights = jnp.ones(tokens.shape).at[:, -1].set(0)  # nothing follows the last token
 
@@ -337,9 +352,10 @@ def _gradients(
 
 
 def _loss_rounding(tokens: Int[np.ndarray, "B T"], oracle: Oracle) -> float:
-    """Rounding of the oracle's loss: the mean over tokens of how far the terms round.
+    """Return the rounding of the oracle's loss.
 
-    The difference of two means alone could be zero by luck.
+    It is the mean over tokens of the rounding of the terms. The difference of two means alone could
+    be zero by luck.
     """
     targets = tokens[:, 1:, None]
     near, *others = (
@@ -352,7 +368,7 @@ def _loss_rounding(tokens: Int[np.ndarray, "B T"], oracle: Oracle) -> float:
 def torch_keyed(
     subject: Subject, arrays: Mapping[str, jax.Array]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Arrays by jaxft path as tensors by torch key, through the rules, one at a time."""
+    """Yield arrays by jaxft path as tensors by torch key, one at a time."""
     part, leaves = subject.part, subject.leaves
     for entry in part.entries(leaves):
         for i, key in enumerate(entry.keys if entry.path in arrays else ()):

@@ -1,4 +1,4 @@
-"""What every certificate is made of: figures with bounds, the round trip's bytes, the file."""
+"""The parts of a certificate: figures with bounds, the round trip's bytes, the file."""
 
 import hashlib
 import json
@@ -23,18 +23,19 @@ from jaxft.verify.rounding import bound, digest
 from jaxft.weights import transfer
 from jaxft.weights.transfer import Part
 
-# XLA:CPU's fused matmuls round a quarter more than torch's; its plain ones as torch's do.
+# XLA:CPU's fused matmuls round a quarter more than torch's. Its plain ones round like torch's.
 PLAIN_DOTS = {"xla_cpu_experimental_ynn_fusion_type": ""}
-# Below this share of the whole gradient's norm a tensor's own norm may be rounding alone (a key
-# bias without positions has the gradient 0), and how much of it depends on the order of the sums:
-# its error is then measured against this share.
+# A tensor's norm below this share of the whole gradient's norm may be rounding alone (a key bias
+# without positions has the gradient 0), and its size depends on the order of the sums. The error of
+# the tensor is then measured against this share.
 ROUNDING_FLOOR = 1e-3
 
 
 class Check(NamedTuple):
-    """One figure of a certificate; it passes at or below its bound (None: shown, not judged).
+    """One figure of a certificate. It passes at or below its bound.
 
-    `rounding` is the oracle's own, which the bound is a multiple of.
+    A figure whose bound is None is shown but not judged. rounding: the oracle's own, of which the
+    bound is a multiple.
     """
 
     name: str
@@ -48,13 +49,13 @@ class Check(NamedTuple):
         return self.bound is None or self.figure <= self.bound
 
     def record(self) -> dict[str, Any]:
-        """As JSON, which has no NaN: a figure that is not finite is null."""
+        """Return the check for JSON, which has no NaN: a figure that is not finite is null."""
         figure = self.figure if math.isfinite(self.figure) else None
         return {**self._asdict(), "figure": figure, "passed": self.passed}
 
 
 def start(oracles: Iterable[str]) -> None:
-    """Find the devices; UserError where a package to compare with is not installed."""
+    """Find the devices. Raises UserError if a package to compare with is not installed."""
     if missing := [name for name in oracles if find_spec(name) is None]:
         raise UserError(f"verify needs {' and '.join(missing)}: pip install 'jaxft[verify]'")
     runtime.start()
@@ -63,7 +64,7 @@ def start(oracles: Iterable[str]) -> None:
 def certificate(
     spec: str, checks: list[Check], oracles: Iterable[str], about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The content of parity.json: verdict, figures and bounds, what was compared with what."""
+    """Return the content of parity.json: verdict, figures and bounds, and the versions compared."""
     return {
         "model": spec,
         "passed": all(check.passed for check in checks),
@@ -75,7 +76,7 @@ def certificate(
 
 
 def loading(name: str, report: Mapping[str, Any]) -> list[Check]:
-    """The keys that `name` (a stock library) missed or did not expect in the folder."""
+    """Return checks of the keys that a stock library, `name`, missed or did not expect."""
     found = {kind: sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
     return [
         Check(f"{kind} keys in {name}", len(keys), 0, ", ".join(keys[:4]))
@@ -89,11 +90,12 @@ def worst_gradient(
     theirs: Mapping[str, np.ndarray],
     distances: Mapping[str, float],
 ) -> Check:
-    """|ours - theirs| / |theirs| of the tensor that exceeds its bound most, or comes nearest to it.
+    """Return the error |ours - theirs| / |theirs| of the worst tensor.
 
-    `distances` are the norms of what the oracle's own differ by when they are rounded otherwise.
-    The bound of a tensor is by its own, and no less than by the median of all, which no luck makes
-    small. A gradient that only one side has is infinitely wrong.
+    The worst tensor exceeds its bound most, or comes nearest to it. distances: norms of the
+    differences of the oracle's own gradients under other roundings. The bound of a tensor comes
+    from its own distance, and is at least that of the median distance, which is not small by luck.
+    A gradient that only one side has has an infinite error.
     """
     norms = {key: float(np.linalg.norm(one)) for key, one in theirs.items()}
     floor = ROUNDING_FLOOR * math.hypot(*norms.values())
@@ -113,10 +115,11 @@ def worst_gradient(
 def same_weights(
     name: str, ours: Iterable[tuple[str, np.ndarray]], theirs: Mapping[str, str]
 ) -> Check:
-    """Tensors in which ours and the oracle's differ in any bit, both widened to float32.
+    """Count the tensors in which ours and the oracle's differ in any bit, widened to float32.
 
-    `theirs` are digests by key. Outputs cannot show a small change of one weight: a thousandth of
-    one element of a large matrix is below their rounding. This comparison shows any.
+    `theirs` are digests by key. Outputs cannot reveal a small change of one weight, because a
+    thousandth of one element of a large matrix is below their rounding. This comparison reveals
+    any.
     """
     count, differing = 0, []
     for key, array in ours:
@@ -130,7 +133,10 @@ def same_weights(
 def round_trip(
     name: str, part: Part, leaves: Mapping[str, Leaf], params: Params
 ) -> tuple[Check, str]:
-    """Export what was imported, in memory, against the source's bytes; and a digest of those."""
+    """Export the imported weights in memory, and compare them with the source's bytes.
+
+    Returns the check, and a digest of the source's bytes.
+    """
     digest, differing, count = hashlib.sha256(), [], 0
     assert part.tensors is not None
     own = {path: x for path, x in params.items() if not leaves[path].added}
@@ -145,7 +151,7 @@ def round_trip(
 
 
 def write(out: Path, content: Mapping[str, Any]) -> None:
-    """Write parity.json."""
+    """Write parity.json. Raises UserError if the file cannot be written."""
     try:
         out.write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
@@ -153,7 +159,7 @@ def write(out: Path, content: Mapping[str, Any]) -> None:
 
 
 def show(checks: list[Check], out: Path) -> None:
-    """Print every figure, and what failed."""
+    """Print every figure, and the checks that failed."""
     rows = [
         (
             check.name,
@@ -177,11 +183,12 @@ def compare_logits(
     theirs: Float[np.ndarray, "B T V"],
     others: Sequence[Float[np.ndarray, "B T V"]],
 ) -> list[Check]:
-    """Largest difference (also relative to the largest logit), KL and top-1 of logits.
+    """Return checks of logits: largest difference, KL and top-1.
 
-    `others` are the oracle's rounded otherwise. KL(theirs || ours) is summed over the vocabulary
-    and maximised over positions. It grows with the square of a difference, and so does its bound.
-    Two choices that the oracle itself holds for equal within the bound are no disagreement.
+    The difference is also given relative to the largest logit. `others` are the oracle's logits
+    under other roundings. KL(theirs || ours) is summed over the vocabulary and maximised over
+    positions. It grows with the square of a difference, and so does its bound. Two choices whose
+    logits in the oracle are apart by at most twice the bound are no disagreement.
     """
     largest = float(np.abs(theirs).max())
     apart, own = rounding.apart(ours, theirs), rounding.farthest(theirs, others)

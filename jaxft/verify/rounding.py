@@ -1,9 +1,10 @@
-"""The oracle's own rounding, which every bound is a multiple of.
+"""The oracle's own rounding, of which every bound is a multiple.
 
-A stock model answers in float32 and, the same weights widened, in float64. Their distance is what
-float32 costs on this machine, for this model and these inputs. jaxft computes in float32 too, in
-another order, so it lands at about that distance; a fault lands far outside. A fixed bound cannot
-tell them apart: the same model is ten times as far from itself on one CPU as on another.
+A stock model computes in float32 and, with the same weights widened, in float64. The distance of
+the two results is the cost of float32 on this machine, for this model and these inputs. jaxft
+computes in float32 too, in another order, so its distance is about the same. A fault causes a far
+larger distance. A fixed bound cannot separate the two: the same model is ten times as far from
+itself on one CPU as on another.
 """
 
 import hashlib
@@ -20,18 +21,16 @@ import numpy as np
 MULTIPLE = 6.0
 DRAWS = 2
 LARGE = 2_000_000_000  # parameters: 16 GB in float64
-FLOAT32_UNIT = (
-    2.0**-23
-)  # one rounding of float32; a model that is exact by luck is not asked for more
+FLOAT32_UNIT = 2.0**-23  # one rounding of float32, the least that is assumed of any model
 
 
 def bound(own: float, scale: float = 1.0) -> float:
-    """Largest distance that rounding explains, for values up to `scale`."""
+    """Return the largest distance that rounding explains, for values up to `scale`."""
     return MULTIPLE * max(own, FLOAT32_UNIT * scale)
 
 
 def names_of(model: Any) -> dict[str, Any]:
-    """Parameters of a stock model by the keys of its files; PEFT's wrapping is taken off."""
+    """Return the parameters of a stock model by the keys of its files, without PEFT's wrapping."""
     return {_plain(key): parameter for key, parameter in model.named_parameters()}
 
 
@@ -43,18 +42,18 @@ def _plain(key: str) -> str:
 
 
 def digests(model: Any) -> dict[str, str]:
-    """A digest of each float32 weight as the stock library loaded it."""
+    """Return a digest of each float32 weight as the stock library loaded it."""
     return {key: digest(one.detach().numpy()) for key, one in names_of(model).items()}
 
 
 def digest(array: np.ndarray) -> str:
-    """A digest of shape and values in float32."""
+    """Return a digest of shape and values in float32."""
     content = np.ascontiguousarray(array, np.float32)
     return hashlib.blake2b(str(content.shape).encode() + content.tobytes()).hexdigest()
 
 
 def gradients_of(model: Any) -> dict[str, np.ndarray]:
-    """Gradients by key of what has one."""
+    """Return the gradients by key, for the parameters that have one."""
     parameters = names_of(model).items()
     return {key: one.grad.numpy() for key, one in parameters if one.grad is not None}
 
@@ -62,39 +61,33 @@ def gradients_of(model: Any) -> dict[str, np.ndarray]:
 def variants(
     model: Any, gradients: Mapping[str, np.ndarray], distances: dict[str, float]
 ) -> Iterator[None]:
-    """Turn a stock model into one that rounds otherwise, again and again: run it in each turn.
+    """Change the rounding of a stock model, and yield after each change. Run the model each time.
 
-    DRAWS times it stays in float32 and draws its roundings anew, then it is in float64, where it
-    remains. `distances` receives the largest norm of what a turn's gradients differ by from
-    `gradients`, by key. Each gradient is freed once it is measured, so that a turn costs no more
-    memory than the weights: 8 bytes a parameter in float64. A model of more than LARGE parameters
-    stays in float32.
+    In the first DRAWS turns the model stays in float32 with new random roundings. In the last turn
+    it is in float64, where it remains. A model of more than LARGE parameters stays in float32.
+    `distances` receives, by key, the largest norm of the difference of a turn's gradients from
+    `gradients`. Each gradient is freed once it is measured, so that a turn costs no more memory
+    than the weights: 8 bytes a parameter in float64.
     """
     for seed in range(DRAWS):
         with _redrawn(model, seed), _measured(model, gradients, distances):
             yield
     if sum(one.numel() for one in model.parameters()) <= LARGE:
-        with _measured(_widened(model), gradients, distances):
+        for parameter in model.parameters():
+            parameter.grad = None
+        # The float32 weights are exact in float64. Code that casts to float32 (RMSNorm, rotary
+        # angles, time embeddings) still does.
+        with _measured(model.double(), gradients, distances):
             yield
-
-
-def _widened(model: Any) -> Any:
-    """The model in float64, in place: its float32 weights are exact in it.
-
-    Where its code asks for float32 (RMSNorm, rotary angles, time embeddings), it still gets it.
-    """
-    for parameter in model.parameters():
-        parameter.grad = None
-    return model.double()
 
 
 @contextmanager
 def _redrawn(model: Any, seed: int) -> Iterator[None]:
     """Move each output of a layer by one rounding towards 0 or not at all, at random.
 
-    All that follows rounds otherwise then. One run in float32 is but one draw: where an attention
-    score of 600 decides between two tokens, it may be exact by luck, and another one not. Towards
-    0, because a value that is clamped at a limit then stays within, and keeps its gradient.
+    All later values then round otherwise. One run in float32 is only one sample: if an attention
+    score of 600 decides between two tokens, one run may be exact by luck and another not. The move
+    is towards 0, so that a value that is clamped at a limit stays within it and keeps its gradient.
     """
     import torch
 
@@ -139,24 +132,24 @@ def _measured(
 
 
 def farthest(theirs: np.ndarray, others: Sequence[np.ndarray]) -> float:
-    """Largest difference of an output from the same one rounded otherwise."""
+    """Return the largest difference of an output from the same output rounded otherwise."""
     return max(apart(one, theirs) for one in others)
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> float:
-    """Largest difference of two arrays."""
+    """Return the largest difference of two arrays."""
     return float(np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64)).max())
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities in float64."""
+    """Return log-probabilities in float64."""
     wide = logits.astype(np.float64)
     shifted = wide - wide.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def divergence(theirs: np.ndarray, ours: np.ndarray) -> float:
-    """KL(theirs || ours) of logits, summed over the vocabulary, the largest over positions."""
+    """Return KL(theirs || ours) of logits: summed over the vocabulary, largest over positions."""
     p, q = log_softmax(theirs), log_softmax(ours)
     return (
         max(float((np.exp(p) * (p - q)).sum(-1).max()), 0.0) if not np.isnan(q).any() else math.nan

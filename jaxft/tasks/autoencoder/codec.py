@@ -1,4 +1,4 @@
-"""The two kinds of autoencoder behind one face: continuous latents (KL) and codes (VQ)."""
+"""One interface for both kinds of autoencoder: continuous latents (KL) and codes (VQ)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -25,11 +25,11 @@ CODEBOOK_PATH = "vae.quantize.embedding"
 
 
 class Codec(NamedTuple):
-    """One kind of autoencoder: what a folder of it says, and how it takes images apart.
+    """One kind of autoencoder: its config, module, weight table and reconstruction.
 
-    `reconstruct(model, images, keys, remat)`: `keys` draw what is drawn in training, one a row;
-    without them the latents are the likeliest. It computes in the dtype of the images; `remat` is
-    the model's.
+    `reconstruct(model, images, keys, remat)` computes in the dtype of the images. `keys` sample the
+    latents in training, one key for each row. Without keys the latents are the likeliest. `remat`
+    is that of the model.
     """
 
     kind: str
@@ -41,29 +41,32 @@ class Codec(NamedTuple):
 
     @property
     def codes(self) -> int:
-        """The size of the codebook; 0 where there is none."""
+        """Size of the codebook, 0 without one."""
         return self.cfg.codes if isinstance(self.cfg, VQConfig) else 0
 
     @property
     def stem(self) -> str:
-        """What the library that reads the folder calls its weights."""
+        """File stem of the weights in the library that reads the folder."""
         return "model" if self.kind == JANUS else "diffusion_pytorch_model"
 
     def part(self, source: Source) -> Part:
-        """What fills the parameters under `vae.` and where an export writes them."""
+        """Return the weight table of the parameters under `vae.`, for import and export."""
         return Part(
             "vae.", source.name, source.tensors, self.rules, {}, self.ignore, stem=self.stem
         )
 
     def exported(self, params: Params) -> Params:
-        """The parameters as an export writes them: vqgan.unit_codebook says why."""
+        """Return the parameters as an export writes them. The reason is in vqgan.unit_codebook."""
         if not self.codes or CODEBOOK_PATH not in params:
             return params
         return {**params, CODEBOOK_PATH: vqgan.unit_codebook(self.cfg, params[CODEBOOK_PATH])}
 
 
 def open_codec(config: Mapping[str, Any], where: str) -> Codec:
-    """The codec of a config.json; UserError where it is of something else, or not of RGB."""
+    """Return the codec of a config.json.
+
+    Raises UserError for another kind of model, and for images without 3 channels.
+    """
     architecture = registry.find({"_class_name": KL, **config}, "autoencoder", where)
     cfg, module = architecture.config(config, where), architecture.module
     rules, ignore = architecture.rules(cfg), architecture.ignore(cfg)
@@ -98,10 +101,11 @@ def _through_codes(model: VQModel, images: Array, keys: PRNGKeyArray | None, rem
 
 
 def _stray(model: VQModel, found: Quantized) -> Float[Array, ""]:
-    """How far the codes that no pixel of the batch chose lie from the latents nearest to them.
+    """Return the mean squared distance of unused codes to their nearest latents.
 
-    The mean square over the codebook, of which the code alone is moved: the anchors of Zheng &
-    Vedaldi 2023, arXiv:2307.15139, as a loss, which needs no memory of past batches.
+    No pixel of the batch chose an unused code. The mean is over the whole codebook, and its
+    gradient moves only the codes. These are the anchors of Zheng & Vedaldi 2023, arXiv:2307.15139,
+    as a loss, which needs no memory of past batches.
     """
     table = model.quantize.embedding[...].astype(jnp.float32)
     table = vqgan.normalised(table) if model.cfg.l2 else table

@@ -10,7 +10,7 @@ ORIGINALS_ONLY = ("parity.json", ".index.json")
 
 
 def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
-    """Return config.json, licence and card, and the weights where they did not change."""
+    """Return config.json, licence and card, and the weights if they did not change."""
     codec, source = job.opened.codec, job.opened.source
     assert source.folder is not None
     found = {path.name: path for pattern in SIDE_FILES for path in source.folder.glob(pattern)}

@@ -1,4 +1,4 @@
-"""An autoencoder's folder and the networks that judge it, opened for training."""
+"""An autoencoder's folder with its discriminator and perceptual network, opened for training."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ from jaxft.weights.folders.diffusers import open_component
 
 
 class Trainee(nnx.Module):
-    """The autoencoder, the discriminator and the perceptual network: None where unused."""
+    """The autoencoder, the discriminator and the perceptual network, None if unused."""
 
     def __init__(
         self, codec: Codec, losses: Losses, measure: PerceptualNetwork | None, *, key: jax.Array
@@ -35,7 +35,10 @@ class Trainee(nnx.Module):
 
 
 class OpenedAutoencoder:
-    """An autoencoder, its discriminator and its perceptual network; `jaxft.tasks.Opened`."""
+    """An autoencoder with its discriminator and its perceptual network.
+
+    Implements `jaxft.tasks.Opened`.
+    """
 
     def __init__(self, cfg: Config):
         self.cfg, self.options = cfg, AutoencoderOptions(**cfg.own)
@@ -85,7 +88,7 @@ class OpenedAutoencoder:
         if losses.adversarial and self.options.resolution < LEAST:
             raise UserError(
                 f"resolution={self.options.resolution} is too small for the discriminator, which"
-                f" judges at least {LEAST} pixels a side; raise it or set loss.adversarial=0.0"
+                f" needs at least {LEAST} pixels a side; raise it or set loss.adversarial=0.0"
             )
         if losses.adversarial and not re.fullmatch(trainable, "discriminator.conv_out.kernel"):
             raise UserError(

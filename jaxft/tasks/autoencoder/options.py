@@ -1,16 +1,17 @@
-"""Config keys of the autoencoder task alone; light, so that a mistyped key fails at once."""
+"""Config keys of the autoencoder task. Light to import, so that a mistyped key fails at once."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """Weights of the terms: means over pixels of |x - y| and (x - y)^2 and the perceptual distance.
+    """Weights of the loss terms.
 
-    A VAE adds `kl` (a sum over the latents, as in diffusers' training). A VQ tokenizer adds the
-    codebook's loss as it is, `commitment` (LlamaGen's beta), and `revive`: what pulls the codes
-    that a batch leaves unused towards its latents. The adversarial term's weight multiplies the
-    adaptive one, from `adversarial_start` on.
+    l1, l2: means over pixels of |x - y| and (x - y)^2. perceptual: the perceptual distance. kl: the
+    sum over the latents of a VAE, as in diffusers' training. commitment: LlamaGen's beta, for a VQ
+    tokenizer, which also adds the codebook's loss with weight 1. revive: for a VQ tokenizer, pulls
+    the codes that a batch leaves unused towards its latents. adversarial: a factor of the adaptive
+    weight, from `adversarial_start` on.
     """
 
     l1: float
@@ -23,7 +24,7 @@ class Losses:
     revive: float = 0.0
 
     def latent(self) -> dict[str, float]:
-        """Weights of what a codec reports of its latents."""
+        """Return the weights of a codec's latent losses by name."""
         return {
             "kl": self.kl,
             "codebook": 1.0,
@@ -34,7 +35,10 @@ class Losses:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderOptions:
-    """`resolution` in pixels a side; `perceptual` is the network that measures."""
+    """Options of the autoencoder task.
+
+    resolution: pixels a side. perceptual: the network of the perceptual distance.
+    """
 
     resolution: int
     eval_examples: int

@@ -26,7 +26,7 @@ from jaxft.tasks.common.sheets import CELL, SHOWN
 
 
 class AutoencoderPreview:
-    """An autoencoder on its evaluation set; `jaxft.tasks.Preview`."""
+    """Evaluation and samples of an autoencoder. Implements `jaxft.tasks.Preview`."""
 
     def __init__(self, opened: OpenedAutoencoder, data: Data):
         self.opened, self.rows = opened, data.held_out
@@ -53,7 +53,7 @@ class AutoencoderPreview:
         )
 
     def _usage(self, codes: np.ndarray) -> dict[str, float]:
-        """Return how much of the codebook the images use; print a line where part of it is dead."""
+        """Return codebook usage over the images. Prints a line if some codes are dead."""
         counts = np.bincount(codes.ravel(), minlength=self.opened.codec.codes)
         usage = codebook_usage(jnp.asarray(counts))
         dead = int(np.sum(counts == 0))
@@ -74,7 +74,7 @@ class AutoencoderPreview:
 
     @partial(jax.jit, static_argnums=0)
     def _measure(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
-        """Return numbers and pictures of each row, on every process."""
+        """Return metrics and pictures of each row, the same on every process."""
         assert self.opened.measure is not None
         exact = {path: x for path, x in params.items() if path.startswith("perceptual.")}
         model = bind(self.opened.template, cast(params, self.opened.dtype) | exact)
@@ -94,11 +94,11 @@ class AutoencoderPreview:
         return {name: constrain(value, *(None,) * value.ndim) for name, value in found.items()}
 
     def sample(self, params: Params) -> Look:
-        return Look()  # the sheet of an evaluation has all that there is to show
+        return Look()  # an evaluation already shows its sheet
 
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
         raise UserError(
-            f"{self.opened.cfg.model} is an autoencoder, which makes nothing of a prompt; look at"
+            f"{self.opened.cfg.model} is an autoencoder, which takes no prompt; look at"
             " samples/ of its run, or run python -m jaxft.evaluate"
         )
 

@@ -1,4 +1,4 @@
-"""Pictures to train an autoencoder on, mirrored ones too."""
+"""Training pictures of an autoencoder, mirrored ones too."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from jaxft.tasks.autoencoder.opened import OpenedAutoencoder
 
 
 class ImageRows:
-    """A picture set as pixels, read in every step; `jaxft.tasks.Rows`."""
+    """A picture set as pixels, read in every step. Implements `jaxft.tasks.Rows`."""
 
     def __init__(self, opened: OpenedAutoencoder, spec: str, training: bool):
         self.cfg, self.name = opened.cfg, spec

@@ -17,7 +17,7 @@ def _objective(opened: OpenedAutoencoder, rows: ImageRows) -> Reconstruction:
 
 
 def _adversarial_start(opened: OpenedAutoencoder, examples: int) -> int:
-    """Return the step from which the discriminator counts; warn where the run ends before."""
+    """Return the first step of the adversarial loss. Prints a warning if the run ends before."""
     cfg, losses, size = opened.cfg, opened.losses, opened.cfg.batch_size
     start = configs.steps(losses.adversarial_start, size, examples, "loss.adversarial_start")
     if losses.adversarial and start >= configs.steps(cfg.total, size, examples, "total") > 0:

@@ -15,17 +15,18 @@ from jaxft.data.images.dataset import UNDECODABLE, ImageExample, ImageSet, bad_a
 from jaxft.data.sources.image_records import Bad
 from jaxft.weights.transfer import to_host
 
-PATIENCE = 600.0  # seconds without an entry of another host, after which none will come
-TOLD = 1024  # entries between two lines about a cache that grows
+PATIENCE = 600.0  # seconds without a new entry of another host, after which the wait fails
+TOLD = 1024  # entries between two lines of progress
 Row = dict[str, np.ndarray]
 
 
 def collate(
     examples: Sequence[Row], *, batch_rows: int, filler: Row | None = None
 ) -> dict[str, np.ndarray]:
-    """Rows stacked; those missing at the end are the `filler` (the first row) with weight 0.
+    """Stack rows into a batch of `batch_rows` rows.
 
-    A host whose share of a last batch is empty has a filler alone.
+    Missing rows at the end are copies of `filler` (the first row by default) with weight 0. A host
+    without examples in the last batch passes no examples and a filler.
     """
     filler = examples[0] if filler is None else filler
     rows = [*examples, *[filler] * (batch_rows - len(examples))]
@@ -35,7 +36,10 @@ def collate(
 
 
 def fingerprint(params: Params, prefixes: Sequence[str], *more: Any) -> str:
-    """A name for what some weights compute: a hash of their bits, and of what else matters."""
+    """Return a name for the function that some weights compute.
+
+    The name is a hash of the bits of the parameters under `prefixes`, and of `more`.
+    """
     digest = hashlib.sha256(repr(more).encode())
     for path in sorted(path for path in params if path.startswith(tuple(prefixes))):
         host = to_host(params[path])
@@ -51,11 +55,12 @@ def store_pictures(
     batch: int,
     keep: Callable[[Row], bool] = lambda row: False,
 ) -> Iterator[tuple[int, int]]:
-    """Encode every picture that has no entry yet, and store its time ids too.
+    """Encode every picture without a cache entry, and store the arrays with its time ids.
 
     `encode` maps pixels uint8 [batch, Y, X, 3] to arrays by name. The pixels of a picture go to
-    `images.kept` where `keep` is true of its arrays. A picture that does not decode gets an entry
-    that says so, for other processes and runs, and others are in its place. Yields (done, total).
+    `images.kept` if `keep` is true of its arrays. A picture that does not decode gets an entry that
+    records this for other processes and runs, and another picture takes its place. Yields (done,
+    total). Raises UserError if a picture changed after the run had opened it.
     """
 
     def compute(found: list[ImageExample | Bad]) -> list[Row]:
@@ -97,7 +102,7 @@ def store_pictures(
 
 
 def keep_pixels(store: ArrayCache, images: ImageSet, ids: Sequence[int] | np.ndarray) -> None:
-    """Serve the pixels of some examples from a cache, which is filled with those that it lacks."""
+    """Serve the pixels of some examples from a cache, after the missing ones are added to it."""
     keys = [images.key(int(i)) for i in ids]
 
     def read(places: list[int]) -> list[ImageExample | Bad]:
@@ -118,7 +123,11 @@ def _pixels(example: ImageExample) -> Row:
 
 
 def wait_for_others(cache: ArrayCache, keys: Sequence[str]) -> None:
-    """Wait until the shares of all hosts are there, by polling: a collective would time out."""
+    """Wait until the cache holds the shares of all hosts.
+
+    Raises UserError after PATIENCE seconds without a new entry. The wait polls, because a
+    collective would time out.
+    """
     left, since = len(keys) + 1, time.monotonic()
     while jax.process_count() > 1 and (lacking := len(missing(cache, keys))):
         if lacking < left:
@@ -133,12 +142,15 @@ def wait_for_others(cache: ArrayCache, keys: Sequence[str]) -> None:
 
 
 def fill_up(rows: np.ndarray, count: int) -> np.ndarray:
-    """Return `count` rows, which one compiled function takes; the first is repeated."""
+    """Return `rows` filled up to `count` rows with copies of the first one.
+
+    A fixed number of rows needs only one compilation.
+    """
     return np.concatenate([rows, np.repeat(rows[:1], count - len(rows), axis=0)])
 
 
 def tell(what: str, made: Iterator[tuple[int, int]]) -> None:
-    """Print one line when a cache grew, and one after each TOLD entries."""
+    """Run `made` to its end. Prints a line after each TOLD entries, and one if the cache grew."""
     done = total = 0
     for done, total in made:
         if done % TOLD == 0:

@@ -1,4 +1,4 @@
-"""kid-lite0: how far a set of pictures is from another, by the features of EfficientNet-Lite0."""
+"""kid-lite0: distance of two sets of pictures by the features of EfficientNet-Lite0."""
 
 from functools import partial
 
@@ -23,7 +23,10 @@ KID_ROWS = 16  # images at a time
 
 
 class KidLite0:
-    """The distance, with the network on the first device; it belongs to no run's parameters."""
+    """Distance of two sets of pictures, with the network on the first device.
+
+    The network does not belong to a run's parameters.
+    """
 
     def __init__(self) -> None:
         self.template = jax.eval_shape(lambda k: EfficientNetLite0(key=k), jax.random.key(0))
@@ -34,17 +37,17 @@ class KidLite0:
         part = Part("", str(folder), TensorFiles.open(folder), rules, efficientnet.SIZES, ignore)
         self.mesh = one_device_mesh()
         places = shardings(leaves, self.mesh)
-        with jax.set_mesh(self.mesh):  # the run's own may have many devices
+        with jax.set_mesh(self.mesh):  # the run's mesh may have many devices
             self.params = transfer.load(part, leaves, places, jnp.float32, set(leaves))
 
     def __call__(
         self, reference: UInt8[np.ndarray, "N Y X 3"], made: UInt8[np.ndarray, "M Y X 3"]
     ) -> float:
-        """Unbiased squared MMD of two sets of pictures; 0 is alike, below 0 is chance."""
+        """Return the unbiased squared MMD: 0 for alike sets, below 0 by chance."""
         return kid(self.features(reference), self.features(made))
 
     def features(self, pictures: UInt8[np.ndarray, "N Y X 3"]) -> np.ndarray:
-        """Pooled features, (N, 1280)."""
+        """Return pooled features [N, 1280]."""
         parts = []
         for first in range(0, len(pictures), KID_ROWS):
             rows = pictures[first : first + KID_ROWS]

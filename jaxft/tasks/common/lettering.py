@@ -1,4 +1,4 @@
-"""Text in any script on a picture: wrapped between letters, drawn with the fonts that ship."""
+"""Text in any script on a picture, wrapped and drawn with the fonts that ship."""
 
 import re
 import unicodedata
@@ -10,11 +10,11 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 LINE = 18  # pixels from line to line
 _SIZE, _BASELINE = 12, 14
-MOST_LINES = 16  # of one text
+MOST_LINES = 16  # lines of one text
 _MARGIN = 4  # pixels above and below a line that marks may reach into
 _FINER = 4  # letters are drawn this much larger and reduced, for even spaces between them
 _FOLDER = Path(__file__).parent / "fonts"
-# In the order in which they are tried; the second has Chinese, Japanese and Korean.
+# Fonts in order of preference. The second has Chinese, Japanese and Korean.
 _FILES = ("NotoScripts.ttf", "DroidSansFallback.ttf", "NotoEmoji.ttf")
 _JOINER, _VIRAMA = "\u200d", 9  # the class of combining marks that join two consonants
 _CLOSING = set("、。，．・：；？！）」』】〉》〕］｝ー…‥々ぁぃぅぇぉっゃゅょァィゥェォッャュョ")
@@ -22,17 +22,21 @@ _OPENING = set("（「『【〈《〔［｛")
 
 
 class Lines(NamedTuple):
-    """A wrapped text; one that is written from right to left stands at the right."""
+    """A wrapped text.
+
+    leftward: the text is written from right to left, so its lines are aligned at the right.
+    """
 
     texts: tuple[str, ...]
     leftward: bool = False
 
 
 def wrap(text: str, width: int) -> Lines:
-    """Break a text between words, or within one that is wider than `width` between its letters.
+    """Break a text between words, and a word wider than `width` between its letters.
 
-    Scripts without spaces break between letters. Of a text with more than MOST_LINES the last
-    one ends in an ellipsis. A character that no font has is written as its code, such as [U+E000].
+    Scripts without spaces break between letters. If a text has more than MOST_LINES lines, the last
+    kept line ends in an ellipsis. A character that no font has is written as its code, such as
+    [U+E000].
     """
     text = unicodedata.normalize("NFC", " ".join(text.split()))
     lines = [""]
@@ -49,11 +53,13 @@ def wrap(text: str, width: int) -> Lines:
         while rest and _width("".join(rest) + "…") > width:
             rest.pop()
         lines = [*lines[: MOST_LINES - 1], "".join(rest).rstrip() + "…"]
-    return Lines(tuple(lines), _is_leftward(text))
+    kinds = (unicodedata.bidirectional(letter) for letter in text)
+    first = next((kind for kind in kinds if kind in ("L", "R", "AL")), "L")  # with a direction
+    return Lines(tuple(lines), leftward=first != "L")
 
 
 def draw_lines(sheet: Image.Image, lines: Lines, left: int, top: int, width: int) -> None:
-    """Draw a wrapped text in black; (left, top) is the corner of its box of `width` pixels."""
+    """Draw a wrapped text in black in a box `width` pixels wide with the corner (left, top)."""
     for row, line in enumerate(lines.texts):
         mask = Image.new("L", (width * _FINER, (LINE + 2 * _MARGIN) * _FINER))
         draw = ImageDraw.Draw(mask)
@@ -76,13 +82,13 @@ def _font(file: str, shaped: bool = True) -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=1)
 def _can_shape() -> bool:
-    """Tell whether Pillow finds FriBiDi, without which letters are drawn one by one."""
+    """Return whether Pillow finds FriBiDi. Without it, letters are drawn one by one."""
     return bool(features.check("raqm"))
 
 
 @lru_cache(maxsize=4096)
 def _has(file: str, letter: str) -> bool:
-    """Tell whether a font draws a letter as something else than the box of a missing one."""
+    """Return whether a font has a glyph for a letter, rather than the box of a missing one."""
     font = _font(file, shaped=False)
     found: Any = font.getmask(letter)
     missing: Any = font.getmask("\U0010ffff")
@@ -90,7 +96,7 @@ def _has(file: str, letter: str) -> bool:
 
 
 def _clusters(text: str) -> list[str]:
-    """Letters with the marks and joined signs that must not be drawn apart."""
+    """Return the letters of a text, each with the marks and signs that must stay with it."""
     found: list[str] = []
     for letter in text:
         last = found[-1][-1] if found else ""
@@ -105,7 +111,7 @@ def _clusters(text: str) -> list[str]:
 
 
 def _file_of(cluster: str) -> str | None:
-    """The first font that has all of a cluster, or else its first letter."""
+    """Return the first font that has the whole cluster, or else its first letter."""
     visible = [c for c in cluster if unicodedata.category(c) not in ("Cf", "Mn", "Zs")] or [" "]
     whole = (file for file in _FILES if all(_has(file, letter) for letter in visible))
     begun = (file for file in _FILES if _has(file, visible[0]))
@@ -113,7 +119,7 @@ def _file_of(cluster: str) -> str | None:
 
 
 def _drawable(cluster: str, width: int) -> list[str]:
-    """The cluster, or the codes of its letters where no font has it."""
+    """Return the cluster, or the codes of its letters if no font has it."""
     if _file_of(cluster):
         return [cluster]
     codes = [f"[U+{ord(letter):04X}]" for letter in cluster]
@@ -121,7 +127,7 @@ def _drawable(cluster: str, width: int) -> list[str]:
 
 
 def _pieces(word: str, width: int) -> list[tuple[bool, str]]:
-    """The parts of a word that stay together on a line, each with True if a space precedes it."""
+    """Return the unbreakable parts of a word, as (preceded by a space, part)."""
     parts: list[str] = []
     for cluster in (drawn for c in _clusters(word) for drawn in _drawable(c, width)):
         last = parts[-1] if parts else ""
@@ -139,7 +145,7 @@ def _is_wide(text: str) -> bool:
 
 
 def _runs(text: str) -> list[tuple[str, str]]:
-    """The text in parts of one font, as (file, part)."""
+    """Return the text in parts of one font, as (file, part)."""
     runs: list[tuple[str, str]] = []
     for cluster in _clusters(text):
         file = _file_of(cluster) or _FILES[0]
@@ -154,14 +160,8 @@ def _width(text: str) -> float:
     return sum(_font(file).getlength(_visual(part)) for file, part in _runs(text)) / _FINER
 
 
-def _is_leftward(text: str) -> bool:
-    """Tell whether the first letter with a direction is written from right to left."""
-    kinds = (unicodedata.bidirectional(letter) for letter in text)
-    return next((kind for kind in kinds if kind in ("L", "R", "AL")), "L") != "L"
-
-
 def _visual(text: str) -> str:
-    """The text as it is passed to the font: without FriBiDi, right-to-left parts are turned."""
+    """Return the text as the font takes it. Without FriBiDi, right-to-left parts are reversed."""
     if _can_shape():
         return text
     part = r"[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]"

@@ -1,4 +1,4 @@
-"""Pictures to look at: rows of images on one sheet, with a line of text over each."""
+"""Sheets of pictures: rows of images, with a line of text over each."""
 
 from collections.abc import Sequence
 
@@ -17,11 +17,11 @@ def grid(
     headers: Sequence[str] = (),
     least: int = 0,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Images row by row on white, each centred in its cell; a caption stands over its whole row.
+    """Return a white sheet with the images row by row.
 
-    `headers` stand over the columns. Captions and headers are in any script, and wrapped to their
-    row or column. Images smaller than `least` pixels are enlarged by whole factors, without
-    smoothing. All cells are as large as the largest image.
+    Each caption stands over its whole row, each header over its column. Both may be in any script,
+    and are wrapped to that width. Images smaller than `least` pixels are enlarged by whole factors,
+    without smoothing. All cells are as large as the largest image.
     """
     rows = [[_enlarged(np.asarray(image), least) for image in row] for row in rows]
     height = max(image.shape[0] for row in rows for image in row) + GAP

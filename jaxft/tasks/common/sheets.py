@@ -1,4 +1,4 @@
-"""Around the drawing of pictures: as many at a time as one compiled function takes, and sheets."""
+"""Portions of rows for one compiled function, and sheets of sampled pictures."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,11 +10,14 @@ from jaxtyping import Int, UInt8
 from jaxft.tasks.common.pictures import grid
 
 SHOWN = 8  # rows of a picture grid
-CELL = 96  # least pixels of a cell in it
+CELL = 96  # least size of an image in it, in pixels
 
 
 def portions(arrays: Any, count: int, size: int) -> Iterator[tuple[Int[np.ndarray, " size"], Any]]:
-    """(places, `size` rows of every array) until all `count` were there; the last are repeated."""
+    """Yield (places, `size` rows of every array) until all `count` rows are covered.
+
+    The last portion repeats its rows.
+    """
     for first in range(0, count, size):
 
         def rows(x: np.ndarray, first: int = first) -> np.ndarray:
@@ -24,7 +27,7 @@ def portions(arrays: Any, count: int, size: int) -> Iterator[tuple[Int[np.ndarra
 
 
 class Compared:
-    """Sheets of the same pictures at every evaluation: `before` is the first one's."""
+    """Sheets of the same pictures at every evaluation, beside those of the first evaluation."""
 
     def __init__(self) -> None:
         self._before: np.ndarray | None = None
@@ -35,7 +38,7 @@ class Compared:
         columns: Mapping[str, UInt8[np.ndarray, "B Y X 3"] | None],
         made: UInt8[np.ndarray, "B Y X 3"],
     ) -> UInt8[np.ndarray, "H W 3"]:
-        """SHOWN rows: caption, the columns that there are, before, now."""
+        """Return SHOWN rows: caption, the columns that are not None, before, now."""
         if self._before is None:
             self._before = made
         every = {**columns, "before": self._before, "now": made}

@@ -25,10 +25,10 @@ def load_tokenizer(folder: Path | str, kind: str | None = None) -> Any:
     """Return the tokenizer of a Hugging Face folder. The folder's own code never runs.
 
     `kind` is the model type whose tokenizer class reads the folder, such as "clip" for a pipeline
-    of diffusers. Without it the folder's own files name the class. Raises UserError, naming the
-    file, for whatever transformers cannot read.
+    of diffusers. Without it the folder's own files name the class. Raises UserError, which names
+    the file, if transformers cannot read the folder.
     """
-    from transformers import AutoTokenizer  # seconds to import: only once it is needed
+    from transformers import AutoTokenizer  # takes seconds to import, so only when needed
 
     given = {} if kind is None else {"tokenizer_type": kind}
     try:
@@ -46,7 +46,7 @@ def load_tokenizer(folder: Path | str, kind: str | None = None) -> Any:
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
-    """The error that names the file at fault, found by reading each one alone."""
+    """Return an error that names the faulty file, found by reading each file alone."""
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     present = [folder / name for name in JSON_FILES if (folder / name).is_file()]
     configs = {file.name: _json(file) for file in present}
@@ -78,7 +78,7 @@ def _unreadable(folder: Path, error: Exception) -> UserError:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where it is none."""
+    """Return the object in a JSON file. Raises UserError if there is none."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

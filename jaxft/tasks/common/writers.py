@@ -34,41 +34,35 @@ def parts(job: Job) -> list[Part]:
 
 
 def stated_dtype(job: Job) -> str | None:
-    """Return the dtype that an export states in its configs; None keeps each tensor's own."""
+    """Return the dtype in an export's configs. None keeps the dtype of each tensor."""
     return None if job.dtype == "source" else job.dtype
 
 
 def write_folder(job: Job, side_files: Callable[[Job, set[str]], SideFiles]) -> None:
     """Write the model as a Hugging Face folder, with adapters merged into it.
 
-    `side_files(job, rewritten)` returns all that stands beside the weights of the parts with those
-    prefixes. The files of the other parts are copied.
+    `side_files(job, rewritten)` returns all other files: those beside the weights, and the weights
+    of the parts whose prefix is not in `rewritten`.
     """
-    touched = {part.prefix for part in parts(job) if _touched(job, part)}
+    touched = set()
+    for part in parts(job):
+        inside = (path for path in job.chosen if path.startswith(part.prefix))
+        trained = any(job.leaves[path].role != NEW_TOKEN_ROLE for path in inside)
+        if trained or part.tensors is None or job.dtype != "source" or not part.prefix:
+            touched.add(part.prefix)
     files = side_files(job, touched)
     for part in parts(job):
-        if part.prefix in touched or not _has_weights(files, part.folder):
+        # A part that is read in another layout has no weights among the files to copy.
+        beside = [p for p in map(PurePath, files) if p.parent == PurePath(part.folder)]
+        if part.prefix in touched or not any(p.suffix == ".safetensors" for p in beside):
             made, folder = merged(job, part), job.folder / part.folder
             folder.mkdir(exist_ok=True)
             write_sharded(folder, made.tensors, made.infos, SHARD_BYTES[part.stem], part.stem)
     copy(files, job.folder)
 
 
-def _touched(job: Job, part: Part) -> bool:
-    """Tell whether a part's files differ from the source's."""
-    inside = (path for path in job.chosen if path.startswith(part.prefix))
-    trained = any(job.leaves[path].role != NEW_TOKEN_ROLE for path in inside)
-    return trained or part.tensors is None or job.dtype != "source" or not part.prefix
-
-
-def _has_weights(files: SideFiles, folder: str) -> bool:
-    """Tell whether a copy serves; a part that is read in another layout has none that would."""
-    paths = map(PurePath, files)
-    return any(p.parent == PurePath(folder) and p.suffix == ".safetensors" for p in paths)
-
-
 def merged(job: Job, part: Part) -> transfer.Export:
-    """Return a part's tensors with what was trained, adapters merged."""
+    """Return the tensors of a part with its trained parameters, adapters merged."""
     whole = part.tensors is None
     np_dtype = None if job.dtype == "source" else np.dtype(runtime.resolve_dtype(job.dtype))
     trained = {p: job.params[p] for p in job.leaves if whole or p in job.chosen}
@@ -92,7 +86,7 @@ def _layer_delta(a: np.ndarray, b: np.ndarray, factor: float, stacked: bool, i: 
 
 
 def write_adapter(job: Job, files: SideFiles) -> None:
-    """Write the adapters as a PEFT folder, and beside them all of `files` but the model's own."""
+    """Write the adapters as a PEFT folder, and `files` beside them without the model's configs."""
     for part in parts(job):
         peft.write(job.folder, part, job.leaves, adapters(job), job.opened.cfg.lora, part.name)
     base = ("config.json", "generation_config.json")
@@ -100,13 +94,13 @@ def write_adapter(job: Job, files: SideFiles) -> None:
 
 
 def adapters(job: Job) -> dict[str, np.ndarray]:
-    """Return the adapters and what trained beside them, by path."""
+    """Return the adapters and the parameters trained beside them, by path."""
     paths = [path for path, leaf in job.leaves.items() if leaf.added or path in job.chosen]
     return {path: transfer.to_host(job.params[path]) for path in paths}
 
 
 def copy(files: SideFiles, folder: Path) -> None:
-    """Write files into a folder; of many processes the first does it."""
+    """Write files into a folder. Only the first process writes."""
     for name, content in files.items() if jax.process_index() == 0 else ():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -11,15 +11,15 @@ from jaxft.core.errors import UserError
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.models.text_encoders.clip import CLIPTextConfig
 
-COUNTED_TOGETHER = 1024  # captions that are counted together
+COUNTED_TOGETHER = 1024  # captions in one call of a tokenizer
 
 
 class Captions:
-    """Ids of a caption for every text encoder, padded and cut as its own tokenizer does.
+    """Token ids of a caption for every text encoder, padded and cut by its tokenizer.
 
-    `new` are the tokens of one further word: its first stands in captions and prompts, and all of
-    them are read for it. Their ids follow an encoder's vocabulary. Raises UserError where a
-    tokenizer has one of them already, and for a caption with a token that an encoder has no row of.
+    `new` are the tokens of one further word. Captions and prompts contain the first token, which
+    stands for all of them. Their ids follow the vocabulary of an encoder. Raises UserError if a
+    tokenizer already has one of them, and for a caption with a token that has no row in an encoder.
     """
 
     def __init__(
@@ -28,7 +28,8 @@ class Captions:
         self.new = tuple(new)
         self._first = [_add(tokenizer, self.new) for tokenizer in tokenizers]
         self._encoders = tuple(zip(tokenizers, texts, strict=True))
-        # A tokenizer keeps how it cuts and pads, which threads that read captions must not change.
+        # A call changes how a tokenizer cuts and pads. Calls without a cut use copies, so that they
+        # do not disturb the threads that read captions.
         self._uncut = deepcopy(tuple(tokenizers))
         self("")
 
@@ -44,21 +45,27 @@ class Captions:
 
     @property
     def length(self) -> int:
-        """The most tokens of a caption, with those of its start and end."""
+        """Largest number of tokens of a caption, with those of its start and end."""
         return min(text.max_positions for _, text in self._encoders)
 
     def too_long(self, captions: Sequence[str]) -> int:
-        """The number of captions that are cut for some encoder; all of their tokens are checked."""
+        """Return the number of captions that are cut for some encoder.
+
+        Raises UserError for a token that has no row in an encoder.
+        """
         starts = range(0, len(captions), COUNTED_TOGETHER)
         return sum(self._cut(captions[start : start + COUNTED_TOGETHER]) for start in starts)
 
     def names_new(self, caption: str) -> bool:
-        """Whether every encoder reads the new word in a caption."""
+        """Return whether every encoder reads the new word in a caption."""
         sizes = np.array([text.vocab_size for _, text in self._encoders])
         return bool((self(caption).max(axis=1) >= sizes).all())
 
     def ids_of(self, word: str) -> list[int]:
-        """The id of a word for each encoder; UserError where it is not one token with a row."""
+        """Return the id of a word for each encoder.
+
+        Raises UserError if the word is not one token with a row.
+        """
         ids = [_one_id(tokenizer, word) for tokenizer in self._uncut]
         for tokenizer, (_, text), number in zip(self._uncut, self._encoders, ids, strict=True):
             check_ids([number], text.vocab_size, tokenizer, f"inversion.init={word!r}")
@@ -79,12 +86,12 @@ class Captions:
     def _check(
         self, ids: Any, tokenizer: Any, text: CLIPTextConfig, first: int, caption: str
     ) -> None:
-        """UserError for a token that is of neither the encoder's table nor the new word."""
+        """Raise UserError for a token that is not in the encoder's table or the new word."""
         old = np.asarray(ids)[np.asarray(ids) < first]
         check_ids(old, text.vocab_size, tokenizer, f"caption {caption[:60]!r}")
 
     def _whole(self, caption: str) -> str:
-        """The caption with all tokens of the new word, as diffusers' maybe_convert_prompt."""
+        """Return the caption with all tokens of the new word: diffusers' maybe_convert_prompt."""
         return caption.replace(self.new[0], " ".join(self.new)) if self.new else caption
 
 
@@ -94,7 +101,7 @@ def _padded(tokenizer: Any, caption: str, length: int) -> Int[np.ndarray, " T"]:
 
 
 def _add(tokenizer: Any, new: Sequence[str]) -> int:
-    """Give a tokenizer new tokens; the id of the first, or one above all."""
+    """Add tokens to a tokenizer. Returns the id of the first, or an id above all others."""
     if there := sorted(set(new) & tokenizer.get_vocab().keys()):
         raise UserError(
             f"inversion.token: {tokenizer.name_or_path} has {there[0]!r} in its vocabulary; choose"

@@ -1,4 +1,4 @@
-"""Pictures to condition samples on: held-out ones, or those of a command line."""
+"""Pictures that samples are conditioned on: held-out ones, or those of a command line."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,9 +25,10 @@ Given = Mapping[str, np.ndarray]
 def held_out(
     cfg: PipelineConfig, rows: PictureRows | None, ids: Sequence[int] | np.ndarray
 ) -> dict:
-    """What these rows, counted round and round, give to be drawn on.
+    """Return the conditioning of samples from held-out rows.
 
-    Nothing for a text-to-image model, else a picture with its centre masked or a source.
+    An index counts modulo the number of rows. Returns {} for a text-to-image model or without rows,
+    otherwise source pictures, or pictures with their centre masked.
     """
     if cfg.sees == NOTHING or rows is None:
         return {}
@@ -39,16 +40,17 @@ def held_out(
 
 
 def shown(given: Given) -> UInt8[np.ndarray, "B Y X 3"] | None:
-    """The same to be looked at: a masked picture is grey where it is to be filled."""
+    """Return the conditioning as pictures, grey where a mask is to be filled."""
     if "mask" not in given:
         return given.get("source")
     return np.where(given["mask"] > 0.5, np.uint8(GREY), given["pixels"])
 
 
 def asked(cfg: PipelineConfig, request: Request, sizes: Sequence[Size], count: int) -> dict:
-    """`--image` and `--mask` for each of `count` prompts, fitted to that of `sizes` nearest.
+    """Return the pictures of `--image` and `--mask`, repeated for each of `count` prompts.
 
-    UserError for one that is absent, unreadable, or not for this model.
+    They are fitted to the nearest of `sizes`. Raises UserError for a picture that is missing,
+    unreadable, or not for this model.
     """
     wanted = {NOTHING: (), HOLE: ("image", "mask"), SOURCE: ("image",)}[cfg.sees]
     kind = "a text-to-image" if cfg.sees == NOTHING else f"an{KINDS[cfg.sees]}"
@@ -79,7 +81,7 @@ def _read(path: str) -> Image.Image:
 
 
 def _read_mask(path: str, image: Image.Image, size: Size) -> Float[np.ndarray, "Y X 1"]:
-    """1 where the file is white; resized and cropped as its picture was."""
+    """Return 1 where the file is white, resized and cropped like its picture."""
     mask = _read(path)
     if mask.size != image.size:
         raise UserError(

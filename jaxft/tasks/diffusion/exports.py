@@ -28,7 +28,7 @@ def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
 
 
 def _write_folder(job: Job) -> None:
-    """Write the folder of diffusers, adapters merged."""
+    """Write a diffusers folder, adapters merged."""
     writers.write_folder(job, side_files)
 
 
@@ -62,7 +62,7 @@ def _write_lora(job: Job) -> None:
 
 
 def _write_inversion(job: Job) -> None:
-    """Write `learned_embeds.safetensors`, as diffusers' load_textual_inversion reads it."""
+    """Write `learned_embeds.safetensors`, which diffusers' load_textual_inversion reads."""
     word = job.opened.options.inversion
     dtype = np.float32 if job.dtype == "source" else runtime.resolve_dtype(job.dtype)
     learned = inversion.learned(word.token, job.params, job.leaves)
@@ -73,10 +73,10 @@ def _write_inversion(job: Job) -> None:
 
 
 def _write_all(job: Job) -> None:
-    """Write the folder, the single file in it, and under lora/ the LoRA, where there is one."""
+    """Write the folder with the single file in it, and the LoRA, if any, under lora/."""
     _write_folder(job)
     _write_ldm(job)
-    if job.opened.cfg.lora.rank:  # a folder of its own: these are merged in what lies above
+    if job.opened.cfg.lora.rank:  # apart, because the files above have it merged
         (job.folder / "lora").mkdir()
         _write_lora(job._replace(folder=job.folder / "lora"))
 
@@ -92,7 +92,7 @@ def _scheduler(opened: OpenedPipeline) -> dict[str, Any]:
 
 
 def _with_new_word(write: Callable[[Job], None]) -> Callable[[Job], None]:
-    """Return a writer that adds the rows of a new word, where the run has one."""
+    """Return a writer that also writes the rows of a new word, if the run has one."""
 
     def both(job: Job) -> None:
         write(job)

@@ -1,4 +1,4 @@
-"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): a new word, whose embedding trains."""
+"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): training the embedding of a new word."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,13 +14,16 @@ from jaxft.tasks.diffusion.captions import Captions
 from jaxft.tasks.diffusion.options import Inversion
 from jaxft.weights.transfer import Part, to_host
 
-EMBEDS_STEM = "learned_embeds"  # what diffusers' load_textual_inversion looks for in a folder
+EMBEDS_STEM = "learned_embeds"  # load_textual_inversion of diffusers looks for it
 XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-MOST_VECTORS = 64  # vectors; a caption has 77 tokens
+MOST_VECTORS = 64  # a caption has 77 tokens
 
 
 def names(options: Inversion) -> tuple[str, ...]:
-    """The new tokens, as diffusers names those of a word of several vectors; () where off."""
+    """Return the new tokens, named like those of a word of several vectors in diffusers.
+
+    Returns () without a new word. Raises UserError for an invalid word, `init` or `vectors`.
+    """
     token, count = options.token, options.vectors
     if not token:
         return ()
@@ -39,14 +42,17 @@ def names(options: Inversion) -> tuple[str, ...]:
 
 
 def extended(cfg: PipelineConfig, count: int) -> PipelineConfig:
-    """The configs of a pipeline whose text encoders have `count` new tokens."""
+    """Return the config of a pipeline with `count` new tokens in each text encoder."""
     return replace(cfg, texts=tuple(replace(text, new_tokens=count) for text in cfg.texts))
 
 
 def initial(
     options: Inversion, captions: Captions, parts: Sequence[Part], leaves: Mapping[str, Leaf]
 ) -> dict[str, np.ndarray]:
-    """The new rows by path: each one the `init` word's own, fp32; {} for fresh weights."""
+    """Return the new rows by path, in fp32.
+
+    Each row is a copy of the `init` word's row. Fresh weights have no entry.
+    """
     made, encoders = {}, [part for part in parts if part.prefix.startswith("text_encoder")]
     for part, number in zip(encoders, captions.ids_of(options.init), strict=True):
         if part.tensors is not None:
@@ -59,7 +65,7 @@ def initial(
 
 
 def check(cfg: Config, captions: Captions, leaves: Mapping[str, Leaf]) -> None:
-    """UserError where none of the new rows trains, or the word to start from is not one token."""
+    """Raise UserError if none of the new rows trains, or `init` is not one token."""
     captions.ids_of(cfg.own["inversion"].init)
     rows = {path: leaf for path, leaf in leaves.items() if leaf.role == NEW_TOKEN_ROLE}
     if cfg.trainable and not select(cfg.trainable, leaves) & rows.keys():
@@ -70,7 +76,7 @@ def check(cfg: Config, captions: Captions, leaves: Mapping[str, Leaf]) -> None:
 
 
 def check_captions(captions: Captions, texts: Sequence[str], spec: str) -> None:
-    """UserError where a caption lacks the new word: its picture would teach nothing."""
+    """Raise UserError for captions without the new word, whose pictures would not train it."""
     if lacking := [text for text in texts if not captions.names_new(text)]:
         shown = f"{lacking[0][:60]}…" if len(lacking[0]) > 60 else lacking[0]
         raise UserError(
@@ -83,7 +89,10 @@ def check_captions(captions: Captions, texts: Sequence[str], spec: str) -> None:
 def learned(
     token: str, params: Mapping[str, Any], leaves: Mapping[str, Leaf]
 ) -> dict[str, np.ndarray]:
-    """Return [vectors, D] by the key that readers know: the token, or of SDXL clip_l and clip_g."""
+    """Return rows [vectors, D] by the key that readers expect.
+
+    The key is the token, or for SDXL clip_l and clip_g.
+    """
     rows = {
         path.partition(".")[0]: to_host(array)
         for path, array in params.items()

@@ -34,7 +34,7 @@ KINDS = {
 
 
 class OpenedPipeline:
-    """A pipeline with its tokenizers; `jaxft.tasks.Opened`."""
+    """A pipeline with its tokenizers. Implements `jaxft.tasks.Opened`."""
 
     def __init__(self, cfg: Config):
         self.options = DiffusionOptions(**cfg.own)
@@ -64,7 +64,7 @@ class OpenedPipeline:
         self.captions = Captions(tokenizers, self.model_cfg.texts, new)
         if new:
             inversion.check(cfg, self.captions, describe(self.template))
-        self.captions.too_long(options.sample.prompts)  # checks their tokens
+        self.captions.too_long(options.sample.prompts)  # raises for a token without a row
 
     def build(self, key: jax.Array) -> nnx.Module:
         model = StableDiffusion(self.model_cfg, key=key)
@@ -77,7 +77,7 @@ class OpenedPipeline:
         return made | load(self.adapter, leaves) if self.adapter else made
 
     def _read_adapter(self, asked: Lora) -> tuple[PipelineLora, Lora]:
-        """Open the file of `lora.from`, and return it with the settings that it decides."""
+        """Open the file of `lora.from`. Returns it with the LoRA settings that it decides."""
         everywhere = Lora(rank=1, targets=".*")
 
         def build(key: jax.Array) -> nnx.Module:
@@ -103,7 +103,7 @@ class OpenedPipeline:
         return jax.eval_shape(encode, self.template, ids)
 
     def image_flops(self) -> float:
-        """Return the FLOPs of the UNet's forward pass, an image of the full resolution."""
+        """Return the FLOPs of the UNet's forward pass for one image at full resolution."""
         cfg, side = self.model_cfg, self.options.resolution // self.model_cfg.vae.factor
         latents = jax.ShapeDtypeStruct((1, side, side, cfg.unet.in_channels), self.dtype)
         times = jax.ShapeDtypeStruct((1, 6), np.float32)
@@ -115,22 +115,22 @@ class OpenedPipeline:
 
 
 def check_sampler(key: str, name: str) -> None:
-    """Raise UserError for an unknown sampler, naming its config key or option."""
+    """Raise UserError for an unknown sampler. The error names its config key or option."""
     if name not in SAMPLERS:
         raise UserError(f"{key}={name!r} is not one of {', '.join(SAMPLERS)}")
 
 
 def check(share: float, cfg: PipelineConfig) -> None:
-    """Raise UserError for a UNet of an unknown kind, and for a `share` of captions to drop.
+    """Raise UserError for a UNet of an unknown kind, and an invalid `share` of dropped captions.
 
-    All that is dropped must not be more than all rows.
+    InstructPix2Pix drops this share three times. The sum must not exceed all rows.
     """
     if not 0 <= share < 1:
         raise UserError(f"caption_dropout={share} must be at least 0 and below 1")
     if not cfg.sees:
         latent = cfg.vae.latent_channels
         raise UserError(
-            f"unet/config.json: in_channels={cfg.unet.in_channels}, but of a VAE with"
+            f"unet/config.json: in_channels={cfg.unet.in_channels}, but for a VAE with"
             f" latent_channels={latent} a text-to-image UNet takes {latent}, InstructPix2Pix"
             f" {2 * latent}, inpainting {2 * latent + 1}; other kinds are not supported"
         )

@@ -1,4 +1,4 @@
-"""Config keys of the diffusion task alone; light, so that a mistyped key fails at once."""
+"""Config keys of the diffusion task. Light to import, so that a mistyped key fails at once."""
 
 import dataclasses
 
@@ -13,8 +13,11 @@ class Prior:
 
 @dataclasses.dataclass(frozen=True)
 class Inversion:
-    """Textual inversion: the new word in the captions ("" is none), the known one that it starts
-    from, and how many embedding rows it has."""
+    """Textual inversion.
+
+    token: the new word in the captions ("" is none). init: the known word that it starts from.
+    vectors: its number of embedding rows.
+    """
 
     token: str = ""
     init: str = ""
@@ -23,8 +26,11 @@ class Inversion:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What is drawn to be looked at; without prompts, held-out captions. `image_guidance` is by the
-    source picture of an InstructPix2Pix model."""
+    """Settings of the sampled previews.
+
+    prompts: without any, held-out captions are used. image_guidance: the guidance by the source
+    picture of an InstructPix2Pix model.
+    """
 
     prompts: tuple[str, ...]
     steps: int
@@ -36,8 +42,11 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionOptions:
-    """`cache` is a folder for moments and embeddings ("" is none); `buckets` keeps aspect ratios;
-    `prediction` "" is the folder's own; `eval_generated` pictures are drawn for kid-lite0."""
+    """Options of the diffusion task.
+
+    cache: folder for moments and embeddings ("" is none). buckets: keep aspect ratios. prediction:
+    "" is the folder's own. eval_generated: number of pictures sampled for kid-lite0.
+    """
 
     resolution: int
     buckets: bool

@@ -27,11 +27,11 @@ from jaxft.tasks.common.sheets import CELL, SHOWN, Compared, portions
 from jaxft.tasks.diffusion import conditioning
 from jaxft.tasks.diffusion.opened import OpenedPipeline, check_sampler
 
-BINS = 8  # timesteps at which validation measures, equally far apart
+BINS = 8  # timesteps of the validation loss, equally far apart
 
 
 class DiffusionPreview:
-    """A pipeline on its evaluation set; `jaxft.tasks.Preview`."""
+    """Evaluation and samples of a pipeline. Implements `jaxft.tasks.Preview`."""
 
     def __init__(self, opened: OpenedPipeline, data: Data):
         self.opened, self.data, self.rows = opened, data, data.held_out
@@ -43,7 +43,7 @@ class DiffusionPreview:
         self.compared = Compared()
 
     def evaluate(self, params: Params, mesh: Mesh) -> Report:
-        """Errors at fixed timesteps and noise, and pictures of held-out captions."""
+        """Return errors at fixed timesteps and noise, and pictures of held-out captions."""
         if self.rows is None:
             return Report({})
         data = subset(self.rows, self.opened.options.eval_examples, self.opened.cfg.seed)
@@ -69,7 +69,10 @@ class DiffusionPreview:
 
     @partial(jax.jit, static_argnums=0)
     def _bins(self, params: Params, batch: Batch) -> jax.Array:
-        """Summed errors at each of BINS timesteps; a row's noise is its own on every run."""
+        """Return the summed errors at each of BINS timesteps.
+
+        A row has the same noise in every run.
+        """
         model = bind(self.opened.template, cast(params, self.dtype))
         latents = self.objective.latents(model, batch, None)
         text, rows = self.objective.text(model, batch, None), batch["weights"]
@@ -91,7 +94,7 @@ class DiffusionPreview:
         if not prompts and self.rows is None:
             prompts = sorted({self.data.train.caption(i) for i in range(len(self.data.train))})
         if not prompts or (self.opened.model_cfg.sees != NOTHING and self.rows is None):
-            return Look()  # an evaluation shows held-out captions; only it has pictures to draw on
+            return Look()  # an evaluation shows held-out captions and has their pictures
         prompts = prompts[: 2 * SHOWN]
         given = conditioning.held_out(self.opened.model_cfg, self.rows, range(len(prompts)))
         made = self._sample(params, prompts, Request(), given)
@@ -110,10 +113,12 @@ class DiffusionPreview:
     def _sample(
         self, params: Params, prompts: list[str], request: Request, given: Mapping[str, np.ndarray]
     ) -> np.ndarray:
-        """Pictures uint8 (N, Y, X, 3); each one's noise depends on the seed and its place alone.
+        """Return pictures uint8 [N, Y, X, 3].
 
-        `given` is what the UNet sees of each. Always as many at a time as a micro-batch has:
-        others beside it would round it otherwise.
+        `given` holds the conditioning of the UNet for each prompt. The noise of a picture depends
+        only on the seed and its place. Raises UserError for an unknown sampler in `request`. A
+        portion always has as many rows as a micro-batch, because other batch sizes would round
+        differently.
         """
         if request.sampler is not None:
             check_sampler("--sampler", request.sampler)

@@ -1,4 +1,4 @@
-"""Rows to train a diffusion model on, and the frozen encoders that fill their caches."""
+"""Training rows of a diffusion model, and the frozen encoders that fill their caches."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ from jaxft.tasks.diffusion import inversion
 from jaxft.tasks.diffusion.opened import OpenedPipeline
 from jaxft.weights.transfer import to_host
 
-ENCODED_TOGETHER = 16  # pictures or captions that are encoded together
+ENCODED_TOGETHER = 16  # pictures or captions in one call of an encoder
 
 
 class Share(NamedTuple):
@@ -48,17 +48,17 @@ class Share(NamedTuple):
 
 
 class Stores(NamedTuple):
-    """Caches of moments by picture and of embeddings by ids; None is not cached."""
+    """Caches of moments by picture and of embeddings by ids. None means not cached."""
 
     moments: ArrayCache | None = None
     texts: ArrayCache | None = None
 
 
 class PictureRows:
-    """A mixture of picture sets as rows of arrays; `jaxft.tasks.Rows`.
+    """A mixture of picture sets as rows of arrays. Implements `jaxft.tasks.Rows`.
 
-    Indexing is safe in threads. bucket_of int32 [rows] is each row's index into `sizes`, and `cut`
-    counts the captions that are cut. shown: the rows whose pictures an evaluation shows.
+    Indexing is safe in threads. bucket_of: int32 [rows], the index of each row into `sizes`. cut:
+    the number of captions that are cut. shown: the rows whose pictures an evaluation shows.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class PictureRows:
             yield {k: jax.ShapeDtypeStruct((count, *shape), d) for k, (shape, d) in one.items()}
 
     def _shapes(self, size: Size) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Return shape and dtype of each array of a row, of pictures of `size`."""
+        """Return shape and dtype of each array of a row whose picture has `size`."""
         cfg, ids = self.opened.model_cfg, self.opened.captions("")
         made: dict[str, tuple[tuple[int, ...], Any]] = {
             "weights": ((), np.float32),
@@ -146,7 +146,7 @@ class PictureRows:
         )
 
     def use(self, stores: Stores) -> None:
-        """Serve rows from caches, which have to hold all of them."""
+        """Serve rows from caches. The caches must hold all rows."""
         keys = [share.images.keys if stores.moments else () for share in self.shares]
         self.stores, self._keys = stores, tuple(keys)
 
@@ -164,7 +164,7 @@ class PictureRows:
             row |= {} if example.source is None else {"source": example.source}
         else:
             row |= self.stores.moments.get(self._keys[share][images.place(place)])
-        caption = images.caption(place)  # after the picture, which may be another one's
+        caption = images.caption(place)  # after the picture, because another may replace it
         if self.stores.texts is None:
             return row | {"ids": self.opened.captions(caption)}
         return row | self.stores.texts.get(ids_key(self.opened.captions(caption)))
@@ -176,31 +176,31 @@ def ids_key(ids: np.ndarray) -> str:
 
 
 def read_rows(opened: OpenedPipeline, spec: str, training: bool) -> PictureRows:
-    """Open the pictures of a set; training ones with mirrored ones, buckets and prior pictures."""
+    """Open the pictures of a set.
+
+    A training set may add mirrored pictures, buckets and prior pictures. Raises UserError for a
+    training caption without the new word.
+    """
     if not training:
         images, count = _read(opened, spec), opened.options.eval_generated
         shown = subset(images, count, opened.cfg.seed).ids.tolist() if count else ()
         return PictureRows(opened, [Share(images)], spec, shown)
-    rows = PictureRows(opened, _shares(opened, spec), spec)
+    options = opened.options
+    own = _read(opened, spec, options.buckets, options.flip)
+    shares = [Share(own)]
+    if options.prior.data:
+        prior = _read(opened, options.prior.data, options.buckets, options.flip)
+        repeats = max(1, round(len(prior) / len(own)))  # as many rows as the prior has
+        shares = [Share(own, repeats), Share(prior, 1, options.prior.weight)]
+    rows = PictureRows(opened, shares, spec)
     if opened.captions.new:
         inversion.check_captions(opened.captions, texts_of(rows.shares[0]), spec)
     return rows
 
 
 def texts_of(share: Share) -> list[str]:
-    """Return the caption of every picture, once."""
+    """Return the caption of every picture, without those of mirrored copies."""
     return [share.images.records.caption(i) for i in range(len(share.images.records))]
-
-
-def _shares(opened: OpenedPipeline, spec: str) -> list[Share]:
-    """Return the training pictures, repeated where the prior has more, and the prior's."""
-    options = opened.options
-    own = _read(opened, spec, options.buckets, options.flip)
-    if not options.prior.data:
-        return [Share(own)]
-    prior = _read(opened, options.prior.data, options.buckets, options.flip)
-    repeats = max(1, round(len(prior) / len(own)))
-    return [Share(own, repeats), Share(prior, 1, options.prior.weight)]
 
 
 def _read(opened: OpenedPipeline, spec: str, buckets: bool = False, flip: bool = False) -> ImageSet:
@@ -212,9 +212,9 @@ def _read(opened: OpenedPipeline, spec: str, buckets: bool = False, flip: bool =
 def encode(
     opened: OpenedPipeline, params: Params, chosen: set[str], sets: Sequence[PictureRows]
 ) -> None:
-    """Store the moments of all pictures and, while no text encoder trains, all embeddings.
+    """Store the moments of all pictures and, unless a text encoder trains, all embeddings.
 
-    Raises UserError where the VAE trains.
+    Does nothing without `cache`. Raises UserError if the VAE trains.
     """
     if any(path.startswith("vae.") for path in chosen):
         raise UserError(
@@ -237,7 +237,7 @@ def encode(
             tell("moments", store_pictures(moments, images, local.moments, ENCODED_TOGETHER))
     else:
         moments = None
-        print("moments are not cached: the UNet sees pictures, encoded in each step", flush=True)
+        print("moments are not cached: each step encodes the UNet's input pictures", flush=True)
     if not any(path.startswith("text_encoder") for path in chosen):
         name = fingerprint(local.params, ("text_encoder",), "texts", dtype, cfg.texts)
         texts = ArrayCache(folder, name, jax.process_index())
@@ -251,7 +251,7 @@ def encode(
 class Encoders:
     """VAE and text encoders on this process's first device, to fill caches without collectives.
 
-    `template` is a `StableDiffusion`; `params` may lie anywhere.
+    `template` is a `StableDiffusion`. `params` may lie on any device.
     """
 
     def __init__(self, template: Any, dtype: Any, params: Params):
@@ -266,20 +266,20 @@ class Encoders:
         self.rest = {path: leaf.shape for path, leaf in leaves.items() if path not in self.params}
 
     def moments(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 pictures to fp32 mean and logvar."""
+        """Return fp32 mean and logvar of pictures uint8 [B, Y, X, 3]."""
         with jax.set_mesh(self.mesh):
             made = self._moments(self.params, pixels)
         return {"mean": np.asarray(made.mean), "logvar": np.asarray(made.logvar)}
 
     def texts(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """Ids (B, E, T) to embeddings."""
+        """Return the embeddings of ids [B, E, T]."""
         with jax.set_mesh(self.mesh):
             made = self._texts(self.params, ids)
         pairs = {"context": made.context, "pooled": made.pooled}
         return {name: np.asarray(x) for name, x in pairs.items() if x is not None}
 
     def _bound(self, params: Params) -> Any:
-        """The whole model; what is not used of it costs nothing."""
+        """Return the whole model. Its unused parts cost nothing in a compiled function."""
         unused = {path: jnp.zeros(shape, self.dtype) for path, shape in self.rest.items()}
         return bind(self.template, {**unused, **cast(params, self.dtype)})
 
@@ -299,7 +299,7 @@ def store_texts(
     encode: Callable[[np.ndarray], Mapping],
     batch: int,
 ) -> Iterator[tuple[int, int]]:
-    """Embeddings of every caption that has none yet."""
+    """Embed every caption without a cache entry, and store it. Yields (done, total)."""
 
     def compute(chosen: list[np.ndarray]) -> list[Row]:
         made = encode(fill_up(np.stack(chosen), batch))

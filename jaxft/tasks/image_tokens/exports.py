@@ -1,4 +1,4 @@
-"""Exports of an image-token model: its folder, an adapter, or a Janus as its authors lay it out."""
+"""Exports of an image-token model: its folder, an adapter, or a Janus in its authors' layout."""
 
 from jaxft.tasks import Job, Writer
 from jaxft.tasks.common import writers
@@ -16,7 +16,7 @@ def _write_adapter(job: Job) -> None:
 
 
 def _write_original(job: Job) -> None:
-    """Write a Janus under its authors' names."""
+    """Write a Janus under the tensor names of its authors."""
     files = job.opened.model.original_files(writers.stated_dtype(job))
     (part,) = writers.parts(job)
     made = janus_original.original(writers.merged(job, part))

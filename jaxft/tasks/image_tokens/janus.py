@@ -1,4 +1,4 @@
-"""Family J: a Janus folder as the image-token task sees it, and as it gives it back."""
+"""Family J: a Janus folder, opened for the image-token task and exported again."""
 
 import dataclasses
 import json
@@ -30,16 +30,20 @@ from jaxft.weights.views import Overlaid, Renamed
 # Templates of the releases: of Janus-Pro, whose tokenizer has the roles, and of Janus 1.3B.
 PRO, OLD = f"<|User|>: {CAPTION}\n\n<|Assistant|>:", f"User: {CAPTION}\n\nAssistant:"
 BOI, PAD = "<begin_of_image>", "<｜▁pad▁｜>"
-JANUS_PROMPT_TOKENS = 128  # tokens of a prompt, where nothing says another number
-GUIDANCE = 5  # the authors' own
+JANUS_PROMPT_TOKENS = 128  # default limit of a prompt, in tokens
+GUIDANCE = 5  # the authors' value
 JANUS_CODEBOOK = f"{janus.VQ}quantize.embedding.weight"
 JANUS_TABLE = "model.language_model.embed_tokens.weight"
+JANUS_PROCESSOR = "JanusImageProcessor"
 COLOURS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 GENERATION_MODULES = ("generation_embeddings", "generation_aligner", "generation_head")
 
 
 class JanusFolder(NamedTuple):
-    """An `ImageModel`. `source` has its tokenizer's rows of unit length, as an export does."""
+    """An opened Janus folder.
+
+    The codebook rows in `source` have unit length, as in an export.
+    """
 
     source: Source
     whole: JanusConfig
@@ -69,57 +73,65 @@ class JanusFolder(NamedTuple):
         return janus.flops_per_token(self.whole, length)
 
     def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
-        """The folder's own, with what stock transformers needs to draw as we do."""
+        """Return the folder's files, with changed configs.
+
+        With them stock transformers samples like jaxft.
+        """
         files = dict(self.source.side_files)
         files["config.json"] = _dump(self._config(dtype))
         files["generation_config.json"] = _dump(self._generation())
         names = ("processor_config.json", "preprocessor_config.json")
         for name in [name for name in names if name in files] or names[1:]:
-            files[name] = _dump(_own_colours(_json(files.get(name, b"{}"), name)))
+            processor = _json(files.get(name, b"{}"), name)
+            inner = processor.get("image_processor")
+            # All releases trained on pixels within [-1, 1]. transformers assumes CLIP's colours.
+            if isinstance(inner, dict):
+                processor = {**processor, "image_processor": {**inner, **COLOURS}}
+            else:
+                processor = {"image_processor_type": JANUS_PROCESSOR, **processor, **COLOURS}
+            files[name] = _dump(processor)
         return files
 
     def original_files(self, dtype: str | None) -> dict[str, Path | bytes]:
-        """Beside the weights as the authors name them."""
+        """Return the files beside the weights in the authors' layout."""
         conversation = "deepseek_old" if self.layout.prompt == OLD else "deepseek"
         files, config = self.side_files(dtype), self._config(dtype)
         return janus_layout.original_files(files, config, conversation)
 
     def _config(self, dtype: str | None) -> dict[str, Any]:
-        """Untied: transformers ties where the key is absent, and would lose the head of text."""
+        """Return config.json with untied embeddings.
+
+        Transformers ties them if the key is absent, and would lose the head of text.
+        """
         config = export_config(self.source.config, dtype)
         config["text_config"] = export_config(config.get("text_config") or {}, dtype)
         return {**config, "tie_word_embeddings": False}
 
     def _generation(self) -> dict[str, Any]:
-        """BOI where `generate` looks for it; at the top level it is not read."""
+        """Return generation_config.json with BOI under generation_kwargs.
+
+        `generate` reads BOI there, and not at the top level.
+        """
         found = dict(self.source.generation_config)
         kept = {**(found.get("generation_kwargs") or {}), "boi_token_id": self.layout.boi}
-        for key in ("boi_token_id", "_from_model_config"):  # such a file would be made anew
+        for key in ("boi_token_id", "_from_model_config"):  # the latter would rebuild the file
             found.pop(key, None)
         ids = {"bos_token_id": self.layout.bos, "pad_token_id": self.layout.pad}
         start = {"guidance_scale": GUIDANCE, "eos_token_id": self.tokenizer.eos_token_id}
         return {**start, **found, **ids, "generation_kwargs": kept}
 
 
-def _own_colours(processor: dict[str, Any]) -> dict[str, Any]:
-    """Pixels within [-1, 1], as all releases were trained; transformers assumes CLIP's colours."""
-    inner = processor.get("image_processor")
-    if isinstance(inner, dict):
-        return {**processor, "image_processor": {**inner, **COLOURS}}
-    return {"image_processor_type": "JanusImageProcessor", **processor, **COLOURS}
-
-
 # ---- opening ----------------------------------------------------------------------------------
 
 
 def is_janus(source: Source) -> bool:
-    """Return whether a folder is a Janus, in transformers' layout or the original one."""
+    """Return whether a folder is a Janus, in the layout of transformers or the original one."""
     names = source.config.get("architectures") or ()
     return registry.find_family(source.config) == "image_tokens" or janus.CLASS_NAME in names
 
 
 def open_janus(spec: str, source: Source, options: ImageTokenOptions) -> JanusFolder:
-    """The folder of a Janus; UserError where its pieces and the options do not fit."""
+    """Open the folder of a Janus. Raises UserError if its pieces and the options do not fit."""
     if source.config.get("model_type") == janus_layout.ORIGINAL_TYPE:
         source = janus_layout.as_transformers(source)
     cfg = JanusConfig.from_hf(source.config, f"{spec}/config.json")
@@ -146,7 +158,7 @@ def open_janus(spec: str, source: Source, options: ImageTokenOptions) -> JanusFo
 
 
 def _patched(tensors: Tensors, config: dict[str, Any], vq: VQConfig, spec: str) -> Tensors:
-    """The codebook as transformers' search needs it, and a head of text where it was tied."""
+    """Return the tensors with the codebook for transformers' search, and a head of text if tied."""
     found = unit_rows(tensors, vq, JANUS_CODEBOOK)
     if HEAD in set(tensors.keys()):
         return found
@@ -161,7 +173,10 @@ def _patched(tensors: Tensors, config: dict[str, Any], vq: VQConfig, spec: str) 
 def _another_decoder(
     spec: str, own: ImageTokenizer, tensors: Tensors
 ) -> tuple[ImageTokenizer, Tensors]:
-    """A tokenizer whose decoder was tuned, laid over the folder's own."""
+    """Return the tokenizer `spec` and the tensors with its decoder over the folder's own.
+
+    Raises UserError for another encoder or codebook.
+    """
     source = open_component(spec, "vq")
     if source.config.get("model_type") != VQ_KIND or source.tensors is None:
         raise UserError(f"tokenizer={spec!r} is no {VQ_KIND} folder, so a Janus cannot hold it")
@@ -197,21 +212,23 @@ def _check(spec: str, source: Source, cfg: JanusConfig, options: ImageTokenOptio
     size = cfg.grid * cfg.vq.factor
     if source.tensors is None:
         raise UserError(
-            f"init='random' cannot make {spec}: what sees images is only carried through; use"
-            " init='pretrained'"
+            f"init='random' cannot make {spec}: a Janus export copies its image encoder from the"
+            " pretrained weights; use init='pretrained'"
         )
     if options.graft:
-        raise UserError(f"graft={options.graft!r}, but {spec} is a Janus and draws already")
+        raise UserError(
+            f"graft={options.graft!r}, but {spec} is a Janus and generates images already"
+        )
     if options.resolution not in (0, size):
         raise UserError(
-            f"resolution={options.resolution}, but {spec} is a Janus (family J), which draws"
-            f" {size} alone; set resolution={size}, or for another size graft a VQ tokenizer onto"
-            " a text model (family N: model=TEXT_MODEL graft=VQ_FOLDER)"
+            f"resolution={options.resolution}, but {spec} is a Janus (family J), which generates"
+            f" only {size} pixels a side; set resolution={size}, or for another size graft a VQ"
+            " tokenizer onto a text model (family N: model=TEXT_MODEL graft=VQ_FOLDER)"
         )
     if options.loss.text_weight:
         raise UserError(
-            f"loss.text_weight={options.loss.text_weight}: a Janus foretells no prompt with its"
-            " head of codes; set it to 0"
+            f"loss.text_weight={options.loss.text_weight}: a Janus does not predict prompts"
+            " with its head of codes; set it to 0"
         )
 
 

@@ -1,9 +1,9 @@
-"""The side-car of an image-token model: which ids are text, what marks an image, where codes begin.
+"""The side-car of an image-token model: the ids of text, of image markers and of codes.
 
 imagetoken.json lies beside the config.json of a language model whose vocabulary is
-text | BOI, EOI, NULL, PAD | codes. A row is `prompt BOI code_0 … code_n-1`; without a caption it is
-`NULL BOI code_0 …`, in training as in sampling. EOI is for texts that go on after an image: the
-grid has a fixed size, so nothing here trains or samples it.
+text | BOI, EOI, NULL, PAD | codes. A row is `prompt BOI code_0 … code_n-1`. Without a caption it is
+`NULL BOI code_0 …`, in training and in sampling. EOI is for texts that go on after an image. The
+grid has a fixed size, so nothing here trains or samples EOI.
 """
 
 import dataclasses
@@ -21,15 +21,16 @@ from jaxft.data.text.vocabulary import check_ids
 LAYOUT_JSON = "imagetoken.json"
 SPECIALS = ("boi", "eoi", "null", "pad")
 CAPTION = "{caption}"
-PROMPT_TOKENS = 64  # tokens of a prompt, where nothing says another number
+PROMPT_TOKENS = 64  # default limit of a prompt, in tokens
 
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """What imagetoken.json says; ids below `text_vocab` are text, `image_offset` + code an image's.
+    """The content of imagetoken.json.
 
-    grid: rows and columns of codes, row-major. prompt: the template of a caption. vq: a fingerprint
-    of what finds the codes. max_caption_tokens: of the prompt, BOI not counted.
+    Ids below `text_vocab` are text, and `image_offset` + c is code c. grid: rows and columns of
+    codes, row-major. prompt: the template of a caption. vq: a fingerprint of the encoder and
+    codebook that find the codes. max_caption_tokens: limit of the prompt, BOI not counted.
     """
 
     text_vocab: int
@@ -46,7 +47,7 @@ class ImageLayout:
 
     @property
     def count(self) -> int:
-        """Codes of an image."""
+        """Number of codes of an image."""
         return self.grid[0] * self.grid[1]
 
     @property
@@ -58,9 +59,9 @@ class ImageLayout:
         return {name: getattr(self, name) for name in SPECIALS}
 
     def without_caption(self, captions: Any, lengths: Any) -> tuple[Any, Any]:
-        """Return NULL alone in place of prompts [B, C] of `lengths` [B] ids.
+        """Return NULL alone, of length 1, in place of prompts [B, C] of `lengths` [B] ids.
 
-        Arrays of JAX and of NumPy are answered in kind: one prompt is no work for a device.
+        Accepts NumPy or JAX arrays and returns the same kind. One prompt needs no device.
         """
         xp = captions.__array_namespace__()
         null = xp.full_like(captions[0], self.pad)
@@ -73,10 +74,10 @@ class ImageLayout:
 
 @dataclass(frozen=True)
 class JanusLayout:
-    """`prompt BOI code_0 …`, codes counted from 0 in a table of their own.
+    """The row `prompt BOI code_0 …` of a Janus, with codes counted from 0 in a separate table.
 
-    Without a caption everything between BOS and BOI is pad, and attended to: so the authors draw,
-    and `generate` of transformers.
+    Without a caption everything between BOS and BOI is pad and is attended to, as in the authors'
+    sampling and in `generate` of transformers.
     """
 
     bos: int
@@ -109,12 +110,12 @@ ImageTokenLayout = ImageLayout | JanusLayout
 
 
 def row_length(layout: ImageTokenLayout) -> int:
-    """The most tokens that the model sees of a row: the last code is only a target."""
+    """Return the most tokens of a row in the model. The last code is only a target."""
     return layout.max_caption_tokens + layout.count
 
 
 def extended(text_vocab: int, codes: int, grid: tuple[int, int], vq: str) -> ImageLayout:
-    """The layout of a text model that gets four special rows and a row for each code."""
+    """Return the layout of a text model with four special rows and a row for each code."""
     boi = text_vocab
     return ImageLayout(
         text_vocab, boi, boi + 1, boi + 2, boi + 3, boi + 4, codes, grid, CAPTION, PROMPT_TOKENS, vq
@@ -122,7 +123,10 @@ def extended(text_vocab: int, codes: int, grid: tuple[int, int], vq: str) -> Ima
 
 
 def read_layout(content: bytes, where: str) -> ImageLayout:
-    """The layout of an imagetoken.json; UserError names the key that is wrong."""
+    """Return the layout of an imagetoken.json.
+
+    Raises UserError, which names the key, for a wrong value.
+    """
     try:
         found = json.loads(content)
     except ValueError as error:
@@ -138,7 +142,11 @@ def read_layout(content: bytes, where: str) -> ImageLayout:
 
 
 def check_tokenizer(layout: ImageTokenLayout, tokenizer: Any, where: str) -> None:
-    """Refuse a template that this tokenizer would tear apart, and special ids that text has."""
+    """Raise UserError if the template does not fit the tokenizer.
+
+    The template needs its caption once, only special tokens of the vocabulary, and room for a
+    caption. A special id must not be that of unknown tokens.
+    """
     if layout.prompt.count(CAPTION) != 1:
         raise UserError(f"{where}: prompt={layout.prompt!r} must contain {CAPTION} once")
     vocabulary = tokenizer.get_vocab()
@@ -192,18 +200,21 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
 
 
 class Prompt(NamedTuple):
-    """A caption's ids without BOI, at most max_caption_tokens, and whether the caption was cut."""
+    """A caption's ids without BOI, at most max_caption_tokens.
+
+    cut: the caption was too long.
+    """
 
     ids: list[int]
     cut: bool
 
 
 def encode_prompt(layout: ImageTokenLayout, tokenizer: Any, caption: str) -> Prompt:
-    """What the tokenizer itself makes of the filled template.
+    """Return the tokens of the template filled with a caption.
 
-    Of a caption that is too long the longest beginning that fits stays: what the template puts
-    behind it is never lost. Raises UserError for a token that is no text of the model: in one
-    vocabulary with the codes its id would be a code's.
+    A caption that is too long is cut to the longest beginning that fits. The end of the template is
+    never lost. Raises UserError for a token that is no text of the model, because its id would be
+    that of a code in a common vocabulary.
     """
     ids, cut = _ids(layout, tokenizer, caption), False
     if len(ids) > layout.max_caption_tokens:
@@ -224,7 +235,10 @@ def _ids(layout: ImageTokenLayout, tokenizer: Any, caption: str) -> list[int]:
 def left_padded(
     layout: ImageTokenLayout, prompts: list[list[int]]
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-    """Prompts with BOI as the sampler takes them: (tokens, mask), max_caption_tokens + 1 wide."""
+    """Return prompts with BOI for the sampler, padded on the left: (tokens, mask).
+
+    Both are max_caption_tokens + 1 wide.
+    """
     tokens = np.full((len(prompts), layout.max_caption_tokens + 1), layout.pad, np.int32)
     mask = np.zeros_like(tokens)
     for row, ids in enumerate(prompts):
@@ -234,7 +248,7 @@ def left_padded(
 
 
 def null_prompt(layout: ImageTokenLayout, ids: list[int]) -> list[int]:
-    """What stands for this prompt where there is no caption, by the rule of training."""
+    """Return the ids that replace a prompt without a caption, by the rule of training."""
     prompts, counts = np.array([ids or [layout.pad]], np.int32), np.array([len(ids)], np.int32)
     captions, lengths = layout.without_caption(prompts, counts)
     return captions[0, : int(lengths[0])].tolist()

@@ -40,13 +40,13 @@ from jaxft.weights.folders.transformers import HEAD, TABLE, Source, export_confi
 from jaxft.weights.transfer import Part
 from jaxft.weights.views import Grafted
 
-TABLES = (TABLE, HEAD)  # a row an id
+TABLES = (TABLE, HEAD)  # one row for each id
 
 
 class UnifiedModel(NamedTuple):
     """Family N: the language model at the root, vq/ and imagetoken.json beside it.
 
-    The vocabulary is the one that training sees (of a graft: the larger one).
+    The vocabulary is that of training, which is the larger one of a graft.
     """
 
     source: Source
@@ -77,7 +77,7 @@ class UnifiedModel(NamedTuple):
         return self.architecture.flops(self.cfg, length)
 
     def side_files(self, dtype: str | None) -> dict[str, Path | bytes]:
-        """All that an export holds beside the language model's weights."""
+        """Return every file of an export beside the language model's weights."""
         files = dict(self.source.side_files)
         config = export_config(self.source.config, dtype)
         files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -95,10 +95,11 @@ ImageModel = UnifiedModel | JanusFolder  # a folder of either family, opened
 
 
 def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) -> ImageModel:
-    """The model of a folder, or with `options.graft` a text model made to speak that VQ's codes.
+    """Open the model of a folder, or graft the codes of `options.graft` onto a text model.
 
-    A Janus is family J, all else family N. Raises UserError for an adapter's folder, and where the
-    language model, its imagetoken.json, the VQ tokenizer and the options do not fit each other.
+    A Janus is family J, and every other model is family N. Raises UserError for an adapter's
+    folder, and if the language model, its imagetoken.json, the VQ tokenizer and the options do not
+    fit each other.
     """
     if is_adapter(spec):
         raise UserError(f"model={spec} is an adapter; {GIVE_BASE}")
@@ -115,7 +116,8 @@ def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) 
     else:
         content = found if isinstance(found, bytes) else found.read_bytes()
         layout = read_layout(content, f"{spec}/{LAYOUT_JSON}")
-    layout = _changed(layout, options)
+    asked = {"prompt": options.prompt, "max_caption_tokens": options.max_caption_tokens}
+    layout = dataclasses.replace(layout, **{key: value for key, value in asked.items() if value})
     where = spec if options.graft else f"{spec}/{LAYOUT_JSON}"
     cfg = registry.read_decoder(source.config)
     _check_fit(layout, cfg, vq, options, where)
@@ -124,14 +126,14 @@ def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) 
 
 
 def open_folder(spec: str) -> ImageModel:
-    """A folder as it is, at its own resolution."""
+    """Open a folder without changes, at its own resolution."""
     sample = TokenSample(prompts=(), guidance=1.0)
     keys = ImageTokenOptions(resolution=0, cache="", caption_dropout=0.0, sample=sample)
     return open_model(spec, keys, True, 0)
 
 
 class OpenedImageModel:
-    """An image-token model of either family; `jaxft.tasks.Opened`."""
+    """An image-token model of either family. Implements `jaxft.tasks.Opened`."""
 
     def __init__(self, cfg: Config):
         self.options = ImageTokenOptions(**cfg.own)
@@ -140,7 +142,7 @@ class OpenedImageModel:
         self.model = open_model(cfg.model, self.options, pretrained, cfg.seed)
         self.layout = self.model.layout
         if cfg.export.kind == "original":
-            self.model.original_files(None)  # an error is better now than after training
+            self.model.original_files(None)  # raises now rather than after training
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.remat = runtime.resolve_remat(cfg.remat)
         self.parts = (self.model.part,)
@@ -148,7 +150,7 @@ class OpenedImageModel:
         self.saved: dict[str, np.ndarray] = {}
         self.cfg = self._with_adapter(cfg) if cfg.lora.from_ else cfg
         self.template = jax.eval_shape(self.build, jax.random.key(0))
-        for prompt in self.options.sample.prompts:  # likewise
+        for prompt in self.options.sample.prompts:  # raises now too
             encode_prompt(self.layout, self.model.tokenizer, prompt)
 
     def build(self, key: jax.Array) -> nnx.Module:
@@ -162,9 +164,9 @@ class OpenedImageModel:
         return self.saved | peft.load(self.adapter, self.parts[0], describe(self.template))
 
     def _with_adapter(self, cfg: Config) -> Config:
-        """Read the PEFT folder of `lora.from`, and return the config with what it decides.
+        """Read the PEFT folder of `lora.from`. Returns the config with the settings that it fixes.
 
-        The modules that it holds whole train again, unless `trainable` says otherwise.
+        The modules that it stores whole train again, unless `trainable` is set.
         """
         part, plain = self.parts[0], jax.eval_shape(self.model.build, jax.random.key(0))
         found = peft_folder.read(Path(cfg.lora.from_).expanduser(), cfg.model, part.whole)
@@ -195,7 +197,10 @@ def _own_vq(spec: str, source: Source) -> str:
 def _grafted(
     source: Source, options: ImageTokenOptions, vq: ImageTokenizer, seed: int
 ) -> tuple[Source, ImageLayout]:
-    """The text model with four more rows and one for each code, in both of its tables."""
+    """Return the text model with four special rows and a row for each code, and its layout.
+
+    The rows extend the input table, and the output table if there is one.
+    """
     vocab = registry.read_decoder(source.config).vocab_size
     side = options.resolution // vq.cfg.factor
     layout = extended(vocab, vq.cfg.codes, (side, side), vq.fingerprint)
@@ -206,15 +211,10 @@ def _grafted(
     return dataclasses.replace(source, config=config, tensors=tensors), layout
 
 
-def _changed(layout: ImageLayout, options: ImageTokenOptions) -> ImageLayout:
-    asked = {"prompt": options.prompt, "max_caption_tokens": options.max_caption_tokens}
-    return dataclasses.replace(layout, **{key: value for key, value in asked.items() if value})
-
-
 def _check_keys(spec: str, options: ImageTokenOptions, has_layout: bool) -> None:
     if has_layout and options.graft:
         raise UserError(
-            f"graft={options.graft!r}, but {spec} speaks codes already (it has {LAYOUT_JSON});"
+            f"graft={options.graft!r}, but {spec} generates images already (it has {LAYOUT_JSON});"
             " leave graft empty, or give tokenizer=VQ_FOLDER of the same codes"
         )
     if not has_layout and not options.graft:
@@ -224,8 +224,8 @@ def _check_keys(spec: str, options: ImageTokenOptions, has_layout: bool) -> None
         )
     if options.graft and not options.resolution:
         raise UserError(
-            f"resolution=0 is that of the folder, but {spec} has none before its graft; say how"
-            " many pixels a side an image is to have"
+            f"resolution=0 takes the folder's own, but {spec} has none before its graft; set it to"
+            " the pixels a side of an image"
         )
     if options.graft and options.tokenizer:
         raise UserError(
@@ -241,7 +241,7 @@ def _check_fit(
     options: ImageTokenOptions,
     where: str,
 ) -> None:
-    """Refuse what would index another table, or draw pictures of another size."""
+    """Raise UserError if ids would index another table, or pictures have another size."""
     if layout.vocab_size != cfg.vocab_size:
         raise UserError(
             f"{where}: image_offset={layout.image_offset} + codes={layout.codes} is not the"

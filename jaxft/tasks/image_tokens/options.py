@@ -1,12 +1,15 @@
-"""Config keys of the image-token task alone; light, so that a mistyped key fails at once."""
+"""Config keys of the image-token task. Light to import, so that a mistyped key fails at once."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenLoss:
-    """Weights of the mean cross-entropy over a row's codes and over its prompt (DALL-E: 7/8 and
-    1/8), and of z-loss in both."""
+    """Weights of the loss terms.
+
+    image_weight, text_weight: of the mean cross-entropy over a row's codes and over its prompt
+    (DALL-E: 7/8 and 1/8). z: of the z-loss in both.
+    """
 
     image_weight: float = 1.0
     text_weight: float = 0.0
@@ -15,7 +18,7 @@ class TokenLoss:
 
 @dataclasses.dataclass(frozen=True)
 class TokenSample:
-    """How images are drawn to be looked at; without prompts, held-out captions."""
+    """Settings of the sampled previews. Without prompts, held-out captions are used."""
 
     prompts: tuple[str, ...]
     guidance: float
@@ -26,9 +29,12 @@ class TokenSample:
 
 @dataclasses.dataclass(frozen=True)
 class ImageTokenOptions:
-    """`tokenizer` is another VQ folder than the model's own; `graft` the one that a text model is
-    to speak. `resolution` 0, `prompt` "" and `max_caption_tokens` 0 are the folder's own. `crops`:
-    the centre alone, or corners of a slightly larger picture too."""
+    """Options of the image-token task.
+
+    resolution, prompt, max_caption_tokens: 0 or "" is the folder's own. tokenizer: another VQ
+    folder than the model's own. graft: the VQ folder whose codes a text model is to learn. crops: 1
+    is the centre alone, and more add corners of a slightly larger picture.
+    """
 
     resolution: int
     cache: str

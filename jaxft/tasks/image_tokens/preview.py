@@ -28,11 +28,11 @@ from jaxft.tasks.image_tokens.layout import encode_prompt, left_padded, null_pro
 from jaxft.tasks.image_tokens.opened import OpenedImageModel
 from jaxft.tasks.image_tokens.rows import nearest, worst_pictures
 
-FEW_WEIGHTS = 2**24  # weights of a model whose products, a token a row, gain nothing from threads
+FEW_WEIGHTS = 2**24  # below this size, products of one token a row gain nothing from threads
 
 
 class ImageTokenPreview:
-    """An image-token model on its evaluation set; `jaxft.tasks.Preview`."""
+    """Evaluation and samples of an image-token model. Implements `jaxft.tasks.Preview`."""
 
     def __init__(self, opened: OpenedImageModel, data: Data):
         self.opened, self.data, self.rows = opened, data, data.held_out
@@ -47,9 +47,12 @@ class ImageTokenPreview:
         self._shown = False  # the tokenizer's sheet is for the first report
 
     def evaluate(self, params: Params, mesh: Mesh) -> Report:
-        """Return the loss on held-out pictures with captions and without, and generated ones."""
+        """Return losses on held-out pictures with and without captions, and generated pictures."""
         rows = self.rows
-        pictures = self._tokenizer_sheet()
+        pictures: dict[str, np.ndarray] = {}
+        if not self._shown and self.data.train is not None:
+            pictures["tokenizer"] = worst_pictures(self.data.train, self.opened.model.vq, CELL)
+        self._shown = True
         if rows is None:
             return Report({}, pictures=pictures)
         data = subset(rows, self.opened.options.eval_examples, self.opened.cfg.seed)
@@ -66,13 +69,6 @@ class ImageTokenPreview:
         measured, shown = self._generated(params)
         return Report(metrics | measured, pictures={**pictures, "held-out": shown})
 
-    def _tokenizer_sheet(self) -> dict[str, np.ndarray]:
-        """Return the pictures that the tokenizer reconstructs worst, at the first evaluation."""
-        shown, self._shown = self._shown, True
-        if shown or self.data.train is None:
-            return {}
-        return {"tokenizer": worst_pictures(self.data.train, self.opened.model.vq, CELL)}
-
     def _baselines(self, data: Any) -> dict[str, float]:
         """Return bounds of the cross-entropy, and the quality of the tokenizer alone."""
         stored = [self.rows.stored(int(i)) for i in data.ids]
@@ -87,7 +83,7 @@ class ImageTokenPreview:
 
     @partial(jax.jit, static_argnums=0)
     def _score(self, params: Params, batch: Batch) -> Metrics:
-        """Sums over rows of their mean cross-entropy, with caption and without."""
+        """Return sums over rows of their mean cross-entropy, with caption and without."""
         model = bind(self.opened.template, cast(params, self.dtype))
         never = jnp.zeros(len(batch["weights"]), bool)
         _, with_caption = self.objective.cross_entropy(model, batch, never, None)
@@ -99,7 +95,7 @@ class ImageTokenPreview:
         return {**found, **rest}
 
     def _generated(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
-        """Pictures drawn for held-out captions: numbers, and a grid beside what was wanted."""
+        """Return metrics and a sheet of pictures generated for held-out captions."""
         rows, vq = self.rows, self.opened.model.vq
         assert rows is not None and self.kid is not None
         chosen = rows.shown
@@ -143,9 +139,11 @@ class ImageTokenPreview:
     def _sample(
         self, params: Params, prompts: list[str], request: Request
     ) -> tuple[np.ndarray, float]:
-        """Codes, and images a second: of the fastest portion, as the first may have to compile.
+        """Return codes [N, Y, X], and the images per second.
 
-        Always as many at a time as a micro-batch has: others beside it would round it otherwise.
+        The rate is that of the fastest portion, because the first may include a compilation. A
+        portion always has as many rows as a micro-batch, because other batch sizes would round
+        differently.
         """
         options, layout = self.opened.options.sample, self.opened.layout
         size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches

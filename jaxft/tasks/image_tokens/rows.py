@@ -23,15 +23,15 @@ from jaxft.tasks.image_tokens.opened import OpenedImageModel
 from jaxft.tasks.image_tokens.tokenizer import CODED_TOGETHER, ImageTokenizer
 
 WORST = 8  # pictures of a reconstruction sheet
-BLOCK = 1024  # cached grids that are compared at once
+BLOCK = 1024  # cached grids in one comparison
 
 
 class CodeRows:
-    """A picture set as rows of codes and prompts; `jaxft.tasks.Rows`.
+    """A picture set as rows of codes and prompts. Implements `jaxft.tasks.Rows`.
 
-    Indexing is safe in threads. `cut` counts the captions that were too long, `width` is the
-    longest prompt's count of ids: what all are padded to. Codes and their `counts` are there after
-    `cache`. shown: the rows whose pictures an evaluation shows.
+    Indexing is safe in threads. cut: the number of captions that were too long. width: the number
+    of ids of the longest prompt, to which all are padded. counts: the uses of each code. Codes and
+    counts are available after `cache`. shown: the rows whose pictures an evaluation shows.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class CodeRows:
     ) -> None:
         """Encode the pictures whose codes `store` lacks, and serve rows from there.
 
-        pixels: a cache of those pictures that evaluations show, the worst reconstructions too.
-        Raises UserError where the codebook has no such code as the cache holds.
+        pixels: a cache for the pictures that evaluations show, the worst reconstructions too.
+        Raises UserError if the cache holds a code that the codebook lacks.
         """
 
         def encode(pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -164,7 +164,7 @@ class CodeRows:
 
 
 def read_rows(opened: OpenedImageModel, spec: str, training: bool) -> CodeRows:
-    """Open the pictures of a set; training ones with mirrored ones and crops."""
+    """Open the pictures of a set. A training set may add mirrored pictures and crops."""
     options, factor = opened.options, opened.model.vq.cfg.factor
     flip, crops = (options.flip, options.crops) if training else (False, 1)
     side = opened.layout.grid[0] * factor
@@ -194,7 +194,10 @@ def encode(
 
 
 def open_store(opened: OpenedImageModel) -> ArrayCache:
-    """Return the cache of this tokenizer and size; print a line where it holds others' alone."""
+    """Return the cache of this tokenizer and size.
+
+    Prints a line if this cache is empty and the folder has others.
+    """
     vq, folder = opened.model.vq, Path(opened.options.cache).expanduser()
     name = f"codes {vq.fingerprint} {opened.layout.grid}"
     store = ArrayCache(folder, name, jax.process_index())
@@ -209,7 +212,7 @@ def open_store(opened: OpenedImageModel) -> ArrayCache:
 
 
 def ceiling(rows: CodeRows) -> str:
-    """Return the PSNR of the tokenizer alone over the cache: no model above it does better."""
+    """Return a line on the PSNR of the tokenizer alone over the cache, the limit of any model."""
     found = np.array([rows.stored(i)["psnr"] for i in range(len(rows))])
     return (
         f"tokenizer ceiling: {len(found)} pictures come back at {found.mean():.1f} dB PSNR on"
@@ -230,18 +233,18 @@ def worst_pictures(rows: CodeRows, vq: ImageTokenizer, cell: int) -> UInt8[np.nd
 
 
 def entropy(counts: Int[np.ndarray, " K"]) -> float:
-    """Return the entropy of the codes as independent draws, nats.
+    """Return the entropy of the codes as independent draws, in nats.
 
-    It is the loss of a model of their frequencies alone.
+    It is the loss of a model that predicts only their frequencies.
     """
     shares = counts[counts > 0] / counts.sum()
     return float(-np.sum(shares * np.log(shares)))
 
 
 def nearest(rows: CodeRows, grids: Int[np.ndarray, "N S"]) -> np.ndarray:
-    """Return the Hamming distance of each grid to the nearest of all cached ones, as a share; [N].
+    """Return the Hamming distance of each grid to the nearest cached one, as a share [N].
 
-    0 is a picture of the set, code for code; memory is that of one block.
+    A picture of the set has 0. The memory is that of one block.
     """
     best = np.ones(len(grids))
     for block in rows.blocks():

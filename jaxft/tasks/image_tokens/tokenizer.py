@@ -1,4 +1,4 @@
-"""Pictures as codes: a VQ tokenizer beside the model, its cache, and rows to train on."""
+"""Pictures as codes: the VQ tokenizer of a model, its folder and its export."""
 
 import atexit
 import dataclasses
@@ -31,14 +31,14 @@ from jaxft.weights.rules import Rule, renamed
 from jaxft.weights.transfer import Part
 from jaxft.weights.views import Mapped, Renamed
 
-CODED_TOGETHER = 16  # pictures that are encoded or decoded together
+CODED_TOGETHER = 16  # pictures in one call of the tokenizer
 FINDS = ("encoder.", "quant_conv.", "quantize.")  # the parameters that decide a picture's codes
 CODEBOOK_KEY = "quantize.embedding.weight"
-BEST = 100.0  # dB: a picture that comes back exactly has no finite PSNR
+BEST = 100.0  # dB, for an exact reconstruction, whose PSNR is infinite
 
 
 class CodedPictures(NamedTuple):
-    """A batch of pictures through the tokenizer and back."""
+    """A batch of pictures, encoded and decoded again."""
 
     codes: Int[np.ndarray, "B Y X"]
     pixels: UInt8[np.ndarray, "B Y2 X2 3"]
@@ -47,9 +47,9 @@ class CodedPictures(NamedTuple):
 
 
 class ImageTokenizer:
-    """A VQ tokenizer, fp32 on the first device; `spec` is how messages call it.
+    """A VQ tokenizer in fp32 on the first device. Messages name it by `spec`.
 
-    It belongs to no run's parameters: nothing of it trains, an export copies its files.
+    It does not belong to a run's parameters. It never trains, and an export copies its files.
     """
 
     def __init__(self, spec: str, source: Source):
@@ -66,7 +66,7 @@ class ImageTokenizer:
 
     @property
     def files(self) -> dict[str, Path | bytes]:
-        """Everything of its folder that an export copies, under vq/."""
+        """All files of its folder that an export copies, under vq/."""
         folder = self.source.folder
         assert folder is not None
         kept = {path.name: path for pattern in SIDE_FILES for path in folder.glob(pattern)}
@@ -76,13 +76,16 @@ class ImageTokenizer:
         return {f"vq/{name}": path for name, path in files.items()}
 
     def reconstruct(self, pixels: UInt8[np.ndarray, "B Y X 3"]) -> CodedPictures:
-        """Any number of pictures."""
+        """Encode any number of pictures and decode their codes."""
         with jax.set_mesh(self.mesh):
             made = [self._reconstruct(self.params, rows) for rows in _cut(pixels)]
         return CodedPictures(*(_joined(arrays, len(pixels)) for arrays in zip(*made, strict=True)))
 
     def decode(self, codes: Int[np.ndarray, "B Y X"]) -> UInt8[np.ndarray, "B Y2 X2 3"]:
-        """Pictures of any number of code grids; UserError where the codebook has no such code."""
+        """Return the pictures of any number of code grids.
+
+        Raises UserError for a code that the codebook lacks.
+        """
         check_codes(codes, self.cfg, self.spec)
         with jax.set_mesh(self.mesh):
             made = [self._decode(self.params, rows) for rows in _cut(codes)]
@@ -102,7 +105,7 @@ class ImageTokenizer:
 
 
 def open_tokenizer(spec: str) -> ImageTokenizer:
-    """The tokenizer of a folder, or of its vq/, its codebook as an export writes it."""
+    """Open the tokenizer of a folder, or of its vq/, with the codebook of an export."""
     source = open_component(spec, "vq")
     assert source.tensors is not None
     cfg = VQConfig.from_hf(source.config, f"{source.folder}/config.json")
@@ -115,7 +118,7 @@ def open_tokenizer(spec: str) -> ImageTokenizer:
 
 
 def _stock_keyed(tensors: Tensors, cfg: VQConfig) -> Tensors:
-    """The tensors by transformers' names, where they have those of LlamaGen's own code."""
+    """Rename tensors with the keys of LlamaGen's own code to those of transformers."""
     keys = list(tensors.keys())
     if cfg.kind != JANUS or not any(".conv_blocks." in key for key in keys):
         return tensors
@@ -126,13 +129,16 @@ def _stock_keyed(tensors: Tensors, cfg: VQConfig) -> Tensors:
 
 
 def unit_rows(tensors: Tensors, cfg: VQConfig, key: str) -> Tensors:
-    """A checkpoint whose codebook transformers' own search finds our codes in."""
+    """Return a checkpoint with a codebook in which transformers' own search finds our codes."""
     unit = partial(vqgan.unit_codebook, cfg)
     return Mapped(tensors, {key: lambda rows: np.asarray(unit(jnp.asarray(rows)))})
 
 
 def _rewritten(source: Source, files: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
-    """`files` with the weights as `source.tensors` are, in a folder that goes with the process."""
+    """Return `files` with the weights of `source.tensors`.
+
+    The weights are written to a temporary folder, which is deleted when the process ends.
+    """
     tensors = source.tensors
     assert tensors is not None
     folder = Path(tempfile.mkdtemp(prefix="jaxft-vq-"))
@@ -145,7 +151,10 @@ def _rewritten(source: Source, files: dict[str, Path | bytes]) -> dict[str, Path
 
 
 def _cut(rows: np.ndarray) -> Iterator[np.ndarray]:
-    """CODED_TOGETHER at a time, the last filled up, so that one compiled function serves."""
+    """Yield CODED_TOGETHER rows at a time, the last ones filled up.
+
+    A fixed number of rows needs only one compilation.
+    """
     for first in range(0, len(rows), CODED_TOGETHER):
         yield np.resize(rows[first : first + CODED_TOGETHER], (CODED_TOGETHER, *rows.shape[1:]))
 

@@ -7,7 +7,7 @@ from jaxft.weights.folders.transformers import export_config
 
 
 def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
-    """Return configs, tokenizer, licence and card, true of what is exported."""
+    """Return configs, tokenizer, licence and card of the exported model."""
     opened = job.opened
     source, files = opened.source, dict(opened.source.side_files)
     config = export_config(source.config, writers.stated_dtype(job))
@@ -15,7 +15,7 @@ def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
         files["config.json"] = writers.dump(config)
     ends, own = source.generation_config, opened.tokenizer.eos_token_id
     known = eos_ids(ends.get("eos_token_id") or config.get("eos_token_id"))
-    if source.tokenizer and own not in known:  # else generate passes the adapter's EOS by
+    if source.tokenizer and own not in known:  # otherwise generate ignores the adapter's EOS
         files["generation_config.json"] = writers.dump({**ends, "eos_token_id": [own, *known]})
     return files
 

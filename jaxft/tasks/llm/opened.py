@@ -22,7 +22,7 @@ from jaxft.weights.adapters.peft_folder import fit, open_adapted
 
 
 class OpenedDecoder:
-    """A decoder with its tokenizer; `jaxft.tasks.Opened`."""
+    """A decoder with its tokenizer. Implements `jaxft.tasks.Opened`."""
 
     def __init__(self, cfg: Config):
         opened = open_adapted(
@@ -66,14 +66,14 @@ class OpenedDecoder:
         return f"{self.source.config.get('model_type')}{kept}"
 
     def stop_ids(self) -> tuple[int, ...]:
-        """Return every id that ends a text: the generation config's, config's and tokenizer's."""
+        """Return every end-of-text id of the generation config, the config and the tokenizer."""
         ids = {self.tokenizer.eos_token_id}
         for config in (self.source.generation_config, self.source.config):
             ids |= set(eos_ids(config.get("eos_token_id")))
         return tuple(sorted(ids))
 
     def _check_pad(self) -> None:
-        """Raise UserError for a pad token without a row: transformers would index the table."""
+        """Raise UserError for a pad token without a row, which transformers would read."""
         rows, tokenizer = self.model_cfg.vocab_size, self.tokenizer
         if tokenizer.pad_token_id is not None:
             where = f"{self.source.name}: pad_token of tokenizer_config.json"

@@ -26,9 +26,9 @@ SAMPLE_TOKENS = 48  # new tokens of a sample during training
 
 
 class DecoderPreview:
-    """A decoder on its evaluation set; `jaxft.tasks.Preview`.
+    """Evaluation and samples of a decoder. Implements `jaxft.tasks.Preview`.
 
-    Evaluation rows hold one example each, so that the numbers of a command are those of the run.
+    Evaluation rows hold one example each, so that a command and the run compute the same numbers.
     """
 
     def __init__(self, opened: OpenedDecoder, data: Data):
@@ -81,7 +81,7 @@ class DecoderPreview:
 
     @partial(jax.jit, static_argnums=0)
     def _score(self, params: Params, batch: Batch, label_ids: jax.Array) -> tuple[Metrics, Any]:
-        """Return sums of a batch, and each row's likeliest of `label_ids` [B].
+        """Return sums of a batch, and the likeliest of `label_ids` for each row [B], as an index.
 
         A label is scored at the row's first trained target.
         """
@@ -95,24 +95,27 @@ class DecoderPreview:
         return sums, constrain(best, None)
 
     def _label_rows(self, view: Subset, index: int) -> list[text.Example]:
-        """Return a record's row with each of the labels."""
+        """Return the rows of one record, one for each label."""
         rows = self.data.held_out.data
         record = rows.records[int(rows.record_ids[view.ids[index]])]
         template, seq_len = self.options.template, self.options.seq_len
         return text.label_rows(self.tokenizer, record["text"], self.labels, template, seq_len)
 
     def _best_label(self, params: Params, mesh: Mesh, rows: list[text.Example]) -> int:
-        """Return the row of the lowest total loss: that of its label, what follows it and EOS."""
+        """Return the index of the row with the lowest total loss.
+
+        The loss of a row is that of its label, the text after it, and EOS.
+        """
         ways = batch_ways(mesh)
         batch = self.data.held_out.collate(rows, batch_rows=-(-len(rows) // ways) * ways)
         most = int(batch["weights"].sum(axis=1).max())
-        width = min(-(-most // 8) * 8, self.options.seq_len)  # few widths are few compilations
+        width = min(-(-most // 8) * 8, self.options.seq_len)  # few widths need few compilations
         losses = self._row_loss(params, place_batch(batch, mesh), width)
         return int(np.argmin(np.asarray(losses)[: len(rows)]))
 
     @partial(jax.jit, static_argnums=(0, 3))
     def _row_loss(self, params: Params, batch: Batch, width: int) -> jax.Array:
-        """Return the summed loss of each row [B], of which at most `width` positions train."""
+        """Return the summed loss of each row [B]. At most `width` positions of a row train."""
         model = bind(self.opened.template, cast(params, self.dtype))
         hidden = self.objective.hidden(model, batch, None)
         hidden, targets, weights = self.objective.trained_only(hidden, batch, width)
@@ -177,7 +180,7 @@ def _prompt(example: text.Example) -> np.ndarray:
 
 
 def _language_metrics(sums: dict[str, float], n_bytes: int) -> dict[str, float]:
-    """Return the mean loss over all trained tokens of the set, and what follows from it."""
+    """Return the mean loss over all trained tokens of the set, and metrics derived from it."""
     weight = max(sums["weight"], 1.0)
     loss = sums["nll"] / weight
     return {

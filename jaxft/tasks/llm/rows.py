@@ -1,4 +1,4 @@
-"""Rows of tokens to train a language model on, packed where examples are short."""
+"""Rows of tokens to train a language model on. Short examples are packed."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,9 +14,9 @@ from jaxft.tasks.llm.opened import OpenedDecoder
 
 
 class TokenRows:
-    """A tokenised set as batches of [batch_size, seq_len]; `jaxft.tasks.Rows`.
+    """A tokenised set as batches of [batch_size, seq_len]. Implements `jaxft.tasks.Rows`.
 
-    packing: how the examples of a batch share rows; None where each has its own.
+    packing: assigns the examples of a batch to shared rows. None gives each example a row.
     """
 
     bad = ()  # a bad record stops the run
@@ -38,7 +38,7 @@ class TokenRows:
 
     @property
     def width(self) -> int:
-        """The most positions that one row trains."""
+        """Largest number of trained positions in one row."""
         per_row = self.packing.per_row if self.packing else 1
         return min(per_row * self.data.report["longest_trained"], self.options.seq_len)
 
@@ -89,7 +89,7 @@ class TokenRows:
 
 
 def _packing(data: text.TextDataset, cfg: Config, seq_len: int, training: bool) -> Packing | None:
-    """Choose how examples share rows; None where sharing saves nothing."""
+    """Return the packing of examples into shared rows, or None if it saves nothing."""
     if not (training and cfg.own["pack"]):
         return None
     ways = jax.device_count() // max(cfg.mesh.tensor, 1)

@@ -10,7 +10,7 @@ from jaxft.tasks.llm.rows import TokenRows
 
 def _objective(opened: OpenedDecoder, rows: TokenRows) -> NextToken:
     seq_len, flops = opened.options.seq_len, opened.architecture.flops
-    assert flops is not None  # of every decoder
+    assert flops is not None  # every decoder has it
     return NextToken(
         opened.dtype,
         opened.remat,

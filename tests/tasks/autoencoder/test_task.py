@@ -252,5 +252,5 @@ def test_it_makes_nothing_of_a_prompt(models, images, one_device):
     from jaxft.tasks import Request
 
     task = runs.open_run(make_config(models["vae"], images))
-    with pytest.raises(UserError, match="nothing of a prompt"):
+    with pytest.raises(UserError, match="takes no prompt"):
         task.preview.complete({}, ["a cat"], Request())

@@ -233,13 +233,13 @@ def fails(words, folder, **changes):
 
 
 def test_another_resolution_says_which_family_can(work):
-    fails(["resolution=32", "family J", f"{SIZE} alone", "family N", "graft"], work / "model",
+    fails(["resolution=32", "family J", f"only {SIZE} pixels", "family N", "graft"], work / "model",
           resolution=32)  # fmt: skip
 
 
 def test_keys_that_a_janus_has_no_use_for(work):
     fails(["text_weight=0.1", "set it to 0"], work / "model", loss=TokenLoss(1.0, 0.1))
-    fails(["graft='x'", "draws already"], work / "model", graft="x")
+    fails(["graft='x'", "generates images already"], work / "model", graft="x")
     fails(["max_caption_tokens=250", "256"], work / "model", max_caption_tokens=250)
     with pytest.raises(UserError, match="init='random'"):
         open_model(str(work / "model"), options(), False, 0)

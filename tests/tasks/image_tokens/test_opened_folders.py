@@ -124,7 +124,7 @@ def test_pickled_tokenizers_are_refused_with_the_way_to_convert(make_folder, vq,
 
 def test_keys_that_exclude_each_other(whole, make_folder, vq):
     fails(["imagetoken.json", "graft"], make_folder())
-    fails(["speaks codes already"], whole, graft=str(vq))
+    fails(["generates images already"], whole, graft=str(vq))
     fails(["two VQ tokenizers"], make_folder(), graft=str(vq), tokenizer=str(vq))
 
 
