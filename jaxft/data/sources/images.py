@@ -1,4 +1,4 @@
-"""Pictures in the rows of tables: parquet and arrow files, and TFDS splits."""
+"""Sources of pictures in rows of tables: parquet and arrow files, and TFDS splits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ from jaxft.data.sources.texts import tfds_arguments
 
 @dataclass(frozen=True)
 class TableImages:
-    """Rows of a table: image(i) is bytes or {"bytes", "path"}, text(i) the caption."""
+    """Pictures of a table's rows.
+
+    `image(i)` returns bytes or {"bytes", "path"}. `text(i)` returns the caption.
+    """
 
     spec: str
     folder: Path

@@ -1,4 +1,4 @@
-"""The table of schemes: what a spec such as `jsonl:rows.jsonl` opens as texts or as pictures."""
+"""Table of schemes: openers of a spec such as `jsonl:rows.jsonl` for texts and for pictures."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +18,14 @@ from jaxft.data.sources.texts import (
 )
 from jaxft.demo import demo_path
 
-Images = tuple[ImageSource, list[Bad]]  # a source, and the pictures that nothing here reads
+Images = tuple[ImageSource, list[Bad]]  # a source, and the pictures in unsupported formats
 
 
 class Scheme(NamedTuple):
-    """A scheme as messages write it, and its openers, which are None where it has no such data.
+    """A scheme's form in messages, and its openers of texts and of pictures, or None.
 
-    `texts(spec, rest)` and `images(spec, rest, captions)` get the whole spec and what follows the
-    colon.
+    `texts(spec, rest)` and `images(spec, rest, captions)` take the whole spec and the part after
+    the colon.
     """
 
     form: str
@@ -70,8 +70,8 @@ SCHEMES = {
 def open_records(spec: str) -> TextRecords:
     """Open the texts that `spec` names, by SCHEMES.
 
-    Contents are read when indexed. Only line offsets are found at once. Raises UserError for an
-    unknown spec, a missing file or an empty set.
+    Contents are read when indexed. Only the offsets of lines are computed at once. Raises
+    UserError for an unknown spec, a missing file or an empty set.
     """
     name, _, rest = spec.partition(":")
     scheme = SCHEMES.get(name)
@@ -88,9 +88,9 @@ def open_images(spec: str, captions: bool = True, edited: bool = False) -> Recor
 
     captions: require a caption of every picture. Without it a picture that has none gets "".
     edited: require the name of the picture that each was edited from.
-    Pictures in formats that nothing here reads are left out, counted in a printed line and listed
-    in `left_out`. Raises UserError for an unknown spec, a missing file, caption or optional
-    package, several splits at once, and an empty set.
+    Pictures in unsupported formats are left out, counted in a printed line and listed in
+    `left_out` of the result. Raises UserError for an unknown spec, a missing file, caption or
+    optional package, several splits at once, and an empty set.
     """
     name, _, rest = spec.partition(":")
     scheme = SCHEMES.get(name)

@@ -16,25 +16,29 @@ _TFDS_SPEC = re.compile(r"(?P<name>[^:@]+(:\d+\.\d+\.\d+)?)(:(?P<split>[^@]+))?(
 
 
 class TextRecords(Protocol):
-    """A random-access set of records; `repr` is the same in every process and run."""
+    """A random-access set of records. Its `repr` is the same in every process and run."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def where(self, index: int) -> str:
-        """The place of record `index` for messages, such as "rows.jsonl:12"."""
+        """Return the place of record `index` for messages, such as "rows.jsonl:12"."""
         ...
 
 
 class JsonlRecords:
-    """One JSON object a line (blank lines do not count), found by byte offset; safe in threads."""
+    """Records of a file with one JSON object a line, without blank lines.
+
+    Lines are read by byte offset. Indexing is safe in threads.
+    """
 
     def __init__(self, spec: str, path: Path):
         self._spec, self._path = spec, path
         try:
             with open(path, "rb") as file:
-                self._data = _map_file(file)
+                empty = file.seek(0, 2) == 0  # an empty file cannot be mapped
+                self._data = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise UserError(f"cannot read {path} ({spec}): {error.strerror or error}") from None
         self._spans, self._lines = _line_index(self._data)
@@ -72,17 +76,10 @@ class JsonlRecords:
         return f"{self._path}:{self._lines[index]}"
 
 
-def _map_file(file: Any) -> mmap.mmap | bytes:
-    # An empty file cannot be mapped.
-    if file.seek(0, 2) == 0:
-        return b""
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 def _line_index(data: mmap.mmap | bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Byte span int64 [n, 2] and line number int64 [n] of every line that is not blank."""
+    """Return byte span int64 [n, 2] and line number int64 [n] of every line that is not blank."""
     spans, numbers = [], []
-    start = 3 if data[:3] == b"\xef\xbb\xbf" else 0  # a byte order mark is no content
+    start = 3 if data[:3] == b"\xef\xbb\xbf" else 0  # a byte order mark is not content
     number = 0
     while start < len(data):
         number += 1
@@ -96,7 +93,7 @@ def _line_index(data: mmap.mmap | bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TextFiles:
-    """One record {"text": whole file} for each file, newlines kept as they are."""
+    """Records of text files: {"text": whole file} for each file, with newlines unchanged."""
 
     def __init__(self, spec: str, paths: Sequence[Path]):
         self._spec, self._paths = spec, paths
@@ -139,7 +136,7 @@ def open_text_files(spec: str, pattern: str) -> TextFiles:
 
 
 class TfdsRecords:
-    """A TFDS split read without TensorFlow: texts decoded, class labels given by name."""
+    """Records of a TFDS split, read without TensorFlow. Texts are decoded, class labels named."""
 
     def __init__(self, spec: str, source: Any, features: Any, text_keys: set[str]):
         self._spec, self._source = spec, source
@@ -172,7 +169,7 @@ class TfdsRecords:
 
 
 def tfds_arguments(spec: str, rest: str) -> tuple[Any, str, dict[str, Any]]:
-    """The TFDS package, a dataset's name, and the further arguments of `tfds.data_source`."""
+    """Return the TFDS package, a dataset's name, and the other arguments of `tfds.data_source`."""
     match = _TFDS_SPEC.fullmatch(rest)
     if match is None:
         raise UserError(f"cannot read {spec!r}: expected tfds:NAME[:SPLIT][@DATA_DIR]")
