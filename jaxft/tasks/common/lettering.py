@@ -63,7 +63,7 @@ def draw_lines(sheet: Image.Image, lines: Lines, left: int, top: int, width: int
     for row, line in enumerate(lines.texts):
         mask = Image.new("L", (width * _FINER, (LINE + 2 * _MARGIN) * _FINER))
         draw = ImageDraw.Draw(mask)
-        x = (width - _width(line)) * _FINER * lines.leftward
+        x = (width - _width(line)) * _FINER if lines.leftward else 0
         runs = _runs(line)
         for file, text in reversed(runs) if lines.leftward else runs:
             direction = "rtl" if lines.leftward and _can_shape() else None

@@ -101,7 +101,9 @@ def adapters(job: Job) -> dict[str, np.ndarray]:
 
 def copy(files: SideFiles, folder: Path) -> None:
     """Write files into a folder. Only the first process writes."""
-    for name, content in files.items() if jax.process_index() == 0 else ():
+    if jax.process_index():
+        return
+    for name, content in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):

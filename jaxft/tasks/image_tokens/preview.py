@@ -148,12 +148,11 @@ class ImageTokenPreview:
         options, layout = self.opened.options.sample, self.opened.layout
         size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches
         how = Sampling(
-            *(
-                getattr(options if getattr(request, name) is None else request, name)
-                for name in Sampling._fields
-            )
+            temperature=_first(request.temperature, options.temperature),
+            top_k=_first(request.top_k, options.top_k),
+            top_p=_first(request.top_p, options.top_p),
         )
-        guidance = options.guidance if request.guidance is None else request.guidance
+        guidance = _first(request.guidance, options.guidance)
         ids = [encode_prompt(layout, self.opened.model.tokenizer, prompt).ids for prompt in prompts]
         made, seconds = [], []
         for first in range(0, len(ids), size):
@@ -177,3 +176,8 @@ class ImageTokenPreview:
             count=layout.count, guidance=guidance, how=how, dtype=self.dtype,
         )  # fmt: skip
         return constrain(codes, None, None)
+
+
+def _first(asked: Any, default: Any) -> Any:
+    """Return a setting of the request, or the config's own where the request has none."""
+    return default if asked is None else asked

@@ -181,7 +181,7 @@ def encode(
     if not sets:
         return
     vq, layout, store = opened.model.vq, opened.layout, open_store(opened)
-    pixels = ArrayCache(Path(opened.options.cache), "pixels", jax.process_index())
+    pixels = ArrayCache(store.folder.parent, "pixels", jax.process_index())
     for rows in sets:
         rows.cache(store, vq, pixels)
     counts = sets[0].counts
