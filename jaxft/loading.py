@@ -149,10 +149,10 @@ class LoadedImageTokens:
         self, tokens: Int[Array, "B T"], images: Bool[Array, "B T"]
     ) -> Float[Array, "B T K"]:
         """Return fp32 logits of the next code after each token. `images` marks the codes."""
-        speaker = self.opened.speaker(self.model)
+        code_model = self.opened.code_model(self.model)
         dtype = jax.tree.leaves(self.params)[0].dtype
-        hidden, _ = speaker.llama.hidden(embeds=speaker.embed(tokens, images, dtype))
-        flat = speaker.scorer()(hidden.reshape(-1, hidden.shape[-1]))  # [B * T, K]
+        hidden, _ = code_model.decoder.hidden(embeds=code_model.embed(tokens, images, dtype))
+        flat = code_model.scorer()(hidden.reshape(-1, hidden.shape[-1]))  # [B * T, K]
         return flat.reshape(*hidden.shape[:2], -1)  # [B, T, K]
 
     def sample(
@@ -176,7 +176,7 @@ class LoadedImageTokens:
         @jax.jit
         def draw(model: nnx.Module) -> Int[Array, "N S"]:
             return generate_codes(
-                self.opened.speaker(model), tokens, mask, keys,
+                self.opened.code_model(model), tokens, mask, keys,
                 count=layout.count, guidance=guidance, how=how, dtype=dtype,
             )  # fmt: skip
 
@@ -238,7 +238,7 @@ class LoadedPipeline:
         picture as input (`python -m jaxft.sample` has the option --image).
         """
         cfg, texts = self.config, [prompts] if isinstance(prompts, str) else list(prompts)
-        if cfg.sees != NOTHING:
+        if cfg.conditioning != NOTHING:
             raise UserError(
                 "this pipeline needs a picture as input; use python -m jaxft.sample --workdir DIR"
                 " --image FILE of a run"

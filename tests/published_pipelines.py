@@ -68,6 +68,6 @@ def _row(name: str, family: str) -> Row:
         cfg = open_published(name)
     except UserError as error:
         return Row(name, family, "refused", str(error).replace(f"{PUBLISHED / name}/", ""))
-    kind = {HOLE: "inpainting", SOURCE: "InstructPix2Pix"}.get(cfg.sees, "text to image")
+    kind = {HOLE: "inpainting", SOURCE: "InstructPix2Pix"}.get(cfg.conditioning, "text to image")
     works = "opens, trains, exports" if name in RUN else "opens"
     return Row(name, family, works, f"{kind}, {cfg.schedule.prediction}")

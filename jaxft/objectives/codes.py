@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.core.params import Leaf
 from jaxft.core.step import Batch, Metrics, stream
-from jaxft.models.pipelines.image_decode import Speaker
+from jaxft.models.pipelines.image_decode import CodeModel
 
 CAPTION_STREAM, ADAPTER_STREAM = range(2)  # streams of a row's own key
 
@@ -50,12 +50,12 @@ class TokenWeights(Protocol):
 class CodePrediction:
     """Next-token prediction of `prompt BOI codes`.
 
-    speaker: returns the `models.pipelines.image_decode.Speaker` of a bound module. dropout:
+    code_model: returns the `models.pipelines.image_decode.CodeModel` of a bound module. dropout:
     adapters use dropout. image_flops: FLOPs of a forward pass, a row.
     """
 
     layout: RowLayout
-    speaker: Callable[[Any], Speaker]
+    code_model: Callable[[Any], CodeModel]
     dtype: Any
     remat: str
     weights: TokenWeights
@@ -94,22 +94,22 @@ class CodePrediction:
         """Return the weighted sum over rows, and its parts. `dropped` is bool [B]."""
         layout, options, weights = self.layout, self.weights, batch["weights"][:, None]
         rows = train_rows(layout, batch["prompt"], batch["length"], batch["codes"], dropped)
-        speaker = self.speaker(model)
-        embeds = speaker.embed(rows.tokens, rows.images, self.dtype, keys)
-        hidden, _ = speaker.llama.hidden(
+        code_model = self.code_model(model)
+        embeds = code_model.embed(rows.tokens, rows.images, self.dtype, keys)
+        hidden, _ = code_model.decoder.hidden(
             embeds=embeds, keys=keys, remat=self.remat, dtype=self.dtype
         )
         # The head computes logits at these positions alone.
         before_codes = jnp.take_along_axis(hidden, rows.places[..., None], axis=1)  # [B, S, D]
         even = jnp.broadcast_to(weights / layout.count, rows.image_targets.shape)
         targets = rows.image_targets
-        image, sums = speaker.cross_entropy(before_codes, targets, even, options.z, keys)
+        image, sums = code_model.cross_entropy(before_codes, targets, even, options.z, keys)
         total = options.image_weight * image
         metrics = {"image_ce": image - sums.get("z", 0.0), "accuracy": sums["correct"]}
         if options.text_weight:
             before_text = hidden[:, : rows.text_targets.shape[1]]  # [B, C, D]
             spoken = rows.text_weights * weights
-            text, text_sums = speaker.cross_entropy(
+            text, text_sums = code_model.cross_entropy(
                 before_text, rows.text_targets, spoken, options.z, keys
             )
             total = total + options.text_weight * text

@@ -94,7 +94,7 @@ class Denoising:
         noisy = self.process.add_noise(latents, noise, t)
         out = model.predict(
             noisy, t, text, batch["time_ids"],
-            dtype=self.dtype, seen=extra, keys=keys, remat=self.remat,
+            dtype=self.dtype, concat=extra, keys=keys, remat=self.remat,
         )  # fmt: skip
         return squared_error(out, self.process.target(latents, noise, t))
 

@@ -226,13 +226,13 @@ def _gradients(
     template = jax.eval_shape(model.build, jax.random.key(0))
 
     def objective(params: Params) -> jax.Array:
-        speaker = model.speaker(bind(template, params))
+        code_model = model.code_model(bind(template, params))
         made = train_rows(model.layout, *map(jnp.asarray, rows.values()))
-        embeds = speaker.embed(made.tokens, made.images, jnp.float32)
-        hidden = speaker.llama.hidden(embeds=embeds)[0]
+        embeds = code_model.embed(made.tokens, made.images, jnp.float32)
+        hidden = code_model.decoder.hidden(embeds=embeds)[0]
         before = jnp.take_along_axis(hidden, made.places[..., None], axis=1)
         even = jnp.full(made.image_targets.shape, 1 / made.image_targets.size)
-        return speaker.cross_entropy(before, made.image_targets, even, 0.0)[0]
+        return code_model.cross_entropy(before, made.image_targets, even, 0.0)[0]
 
     step = jax.jit(jax.value_and_grad(objective), compiler_options=runtime.compiler_options())
     loss, grads = step(params)
@@ -281,9 +281,9 @@ def _draw(
 
     @partial(jax.jit, compiler_options=runtime.compiler_options(loop=True))
     def call(params: Params) -> jax.Array:
-        speaker = model.speaker(bind(template, params))
+        code_model = model.code_model(bind(template, params))
         return generate_codes(
-            speaker, tokens, mask, keys,
+            code_model, tokens, mask, keys,
             count=count, guidance=DRAWN_GUIDANCE, how=Sampling(), dtype=jnp.float32,
         )  # fmt: skip
 

@@ -311,14 +311,14 @@ def test_evaluations_fill_the_centre():
 
 def test_what_is_dropped():
     drawn, share = jnp.linspace(0, 1, 101)[:-1] + 0.005, 0.05
-    cfg, seen = SimpleNamespace(sees=SOURCE), jnp.ones((100, 1, 1, 4))
+    cfg, concat = SimpleNamespace(conditioning=SOURCE), jnp.ones((100, 1, 1, 4))
     captions = np.asarray(pure.captions_dropped(cfg, drawn, share))
-    sources = np.asarray(pure.drop_sources(cfg, seen, drawn, share) == 0).all((1, 2, 3))
+    sources = np.asarray(pure.drop_sources(cfg, concat, drawn, share) == 0).all((1, 2, 3))
     counts = [(captions & ~sources).sum(), (captions & sources).sum(), (~captions & sources).sum()]
     assert counts == [5, 5, 5]
-    cfg = SimpleNamespace(sees=HOLE)
+    cfg = SimpleNamespace(conditioning=HOLE)
     assert pure.captions_dropped(cfg, drawn, share).sum() == 5
-    assert pure.drop_sources(cfg, seen, drawn, share) is seen
+    assert pure.drop_sources(cfg, concat, drawn, share) is concat
 
 
 # ---- mistakes -----------------------------------------------------------------------------
@@ -330,7 +330,7 @@ def saved(path, pixels):
 
 
 @pytest.mark.parametrize(
-    ("sees", "image", "mask", "words"),
+    ("kind", "image", "mask", "words"),
     [
         (HOLE, None, None, "--image=PATH is missing: an inpainting model needs it"),
         (HOLE, "image", None, "--mask=PATH is missing"),
@@ -344,7 +344,7 @@ def saved(path, pixels):
         (NOTHING, "image", None, "--image=.*: a text-to-image model takes none"),
     ],
 )
-def test_what_is_asked_wrongly(files, tmp_path, sees, image, mask, words):
+def test_what_is_asked_wrongly(files, tmp_path, kind, image, mask, words):
     saved(tmp_path / "small.png", np.full((8, 4), 255))
     saved(tmp_path / "red.png", np.full((SIDE, SIDE, 3), (255, 0, 0)))
     saved(tmp_path / "black.png", np.zeros((SIDE, SIDE)))
@@ -353,7 +353,7 @@ def test_what_is_asked_wrongly(files, tmp_path, sees, image, mask, words):
     paths = [known.get(x, str(tmp_path / f"{x}.png")) for x in (image, mask)]
     request = Request(image=paths[0], mask=paths[1])
     with pytest.raises(UserError, match=words) as caught:
-        conditioning.asked(SimpleNamespace(sees=sees), request, ((SIDE, SIDE),), 1)
+        conditioning.asked(SimpleNamespace(conditioning=kind), request, ((SIDE, SIDE),), 1)
     assert "\n" not in str(caught.value)
 
 
@@ -364,7 +364,7 @@ def test_a_grey_or_rgb_mask_is_cut_in_the_middle(files, tmp_path):
     for name, pixels in (("grey", values), ("rgb", values[..., None].repeat(3, axis=-1))):
         path = saved(tmp_path / f"{name}.png", pixels)
         request = Request(image=files.image, mask=path)
-        made = conditioning.asked(SimpleNamespace(sees=HOLE), request, ((SIDE, SIDE),), 3)
+        made = conditioning.asked(SimpleNamespace(conditioning=HOLE), request, ((SIDE, SIDE),), 3)
         assert made["mask"].shape == (3, SIDE, SIDE, 1) and made["mask"].dtype == np.float32
         assert np.array_equal(made["mask"][2], wanted), name
 

@@ -76,7 +76,7 @@ def test_p3_composed_loss_and_gradients_per_tensor(pair):
     def gradients(params):
         bound = P.bind(model, params)
         embeds = bound.embed(jnp.asarray(tokens), jnp.asarray(images), jnp.float32)
-        hidden = bound.llama.hidden(embeds=embeds)[0][:, len(prompt) - 1 :]
+        hidden = bound.decoder.hidden(embeds=embeds)[0][:, len(prompt) - 1 :]
         return bound.cross_entropy(hidden, jnp.asarray(codes), jnp.asarray(weights), 0.0)
 
     (total, sums), got = gradients(P.flatten(model))

@@ -39,9 +39,9 @@ def condition(
     `keys`, and the centre else. The latents are sampled with `keys`, and the mode else.
     SOURCE: the mode of `source`, unscaled.
     """
-    if cfg.sees == NOTHING:
+    if cfg.conditioning == NOTHING:
         return None
-    if cfg.sees == SOURCE:
+    if cfg.conditioning == SOURCE:
         return model.vae.encode(to_float(batch["source"]).astype(dtype)).mean
     pixels = to_float(batch["pixels"])
     own = None if keys is None else jax.vmap(jax.random.split)(keys)
@@ -99,17 +99,17 @@ def captions_dropped(
     drawn: uniform numbers. With a source picture, `share` of the rows lose only the caption, and
     `share` lose the caption and the picture.
     """
-    return drawn < (2 * share if cfg.sees == SOURCE else share)
+    return drawn < (2 * share if cfg.conditioning == SOURCE else share)
 
 
 def drop_sources(
-    cfg: PipelineConfig, seen: Array | None, drawn: Float[Array, " B"], share: float
+    cfg: PipelineConfig, concat: Array | None, drawn: Float[Array, " B"], share: float
 ) -> Array | None:
-    """Return `seen`, with zeros in rows that lose their source picture.
+    """Return `concat`, with zeros in rows that lose their source picture.
 
     Of all rows, `share` lose the picture together with the caption, and `share` the picture alone.
     """
-    if seen is None or cfg.sees != SOURCE:
-        return seen
+    if concat is None or cfg.conditioning != SOURCE:
+        return concat
     dropped = (drawn >= share) & (drawn < 3 * share)
-    return jnp.where(dropped[:, None, None, None], 0.0, seen)
+    return jnp.where(dropped[:, None, None, None], 0.0, concat)

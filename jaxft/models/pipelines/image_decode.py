@@ -17,7 +17,7 @@ from jaxft.models.decoders.sampling import Sampling, pick
 from jaxft.nn.linear import gather_rows
 
 
-class Speaker(Protocol):
+class CodeModel(Protocol):
     """A model that continues text with codes: their embeddings, loss and logits.
 
     In rows of tokens and in targets a code has its id in the model: counted from 0 in Janus, and
@@ -25,7 +25,7 @@ class Speaker(Protocol):
     """
 
     @property
-    def llama(self) -> Decoder:
+    def decoder(self) -> Decoder:
         """The decoder of all tokens."""
         ...
 
@@ -68,7 +68,7 @@ class Speaker(Protocol):
 class Unified(NamedTuple):
     """A language model whose vocabulary holds the codes, as ids from `offset` on."""
 
-    llama: Decoder
+    decoder: Decoder
     offset: int
     codes: int
 
@@ -80,11 +80,11 @@ class Unified(NamedTuple):
         keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
         del images, keys  # a code is a token like any other, and a table has no adapter
-        return self.llama.embed_tokens(tokens, dtype)
+        return self.decoder.embed_tokens(tokens, dtype)
 
     def embed_codes(self, codes: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
         # XLA:CPU splits the lookup in a large table over threads, which costs 40 us.
-        table = self.llama.embed_tokens.embedding[...]
+        table = self.decoder.embed_tokens.embedding[...]
         part = jax.lax.slice_in_dim(table, self.offset, self.offset + self.codes)
         return gather_rows(part.astype(dtype), codes)
 
@@ -97,17 +97,17 @@ class Unified(NamedTuple):
         keys: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Return the loss over the whole vocabulary, as in the exported model."""
-        head, first = self.llama.head()
+        head, first = self.decoder.head()
         measure = partial(linear_cross_entropy, vocab_first=first, z_loss=z_loss)
-        return measure(self.llama.features(hidden, keys), head, targets, weights)
+        return measure(self.decoder.features(hidden, keys), head, targets, weights)
 
     def scorer(self) -> Callable[[Float[Array, "B D"]], Float[Array, "B K"]]:
         """Return a function from hidden states to the logits of codes alone."""
-        matrix, vocab_first = self.llama.head()
+        matrix, vocab_first = self.decoder.head()
         axis = 0 if vocab_first else 1
         part = jax.lax.slice_in_dim(matrix, self.offset, self.offset + self.codes, axis=axis)
         kernel = part.T if vocab_first else part  # [D, K] or [D + r, K]
-        return lambda hidden: score(self.llama.features(hidden), kernel)
+        return lambda hidden: score(self.decoder.features(hidden), kernel)
 
 
 def score(
@@ -122,7 +122,7 @@ def score(
 
 
 def generate_codes(
-    speaker: Speaker,
+    code_model: CodeModel,
     tokens: Int[Array, "R T"],
     mask: Int[Array, "R T"],
     keys: PRNGKeyArray,
@@ -142,12 +142,12 @@ def generate_codes(
     Returns: codes [B, count].
     Source of the guidance: Ho & Salimans 2022, arXiv:2207.12598.
     """
-    llama, scores = speaker.llama, speaker.scorer()
+    decoder, scores = code_model.decoder, code_model.scorer()
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)  # [R, T], 0 on the padding
-    blocks, ends = llama.unstacked(), cache_growth(count)
-    step = partial(llama.hidden, blocks=blocks, dtype=dtype)
-    cache = init_cache(llama.cfg, len(tokens), tokens.shape[1], dtype, bool(blocks))
-    prompts = speaker.embed(tokens, jnp.zeros(tokens.shape, bool), dtype)
+    blocks, ends = decoder.unstacked(), cache_growth(count)
+    step = partial(decoder.hidden, blocks=blocks, dtype=dtype)
+    cache = init_cache(decoder.cfg, len(tokens), tokens.shape[1], dtype, bool(blocks))
+    prompts = code_model.embed(tokens, jnp.zeros(tokens.shape, bool), dtype)
     hidden, cache = step(None, positions, mask, embeds=prompts, cache=cache)
     ones = jnp.ones((len(tokens), 1), jnp.int32)
 
@@ -162,7 +162,7 @@ def generate_codes(
     def body(carry: tuple[Cache, Array], number: Array) -> tuple[tuple[Cache, Array], Array]:
         cache, code = carry
         # Rows with and without caption continue with the same codes.
-        embeds = speaker.embed_codes(jnp.tile(code, 2)[:, None], dtype)  # [R, 1, D]
+        embeds = code_model.embed_codes(jnp.tile(code, 2)[:, None], dtype)  # [R, 1, D]
         place = positions[:, -1:] + number
         hidden, cache = step(None, place, ones, embeds=embeds, cache=cache)
         assert cache is not None

@@ -158,7 +158,7 @@ class CodeHead(nnx.Module):
 
 
 class Janus(nnx.Module):
-    """Prompts and codes to the codes that follow. Implements `image_decode.Speaker`."""
+    """Prompts and codes to the codes that follow. Implements `image_decode.CodeModel`."""
 
     def __init__(self, cfg: JanusConfig, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 4)
@@ -170,7 +170,7 @@ class Janus(nnx.Module):
         self.generation_head = CodeHead(cfg, key=keys[3])
 
     @property
-    def llama(self) -> Decoder:
+    def decoder(self) -> Decoder:
         return self.language_model
 
     def embed(

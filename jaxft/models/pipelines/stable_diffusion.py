@@ -50,7 +50,7 @@ class PipelineConfig:
         return self.vae.factor * 2 ** (len(self.unet.channels) - 1)
 
     @property
-    def sees(self) -> str:
+    def conditioning(self) -> str:
         """The picture conditioning, by the UNet's input channels.
 
         It is NOTHING (text-to-image), HOLE (inpainting: a mask and the latents of the masked
@@ -186,17 +186,18 @@ class StableDiffusion(nnx.Module):
         time_ids: Float[Array, "B 6"],
         *,
         dtype: Any,
-        seen: Float[Array, "B Y X K"] | None = None,
+        concat: Float[Array, "B Y X K"] | None = None,
         keys: PRNGKeyArray | None = None,
         remat: str = "none",
     ) -> Float[Array, "B Y X C"]:
         """Return the UNet's prediction for noisy, scaled latents.
 
-        seen: further input channels (see `conditioning`). time_ids: for SDXL. Other arguments are
+        concat: further input channels (see `conditioning`). time_ids: for SDXL. Other arguments are
         as in `UNet`.
         """
-        if seen is not None:
-            latents = jnp.concatenate([latents, seen.astype(latents.dtype)], axis=-1)  # [.., C + K]
+        if concat is not None:
+            joined = [latents, concat.astype(latents.dtype)]
+            latents = jnp.concatenate(joined, axis=-1)  # [B, Y, X, C + K]
         added = None if text.pooled is None else Added(text.pooled, time_ids)
         return self.unet(
             latents, timesteps, text.context, added, dtype=dtype, keys=keys, remat=remat
@@ -240,28 +241,28 @@ def generate(
     sampler: Sampler,
     guidance: Guidance,
     dtype: Any,
-    seen: Float[Array, "B Y X K"] | None = None,
+    concat: Float[Array, "B Y X K"] | None = None,
 ) -> Float[Array, "B Y2 X2 3"]:
     """Return pictures in [-1, 1] from unit noise [B, Y, X, C].
 
     Each step calls the UNet once, with the rows of null and caption together. With a source
-    picture there are rows of the null caption without the picture too (`seen` of zeros).
+    picture there are rows of the null caption without the picture too (`concat` of zeros).
     """
     rows, y, x, _ = noise.shape
     factor = cfg.vae.factor
     # SDXL's time ids: original size, crop, target size, for a picture that was not cropped.
     size = jnp.array([y * factor, x * factor, 0, 0, y * factor, x * factor], jnp.float32)
-    texts, sights = (null, text), (seen, seen)
-    if cfg.sees == SOURCE:
-        texts, sights = (null, *texts), (jax.tree.map(jnp.zeros_like, seen), *sights)
-    every, sight = _stacked(*texts), _stacked(*sights)
+    texts, concats = (null, text), (concat, concat)
+    if cfg.conditioning == SOURCE:
+        texts, concats = (null, *texts), (jax.tree.map(jnp.zeros_like, concat), *concats)
+    every, inputs = _stacked(*texts), _stacked(*concats)
     times_rows = len(texts) * rows  # R
     ids = jnp.broadcast_to(size, (times_rows, 6))  # [R, 6]
 
     def predict(latents: Array, t: Array) -> Array:
         copies = jnp.concatenate([latents] * len(texts))  # [R, Y, X, C]
         times = jnp.broadcast_to(t, (times_rows,))  # [R]
-        out = model.predict(copies, times, every, ids, dtype=dtype, seen=sight)
+        out = model.predict(copies, times, every, ids, dtype=dtype, concat=inputs)
         *first, image, cond = jnp.split(out, len(texts))  # [B, Y, X, C] each
         if not first:
             return guide(image, cond, guidance.scale, guidance.rescale)

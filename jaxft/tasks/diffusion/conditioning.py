@@ -30,10 +30,10 @@ def held_out(
     An index counts modulo the number of rows. Returns {} for a text-to-image model or without rows,
     otherwise source pictures, or pictures with their centre masked.
     """
-    if cfg.sees == NOTHING or rows is None:
+    if cfg.conditioning == NOTHING or rows is None:
         return {}
     examples = [rows[int(i) % len(rows)] for i in ids]
-    if cfg.sees == SOURCE:
+    if cfg.conditioning == SOURCE:
         return {"source": np.stack([example["source"] for example in examples])}
     pixels = np.stack([example["pixels"] for example in examples])
     return {"pixels": pixels, "mask": np.stack([centre_mask(x.shape[:2]) for x in pixels])}
@@ -52,8 +52,8 @@ def asked(cfg: PipelineConfig, request: Request, sizes: Sequence[Size], count: i
     They are fitted to the nearest of `sizes`. Raises UserError for a picture that is missing,
     unreadable, or not for this model.
     """
-    wanted = {NOTHING: (), HOLE: ("image", "mask"), SOURCE: ("image",)}[cfg.sees]
-    kind = "a text-to-image" if cfg.sees == NOTHING else f"an{KINDS[cfg.sees]}"
+    wanted = {NOTHING: (), HOLE: ("image", "mask"), SOURCE: ("image",)}[cfg.conditioning]
+    kind = "a text-to-image" if cfg.conditioning == NOTHING else f"an{KINDS[cfg.conditioning]}"
     for name in ("image", "mask"):
         path = getattr(request, name)
         if (name in wanted) != (path is not None):
@@ -66,8 +66,8 @@ def asked(cfg: PipelineConfig, request: Request, sizes: Sequence[Size], count: i
         return {}
     image = _read(request.image or "")
     size = sizes[assign((image.height, image.width), sizes)]
-    made = {"source" if cfg.sees == SOURCE else "pixels": fit(image, size).pixels}
-    if cfg.sees == HOLE:
+    made = {"source" if cfg.conditioning == SOURCE else "pixels": fit(image, size).pixels}
+    if cfg.conditioning == HOLE:
         made["mask"] = _read_mask(request.mask or "", image, size)
     return {name: np.repeat(array[None], count, axis=0) for name, array in made.items()}
 

@@ -94,7 +94,9 @@ class OpenedPipeline:
         cfg = self.model_cfg
         size = " XL" if cfg.sdxl else ""
         terminal = ", zero terminal SNR" if cfg.schedule.zero_snr else ""
-        return f"Stable Diffusion{size}{KINDS[cfg.sees]}, {cfg.schedule.prediction}{terminal}"
+        return (
+            f"Stable Diffusion{size}{KINDS[cfg.conditioning]}, {cfg.schedule.prediction}{terminal}"
+        )
 
     def text_shapes(self) -> Text:
         """Return the shapes of one caption's embedding."""
@@ -127,14 +129,14 @@ def check(share: float, cfg: PipelineConfig) -> None:
     """
     if not 0 <= share < 1:
         raise UserError(f"caption_dropout={share} must be at least 0 and below 1")
-    if not cfg.sees:
+    if not cfg.conditioning:
         latent = cfg.vae.latent_channels
         raise UserError(
             f"unet/config.json: in_channels={cfg.unet.in_channels}, but for a VAE with"
             f" latent_channels={latent} a text-to-image UNet takes {latent}, InstructPix2Pix"
             f" {2 * latent}, inpainting {2 * latent + 1}; other kinds are not supported"
         )
-    if cfg.sees == stable_diffusion.SOURCE and share > 1 / 3:
+    if cfg.conditioning == stable_diffusion.SOURCE and share > 1 / 3:
         raise UserError(
             f"caption_dropout={share} must be at most 1/3 for InstructPix2Pix: as many"
             " rows lose the caption, the picture, and both; the paper has 0.05"

@@ -76,14 +76,14 @@ class DiffusionPreview:
         model = bind(self.opened.template, cast(params, self.dtype))
         latents = self.objective.latents(model, batch, None)
         text, rows = self.objective.text(model, batch, None), batch["weights"]
-        seen = condition(model, self.opened.model_cfg, batch, None, self.dtype)
+        concat = condition(model, self.opened.model_cfg, batch, None, self.dtype)
         base = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(batch["sample_ids"])
 
         def at(number_and_time: tuple[jax.Array, jax.Array]) -> jax.Array:
             number, time = number_and_time
             noise = normal(stream(base, number), latents.shape[1:])
             t = jnp.broadcast_to(time, rows.shape)
-            errors = self.objective.errors(model, batch, latents, noise, t, text, seen, None)
+            errors = self.objective.errors(model, batch, latents, noise, t, text, concat, None)
             return jnp.sum(errors * (rows > 0))
 
         times = jnp.asarray(self.opened.process.evaluation_times(BINS))
@@ -93,13 +93,13 @@ class DiffusionPreview:
         prompts = list(self.opened.options.sample.prompts)
         if not prompts and self.rows is None:
             prompts = sorted({self.data.train.caption(i) for i in range(len(self.data.train))})
-        if not prompts or (self.opened.model_cfg.sees != NOTHING and self.rows is None):
+        if not prompts or (self.opened.model_cfg.conditioning != NOTHING and self.rows is None):
             return Look()  # an evaluation shows held-out captions and has their pictures
         prompts = prompts[: 2 * SHOWN]
         given = conditioning.held_out(self.opened.model_cfg, self.rows, range(len(prompts)))
         made = self._sample(params, prompts, Request(), given)
-        seen = conditioning.shown(given)
-        rows = made[:, None] if seen is None else np.stack([seen, made], axis=1)
+        inputs = conditioning.shown(given)
+        rows = made[:, None] if inputs is None else np.stack([inputs, made], axis=1)
         return Look(pictures={"prompts": grid(list(rows), prompts, (), CELL)})
 
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
@@ -125,8 +125,8 @@ class DiffusionPreview:
         size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches
         ids = np.stack([self.opened.captions(prompt) for prompt in prompts])
         made = [
-            np.asarray(self._generate(params, rows, places, request, seen))
-            for places, (rows, seen) in portions((ids, given), len(ids), size)
+            np.asarray(self._generate(params, rows, places, request, inputs))
+            for places, (rows, inputs) in portions((ids, given), len(ids), size)
         ]
         return np.concatenate(made)[: len(ids)]
 
@@ -138,9 +138,9 @@ class DiffusionPreview:
         model = bind(self.opened.template, cast(params, self.dtype))
         text = model.encode_text(ids, dtype=self.dtype)
         null = jax.tree.map(lambda x: jnp.repeat(x, len(ids), axis=0), self.objective.null(model))
-        seen = condition(model, cfg, given, None, self.dtype)
+        concat = condition(model, cfg, given, None, self.dtype)
         side = self.opened.options.resolution // cfg.vae.factor
-        size = (side, side) if seen is None else seen.shape[1:3]
+        size = (side, side) if concat is None else concat.shape[1:3]
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(request.seed)))(places)
         noise = normal(keys, (*size, cfg.unet.out_channels))
         name, steps = request.sampler or options.sampler, request.steps or options.steps
@@ -148,6 +148,6 @@ class DiffusionPreview:
         image = options.image_guidance if request.image_guidance is None else request.image_guidance
         images = stable_diffusion.generate(
             model, cfg, text, null, noise, self.opened.process.sampler(name, steps, size),
-            Guidance(scale, options.rescale, image), self.dtype, seen,
+            Guidance(scale, options.rescale, image), self.dtype, concat,
         )  # fmt: skip
         return constrain(to_pixels(images), None, None, None, None)

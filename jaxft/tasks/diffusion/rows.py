@@ -108,7 +108,7 @@ class PictureRows:
             "time_ids": ((6,), np.float32),
         }
         if self.stores.moments is None:
-            names = ("pixels", "source") if cfg.sees == SOURCE else ("pixels",)
+            names = ("pixels", "source") if cfg.conditioning == SOURCE else ("pixels",)
             made |= dict.fromkeys(names, ((*size, 3), np.uint8))
         else:
             latent = (*(side // cfg.vae.factor for side in size), cfg.vae.latent_channels)
@@ -205,7 +205,7 @@ def texts_of(share: Share) -> list[str]:
 
 def _read(opened: OpenedPipeline, spec: str, buckets: bool = False, flip: bool = False) -> ImageSet:
     cfg = opened.model_cfg
-    records = open_images(spec, edited=cfg.sees == SOURCE)
+    records = open_images(spec, edited=cfg.conditioning == SOURCE)
     return ImageSet(records, opened.options.resolution, cfg.multiple, buckets, flip)
 
 
@@ -228,11 +228,11 @@ def encode(
     folder = Path(opened.options.cache).expanduser()
     name = fingerprint(local.params, ("vae.encoder.", "vae.quant_conv."), "moments", dtype, cfg.vae)
     moments, texts = ArrayCache(folder, name, jax.process_index()), None
-    if cfg.sees != SOURCE:
+    if cfg.conditioning != SOURCE:
         pixels = ArrayCache(folder, "pixels", jax.process_index())
         for rows in sets:
             keep_pixels(pixels, rows.shares[0].images, rows.shown)
-    if cfg.sees == NOTHING:
+    if cfg.conditioning == NOTHING:
         for images in (share.images for rows in sets for share in rows.shares):
             tell("moments", store_pictures(moments, images, local.moments, ENCODED_TOGETHER))
     else:

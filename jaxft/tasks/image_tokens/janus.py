@@ -66,7 +66,7 @@ class JanusFolder(NamedTuple):
     def build(self, key: jax.Array) -> nnx.Module:
         return Janus(self.whole, key=key)
 
-    def speaker(self, model: Any) -> Janus:
+    def code_model(self, model: Any) -> Janus:
         return model
 
     def flops_per_token(self, length: int) -> float:

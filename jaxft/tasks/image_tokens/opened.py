@@ -70,7 +70,7 @@ class UnifiedModel(NamedTuple):
     def build(self, key: jax.Array) -> nnx.Module:
         return self.architecture.module(self.cfg, key=key)
 
-    def speaker(self, model: Any) -> Unified:
+    def code_model(self, model: Any) -> Unified:
         return Unified(model, self.layout.image_offset, self.layout.codes)
 
     def flops_per_token(self, length: int) -> float:

@@ -38,7 +38,7 @@ class ImageTokenPreview:
         self.opened, self.data, self.rows = opened, data, data.held_out
         self.dtype, options = opened.dtype, opened.options
         self.objective = CodePrediction(
-            opened.layout, opened.model.speaker, self.dtype, opened.remat, options.loss
+            opened.layout, opened.model.code_model, self.dtype, opened.remat, options.loss
         )
         self.kid = KidLite0() if options.eval_generated and self.rows else None
         size = sum(x.size for x in jax.tree.leaves(opened.template))
@@ -172,7 +172,7 @@ class ImageTokenPreview:
         layout, model = self.opened.layout, bind(self.opened.template, cast(params, self.dtype))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(*draws)
         codes = generate_codes(
-            self.opened.model.speaker(model), tokens, mask, keys,
+            self.opened.model.code_model(model), tokens, mask, keys,
             count=layout.count, guidance=guidance, how=how, dtype=self.dtype,
         )  # fmt: skip
         return constrain(codes, None, None)

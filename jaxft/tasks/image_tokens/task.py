@@ -12,7 +12,7 @@ def _objective(opened: OpenedImageModel, rows: CodeRows) -> CodePrediction:
     length = rows.width + opened.layout.count
     return CodePrediction(
         opened.layout,
-        opened.model.speaker,
+        opened.model.code_model,
         opened.dtype,
         opened.remat,
         opened.options.loss,
