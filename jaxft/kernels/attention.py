@@ -8,6 +8,8 @@ from jaxft.core.runtime import device
 from jaxft.kernels.attention_mask import Coordinates
 from jaxft.kernels.blockwise_attention import MASKED, blockwise_attention
 
+LENGTH_MULTIPLE = 8  # tokens, for cuDNN
+
 
 def attention(
     q: Float[Array, "B T N H"],
@@ -51,11 +53,9 @@ def attention(
     aligned = q.shape[1] == k.shape[1]
     # cuDNN masks by the index of a token, so positions have to be 0, 1, 2, ...
     in_order = causal and aligned and q_positions is None
-    if in_order and q_segments is None and not isinstance(window, jax.Array) and cudnn_takes(q):
-        left = None if window is None else (window - 1, 0)  # keys before and after the query
-        return jax.nn.dot_product_attention(
-            q, k, v, scale=scale, is_causal=True, local_window_size=left, implementation="cudnn"
-        )
+    static = q_segments is None and not isinstance(window, jax.Array)
+    if static and (in_order or not causal) and cudnn_takes(q):
+        return _flash(q, k, v, causal, window, scale)
     positions = _count(q.shape[1]) if q_positions is None else q_positions  # [B or 1, T]
     queries = Coordinates(positions, q_segments)
     keys = Coordinates(positions if aligned else _count(k.shape[1]), kv_segments)
@@ -65,12 +65,44 @@ def attention(
 
 
 def cudnn_takes(q: Float[Array, "B T N H"]) -> bool:
-    """Return True if cuDNN's flash attention runs here for these queries and a causal mask.
+    """Return True if cuDNN's flash attention runs here for these queries.
 
     It supports half precision, and head dims that are multiples of 8 up to 256 (Hopper).
     """
     half, head_dim = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
     return device().platform == "gpu" and half and head_dim % 8 == 0 and head_dim <= 256
+
+
+def _flash(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Return attention by cuDNN.
+
+    Its backward pass refuses odd numbers of queries or keys, such as the 77 of CLIP, so these are
+    padded. A causal mask hides the padding from the queries. Without one, cuDNN gets the number of
+    keys.
+    """
+    left = None if window is None else (window - 1, 0)  # keys before and after the query
+    length, keys = q.shape[1], k.shape[1]
+    hidden = keys % LENGTH_MULTIPLE and not causal
+    lengths = jnp.full(k.shape[:1], keys, jnp.int32) if hidden else None  # [B]
+    q, k, v = (_padded(x) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=causal, local_window_size=left,
+        key_value_seq_lengths=lengths, implementation="cudnn",
+    )  # fmt: skip
+    return out[:, :length]
+
+
+def _padded(x: Float[Array, "B T N H"]) -> Float[Array, "B T2 N H"]:
+    """Return x with zeros up to a multiple of LENGTH_MULTIPLE tokens."""
+    extra = -x.shape[1] % LENGTH_MULTIPLE
+    return jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) if extra else x
 
 
 def _count(length: int) -> Array:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxft.core.sharding import batch_sharding, make_mesh
+from jaxft.kernels import attention as attention_module
 from jaxft.kernels import blockwise_attention as module
-from jaxft.kernels.attention import attention, cudnn_takes, reference
+from jaxft.kernels.attention import LENGTH_MULTIPLE, attention, cudnn_takes, reference
 from jaxft.kernels.blockwise_attention import block_size, cut_spans
 from tests.devices import traced_for
 
@@ -173,7 +174,7 @@ def test_flash_attention_runs_on_a_gpu_in_half_precision(platform, dtype, dim, t
         ({"window": jnp.int32(5)}, False),
         ({"q_segments": jnp.ones((2, 37), jnp.int32)}, False),
         ({"q_positions": jnp.arange(37)[None]}, False),
-        ({"causal": False}, False),
+        ({"causal": False}, True),
     ],
 )
 def test_on_a_gpu_the_mask_decides_between_cudnn_and_blocks(more, flash, monkeypatch):
@@ -190,10 +191,32 @@ def test_on_a_gpu_the_mask_decides_between_cudnn_and_blocks(more, flash, monkeyp
         jax.eval_shape(lambda *a: attention(*a, **{"causal": True, **more}), *args)
     assert len(calls) == flash
     if flash:
-        left = (4, 0) if more else None
+        lengths = calls[0].pop("key_value_seq_lengths")
+        assert (lengths is None) == more.get("causal", True), "37 keys are padded to 40"
         assert calls[0] == {
             "scale": 8**-0.5,
-            "is_causal": True,
-            "local_window_size": left,
+            "is_causal": more.get("causal", True),
+            "local_window_size": (4, 0) if "window" in more else None,
             "implementation": "cudnn",
         }
+
+
+@pytest.mark.parametrize(
+    ("causal", "length", "kv_length"),
+    [(True, 37, 37), (True, 40, 40), (False, 37, 37), (False, 40, 40), (False, 37, 77)],
+)
+def test_padding_for_cudnn_changes_nothing(causal, length, kv_length, monkeypatch):
+    """cuDNN's stand-in is jax's own formula, which masks by the same arguments."""
+    plain, shapes = jax.nn.dot_product_attention, []
+
+    def stand_in(q, k, v, *, implementation, **how):
+        assert implementation == "cudnn"
+        shapes.append((q.shape[1], k.shape[1]))
+        return plain(q, k, v, implementation="xla", **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(attention_module, "cudnn_takes", lambda q: True)
+    mask = jnp.tril(jnp.ones((1, length, kv_length), bool)) if causal else None
+    args = data(length=length, kv_length=kv_length)
+    same(args, partial(attention, causal=causal), mask)
+    assert shapes and all(size % LENGTH_MULTIPLE == 0 for pair in shapes for size in pair)
