@@ -53,8 +53,8 @@ def attention(
     aligned = q.shape[1] == k.shape[1]
     # cuDNN masks by the index of a token, so positions have to be 0, 1, 2, ...
     in_order = causal and aligned and q_positions is None
-    static = q_segments is None and not isinstance(window, jax.Array)
-    if static and (in_order or not causal) and cudnn_takes(q):
+    whole = q_segments is None and (in_order or not causal)
+    if whole and not isinstance(window, jax.Array) and cudnn_takes(q):
         return _flash(q, k, v, causal, window, scale)
     positions = _count(q.shape[1]) if q_positions is None else q_positions  # [B or 1, T]
     queries = Coordinates(positions, q_segments)
