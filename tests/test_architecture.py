@@ -309,7 +309,6 @@ TESTED_WITH = {
     "runs/watch.py": "runs/test_train.py",
     "tasks/common/encoded.py": "tasks/diffusion/test_task.py",
     "tasks/common/writers.py": "test_commands.py",
-    "tasks/diffusion/conditioning.py": "parity/test_conditioning.py",
     "verify/__main__.py": "verify/test_verify.py",
     "verify/llm.py": "verify/test_verify.py",
     "verify/report.py": "verify/test_verify.py",
