@@ -70,7 +70,7 @@ def train(config: dict[str, Any], workdir: Path) -> None:
     from jaxft.export import check_kind, export_folder
     from jaxft.runs import opening
     from jaxft.runs import state as states
-    from jaxft.runs.compiling import Compiled, make_step
+    from jaxft.runs.compiling import Compiled, make_steps
     from jaxft.runs.watch import Watch
 
     began = time.perf_counter()
@@ -90,7 +90,7 @@ def train(config: dict[str, Any], workdir: Path) -> None:
         state, frozen = states.start_state(run, plan, saved, start)
         preview = opening.preview(run, data, states.model_params(frozen, state))
         objective = task.objective(run.opened, data.train)
-        step_fn = Compiled(make_step(run, plan, objective))
+        step_fn = Compiled(make_steps(run, plan, objective), runtime.memory_limit(mesh))
         batches = data.train.batches(start, rows)
         watch = Watch(run, data, objective, preview, workdir, total=plan.total, start=start)
         for batch in data.train.spec(rows) if start < plan.total else ():

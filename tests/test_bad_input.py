@@ -153,7 +153,7 @@ def test_missing_data_file(fails):
 
 
 def test_mesh_that_does_not_match_the_devices(fails):
-    fails(["mesh", "data=3", "8 are here"], {"mesh.data": 3, "mesh.fsdp": 1})
+    fails(["mesh", "data=3", "there are 8"], {"mesh.data": 3, "mesh.fsdp": 1})
 
 
 def test_dims_that_do_not_divide_are_listed(fails):

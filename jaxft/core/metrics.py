@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -16,28 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from tensorboardX import SummaryWriter
 
-# Dense bf16 TFLOP/s of one device, by a word of jax's `device_kind` (vendors' data sheets).
-GPU_PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
-TPU_PEAKS = {
-    "TPU v5": 459,
-    "TPU v5p": 459,
-    "TPU v5 lite": 197,
-    "TPU v5e": 197,
-    "TPU v6 lite": 918,
-    "TPU v6e": 918,
-}
-
-
-def peak_tflops(device_kind: str) -> float | None:
-    """Return the dense bf16 peak of one device, or None where no figure is known.
-
-    The slower variants (PCIe, NVL, MIG) have none.
-    """
-    words = set(re.split(r"[^A-Za-z0-9]+", device_kind))
-    if words & {"PCIe", "PCIE", "NVL", "MIG"}:
-        return None
-    known = [peak for name, peak in GPU_PEAKS.items() if name in words]
-    return known[0] if known else TPU_PEAKS.get(device_kind)
+from jaxft.core.runtime import find_chip
 
 
 @dataclass(frozen=True)
@@ -63,10 +41,10 @@ class Throughput:
         }
         if not flops:
             return rates
-        peak = peak_tflops(self.device_kind)
-        if peak is None:
+        chip = find_chip(self.device_kind)
+        if chip is None:
             return rates | {"gflops_per_s": flops / seconds / 1e9}
-        return rates | {"mfu": flops / seconds / (peak * 1e12 * self.devices)}
+        return rates | {"mfu": flops / seconds / (chip.flops * self.devices)}
 
 
 class MetricWriter:

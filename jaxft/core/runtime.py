@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -103,6 +104,50 @@ def device(mesh: Any = None) -> Device:
         chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
         found = jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
     return Device(found.platform, found.device_kind)
+
+
+class Chip(NamedTuple):
+    """Published figures of an accelerator.
+
+    flops: dense bf16 FLOP/s. bandwidth: bytes/s of its memory. memory: bytes that a program may
+    use. link: bytes/s that it sends to other chips of its host or slice.
+    """
+
+    flops: float
+    bandwidth: float
+    memory: float
+    link: float
+
+
+# By a word of jax's `device_kind`, from NVIDIA's data sheets: SXM modules, NVLink in one direction.
+GPU_CHIPS = {
+    "A100": Chip(312e12, 2.039e12, 79 * 2**30, 300e9),
+    "H100": Chip(989e12, 3.35e12, 79 * 2**30, 450e9),
+    "H200": Chip(989e12, 4.8e12, 139 * 2**30, 450e9),
+    "B200": Chip(2250e12, 7.7e12, 178 * 2**30, 900e9),
+}
+# By jax's `device_kind`, from the pages of Cloud TPU. The memory is what their compiler accepts.
+TPU_CHIPS = {
+    "TPU v4": Chip(275e12, 1.228e12, 31.75 * 2**30, 300e9),
+    "TPU v5 lite": Chip(197e12, 0.819e12, 15.75 * 2**30, 200e9),
+    "TPU v5": Chip(459e12, 2.765e12, 95.74 * 2**30, 600e9),
+    "TPU v6 lite": Chip(918e12, 1.64e12, 31.25 * 2**30, 448e9),
+}
+TPU_NAMES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+
+
+def find_chip(kind: str) -> Chip | None:
+    """Return the figures of a device by jax's `device_kind`, or None where none are known.
+
+    The slower variants (PCIe, NVL, MIG) have none.
+    """
+    words = set(re.split(r"[^A-Za-z0-9]+", kind))
+    if words & {"PCIe", "PCIE", "NVL", "MIG"}:
+        return None
+    for name, chip in GPU_CHIPS.items():
+        if name in words:
+            return chip._replace(memory=39 * 2**30) if "40GB" in words else chip
+    return TPU_CHIPS.get(TPU_NAMES.get(kind, kind))
 
 
 def compiler_options(mesh: Any = None, loop: bool = False) -> dict[str, str] | None:
@@ -215,14 +260,19 @@ def resolve_dtype(name: str, mesh: Any = None) -> Any:
     return jnp.dtype(name)
 
 
-def resolve_remat(name: str, mesh: Any = None) -> str:
-    """Return a remat policy by name. "auto" is "none" on a CPU and "dots" on other devices.
+def memory_limit(mesh: Any) -> int:
+    """Return the bytes that a program may use on one device of `mesh`, 0 if there is no figure.
 
-    mesh: as in `device`.
+    Devices of this process report their own limit. Others have that of their kind.
     """
-    if name == "auto":
-        return "none" if device(mesh).platform == "cpu" else "dots"
-    return name
+    import jax
+
+    one, chip = mesh.devices.flat[0], find_chip(device(mesh).kind)
+    try:
+        stats = one.memory_stats() or {}
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError):  # of another machine
+        stats = {}
+    return int(stats.get("bytes_limit", chip.memory if chip else 0))
 
 
 def describe_devices(mesh: Any = None) -> str:

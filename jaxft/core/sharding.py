@@ -1,16 +1,15 @@
 """The table from logical axes to mesh axes. The mesh shape alone sets the strategy."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf
-from jaxft.core.runtime import device
 
 AXES = ("data", "fsdp", "tensor")
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -27,29 +26,44 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-    """Return a (data, fsdp, tensor) mesh over all devices.
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Return a (data, fsdp, tensor) mesh over all devices, or over `devices`.
 
     A size of -1 is the number of devices divided by the other sizes.
     Raises: UserError if the sizes do not give the number of devices.
     """
-    sizes, count = [data, fsdp, tensor], jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
+    sizes = [data, fsdp, tensor]
     asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh {asked}: sizes are at least 1, and at most one may be -1 (the rest)")
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, count // prod(size for size in sizes if size != -1))
     if prod(sizes) != count:
+        platform = (devices or jax.devices())[0].platform
         raise UserError(
-            f"mesh {asked} needs {prod(sizes)} devices, but {count} are here"
-            f" ({device().platform}); set one of mesh.data, mesh.fsdp, mesh.tensor to -1"
+            f"mesh {asked} needs {prod(sizes)} devices, but there are {count}"
+            f" ({platform}); set one of mesh.data, mesh.fsdp, mesh.tensor to -1"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
 def one_device_mesh() -> Mesh:
     """Return a mesh of this process's first device, for work that needs no other process."""
     return jax.make_mesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, devices=jax.local_devices()[:1])
+
+
+def plain_mesh() -> AbstractMesh:
+    """Return the mesh in use, or one device, of a kind that has no kernels of its own.
+
+    Under it the plain formulas are traced.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = (1, 1, 1) if mesh.empty else mesh.axis_sizes
+    plain = AbstractDevice(device_kind="plain", num_cores=None, platform="plain")
+    return AbstractMesh(sizes, AXES, (AxisType.Auto,) * 3, abstract_device=plain)
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -130,7 +144,7 @@ def abstract_batch(spec: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict
     return {name: whole(rows) for name, rows in spec.items()}
 
 
-def batch_ways(mesh: Mesh) -> int:
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """Return the number of parts that the global batch is cut into."""
     return _ways(AXIS_RULES["batch"], mesh.shape)
 

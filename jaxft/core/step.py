@@ -113,9 +113,10 @@ def make_step(
         grads, total, weight, metrics = sums
         divisor = jnp.maximum(weight, 1e-8)
         grads = jax.tree.map(lambda g: g / divisor, grads)
-        updates, opt = tx.update(grads, state.opt, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        ema = optim.ema_update(state.ema, params, state.step, spec.ema) if spec.ema else {}
+        with jax.named_scope("optimizer"):
+            updates, opt = tx.update(grads, state.opt, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
+            ema = optim.ema_update(state.ema, params, state.step, spec.ema) if spec.ema else {}
         report = {
             "loss": total / divisor,
             "grad_norm": optax.tree.norm(grads),

@@ -1,16 +1,25 @@
-"""Attention: one function for all models. Its form depends on device, dtype and mask."""
+"""Attention: one function for all models. Its kernel depends on device, dtype and mask."""
+
+import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.core.runtime import device
-from jaxft.kernels.attention_mask import Coordinates
-from jaxft.kernels.blockwise_attention import MASKED, blockwise_attention
+from jaxft.core.errors import UserError
+from jaxft.core.runtime import Device, device
+from jaxft.core.sharding import batch_ways
+from jaxft.kernels.blockwise_attention import MASKED, SAVED, Coordinates, blockwise_attention
+from jaxft.kernels.cudnn_attention import cudnn_attention, cudnn_segments
+from jaxft.kernels.cudnn_attention import refusal as cudnn_refusal
 
-LENGTH_MULTIPLE = 8  # tokens, for cuDNN
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # jax's primitive
+OVERRIDE = "JAXFT_ATTENTION"  # an environment variable: the name of a kernel
 
 
+@jax.named_scope("attention")
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -22,87 +31,96 @@ def attention(
     kv_segments: Int[Array, "B S"] | None = None,
     window: int | Int[Array, ""] | None = None,
     scale: float | None = None,
+    segments_in_row: int = 0,
 ) -> Float[Array, "B T N H"]:
     """Return softmax(scale q k^T) v over the keys that each query attends to. Softmax is fp32.
 
     q [B, T, N, H], k and v [B, S, K, H]: N query heads share K key heads, N a multiple of K
     (grouped-query attention).
     causal: a query attends to no key after its own position.
-    q_positions: [B or 1, T], by default 0 to T - 1. If T == S, keys have the positions of the
-    queries, and else 0 to S - 1.
+    q_positions: [B or 1, T], by default 0 to T - 1. If T == S, keys have the same, else 0 to S - 1.
     q_segments, kv_segments: a query attends only to keys of its own segment. By default all tokens
     are one segment, and keys have the segments of the queries. Segment 0 is padding: its output is
     finite and has no meaning.
     window: a query attends to at most so many keys, of which its own position is the last. A traced
     window, for layers that differ within a scan, excludes flash attention. A Python int does not.
     scale: by default 1 / sqrt(H).
+    segments_in_row: the most segments of a row, padding counted as one, where each segment of
+    q_segments is one run of tokens. 0 if that is not known. cuDNN needs it.
 
     Returns: [B, T, N, H] in q's dtype.
     Raises: ValueError for a window without `causal`, and for kv_segments without q_segments.
 
-    A GPU runs cuDNN's flash attention if it supports the dtype, the head dim and the mask. In all
-    other cases attention is computed by blocks of queries, so that not all scores exist at once.
+    A GPU runs cuDNN's flash attention, and a TPU jax's own, if they support dtype, head dim and
+    mask. Otherwise it is computed by blocks of queries, so that not all scores exist at once.
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    if q_segments is not None and kv_segments is None:
-        kv_segments = q_segments
     if window is not None and not causal:
         raise ValueError("window needs causal=True: it counts keys before the query")
-    if (q_segments is None) != (kv_segments is None):
+    if q_segments is None and kv_segments is not None:
         raise ValueError("kv_segments needs q_segments: attention stays within a segment")
     aligned = q.shape[1] == k.shape[1]
-    # cuDNN masks by the index of a token, so positions have to be 0, 1, 2, ...
+    # Flash kernels mask by the index of a token, so positions have to be 0, 1, 2, ...
     in_order = causal and aligned and q_positions is None
-    whole = q_segments is None and (in_order or not causal)
-    if whole and not isinstance(window, jax.Array) and cudnn_takes(q):
-        return _flash(q, k, v, causal, window, scale)
+    by_index = kv_segments is None and (in_order or not causal)
+    if by_index and not isinstance(window, jax.Array):
+        kernel = choose(q)
+        if kernel == "cudnn" and q_segments is None:
+            return cudnn_attention(q, k, v, causal, window, scale)
+        if kernel == "cudnn" and q_segments is not None and segments_in_row and in_order:
+            return cudnn_segments(q, k, v, q_segments, segments_in_row, window, scale)
+        if kernel == "splash":
+            from jaxft.kernels.splash_attention import splash_attention  # Pallas takes 0.4 s
+
+            return splash_attention(q, k, v, q_segments, causal, window, scale)
     positions = _count(q.shape[1]) if q_positions is None else q_positions  # [B or 1, T]
     queries = Coordinates(positions, q_segments)
+    kv_segments = q_segments if kv_segments is None else kv_segments
     keys = Coordinates(positions if aligned else _count(k.shape[1]), kv_segments)
     return blockwise_attention(
         q, k, v, queries, keys, causal=causal, window=window, scale=scale, in_order=in_order
     )
 
 
-def cudnn_takes(q: Float[Array, "B T N H"]) -> bool:
-    """Return True if cuDNN's flash attention runs here for these queries.
+def choose(q: Float[Array, "B T N H"]) -> str:
+    """Return the kernel for these queries on the device of the mesh, a key of KERNELS.
 
-    It supports half precision, and head dims that are multiples of 8 up to 256 (Hopper).
+    OVERRIDE in the environment names another one. Raises: UserError if that one cannot run here.
     """
-    half, head_dim = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
-    return device().platform == "gpu" and half and head_dim % 8 == 0 and head_dim <= 256
+    asked, here = os.environ.get(OVERRIDE, "auto"), device()
+    if asked not in ("auto", *KERNELS):
+        raise UserError(f"{OVERRIDE}={asked!r} is not one of auto, {', '.join(KERNELS)}")
+    if asked != "auto":
+        if reason := KERNELS[asked](here, q):
+            raise UserError(f"{OVERRIDE}={asked} cannot run: {reason}; unset it")
+        return asked
+    return next(name for name, refusal in KERNELS.items() if not refusal(here, q))
 
 
-def _flash(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> Float[Array, "B T N H"]:
-    """Return attention by cuDNN.
-
-    Its backward pass refuses odd numbers of queries or keys, such as the 77 of CLIP, so these are
-    padded. A causal mask hides the padding from the queries. Without one, cuDNN gets the number of
-    keys.
-    """
-    left = None if window is None else (window - 1, 0)  # keys before and after the query
-    length, keys = q.shape[1], k.shape[1]
-    hidden = keys % LENGTH_MULTIPLE and not causal
-    lengths = jnp.full(k.shape[:1], keys, jnp.int32) if hidden else None  # [B]
-    q, k, v = (_padded(x) for x in (q, k, v))
-    out = jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=causal, local_window_size=left,
-        key_value_seq_lengths=lengths, implementation="cudnn",
-    )  # fmt: skip
-    return out[:, :length]
+# A policy of jax.checkpoint: True for the results of a kernel's forward pass, which are its output
+# and a number for each query. Without them the backward pass would run the kernel forward again.
+saves_attention = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(SAVED),
+    lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD,
+)
 
 
-def _padded(x: Float[Array, "B T N H"]) -> Float[Array, "B T2 N H"]:
-    """Return x with zeros up to a multiple of LENGTH_MULTIPLE tokens."""
-    extra = -x.shape[1] % LENGTH_MULTIPLE
-    return jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) if extra else x
+def _splash_refusal(device: Device, q: Float[Array, "B T N H"]) -> str:
+    """Return why jax's attention for TPUs does not run for these queries, or ""."""
+    if device.platform != "tpu":
+        return f"it runs on TPUs, and the device is a {device.kind}"
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and q.shape[0] % batch_ways(mesh):
+        return f"the mesh {dict(mesh.shape)} does not divide the {q.shape[0]} rows"
+    return ""
+
+
+# Kernels in order of preference. Each has a function that returns why it cannot run, or "".
+KERNELS: dict[str, Callable[[Device, Any], str]] = {
+    "cudnn": cudnn_refusal,
+    "splash": _splash_refusal,
+    "blockwise": lambda device, q: "",
+}
 
 
 def _count(length: int) -> Array:

@@ -12,17 +12,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.core.runtime import device
-from jaxft.kernels.attention_mask import Coordinates, attention_mask
 
 # Bytes of fp32 scores of one block of queries. On a CPU fewer, larger blocks were faster.
 CPU_SCORES, ACCELERATOR_SCORES = 2**25, 2**28
 SMALLEST_BLOCK = 16  # queries
 BLOCK_MULTIPLE = 8  # queries, the sublanes of a TPU
 CAUSAL_SPANS, SMALLEST_SPAN = 3, 32  # 3 spans of causal queries need 2/3 of the products
+SAVED = "attention"  # the name of what the backward pass needs, for remat policies
 MASKED = -1e30  # added to scores. Finite, so that the output of a query without keys is finite
+
+
+class Coordinates(NamedTuple):
+    """Position and segment of each token, from which a mask is computed.
+
+    Both are int32 [B or 1, T], or broadcast against scores. `segments` is None if all tokens are
+    one segment.
+    """
+
+    positions: Int[Array, "*b T"]
+    segments: Int[Array, "*b T"] | None
 
 
 class KeysValues(NamedTuple):
@@ -82,6 +94,31 @@ def blockwise_attention(
     keys = jax.tree.map(lambda x: x[:, None, None, None], keys)  # [B, 1, 1, 1, S]
     out: Array = _attend(q, wide, queries, (keys, window), blocking)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)  # [B, T, N, H]
+
+
+def attention_mask(
+    queries: Coordinates,
+    keys: Coordinates,
+    *,
+    causal: bool,
+    window: int | Int[Array, ""] | None = None,
+) -> Bool[Array, "*b T S"] | None:
+    """Return True for each key that a query attends to, or None if that is every key.
+
+    The coordinates broadcast against each other: [.., T, 1] of queries and [.., 1, S] of keys. A
+    query attends to keys of its own segment. If `causal`, keys after its own position are left out.
+    `window` is the number of keys up to the query's own position. It needs `causal`.
+    """
+    mask = None
+    if causal:
+        distance = queries.positions - keys.positions  # [.., T, S]
+        mask = distance >= 0
+        if window is not None:
+            mask &= distance < window
+    if queries.segments is not None and keys.segments is not None:
+        same = queries.segments == keys.segments  # [.., T, S]
+        mask = same if mask is None else mask & same
+    return mask
 
 
 def cut_spans(shape: tuple[int, ...], kv_length: int, in_order: bool) -> tuple[Span, ...]:
@@ -148,7 +185,8 @@ def _forward(
 
         return _over_blocks(block, None, (q, queries), one)[1]
 
-    out, top, total = _join_spans([span(one) for one in blocking.spans])
+    made = _join_spans([span(one) for one in blocking.spans])
+    out, top, total = (checkpoint_name(x, SAVED) for x in made)
     return out, (q, wide, queries, masking, out, top, total)
 
 

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxft.core.runtime import device
+from jaxft.core.runtime import device, find_chip
 from jaxft.core.sharding import AXES, spec
 
-# Bytes of one chunk's fp32 logits on one device.
-CPU_LOGITS, ACCELERATOR_LOGITS = 2**26, 2**29
+# Bytes of one chunk's fp32 logits on one device: fixed for a CPU, a share of an accelerator's
+# memory. The head's gradient is read and written once a chunk, so few large chunks are better.
+CPU_LOGITS, ACCELERATOR_SHARE = 2**26, 1 / 32
+LEAST_MEMORY = 2**34  # bytes of an accelerator without known figures
 FAR = 1e30  # above all logits, and finite if multiplied by a vocabulary's size
 
 
@@ -47,6 +49,7 @@ class Sums(NamedTuple):
     square: Float[Array, ""]
 
 
+@jax.named_scope("vocabulary_loss")
 def linear_cross_entropy(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "V D"] | Float[Array, "D V"],
@@ -127,7 +130,10 @@ def reference(
 
 def _chunk(rows: int, length: int, vocab: int) -> int:
     """Return time steps a chunk: a power of 2, or all, whose logits fit the budget of a device."""
-    budget = CPU_LOGITS if device().platform == "cpu" else ACCELERATOR_LOGITS
+    budget, here = float(CPU_LOGITS), device()
+    if here.platform != "cpu":
+        chip = find_chip(here.kind)
+        budget = ACCELERATOR_SHARE * (chip.memory if chip else LEAST_MEMORY)
     size = 1
     while size < length and 2 * size * rows * vocab * 4 <= budget:
         size *= 2

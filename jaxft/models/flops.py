@@ -6,16 +6,18 @@ from typing import Any
 
 import jax
 
+from jaxft.core.sharding import plain_mesh
+
 
 def count(function: Callable[..., Any], *args: Any) -> float:
     """Return the FLOPs of one call on abstract or concrete arguments. The call is only traced.
 
     Only matrix products and convolutions count, as in torch's FlopCounterMode and in published MFU.
     The body of a scan counts once an iteration, that of a `while` loop once. The function is traced
-    for this machine's device, whose kernels may add products: on a CPU the column of ones in
-    attention adds 0.2 % to a UNet.
+    for a device without kernels of its own, so that products inside of these count too.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    with jax.sharding.use_abstract_mesh(plain_mesh()):
+        return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def _of_jaxpr(jaxpr: Any) -> float:

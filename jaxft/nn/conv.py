@@ -1,6 +1,7 @@
 """Convolutions over NHWC images, with the LoRA slot, and the blocks that UNets and VAEs share."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import constrain
+from jaxft.kernels.attention import saves_attention
 from jaxft.kernels.conv import Padding, convolve
+from jaxft.kernels.recompute import recomputed
 from jaxft.nn.linear import Adapter, Linear, dropout
 from jaxft.nn.norm import GroupNorm
 
@@ -27,7 +30,9 @@ BOTTOM_RIGHT: Padding = ((0, 1), (0, 1))
 CONV_REMAT = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("conv"),
+        jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.save_only_these_names("conv"), saves_attention
+        ),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -169,11 +174,15 @@ class ResnetBlock(nnx.Module):
         time: Float[Array, "B D"] | None = None,
         keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "B Y X F"]:
-        h = self.conv1(jax.nn.silu(self.norm1(x)), keys)
+        h = self.conv1(recomputed(partial(_activated, self.norm1))(x), keys)
         if self.time_emb_proj is not None and time is not None:
             h = h + self.time_emb_proj(jax.nn.silu(time), keys)[:, None, None]  # [B, 1, 1, F]
-        h = self.conv2(jax.nn.silu(self.norm2(h)), keys)
+        h = self.conv2(recomputed(partial(_activated, self.norm2))(h), keys)
         return (x if self.conv_shortcut is None else self.conv_shortcut(x, keys)) + h
+
+
+def _activated(norm: GroupNorm, x: Array) -> Array:
+    return jax.nn.silu(norm(x))
 
 
 def runner(remat: str) -> Callable[..., Array]:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxft.kernels.recompute import recomputed
+
 
 class RMSNorm(nnx.Module):
     """Root mean square norm x / rms(x) * scale over the last dim.
@@ -40,12 +42,17 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        # Two passes, because E[x^2] - E[x]^2 loses its digits if the mean is large.
-        centred = x.astype(jnp.float32)
-        centred = centred - jnp.mean(centred, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.eps)
-        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+        layer = partial(_layer_norm, eps=self.eps)
+        return recomputed(layer)(x, self.scale[...], self.bias[...])
+
+
+def _layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    # Two passes, because E[x^2] - E[x]^2 loses its digits if the mean is large.
+    centred = x.astype(jnp.float32)
+    centred = centred - jnp.mean(centred, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(variance + eps)
+    return (normed * scale + bias).astype(x.dtype)
 
 
 class GroupNorm(nnx.Module):
@@ -60,18 +67,24 @@ class GroupNorm(nnx.Module):
         self.groups, self.eps = groups, eps
 
     def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
-        wide = x.astype(jnp.float32)
-        centred = wide - self._mean(wide)
-        spread = jax.lax.rsqrt(self._mean(jnp.square(centred)) + self.eps)
-        return (centred * (spread * self.scale[...]) + self.bias[...]).astype(x.dtype)
+        group = partial(_group_norm, groups=self.groups, eps=self.eps)
+        return recomputed(group)(x, self.scale[...], self.bias[...])
 
-    def _mean(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B 1 1 C"]:
-        """Return the mean of each channel's group.
 
-        The mean over pixels comes first. On a CPU this is 8 times as fast as one mean over pixels
-        and channels of a group.
-        """
-        channels = jnp.mean(x, axis=(1, 2)).reshape(len(x), self.groups, -1)  # [B, groups, .]
-        means = jnp.mean(channels, axis=-1, keepdims=True)  # [B, groups, 1]
-        means = jnp.broadcast_to(means, channels.shape)
-        return means.reshape(len(x), 1, 1, -1)  # [B, 1, 1, C]
+def _group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float) -> Array:
+    wide = x.astype(jnp.float32)
+    centred = wide - _group_mean(wide, groups)
+    spread = jax.lax.rsqrt(_group_mean(jnp.square(centred), groups) + eps)
+    return (centred * (spread * scale) + bias).astype(x.dtype)
+
+
+def _group_mean(x: Float[Array, "B Y X C"], groups: int) -> Float[Array, "B 1 1 C"]:
+    """Return the mean of each channel's group.
+
+    The mean over pixels comes first. On a CPU this is 8 times as fast as one mean over pixels and
+    channels of a group.
+    """
+    channels = jnp.mean(x, axis=(1, 2)).reshape(len(x), groups, -1)  # [B, groups, .]
+    means = jnp.mean(channels, axis=-1, keepdims=True)  # [B, groups, 1]
+    means = jnp.broadcast_to(means, channels.shape)
+    return means.reshape(len(x), 1, 1, -1)  # [B, 1, 1, C]

@@ -57,11 +57,11 @@ class CodePrediction:
     layout: RowLayout
     code_model: Callable[[Any], CodeModel]
     dtype: Any
-    remat: str
     weights: TokenWeights
     caption_dropout: float = 0.0
     dropout: bool = False
     image_flops: float = 0.0
+    remat: str = "none"
     unit: ClassVar[str] = "images"
 
     def units(self, batch: Mapping[str, np.ndarray]) -> int:

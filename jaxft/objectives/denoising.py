@@ -38,12 +38,12 @@ class Denoising:
     cfg: PipelineConfig
     process: NoiseProcess
     dtype: Any
-    remat: str
     empty_ids: np.ndarray
     caption_dropout: float = 0.0
     noise_offset: float = 0.0
     dropout: bool = False
     image_flops: float = 0.0
+    remat: str = "none"
     unit: ClassVar[str] = "images"
 
     def units(self, batch: Mapping[str, np.ndarray]) -> int:

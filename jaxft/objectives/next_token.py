@@ -17,18 +17,18 @@ from jaxft.kernels.cross_entropy import linear_cross_entropy
 class NextToken:
     """Cross-entropy of a decoder over rows of `seq_len` positions.
 
-    width: the largest number of trained positions in a row. packed: rows hold several examples,
-    marked by segment_ids. dropout: adapters use dropout. token_flops: FLOPs of a forward pass, a
-    token.
+    width: the largest number of trained positions in a row. per_row: the largest number of examples
+    in a row, marked by segment_ids if there are several. dropout: adapters use dropout.
+    token_flops: FLOPs of a forward pass, a token.
     """
 
     dtype: Any
-    remat: str
     seq_len: int
     width: int
-    packed: bool = False
+    per_row: int = 1
     dropout: bool = False
     token_flops: float = 0.0
+    remat: str = "none"
     unit: ClassVar[str] = "tokens"
 
     def loss(
@@ -57,10 +57,13 @@ class NextToken:
         A row of one example is padded on the right. Under a causal mask no real token attends to
         the padding. The row thus needs no segments, and the fastest causal kernel can be used.
         """
-        places = (batch["positions"], batch["segment_ids"]) if self.packed else (None, None)
+        places, segments = (None, None), 0
+        if self.per_row > 1:
+            places, segments = (batch["positions"], batch["segment_ids"]), self.per_row + 1
         return model.hidden(
-            batch["tokens"], *places, keys=keys, remat=self.remat, dtype=self.dtype
-        )[0]
+            batch["tokens"], *places, keys=keys, remat=self.remat, dtype=self.dtype,
+            segments_in_row=segments,
+        )[0]  # fmt: skip
 
     def cross_entropy(
         self, model: Any, hidden: jax.Array, batch: Batch, keys: jax.Array | None

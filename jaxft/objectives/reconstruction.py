@@ -57,7 +57,7 @@ class Reconstruction:
     losses: Weights
     start: int
     dtype: Any
-    remat: str
+    remat: str = "none"
     unit: ClassVar[str] = "images"
 
     def units(self, batch: Mapping[str, np.ndarray]) -> int:

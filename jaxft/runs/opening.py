@@ -1,6 +1,6 @@
 """Opening of a run: a config becomes a model on a mesh, before any data are read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,20 +32,22 @@ class Run(NamedTuple):
         return {path: leaf for path, leaf in self.leaves.items() if path in self.chosen}
 
 
-def open_run(config: Mapping[str, Any]) -> Run:
+def open_run(config: Mapping[str, Any], devices: Sequence[Any] | None = None) -> Run:
     """Read the config, find the devices and open the model's folder. Loads no weights.
 
-    Raises UserError for a batch that the mesh does not divide, or an unknown export.kind.
+    devices: those of a plan, by default all of this run. Raises UserError for a batch that the mesh
+    does not divide, or an unknown export.kind.
     """
     name = str(config.get("task"))
     check_task(name)
     cfg, task = configs.read_config(config, OPTIONS[name]), get_task(name)
-    runtime.start()
-    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    if devices is None:
+        runtime.start()
+    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, devices)
     _check_batch(cfg, mesh)
     if cfg.export.kind not in (kinds := (*task.writers, "none")):
         raise UserError(f"export.kind={cfg.export.kind!r} is not one of {', '.join(kinds)}")
-    with jax.set_mesh(mesh):  # "auto" depends on the devices of the run
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # "auto" depends on the devices
         opened = task.open(cfg)
     leaves = describe(opened.template)
     places = sharding.shardings(leaves, mesh)

@@ -119,7 +119,7 @@ def summary(run: Run, plan: Plan, rows: Rows) -> str:
         f"model {cfg.model} ({cfg.init}), {run.opened.describe()}; {rows.describe()}",
         f"devices {runtime.describe_devices()}, mesh {dict(run.mesh.shape)};"
         f" compute {runtime.resolve_dtype(cfg.compute_dtype)}, parameters {cfg.param_dtype},"
-        f" remat {runtime.resolve_remat(cfg.remat)}",
+        f" remat {cfg.remat}",
         f"{plan.total} steps of {cfg.batch_size} examples{micro}, {cfg.optim.name} at"
         f" {cfg.optim.lr:g} ({cfg.optim.schedule})",
         trainable_table(run.leaves, run.chosen),

@@ -6,6 +6,7 @@ not depend on devices, optimisers or checkpoints.
 
 from __future__ import annotations  # the names below are needed in annotations alone
 
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -131,6 +132,25 @@ class Preview(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Planned:
+    """Rows for a plan, of the size that the config names: shapes without examples.
+
+    shapes: of the batch of all hosts. width: the longest part that varies (trained tokens, a
+    prompt). per_row: the number of examples in a row. empty_ids: int32 [E, T], in place of the
+    empty caption.
+    """
+
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+    width: int = 0
+    per_row: int = 1
+    empty_ids: Any = None
+
+    def __len__(self) -> int:
+        """Return a number of examples for durations in epochs. The compiled step is the same."""
+        return 2**20
+
+
 class Data(NamedTuple):
     """Rows that a command reads, and facts about the rows that the run trained on.
 
@@ -206,13 +226,15 @@ class Writer(NamedTuple):
 class Task(NamedTuple):
     """One family of models on one kind of data.
 
-    `read(opened, spec, training)` returns Rows. `encode(opened, params, chosen, sets)` fills
+    `read(opened, spec, training)` returns Rows. `plan(opened)` returns their shapes, without
+    data. `objective` takes either. `encode(opened, params, chosen, sets)` fills
     caches. Call it before the first example of a set is read. `writers` maps each export kind to
     its writer, the whole model first.
     """
 
     open: Callable[[Config], Any]
     read: Callable[[Any, str, bool], Any]
+    plan: Callable[[Any], Planned]
     encode: Callable[[Any, Params, set[str], Sequence[Any]], None]
     objective: Callable[[Any, Any], Objective]
     preview: Callable[[Any, Data], Preview]

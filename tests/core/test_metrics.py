@@ -156,27 +156,6 @@ def test_a_shorter_line_covers_the_longer_one(tmp_path, monkeypatch):
     assert blank == " " * longer
 
 
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("NVIDIA A100-SXM4-40GB", 312),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H200", 989),
-        ("NVIDIA B200", 2250),
-        ("TPU v5", 459),
-        ("TPU v5 lite", 197),
-        ("TPU v6 lite", 918),
-        ("NVIDIA H100 PCIe", None),
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
-        ("NVIDIA GB200", None),
-        ("TPU v4", None),
-        ("cpu", None),
-    ],
-)
-def test_peak_of_known_devices_only(kind, peak):
-    assert metrics.peak_tflops(kind) == peak
-
-
 def test_throughput_rates():
     gpu = Throughput("NVIDIA H100 80GB HBM3", 8).rates(4000, 2.0, 0.5, 8 * 989e12)
     assert gpu == {"tokens_per_s": 2000.0, "data_wait_share": 0.25, "mfu": 0.5}

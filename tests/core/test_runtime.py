@@ -29,18 +29,15 @@ def python(code, **env):
     )
 
 
-def test_auto_is_fp32_without_rematerialisation_on_a_cpu():
+def test_auto_is_fp32_on_a_cpu():
     assert runtime.resolve_dtype("auto") == jnp.float32
     assert runtime.resolve_dtype("bfloat16") == jnp.bfloat16
-    assert runtime.resolve_remat("auto") == "none"
-    assert runtime.resolve_remat("full") == "full"
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_auto_is_bf16_with_rematerialisation_elsewhere(platform):
+def test_auto_is_bf16_elsewhere(platform):
     with traced_for(platform):
         assert runtime.resolve_dtype("auto") == jnp.bfloat16
-        assert runtime.resolve_remat("auto") == "dots"
         assert runtime.resolve_dtype("float32") == jnp.float32
         assert runtime.compiler_options() is runtime.compiler_options(loop=True) is None
     assert runtime.compiler_options() == runtime.CPU_OPTIONS
@@ -253,3 +250,26 @@ def test_a_negative_value_may_stand_apart():
 def test_arguments_that_are_not_understood(words, message):
     with pytest.raises(UserError, match=message):
         runtime.parse_arguments(words, ("config", "workdir"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v5 lite", 197),
+        ("TPU v6 lite", 918),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GB200", None),
+        ("TPU v4", 275),
+        ("cpu", None),
+    ],
+)
+def test_peak_of_known_devices_only(kind, peak):
+    chip = runtime.find_chip(kind)
+    assert (chip and chip.flops / 1e12) == peak

@@ -35,7 +35,7 @@ def test_minus_one_takes_the_rest(asked, shape):
 
 @pytest.mark.parametrize("asked", [(1, 1, 1), (3, -1, 1), (16, -1, 1), (2, 2, 4)])
 def test_a_mesh_that_does_not_match_the_devices(asked):
-    with pytest.raises(UserError, match=r"needs \d+ devices, but 8 are here \(cpu\); set one of"):
+    with pytest.raises(UserError, match=r"needs \d+ devices, but there are 8 \(cpu\); set one of"):
         sharding.make_mesh(*asked)
 
 

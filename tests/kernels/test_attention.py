@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft.core.errors import UserError
 from jaxft.core.sharding import batch_sharding, make_mesh
-from jaxft.kernels import attention as attention_module
 from jaxft.kernels import blockwise_attention as module
-from jaxft.kernels.attention import LENGTH_MULTIPLE, attention, cudnn_takes, reference
+from jaxft.kernels.attention import OVERRIDE, attention, choose, reference, saves_attention
 from jaxft.kernels.blockwise_attention import block_size, cut_spans
 from tests.devices import traced_for
 
@@ -150,23 +150,6 @@ def test_the_reference_is_jaxs_own_attention():
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "dim", "takes"),
-    [
-        ("gpu", jnp.bfloat16, 64, True),
-        ("gpu", jnp.float16, 256, True),
-        ("gpu", jnp.float32, 64, False),
-        ("gpu", jnp.bfloat16, 264, False),
-        ("gpu", jnp.bfloat16, 36, False),
-        ("tpu", jnp.bfloat16, 64, False),
-        ("cpu", jnp.bfloat16, 64, False),
-    ],
-)
-def test_flash_attention_runs_on_a_gpu_in_half_precision(platform, dtype, dim, takes):
-    with traced_for(platform):
-        assert cudnn_takes(jax.ShapeDtypeStruct((1, 8, 2, dim), dtype)) == takes
-
-
-@pytest.mark.parametrize(
     ("more", "flash"),
     [
         ({}, True),
@@ -202,21 +185,36 @@ def test_on_a_gpu_the_mask_decides_between_cudnn_and_blocks(more, flash, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("causal", "length", "kv_length"),
-    [(True, 37, 37), (True, 40, 40), (False, 37, 37), (False, 40, 40), (False, 37, 77)],
+    ("platform", "kernel"), [("cpu", "blockwise"), ("gpu", "cudnn"), ("tpu", "splash")]
 )
-def test_padding_for_cudnn_changes_nothing(causal, length, kv_length, monkeypatch):
-    """cuDNN's stand-in is jax's own formula, which masks by the same arguments."""
-    plain, shapes = jax.nn.dot_product_attention, []
+def test_each_device_has_its_kernel_and_an_override(platform, kernel, monkeypatch):
+    q = jax.ShapeDtypeStruct((2, 8, 2, 64), jnp.bfloat16)
+    with traced_for(platform):
+        assert choose(q) == kernel
+        monkeypatch.setenv(OVERRIDE, "blockwise")
+        assert choose(q) == "blockwise"
+        monkeypatch.setenv(OVERRIDE, "splash" if platform == "gpu" else "cudnn")
+        with pytest.raises(UserError, match=r"JAXFT_ATTENTION=\w+ cannot run: it runs on [GT]PUs"):
+            choose(q)
+        monkeypatch.setenv(OVERRIDE, "flash3")
+        with pytest.raises(UserError, match="is not one of auto, cudnn, splash, blockwise"):
+            choose(q)
 
-    def stand_in(q, k, v, *, implementation, **how):
-        assert implementation == "cudnn"
-        shapes.append((q.shape[1], k.shape[1]))
-        return plain(q, k, v, implementation="xla", **how)
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    monkeypatch.setattr(attention_module, "cudnn_takes", lambda q: True)
-    mask = jnp.tril(jnp.ones((1, length, kv_length), bool)) if causal else None
-    args = data(length=length, kv_length=kv_length)
-    same(args, partial(attention, causal=causal), mask)
-    assert shapes and all(size % LENGTH_MULTIPLE == 0 for pair in shapes for size in pair)
+def test_a_mesh_that_does_not_divide_the_rows_has_no_splash():
+    q = jax.ShapeDtypeStruct((2, 8, 2, 64), jnp.bfloat16)
+    with traced_for("tpu", (2, 2, 1)):
+        assert choose(q) == "blockwise"
+
+
+def test_the_policy_saves_what_the_backward_pass_would_compute_again():
+    """Under remat a forward kernel would run twice, once more in the backward pass."""
+
+    def count(policy):
+        def loss(*args):
+            return jax.checkpoint(partial(attention, causal=True), policy=policy)(*args).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(*data())).count("reduce_max")
+
+    nothing = jax.checkpoint_policies.nothing_saveable
+    assert count(saves_attention) < count(nothing)

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 
 from jaxft.kernels import blockwise_attention as module
-from jaxft.kernels.attention import attention, reference
-from jaxft.kernels.blockwise_attention import block_size, cut_spans
+from jaxft.kernels.attention import OVERRIDE, attention, reference
+from jaxft.kernels.blockwise_attention import (
+    Coordinates,
+    attention_mask,
+    block_size,
+    cut_spans,
+)
 from tests.devices import traced_for
 from tests.kernels.test_attention import data, jit
 
@@ -56,8 +61,9 @@ def test_causal_spans_are_for_a_cpu():
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_the_form_of_an_accelerator_equals_the_reference_too(platform):
+def test_the_form_of_an_accelerator_equals_the_reference_too(platform, monkeypatch):
     """Traced for that device, and run here."""
+    monkeypatch.setenv(OVERRIDE, "blockwise")
     args, mask = data(length=104), jnp.tril(jnp.ones((1, 104, 104), bool))
 
     def both(fn):
@@ -72,3 +78,36 @@ def test_the_form_of_an_accelerator_equals_the_reference_too(platform):
     want = jit(both(partial(reference, mask=mask)))(*args)
     for a, b in zip(got, jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+# ---- masks -----------------------------------------------------------------------------------
+
+
+def sides(positions, segments=None):
+    """Queries [T, 1] and keys [1, T] at the same coordinates."""
+    positions = jnp.array(positions)
+    segments = None if segments is None else jnp.array(segments)
+    queries = Coordinates(positions[:, None], None if segments is None else segments[:, None])
+    return queries, Coordinates(positions[None], None if segments is None else segments[None])
+
+
+def test_every_key_counts_without_a_mask():
+    assert attention_mask(*sides(range(4)), causal=False) is None
+
+
+def test_causal_by_positions():
+    mask = attention_mask(*sides([2, 0, 1]), causal=True)
+    np.testing.assert_array_equal(mask, [[1, 1, 1], [0, 1, 0], [0, 1, 1]])
+
+
+@pytest.mark.parametrize("window", [2, jnp.int32(2)])
+def test_a_window_counts_the_query_itself(window):
+    mask = attention_mask(*sides(range(4)), causal=True, window=window)
+    np.testing.assert_array_equal(mask, np.tri(4) - np.tri(4, k=-2))
+
+
+def test_segments_with_and_without_order():
+    queries, keys = sides([0, 1, 0, 1], [1, 1, 2, 2])
+    same = np.kron(np.eye(2), np.ones((2, 2)))
+    np.testing.assert_array_equal(attention_mask(queries, keys, causal=False), same)
+    np.testing.assert_array_equal(attention_mask(queries, keys, causal=True), same * np.tri(4))

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from jaxft import train
 from jaxft.core.checkpoint import Checkpoints
 from jaxft.data.text import store
-from tests import whole as runs
 from tests.interrupted import kill_after, start, timeless
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,11 +160,3 @@ def test_classification_reports_accuracy_and_rows(flags, tmp_path, capsys):
     assert train.main([*CONFIG, "--workdir", str(work), *flags(changes)]) == 0
     assert {"eval_accuracy", "eval_perplexity", "eval_bits_per_byte"} <= records(work)[-1].keys()
     assert "predicted before" in capsys.readouterr().out
-
-
-def test_a_batch_of_a_shape_that_nobody_foretold_is_compiled_when_it_comes(capsys):
-    step = runs.Compiled(jax.jit(lambda state, frozen, batch: state + batch["x"].sum()))
-    for rows in (3, 4, 3):
-        batch = {"x": jnp.ones((rows, 2))}
-        assert step(jnp.zeros(()), {}, batch) == 2 * rows
-    assert capsys.readouterr().out.count("compiled the step for") == 2

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
-from jaxft.kernels.attention import attention
+from jaxft.kernels.attention import attention, saves_attention
 from jaxft.kernels.loops import unrolls, unstacks
 from jaxft.models.decoders.cache import Cache, append, default_positions, place
 from jaxft.models.decoders.config import DecoderConfig, LayerScan, LayerSpec, layer_scans
@@ -24,12 +24,16 @@ Memory = tuple[Array, Array]  # keys and values of the cache, as `Cache` holds t
 
 
 class Context(NamedTuple):
-    """The inputs that all layers of one call share. `angles` are cos and sin of every rope."""
+    """The inputs that all layers of one call share.
+
+    angles: cos and sin of every rope. segments_in_row: as in `kernels.attention`.
+    """
 
     angles: tuple[tuple[Float[Array, "B T half"], Float[Array, "B T half"]], ...]
     q_segments: Int[Array, "B T"] | None
     kv_segments: Int[Array, "B S"] | None
     index: Int[Array, ""]
+    segments_in_row: int
 
 
 class Attention(nnx.Module):
@@ -77,6 +81,7 @@ class Attention(nnx.Module):
             q_segments=context.q_segments,
             kv_segments=context.kv_segments,
             window=spec.window,
+            segments_in_row=context.segments_in_row,
         )  # [B, T, N, H]
         return self.o_proj(out, keys), memory
 
@@ -196,6 +201,7 @@ class Decoder(nnx.Module):
         unroll: int | None = None,
         dtype: Any = None,
         blocks: tuple[Block, ...] = (),
+        segments_in_row: int = 0,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Return the final norm's output in `dtype`, and the cache with these tokens in it.
 
@@ -204,7 +210,7 @@ class Decoder(nnx.Module):
         one segment. embeds: used instead of tokens. keys: one a row, for the dropout of adapters.
         remat: "none" or a key of REMAT. unroll: periods of layers in one iteration of the scan,
         0 for all. blocks: the layers from `unstacked`, for a cache of the same kind, without
-        dropout and remat.
+        dropout and remat. segments_in_row: the most segments of a row, as in `kernels.attention`.
         Raises: ValueError for another remat, and for both or none of tokens and embeds.
         """
         x = self._embed(tokens, embeds, dtype)  # [B, T, D]
@@ -217,7 +223,8 @@ class Decoder(nnx.Module):
             rope.cos_sin(positions, rope.frequencies(one, positions), one.scale)
             for one in self.cfg.ropes
         )
-        context = Context(angles, q_segments, kv_segments, index)
+        others = None if cache is None else kv_segments  # None: keys have the queries' own segments
+        context = Context(angles, q_segments, others, index, segments_in_row)
         if blocks and cache is not None:
             x, cache = self._one_by_one(x, context, cache, blocks)
             return self.norm(x), cache
@@ -321,7 +328,9 @@ class Decoder(nnx.Module):
 
 
 REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, saves_attention
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import attention
+from jaxft.kernels.recompute import recomputed
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.registry import Architecture
 from jaxft.nn.conv import (
@@ -79,7 +80,11 @@ class FeedForward(nnx.Module):
         self, x: Float[Array, "B T D"], keys: PRNGKeyArray | None
     ) -> Float[Array, "B T D"]:
         value, gate = jnp.split(self.proj(x, keys), 2, axis=-1)  # [B, T, F] each
-        return self.out(value * jax.nn.gelu(gate, approximate=False), keys)
+        return self.out(recomputed(_geglu)(value, gate), keys)
+
+
+def _geglu(value: Array, gate: Array) -> Array:
+    return value * jax.nn.gelu(gate, approximate=False)
 
 
 class TransformerBlock(nnx.Module):

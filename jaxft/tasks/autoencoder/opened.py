@@ -46,7 +46,6 @@ class OpenedAutoencoder:
         self.source = open_component(cfg.model, "vae", weights=cfg.init == "pretrained")
         self.codec = open_codec(self.source.config, f"{cfg.model}/config.json")
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
-        self.remat = runtime.resolve_remat(cfg.remat)
         self._check()
         measures = self.losses.perceptual or cfg.data.eval
         self.measure = perceptual.open_perceptual(self.options.perceptual) if measures else None
@@ -72,7 +71,7 @@ class OpenedAutoencoder:
 
     def _check(self) -> None:
         """Raise UserError for losses that the model or the trained parameters cannot have."""
-        runner(self.remat)
+        runner("none" if self.cfg.remat == "auto" else self.cfg.remat)  # raises
         losses, trainable = self.losses, self.cfg.trainable or ".*"
         rank, start = self.cfg.lora.rank, self.cfg.lora.from_
         if rank or start:

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxft.data.images.buckets import Size
 from jaxft.data.images.dataset import ImageSet, collate
 from jaxft.data.loader import train_loader
 from jaxft.data.sources.image_records import Bad
 from jaxft.data.sources.schemes import open_images
+from jaxft.tasks import Planned
 from jaxft.tasks.autoencoder.opened import OpenedAutoencoder
 
 
@@ -39,12 +41,23 @@ class ImageRows:
         )
 
     def spec(self, rows: slice) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
-        batch = collate([], batch_rows=rows.stop - rows.start, size=self.images.sizes[0])
-        batch["sample_ids"] = np.zeros(rows.stop - rows.start, np.int32)
-        yield {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+        yield _shapes(rows.stop - rows.start, self.images.sizes[0])
 
     def report(self) -> dict[str, Any]:
         return self.images.report
 
     def describe(self) -> str:
         return f"{self.name}: {len(self.images.records)} images, mirrored too"
+
+
+def planned(opened: OpenedAutoencoder) -> Planned:
+    """Return square pictures of `resolution`."""
+    side = opened.options.resolution
+    return Planned(_shapes(opened.cfg.batch_size, (side, side)))
+
+
+def _shapes(count: int, size: Size) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape and dtype of each array of a batch of `count` pictures."""
+    batch = collate([], batch_rows=count, size=size)
+    batch["sample_ids"] = np.zeros(count, np.int32)
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}

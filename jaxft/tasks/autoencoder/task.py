@@ -2,18 +2,16 @@
 
 from jaxft.core import config as configs
 from jaxft.objectives.reconstruction import Reconstruction
-from jaxft.tasks import Task
+from jaxft.tasks import Planned, Task
 from jaxft.tasks.autoencoder.exports import WRITERS
 from jaxft.tasks.autoencoder.opened import OpenedAutoencoder
 from jaxft.tasks.autoencoder.preview import AutoencoderPreview
-from jaxft.tasks.autoencoder.rows import ImageRows
+from jaxft.tasks.autoencoder.rows import ImageRows, planned
 
 
-def _objective(opened: OpenedAutoencoder, rows: ImageRows) -> Reconstruction:
+def _objective(opened: OpenedAutoencoder, rows: ImageRows | Planned) -> Reconstruction:
     start = _adversarial_start(opened, len(rows))
-    return Reconstruction(
-        opened.codec.reconstruct, opened.losses, start, opened.dtype, opened.remat
-    )
+    return Reconstruction(opened.codec.reconstruct, opened.losses, start, opened.dtype)
 
 
 def _adversarial_start(opened: OpenedAutoencoder, examples: int) -> int:
@@ -31,6 +29,7 @@ def _adversarial_start(opened: OpenedAutoencoder, examples: int) -> int:
 AUTOENCODER = Task(
     open=OpenedAutoencoder,
     read=ImageRows,
+    plan=planned,
     encode=lambda opened, params, chosen, sets: None,  # every step reads the images themselves
     objective=_objective,
     preview=AutoencoderPreview,

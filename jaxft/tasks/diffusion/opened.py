@@ -1,7 +1,7 @@
 """A Stable Diffusion folder or file, opened for training."""
 
 import dataclasses
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -44,11 +44,9 @@ class OpenedPipeline:
         self.model_cfg = PipelineConfig.of(self.pipeline, options.prediction, options.zero_snr)
         check_sampler("sample.sampler", options.sample.sampler)
         check(options.caption_dropout, self.model_cfg)
-        new = inversion.names(options.inversion)
-        self.model_cfg = inversion.extended(self.model_cfg, len(new))
+        self.model_cfg = inversion.extended(self.model_cfg, len(inversion.names(options.inversion)))
         self.process: NoiseProcess = DDPM(self.model_cfg.schedule, options.min_snr_gamma)
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
-        self.remat = runtime.resolve_remat(cfg.remat)
         self.parts = stable_diffusion.parts(self.pipeline, self.model_cfg)
         self.adapter: PipelineLora | None = None
         if cfg.lora.from_:
@@ -58,13 +56,24 @@ class OpenedPipeline:
         self.template = jax.eval_shape(self.build, jax.random.key(0))
         if cfg.export.kind == "lora" or (cfg.export.kind == "all" and cfg.lora.rank):
             pipeline_lora.check(self.parts, describe(self.template))
+
+    @cached_property
+    def captions(self) -> Captions:
+        """The tokenizers. Raises UserError where they do not fit the encoders or the config."""
         names = ("tokenizer", "tokenizer_2")[: len(self.model_cfg.texts)]
         folders = [self.pipeline.tokenizer_dir(name) for name in names]
         tokenizers = [load_tokenizer(folder, "clip") for folder in folders]
-        self.captions = Captions(tokenizers, self.model_cfg.texts, new)
+        new = inversion.names(self.options.inversion)
+        made = Captions(tokenizers, self.model_cfg.texts, new)
         if new:
-            inversion.check(cfg, self.captions, describe(self.template))
-        self.captions.too_long(options.sample.prompts)  # raises for a token without a row
+            inversion.check(self.cfg, made, describe(self.template))
+        made.too_long(self.options.sample.prompts)  # raises for a token without a row
+        return made
+
+    @property
+    def ids_shape(self) -> tuple[int, int]:
+        """Shape [E, T] of a caption's token ids."""
+        return len(self.model_cfg.texts), self.model_cfg.texts[0].max_positions
 
     def build(self, key: jax.Array) -> nnx.Module:
         model = StableDiffusion(self.model_cfg, key=key)
@@ -100,7 +109,7 @@ class OpenedPipeline:
 
     def text_shapes(self) -> Text:
         """Return the shapes of one caption's embedding."""
-        ids = jax.ShapeDtypeStruct((1, *self.captions("").shape), np.int32)
+        ids = jax.ShapeDtypeStruct((1, *self.ids_shape), np.int32)
         encode = partial(StableDiffusion.encode_text, dtype=self.dtype)
         return jax.eval_shape(encode, self.template, ids)
 

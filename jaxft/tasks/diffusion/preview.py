@@ -37,7 +37,7 @@ class DiffusionPreview:
         self.opened, self.data, self.rows = opened, data, data.held_out
         self.dtype = opened.dtype
         self.objective = Denoising(
-            opened.model_cfg, opened.process, self.dtype, opened.remat, opened.captions("")
+            opened.model_cfg, opened.process, self.dtype, opened.captions("")
         )
         self.kid = KidLite0() if opened.options.eval_generated and self.rows else None
         self.compared = Compared()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.core.errors import UserError
-from jaxft.core.params import Params, bind, describe
+from jaxft.core.params import Params, bind, describe, select
 from jaxft.core.sharding import one_device_mesh
 from jaxft.core.step import cast
 from jaxft.data.cache import ArrayCache, fill
@@ -22,6 +22,7 @@ from jaxft.data.sources.image_records import Bad
 from jaxft.data.sources.schemes import open_images
 from jaxft.models.pipelines.stable_diffusion import NOTHING, SOURCE
 from jaxft.nn.pixels import to_float
+from jaxft.tasks import Planned
 from jaxft.tasks.common.encoded import (
     Row,
     collate,
@@ -82,6 +83,11 @@ class PictureRows:
     def __len__(self) -> int:
         return len(self.places)
 
+    @property
+    def empty_ids(self) -> np.ndarray:
+        """Token ids of the empty caption, int32 [E, T]."""
+        return self.opened.captions("")
+
     def __repr__(self) -> str:
         return " + ".join(repr(share.images) for share in self.shares)
 
@@ -96,28 +102,9 @@ class PictureRows:
 
     def spec(self, rows: slice) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
         count = rows.stop - rows.start
+        moments, texts = self.stores.moments is not None, self.stores.texts is not None
         for size in self.sizes:
-            one = {**self._shapes(size), "sample_ids": ((), np.int32)}
-            yield {k: jax.ShapeDtypeStruct((count, *shape), d) for k, (shape, d) in one.items()}
-
-    def _shapes(self, size: Size) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Return shape and dtype of each array of a row whose picture has `size`."""
-        cfg, ids = self.opened.model_cfg, self.opened.captions("")
-        made: dict[str, tuple[tuple[int, ...], Any]] = {
-            "weights": ((), np.float32),
-            "time_ids": ((6,), np.float32),
-        }
-        if self.stores.moments is None:
-            names = ("pixels", "source") if cfg.conditioning == SOURCE else ("pixels",)
-            made |= dict.fromkeys(names, ((*size, 3), np.uint8))
-        else:
-            latent = (*(side // cfg.vae.factor for side in size), cfg.vae.latent_channels)
-            made |= dict.fromkeys(("mean", "logvar"), (latent, np.float32))
-        if self.stores.texts is None:
-            return {**made, "ids": (ids.shape, np.int32)}
-        text = self.opened.text_shapes()
-        pairs = {"context": text.context, "pooled": text.pooled}
-        return made | {k: (x.shape[1:], x.dtype) for k, x in pairs.items() if x is not None}
+            yield batch_shapes(self.opened, count, size, moments, texts)
 
     def report(self) -> dict[str, Any]:
         total: dict[str, int] = {}
@@ -168,6 +155,45 @@ class PictureRows:
         if self.stores.texts is None:
             return row | {"ids": self.opened.captions(caption)}
         return row | self.stores.texts.get(ids_key(self.opened.captions(caption)))
+
+
+def batch_shapes(
+    opened: OpenedPipeline, count: int, size: Size, moments: bool, texts: bool
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape and dtype of each array of a batch of `count` pictures of `size`.
+
+    moments, texts: whether they come from a cache.
+    """
+    cfg = opened.model_cfg
+    made: dict[str, tuple[tuple[int, ...], Any]] = {
+        "weights": ((), np.float32),
+        "time_ids": ((6,), np.float32),
+        "sample_ids": ((), np.int32),
+    }
+    if moments:
+        latent = (*(side // cfg.vae.factor for side in size), cfg.vae.latent_channels)
+        made |= dict.fromkeys(("mean", "logvar"), (latent, np.float32))
+    else:
+        names = ("pixels", "source") if cfg.conditioning == SOURCE else ("pixels",)
+        made |= dict.fromkeys(names, ((*size, 3), np.uint8))
+    if texts:
+        text = opened.text_shapes()
+        pairs = {"context": text.context, "pooled": text.pooled}
+        made |= {k: (x.shape[1:], x.dtype) for k, x in pairs.items() if x is not None}
+    else:
+        made |= {"ids": (opened.ids_shape, np.int32)}
+    return {k: jax.ShapeDtypeStruct((count, *shape), d) for k, (shape, d) in made.items()}
+
+
+def planned(opened: OpenedPipeline) -> Planned:
+    """Return square pictures of `resolution`, cached as `encode` would."""
+    cfg, options = opened.cfg, opened.options
+    trained = select(cfg.trainable, describe(opened.template)) if cfg.trainable else ()
+    cached, text_trains = bool(options.cache), any(p.startswith("text_encoder") for p in trained)
+    moments = cached and opened.model_cfg.conditioning == NOTHING
+    size = (options.resolution, options.resolution)
+    shapes = batch_shapes(opened, cfg.batch_size, size, moments, cached and not text_trains)
+    return Planned(shapes, empty_ids=np.zeros(opened.ids_shape, np.int32))
 
 
 def ids_key(ids: np.ndarray) -> str:

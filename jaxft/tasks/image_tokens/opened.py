@@ -144,7 +144,6 @@ class OpenedImageModel:
         if cfg.export.kind == "original":
             self.model.original_files(None)  # raises now rather than after training
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
-        self.remat = runtime.resolve_remat(cfg.remat)
         self.parts = (self.model.part,)
         self.adapter: PeftAdapter | None = None
         self.saved: dict[str, np.ndarray] = {}

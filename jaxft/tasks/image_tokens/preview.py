@@ -38,7 +38,7 @@ class ImageTokenPreview:
         self.opened, self.data, self.rows = opened, data, data.held_out
         self.dtype, options = opened.dtype, opened.options
         self.objective = CodePrediction(
-            opened.layout, opened.model.code_model, self.dtype, opened.remat, options.loss
+            opened.layout, opened.model.code_model, self.dtype, options.loss
         )
         self.kid = KidLite0() if options.eval_generated and self.rows else None
         size = sum(x.size for x in jax.tree.leaves(opened.template))

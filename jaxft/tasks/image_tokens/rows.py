@@ -16,6 +16,7 @@ from jaxft.data.loader import subset, train_loader
 from jaxft.data.sources.image_records import Bad
 from jaxft.data.sources.schemes import open_images
 from jaxft.models.autoencoders.vq_config import check_codes
+from jaxft.tasks import Planned
 from jaxft.tasks.common.encoded import Row, collate, keep_pixels, store_pictures
 from jaxft.tasks.common.pictures import grid
 from jaxft.tasks.image_tokens.layout import encode_prompt
@@ -37,10 +38,9 @@ class CodeRows:
     def __init__(
         self, opened: OpenedImageModel, images: ImageSet, name: str, shown: Sequence[int] = ()
     ):
-        self.shown = tuple(shown)
+        self.opened, self.shown = opened, tuple(shown)
         self.cfg, self.options, self.layout = opened.cfg, opened.options, opened.layout
         self.images, self.name, self.tokenizer = images, name, opened.model.tokenizer
-        self.code_dtype = opened.model.vq.cfg.code_dtype
         self.counts: Int[np.ndarray, " K"] | None = None
         self.store: ArrayCache | None = None
         self._keys: tuple[str, ...] = ()
@@ -69,15 +69,7 @@ class CodeRows:
         )
 
     def spec(self, rows: slice) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
-        count = rows.stop - rows.start
-        one = {
-            "codes": ((self.layout.count,), self.code_dtype),
-            "prompt": ((self.width,), np.int32),
-            "length": ((), np.int32),
-            "weights": ((), np.float32),
-            "sample_ids": ((), np.int32),
-        }
-        yield {k: jax.ShapeDtypeStruct((count, *shape), d) for k, (shape, d) in one.items()}
+        yield _shapes(self.opened, rows.stop - rows.start, self.width)
 
     def report(self) -> dict[str, Any]:
         counted = {**self.images.report, "truncated_captions": self.cut}
@@ -172,6 +164,24 @@ def read_rows(opened: OpenedImageModel, spec: str, training: bool) -> CodeRows:
     count = 0 if training else options.eval_generated
     shown = subset(images, count, opened.cfg.seed).ids.tolist() if count else ()
     return CodeRows(opened, images, spec, shown)
+
+
+def planned(opened: OpenedImageModel) -> Planned:
+    """Return rows whose longest prompt has max_caption_tokens."""
+    width = opened.layout.max_caption_tokens
+    return Planned(_shapes(opened, opened.cfg.batch_size, width), width=width)
+
+
+def _shapes(opened: OpenedImageModel, count: int, width: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape and dtype of each array of a batch of `count` rows with prompts [width]."""
+    one = {
+        "codes": ((opened.layout.count,), opened.model.vq.cfg.code_dtype),
+        "prompt": ((width,), np.int32),
+        "length": ((), np.int32),
+        "weights": ((), np.float32),
+        "sample_ids": ((), np.int32),
+    }
+    return {k: jax.ShapeDtypeStruct((count, *shape), d) for k, (shape, d) in one.items()}
 
 
 def encode(

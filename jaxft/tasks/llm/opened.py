@@ -1,7 +1,8 @@
 """A causal language model's folder, or an adapter's with its base, opened for training."""
 
 import dataclasses
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,11 +46,15 @@ class OpenedDecoder:
             cfg = dataclasses.replace(cfg, lora=targets)
         self.cfg = cfg
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
-        self.remat = runtime.resolve_remat(cfg.remat)
         self.template = jax.eval_shape(self.build, jax.random.key(0))
         self.parts = (part,)
-        self.tokenizer = load_tokenizer(self.source.tokenizer_dir())
-        self._check_pad()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer. Raises UserError for a pad token that transformers refuses."""
+        made = load_tokenizer(self.source.tokenizer_dir())
+        self._check_pad(made)
+        return made
 
     def build(self, key: jax.Array) -> nnx.Module:
         model = self.architecture.module(self.model_cfg, key=key)
@@ -72,9 +77,9 @@ class OpenedDecoder:
             ids |= set(eos_ids(config.get("eos_token_id")))
         return tuple(sorted(ids))
 
-    def _check_pad(self) -> None:
+    def _check_pad(self, tokenizer: Any) -> None:
         """Raise UserError for a pad token without a row, which transformers would read."""
-        rows, tokenizer = self.model_cfg.vocab_size, self.tokenizer
+        rows = self.model_cfg.vocab_size
         if tokenizer.pad_token_id is not None:
             where = f"{self.source.name}: pad_token of tokenizer_config.json"
             check_ids([tokenizer.pad_token_id], rows, tokenizer, where)

@@ -36,7 +36,7 @@ class DecoderPreview:
         self.options, self.tokenizer, self.dtype = opened.options, opened.tokenizer, opened.dtype
         held_out, seq_len = data.held_out, opened.options.seq_len
         width = held_out.width if held_out else seq_len
-        self.objective = NextToken(self.dtype, opened.remat, seq_len, width)
+        self.objective = NextToken(self.dtype, seq_len, width)
         known = set(data.facts.get("labels", ()))
         self.labels = tuple(sorted(known | set(held_out.data.labels if held_out else ())))
 

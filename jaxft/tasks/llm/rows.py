@@ -10,7 +10,10 @@ from jaxft.core.config import Config
 from jaxft.data.loader import train_loader
 from jaxft.data.text import dataset as text
 from jaxft.data.text.packing import Packing, collate, collate_rows, make_packing
+from jaxft.tasks import Planned
 from jaxft.tasks.llm.opened import OpenedDecoder
+
+PER_ROW = 8  # examples that share a row of a plan
 
 
 class TokenRows:
@@ -37,10 +40,14 @@ class TokenRows:
         return len(self.data)
 
     @property
+    def per_row(self) -> int:
+        """Largest number of examples in one row."""
+        return self.packing.per_row if self.packing else 1
+
+    @property
     def width(self) -> int:
         """Largest number of trained positions in one row."""
-        per_row = self.packing.per_row if self.packing else 1
-        return min(per_row * self.data.report["longest_trained"], self.options.seq_len)
+        return min(self.per_row * self.data.report["longest_trained"], self.options.seq_len)
 
     def batches(self, start_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
         return train_loader(
@@ -57,9 +64,7 @@ class TokenRows:
         count = rows.stop - rows.start
         if self.packing:
             count = count * self.packing.rows // self.cfg.batch_size
-        batch = self.collate([], batch_rows=count)
-        batch["sample_ids"] = np.zeros(count, np.int32)
-        yield {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+        yield _shapes(count, self.options.seq_len)
 
     def report(self) -> dict[str, Any]:
         labels = {"labels": list(self.data.labels)} if self.data.labels else {}
@@ -86,6 +91,23 @@ class TokenRows:
     def _groups(self, sample_ids: Sequence[int]) -> list[list[int]]:
         assert self.packing is not None
         return self.packing.groups([self.data.inputs(i) for i in sample_ids])
+
+
+def planned(opened: OpenedDecoder) -> Planned:
+    """Return full rows of [batch_size, seq_len], without examples.
+
+    With `pack`, examples share them. Short examples would fill fewer rows.
+    """
+    options = opened.options
+    shapes = _shapes(opened.cfg.batch_size, options.seq_len)
+    return Planned(shapes, width=options.seq_len, per_row=PER_ROW if options.pack else 1)
+
+
+def _shapes(count: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape and dtype of each array of a batch of `count` rows."""
+    batch = collate([], seq_len, count)
+    batch["sample_ids"] = np.zeros(count, np.int32)
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
 
 
 def _packing(data: text.TextDataset, cfg: Config, seq_len: int, training: bool) -> Packing | None:

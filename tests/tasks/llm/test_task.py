@@ -28,7 +28,7 @@ def test_throughput_counts_a_packed_token_once():
     """Segments count up along a shared row, so their sum would count its last example often."""
     example = Example(np.arange(5, dtype=np.int32), np.ones(5, np.float32))
     packed = collate_rows([[example] * 3, [example]], 16)
-    assert NextToken(None, "none", 16, 16).units(packed) == 4 * 4
+    assert NextToken(None, 16, 16).units(packed) == 4 * 4
 
 
 def theirs(model, tokenizer, text, template):

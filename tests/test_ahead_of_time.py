@@ -1,0 +1,151 @@
+"""Steps compiled for an H200 and a TPU v5e without either: kernels, traffic, collectives, memory.
+
+Bytes and structure of a compiled program are exact, so they are tests. `pytest -m aot` runs them,
+where `pip install '.[cuda-aot,tpu]'` brought the compilers.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "tests" / "published"
+pytestmark = pytest.mark.aot
+H200, V5E = "h200:1", "v5e:2x4"
+ROW, HEADS = 1536, 8  # no other dim of the models below is 1536
+
+# Not the environment of the tests, where products have another precision.
+ALONE = {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "",
+    "JAX_DEFAULT_MATMUL_PRECISION": "default",
+    "TF_CPP_MIN_LOG_LEVEL": "1",
+}
+
+COMPILE = """
+import json, sys
+from jaxft.core import config as configs
+from jaxft.runs import estimate, hlo, topology
+from jaxft.runs.opening import open_run
+from jaxft.tasks import OPTIONS
+
+name, file, *words = sys.argv[1:]
+texts, costs = [], estimate.costs
+estimate.costs = lambda text: texts.append(text) or costs(text)
+config = configs.load_config(file, [word.split("=", 1) for word in words], OPTIONS)
+run = open_run({**config, "init": "random"}, topology.open_topology(name))
+with topology.traced_for(name):
+    found = estimate.estimate(run)
+print("FOUND", json.dumps({
+    "kernels": found.kernels,
+    "traffic": sum(found.traffic.values()),
+    "attention": found.traffic.get("attention", 0),
+    "collectives": found.collectives,
+    "parameters": found.memory.parameters,
+    "total": found.memory.total,
+    "remat": found.remat,
+    "shapes": sorted({(kind, dims) for kind, dims, _ in hlo.SHAPE.findall(texts[0])}),
+}))
+"""
+
+
+@cache
+def compiled(topology: str, config: str, words: tuple[str, ...]) -> dict:
+    """Figures of the step of a config, compiled in another process."""
+    ran = subprocess.run(
+        [sys.executable, "-c", COMPILE, topology, f"configs/{config}.py", *words],
+        cwd=ROOT,
+        env={**os.environ, **ALONE},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "Involuntary full rematerialization" not in ran.stderr
+    return json.loads(ran.stdout.rpartition("FOUND")[2])
+
+
+def llm(tmp_path_factory, topology, **more):
+    """A Llama 3.2 1B of two layers."""
+    folder = tmp_path_factory.getbasetemp() / "llama"
+    folder.mkdir(exist_ok=True)
+    config = json.loads((PUBLISHED / "Llama-3.2-1B-Instruct" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    keys = {"model": folder, "data.train": "", "data.eval": "", "total": "10_steps"}
+    keys |= {"seq_len": ROW, "batch_size": 8, "lora.rank": 0, "lora.targets": "", "trainable": ""}
+    return compiled(topology, "llm", tuple(f"{k}={v}" for k, v in (keys | more).items()))
+
+
+def square(found: dict, side: int, dtypes=("f32", "bf16")) -> list:
+    """Arrays with the scores of all `side` keys for many queries: [.., side, side]."""
+    sizes = [(kind, [int(n) for n in re.findall(r"\d+", dims)]) for kind, dims in found["shapes"]]
+    return [(kind, dims) for kind, dims in sizes if kind in dtypes and dims.count(side) >= 2]
+
+
+def test_packed_rows_of_a_language_model_meet_cudnn_on_an_h200(tmp_path_factory):
+    plain, packed = (llm(tmp_path_factory, H200, pack=value) for value in (False, True))
+    for found in (plain, packed):
+        assert found["kernels"]["__cudnn$fmhaSoftmax"] == 2, "each layer once, not again backward"
+        assert found["kernels"]["__cudnn$fmhaSoftmaxBackward"] == 2
+        assert not square(found, ROW)
+    print(f"traffic packed / unpacked {packed['traffic'] / plain['traffic']:.3f}")
+    assert packed["traffic"] < 1.1 * plain["traffic"]
+
+
+def test_packed_rows_of_a_language_model_meet_splash_on_a_v5e(tmp_path_factory):
+    found = llm(tmp_path_factory, V5E, pack=True)
+    assert found["kernels"]["tpu_custom_call"] >= 2 * 3, "forward, and two kernels backward"
+    assert not square(found, ROW)
+
+
+def test_collectives_of_fsdp_are_three_times_the_parameters(tmp_path_factory):
+    """Two gathers of bf16 weights and one reduction of their gradients, and nothing more."""
+    found = llm(tmp_path_factory, V5E, pack=True)
+    bf16 = found["parameters"] * 8 / 2  # fp32 on one of eight devices
+    moved = sum(size for _, size in found["collectives"].values())
+    print({name: size / bf16 for name, (_, size) in found["collectives"].items()})
+    assert moved < 1.1 * 3 * bf16
+
+
+def pipeline(tmp_path_factory) -> Path:
+    """Stable Diffusion 1.5 with a UNet of two levels: its head dims, 40 and 80, at 512 pixels."""
+    folder = tmp_path_factory.getbasetemp() / "pipeline"
+    source = PUBLISHED / "stable-diffusion-v1-5"
+    for file in source.rglob("*.json"):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = json.loads(file.read_text())
+        if file.parent.name == "unet":
+            content |= {
+                "block_out_channels": [320, 640],
+                "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+                "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+                "layers_per_block": 1,
+            }
+        target.write_text(json.dumps(content))
+    return folder
+
+
+def test_every_self_attention_of_a_unet_meets_cudnn_on_an_h200(tmp_path_factory):
+    keys = {"model": pipeline(tmp_path_factory), "data.train": "", "data.eval": ""}
+    keys |= {"resolution": 512, "batch_size": 4, "total": "10_steps"}
+    found = compiled(H200, "diffusion", tuple(f"{k}={v}" for k, v in keys.items()))
+    blocks = 1 + 1 + 1 + 2 + 2  # down, middle, up
+    assert found["kernels"]["__cudnn$fmhaSoftmaxBackward"] == 2 * blocks, "self and cross"
+    assert not square(found, 64 * 64)
+
+
+def test_image_tokens_meet_cudnn_on_an_h200(tmp_path_factory):
+    found = compiled(H200, "image_tokens", ())
+    assert found["kernels"]["__cudnn$fmhaSoftmaxBackward"] > 0
+
+
+def test_an_autoencoder_compiles_for_an_h200_and_a_v5e():
+    for topology in (H200, V5E):
+        found = compiled(topology, "autoencoder", ())
+        assert found["total"] > found["parameters"] > 0
