@@ -139,7 +139,10 @@ def test_a_step_is_as_long_as_work_or_communication():
         ([], ["--config is missing", "jaxft.plan"]),
         (["--config", "configs/llm.py", "--topology=h300:8"], ["h300:8", "v5e:4x4"]),
         (["--config", "configs/llm.py", "--topology=cpu:8", "--config.mesh.data=3"], ["data=3"]),
-        (["--config", "configs/llm.py", "--topologie=cpu:8"], ["--topologie", "--topology"]),
+        (
+            ["--config", "configs/llm.py", "--topologie=cpu:8"],
+            ["--topologie", "did you mean 'topology'"],
+        ),
     ],
 )
 def test_a_mistake_is_one_line(words, texts, capsys):
