@@ -4,8 +4,12 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import socket
 import subprocess
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +24,9 @@ CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDU
 # numbers do not need. Without the split a small model samples its codes 3 % faster.
 CPU_LOOP_OPTIONS = {**CPU_OPTIONS, "xla_disable_hlo_passes": "tree_reduction_rewriter"}
 CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+JOIN_TIMEOUT = "JAXFT_JOIN_TIMEOUT"  # seconds that a process waits for the others at its start
+JOIN_SECONDS = 120.0  # its default
+LAST_WORDS = 3.0  # seconds in which the others can print their errors before the first one leaves
 
 
 class Arguments(NamedTuple):
@@ -68,17 +75,58 @@ def restart_with_huge_pages() -> None:
 def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a command and return its exit status: 0 for success.
 
-    A UserError is printed as one line on stderr and returns 2. Ctrl-C returns 130.
+    A UserError is printed as one line on stderr and returns 2. Ctrl-C returns 130. A process of
+    several that fails ends here at once, because jax would make it wait for the others.
     """
     try:
         main(argv)
+        return 0
     except UserError as error:
         print(f"jaxft: {error}", file=sys.stderr)
-        return 2
+        code = 2
     except KeyboardInterrupt:
         print("jaxft: interrupted; the same command resumes", file=sys.stderr)
-        return 130
-    return 0
+        code = 130
+    except Exception as error:
+        if not joined():
+            raise
+        if "Gloo" in str(error):  # the transport between CPU processes
+            reason = str(error).splitlines()[0]
+            print(
+                f"jaxft: another process of this run ended ({reason}); its own last line says why,"
+                " and the same command on all hosts resumes",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
+        code = 1
+    if joined():
+        _leave(code)
+    return code
+
+
+def joined() -> bool:
+    """Return True if this process has connected to the others of its run. Does not import jax."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _leave(code: int) -> None:
+    """End this process without jax's shutdown, which waits for the others for five minutes.
+
+    The first process leaves last, because jax ends the others as soon as it is gone.
+    """
+    import jax
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        first = jax.process_index() == 0
+    except RuntimeError:  # there are no devices
+        first = True
+    if first:
+        time.sleep(LAST_WORDS)
+    os._exit(code)
 
 
 class Device(NamedTuple):
@@ -154,23 +202,30 @@ def join() -> None:
 
 
 def _initialize(launched_by: str) -> None:
-    """Initialise jax.distributed.
+    """Initialise jax.distributed, or end the process after `JOIN_TIMEOUT` seconds.
 
     jax finds the other hosts of Slurm, Open MPI and a TPU without help. Of the variables in
-    `CLUSTER` it reads only the address, so the other two are passed.
+    `CLUSTER` it reads only the address, so the other two are passed. When its own timeout passes,
+    jax aborts the process with a stack of C++. So a timer of this process ends it first.
     Raises: UserError for incomplete variables or processes that do not connect.
     """
     import jax
 
     address, count, place = (os.environ.get(name, "") for name in CLUSTER)
-    if (count or place) and not (":" in address and count.isdigit() and place.isdigit()):
-        raise UserError(
-            f"{', '.join(CLUSTER)} are {address!r}, {count!r}, {place!r}: give all three, such as"
-            " 10.0.0.1:1234 (of process 0), 2 and 0"
-        )
+    seconds = _join_seconds()
+    if count or place:
+        _check_cluster(address, count, place)
     numbers = (int(count), int(place)) if count else (None, None)
+    patience = seconds if numbers[1] else seconds + LAST_WORDS  # as in `_leave`
+    timer = threading.Timer(patience, _give_up, (launched_by, address, numbers, seconds))
+    timer.daemon = True
+    timer.start()
     try:
-        jax.distributed.initialize(num_processes=numbers[0], process_id=numbers[1])
+        jax.distributed.initialize(
+            num_processes=numbers[0],
+            process_id=numbers[1],
+            initialization_timeout=round(seconds) + 60,
+        )
     except (RuntimeError, ValueError, OSError) as error:
         if launched_by == "TPU":  # most likely a single host: `join` checks the process count
             return
@@ -179,6 +234,68 @@ def _initialize(launched_by: str) -> None:
             f"{launched_by} reports other processes, but they do not meet ({reason});"
             f" start all of them, each with {', '.join(CLUSTER)}"
         ) from None
+    finally:
+        timer.cancel()
+
+
+def _join_seconds() -> float:
+    text = os.environ.get(JOIN_TIMEOUT, str(JOIN_SECONDS))
+    if not text.replace(".", "", 1).isdigit():
+        raise UserError(f"{JOIN_TIMEOUT}={text!r} must be a number of seconds, such as 300")
+    return float(text)
+
+
+def _check_cluster(address: str, count: str, place: str) -> None:
+    """Raise UserError for values of `CLUSTER` with which no run can start."""
+    port = address.rpartition(":")[2]
+    if not (":" in address and port.isdigit() and count.isdigit() and place.isdigit()):
+        raise UserError(
+            f"{', '.join(CLUSTER)} are {address!r}, {count!r}, {place!r}: give all three, such as"
+            " 10.0.0.1:1234 (of process 0), 2 and 0"
+        )
+    if int(place) >= int(count):
+        raise UserError(
+            f"JAX_PROCESS_ID={place} must be less than JAX_NUM_PROCESSES={count}: give the"
+            f" processes the numbers 0 to {int(count) - 1}"
+        )
+    if int(place) == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+        try:
+            socket.create_server(("", int(port))).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"process 0 cannot listen on port {port} of JAX_COORDINATOR_ADDRESS={address}"
+                f" ({error}); give all processes another port"
+            ) from None
+
+
+def _give_up(launched_by: str, address: str, numbers: tuple, seconds: float) -> None:
+    """Print why the processes have not met, and end this one with exit status 2."""
+    count, place = numbers
+    what = f"did not meet within {seconds:g} s ({JOIN_TIMEOUT} sets the limit)"
+    if count is None:
+        line = f"the processes that {launched_by} started {what}; look for a host that failed"
+    elif place and (reason := _unreachable(address)):
+        line = (
+            f"process {place} cannot reach process 0 at JAX_COORDINATOR_ADDRESS={address}"
+            f" ({reason}): the processes {what}; give the address of process 0 and start it"
+        )
+    else:
+        line = (
+            f"process {place} waited for all {count} processes at {address}, but they {what};"
+            f" start each JAX_PROCESS_ID from 0 to {count - 1} once, with the same address"
+        )
+    print(f"jaxft: {line}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def _unreachable(address: str) -> str:
+    """Return why no connection to an address opens, or "" if one does."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def start() -> None:
