@@ -98,7 +98,7 @@ def load_params(run: Run, wanted: set[str] | None = None) -> Params:
 def _draw(run: Run, paths: set[str], dtype: Any) -> Params:
     def build() -> Params:
         drawn = flatten(run.opened.build(jax.random.key(run.cfg.seed)))
-        kept = {path: drawn[path] for path in paths}
+        kept = {path: drawn[path] for path in sorted(paths)}  # one program on every host
         return {p: x if run.leaves[p].added else x.astype(dtype) for p, x in kept.items()}
 
     return jax.jit(build, out_shardings={path: run.shardings[path] for path in paths})()
