@@ -18,6 +18,7 @@ def _main(argv: list[str]) -> None:
     import jax
 
     from jaxft.core.metrics import table
+    from jaxft.runs.agreement import agreement
     from jaxft.runs.opening import preview
     from jaxft.runs.restoring import facts, open_any
     from jaxft.tasks import Data
@@ -25,7 +26,8 @@ def _main(argv: list[str]) -> None:
     run, params, step = open_any(arguments)
     if not run.cfg.data.eval:
         raise UserError("data.eval is empty; give the data to measure on with --config.data.eval")
-    held_out = run.task.read(run.opened, run.cfg.data.eval, False)
+    with agreement():
+        held_out = run.task.read(run.opened, run.cfg.data.eval, False)
     with jax.set_mesh(run.mesh):
         data = Data(held_out=held_out, facts=facts(arguments.options.get("workdir")))
         report = preview(run, data, params).evaluate(params, run.mesh)
