@@ -8,6 +8,7 @@ joins a run of one has its sums made by gloo too, and then all results are equal
 """
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -258,3 +259,26 @@ def test_another_mesh_changes_a_loss_no_more_than_one_ulp_of_the_parameters(flag
     print(f"50 steps: mesh {mesh[:50].max():.1e}, ulp {ulp[:50].max():.1e};", end=" ")
     print(f"300 steps: mesh {mesh.max():.1e}, ulp {ulp.max():.1e}")
     assert mesh[:50].max() < 1e-6 and mesh.max() < 3 * ulp.max()
+
+
+# ---- launchers ------------------------------------------------------------------------------
+
+WHO = """
+import sys, jax
+from jaxft.core import runtime
+runtime.join()
+print("I am", jax.process_index(), "of", jax.process_count(), file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+def test_the_variables_of_slurm_are_enough():
+    job = {
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": str(os.getpid()),
+    }
+    places = [{"SLURM_PROCID": place, "SLURM_LOCALID": place} for place in "01"]
+    found = ends([start(["-c", WHO], 2, **job, **place) for place in places])
+    for place, (code, _, err) in enumerate(found):
+        assert code == 0 and f"I am {place} of 2" in err, found

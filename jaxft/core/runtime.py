@@ -273,7 +273,7 @@ def _give_up(launched_by: str, address: str, numbers: tuple, seconds: float) -> 
     count, place = numbers
     what = f"did not meet within {seconds:g} s ({JOIN_TIMEOUT} sets the limit)"
     if count is None:
-        line = f"the processes that {launched_by} started {what}; look for a host that failed"
+        line = f"the processes of {launched_by} {what}; look for a host that did not start"
     elif place and (reason := _unreachable(address)):
         line = (
             f"process {place} cannot reach process 0 at JAX_COORDINATOR_ADDRESS={address}"
