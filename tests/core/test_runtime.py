@@ -109,6 +109,30 @@ def test_a_bug_keeps_its_traceback():
         runtime.command(lambda argv: 1 / 0, [])
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("seed is wrong"), 2, "jaxft: seed is wrong"),
+        (RuntimeError("Gloo failed: closed\nby peer"), 1, "jaxft: another process of this run"),
+        (RuntimeError("a bug"), 1, "RuntimeError: a bug"),
+    ],
+)
+def test_a_failed_process_of_several_leaves_at_once(monkeypatch, capsys, error, code, line):
+    """The first one waits, so that the others can print their errors."""
+    left = []
+
+    def main(argv):
+        raise error
+
+    monkeypatch.setattr(runtime, "joined", lambda: True)
+    monkeypatch.setattr(runtime.time, "sleep", left.append)
+    monkeypatch.setattr(runtime.os, "_exit", left.append)
+    runtime.command(main, [])
+    assert left == [runtime.LAST_WORDS, code]
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-1].startswith(line) and (len(shown) == 1) == ("bug" not in line)
+
+
 SLURM = {"SLURM_STEP_NODELIST": "node[001-002]", "SLURM_NTASKS": "2"}
 
 
