@@ -1,5 +1,6 @@
 """Several processes of which one fails: all end soon, each with one line and no traceback."""
 
+import signal
 import socket
 import time
 
@@ -64,6 +65,17 @@ def test_a_port_in_use_is_found_by_the_first_process(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(runtime.UserError, match=rf"cannot listen on port .*{address} .*in use"):
             runtime.join()
+
+
+def test_sigterm_ends_a_process_that_has_joined():
+    code = "import sys, time; from jaxft.core import runtime; runtime.join();"
+    code += "print('joined', file=sys.stderr, flush=True); time.sleep(100)"
+    process = start(["-c", code], 1, 0, free_port())
+    for line in process.stderr:
+        if "joined" in line:
+            break
+    process.terminate()
+    assert process.wait(timeout=50) == -signal.SIGTERM
 
 
 # ---- in a training --------------------------------------------------------------------------

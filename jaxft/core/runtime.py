@@ -220,6 +220,8 @@ def _initialize(launched_by: str) -> None:
     timer = threading.Timer(patience, _give_up, (launched_by, address, numbers, seconds))
     timer.daemon = True
     timer.start()
+    # The service would catch SIGTERM for a notice that no code here reads.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             num_processes=numbers[0],
