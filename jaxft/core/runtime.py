@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,31 +79,37 @@ def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     A UserError is printed as one line on stderr and returns 2. Ctrl-C returns 130. A process of
     several that fails ends here at once, because jax would make it wait for the others.
     """
+    code = 1
     try:
-        main(argv)
-        return 0
-    except UserError as error:
-        print(f"jaxft: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("jaxft: interrupted; the same command resumes", file=sys.stderr)
-        code = 130
+        code = _run(main, argv)
     except Exception as error:
         if not joined():
             raise
-        if "Gloo" in str(error):  # the transport between CPU processes
-            reason = str(error).splitlines()[0]
-            print(
-                f"jaxft: another process of this run ended ({reason}); its own last line says why,"
-                " and the same command on all hosts resumes",
-                file=sys.stderr,
-            )
-        else:
+        if "Gloo" not in str(error):  # the transport between CPU processes
             traceback.print_exc()
-        code = 1
-    if joined():
-        _leave(code)
+            return code
+        reason = str(error).splitlines()[0]
+        print(
+            f"jaxft: another process of this run ended ({reason}); its own last line says why, and"
+            " the same command on all hosts resumes",
+            file=sys.stderr,
+        )
+    finally:
+        if code and joined():
+            _leave(code)
     return code
+
+
+def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    try:
+        main(argv)
+    except UserError as error:
+        print(f"jaxft: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxft: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    return 0
 
 
 def joined() -> bool:
@@ -118,8 +125,9 @@ def _leave(code: int) -> None:
     """
     import jax
 
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # where nobody reads
+        sys.stdout.flush()
+        sys.stderr.flush()
     try:
         first = jax.process_index() == 0
     except RuntimeError:  # there are no devices

@@ -133,6 +133,26 @@ def test_a_failed_process_of_several_leaves_at_once(monkeypatch, capsys, error, 
     assert shown[-1].startswith(line) and (len(shown) == 1) == ("bug" not in line)
 
 
+def test_a_process_of_several_leaves_where_nobody_reads_its_error(monkeypatch):
+    class Closed:
+        def write(self, text=""):
+            raise BrokenPipeError
+
+        flush = write
+
+    def main(argv):
+        raise UserError("seed is wrong")
+
+    left = []
+    monkeypatch.setattr(runtime, "joined", lambda: True)
+    monkeypatch.setattr(runtime.time, "sleep", left.append)
+    monkeypatch.setattr(runtime.os, "_exit", left.append)
+    monkeypatch.setattr(runtime.sys, "stderr", Closed())
+    with pytest.raises(BrokenPipeError):
+        runtime.command(main, [])
+    assert left == [runtime.LAST_WORDS, 1]
+
+
 SLURM = {"SLURM_STEP_NODELIST": "node[001-002]", "SLURM_NTASKS": "2"}
 
 
