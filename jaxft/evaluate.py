@@ -4,13 +4,13 @@ import json
 import sys
 from pathlib import Path
 
-from jaxft.core import runtime
+from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the metrics of a checkpoint, or with --config those of the untrained model."""
-    return runtime.command(_main, sys.argv[1:] if argv is None else argv)
+    return processes.command(_main, sys.argv[1:] if argv is None else argv)
 
 
 def _main(argv: list[str]) -> None:
@@ -18,6 +18,7 @@ def _main(argv: list[str]) -> None:
     import jax
 
     from jaxft.core.metrics import table
+    from jaxft.runs.agreement import agreement
     from jaxft.runs.opening import preview
     from jaxft.runs.restoring import facts, open_any
     from jaxft.tasks import Data
@@ -25,7 +26,8 @@ def _main(argv: list[str]) -> None:
     run, params, step = open_any(arguments)
     if not run.cfg.data.eval:
         raise UserError("data.eval is empty; give the data to measure on with --config.data.eval")
-    held_out = run.task.read(run.opened, run.cfg.data.eval, False)
+    with agreement():
+        held_out = run.task.read(run.opened, run.cfg.data.eval, False)
     with jax.set_mesh(run.mesh):
         data = Data(held_out=held_out, facts=facts(arguments.options.get("workdir")))
         report = preview(run, data, params).evaluate(params, run.mesh)
@@ -40,5 +42,5 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.restart_with_huge_pages()
+    processes.restart_with_huge_pages()
     sys.exit(main())

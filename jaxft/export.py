@@ -11,7 +11,7 @@ import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
 from jaxft.core import config as configs
-from jaxft.core import runtime
+from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
 from jaxft.runs.opening import Run
 from jaxft.runs.restoring import restore_run, step_option
@@ -21,7 +21,7 @@ from jaxft.weights.views import Grafted
 
 def main(argv: list[str] | None = None) -> int:
     """Export any checkpoint step, merged or as an adapter, in any dtype."""
-    return runtime.command(_main, sys.argv[1:] if argv is None else argv)
+    return processes.command(_main, sys.argv[1:] if argv is None else argv)
 
 
 def _main(argv: list[str]) -> None:

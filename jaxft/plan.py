@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.core import config as configs
-from jaxft.core import runtime
+from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
 from jaxft.core.metrics import table
 from jaxft.tasks import OPTIONS, check_task
@@ -20,7 +20,7 @@ from jaxft.tasks import OPTIONS, check_task
 
 def main(argv: list[str] | None = None) -> int:
     """Plan a run. Returns exit status 0, 1 if it does not fit, or 2 for a user's mistake."""
-    return runtime.command(_main, sys.argv[1:] if argv is None else argv)
+    return processes.command(_main, sys.argv[1:] if argv is None else argv)
 
 
 def _main(argv: list[str]) -> None:
@@ -33,8 +33,8 @@ def _main(argv: list[str]) -> None:
     name = options.get("topology", "here")
     if name != "here":  # the devices of this machine are not used
         os.environ["JAX_PLATFORMS"] = "cpu"
-    from jaxft.runs import estimate, topology
     from jaxft.runs.opening import open_run
+    from jaxft.runs.planning import estimate, topology
 
     config, devices = {**config, "init": "random"}, topology.open_topology(name)
     with topology.traced_for(name):
@@ -66,8 +66,8 @@ def search(config: dict[str, Any], devices: Any, most: int) -> list[tuple[Any, A
 
     Prints a line for each. A setting whose state and gradients alone exceed the memory is skipped.
     """
-    from jaxft.runs import estimate
     from jaxft.runs.opening import open_run
+    from jaxft.runs.planning import estimate
 
     plans: list[tuple[Any, Any]] = []
     for setting in estimate.settings(len(devices), config["batch_size"]):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jaxft.core import runtime
+from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
 from jaxft.tasks.common.pictures import grid
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     values, as rows and columns of the grid. An inpainting model fills the white area of `--mask`
     in `--image`. InstructPix2Pix edits `--image`.
     """
-    return runtime.command(_main, sys.argv[1:] if argv is None else argv)
+    return processes.command(_main, sys.argv[1:] if argv is None else argv)
 
 
 def _main(argv: list[str]) -> None:
@@ -135,5 +135,5 @@ def _numbers(options: dict[str, str], name: str, kind: type) -> list[int | float
 
 
 if __name__ == "__main__":
-    runtime.restart_with_huge_pages()
+    processes.restart_with_huge_pages()
     sys.exit(main())

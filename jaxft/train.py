@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.core import config as configs
-from jaxft.core import runtime
+from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
 from jaxft.runs.workdir import claim_workdir, differing_keys, read_config_file
 from jaxft.tasks import OPTIONS, check_task
@@ -14,7 +14,7 @@ from jaxft.tasks import OPTIONS, check_task
 
 def main(argv: list[str] | None = None) -> int:
     """Train or resume a run. Returns exit status 0, or 2 for a user's mistake."""
-    return runtime.command(_main, sys.argv[1:] if argv is None else argv)
+    return processes.command(_main, sys.argv[1:] if argv is None else argv)
 
 
 def _main(argv: list[str]) -> None:
@@ -32,29 +32,28 @@ def _main(argv: list[str]) -> None:
 
 def _claim(workdir: Path, config: dict[str, Any]) -> None:
     """Make the run folder in the first process, and check it in the others."""
-    if not runtime.launcher():
+    if not processes.launcher():
         claim_workdir(workdir, config, OPTIONS)
         return
-    runtime.join()
+    processes.join()
     import jax
-    from jax.experimental.multihost_utils import sync_global_devices
 
-    try:
+    from jaxft.runs.agreement import agreement
+
+    with agreement():
         if jax.process_index() == 0:
             claim_workdir(workdir, config, OPTIONS)
-    finally:
-        sync_global_devices("claimed")  # after an error too, or the others would wait for ever
-    if not (workdir / "config.json").exists():
-        raise UserError(
-            f"process {jax.process_index()} finds no config.json in workdir {workdir}, but process"
-            " 0 wrote it; choose a --workdir on a disk that all hosts share"
-        )
-    if differing := differing_keys(read_config_file(workdir, OPTIONS), config):
-        raise UserError(
-            f"process {jax.process_index()} has another config than workdir {workdir}"
-            f" ({'; '.join(differing)}); give the same command on every host, and a --workdir on a"
-            " disk that all hosts share"
-        )
+    with agreement():
+        if not (workdir / "config.json").exists():
+            raise UserError(
+                f"no config.json in workdir {workdir}, but process 0 wrote it; choose a --workdir"
+                " on a disk that all hosts share"
+            )
+        if differing := differing_keys(read_config_file(workdir, OPTIONS), config):
+            raise UserError(
+                f"another config than in workdir {workdir} ({'; '.join(differing)}); give the"
+                " same command on every host, and a --workdir on a disk that all hosts share"
+            )
 
 
 def train(config: dict[str, Any], workdir: Path) -> None:
@@ -65,24 +64,28 @@ def train(config: dict[str, Any], workdir: Path) -> None:
     """
     import jax
 
-    from jaxft.core.checkpoint import Checkpoints
     from jaxft.core.sharding import abstract_batch, local_rows, place_batch
     from jaxft.export import check_kind, export_folder
     from jaxft.runs import opening
     from jaxft.runs import state as states
+    from jaxft.runs.agreement import agreement, check_same
+    from jaxft.runs.checkpoint import Checkpoints
     from jaxft.runs.compiling import Compiled, make_steps
     from jaxft.runs.watch import Watch
 
     began = time.perf_counter()
-    run = opening.open_run(config)
+    with agreement():
+        run = opening.open_run(config)
+        check_kind(run, run.cfg.export.kind)
+        data = opening.read_data(run)
     cfg, task, mesh = run.cfg, run.task, run.mesh
-    check_kind(run, cfg.export.kind)
-    data = opening.read_data(run)
     examples, rows = len(data.train), local_rows(mesh, cfg.batch_size)
     plan, every = states.make_plan(run, examples), states.periods(run, examples)
     saved = Checkpoints(workdir)
     start = saved.latest() or 0
-    if start >= plan.total > 0 and (cfg.export.kind == "none" or (workdir / "export").exists()):
+    exported = cfg.export.kind == "none" or (workdir / "export").exists()
+    check_same({"examples": examples, "latest checkpoint": start, "exported": exported})
+    if start >= plan.total > 0 and exported:
         print(f"{workdir} is finished: {start} of {plan.total} steps; nothing to do")
         return
     print(states.summary(run, plan, data.train), flush=True)
@@ -128,5 +131,5 @@ def _due(step: int, period: int) -> bool:
 
 
 if __name__ == "__main__":
-    runtime.restart_with_huge_pages()
+    processes.restart_with_huge_pages()
     sys.exit(main())

@@ -31,7 +31,7 @@ ALONE = {
 COMPILE = """
 import json, sys
 from jaxft.core import config as configs
-from jaxft.runs import estimate, hlo, topology
+from jaxft.runs.planning import estimate, hlo, topology
 from jaxft.runs.opening import open_run
 from jaxft.tasks import OPTIONS
 

@@ -10,8 +10,8 @@ import pytest
 
 from jaxft import plan
 from jaxft.core.runtime import Chip
-from jaxft.runs.estimate import DeviceMemory, Estimate, bound, counted, work_kind
-from jaxft.runs.hlo import Cost, Op
+from jaxft.runs.planning.estimate import DeviceMemory, Estimate, bound, counted, work_kind
+from jaxft.runs.planning.hlo import Cost, Op
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -58,7 +58,8 @@ STEP = """
 import re, sys
 import jax
 from jaxft.core import config as configs
-from jaxft.runs import estimate, opening, state
+from jaxft.runs import opening, state
+from jaxft.runs.planning import estimate
 from jaxft.runs.compiling import Compiled, make_steps
 from jaxft.tasks import OPTIONS
 

@@ -49,9 +49,9 @@ def start(gpu: bool) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     else:
         os.environ["JAX_PLATFORMS"] = "cpu"
-    from jaxft.core import runtime
+    from jaxft.core import processes
 
-    runtime.restart_with_huge_pages()
+    processes.restart_with_huge_pages()
 
 
 def open_run(name: str, changes: Mapping[str, Any]) -> Any:

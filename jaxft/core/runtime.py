@@ -1,4 +1,4 @@
-"""The process around a run: allocator, compile cache, devices, defaults by device."""
+"""The devices of a run: their kind, published figures and defaults, and what a manifest says."""
 
 import importlib.metadata
 import importlib.util
@@ -6,21 +6,18 @@ import os
 import platform
 import re
 import subprocess
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxft.core.errors import UserError, near
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
 # By default XLA:CPU gives matrix products to YNNPACK, which wakes threads for each product. With
 # XLA's own products a training step takes 10 % less time, and sampling codes of a small model 20 %.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 # XLA:CPU splits a sum of over 32 numbers into two launches, for an accuracy that a few hundred
 # numbers do not need. Without the split a small model samples its codes 3 % faster.
 CPU_LOOP_OPTIONS = {**CPU_OPTIONS, "xla_disable_hlo_passes": "tree_reduction_rewriter"}
-CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 class Arguments(NamedTuple):
@@ -52,34 +49,6 @@ def parse_arguments(argv: Iterable[str], allowed: Iterable[str]) -> Arguments:
         else:
             options[name] = value
     return Arguments(options, overrides)
-
-
-def restart_with_huge_pages() -> None:
-    """Re-exec this process once with huge pages for malloc (Linux, CPU: 10-30 % of a step).
-
-    glibc reads its tunables before Python starts, so setting them here needs a fresh process.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if platform.libc_ver()[0] != "glibc" or "glibc.malloc.hugetlb" in tunables:
-        return
-    os.environ["GLIBC_TUNABLES"] = f"{tunables}:{HUGE_PAGES}".lstrip(":")
-    os.execv(sys.executable, sys.orig_argv)
-
-
-def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Run a command and return its exit status: 0 for success.
-
-    A UserError is printed as one line on stderr and returns 2. Ctrl-C returns 130.
-    """
-    try:
-        main(argv)
-    except UserError as error:
-        print(f"jaxft: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("jaxft: interrupted; the same command resumes", file=sys.stderr)
-        return 130
-    return 0
 
 
 class Device(NamedTuple):
@@ -158,94 +127,6 @@ def compiler_options(mesh: Any = None, loop: bool = False) -> dict[str, str] | N
     if device(mesh).platform != "cpu":
         return None
     return CPU_LOOP_OPTIONS if loop else CPU_OPTIONS
-
-
-def launcher() -> str:
-    """Return the name of the launcher that may have started other processes of this run, or "".
-
-    It reads only the environment and does not import jax. Where it is "", this process is alone.
-    """
-    env = os.environ
-    if any(name in env for name in CLUSTER):
-        return "JAX_COORDINATOR_ADDRESS"
-    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        return "Slurm"
-    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
-        return "Open MPI"
-    on_tpu = "tpu" in env.get("JAX_PLATFORMS", "tpu") and importlib.util.find_spec("libtpu")
-    return "TPU" if on_tpu else ""
-
-
-def join() -> None:
-    """Connect to the other processes of this run, if any. All but the first stop printing.
-
-    It has to be called before jax looks for devices.
-    Raises: UserError if the processes do not find each other.
-    """
-    if not launcher():
-        return
-    import jax
-
-    if not jax.distributed.is_initialized():
-        _initialize(launcher())
-    start()
-    if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise UserError(
-            f"{jax.process_count()} processes share these devices, but jax found no address where"
-            f" they can meet; set {', '.join(CLUSTER)} on every host"
-        )
-    if jax.process_index():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
-
-
-def _initialize(launched_by: str) -> None:
-    """Initialise jax.distributed.
-
-    jax finds the other hosts of Slurm, Open MPI and a TPU without help. Of the variables in
-    `CLUSTER` it reads only the address, so the other two are passed.
-    Raises: UserError for incomplete variables or processes that do not connect.
-    """
-    import jax
-
-    address, count, place = (os.environ.get(name, "") for name in CLUSTER)
-    if (count or place) and not (":" in address and count.isdigit() and place.isdigit()):
-        raise UserError(
-            f"{', '.join(CLUSTER)} are {address!r}, {count!r}, {place!r}: give all three, such as"
-            " 10.0.0.1:1234 (of process 0), 2 and 0"
-        )
-    numbers = (int(count), int(place)) if count else (None, None)
-    try:
-        jax.distributed.initialize(num_processes=numbers[0], process_id=numbers[1])
-    except (RuntimeError, ValueError, OSError) as error:
-        if launched_by == "TPU":  # most likely a single host: `join` checks the process count
-            return
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{launched_by} reports other processes, but they do not meet ({reason});"
-            f" start all of them, each with {', '.join(CLUSTER)}"
-        ) from None
-
-
-def start() -> None:
-    """Find the devices and turn the compile cache on. Raises: UserError if there are none."""
-    import jax
-
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxft" / "xla"
-    chosen = jax.config.values["jax_compilation_cache_dir"]
-    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    if not chosen and os.access(existing, os.W_OK):
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # without any plugin jax only asserts
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        reason = (str(error).splitlines() or ["no plugin for it is installed"])[0]
-        raise UserError(
-            f"JAX_PLATFORMS={asked!r} asks for a device that is not usable here"
-            f" ({reason}); install jaxft[cuda] or jaxft[tpu] on a machine that"
-            " has one, or unset JAX_PLATFORMS"
-        ) from None
 
 
 def resolve_dtype(name: str, mesh: Any = None) -> Any:

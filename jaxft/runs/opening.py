@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxft.core import config as configs
-from jaxft.core import runtime, sharding
+from jaxft.core import processes, runtime, sharding
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf, Params, describe, flatten, select
@@ -42,7 +42,7 @@ def open_run(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
     check_task(name)
     cfg, task = configs.read_config(config, OPTIONS[name]), get_task(name)
     if devices is None:
-        runtime.start()
+        processes.start()
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, devices)
     _check_batch(cfg, mesh)
     if cfg.export.kind not in (kinds := (*task.writers, "none")):
@@ -100,7 +100,7 @@ def load_params(run: Run, wanted: set[str] | None = None) -> Params:
 def _draw(run: Run, paths: set[str], dtype: Any) -> Params:
     def build() -> Params:
         drawn = flatten(run.opened.build(jax.random.key(run.cfg.seed)))
-        kept = {path: drawn[path] for path in paths}
+        kept = {path: drawn[path] for path in sorted(paths)}  # one program on every host
         return {p: x if run.leaves[p].added else x.astype(dtype) for p, x in kept.items()}
 
     return jax.jit(build, out_shardings={path: run.shardings[path] for path in paths})()

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 
 from jaxft.core import config as configs
-from jaxft.core import runtime
-from jaxft.core.checkpoint import Checkpoints
+from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params
+from jaxft.runs.agreement import agreement, check_same
+from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.opening import Run, load_params, open_run
 from jaxft.runs.state import abstract_state, model_params
 from jaxft.runs.watch import MANIFEST
@@ -28,12 +29,15 @@ def restore_run(
     UserError for a folder without a run or a checkpoint.
     """
     read_config_file(workdir)  # raises where this is no run folder
-    runtime.join()
+    processes.join()
     saved = Checkpoints(workdir)
     at = saved.latest() if at is None else at
+    check_same({"checkpoint": at})
     if at is None:
         raise UserError(f"{workdir} has no checkpoint yet; train first")
-    run = open_run(configs.resolve_config(saved.config(at), overrides, OPTIONS))
+    config = saved.config(at)
+    with agreement():
+        run = open_run(configs.resolve_config(config, overrides, OPTIONS))
     with jax.set_mesh(run.mesh):
         state, _ = saved.restore(at, abstract_state(run))
         params = model_params(load_params(run, set(run.leaves) - run.chosen), state)
@@ -49,8 +53,9 @@ def open_any(arguments: runtime.Arguments) -> tuple[Run, Params, int]:
     if "config" not in options:
         raise UserError("give --workdir=DIR (a run folder) or --config=FILE (an untrained model)")
     config = configs.load_config(options["config"], overrides, OPTIONS)
-    runtime.join()
-    run = open_run(config)
+    processes.join()
+    with agreement():
+        run = open_run(config)
     with jax.set_mesh(run.mesh):
         return run, load_params(run), 0
 

@@ -9,9 +9,9 @@ import optax
 
 from jaxft.core import config as configs
 from jaxft.core import optim, runtime
-from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.params import Params, trainable_table
 from jaxft.core.step import State, init_state, state_shardings
+from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.opening import Run, load_params
 from jaxft.tasks import Rows
 

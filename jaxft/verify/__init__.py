@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxft.core import runtime
+from jaxft.core import processes
 from jaxft.core.errors import UserError
 from jaxft.core.runtime import parse_arguments
 from jaxft.loading import family_of
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     def run(words: list[str]) -> None:
         passed.append(_main(words))
 
-    return runtime.command(run, sys.argv[1:] if argv is None else argv) or int(not all(passed))
+    return processes.command(run, sys.argv[1:] if argv is None else argv) or int(not all(passed))
 
 
 def _main(argv: list[str]) -> bool:

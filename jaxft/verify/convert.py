@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jaxft.core import runtime
+from jaxft.core import processes
 from jaxft.core.errors import UserError
 from jaxft.weights.files.tensor_files import DTYPE_NAMES, PICKLES, STEMS, write_sharded
 from jaxft.weights.locate import INDEX
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError("name the pickle or its folder: python -m jaxft.verify.convert PATH")
         convert(*words)
 
-    return runtime.command(run, sys.argv[1:] if argv is None else argv)
+    return processes.command(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jaxft.core import runtime
+from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
 from jaxft.core.metrics import table
 from jaxft.core.params import Leaf, Params
@@ -58,7 +58,7 @@ def start(oracles: Iterable[str]) -> None:
     """Find the devices. Raises UserError if a package to compare with is not installed."""
     if missing := [name for name in oracles if find_spec(name) is None]:
         raise UserError(f"verify needs {' and '.join(missing)}: pip install 'jaxft[verify]'")
-    runtime.start()
+    processes.start()
 
 
 def certificate(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.core import runtime
+from jaxft.core import processes
 from jaxft.core.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[2] / "jaxft"
@@ -17,7 +17,7 @@ def test_it_is_a_value_error_that_commands_print_as_one_line(capsys):
 
     with pytest.raises(ValueError, match="x is wrong"):
         fails(["x"])
-    assert runtime.command(fails, ["x"]) == 2
+    assert processes.command(fails, ["x"]) == 2
     assert capsys.readouterr() == ("", "jaxft: x is wrong\n")
 
 

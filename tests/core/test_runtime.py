@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.core import runtime
+from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import AXES, make_mesh
 from tests.devices import traced_for
@@ -97,13 +97,57 @@ def test_a_command_ends_with_a_code_and_a_line(capsys, error, code, line):
         if error:
             raise error
 
-    assert runtime.command(main, ["--a=1"]) == code
+    assert processes.command(main, ["--a=1"]) == code
     assert capsys.readouterr() == ("", line)
 
 
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        runtime.command(lambda argv: 1 / 0, [])
+        processes.command(lambda argv: 1 / 0, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("seed is wrong"), 2, "jaxft: seed is wrong"),
+        (RuntimeError("Gloo failed: closed\nby peer"), 1, "jaxft: another process of this run"),
+        (RuntimeError("a bug"), 1, "RuntimeError: a bug"),
+    ],
+)
+def test_a_failed_process_of_several_leaves_at_once(monkeypatch, capsys, error, code, line):
+    """The first one waits, so that the others can print their errors."""
+    left = []
+
+    def main(argv):
+        raise error
+
+    monkeypatch.setattr(processes, "joined", lambda: True)
+    monkeypatch.setattr(processes.time, "sleep", left.append)
+    monkeypatch.setattr(processes.os, "_exit", left.append)
+    processes.command(main, [])
+    assert left == [processes.LAST_WORDS, code]
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-1].startswith(line) and (len(shown) == 1) == ("bug" not in line)
+
+
+def test_a_process_of_several_leaves_where_nobody_reads_its_error(monkeypatch):
+    class Closed:
+        def write(self, text=""):
+            raise BrokenPipeError
+
+        flush = write
+
+    def main(argv):
+        raise UserError("seed is wrong")
+
+    left = []
+    monkeypatch.setattr(processes, "joined", lambda: True)
+    monkeypatch.setattr(processes.time, "sleep", left.append)
+    monkeypatch.setattr(processes.os, "_exit", left.append)
+    monkeypatch.setattr(processes.sys, "stderr", Closed())
+    with pytest.raises(BrokenPipeError):
+        processes.command(main, [])
+    assert left == [processes.LAST_WORDS, 1]
 
 
 SLURM = {"SLURM_STEP_NODELIST": "node[001-002]", "SLURM_NTASKS": "2"}
@@ -122,18 +166,18 @@ SLURM = {"SLURM_STEP_NODELIST": "node[001-002]", "SLURM_NTASKS": "2"}
     ],
 )
 def test_who_tells_of_other_processes(monkeypatch, env, said_by):
-    for name in (*runtime.CLUSTER, *SLURM, "OMPI_COMM_WORLD_SIZE"):
+    for name in (*processes.CLUSTER, *SLURM, "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert runtime.launcher() == said_by
+    assert processes.launcher() == said_by
 
 
 def test_libtpu_tells_of_other_hosts_unless_another_device_is_asked_for(monkeypatch):
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: name == "libtpu")
-    assert runtime.launcher() == ""
+    assert processes.launcher() == ""
     monkeypatch.delenv("JAX_PLATFORMS")
-    assert runtime.launcher() == "TPU"
+    assert processes.launcher() == "TPU"
 
 
 @pytest.mark.parametrize(
@@ -145,8 +189,8 @@ def test_libtpu_tells_of_other_hosts_unless_another_device_is_asked_for(monkeypa
 )
 def test_processes_that_cannot_meet_are_one_line(env, line):
     code = (
-        "import sys; from jaxft.core import runtime;"
-        "sys.exit(runtime.command(lambda argv: runtime.join(), []))"
+        "import sys; from jaxft.core import processes, runtime;"
+        "sys.exit(processes.command(lambda argv: processes.join(), []))"
     )
     done = python(code, **env)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -156,8 +200,8 @@ def test_processes_that_cannot_meet_are_one_line(env, line):
 
 def test_a_missing_device_is_one_line():
     code = (
-        "import sys; from jaxft.core import runtime;"
-        "sys.exit(runtime.command(lambda argv: runtime.start(), []))"
+        "import sys; from jaxft.core import processes, runtime;"
+        "sys.exit(processes.command(lambda argv: processes.start(), []))"
     )
     done = python(code, JAX_PLATFORMS="cuda")
     lines = [line for line in done.stderr.splitlines() if line.startswith("jaxft: ")]
@@ -169,7 +213,7 @@ def test_a_missing_device_is_one_line():
 
 def test_start_turns_the_compile_cache_on_and_keeps_the_users(tmp_path):
     code = (
-        "from jaxft.core import runtime; runtime.start(); import jax;"
+        "from jaxft.core import processes, runtime; processes.start(); import jax;"
         "print(jax.config.jax_compilation_cache_dir)"
     )
     done = python(code, XDG_CACHE_HOME=str(tmp_path / "new" / "cache"))
@@ -181,8 +225,8 @@ def test_start_turns_the_compile_cache_on_and_keeps_the_users(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc tunables are Linux's")
 def test_huge_pages_restart_the_process_once_with_its_arguments():
     code = (
-        "import os, sys; from jaxft.core import runtime; print('start', flush=True);"
-        "runtime.restart_with_huge_pages();"
+        "import os, sys; from jaxft.core import processes, runtime; print('start', flush=True);"
+        "processes.restart_with_huge_pages();"
         "print(os.environ['GLIBC_TUNABLES'], sys.flags.utf8_mode)"
     )
     env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
@@ -193,9 +237,9 @@ def test_huge_pages_restart_the_process_once_with_its_arguments():
         capture_output=True,
         text=True,
     )
-    assert done.stdout.split() == ["start", "start", runtime.HUGE_PAGES, "1"], done.stderr
+    assert done.stdout.split() == ["start", "start", processes.HUGE_PAGES, "1"], done.stderr
     kept = python(code, GLIBC_TUNABLES="glibc.malloc.arena_max=2")
-    assert f"glibc.malloc.arena_max=2:{runtime.HUGE_PAGES} 0" in kept.stdout
+    assert f"glibc.malloc.arena_max=2:{processes.HUGE_PAGES} 0" in kept.stdout
     chosen = python(code, GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
     assert chosen.stdout.split() == ["start", "glibc.malloc.hugetlb=0", "0"]
 

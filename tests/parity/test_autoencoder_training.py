@@ -11,12 +11,12 @@ from diffusers import AutoencoderKL, VQModel
 from safetensors.torch import load_file
 from transformers import JanusVQVAE
 
-from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.sharding import local_rows, place_batch
 from jaxft.core.step import sample_keys
 from jaxft.demo import demo_path
 from jaxft.models.critics import discriminator
 from jaxft.models.critics.perceptual import DEMO
+from jaxft.runs.checkpoint import Checkpoints
 from jaxft.weights import transfer
 from tests import whole as runs
 from tests.parity.test_discriminator import oracle as patchgan

@@ -13,11 +13,11 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig, inject_adapter_in_model
 
-from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.sharding import local_rows, place_batch
 from jaxft.core.step import sample_keys
 from jaxft.noise.process import offset_noise
 from jaxft.objectives import denoising as diffusion
+from jaxft.runs.checkpoint import Checkpoints
 from jaxft.weights import transfer
 from jaxft.weights.adapters import pipeline as pipeline_lora
 from tests import plain_torch

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.sharding import local_rows, place_batch
+from jaxft.runs.checkpoint import Checkpoints
 from jaxft.weights import transfer
 from tests import plain_torch
 from tests import whole as runs

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from jaxft import train
-from jaxft.core.checkpoint import Checkpoints
 from jaxft.data.text import store
+from jaxft.runs.checkpoint import Checkpoints
 from tests.interrupted import kill_after, start, timeless
 
 ROOT = Path(__file__).resolve().parents[2]

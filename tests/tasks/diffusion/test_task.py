@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from jaxft import sample, train
-from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.errors import UserError
 from jaxft.core.params import bind
 from jaxft.core.step import sample_keys
+from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.watch import Watch
 from jaxft.tasks import Data, Request
 from jaxft.tasks.diffusion.rows import Encoders

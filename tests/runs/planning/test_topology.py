@@ -6,7 +6,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from jaxft.core.errors import UserError
 from jaxft.core.runtime import GPU_CHIPS
-from jaxft.runs import topology
+from jaxft.runs.planning import topology
 
 
 @pytest.mark.parametrize("name", ["h300:8", "h100", "h100:0", "h100:x", "v5e", "v5e:4", "cpu", ""])

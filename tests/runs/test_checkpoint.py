@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.core import sharding
-from jaxft.core.checkpoint import Checkpoints
 from jaxft.core.errors import UserError
+from jaxft.runs.checkpoint import Checkpoints
 
 
 class Moments(NamedTuple):

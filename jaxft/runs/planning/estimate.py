@@ -12,8 +12,8 @@ from jaxft.core import runtime
 from jaxft.core.runtime import Chip, find_chip
 from jaxft.core.sharding import batch_sharding
 from jaxft.runs.compiling import ACCELERATOR_REMATS, Compiled, make_steps
-from jaxft.runs.hlo import Cost, costs
 from jaxft.runs.opening import Run
+from jaxft.runs.planning.hlo import Cost, costs
 from jaxft.runs.state import abstract_state, make_plan
 
 # Shares of the published peaks that good kernels reach.

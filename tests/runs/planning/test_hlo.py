@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.core.sharding import make_mesh
-from jaxft.runs import hlo
+from jaxft.runs.planning import hlo
 
 # The text of XLA for a GPU, in part: its lines are long.
 CUDNN = """
