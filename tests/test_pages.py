@@ -35,9 +35,9 @@ PAGES = [
     *sorted((ROOT / "configs").glob("*.py")),
 ]
 COMMAND = r"python3?\s+(?:-m\s+jaxft|tools/)\S*"
-COUNT = 39  # of all pages; a new line is run without being listed here, but counted
+COUNT = 41  # of all pages; a new line is run without being listed here, but counted
 # What stands in a line for something that only its user knows: found among PLACES, or replaced.
-WORDS = {"--step 50": "--step 2"}
+WORDS = {"--step 50": "--step 2", "--topology h200:8": "--topology cpu:8"}
 TINY = {"every.save": "1_steps", "total": "2_steps", "batch_size": 8, "eval_examples": 8}
 DRAWN = {**TINY, "eval_generated": 0}
 SHORT = {
@@ -239,6 +239,8 @@ def shortened(line: Line) -> list[str]:
     """Options that end a line in a moment."""
     if line.module == "jaxft.sample" and "runs/diffusion" in line.arguments:
         return ["--steps=2"]
+    if line.module == "jaxft.plan":
+        return ["--config.model=path/to/folder", "--config.seq_len=48"]
     if line.module != "jaxft.train":
         return []
     name = Path(option(line, "config")).stem
@@ -264,6 +266,8 @@ def check(line: Line, shown: str) -> None:
             assert (work / "export").is_dir() and re.search("done in|is finished", shown)
             steps = [json.loads(one) for one in (work / "metrics.jsonl").read_text().splitlines()]
             assert [one["step"] for one in steps if "loss" in one] == [1, 2]
+        case "jaxft.plan":
+            assert "memory of a device" in shown
         case "jaxft.evaluate":
             assert json.loads((work / "evaluation-2.json").read_text())["loss"] > 0
         case "jaxft.sample":
