@@ -33,7 +33,7 @@ class Context(NamedTuple):
     q_segments: Int[Array, "B T"] | None
     kv_segments: Int[Array, "B S"] | None
     index: Int[Array, ""]
-    segments_in_row: int
+    segments_in_row: int = 0
 
 
 class Attention(nnx.Module):
