@@ -22,9 +22,9 @@ HEAD = """# Steps of published models, planned for accelerators
 `python tools/plan_table.py` writes this page from `jaxft.plan`, on a machine without these devices.
 Times and MFU are bounds that follow from the compiled program: each instruction takes as long as
 its FLOPs at 75 % of the peak, or its bytes at 85 % of the memory's bandwidth. **No device has
-measured them.** Memory, traffic and collectives are exact.
+measured them.** Memory (GiB of a device), traffic and collectives are exact.
 
-| step | devices | batch | remat | GiB a device | fits | traffic GiB | ms at least | MFU at most | most of it |
+| step | devices | batch | remat | GiB | fits | traffic GiB | ms at least | MFU at most | most of it |
 |---|---|---|---|---|---|---|---|---|---|
 """
 
@@ -77,7 +77,9 @@ def plan(case: Case) -> dict[str, Any]:
 def row(name: str, found: dict[str, Any]) -> str:
     """Return the line of the table."""
     gib = 2**30
-    most = max(found["seconds"], key=lambda kind: found["seconds"][kind]) if found["seconds"] else ""
+    most = (
+        max(found["seconds"], key=lambda kind: found["seconds"][kind]) if found["seconds"] else ""
+    )
     cells = (
         name,
         found["devices"],
