@@ -24,7 +24,7 @@ Times and MFU are bounds that follow from the compiled program: each instruction
 its FLOPs at 75 % of the peak, or its bytes at 85 % of the memory's bandwidth. **No device has
 measured them.** Memory (GiB of a device), traffic and collectives are exact.
 
-| step | devices | batch | remat | GiB | fits | traffic GiB | ms at least | MFU at most | most of it |
+| step | devices | batch | remat | GiB | fits | traffic GiB | ms at least | MFU up to | most of it |
 |---|---|---|---|---|---|---|---|---|---|
 """
 
