@@ -33,7 +33,8 @@ def _of_equation(equation: Any) -> float:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return 2.0 * prod(equation.outvars[0].aval.shape) * prod(kernel) / outputs
+        zeros = prod(params["lhs_dilation"])  # one in so many inputs is not a zero between others
+        return 2.0 * prod(equation.outvars[0].aval.shape) * prod(kernel) / outputs / zeros
     if name == "cond":
         return max(_of_jaxpr(branch.jaxpr) for branch in params["branches"])
     times = params["length"] if name == "scan" else 1

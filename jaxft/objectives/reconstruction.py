@@ -1,7 +1,7 @@
 """Reconstruction: pixel, perceptual, latent and adversarial terms of an autoencoder."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxft.core.params import Leaf
+from jaxft.core.params import Leaf, Params, bind, describe
 from jaxft.core.step import Batch, Metrics
 from jaxft.models.critics import perceptual
+from jaxft.models.flops import count
 from jaxft.nn.pixels import to_float
 from jaxft.objectives.adversarial import Pull, adaptive_weight, hinge, pull, steer
 
@@ -50,13 +51,15 @@ class Reconstruction:
     """Losses of an autoencoder and of its discriminator.
 
     reconstruct(vae, images, keys, remat): returns a `Made`. start: first step with adversarial
-    terms.
+    terms. template: the abstract model, and side: pixels of a square image, to count FLOPs.
     """
 
     reconstruct: Callable[[Any, Array, PRNGKeyArray | None, str], Made]
     losses: Weights
     start: int
     dtype: Any
+    template: Any
+    side: int
     remat: str = "none"
     unit: ClassVar[str] = "images"
 
@@ -64,7 +67,27 @@ class Reconstruction:
         return len(batch["pixels"])
 
     def flops(self, trained: Mapping[str, Leaf]) -> float:
-        return 0.0  # not counted
+        """Return FLOPs an image of the losses and their gradient, counted in the traced program.
+
+        Scores of attention count once more than elsewhere: its backward pass computes them again.
+        """
+        plain = replace(self, remat="none")
+        shapes = {
+            k: jax.ShapeDtypeStruct(leaf.shape, self.dtype)
+            for k, leaf in describe(self.template).items()
+        }
+        chosen = {path: shapes.pop(path) for path in trained}
+        batch = {
+            "pixels": jax.ShapeDtypeStruct((1, self.side, self.side, 3), np.uint8),
+            "weights": jax.ShapeDtypeStruct((1,), np.float32),
+        }
+
+        def total(chosen: Params, frozen: Params, batch: Batch) -> jax.Array:
+            keys = jax.random.split(jax.random.key(0), 1)
+            model = bind(self.template, {**frozen, **chosen})
+            return plain.loss(model, batch, keys, jnp.zeros((), jnp.int32))[0][0]
+
+        return count(jax.grad(total), chosen, shapes, batch)
 
     def loss(
         self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array

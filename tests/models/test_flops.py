@@ -28,6 +28,9 @@ def test_convolutions_strided_and_grouped():
     x = jnp.ones((2, 8, 8, 6))
     plain = count(lambda x, k: conv(x, k, 2, 1), x, jnp.ones((3, 3, 6, 10)))
     assert plain == 2 * (2 * 4 * 4 * 10) * (3 * 3 * 6)
+    kernel = jnp.ones((3, 3, 6, 10))
+    pulled = count(jax.grad(lambda x: jnp.sum(conv(x, kernel, 2, 1) ** 2)), x)
+    assert pulled == 2 * plain, "the input's gradient has no more products than the output"
     depthwise = count(lambda x, k: conv(x, k, 1, 6), x, jnp.ones((3, 3, 1, 6)))
     assert depthwise == 2 * (2 * 8 * 8 * 6) * 9
 

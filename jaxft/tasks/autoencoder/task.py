@@ -11,7 +11,9 @@ from jaxft.tasks.autoencoder.rows import ImageRows, planned
 
 def _objective(opened: OpenedAutoencoder, rows: ImageRows | Planned) -> Reconstruction:
     start = _adversarial_start(opened, len(rows))
-    return Reconstruction(opened.codec.reconstruct, opened.losses, start, opened.dtype)
+    side, template = opened.options.resolution, opened.template
+    reconstruct, losses = opened.codec.reconstruct, opened.losses
+    return Reconstruction(reconstruct, losses, start, opened.dtype, template, side)
 
 
 def _adversarial_start(opened: OpenedAutoencoder, examples: int) -> int:

@@ -135,15 +135,16 @@ def open_janus(spec: str, source: Source, options: ImageTokenOptions) -> JanusFo
     if source.config.get("model_type") == janus_layout.ORIGINAL_TYPE:
         source = janus_layout.as_transformers(source)
     cfg = JanusConfig.from_hf(source.config, f"{spec}/config.json")
-    _check(spec, source, cfg, options)
-    assert source.tensors is not None
-    tensors = _patched(with_prefix(source.tensors, janus.known, spec), source.config, cfg.vq, spec)
-    inside = {k.removeprefix(janus.VQ): k for k in tensors.keys() if k.startswith(janus.VQ)}  # noqa: SIM118
+    _check(spec, cfg, options)
+    tensors = inner = source.tensors
+    if tensors is not None:
+        tensors = _patched(with_prefix(tensors, janus.known, spec), source.config, cfg.vq, spec)
+        inside = {k.removeprefix(janus.VQ): k for k in tensors.keys() if k.startswith(janus.VQ)}  # noqa: SIM118
+        inner = Renamed(tensors, inside)
     config = cfg.vq.to_hf()
     files = {"config.json": _dump(config)}
-    own = Source(spec, config, Renamed(tensors, inside), files, source.folder)
-    vq = ImageTokenizer(spec, own)
-    if options.tokenizer:
+    vq = ImageTokenizer(spec, Source(spec, config, inner, files, source.folder))
+    if options.tokenizer and tensors is not None:
         vq, tensors = _another_decoder(options.tokenizer, vq, tensors)
     tokenizer = load_tokenizer(source.tokenizer_dir())
     layout = _layout(spec, cfg, options, tokenizer)
@@ -208,13 +209,8 @@ def _layout(spec: str, cfg: JanusConfig, options: ImageTokenOptions, tokenizer: 
     return JanusLayout(bos, boi, pad, cfg.vq.codes, grid, prompt, longest, rows)
 
 
-def _check(spec: str, source: Source, cfg: JanusConfig, options: ImageTokenOptions) -> None:
+def _check(spec: str, cfg: JanusConfig, options: ImageTokenOptions) -> None:
     size = cfg.grid * cfg.vq.factor
-    if source.tensors is None:
-        raise UserError(
-            f"init='random' cannot make {spec}: a Janus export copies its image encoder from the"
-            " pretrained weights; use init='pretrained'"
-        )
     if options.graft:
         raise UserError(
             f"graft={options.graft!r}, but {spec} is a Janus and generates images already"

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from jaxft.core.errors import UserError
 from jaxft.core.params import Params, bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
 from jaxft.models.autoencoders import vqgan
@@ -56,13 +57,26 @@ class ImageTokenizer:
         self.spec, self.source = spec, source
         self.cfg = VQConfig.from_hf(source.config, f"{source.folder}/config.json")
         self.template = jax.eval_shape(lambda k: VQModel(self.cfg, key=k), jax.random.key(0))
-        leaves, rules = describe(self.template), vqgan.rules(self.cfg)
-        part = Part("", spec, self.source.tensors, rules, {}, vqgan.IGNORE)
         self.mesh = one_device_mesh()
-        places = shardings(leaves, self.mesh)
+
+    @cached_property
+    def params(self) -> Params:
+        """The weights, read when pictures are first encoded or decoded."""
+        if self.source.tensors is None:
+            raise UserError(
+                f"init='random' cannot make {self.spec}: a Janus export copies its image encoder"
+                " from the pretrained weights; use init='pretrained'"
+            )
+        leaves, rules = describe(self.template), vqgan.rules(self.cfg)
+        part = Part("", self.spec, self.source.tensors, rules, {}, vqgan.IGNORE)
         with jax.set_mesh(self.mesh):
-            self.params = transfer.load(part, leaves, places, jnp.float32, set(leaves))
-        self.fingerprint = fingerprint(self.params, FINDS, self.cfg.l2)
+            places = shardings(leaves, self.mesh)
+            return transfer.load(part, leaves, places, jnp.float32, set(leaves))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weights that decide a picture's codes."""
+        return fingerprint(self.params, FINDS, self.cfg.l2)
 
     @property
     def files(self) -> dict[str, Path | bytes]:
