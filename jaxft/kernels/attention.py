@@ -17,6 +17,7 @@ from jaxft.kernels.cudnn_attention import refusal as cudnn_refusal
 
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # jax's primitive
 OVERRIDE = "JAXFT_ATTENTION"  # an environment variable: the name of a kernel
+CALLS = {"cudnn": "__cudnn$fmha", "splash": "tpu_custom_call"}  # in a compiled program
 
 
 @jax.named_scope("attention")
@@ -95,6 +96,11 @@ def choose(q: Float[Array, "B T N H"]) -> str:
             raise UserError(f"{OVERRIDE}={asked} cannot run: {reason}; unset it")
         return asked
     return next(name for name, refusal in KERNELS.items() if not refusal(here, q))
+
+
+def used(program: str) -> str:
+    """Return the kernel of attention in the text of a compiled program."""
+    return next((name for name, call in CALLS.items() if call in program), "blockwise")
 
 
 # A policy of jax.checkpoint: True for the results of a kernel's forward pass, which are its output

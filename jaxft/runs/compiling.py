@@ -11,6 +11,7 @@ from jaxft.core import runtime, step
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params
 from jaxft.core.step import State, StepSpec
+from jaxft.kernels.attention import used
 from jaxft.runs.opening import Run
 from jaxft.runs.state import Plan, run_state_shardings
 from jaxft.tasks import Objective
@@ -81,9 +82,10 @@ class Compiled:
         memory = compiled.memory_analysis()
         if memory is not None:
             held, more = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+            program = "" if runtime.device().platform == "cpu" else compiled.as_text()
             print(
                 f"compiled the step for {_shape(batch)[0]} in {time.perf_counter() - began:.1f} s"
-                f" (remat {self.remat}); a device holds"
+                f" (remat {self.remat}, attention {used(program)}); a device holds"
                 f" {held / 2**30:.2f} GiB of parameters, state and batch, and a step needs"
                 f" {more / 2**30:.2f} GiB more",
                 flush=True,

@@ -10,7 +10,7 @@ import pytest
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import batch_sharding, make_mesh
 from jaxft.kernels import blockwise_attention as module
-from jaxft.kernels.attention import OVERRIDE, attention, choose, reference, saves_attention
+from jaxft.kernels.attention import OVERRIDE, attention, choose, reference, saves_attention, used
 from jaxft.kernels.blockwise_attention import block_size, cut_spans
 from tests.devices import traced_for
 
@@ -218,3 +218,9 @@ def test_the_policy_saves_what_the_backward_pass_would_compute_again():
 
     nothing = jax.checkpoint_policies.nothing_saveable
     assert count(saves_attention) < count(nothing)
+
+
+def test_the_kernel_of_a_compiled_program():
+    assert used('custom_call_target="__cudnn$fmhaSoftmax"') == "cudnn"
+    assert used('custom_call_target="tpu_custom_call"') == "splash"
+    assert used("dot(") == "blockwise"

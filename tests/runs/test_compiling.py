@@ -46,7 +46,11 @@ def test_a_step_that_does_not_fit_makes_room_for_the_next_policy(capsys):
     step = Compiled({"none": jax.jit(large), "full": jax.jit(summed)}, 2 * least)
     assert step(jnp.zeros(()), {}, BATCH) == 6 and step.remat == "full"
     said = capsys.readouterr().out
-    assert "remat=none needs 0.0" in said and "trying full" in said and "(remat full)" in said
+    assert (
+        "remat=none needs 0.0" in said
+        and "trying full" in said
+        and "(remat full, attention blockwise)" in said
+    )
     roomy = Compiled({"none": jax.jit(large), "full": jax.jit(summed)}, 2 * most)
     roomy.prepare(jnp.zeros(()), {}, BATCH)
     assert roomy.remat == "none"
