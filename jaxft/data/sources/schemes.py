@@ -5,17 +5,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxft.core.errors import UserError
-from jaxft.data.sources.image_folders import open_edited, open_folder
-from jaxft.data.sources.image_records import Bad, ImageSource, Records, count_unreadable
-from jaxft.data.sources.image_tars import open_tars
-from jaxft.data.sources.images import open_table_images, open_tfds_images
-from jaxft.data.sources.texts import (
-    JsonlRecords,
-    TextFiles,
-    TextRecords,
-    open_text_files,
-    open_tfds_texts,
-)
+from jaxft.data.sources.images.folders import open_edited, open_folder
+from jaxft.data.sources.images.records import Bad, ImageSource, Records, count_unreadable
+from jaxft.data.sources.images.rows import open_table_images, open_tfds_images
+from jaxft.data.sources.images.tars import open_tars
+from jaxft.data.sources.texts import TextRecords
+from jaxft.data.sources.texts.documents import TextFiles, open_text_files
+from jaxft.data.sources.texts.jsonl import JsonlRecords
+from jaxft.data.sources.texts.tfds import open_tfds_texts
 from jaxft.demo import demo_path
 
 Images = tuple[ImageSource, list[Bad]]  # a source, and the pictures in unsupported formats
