@@ -3,6 +3,7 @@
 import json
 import threading
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -124,8 +125,8 @@ class ArrowFile:
     def column(self, name: str) -> Any:
         return self._table[name]
 
-    def cell(self, name: str, row: int) -> Any:
-        return self._table[name][row].as_py()
+    def cells(self, names: Sequence[str], row: int) -> dict[str, Any]:
+        return {name: self._table[name][row].as_py() for name in names}
 
 
 class ParquetFile:
@@ -149,15 +150,16 @@ class ParquetFile:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {self.path}: {_first_line(error)}") from None
 
-    def cell(self, name: str, row: int) -> Any:
+    def cells(self, names: Sequence[str], row: int) -> dict[str, Any]:
         group = bisect_right(self._ends, row)
         with self._lock:
-            column = self._group(group, name)
-        return column[row - (self._ends[group - 1] if group else 0)].as_py()
+            table = self._group(group, tuple(names))
+        place = row - (self._ends[group - 1] if group else 0)
+        return {name: table[name][place].as_py() for name in names}
 
-    def _read_group(self, group: int, name: str) -> Any:
+    def _read_group(self, group: int, names: tuple[str, ...]) -> Any:
         try:
-            return self._file.read_row_group(group, columns=[name])[name]
+            return self._file.read_row_group(group, columns=list(names))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {self.path}: {_first_line(error)}") from None
 

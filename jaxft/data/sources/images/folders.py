@@ -17,7 +17,7 @@ from jaxft.data.sources.images.records import (
     refuse_bad,
     unreadable,
 )
-from jaxft.data.sources.texts.jsonl import JsonlRecords
+from jaxft.data.sources.texts.json_files import JsonRecords
 
 _LISTS = ("metadata.jsonl", "metadata.csv")  # the names of the imagefolder in Hugging Face datasets
 _CAPTION_ENDINGS = (".txt", ".caption")  # the second is kohya's default
@@ -125,7 +125,7 @@ def _read_lists(spec: str, lists: Sequence[Path]) -> tuple[list[_Row], list[Bad]
         if path.suffix == ".csv":
             rows += [_Row(where, path.parent, row) for where, row in _read_csv(spec, path)]
             continue
-        lines = JsonlRecords(spec, path)
+        lines = JsonRecords(spec, path)
         for index in range(len(lines)):
             try:
                 rows.append(_Row(lines.where(index), path.parent, lines[index]))

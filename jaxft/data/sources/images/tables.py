@@ -34,7 +34,7 @@ class Table:
     def image(self, index: int) -> Any:
         """Return a cell of the image column: bytes, or {"bytes": ..., "path": ...}."""
         part, row = self._place(index)
-        return _as_bytes(self._parts[part].cell(self._image, row))
+        return _as_bytes(self._parts[part].cells([self._image], row)[self._image])
 
     def text(self, index: int) -> Any:
         """Return the caption, or None without a caption column."""
@@ -140,7 +140,7 @@ def _is_text(kind: Any) -> bool:
 
 def _holds_image(part: TableFile, name: str) -> bool:
     """Return True if the first cell of a column that is not empty has the header of a picture."""
-    cells = (_as_bytes(part.cell(name, row)) for row in range(min(_PROBED, len(part))))
+    cells = (_as_bytes(part.cells([name], row)[name]) for row in range(min(_PROBED, len(part))))
     for cell in cells:
         content = cell.get("bytes") if isinstance(cell, dict) else cell
         if content is None and not (isinstance(cell, dict) and cell.get("path")):

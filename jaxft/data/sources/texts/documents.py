@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.core.errors import UserError
-from jaxft.data.sources.files import find_files, refuse_mixed_folders
+from jaxft.data.sources.files import ending, find_files, find_texts, refuse_mixed_folders
+from jaxft.data.sources.texts.contents import decoded, open_contents, text_start
+
+_TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 
 
 class TextFiles:
@@ -18,17 +21,8 @@ class TextFiles:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self._paths[index]
-        try:
-            return {"text": path.read_bytes().decode().removeprefix("\ufeff")}
-        except OSError as error:
-            raise UserError(
-                f"cannot read {path} ({self._spec}): {error.strerror or error}"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}: invalid UTF-8 at byte {error.start}: save the file as UTF-8"
-            ) from None
+        data = open_contents(self._spec, self._paths[index])
+        return {"text": decoded(data, (text_start(data), len(data)), self.where(index))}
 
     def __repr__(self) -> str:
         return f"TextFiles({self._spec!r}, {len(self)} records)"
@@ -38,14 +32,23 @@ class TextFiles:
 
 
 def open_text_files(spec: str, pattern: str) -> TextFiles:
-    """Open one text file, every visible .txt file below a folder, or the files of a glob."""
+    """Open one text file, every visible .txt file below a folder, or the files of a glob.
+
+    Raises UserError for a missing or empty set, and for one file with the ending of a table, whose
+    raw characters would be trained.
+    """
     path = Path(pattern).expanduser()
-    base, paths = find_files(pattern, (".txt",))
+    paths = find_texts(pattern, (".txt",))
     if not paths and path.is_dir():
         raise UserError(f"{path} ({spec}) holds no .txt file: expected at least one")
     if not paths:
         raise UserError(f"no file matches {path} ({spec}): expected a file, folder or glob")
-    refuse_mixed_folders(spec, base, paths)
+    if path.is_file() and ending(path) in _TABLES:
+        raise UserError(
+            f"{spec!r} would train on the raw characters of a table: give {path} without a scheme,"
+            " or rename it to .txt"
+        )
+    refuse_mixed_folders(spec, find_files(pattern, ())[0], paths)
     if not any(p.stat().st_size for p in paths):
         raise UserError(f"{spec} is empty: every file it names has 0 bytes")
     return TextFiles(spec, paths)
