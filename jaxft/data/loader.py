@@ -51,7 +51,7 @@ class Share:
     share: float
 
 
-def sample_order(count: int, seed: int, shares: Sequence[Share] = ()) -> grain.MapDataset:
+def sample_order(count: int, seed: int, shares: Sequence[Share] = ()) -> Examples:
     """Return the endless stream of indices below `count`, any of which is read at equal cost.
 
     Every epoch is a new permutation. With `shares` each run of examples has epochs of its own, and

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
-from jaxft.data.loader import Examples, Share, sample_order, train_loader
+from jaxft.data.loader import Share, sample_order, train_loader
 from jaxft.data.sources.mixtures import Mixture, read_mixture
 from jaxft.data.text import dataset as text
 from jaxft.data.text.mixture import MixedText
@@ -148,7 +148,7 @@ def _packing(
     if not (training and cfg.own["pack"]):
         return None
     ways = jax.device_count() // max(cfg.mesh.tensor, 1)
-    drawn: Examples = sample_order(len(data), cfg.seed, shares) if shares else range(len(data))
+    drawn = sample_order(len(data), cfg.seed, shares) if shares else range(len(data))
     packing = make_packing(
         lambda place: data.inputs(drawn[place]),
         len(data),

@@ -31,8 +31,8 @@ class RenamedRecords:
 def rename(records: TextRecords, columns: str) -> TextRecords:
     """Rename the fields of records by a list such as "prompt=question,completion=answer".
 
-    A part of a mixture may have a field under its new name already. Raises UserError for a list in
-    another form, and for a field that the first record has under neither name.
+    A set whose first record has none of them stays as it is: it may be the other part of a mixture.
+    Raises UserError for a list in another form, and if only some of the fields are there.
     """
     names: dict[str, str] = {}
     for pair in filter(None, columns.split(",")):
@@ -43,13 +43,13 @@ def rename(records: TextRecords, columns: str) -> TextRecords:
                 " name in the file, such as prompt=question,completion=answer"
             )
         names[new] = old
-    if not names:
+    first = records[0] if names else {}
+    missing = [old for old in names.values() if old not in first]
+    if len(missing) == len(names):
         return records
-    first = records[0]
-    for new, old in names.items():
-        if old not in first and new not in first:
-            raise UserError(
-                f"{records.where(0)}: columns={columns!r} asks for the field {old!r}; found"
-                f" {', '.join(map(repr, first))}"
-            )
+    if missing:
+        raise UserError(
+            f"{records.where(0)}: columns={columns!r} asks for the field {missing[0]!r}; found"
+            f" {', '.join(map(repr, first))}"
+        )
     return RenamedRecords(records, names)
