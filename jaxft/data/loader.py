@@ -44,14 +44,14 @@ class RowSharing(Protocol):
 
 
 @dataclass(frozen=True)
-class Share:
+class SourceShare:
     """A run of `count` examples of a dataset, which gives the part `share` of those drawn."""
 
     count: int
     share: float
 
 
-def sample_order(count: int, seed: int, shares: Sequence[Share] = ()) -> Examples:
+def sample_order(count: int, seed: int, shares: Sequence[SourceShare] = ()) -> Examples:
     """Return the endless stream of indices below `count`, any of which is read at equal cost.
 
     Every epoch is a new permutation. With `shares` each run of examples has epochs of its own, and
@@ -77,7 +77,7 @@ def train_loader(
     collate_fn: Collate,
     rows: slice | None = None,
     layout: RowSharing | None = None,
-    shares: Sequence[Share] = (),
+    shares: Sequence[SourceShare] = (),
     threads: int = 2,
 ) -> grain.DatasetIterator:
     """Return endless host batches from step `start_step` on, read ahead in threads.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxft.core.errors import UserError
-from jaxft.data.loader import Share, eval_batches, train_loader
+from jaxft.data.loader import SourceShare, eval_batches, train_loader
 
 # Grain walks at least 2**16 places to shuffle, so that a tiny set costs up to 2 ms a sample:
 # these sets have hundreds of samples, and few examples are drawn.
@@ -144,7 +144,7 @@ def mixed(start, steps, shares, **options):
     return list(islice(batches, steps))
 
 
-SHARES = (Share(40, 0.7), Share(7, 0.25), Share(3, 0.05))
+SHARES = (SourceShare(40, 0.7), SourceShare(7, 0.25), SourceShare(3, 0.05))
 
 
 @pytest.mark.parametrize("start", [1, 7, 39])

@@ -7,7 +7,7 @@ from itertools import accumulate
 import numpy as np
 from jaxtyping import Int
 
-from jaxft.data.loader import Share
+from jaxft.data.loader import SourceShare
 from jaxft.data.sources.texts import TextRecords
 from jaxft.data.sources.texts.joined import JoinedRecords, locate
 from jaxft.data.text.dataset import Example, TextDataset
@@ -34,7 +34,7 @@ class MixedText:
             "longest_trained": longest
         }
         sizes = [len(part) for part in parts]
-        self.shares = tuple(Share(n, share) for n, share in zip(sizes, shares, strict=False))
+        self.shares = tuple(SourceShare(n, share) for n, share in zip(sizes, shares, strict=False))
         self._ends = list(accumulate(sizes))
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
-from jaxft.data.loader import Share, sample_order, train_loader
+from jaxft.data.loader import SourceShare, sample_order, train_loader
 from jaxft.data.sources.mixtures import Mixture, read_mixture
 from jaxft.data.text import dataset as text
 from jaxft.data.text.mixture import MixedText
@@ -139,7 +139,7 @@ def _shapes(count: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _packing(
     data: text.TextDataset | MixedText,
-    shares: Sequence[Share],
+    shares: Sequence[SourceShare],
     cfg: Config,
     seq_len: int,
     training: bool,

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxft.data.loader import Share
+from jaxft.data.loader import SourceShare
 from jaxft.data.text.dataset import load_text
 from jaxft.data.text.mixture import MixedText
 from tests.data.text.test_dataset import TEMPLATE, make_tokenizer
@@ -38,7 +38,7 @@ def test_a_mixture_has_the_examples_of_its_parts(parts):
         assert mixed.records[int(mixed.record_ids[index])] == record
     assert mixed.labels == ("x", "y")
     assert mixed.shares == tuple(
-        Share(len(part), share) for part, share in zip(parts, (0.5, 0.25, 0.25), strict=True)
+        SourceShare(len(part), share) for part, share in zip(parts, (0.5, 0.25, 0.25), strict=True)
     )
 
 
