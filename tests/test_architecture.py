@@ -297,6 +297,7 @@ TESTED_WITH = {
     "export.py": "test_commands.py",
     "core/errors.py": "test_bad_input.py",
     "core/processes.py": "test_processes.py",
+    "data/sources/table_files.py": "data/sources/images/test_tables.py",
     "data/text/templates.py": "data/text/test_dataset.py",
     "models/decoders/generate.py": "test_commands.py",
     "objectives/next_token.py": "parity/test_training.py",

@@ -35,7 +35,7 @@ PAGES = [
     *sorted((ROOT / "configs").glob("*.py")),
 ]
 COMMAND = r"python3?\s+(?:-m\s+jaxft|tools/)\S*"
-COUNT = 41  # of all pages; a new line is run without being listed here, but counted
+COUNT = 43  # of all pages; a new line is run without being listed here, but counted
 # What stands in a line for something that only its user knows: found among PLACES, or replaced.
 WORDS = {"--step 50": "--step 2", "--topology h200:8": "--topology cpu:8"}
 TINY = {"every.save": "1_steps", "total": "2_steps", "batch_size": 8, "eval_examples": 8}
@@ -145,6 +145,8 @@ def shelf(tmp_path_factory, make_folder):
     add_sources(place / "images")
     texts = [{"prompt": f"{i}: a bird", "completion": " that sings"} for i in range(16)]
     (place / "texts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in texts))
+    rows = "".join(f"{i}: a bird, that sings\n" for i in range(16))
+    (place / "rows.csv").write_text(f"question,answer\n{rows}")
     for name, pixels in (("wood", 90), ("white", 255)):
         Image.fromarray(np.full((16, 16, 3), pixels, np.uint8)).save(place / f"{name}.png")
     return place
@@ -177,6 +179,7 @@ PLACES = {
     "train.jsonl": "texts.jsonl",
     "valid.jsonl": "texts.jsonl",
     "test.jsonl": "texts.jsonl",
+    "rows.csv": "rows.csv",
     "images": "images",
     "held": "images",
     "held-out": "images",

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class DataKeys:
-    """Training and evaluation records, each as `kind:place` (jsonl:, text:, demo:, tfds:)."""
+    """Training and evaluation records, each as a path, a `scheme:place` or a sum of those."""
 
     train: str
     eval: str

@@ -43,6 +43,31 @@ class RowSharing(Protocol):
     def __call__(self, sample_ids: Sequence[int]) -> list[list[int]]: ...
 
 
+@dataclass(frozen=True)
+class SourceShare:
+    """A run of `count` examples of a dataset, which gives the part `share` of those drawn."""
+
+    count: int
+    share: float
+
+
+def sample_order(count: int, seed: int, shares: Sequence[SourceShare] = ()) -> Examples:
+    """Return the endless stream of indices below `count`, any of which is read at equal cost.
+
+    Every epoch is a new permutation. With `shares` each run of examples has epochs of its own, and
+    the runs take turns by their shares. Any piece of the stream then has nearly those shares.
+    """
+    if not shares:
+        return grain.MapDataset.source(range(count)).seed(seed).shuffle().repeat()
+    parts, first = [], 0
+    for place, one in enumerate(shares):
+        own = int(np.random.SeedSequence([seed, place]).generate_state(1)[0])
+        indices = range(first, first + one.count)
+        parts.append(grain.MapDataset.source(indices).seed(own).shuffle().repeat())
+        first += one.count
+    return grain.MapDataset.mix(parts, [one.share for one in shares])
+
+
 def train_loader(
     dataset: Examples,
     *,
@@ -52,22 +77,23 @@ def train_loader(
     collate_fn: Collate,
     rows: slice | None = None,
     layout: RowSharing | None = None,
+    shares: Sequence[SourceShare] = (),
     threads: int = 2,
 ) -> grain.DatasetIterator:
     """Return endless host batches from step `start_step` on, read ahead in threads.
 
-    Batch k holds samples k*B .. (k+1)*B-1 of an endless stream in which every epoch is a new
-    permutation of the dataset. `rows` is this process's slice of those B (all by default). With a
-    `layout` samples share rows, and the process gets the same share of the batch's rows. Each
-    batch has sample_ids int32 [rows], the index of each row's first sample. A start at a late step
-    costs the same as a start at 0. Raises UserError if the dataset is smaller than a batch.
+    Batch k holds samples k*B .. (k+1)*B-1 of the stream of `sample_order`. `rows` is this
+    process's slice of those B (all by default). With a `layout` samples share rows, and the process
+    gets the same share of the batch's rows. Each batch has sample_ids int32 [rows], the index of
+    each row's first sample. A start at a late step costs the same as a start at 0. Raises UserError
+    if the dataset is smaller than a batch.
     """
     if len(dataset) < batch_size:
         raise UserError(
             f"{dataset!r} has {len(dataset)} examples, {batch_size - len(dataset)} fewer than one "
             f"batch: batch_size={batch_size} must be at most {len(dataset)}, or add data"
         )
-    order = grain.MapDataset.source(range(len(dataset))).seed(seed).shuffle().repeat()
+    order = sample_order(len(dataset), seed, shares)
     batches = _Batches(
         dataset, order, batch_size, checked_rows(rows, batch_size), collate_fn, layout
     )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxft.core.config import Config
     from jaxft.core.params import Leaf, Params
     from jaxft.core.step import Batch, Metrics
-    from jaxft.data.sources.image_records import Bad
+    from jaxft.data.sources.images.records import Bad
     from jaxft.weights.transfer import Part
 
 TASKS = {

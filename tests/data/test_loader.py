@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxft.core.errors import UserError
-from jaxft.data.loader import eval_batches, train_loader
+from jaxft.data.loader import SourceShare, eval_batches, train_loader
 
 # Grain walks at least 2**16 places to shuffle, so that a tiny set costs up to 2 ms a sample:
 # these sets have hundreds of samples, and few examples are drawn.
@@ -133,6 +133,43 @@ def test_t28_eval_gives_every_process_as_many_batches():
 def test_a_dataset_smaller_than_a_batch_is_refused_with_the_arithmetic():
     with pytest.raises(UserError, match=r"has 5 examples, 3 fewer than .* batch_size=8 .* most 5"):
         load(5, 1, batch_size=8)
+
+
+def mixed(start, steps, shares, **options):
+    count = sum(one.count for one in shares)
+    batches = train_loader(
+        squares(count), batch_size=8, seed=options.pop("seed", 5), start_step=start,
+        collate_fn=stack, shares=shares, **options,
+    )  # fmt: skip
+    return list(islice(batches, steps))
+
+
+SHARES = (SourceShare(40, 0.7), SourceShare(7, 0.25), SourceShare(3, 0.05))
+
+
+@pytest.mark.parametrize("start", [1, 7, 39])
+def test_a_mixture_resumes_at_any_step(start):
+    assert_same(mixed(0, 45, SHARES)[start : start + 5], mixed(start, 5, SHARES, threads=1))
+    assert len(mixed(10**9, 1, SHARES)) == 1
+
+
+def test_shares_are_those_of_the_drawn_examples_and_parts_keep_their_epochs():
+    stream = ids(mixed(0, 100, SHARES))
+    drawn = [np.flatnonzero((stream >= low) & (stream < low + n)) for low, n in ((0, 40), (40, 7))]
+    assert len(drawn[0]) == pytest.approx(560, abs=2) and len(drawn[1]) == pytest.approx(200, abs=2)
+    for places, low, n in ((drawn[0], 0, 40), (drawn[1], 40, 7)):
+        epochs = stream[places][: len(places) // n * n].reshape(-1, n)
+        assert all(sorted(epoch) == list(range(low, low + n)) for epoch in epochs)
+        assert (epochs[0] != epochs[1]).any()
+    assert (ids(mixed(0, 9, SHARES, seed=6)) != stream[:72]).mean() > 0.5
+
+
+def test_processes_share_the_batches_of_a_mixture():
+    whole, rows = mixed(0, 5, SHARES), (slice(0, 3), slice(3, 8))
+    left, right = (mixed(0, 5, SHARES, rows=part) for part in rows)
+    np.testing.assert_array_equal(
+        ids(whole).reshape(5, 8), np.hstack([ids(left).reshape(5, 3), ids(right).reshape(5, 5)])
+    )
 
 
 @pytest.mark.parametrize("rows", [slice(0, 9), slice(3, 3), slice(-1, 2), slice(0, 8, 2)])

@@ -17,7 +17,7 @@ from jaxft.data.cache import ArrayCache, Arrays
 from jaxft.data.images.buckets import Size, assign, make_buckets
 from jaxft.data.images.decode import decode
 from jaxft.data.images.headers import header_size
-from jaxft.data.sources.image_records import Bad, Records, name_all
+from jaxft.data.sources.images.records import Bad, Records, name_all
 
 PIXEL_RULE = "cover, lanczos, centre; 2"  # in every key: change it when `decode` or `fit` change
 BAD_LIMIT = 0.01  # share of a set that may be bad

@@ -21,6 +21,10 @@ SPLIT_KEYWORDS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+# Endings of compressed texts, in front of which stands the ending of the format.
+_COMPRESSED = (".gz", ".zst")
+# Files that describe a data set and hold none of its records.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _SPLIT_OF = {word: split for split, words in SPLIT_KEYWORDS.items() for word in words}
 _REPEATS = re.compile(r"\d+_.+")  # kohya: 10_name repeats the pictures of a concept ten times
 
@@ -68,6 +72,20 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> tuple[Path, list[Path]]
     found = map(Path, glob.glob(str(path), recursive=True))
     visible = (p for p in found if p.is_file() and not is_hidden(p.relative_to(base)))
     return base, sorted(visible)
+
+
+def ending(path: PurePath) -> str:
+    """Return the extension of a file in lower case, without that of a compression."""
+    inner = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
+    return inner.suffix.lower()
+
+
+def find_texts(pattern: str, endings: Sequence[str]) -> list[Path]:
+    """Return the files of `find_files`, compressed ones too, without descriptions of data sets."""
+    files = find_files(pattern, (*endings, *_COMPRESSED))[1]
+    if not Path(pattern).expanduser().is_dir():
+        return files
+    return [p for p in files if ending(p) in endings and p.name not in _DESCRIPTIONS]
 
 
 def split_of(name: str) -> str | None:
@@ -136,8 +154,10 @@ def _refuse(spec: str, found: dict[str | None, Path]) -> None:
     if not example.is_dir():
         word = next(w for w in re.split(r"[\W\d_]+", example.name) if split_of(w))
         example = example.with_name(example.name.partition(word)[0] + word + "*")
+    scheme, colon, _ = spec.rpartition(":")
+    prefix = f"{scheme.partition(':')[0]}:" if colon else ""
     raise UserError(
-        f"{spec!r} mixes the splits {names}: name one, such as {spec.partition(':')[0]}:{example}"
+        f"{spec!r} mixes the splits {names}: name one, such as {prefix}{example}"
         f"{' (or rename what stands for no split)' if None in found else ''}; found {places}"
     )
 

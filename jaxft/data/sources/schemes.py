@@ -1,21 +1,22 @@
-"""Table of schemes: openers of a spec such as `jsonl:rows.jsonl` for texts and for pictures."""
+"""Table of schemes: openers of a spec such as `hf:folder` for texts and for pictures."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxft.core.errors import UserError
-from jaxft.data.sources.image_folders import open_edited, open_folder
-from jaxft.data.sources.image_records import Bad, ImageSource, Records, count_unreadable
-from jaxft.data.sources.image_tars import open_tars
-from jaxft.data.sources.images import open_table_images, open_tfds_images
-from jaxft.data.sources.texts import (
-    JsonlRecords,
-    TextFiles,
-    TextRecords,
-    open_text_files,
-    open_tfds_texts,
-)
+from jaxft.data.sources.files import find_files
+from jaxft.data.sources.images.folders import open_edited, open_folder
+from jaxft.data.sources.images.records import Bad, ImageSource, Records, count_unreadable
+from jaxft.data.sources.images.rows import open_table_images, open_tfds_images
+from jaxft.data.sources.images.tars import open_tars
+from jaxft.data.sources.texts import TextRecords
+from jaxft.data.sources.texts.columns import rename
+from jaxft.data.sources.texts.documents import TextFiles, open_text_files
+from jaxft.data.sources.texts.json_files import JsonRecords
+from jaxft.data.sources.texts.paths import PATH_FORM, open_json_files, open_path
+from jaxft.data.sources.texts.tables import open_table_rows
+from jaxft.data.sources.texts.tfds import open_tfds_texts
 from jaxft.demo import demo_path
 
 Images = tuple[ImageSource, list[Bad]]  # a source, and the pictures in unsupported formats
@@ -36,7 +37,7 @@ class Scheme(NamedTuple):
 def _demo_texts(spec: str, rest: str) -> TextRecords:
     path = demo_path(spec, "texts")
     assert path is not None, rest
-    return TextFiles(spec, [path]) if path.suffix == ".txt" else JsonlRecords(spec, path)
+    return TextFiles(spec, [path]) if path.suffix == ".txt" else JsonRecords(spec, path)
 
 
 def _demo_images(spec: str, rest: str, captions: bool) -> Images:
@@ -46,17 +47,17 @@ def _demo_images(spec: str, rest: str, captions: bool) -> Images:
 
 
 SCHEMES = {
-    "jsonl": Scheme(
-        "jsonl:FILE", texts=lambda spec, rest: JsonlRecords(spec, Path(rest).expanduser())
-    ),
-    "text": Scheme("text:FILE_OR_FOLDER_OR_GLOB", texts=open_text_files),
+    "jsonl": Scheme("jsonl:PATH", texts=open_json_files),
+    "text": Scheme("text:PATH", texts=open_text_files),
     "folder": Scheme(
         "folder:PATH",
         images=lambda spec, rest, captions: open_folder(spec, Path(rest).expanduser(), captions),
     ),
     "wds": Scheme("wds:TARS", images=open_tars),
     "hf": Scheme(
-        "hf:PATH", images=lambda spec, rest, captions: (open_table_images(spec, rest, captions), [])
+        "hf:PATH",
+        texts=open_table_rows,
+        images=lambda spec, rest, captions: (open_table_images(spec, rest, captions), []),
     ),
     "tfds": Scheme(
         "tfds:NAME[:SPLIT][@DATA_DIR]",
@@ -67,20 +68,28 @@ SCHEMES = {
 }
 
 
-def open_records(spec: str) -> TextRecords:
-    """Open the texts that `spec` names, by SCHEMES.
+def open_records(spec: str, columns: str = "") -> TextRecords:
+    """Open the texts that `spec` names: a path, or a scheme of SCHEMES and a place.
 
-    Contents are read when indexed. Only the offsets of lines are computed at once. Raises
-    UserError for an unknown spec, a missing file or an empty set.
+    columns: fields to rename, such as "prompt=question,completion=answer". Contents are read when
+    indexed. Only the offsets of records are computed at once. Raises UserError for an unknown spec,
+    a missing file, an empty set or an unknown column.
     """
-    name, _, rest = spec.partition(":")
-    scheme = SCHEMES.get(name)
-    if scheme is None or scheme.texts is None or not rest:
-        forms = _forms([one.form for one in SCHEMES.values() if one.texts])
-        guess = f"jsonl:{spec}" if spec.endswith((".jsonl", ".json")) else f"text:{spec}"
-        hint = f"; did you mean {guess}?" if Path(spec).expanduser().exists() else ""
-        raise UserError(f"unknown data source {spec!r}: expected {forms}{hint}")
-    return scheme.texts(spec, rest)
+    name, colon, rest = spec.partition(":")
+    scheme = SCHEMES.get(name) if colon else None
+    if scheme is not None and scheme.texts is not None and rest:
+        return rename(scheme.texts(spec, rest), columns)
+    if scheme is None and spec and _is_there(spec):
+        return rename(open_path(spec, spec), columns)
+    forms = _forms([PATH_FORM, *(one.form for one in SCHEMES.values() if one.texts)])
+    if not colon and spec:
+        raise UserError(f"no file, folder or glob {spec!r}: expected {forms}")
+    hint = f"; did you mean {rest}?" if scheme is None and rest and _is_there(rest) else ""
+    raise UserError(f"unknown data source {spec!r}: expected {forms}{hint}")
+
+
+def _is_there(pattern: str) -> bool:
+    return Path(pattern).expanduser().is_dir() or bool(find_files(pattern, ())[1])
 
 
 def open_images(spec: str, captions: bool = True, edited: bool = False) -> Records:

@@ -219,6 +219,7 @@ def load_text(
     template: str | None = None,
     vocab_size: int | None = None,
     cache: Path | str = "",
+    columns: str = "",
 ) -> TextDataset:
     """Tokenise the whole set once, in batches, and keep it as compact arrays.
 
@@ -227,13 +228,13 @@ def load_text(
     trained exactly once. Longer prompt + completion rows lose the prompt's left end (BOS stays),
     then the completion's right end. Empty rows and rows without a trained token are dropped and
     counted. The arrays of more than IN_MEMORY bytes of text are files in the folder `cache`, which
-    later runs reuse. With `cache` "" all arrays stay in memory. Raises UserError for bad records,
-    for tokens beyond `vocab_size` (the rows of the model's embedding table), and if no trained
-    token remains.
+    later runs reuse. With `cache` "" all arrays stay in memory. `columns` renames fields. Raises
+    UserError for bad records, for tokens beyond `vocab_size` (the rows of the model's embedding
+    table), and if no trained token remains.
     """
     if seq_len < 1:
         raise UserError(f"seq_len={seq_len} must be at least 1 token")
-    records, encoder = open_records(spec), make_encoder(tokenizer)
+    records, encoder = open_records(spec, columns), make_encoder(tokenizer)
     kind = record_kind(records[0], records.where(0))
 
     def parts(facts: dict) -> Iterator[EncodedRecord]:

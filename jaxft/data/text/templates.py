@@ -3,8 +3,10 @@
 from typing import Any
 
 from jaxft.core.errors import UserError
+from jaxft.data.text.alpaca import alpaca_prompt
 
-RECORD_KINDS = (("prompt", "completion"), ("text", "label"), ("text",))
+ALPACA = ("instruction", "output")  # and perhaps "input"; the sets have a rendered "text" too
+RECORD_KINDS = (("prompt", "completion"), ALPACA, ("text", "label"), ("text",))
 
 
 def record_kind(record: dict[str, Any], where: str) -> tuple[str, ...]:
@@ -15,7 +17,7 @@ def record_kind(record: dict[str, Any], where: str) -> tuple[str, ...]:
     found = ", ".join(map(repr, record)) or "none"
     raise UserError(
         f'{where}: found the fields {found}; expected "text", or "prompt" and "completion", '
-        'or "text" and "label"'
+        '"instruction" and "output", or "text" and "label"; --config.columns=prompt=FIELD renames'
     )
 
 
@@ -28,6 +30,9 @@ def render(
         return "", values[0]
     if kind == ("prompt", "completion"):
         return values[0], values[1]
+    if kind == ALPACA:
+        context = "" if record.get("input") is None else _text_field(record, "input", where)
+        return alpaca_prompt(values[0], context), values[1]
     head, lead, tail = split_template(template)
     return head.replace("{text}", values[0]), lead + values[1] + tail
 

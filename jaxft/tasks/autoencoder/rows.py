@@ -9,7 +9,7 @@ import numpy as np
 from jaxft.data.images.buckets import Size
 from jaxft.data.images.dataset import ImageSet, collate
 from jaxft.data.loader import train_loader
-from jaxft.data.sources.image_records import Bad
+from jaxft.data.sources.images.records import Bad
 from jaxft.data.sources.schemes import open_images
 from jaxft.tasks import Planned
 from jaxft.tasks.autoencoder.opened import OpenedAutoencoder

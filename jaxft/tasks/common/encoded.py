@@ -12,7 +12,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import Params
 from jaxft.data.cache import ArrayCache, fill, missing
 from jaxft.data.images.dataset import UNDECODABLE, ImageExample, ImageSet, bad_arrays, read_bad
-from jaxft.data.sources.image_records import Bad
+from jaxft.data.sources.images.records import Bad
 from jaxft.weights.transfer import to_host
 
 PATIENCE = 600.0  # seconds without a new entry of another host, after which the wait fails

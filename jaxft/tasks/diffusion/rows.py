@@ -18,7 +18,7 @@ from jaxft.data.cache import ArrayCache, fill
 from jaxft.data.images.buckets import BucketBatches, Size, bucket_loader
 from jaxft.data.images.dataset import ImageSet
 from jaxft.data.loader import subset
-from jaxft.data.sources.image_records import Bad
+from jaxft.data.sources.images.records import Bad
 from jaxft.data.sources.schemes import open_images
 from jaxft.models.pipelines.stable_diffusion import NOTHING, SOURCE
 from jaxft.nn.pixels import to_float

@@ -13,7 +13,7 @@ from jaxft.core.params import Params
 from jaxft.data.cache import ArrayCache
 from jaxft.data.images.dataset import ImageSet
 from jaxft.data.loader import subset, train_loader
-from jaxft.data.sources.image_records import Bad
+from jaxft.data.sources.images.records import Bad
 from jaxft.data.sources.schemes import open_images
 from jaxft.models.autoencoders.vq_config import check_codes
 from jaxft.tasks import Planned

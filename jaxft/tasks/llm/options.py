@@ -9,7 +9,8 @@ class LLMOptions:
 
     seq_len: in tokens. pack: short examples of a batch share rows, and the sums stay the same.
     template: turns {"text", "label"} records into prompt and completion. cache: folder for the
-    token ids of large sets ("" keeps all in memory).
+    token ids of large sets ("" keeps all in memory). columns: fields of the records to rename, such
+    as "prompt=question,completion=answer".
     """
 
     seq_len: int
@@ -17,3 +18,4 @@ class LLMOptions:
     template: str
     eval_examples: int
     cache: str = "runs/cache"
+    columns: str = ""

@@ -37,8 +37,9 @@ class DecoderPreview:
         held_out, seq_len = data.held_out, opened.options.seq_len
         width = held_out.width if held_out else seq_len
         self.objective = NextToken(self.dtype, seq_len, width)
-        known = set(data.facts.get("labels", ()))
-        self.labels = tuple(sorted(known | set(held_out.data.labels if held_out else ())))
+        labels = held_out.data.labels if held_out else ()
+        known = data.facts.get("labels", ()) if labels else ()  # a mixture may train labels too
+        self.labels = tuple(sorted({*known, *labels}))
 
     # ---- evaluation -----------------------------------------------------------------------
 

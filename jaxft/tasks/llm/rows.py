@@ -7,8 +7,11 @@ import jax
 import numpy as np
 
 from jaxft.core.config import Config
-from jaxft.data.loader import train_loader
+from jaxft.core.errors import UserError
+from jaxft.data.loader import SourceShare, sample_order, train_loader
+from jaxft.data.sources.mixtures import Mixture, read_mixture
 from jaxft.data.text import dataset as text
+from jaxft.data.text.mixture import MixedText
 from jaxft.data.text.packing import Packing, collate, collate_rows, make_packing
 from jaxft.tasks import Planned
 from jaxft.tasks.llm.opened import OpenedDecoder
@@ -26,15 +29,36 @@ class TokenRows:
 
     def __init__(self, opened: OpenedDecoder, spec: str, training: bool):
         self.cfg, self.options, self.name = opened.cfg, opened.options, spec
-        self.data = text.load_text(
-            spec,
-            opened.tokenizer,
-            seq_len=self.options.seq_len,
-            template=self.options.template,
-            vocab_size=opened.model_cfg.vocab_size,
-            cache=self.options.cache,
-        )
-        self.packing = _packing(self.data, self.cfg, self.options.seq_len, training)
+        self.data = self._read(opened, read_mixture(spec), training)
+        self.shares = self.data.shares if isinstance(self.data, MixedText) else ()
+        self.packing = _packing(self.data, self.shares, self.cfg, self.options.seq_len, training)
+
+    def _read(
+        self, opened: OpenedDecoder, mixture: Mixture, training: bool
+    ) -> text.TextDataset | MixedText:
+        if mixture.shares and not training:
+            raise UserError(
+                f"data.eval={self.name!r}: all of it is evaluated once, so weights have no effect:"
+                f" write {' + '.join(mixture.specs)}"
+            )
+        parts = [
+            text.load_text(
+                spec,
+                opened.tokenizer,
+                seq_len=self.options.seq_len,
+                template=self.options.template,
+                vocab_size=opened.model_cfg.vocab_size,
+                cache=self.options.cache,
+                columns=self.options.columns,
+            )
+            for spec in mixture.specs
+        ]
+        if len({bool(part.labels) for part in parts}) > 1 and not training:
+            raise UserError(
+                f"data.eval={self.name!r} mixes records with a label and records without: evaluate"
+                " them in two runs"
+            )
+        return parts[0] if len(parts) == 1 else MixedText(self.name, parts, mixture.shares)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -58,6 +82,7 @@ class TokenRows:
             collate_fn=self._collate_shared if self.packing else self.collate,
             rows=rows,
             layout=self._groups if self.packing else None,
+            shares=self.shares,
         )
 
     def spec(self, rows: slice) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
@@ -76,8 +101,10 @@ class TokenRows:
         dropped = report["empty"] + report["untrained"]
         lost = f", {dropped} dropped (nothing to train in them)" if dropped else ""
         rows = f", {self.cfg.batch_size} packed in {self.packing.rows} rows" if self.packing else ""
+        mixed = ", ".join(f"{one.share:.1%} from {one.count}" for one in self.shares)
+        mixed = f" ({mixed})" if mixed else ""
         return (
-            f"{self.name}: {len(self.data)} sequences of at most {self.options.seq_len}"
+            f"{self.name}: {len(self.data)} sequences{mixed} of at most {self.options.seq_len}"
             f" tokens{rows}, {report['trained_tokens']} trained tokens{cut}{lost}"
         )
 
@@ -110,12 +137,23 @@ def _shapes(count: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
 
 
-def _packing(data: text.TextDataset, cfg: Config, seq_len: int, training: bool) -> Packing | None:
+def _packing(
+    data: text.TextDataset | MixedText,
+    shares: Sequence[SourceShare],
+    cfg: Config,
+    seq_len: int,
+    training: bool,
+) -> Packing | None:
     """Return the packing of examples into shared rows, or None if it saves nothing."""
     if not (training and cfg.own["pack"]):
         return None
     ways = jax.device_count() // max(cfg.mesh.tensor, 1)
+    drawn = sample_order(len(data), cfg.seed, shares) if shares else range(len(data))
     packing = make_packing(
-        data.inputs, len(data), cfg.batch_size, cfg.micro_batches * ways, seq_len
+        lambda place: data.inputs(drawn[place]),
+        len(data),
+        cfg.batch_size,
+        cfg.micro_batches * ways,
+        seq_len,
     )
     return packing if packing.per_row > 1 else None

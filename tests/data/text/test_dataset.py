@@ -370,7 +370,7 @@ def test_load_text_reads_the_demo_sets():
     assert valid.n_bytes.tolist() == [len(label) + 1 for label in labels]
     assert (
         repr(valid)
-        == "TextDataset(JsonlRecords('demo:supersense/valid', 600 records), 600 examples)"
+        == "TextDataset(JsonRecords('demo:supersense/valid', 600 records), 600 examples)"
     )
     novel = load_text("demo:novel/valid", tokenizer, seq_len=128)
     assert novel.labels == () and novel.report["split"] == 1

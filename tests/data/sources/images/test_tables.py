@@ -13,7 +13,7 @@ from PIL import Image
 
 from jaxft.core.errors import UserError
 from jaxft.data.images.dataset import drop_bad
-from jaxft.data.sources.image_tables import open_table
+from jaxft.data.sources.images.tables import open_table
 from jaxft.data.sources.schemes import open_images
 
 pa = pytest.importorskip("pyarrow")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxft.core.errors import UserError
 from jaxft.data.sources.files import refuse_mixed_folders, repeat_folders, visible_files
-from jaxft.data.sources.image_records import (
+from jaxft.data.sources.images.records import (
     SUFFIXES,
     UNREADABLE,
     Bad,
@@ -17,7 +17,7 @@ from jaxft.data.sources.image_records import (
     refuse_bad,
     unreadable,
 )
-from jaxft.data.sources.texts import JsonlRecords
+from jaxft.data.sources.texts.json_files import JsonRecords
 
 _LISTS = ("metadata.jsonl", "metadata.csv")  # the names of the imagefolder in Hugging Face datasets
 _CAPTION_ENDINGS = (".txt", ".caption")  # the second is kohya's default
@@ -125,7 +125,7 @@ def _read_lists(spec: str, lists: Sequence[Path]) -> tuple[list[_Row], list[Bad]
         if path.suffix == ".csv":
             rows += [_Row(where, path.parent, row) for where, row in _read_csv(spec, path)]
             continue
-        lines = JsonlRecords(spec, path)
+        lines = JsonRecords(spec, path)
         for index in range(len(lines)):
             try:
                 rows.append(_Row(lines.where(index), path.parent, lines[index]))

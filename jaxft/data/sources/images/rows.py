@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.core.errors import UserError
-from jaxft.data.sources.image_folders import ImageFiles
-from jaxft.data.sources.image_records import CAPTION_KEYS, caption_of
-from jaxft.data.sources.image_tables import open_table
-from jaxft.data.sources.texts import tfds_arguments
+from jaxft.data.sources.images.folders import ImageFiles
+from jaxft.data.sources.images.records import CAPTION_KEYS, caption_of
+from jaxft.data.sources.images.tables import open_table
+from jaxft.data.sources.texts.tfds import tfds_arguments
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from jaxft.core.errors import UserError
 from jaxft.data.images.dataset import ImageSet
-from jaxft.data.sources.image_records import SUFFIXES
+from jaxft.data.sources.images.records import SUFFIXES
 from jaxft.data.sources.schemes import open_images
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jaxft.core.errors import UserError
 from jaxft.data.sources.files import find_files, refuse_mixed_files, visible_member
-from jaxft.data.sources.image_records import (
+from jaxft.data.sources.images.records import (
     SUFFIXES,
     UNREADABLE,
     Bad,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxft.core.errors import UserError
-from jaxft.data.sources.image_folders import ImageFiles
-from jaxft.data.sources.image_records import (
+from jaxft.data.sources.images.folders import ImageFiles
+from jaxft.data.sources.images.records import (
     SUFFIXES,
     UNREADABLE,
     Bad,

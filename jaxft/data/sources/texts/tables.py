@@ -1,0 +1,63 @@
+"""Rows of Parquet and Arrow files, and of folders that Hugging Face datasets saved, as records."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxft.core.errors import UserError
+from jaxft.data.sources.table_files import TableFile, open_table_files
+from jaxft.data.sources.texts import TextRecords
+from jaxft.data.sources.texts.joined import JoinedRecords
+
+
+class TableRecords:
+    """Records of one table file. Columns of bytes, such as pictures, are left out.
+
+    The numbers of a `ClassLabel` column of Hugging Face datasets are replaced by their names.
+    """
+
+    def __init__(self, spec: str, file: TableFile):
+        self._spec, self._file = spec, file
+        self._names = [field.name for field in file.schema if "binary" not in str(field.type)]
+        twice = sorted({name for name in self._names if self._names.count(name) > 1})
+        if twice:
+            raise UserError(f"{file.path}: two columns are named {twice[0]!r}: rename one")
+        self._class_names = _class_names(file.schema.metadata or {})
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._file.cells(self._names, index)
+        for name, classes in self._class_names.items():
+            if isinstance(value := record.get(name), int):
+                record[name] = classes[value] if 0 <= value < len(classes) else None
+        return record
+
+    def __repr__(self) -> str:
+        return f"TableRecords({self._spec!r}, {len(self)} records)"
+
+    def where(self, index: int) -> str:
+        return f"{self._file.path} row {index}"
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """Return the names of the classes of each label column, which datasets writes as metadata."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        return {
+            name: feature["names"]
+            for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def open_table_rows(spec: str, rest: str) -> TextRecords:
+    """Open the rows of a file, folder or glob of Parquet or Arrow files as records."""
+    files = open_table_files(spec, Path(rest).expanduser())
+    parts = [TableRecords(spec, file) for file in files if len(file)]
+    if not parts:
+        raise UserError(f"{spec!r} holds no records: every table in it has 0 rows")
+    return parts[0] if len(parts) == 1 else JoinedRecords(spec, parts)
