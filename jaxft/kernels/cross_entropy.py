@@ -15,6 +15,7 @@ from jaxft.core.sharding import AXES, spec
 # memory. The head's gradient is read and written once a chunk, so few large chunks are better.
 CPU_LOGITS, ACCELERATOR_SHARE = 2**26, 1 / 32
 LEAST_MEMORY = 2**34  # bytes of an accelerator without known figures
+TILE = 8  # rows of a tile in the memory of a TPU
 FAR = 1e30  # above all logits, and finite if multiplied by a vocabulary's size
 
 
@@ -129,15 +130,21 @@ def reference(
 
 
 def _chunk(rows: int, length: int, vocab: int) -> int:
-    """Return time steps a chunk: a power of 2, or all, whose logits fit the budget of a device."""
-    budget, here = float(CPU_LOGITS), device()
-    if here.platform != "cpu":
-        chip = find_chip(here.kind)
-        budget = ACCELERATOR_SHARE * (chip.memory if chip else LEAST_MEMORY)
-    size = 1
-    while size < length and 2 * size * rows * vocab * 4 <= budget:
-        size *= 2
-    return min(size, length)
+    """Return time steps a chunk, whose logits fit the budget of a device, or nearly.
+
+    A power of 2 on a CPU. An accelerator gets chunks of nearly equal size, which leave little of
+    the last one empty.
+    """
+    step, here = 4 * rows * vocab, device()
+    if here.platform == "cpu":
+        size = 1
+        while size < length and 2 * size * step <= CPU_LOGITS:
+            size *= 2
+        return min(size, length)
+    chip = find_chip(here.kind)
+    most = max(int(ACCELERATOR_SHARE * (chip.memory if chip else LEAST_MEMORY) / step), 1)
+    even = -(-length // -(-length // most))
+    return min(-(-even // TILE) * TILE, length)
 
 
 def _pad(x: Array, axis: int, multiple: int) -> Array:

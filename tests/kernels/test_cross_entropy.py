@@ -15,6 +15,7 @@ from jaxft.core.sharding import batch_sharding, make_mesh, shardings, spec
 from jaxft.kernels.cross_entropy import linear_cross_entropy
 from jaxft.nn import lora
 from jaxft.nn.linear import Linear
+from tests.devices import traced_for
 
 B, T, D, V = 8, 13, 16, 24
 # The compiler's own optimisations are most of the time of these tests.
@@ -241,3 +242,17 @@ def test_t12_fp32_logits_of_a_large_vocabulary_never_exist_whole(shape):
             compiled = step.lower(*args).compile()
     logits = 4 * rows * length * vocab // devices
     assert compiled.memory_analysis().temp_size_in_bytes < logits / 8
+
+
+@pytest.mark.parametrize(("length", "chunks"), [(1536, 2), (1100, 2), (4096, 4), (100, 1)])
+def test_chunks_of_a_tpu_are_nearly_equal(length, chunks):
+    """Chunks of 1,024 steps would compute logits of 2,048 for a row of 1,536."""
+    x, targets, weights = jnp.ones((1, length, 8)), jnp.zeros((1, length), int), jnp.ones(length)
+
+    def loss(x, head):
+        return linear_cross_entropy(x, head, targets, weights[None], vocab_first=True)[0]
+
+    with traced_for("tpu"):
+        text = str(jax.make_jaxpr(loss)(x, jnp.ones((128256, 8))))
+    steps = max(int(found) for found in re.findall(r"f32\[1,(\d+),128256\]", text))
+    assert length <= steps * chunks < length + 8 * chunks

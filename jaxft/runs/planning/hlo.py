@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from math import prod, sqrt
 from typing import NamedTuple
 
+import numpy as np
+
 BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "s16": 16, "u16": 16,
     "f16": 16, "bf16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64,
@@ -310,7 +312,7 @@ def _flops(op: Op, ops: Computation, computations: dict[str, Computation]) -> fl
         dims = _numbers(summed[1]) if summed else []
         return 2.0 * prod(made) * prod(shapes[0][dim] for dim in dims)
     if op.opcode == "convolution":
-        return _convolution(made, shapes[1], op)
+        return _window_flops(shapes[0], shapes[1], made, op.attributes)
     if "cublas" in op.target:
         batch = re.search(r'"lhs_batch_dimensions":\[([^\]]*)\]', op.attributes)
         count = prod(shapes[0][dim] for dim in _numbers(batch[1])) if batch else 1
@@ -327,8 +329,37 @@ def _flops(op: Op, ops: Computation, computations: dict[str, Computation]) -> fl
     return float(stated[1]) if op.opcode == "custom-call" and stated else 0.0
 
 
+def _window_flops(image: list[int], kernel: list[int], made: list[int], attributes: str) -> float:
+    """Return the FLOPs of a convolution without products with padding or with inserted zeros.
+
+    A TPU computes a matrix product over heads as a convolution that is padding for the most part.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    if labels is None:
+        return 0.0
+    places = [labels[1].index(one) for one in sorted(filter(str.isdigit, labels[1]))]
+    results = [labels[3].index(one) for one in sorted(filter(str.isdigit, labels[3]))]
+    settings = re.findall(
+        r"(\w+)=([-\dx_]+)", attributes.partition("window={")[2].partition("}")[0]
+    )
+    window = {name: value.split("x") for name, value in settings}
+    ones = ["1"] * len(places)
+    pairs = 1  # of an output pixel and a weight
+    for dim, (place, result) in enumerate(zip(places, results, strict=True)):
+        stride, inside, apart = (
+            int(window.get(name, ones)[dim]) for name in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        low = int(window["pad"][dim].split("_")[0]) if "pad" in window else 0
+        weights = np.arange(int(window.get("size", ones)[dim])) * apart
+        read = np.arange(made[result])[:, None] * stride + weights - low
+        valid = (read >= 0) & (read <= (image[place] - 1) * inside) & (read % inside == 0)
+        pairs *= int(valid.sum())
+    features = kernel[labels[2].index("i")] * kernel[labels[2].index("o")]
+    return 2.0 * made[labels[3].index("b")] * features * pairs
+
+
 def _convolution(image: list[int], kernel: list[int], op: Op) -> float:
-    """Return 2 x (output pixels and channels) x (weights of one output channel)."""
+    """Return 2 x (output pixels and channels) x (weights of one output channel), for cuDNN."""
     labels = re.search(r"dim_labels=\w+_(\w+)->", op.attributes)
     outputs = kernel[labels[1].index("o")] if labels else 1
     return 2.0 * prod(image) * prod(kernel) / max(outputs, 1)

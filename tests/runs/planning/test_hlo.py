@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -43,7 +44,7 @@ def test_products_in_nested_loops_are_counted_as_often_as_they_run():
     assert total(text, "flops") == 5 * 7 * 2 * 64 * 32 * 32
 
 
-def test_a_convolution_counts_its_kernel_for_every_output():
+def test_a_convolution_counts_its_kernel_for_every_output_but_not_the_padding():
     text = compiled(
         lambda x, w: jax.lax.conv_general_dilated(
             x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -51,7 +52,34 @@ def test_a_convolution_counts_its_kernel_for_every_output():
         (2, 16, 16, 8),
         (3, 3, 8, 24),
     )
-    assert total(text, "flops") == 2 * (2 * 8 * 8 * 24) * (3 * 3 * 8)
+    assert total(text, "flops") == 2 * (2 * 24 * 8) * (8 * 3 - 1) ** 2
+
+
+@pytest.mark.parametrize("inner, outer", [(1, 1), (2, 1), (1, 2)])
+def test_a_convolution_of_spread_pixels_or_weights_counts_no_zeros(inner, outer):
+    def convolve(x, w):
+        return jax.lax.conv_general_dilated(
+            x, w, (1,), [(1, 1)], (inner,), (outer,), dimension_numbers=("NWC", "WIO", "NWC")
+        )
+
+    text = compiled(convolve, (2, 9, 4), (3, 4, 5))
+    pixels = np.zeros(19 * inner, bool)
+    pixels[1 : 1 + 9 * inner : inner] = True  # after one place of padding
+    count = jax.eval_shape(convolve, jnp.ones((2, 9, 4)), jnp.ones((3, 4, 5))).shape[1]
+    pairs = sum(bool(pixels[out + outer * k]) for out in range(count) for k in range(3))
+    assert total(text, "flops") == 2 * 2 * 4 * 5 * pairs
+
+
+def test_a_matrix_product_that_a_tpu_writes_as_a_convolution_counts_as_the_product():
+    """As libtpu computes [2, 256] x [256, 32, 64]: of 32 reads 31 are padding."""
+    text = """
+ENTRY %main () -> bf16[2,1,32,64] {
+  %x = bf16[256,1,2,1]{3,2,1,0} parameter(0)
+  %w = bf16[64,32,256,1]{3,2,1,0} parameter(1)
+  ROOT %y = bf16[2,1,32,64]{3,2,1,0} convolution(%x, %w), window={size=1x32 pad=0_0x31_31 rhs_reversal=0x1}, dim_labels=f0b1_o1i0->b01f
+}
+"""  # noqa: E501
+    assert total(text, "flops") == 2 * 2 * 256 * 32 * 64
 
 
 def test_elementwise_work_reads_and_writes_each_array_once():
