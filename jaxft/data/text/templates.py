@@ -4,7 +4,13 @@ from typing import Any
 
 from jaxft.core.errors import UserError
 
-RECORD_KINDS = (("prompt", "completion"), ("text", "label"), ("text",))
+RECORD_KINDS = (
+    ("messages",),
+    ("conversations",),
+    ("prompt", "completion"),
+    ("text", "label"),
+    ("text",),
+)
 
 
 def record_kind(record: dict[str, Any], where: str) -> tuple[str, ...]:
@@ -14,8 +20,8 @@ def record_kind(record: dict[str, Any], where: str) -> tuple[str, ...]:
             return kind
     found = ", ".join(map(repr, record)) or "none"
     raise UserError(
-        f'{where}: found the fields {found}; expected "text", or "prompt" and "completion", '
-        'or "text" and "label"'
+        f'{where}: found the fields {found}; expected "messages", or "text", or "prompt" and '
+        '"completion", or "text" and "label"'
     )
 
 
@@ -35,7 +41,11 @@ def render(
 def _text_field(record: dict[str, Any], field: str, where: str) -> str:
     if field not in record:
         raise UserError(f"{where}: field {field!r} is missing; the records before it have it")
-    value = record[field]
+    return check_text(record[field], field, where)
+
+
+def check_text(value: Any, field: str, where: str) -> str:
+    """Return a value that is a string of whole characters. Raises UserError for another one."""
     if not isinstance(value, str):
         raise UserError(
             f"{where}: field {field!r} must be a string, found {type(value).__name__} "

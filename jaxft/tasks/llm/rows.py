@@ -10,9 +10,11 @@ from jaxft.core.config import Config
 from jaxft.data.loader import train_loader
 from jaxft.data.text import dataset as text
 from jaxft.data.text.packing import Packing, collate, collate_rows, make_packing
+from jaxft.data.text.templates import record_kind
 from jaxft.tasks import Planned
 from jaxft.tasks.llm.opened import OpenedDecoder
 
+CHAT_FACT = "chat_template_sha256"  # key of a report on conversations
 PER_ROW = 8  # examples that share a row of a plan
 
 
@@ -31,6 +33,7 @@ class TokenRows:
             opened.tokenizer,
             seq_len=self.options.seq_len,
             template=self.options.template,
+            chat=opened.chat,
             vocab_size=opened.model_cfg.vocab_size,
             cache=self.options.cache,
         )
@@ -68,7 +71,8 @@ class TokenRows:
 
     def report(self) -> dict[str, Any]:
         labels = {"labels": list(self.data.labels)} if self.data.labels else {}
-        return {**self.data.report, **labels}
+        chat = {CHAT_FACT: self.data.chat.sha256} if self.data.chat else {}
+        return {**self.data.report, **labels, **chat}
 
     def describe(self) -> str:
         report = self.data.report
@@ -79,6 +83,7 @@ class TokenRows:
         return (
             f"{self.name}: {len(self.data)} sequences of at most {self.options.seq_len}"
             f" tokens{rows}, {report['trained_tokens']} trained tokens{cut}{lost}"
+            f"{_chat_notes(self.data) if self.data.chat else ''}"
         )
 
     def collate(self, examples: Sequence[text.Example], *, batch_rows: int) -> dict:
@@ -91,6 +96,26 @@ class TokenRows:
     def _groups(self, sample_ids: Sequence[int]) -> list[list[int]]:
         assert self.packing is not None
         return self.packing.groups([self.data.inputs(i) for i in sample_ids])
+
+
+def _chat_notes(data: text.TextDataset) -> str:
+    """Return the format of conversations and the counts that a user should look at."""
+    assert data.chat is not None
+    kind, report = record_kind(data.records[0], ""), data.report
+    turns = {
+        ("conversations",): " (ShareGPT turns as messages)",
+        ("prompt", "completion"): " (prompt and completion as user and assistant turns)",
+    }
+    counts = {
+        "too_long": "dropped, as their last round is longer than seq_len",
+        "merged": "with an answer whose first token begins before it and is not trained",
+        "prompted": "trained from the generation prompt on (thoughts or tool calls)",
+        "lost_thoughts": "whose thoughts the template leaves out",
+        "added_eos": "end with EOS, as the template ends the last answer without a token",
+        "not_round_trip": "that the tokenizer does not decode to the same text",
+    }
+    notes = [f"{report[name]} {meaning}" for name, meaning in counts.items() if report[name]]
+    return "; ".join([f"; {data.chat.name}{turns.get(kind, '')}", *notes])
 
 
 def planned(opened: OpenedDecoder) -> Planned:
