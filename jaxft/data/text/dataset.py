@@ -267,7 +267,7 @@ def _chat(
             " a chat template, but the checkpoint has none or chat=off; set chat=FILE.jinja, or"
             " chat=auto for the checkpoint's own"
         )
-    return chat if kind[0] in ("messages", "conversations", "prompt") else None
+    return None if kind[0] == "text" else chat
 
 
 def _texts(

@@ -3,11 +3,14 @@
 from typing import Any
 
 from jaxft.core.errors import UserError
+from jaxft.data.text.alpaca import alpaca_prompt
 
+ALPACA = ("instruction", "output")  # and perhaps "input"; the sets have a rendered "text" too
 RECORD_KINDS = (
     ("messages",),
     ("conversations",),
     ("prompt", "completion"),
+    ALPACA,
     ("text", "label"),
     ("text",),
 )
@@ -21,7 +24,7 @@ def record_kind(record: dict[str, Any], where: str) -> tuple[str, ...]:
     found = ", ".join(map(repr, record)) or "none"
     raise UserError(
         f'{where}: found the fields {found}; expected "messages", or "text", or "prompt" and '
-        '"completion", or "text" and "label"'
+        '"completion", or "instruction" and "output", or "text" and "label"'
     )
 
 
@@ -34,6 +37,9 @@ def render(
         return "", values[0]
     if kind == ("prompt", "completion"):
         return values[0], values[1]
+    if kind == ALPACA:
+        context = "" if record.get("input") is None else _text_field(record, "input", where)
+        return alpaca_prompt(values[0], context), values[1]
     head, lead, tail = split_template(template)
     return head.replace("{text}", values[0]), lead + values[1] + tail
 

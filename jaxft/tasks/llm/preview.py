@@ -26,7 +26,7 @@ from jaxft.tasks.llm.rows import CHAT_FACT
 SHOWN_PREDICTIONS = 5  # rows of predictions in a report
 SAMPLE_TOKENS = 48  # new tokens of a sample during training
 PROMPT_END = 80  # characters of the prompt of a conversation that a sample shows
-EMPTY_ANSWER = "(empty answer: the model ended its turn at once)"
+EMPTY_ANSWER = "(empty: the first token ends the text)"
 
 
 class DecoderPreview:
@@ -156,10 +156,9 @@ class DecoderPreview:
         how = Sampling(request.temperature or 0.0, request.top_k or 0, top_p)
         stops = self.opened.stop_ids(chat)
         made = self._continue(params, ids, request.max_new, how, request.seed, stops)
-        if chat is None:
-            return [Look(prompt + text) for prompt, text in zip(prompts, made, strict=True)]
-        made = [one if one.strip() else EMPTY_ANSWER for one in made]
-        return [Look(f"{prompt}\n-> {text}") for prompt, text in zip(prompts, made, strict=True)]
+        made = [one or EMPTY_ANSWER for one in made]
+        between = "" if chat is None else "\n-> "
+        return [Look(prompt + between + text) for prompt, text in zip(prompts, made, strict=True)]
 
     def _prompt_ids(self, prompt: str, chat: ChatFormat | None) -> np.ndarray:
         if chat is None:

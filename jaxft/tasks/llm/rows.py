@@ -103,9 +103,9 @@ def _chat_notes(data: text.TextDataset) -> str:
     assert data.chat is not None
     kind, report = record_kind(data.records[0], ""), data.report
     turns = {
+        ("messages",): "",
         ("conversations",): " (ShareGPT turns as messages)",
-        ("prompt", "completion"): " (prompt and completion as user and assistant turns)",
-    }
+    }.get(kind, f" ({kind[0]} and {kind[-1]} as user and assistant turns)")
     counts = {
         "too_long": "dropped, as their last round is longer than seq_len",
         "merged": "with an answer whose first token begins before it and is not trained",
@@ -115,7 +115,7 @@ def _chat_notes(data: text.TextDataset) -> str:
         "not_round_trip": "that the tokenizer does not decode to the same text",
     }
     notes = [f"{report[name]} {meaning}" for name, meaning in counts.items() if report[name]]
-    return "; ".join([f"; {data.chat.name}{turns.get(kind, '')}", *notes])
+    return "; ".join([f"; {data.chat.name}{turns}", *notes])
 
 
 def planned(opened: OpenedDecoder) -> Planned:

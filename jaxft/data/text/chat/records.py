@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxft.core.errors import UserError
+from jaxft.data.text.alpaca import alpaca_request
 from jaxft.data.text.templates import check_text
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -54,6 +55,12 @@ def read_conversation(record: Mapping[str, Any], where: str) -> Conversation:
         turns = _items(record["conversations"], "conversations", where)
         messages = [_sharegpt(turn, f"{where}: turn {i + 1}") for i, turn in enumerate(turns)]
         messages = _messages(messages, "conversations", where)
+    elif "completion" not in record and "instruction" in record:
+        values = [record["instruction"], record.get("input") or "", record.get("output")]
+        pairs = zip(values, ("instruction", "input", "output"), strict=True)
+        request, context, output = (check_text(value, name, where) for value, name in pairs)
+        request = alpaca_request(request, context)
+        messages = [{"role": "user", "content": request}, {"role": "assistant", "content": output}]
     else:
         prompt = _turns(record, "prompt", "user", where)
         messages = [*prompt, *_turns(record, "completion", "assistant", where)]

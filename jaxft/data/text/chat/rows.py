@@ -11,14 +11,17 @@ from jaxft.core.errors import UserError
 from jaxft.data.sources.texts import TextRecords
 from jaxft.data.text.chat.format import ChatFormat
 from jaxft.data.text.chat.records import FIRST_ROLES, Conversation, read_conversation
-from jaxft.data.text.chat.spans import Rendered, find_answers
+from jaxft.data.text.chat.spans import Rendered, find_answers, token_spans
 from jaxft.data.text.store import Encoded, byte_positions
 
 _CHUNK_ROWS, _CHUNK_CHARS = 512, 1_000_000
 # Counts of chat rows in a report, all of which may be 0.
 COUNTS = ("too_long", "merged", "prompted", "lost_thoughts", "added_eos", "not_round_trip")
 # Fields of a record that determine its tokens.
-_FIELDS = ("messages", "conversations", "prompt", "completion", "tools", "chat_template_kwargs")
+_FIELDS = (
+    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "tools",
+    "chat_template_kwargs",
+)  # fmt: skip
 
 
 class _Pending(NamedTuple):
@@ -82,12 +85,11 @@ def encode_rendered(chat: ChatFormat, rows: Sequence[Rendered]) -> list[tuple[En
 def _row(
     made: Rendered, ids: list[int], offsets: list[tuple[int, int]], eos: int
 ) -> tuple[Encoded, bool]:
-    places = np.asarray(offsets, np.int64).reshape(-1, 2)
-    ends = np.maximum.accumulate(places[:, 1])
+    starts, ends = token_spans(offsets)
     trained, merged = np.zeros(len(ids), bool), False
     for answer in made.answers:
-        trained |= (places[:, 0] >= answer.start) & (places[:, 0] < answer.stop)
-        merged |= bool(np.any((places[:, 0] < answer.start) & (places[:, 1] > answer.start)))
+        trained |= (starts >= answer.start) & (starts < answer.stop)
+        merged |= bool(np.any((starts < answer.start) & (ends > answer.start)))
     n_bytes = np.diff(byte_positions(made.text, ends), prepend=0)
     if made.add_eos:
         ids, trained, n_bytes = [*ids, eos], np.append(trained, True), np.append(n_bytes, 0)
@@ -102,7 +104,7 @@ def _chunks(
     size = 0
     for index in range(len(records)):
         record, where = records[index], records.where(index)
-        completion = record.get("completion")
+        completion = record.get("completion", record.get("output"))
         if "messages" not in record and isinstance(completion, str) and not completion.strip():
             counts["empty"] += 1
             continue

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxft.core.errors import UserError
 from jaxft.data.text.chat.format import SENTINEL, ChatFormat
@@ -186,9 +187,22 @@ def _blocks(chat: ChatFormat, talk: Conversation, text: str, where: str) -> list
     made = chat.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if made["input_ids"] != ids:
         raise UserError(f"{where}: {chat.name} renders one conversation in two ways")
-    offsets = made["offset_mapping"]
+    starts, ends = token_spans(made["offset_mapping"])
     edges = np.flatnonzero(np.diff(np.pad(np.asarray(mask, np.int8), 1))).reshape(-1, 2)
-    return [(offsets[first][0], offsets[after - 1][1]) for first, after in edges.tolist()]
+    return [(int(starts[first]), int(ends[after - 1])) for first, after in edges.tolist()]
+
+
+def token_spans(
+    offsets: Sequence[tuple[int, int]],
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Return first character and end of each token.
+
+    Byte-level tokenizers trim the blanks at the start of a token from its offsets. They are added
+    again: a token begins where the one before ends.
+    """
+    places = np.asarray(offsets, np.int64).reshape(-1, 2)
+    ends = np.maximum.accumulate(places[:, 1])
+    return np.minimum(places[:, 0], np.append(0, ends)[: len(ends)]), ends
 
 
 def _is_plain(message: Message) -> bool:
