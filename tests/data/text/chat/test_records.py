@@ -52,7 +52,10 @@ def test_tool_calls_need_no_content():
         ([U, A, S, U, A], "turn 3 is system after assistant"),
         ([U, {**A, "role": "bot"}], "turn 2: unknown role 'bot'; expected one of system"),
         ([U, {**A, "content": 4}], "turn 2: field 'content' must be a string, found int"),
-        ([U, {**A, "content": [{"type": "image"}]}], "a part of type 'image'; only text"),
+        (
+            [U, {**A, "content": [{"type": "image"}]}],
+            "turn 2: field 'content' has a part of type 'image'; only text",
+        ),
         ([U], "no assistant turn is left to train"),
         ([], "field 'messages' must be a list of turns .* found an empty list"),
         ("hi", "field 'messages' must be a list of turns .* found str 'hi'"),
