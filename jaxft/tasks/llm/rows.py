@@ -102,10 +102,12 @@ def _chat_notes(data: text.TextDataset) -> str:
     """Return the format of conversations and the counts that a user should look at."""
     assert data.chat is not None
     kind, report = record_kind(data.records[0], ""), data.report
-    turns = {
-        ("messages",): "",
-        ("conversations",): " (ShareGPT turns as messages)",
-    }.get(kind, f" ({kind[0]} and {kind[-1]} as user and assistant turns)")
+    if kind[0] == "messages":
+        turns = ""
+    elif kind[0] == "conversations":
+        turns = " (ShareGPT turns as messages)"
+    else:
+        turns = f" ({kind[0]} and {kind[-1]} as user and assistant turns)"
     counts = {
         "too_long": "dropped, as their last round is longer than seq_len",
         "merged": "with an answer whose first token begins before it and is not trained",

@@ -16,7 +16,7 @@ from jaxft.data.text.store import Encoded, byte_positions
 
 _CHUNK_ROWS, _CHUNK_CHARS = 512, 1_000_000
 # Counts of chat rows in a report, all of which may be 0.
-COUNTS = ("too_long", "merged", "prompted", "lost_thoughts", "added_eos", "not_round_trip")
+CHAT_COUNTS = ("too_long", "merged", "prompted", "lost_thoughts", "added_eos", "not_round_trip")
 # Fields of a record that determine its tokens.
 _FIELDS = (
     "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "tools",
@@ -45,7 +45,7 @@ def chat_rows(
     empty completion are dropped and counted, too. Raises UserError for a bad record, and for one
     without a trained token.
     """
-    counts.update(dict.fromkeys(COUNTS, 0))
+    counts.update(dict.fromkeys(CHAT_COUNTS, 0))
     for chunk in _chunks(records, chat, counts):
         rows = encode_rendered(chat, [pending.made for pending in chunk])
         for (index, talk, made), (row, merged) in zip(chunk, rows, strict=True):
