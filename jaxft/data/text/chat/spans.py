@@ -122,6 +122,8 @@ def _alone(
     try:
         turns = [*talk.messages[:index], masked, *talk.messages[index + 1 :]]
         before, found, after = chat.render(talk, turns, where).partition(mark)
+        if not found:
+            return None  # as in templates that only write contents of several parts
     except UserError:  # such as a tool's result without the call, which the mask has replaced
         before, found, after = "", "", ""
     end = len(text) - len(after)
@@ -130,7 +132,7 @@ def _alone(
         if kept.strip() and kept in message["content"]:
             return _with_lead(chat, text, Answer(len(before), end))
     prompt = chat.render(talk, talk.messages[:index], where, prompt=True)
-    if not text.startswith(prompt):
+    if not text.startswith(prompt) or _spoken(message) not in text[len(prompt) :]:
         return None
     stop = chat.stop_pattern.match(after)
     tail = after[stop.end() :] if stop else after
@@ -159,20 +161,20 @@ def _by_blocks(
     n_answers = sum(message["role"] == "assistant" for message in talk.messages)
     answers: list[Answer | None] = []
     for index, answer, block in zip(trained, found, blocks[-len(trained) :], strict=False):
-        start, stop = block
+        begin, stop = block
         prompt = chat.render(talk, talk.messages[:index], where, prompt=True)
-        start = max(start, len(prompt)) if text.startswith(prompt) else start
+        start = max(begin, len(prompt)) if text.startswith(prompt) else begin
         if answer is None:
             own = text[start:stop].rstrip()
-            closed = own.endswith(chat.stop_tokens)
-            answers.append(Answer(start, start + len(own), closed, prompted=True))
-        elif start <= answer.start + len(chat.style.lead) and (
-            answer.closed or answer.stop <= stop
-        ):
-            more = text[start : answer.start].strip()  # such as a thought of the template's own
-            prompted = answer.prompted or bool(more)
-            start = start if more and text.startswith(prompt) else answer.start
-            answers.append(answer._replace(start=start, prompted=prompted))
+            whole = Answer(start, start + len(own), own.endswith(chat.stop_tokens), prompted=True)
+            answers.append(whole if _spoken(talk.messages[index]) in own else None)
+        elif begin <= answer.start and (answer.closed or answer.stop <= stop):
+            # The block may train a thought that the template writes before the content, and the
+            # generation prompt may supply the first tag of one in the content.
+            own = text.startswith(prompt) and bool(text[start : answer.start].strip())
+            own = own or start > answer.start
+            start = start if own else answer.start
+            answers.append(answer._replace(start=start, prompted=answer.prompted or own))
     if len(blocks) != n_answers or len(answers) != len(trained):
         raise UserError(
             f"{where}: {chat.name} has {{% generation %}} blocks that leave out a part of the"
@@ -208,6 +210,11 @@ def token_spans(
 def _is_plain(message: Message) -> bool:
     """Return True for an answer that is its content alone."""
     return not any(message.get(name) for name in WITHOUT_CONTENT)
+
+
+def _spoken(message: Message) -> str:
+    """Return the content after its thought, which a template has to write for training."""
+    return message.get("content", "").rpartition(THOUGHT_END)[2].strip()
 
 
 def _with_lead(chat: ChatFormat, text: str, answer: Answer) -> Answer:

@@ -9,7 +9,7 @@ from jaxft.data.text.chat.format import ChatFormat
 from jaxft.data.text.chat.records import Conversation
 from jaxft.data.text.chat.rows import encode_rendered
 from jaxft.data.text.chat.spans import find_answers
-from tests.data.text.chat.vendors import GOLDEN, make_chat
+from tests.data.text.chat.vendors import GOLDEN, make_chat, template_text
 from tests.data.text.test_dataset import make_tokenizer
 
 CASES = [(name, talk) for name in GOLDEN["templates"] for talk in GOLDEN["conversations"]]
@@ -87,6 +87,25 @@ def test_a2_a_template_that_rewrites_answers_is_refused_by_name():
     with pytest.raises(UserError, match="row: custom changes the answer of turn 2") as caught:
         find_answers(chat, Conversation([user("q"), answer("words")]), "row")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "smolvlm_training"])
+def test_a2_a_template_without_the_contents_is_refused(name):
+    """It iterates over parts of a content, and writes nothing of a string."""
+    with pytest.raises(UserError, match=f"the template {name} changes the answer of turn 2"):
+        find_answers(custom_vendor(name), Conversation([user("q"), answer("words")]), "row")
+
+
+def test_a3_a_tag_that_the_generation_prompt_supplies_is_not_trained():
+    chat = custom_vendor("deepseek_r1_distill_training")
+    found, made = spans(chat, GOLDEN["conversations"]["think"])
+    assert found[0].startswith("add\n</think>\n\n4") and made.answers[0].prompted
+
+
+def custom_vendor(name):
+    return ChatFormat(
+        make_chat("deepseek_r1_distill").tokenizer, template_text(name), f"the template {name}"
+    )
 
 
 def test_a3_blanks_that_the_prompt_does_not_supply_are_trained():
