@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     Texts are printed. Pictures are written to the folder `--out` (by default samples/ of the run),
     each by itself and all in a grid. `--guidance=1,3,5 --temperature=0.7,1` samples every pair of
     values, as rows and columns of the grid. An inpainting model fills the white area of `--mask`
-    in `--image`. InstructPix2Pix edits `--image`.
+    in `--image`. InstructPix2Pix edits `--image`. A language model that trained conversations
+    answers the prompt. `--raw` continues the prompt instead.
     """
     return processes.command(_main, sys.argv[1:] if argv is None else argv)
 
@@ -30,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> None:
     texts = ("sampler", "image", "mask")
     plain = ("config", "workdir", "step", "prompt", "prompts", "out")
+    raw = "--raw" in argv
+    argv = [word for word in argv if word != "--raw"]
     arguments = runtime.parse_arguments(argv, (*plain, *texts, *NUMBERS, *COUNTS))
     options = arguments.options
     kinds = {**NUMBERS, **COUNTS}
@@ -39,17 +42,18 @@ def _main(argv: list[str]) -> None:
     down, across = _sides(asked)
     import jax
 
-    from jaxft.runs.restoring import open_any
+    from jaxft.runs.restoring import facts, open_any
     from jaxft.tasks import Data, Request
 
     fixed: dict = {name: values[0] for name, values in asked.items()}
     fixed |= {name: options[name] for name in texts if name in options}
-    request = Request()._replace(**fixed)
+    request = Request(raw=raw)._replace(**fixed)
     run, params, _ = open_any(arguments)
     out = Path(options.get("out", Path(options.get("workdir", ".")) / "samples"))
     rows: list[list[list[np.ndarray]]] = []  # by row and column, the pictures of all prompts
     with jax.set_mesh(run.mesh):
-        preview = run.task.preview(run.opened, Data())  # a prompt needs no data
+        data = Data(facts=facts(options.get("workdir")))  # a prompt needs no rows
+        preview = run.task.preview(run.opened, data)
         for row in down:
             rows.append([])
             for column in across:

@@ -182,7 +182,8 @@ class Look(NamedTuple):
 class Request(NamedTuple):
     """Settings of `Preview.complete`.
 
-    None stands for the value in the config. A model ignores the settings that it does not use.
+    None stands for the value in the config. raw: continue the prompt as it is, even if the run
+    trained conversations. A model ignores the settings that it does not use.
     """
 
     seed: int = 0
@@ -196,6 +197,7 @@ class Request(NamedTuple):
     image: str | None = None
     mask: str | None = None
     image_guidance: float | None = None
+    raw: bool = False
 
 
 class Job(NamedTuple):

@@ -2,8 +2,9 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,10 @@ from jaxft.core.errors import UserError
 from jaxft.data.sources.schemes import open_records
 from jaxft.data.sources.texts import TextRecords
 from jaxft.data.text import store
-from jaxft.data.text.store import EncodedRecord, Flat
+from jaxft.data.text.chat.format import ChatFormat
+from jaxft.data.text.chat.records import is_chat
+from jaxft.data.text.chat.rows import chat_rows, fingerprint_text
+from jaxft.data.text.store import Encoded, EncodedRecord, Flat, byte_positions
 from jaxft.data.text.templates import record_kind, render, split_template
 from jaxft.data.text.vocabulary import check_ids
 
@@ -29,14 +33,6 @@ class Example(NamedTuple):
 
     tokens: Int[np.ndarray, " n"]
     weights: Float[np.ndarray, " n"]
-
-
-class Encoded(NamedTuple):
-    """A tokenised record: ids, mask of trained tokens, and UTF-8 bytes of text a token."""
-
-    tokens: Int[np.ndarray, " n"]
-    trained: Bool[np.ndarray, " n"]
-    n_bytes: Int[np.ndarray, " n"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class Encoder:
     ) -> Encoded:
         ends = np.maximum.accumulate(np.asarray(offsets, np.int64).reshape(-1, 2)[:, 1])
         first = int(np.searchsorted(ends, len(prompt), side="right")) if prompt else 0
-        n_bytes = np.diff(_byte_positions(prompt + completion, ends), prepend=0)
+        n_bytes = np.diff(byte_positions(prompt + completion, ends), prepend=0)
         add_bos = self.bos is not None and ids[:1] != [self.bos]
         add_eos = ids[-1:] != [self.eos]
         tokens = [self.bos] * add_bos + ids + [self.eos] * add_eos
@@ -97,15 +93,6 @@ def make_encoder(tokenizer: Tokenizer) -> Encoder:
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
     return Encoder(tokenizer, bos if adds_bos else None, tokenizer.eos_token_id)
-
-
-def _byte_positions(text: str, chars: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """Return the UTF-8 byte position of each character position."""
-    if text.isascii():
-        return chars
-    code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    widths = 1 + (code >= 0x80).astype(np.int64) + (code >= 0x800) + (code >= 0x10000)
-    return np.concatenate([[0], np.cumsum(widths)])[chars]
 
 
 def encode(
@@ -175,6 +162,7 @@ class TextDataset:
     records: the source. record_ids int32 [n]: index of each example's record in it.
     n_bytes int64 [n]: UTF-8 bytes of the trained text of each example (for bits per byte).
     labels: the sorted labels of {"text", "label"} records, else ().
+    chat: the format of conversations, None for other records.
     report: counts of records, examples, tokens, trained_tokens and longest_trained (the most in one
     example), of records truncated, split into windows or dropped as empty, and of examples dropped
     as untrained.
@@ -190,8 +178,9 @@ class TextDataset:
         n_bytes: Int[np.ndarray, " n"],
         labels: tuple[str, ...],
         report: dict[str, int],
+        chat: ChatFormat | None = None,
     ):
-        self.records, self.record_ids, self.n_bytes = records, record_ids, n_bytes
+        self.records, self.record_ids, self.n_bytes, self.chat = records, record_ids, n_bytes, chat
         self.labels, self.report = labels, report
         self._tokens, self._trained, self._spans = tokens, trained, spans
 
@@ -217,6 +206,7 @@ def load_text(
     *,
     seq_len: int,
     template: str | None = None,
+    chat: ChatFormat | None = None,
     vocab_size: int | None = None,
     cache: Path | str = "",
     columns: str = "",
@@ -227,20 +217,26 @@ def load_text(
     become windows that overlap by one token, so that every token but a document's first is
     trained exactly once. Longer prompt + completion rows lose the prompt's left end (BOS stays),
     then the completion's right end. Empty rows and rows without a trained token are dropped and
-    counted. The arrays of more than IN_MEMORY bytes of text are files in the folder `cache`, which
-    later runs reuse. With `cache` "" all arrays stay in memory. `columns` renames fields. Raises
-    UserError for bad records, for tokens beyond `vocab_size` (the rows of the model's embedding
-    table), and if no trained token remains.
+    counted. Conversations are rendered by the chat template, as prompt + completion rows are if
+    `chat` is given, and lose whole rounds (see `chat_rows`). The arrays of more than IN_MEMORY
+    bytes of text are files in the folder `cache`, which later runs reuse. With `cache` "" all
+    arrays stay in memory. `columns` renames fields. Raises UserError for bad records, for tokens
+    beyond `vocab_size` (the rows of the model's embedding table), and if no trained token remains.
     """
     if seq_len < 1:
         raise UserError(f"seq_len={seq_len} must be at least 1 token")
     records, encoder = open_records(spec, columns), make_encoder(tokenizer)
     kind = record_kind(records[0], records.where(0))
+    chat = _chat(records, kind, chat)
 
     def parts(facts: dict) -> Iterator[EncodedRecord]:
         counts = Counter(records=len(records), truncated=0, split=0, empty=0, untrained=0)
         labels: set[str] = set()
-        for index, row in _encode_all(records, kind, encoder, template, counts, labels):
+        if chat:
+            rows = chat_rows(records, chat, seq_len + 1, counts)
+        else:
+            rows = _encode_all(records, kind, encoder, template, counts, labels)
+        for index, row in rows:
             if len(row.tokens) > seq_len + 1:
                 counts["split" if kind == ("text",) else "truncated"] += 1
                 row = row if kind == ("text",) else _truncate(row, seq_len + 1, encoder)
@@ -250,31 +246,51 @@ def load_text(
         facts |= {"counts": dict(counts), "labels": sorted(labels)}
 
     options = kind, seq_len, template, vocab_size, encoder.bos, encoder.eos
-    size, digest = _fingerprint(records, kind, template, tokenizer, options) if cache else (0, "")
+    options = (*options, chat.sha256) if chat else options
+    texts = partial(_texts, records, None if chat else kind, template)
+    size, digest = _fingerprint(texts, len(records), tokenizer, options) if cache else (0, "")
     facts: dict = {}
     if size <= store.IN_MEMORY:
         flat = store.in_memory(parts(facts))
     else:
         folder = Path(cache).expanduser() / f"text-{digest}"
         flat, facts = store.on_disk(folder, parts)
-    return _dataset(records, flat, facts)
+    return _dataset(records, flat, facts, chat)
+
+
+def _chat(
+    records: TextRecords, kind: tuple[str, ...], chat: ChatFormat | None
+) -> ChatFormat | None:
+    """Return the chat format of a set, None for plain texts. Raises UserError if it is missing."""
+    if chat is None and is_chat(records[0], kind):
+        raise UserError(
+            f"{records.where(0)}: {' and '.join(map(repr, kind))} hold turns of a chat, which need"
+            " a chat template, but the checkpoint has none or chat=off; set chat=FILE.jinja, or"
+            " chat=auto for the checkpoint's own"
+        )
+    return None if kind[0] == "text" else chat
+
+
+def _texts(
+    records: TextRecords, kind: tuple[str, ...] | None, template: str | None, index: int
+) -> list[str | None]:
+    """Return the texts of a record that determine its tokens. `kind` None is a conversation."""
+    record = records[index]
+    if kind is None:
+        return [fingerprint_text(record)]
+    return [*render(record, kind, template, records.where(index)), record.get("label")]
 
 
 def _fingerprint(
-    records: TextRecords,
-    kind: tuple[str, ...],
-    template: str | None,
-    tokenizer: Tokenizer,
-    more: Any,
+    texts: Callable[[int], list[str | None]], count: int, tokenizer: Tokenizer, more: Any
 ) -> tuple[int, str]:
     """Return the bytes of all texts, and a hash of everything that determines their tokens."""
     known = (tokenizer.backend_tokenizer.to_str(), tokenizers.__version__, more)
     digest, size = hashlib.sha256(repr(known).encode()), 0
-    for index in range(len(records)):
-        record = records[index]
-        texts = [*render(record, kind, template, records.where(index)), record.get("label")]
-        digest.update(repr(texts).encode())
-        size += len(texts[0].encode()) + len(texts[1].encode())
+    for index in range(count):
+        found = texts(index)
+        digest.update(repr(found).encode())
+        size += sum(len(text.encode()) for text in found[:2] if text is not None)
     return size, digest.hexdigest()[:32]
 
 
@@ -338,15 +354,16 @@ def _truncate(row: Encoded, limit: int, encoder: Encoder) -> Encoded:
     return Encoded(row.tokens[index], row.trained[index], row.n_bytes[index])
 
 
-def _dataset(records: TextRecords, flat: Flat, facts: dict) -> TextDataset:
+def _dataset(records: TextRecords, flat: Flat, facts: dict, chat: ChatFormat | None) -> TextDataset:
     """Drop the examples in which nothing is trained, and count the others."""
     keep, counts = flat.n_trained > 0, Counter(facts["counts"])
     counts["untrained"] += int((~keep).sum())
     if not keep.any():
+        long = f", {counts['too_long']} are longer than seq_len" if counts["too_long"] else ""
         raise UserError(
             f"{records!r} leaves nothing to train on: of {counts['records']} records "
-            f"{counts['empty']} are empty and {counts['untrained']} have no trained token; "
-            "expected a text, completion or label in each"
+            f"{counts['empty']} are empty{long} and {counts['untrained']} have no trained token; "
+            "expected a text, completion, answer or label in each"
         )
     spans = flat.spans[keep]
     counts["examples"] = len(spans)
@@ -355,5 +372,5 @@ def _dataset(records: TextRecords, flat: Flat, facts: dict) -> TextDataset:
     counts["longest_trained"] = int(flat.n_trained.max())
     ids, n_bytes, labels = flat.record_ids[keep], flat.n_bytes[keep], tuple(facts["labels"])
     return TextDataset(
-        records, flat.tokens, flat.trained, spans, ids, n_bytes, labels, dict(counts)
+        records, flat.tokens, flat.trained, spans, ids, n_bytes, labels, dict(counts), chat
     )

@@ -16,11 +16,12 @@ from jaxft.data.text.dataset import Example, TextDataset
 class MixedText:
     """Examples of several sets, one set after another. Its attributes are those of TextDataset.
 
-    shares: examples and share of each part, in their order, or () to mix by size.
+    shares: examples and share of each part, in their order, or () to mix by size. chat: the format
+    of the parts that hold conversations.
     """
 
     def __init__(self, spec: str, parts: Sequence[TextDataset], shares: Sequence[float]):
-        self._spec, self._parts = spec, parts
+        self._spec, self.parts = spec, tuple(parts)
         self.records: TextRecords = JoinedRecords(spec, [part.records for part in parts])
         firsts = np.cumsum([0, *(len(part.records) for part in parts[:-1])])
         self.record_ids: Int[np.ndarray, " n"] = np.concatenate(
@@ -30,9 +31,9 @@ class MixedText:
         self.labels = tuple(sorted({label for part in parts for label in part.labels}))
         counts = sum((Counter(part.report) for part in parts), Counter())
         longest = max(part.report["longest_trained"] for part in parts)
-        self.report = {name: counts[name] for name in parts[0].report} | {
-            "longest_trained": longest
-        }
+        names = dict.fromkeys(name for part in parts for name in part.report)
+        self.report = {name: counts[name] for name in names} | {"longest_trained": longest}
+        self.chat = next((part.chat for part in parts if part.chat), None)
         sizes = [len(part) for part in parts]
         self.shares = tuple(SourceShare(n, share) for n, share in zip(sizes, shares, strict=False))
         self._ends = list(accumulate(sizes))
@@ -42,12 +43,12 @@ class MixedText:
 
     def __getitem__(self, index: int) -> Example:
         part, row = locate(self._ends, index)
-        return self._parts[part][row]
+        return self.parts[part][row]
 
     def inputs(self, index: int) -> int:
         """Return the number of input positions of an example: its tokens without the last."""
         part, row = locate(self._ends, index)
-        return self._parts[part].inputs(row)
+        return self.parts[part].inputs(row)
 
     def __repr__(self) -> str:
         return f"MixedText({self._spec!r}, {len(self)} examples)"

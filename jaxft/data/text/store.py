@@ -18,8 +18,16 @@ IN_MEMORY = 64 << 20
 _TOKENS, _TRAINED, _EXAMPLES, _FACTS = "tokens.bin", "trained.bin", "examples.npz", "facts.json"
 
 
+class Encoded(NamedTuple):
+    """A tokenised record: ids, mask of trained tokens, and UTF-8 bytes of text a token."""
+
+    tokens: Int[np.ndarray, " n"]
+    trained: Bool[np.ndarray, " n"]
+    n_bytes: Int[np.ndarray, " n"]
+
+
 class EncodedRecord(NamedTuple):
-    """A tokenised record: ids, mask of trained ids, and examples.
+    """A tokenised record in examples: ids, mask of trained ids, and examples.
 
     spans: [start, stop) of each example in the record. record_id: index in the source.
     n_trained, n_bytes: trained tokens of each example, and the UTF-8 bytes of their text.
@@ -42,6 +50,15 @@ class Flat(NamedTuple):
     record_ids: Int[np.ndarray, " n"]
     n_trained: Int[np.ndarray, " n"]
     n_bytes: Int[np.ndarray, " n"]
+
+
+def byte_positions(text: str, chars: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Return the UTF-8 byte position of each character position."""
+    if text.isascii():
+        return chars
+    code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (code >= 0x80).astype(np.int64) + (code >= 0x800) + (code >= 0x10000)
+    return np.concatenate([[0], np.cumsum(widths)])[chars]
 
 
 def in_memory(parts: Iterator[EncodedRecord]) -> Flat:

@@ -6,7 +6,14 @@ from jaxft.core.errors import UserError
 from jaxft.data.text.alpaca import alpaca_prompt
 
 ALPACA = ("instruction", "output")  # and perhaps "input"; the sets have a rendered "text" too
-RECORD_KINDS = (("prompt", "completion"), ALPACA, ("text", "label"), ("text",))
+RECORD_KINDS = (
+    ("messages",),
+    ("conversations",),
+    ("prompt", "completion"),
+    ALPACA,
+    ("text", "label"),
+    ("text",),
+)
 
 
 def record_kind(record: dict[str, Any], where: str) -> tuple[str, ...]:
@@ -16,8 +23,9 @@ def record_kind(record: dict[str, Any], where: str) -> tuple[str, ...]:
             return kind
     found = ", ".join(map(repr, record)) or "none"
     raise UserError(
-        f'{where}: found the fields {found}; expected "text", or "prompt" and "completion", '
-        '"instruction" and "output", or "text" and "label"; --config.columns=prompt=FIELD renames'
+        f'{where}: found the fields {found}; expected "messages", or "text", or "prompt" and '
+        '"completion", or "instruction" and "output", or "text" and "label"; '
+        "--config.columns=prompt=FIELD renames"
     )
 
 
@@ -40,7 +48,11 @@ def render(
 def _text_field(record: dict[str, Any], field: str, where: str) -> str:
     if field not in record:
         raise UserError(f"{where}: field {field!r} is missing; the records before it have it")
-    value = record[field]
+    return check_text(record[field], field, where)
+
+
+def check_text(value: Any, field: str, where: str) -> str:
+    """Return a value that is a string of whole characters. Raises UserError for another one."""
     if not isinstance(value, str):
         raise UserError(
             f"{where}: field {field!r} must be a string, found {type(value).__name__} "

@@ -12,6 +12,7 @@ from jaxft.core import runtime
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
+from jaxft.data.text.chat.format import ChatFormat, open_chat
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.models import registry
 from jaxft.models.decoders.files import open_decoder
@@ -56,6 +57,11 @@ class OpenedDecoder:
         self._check_pad(made)
         return made
 
+    @cached_property
+    def chat(self) -> ChatFormat | None:
+        """The chat format of the config, else of the checkpoint. None if there is none."""
+        return open_chat(self.tokenizer, self.options.chat, self.source.name)
+
     def build(self, key: jax.Array) -> nnx.Module:
         model = self.architecture.module(self.model_cfg, key=key)
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
@@ -70,9 +76,12 @@ class OpenedDecoder:
         kept = f" with the adapter's own {', '.join(self.kept)}" if self.kept else ""
         return f"{self.source.config.get('model_type')}{kept}"
 
-    def stop_ids(self) -> tuple[int, ...]:
-        """Return every end-of-text id of the generation config, the config and the tokenizer."""
-        ids = {self.tokenizer.eos_token_id}
+    def stop_ids(self, chat: ChatFormat | None = None) -> tuple[int, ...]:
+        """Return every end-of-text id of the generation config, the config and the tokenizer.
+
+        chat: add the tokens that end an answer in this format.
+        """
+        ids = {self.tokenizer.eos_token_id, *(chat.style.stops if chat else ())}
         for config in (self.source.generation_config, self.source.config):
             ids |= set(eos_ids(config.get("eos_token_id")))
         return tuple(sorted(ids))

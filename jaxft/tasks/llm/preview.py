@@ -14,15 +14,19 @@ from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
 from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data.loader import Subset, eval_batches, subset
 from jaxft.data.text import dataset as text
+from jaxft.data.text.chat.format import ChatFormat
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.models.decoders.generate import generate
 from jaxft.models.decoders.sampling import Sampling
 from jaxft.objectives.next_token import NextToken
 from jaxft.tasks import Data, Look, Report, Request
 from jaxft.tasks.llm.opened import OpenedDecoder
+from jaxft.tasks.llm.rows import CHAT_FACT
 
 SHOWN_PREDICTIONS = 5  # rows of predictions in a report
 SAMPLE_TOKENS = 48  # new tokens of a sample during training
+PROMPT_END = 80  # characters of the prompt of a conversation that a sample shows
+EMPTY_ANSWER = "(empty: the first token ends the text)"
 
 
 class DecoderPreview:
@@ -131,23 +135,47 @@ class DecoderPreview:
         if rows.labels:
             return Look()
         prompts = [_prompt(rows[i]) for i in range(min(SHOWN_PREDICTIONS, len(rows)))]
-        texts = self._continue(params, prompts, SAMPLE_TOKENS, Sampling(), 0)
-        pairs = zip(prompts, texts, strict=True)
-        return Look("\n".join(f"{self.tokenizer.decode(ids)!r} -> {made!r}" for ids, made in pairs))
+        stops = self.opened.stop_ids(rows.chat)
+        texts = self._continue(params, prompts, SAMPLE_TOKENS, Sampling(), 0, stops)
+        shown = [self.tokenizer.decode(ids) for ids in prompts]
+        if rows.chat:
+            shown = [f"…{one[-PROMPT_END:]}" if len(one) > PROMPT_END else one for one in shown]
+        pairs = zip(shown, texts, strict=True)
+        return Look("\n".join(f"{prompt!r} -> {made!r}" for prompt, made in pairs))
 
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
-        """Continue all prompts in one batch, each to an end-of-sequence id or `max_new` tokens."""
-        ids = [text.prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
+        """Continue all prompts in one batch, each to an end-of-sequence id or `max_new` tokens.
+
+        If the run trained conversations, each prompt becomes a user turn, unless `request.raw`.
+        """
+        chat = None if request.raw or CHAT_FACT not in self.data.facts else self.opened.chat
+        ids = [self._prompt_ids(prompt, chat) for prompt in prompts]
         vocabulary = self.opened.model_cfg.vocab_size
         for prompt, row in zip(prompts, ids, strict=True):
             check_ids(row, vocabulary, self.tokenizer, f"prompt {prompt[:60]!r}")
         top_p = 1.0 if request.top_p is None else request.top_p
         how = Sampling(request.temperature or 0.0, request.top_k or 0, top_p)
-        made = self._continue(params, ids, request.max_new, how, request.seed)
-        return [Look(prompt + text) for prompt, text in zip(prompts, made, strict=True)]
+        stops = self.opened.stop_ids(chat)
+        made = self._continue(params, ids, request.max_new, how, request.seed, stops)
+        made = [one or EMPTY_ANSWER for one in made]
+        between = "" if chat is None else "\n-> "
+        return [Look(prompt + between + text) for prompt, text in zip(prompts, made, strict=True)]
+
+    def _prompt_ids(self, prompt: str, chat: ChatFormat | None) -> np.ndarray:
+        if chat is None:
+            return text.prompt_tokens(self.tokenizer, prompt)
+        facts = self.data.facts
+        opening = chat.opening(prompt, thinks=2 * facts["prompted"] > facts["examples"])
+        return np.asarray(self.tokenizer(opening, add_special_tokens=False)["input_ids"], np.int32)
 
     def _continue(
-        self, params: Params, prompts: list[np.ndarray], max_new: int, how: Sampling, seed: int
+        self,
+        params: Params,
+        prompts: list[np.ndarray],
+        max_new: int,
+        how: Sampling,
+        seed: int,
+        stop_ids: tuple[int, ...],
     ) -> list[str]:
         width = max(len(ids) for ids in prompts)
         tokens = np.zeros((len(prompts), width), np.int32)
@@ -155,21 +183,27 @@ class DecoderPreview:
         for row, ids in enumerate(prompts):
             tokens[row, width - len(ids) :], segments[row, width - len(ids) :] = ids, 1
         keys = jax.random.split(jax.random.key(seed), len(prompts))
-        made, lengths = self._generate(params, tokens, segments, keys, max_new, how)
-        stops = set(self.opened.stop_ids())
+        made, lengths = self._generate(params, tokens, segments, keys, max_new, how, stop_ids)
         pairs = zip(np.asarray(made), np.asarray(lengths), strict=True)
         rows = [row[:n].tolist() for row, n in pairs]
-        kept = [ids[:-1] if ids and ids[-1] in stops else ids for ids in rows]
+        kept = [ids[:-1] if ids and ids[-1] in stop_ids else ids for ids in rows]
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in kept]
 
-    @partial(jax.jit, static_argnums=(0, 5, 6))
+    @partial(jax.jit, static_argnums=(0, 5, 6, 7))
     def _generate(
-        self, params: Params, tokens: Any, segments: Any, keys: Any, max_new: int, how: Sampling
+        self,
+        params: Params,
+        tokens: Any,
+        segments: Any,
+        keys: Any,
+        max_new: int,
+        how: Sampling,
+        stop_ids: tuple[int, ...],
     ) -> tuple[jax.Array, jax.Array]:
         model = bind(self.opened.template, cast(params, self.dtype))
         made, lengths = generate(
             model, tokens, segments, keys,
-            max_new=max_new, stop_ids=self.opened.stop_ids(), how=how, dtype=self.dtype,
+            max_new=max_new, stop_ids=stop_ids, how=how, dtype=self.dtype,
         )  # fmt: skip
         return constrain(made, None, None), constrain(lengths, None)
 

@@ -13,9 +13,11 @@ from jaxft.data.sources.mixtures import Mixture, read_mixture
 from jaxft.data.text import dataset as text
 from jaxft.data.text.mixture import MixedText
 from jaxft.data.text.packing import Packing, collate, collate_rows, make_packing
+from jaxft.data.text.templates import record_kind
 from jaxft.tasks import Planned
 from jaxft.tasks.llm.opened import OpenedDecoder
 
+CHAT_FACT = "chat_template_sha256"  # key of a report on conversations
 PER_ROW = 8  # examples that share a row of a plan
 
 
@@ -47,6 +49,7 @@ class TokenRows:
                 opened.tokenizer,
                 seq_len=self.options.seq_len,
                 template=self.options.template,
+                chat=opened.chat,
                 vocab_size=opened.model_cfg.vocab_size,
                 cache=self.options.cache,
                 columns=self.options.columns,
@@ -93,7 +96,8 @@ class TokenRows:
 
     def report(self) -> dict[str, Any]:
         labels = {"labels": list(self.data.labels)} if self.data.labels else {}
-        return {**self.data.report, **labels}
+        chat = {CHAT_FACT: self.data.chat.sha256} if self.data.chat else {}
+        return {**self.data.report, **labels, **chat}
 
     def describe(self) -> str:
         report = self.data.report
@@ -106,6 +110,7 @@ class TokenRows:
         return (
             f"{self.name}: {len(self.data)} sequences{mixed} of at most {self.options.seq_len}"
             f" tokens{rows}, {report['trained_tokens']} trained tokens{cut}{lost}"
+            f"{_chat_notes(self.data) if self.data.chat else ''}"
         )
 
     def collate(self, examples: Sequence[text.Example], *, batch_rows: int) -> dict:
@@ -118,6 +123,29 @@ class TokenRows:
     def _groups(self, sample_ids: Sequence[int]) -> list[list[int]]:
         assert self.packing is not None
         return self.packing.groups([self.data.inputs(i) for i in sample_ids])
+
+
+def _chat_notes(data: text.TextDataset | MixedText) -> str:
+    """Return the format of conversations and the counts that a user should look at."""
+    parts = data.parts if isinstance(data, MixedText) else (data,)
+    first, chat = next((part, part.chat) for part in parts if part.chat)
+    kind, report = record_kind(first.records[0], ""), data.report
+    if kind[0] == "messages":
+        turns = ""
+    elif kind[0] == "conversations":
+        turns = " (ShareGPT turns as messages)"
+    else:
+        turns = f" ({kind[0]} and {kind[-1]} as user and assistant turns)"
+    counts = {
+        "too_long": "dropped, as their last round is longer than seq_len",
+        "merged": "with an answer whose first token begins before it and is not trained",
+        "prompted": "trained from the generation prompt on (thoughts or tool calls)",
+        "lost_thoughts": "whose thoughts the template leaves out",
+        "added_eos": "end with EOS, as the template ends the last answer without a token",
+        "not_round_trip": "that the tokenizer does not decode to the same text",
+    }
+    notes = [f"{report[name]} {meaning}" for name, meaning in counts.items() if report[name]]
+    return "; ".join([f"; {chat.name}{turns}", *notes])
 
 
 def planned(opened: OpenedDecoder) -> Planned:

@@ -1,0 +1,1 @@
+"""Conversations as token rows: records, the chat template, trained spans, rows."""

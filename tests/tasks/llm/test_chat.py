@@ -1,0 +1,94 @@
+"""A run on conversations: its lines, its samples in the same format, its export."""
+
+import contextlib
+import io
+import json
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+from jaxft import evaluate, sample, train
+from tests.data.text.chat.test_rows import CHATML
+
+CONFIG = ["--config", "configs/llm.py"]
+
+
+@pytest.fixture(scope="module")
+def chat_folder(make_folder, tmp_path_factory):
+    """A tiny Llama with a chat template, whose end of turn generation_config.json leaves out."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(make_folder(vocab_size=330), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(chat_folder, make_flags, tmp_path_factory):
+    """Flags of a run on one conversation, which the model learns by heart."""
+    file = tmp_path_factory.mktemp("rows") / "chat.jsonl"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "it is"}]
+    file.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns}) + "\n")
+    keys = {
+        "data.train": f"jsonl:{file}", "data.eval": f"jsonl:{file}", "batch_size": 2,
+        "total": "60_steps", "optim.lr": 1e-2, "lora.rank": 0, "every.save": "0_steps",
+        "every.sample": "60_steps", "cache": "", "optim.schedule": "constant",
+    }  # fmt: skip
+    return make_flags(chat_folder, keys)
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory, quick):
+    work, out = tmp_path_factory.mktemp("chat") / "run", io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert train.main([*CONFIG, "--workdir", str(work), *flags]) == 0
+    return work, out.getvalue()
+
+
+def test_the_first_lines_and_the_manifest_name_the_template(finished, chat_folder):
+    work, printed = finished
+    assert f"trained tokens; the chat template of {chat_folder}\n" in printed
+    facts = json.loads((work / "manifest.json").read_text())["data"]
+    assert len(facts["chat_template_sha256"]) == 64 and facts["trained_tokens"] > 0
+
+
+def test_a5_samples_answer_in_the_format_of_training(finished, capsys):
+    work, printed = finished
+    arguments = ["--workdir", str(work), "--prompt=hi", "--max_new=12"]
+    assert sample.main(arguments) == 0
+    assert capsys.readouterr().out == "hi\n-> it is\n"
+    assert sample.main([*arguments, "--raw"]) == 0
+    assert "->" not in capsys.readouterr().out
+    assert "'<|im_start|>user\\nhi<|im_end|>\\n<|im_start|>assistant\\n' -> 'it is'" in printed
+
+
+def test_evaluation_uses_the_format(finished, capsys):
+    assert evaluate.main(["--workdir", str(finished[0])]) == 0
+    report = json.loads(next(finished[0].glob("evaluation-*.json")).read_text())
+    assert report["loss"] < 0.1
+
+
+def test_a5_the_export_ends_turns(finished, chat_folder):
+    made = json.loads((finished[0] / "export" / "generation_config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(finished[0] / "export")
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in made["eos_token_id"]
+    assert tokenizer.chat_template == CHATML
+
+
+def test_a_file_replaces_the_template_and_is_exported(flags, tmp_path, quick, capsys):
+    file, work = tmp_path / "own.jinja", tmp_path / "run"
+    file.write_text(CHATML.replace("<|im_start|>{{", "<|im_start|>the {{"))
+    more = [f"--config.chat={file}", "--config.total=0_steps"]
+    assert train.main([*CONFIG, "--workdir", str(work), *flags, *more]) == 0
+    assert f"; {file}" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(work / "export")
+    assert tokenizer.chat_template == file.read_text()
+
+
+def test_chat_off_refuses_messages_in_one_line(flags, tmp_path, capsys):
+    assert train.main([*CONFIG, "--workdir", str(tmp_path / "run"), *flags, "--config.chat=off"])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "chat.jsonl:1: 'messages' hold turns of a chat" in lines[0]
