@@ -23,7 +23,7 @@ def render(
     record: dict[str, Any], kind: tuple[str, ...], template: str | None, where: str
 ) -> tuple[str, str]:
     """Return the (prompt, completion) of a record. A plain text has an empty prompt."""
-    values = [_text_field(record, field, where) for field in kind]
+    values = [text_field(record, field, where) for field in kind]
     if kind == ("text",):
         return "", values[0]
     if kind == ("prompt", "completion"):
@@ -32,7 +32,7 @@ def render(
     return head.replace("{text}", values[0]), lead + values[1] + tail
 
 
-def _text_field(record: dict[str, Any], field: str, where: str) -> str:
+def text_field(record: dict[str, Any], field: str, where: str) -> str:
     if field not in record:
         raise UserError(f"{where}: field {field!r} is missing; the records before it have it")
     value = record[field]
