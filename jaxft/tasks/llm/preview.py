@@ -1,6 +1,7 @@
 """Evaluation and samples of a language model: loss, label accuracy, continuations."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -129,7 +130,12 @@ class DecoderPreview:
         rows = (self.data.held_out or self.data.train).data
         if rows.labels:
             return Look()
-        prompts = [_prompt(rows[i]) for i in range(min(SHOWN_PREDICTIONS, len(rows)))]
+        shown = [rows[i] for i in range(min(SHOWN_PREDICTIONS, len(rows)))]
+        return self.continue_examples(params, shown)
+
+    def continue_examples(self, params: Params, examples: Sequence[text.Example]) -> Look:
+        """Return the likeliest continuations of the examples' prompts."""
+        prompts = [_prompt(example) for example in examples]
         texts = self._continue(params, prompts, SAMPLE_TOKENS, Sampling(), 0)
         pairs = zip(prompts, texts, strict=True)
         return Look("\n".join(f"{self.tokenizer.decode(ids)!r} -> {made!r}" for ids, made in pairs))

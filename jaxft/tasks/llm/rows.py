@@ -10,6 +10,7 @@ from jaxft.core.config import Config
 from jaxft.data.loader import train_loader
 from jaxft.data.text import dataset as text
 from jaxft.data.text.packing import Packing, collate, collate_rows, make_packing
+from jaxft.data.text.pairs import PairDataset
 from jaxft.tasks import Planned
 from jaxft.tasks.llm.opened import OpenedDecoder
 
@@ -34,7 +35,7 @@ class TokenRows:
             vocab_size=opened.model_cfg.vocab_size,
             cache=self.options.cache,
         )
-        self.packing = _packing(self.data, self.cfg, self.options.seq_len, training)
+        self.packing = shared(self.data, self.cfg, self.options.seq_len) if training else None
 
     def __len__(self) -> int:
         return len(self.data)
@@ -110,12 +111,10 @@ def _shapes(count: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
 
 
-def _packing(data: text.TextDataset, cfg: Config, seq_len: int, training: bool) -> Packing | None:
-    """Return the packing of examples into shared rows, or None if it saves nothing."""
-    if not (training and cfg.own["pack"]):
+def shared(data: text.TextDataset | PairDataset, cfg: Config, room: int) -> Packing | None:
+    """Return the packing of examples into rows of `room` positions, or None if it saves nothing."""
+    if not cfg.own["pack"]:
         return None
     ways = jax.device_count() // max(cfg.mesh.tensor, 1)
-    packing = make_packing(
-        data.inputs, len(data), cfg.batch_size, cfg.micro_batches * ways, seq_len
-    )
+    packing = make_packing(data.inputs, len(data), cfg.batch_size, cfg.micro_batches * ways, room)
     return packing if packing.per_row > 1 else None
