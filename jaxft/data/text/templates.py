@@ -13,6 +13,8 @@ def record_kind(record: dict[str, Any], where: str) -> tuple[str, ...]:
         if all(field in record for field in kind):
             return kind
     found = ", ".join(map(repr, record)) or "none"
+    if "chosen" in record:
+        raise UserError(f"{where}: found the fields {found}; for preferences set objective=dpo")
     raise UserError(
         f'{where}: found the fields {found}; expected "text", or "prompt" and "completion", '
         'or "text" and "label"'
