@@ -30,7 +30,7 @@ def _main(argv: list[str]) -> None:
         held_out = run.task.read(run.opened, run.cfg.data.eval, False)
     with jax.set_mesh(run.mesh):
         data = Data(held_out=held_out, facts=facts(arguments.options.get("workdir")))
-        report = preview(run, data, params).evaluate(params, run.mesh)
+        report = preview(run, data, params, step).evaluate(params, run.mesh)
     rows = [(name, f"{value:.6g}") for name, value in report.metrics.items()]
     print(table(rows, ("metric", f"step {step}")))
     if report.rows:

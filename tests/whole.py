@@ -46,7 +46,7 @@ class Whole:
 
     def encode(self, params, chosen=frozenset()):
         sets = [rows for rows in (self.train, self.held_out) if rows is not None]
-        self.task.encode(self.opened, params, set(chosen), sets)
+        self.task.encode(self.opened, params, set(chosen), sets, lambda: params)
 
     def batches(self, start=0):
         """Host batches of this process from a step on."""

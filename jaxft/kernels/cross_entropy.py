@@ -20,14 +20,18 @@ FAR = 1e30  # above all logits, and finite if multiplied by a vocabulary's size
 
 
 class HeadConfig(NamedTuple):
-    """Static settings: the head's layout, time steps a chunk, z-loss, mesh axes larger than 1."""
+    """Static settings: the head's layout, time steps a chunk, z-loss, mesh axes larger than 1.
+
+    per_token: the loss of each token is returned too.
+    """
 
     vocab_first: bool
     chunk: int
-    z_loss: float
+    z_loss: float = 0.0
     batch_axes: tuple[str, ...] = ()
     embed_axes: tuple[str, ...] = ()
     vocab_axes: tuple[str, ...] = ()
+    per_token: bool = False
 
     @property
     def layout(self) -> str:
@@ -40,6 +44,9 @@ class Head(NamedTuple):
 
     matrix: Any
     bias: Any = None
+
+
+FROZEN = Head(False, False)  # no gradient of the head is requested
 
 
 class Sums(NamedTuple):
@@ -77,7 +84,42 @@ def linear_cross_entropy(
     a mesh each device computes its rows and its part of the vocabulary, with one gather of the head
     and one reduction of its gradient.
     """
-    cfg = HeadConfig(vocab_first, 0, z_loss)
+    cfg, inputs = _fit(vocab_first, chunk, hidden, head, targets, weights)
+    hidden, head, targets, weights = inputs
+    weights = weights.astype(jnp.float32)
+    sums = _summed(cfg._replace(z_loss=z_loss), hidden, Head(head, bias), targets, weights)
+    metrics = {"weight": weights.sum(), "correct": jax.lax.stop_gradient(sums.correct)}
+    if z_loss:
+        metrics["z"] = z_loss * jax.lax.stop_gradient(sums.square)
+    return sums.total, metrics
+
+
+@jax.named_scope("vocabulary_loss")
+def linear_log_probs(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"] | Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    *,
+    vocab_first: bool,
+    chunk: int | None = None,
+) -> Float[Array, "B T"]:
+    """Return log softmax(hidden head)[targets] of each token, for losses that are not their sum.
+
+    Arguments, chunks and sharding are those of `linear_cross_entropy`. With a frozen head, the
+    forward pass computes the gradient, one vector a token. The gradient of a trained head depends
+    on the cotangent of each token, so that the backward pass computes the logits a second time.
+    """
+    ones = jnp.ones(targets.shape, jnp.float32)
+    cfg, inputs = _fit(vocab_first, chunk, hidden, head, targets, ones)
+    made = _token_log_probs(cfg, inputs[0], Head(inputs[1]), *inputs[2:])
+    return made[: len(targets)]
+
+
+def _fit(
+    vocab_first: bool, chunk: int | None, hidden: Array, head: Array, targets: Array, weights: Array
+) -> tuple[HeadConfig, tuple[Array, ...]]:
+    """Return the settings for the mesh in use, and the arrays padded to be divided over it."""
+    cfg = HeadConfig(vocab_first, 0)
     mesh, rows = jax.sharding.get_abstract_mesh(), len(hidden)
     vocab = head.shape[0 if vocab_first else 1]
     if not mesh.empty and mesh.size > 1:
@@ -85,7 +127,6 @@ def linear_cross_entropy(
         cfg = HeadConfig(
             vocab_first,
             0,
-            z_loss,
             batch_axes=tuple(a for a in used if a != "tensor"),
             embed_axes=tuple(a for a in used if a == "fsdp"),
             vocab_axes=tuple(a for a in used if a == "tensor"),
@@ -97,12 +138,7 @@ def linear_cross_entropy(
         head = _pad(head, int(vocab_first), mesh.shape["fsdp"])
         rows, vocab = len(hidden) // ways, vocab // mesh.shape["tensor"]
     cfg = cfg._replace(chunk=chunk or _chunk(rows, hidden.shape[1], vocab))
-    weights = weights.astype(jnp.float32)
-    sums = _summed(cfg, hidden, Head(head, bias), targets, weights)
-    metrics = {"weight": weights.sum(), "correct": jax.lax.stop_gradient(sums.correct)}
-    if z_loss:
-        metrics["z"] = z_loss * jax.lax.stop_gradient(sums.square)
-    return sums.total, metrics
+    return cfg, (hidden, head, targets, weights)
 
 
 def reference(
@@ -155,7 +191,7 @@ def _pad(x: Array, axis: int, multiple: int) -> Array:
 
 
 def _plain(cfg: HeadConfig, hidden: Array, head: Head, targets: Array, weights: Array) -> Sums:
-    return _run(cfg, hidden, head, targets, weights, False, Head(False, False))[0]
+    return _run(cfg, hidden, head, targets, weights, False, FROZEN)[0]
 
 
 def _forward(cfg: HeadConfig, hidden, head, targets, weights) -> tuple[Sums, tuple]:
@@ -166,7 +202,7 @@ def _forward(cfg: HeadConfig, hidden, head, targets, weights) -> tuple[Sums, tup
     bias = head.bias
     values = Head(head.matrix.value, None if bias is None else bias.value)
     trained = Head(head.matrix.perturbed, bias is not None and bias.perturbed)
-    sums, dx, dhead = _run(
+    sums, _, dx, dhead = _run(
         cfg, hidden.value, values, targets.value, weights.value, hidden.perturbed, trained
     )
     return sums, (dx, dhead)
@@ -182,6 +218,36 @@ _summed = jax.custom_vjp(_plain, nondiff_argnums=(0,))
 _summed.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+def _each(cfg: HeadConfig, hidden: Array, head: Head, targets: Array, ones: Array) -> Array:
+    cfg = cfg._replace(per_token=True)
+    losses: Any = _run(cfg, hidden, head, targets, ones, False, FROZEN)[1]
+    return -losses
+
+
+def _each_forward(cfg: HeadConfig, hidden, head, targets, ones) -> tuple[Array, tuple]:
+    """Return log-probabilities, and either d(loss)/d(hidden) or, for a trained head, all inputs."""
+    cfg, matrix = cfg._replace(per_token=True), Head(head.matrix.value)
+    recompute = head.matrix.perturbed
+    with_dx = hidden.perturbed and not recompute
+    made = _run(cfg, hidden.value, matrix, targets.value, ones.value, with_dx, FROZEN)
+    losses: Any = made[1]
+    return -losses, (made[2], (hidden.value, matrix, targets.value) if recompute else None)
+
+
+def _each_backward(cfg: HeadConfig, saved: tuple, cotangent: Array) -> tuple:
+    dx, inputs = saved
+    if inputs is not None:
+        hidden, head, targets = inputs
+        _, _, dx, dhead = _run(cfg, hidden, head, targets, -cotangent, True, Head(True, False))
+        return dx, dhead, None, None
+    dx = None if dx is None else (dx * -cotangent[..., None]).astype(dx.dtype)  # [B, T, D]
+    return dx, Head(None), None, None
+
+
+_token_log_probs = jax.custom_vjp(_each, nondiff_argnums=(0,))
+_token_log_probs.defvjp(_each_forward, _each_backward, symbolic_zeros=True)
+
+
 def _run(
     cfg: HeadConfig,
     hidden: Array,
@@ -190,8 +256,8 @@ def _run(
     weights: Array,
     with_dx: bool,
     trained: Head,
-) -> tuple[Sums, Array | None, Head]:
-    """Return sums and the requested gradients, from one device or from all of the mesh."""
+) -> tuple[Sums, Array | None, Array | None, Head]:
+    """Return sums, losses of each token and the requested gradients, from all of the mesh."""
     local = partial(_local, cfg, with_dx=with_dx, trained=trained)
     if not cfg.batch_axes + cfg.vocab_axes:
         return local(hidden, head, targets, weights)
@@ -199,7 +265,7 @@ def _run(
     matrix = spec(("vocab", "embed") if cfg.vocab_first else ("embed", "vocab"))
     whole = Head(matrix, None if head.bias is None else spec(("vocab",)))
     made = Head(*(one if wanted else None for one, wanted in zip(whole, trained, strict=True)))
-    out = (PartitionSpec(), batch if with_dx else None, made)
+    out = (PartitionSpec(), batch if cfg.per_token else None, batch if with_dx else None, made)
     # The gradients are outputs, and nothing inside is differentiated, so vma types are not needed.
     mapped = jax.shard_map(
         local, in_specs=(batch, whole, batch, batch), out_specs=out, check_vma=False
@@ -216,8 +282,8 @@ def _local(
     *,
     with_dx: bool,
     trained: Head,
-) -> tuple[Sums, Array | None, Head]:
-    """Return the sums over the mesh, and one device's part of the gradients.
+) -> tuple[Sums, Array | None, Array | None, Head]:
+    """Return the sums over the mesh, and one device's part of the losses and gradients.
 
     The arguments are those of one device: its rows, its slice of the vocabulary and of D.
     """
@@ -226,9 +292,9 @@ def _local(
     for name in cfg.embed_axes:
         matrix = jax.lax.all_gather(matrix, name, axis=embed_axis, tiled=True)
 
-    def step(carry: tuple, x: tuple) -> tuple[tuple, Array | None]:
+    def step(carry: tuple, x: tuple) -> tuple[tuple, tuple]:
         sums, dw, db = carry
-        new, dlogits = _chunk_sums(cfg, Head(matrix, head.bias), *x)
+        new, losses, dlogits = _chunk_sums(cfg, Head(matrix, head.bias), *x)
         sums = jax.tree.map(jnp.add, sums, new)
         db = None if db is None else db + dlogits.sum((0, 1))
         dlogits = dlogits.astype(matrix.dtype)
@@ -238,13 +304,15 @@ def _local(
             dx = _psum(dx, cfg.vocab_axes).astype(matrix.dtype)
         if dw is not None:
             dw += _dw(cfg, x[0], dlogits)
-        return (sums, dw, db), dx
+        return (sums, dw, db), (losses if cfg.per_token else None, dx)
 
     zero = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
     dw = jnp.zeros(matrix.shape, jnp.float32) if trained.matrix else None
     db = jnp.zeros(head.bias.shape, jnp.float32) if trained.bias else None
     chunks = tuple(_cut(_pad(x, 1, cfg.chunk), cfg.chunk) for x in (hidden, targets, weights))
-    (sums, dw, db), dx = jax.lax.scan(step, (zero, dw, db), chunks)
+    (sums, dw, db), (losses, dx) = jax.lax.scan(step, (zero, dw, db), chunks)
+    if losses is not None:
+        losses = losses.swapaxes(0, 1).reshape(len(hidden), -1)[:, :length]  # [B, T]
     if dx is not None:
         dx = dx.swapaxes(0, 1)  # [B, chunks, chunk, D]
         dx = dx.reshape(len(hidden), -1, hidden.shape[2])[:, :length]  # [B, T, D]
@@ -257,13 +325,16 @@ def _local(
         dw = _psum(dw, others).astype(head.matrix.dtype)
     if db is not None:
         db = _psum(db, cfg.batch_axes).astype(head.bias.dtype)
-    return sums, dx, Head(dw, db)
+    return sums, losses, dx, Head(dw, db)
 
 
 def _chunk_sums(
     cfg: HeadConfig, head: Head, x: Array, targets: Array, weights: Array
-) -> tuple[Sums, Array]:
-    """Return one chunk's sums, and d(total)/d(logits) [B, chunk, V] of the local vocabulary."""
+) -> tuple[Sums, Array, Array]:
+    """Return one chunk's sums, its losses without weights [B, chunk], and d(total)/d(logits).
+
+    The gradient is [B, chunk, V] of the local vocabulary.
+    """
     logits = _product(f"bcd,{cfg.layout}->bcv", x, head.matrix)  # [B, chunk, V]
     logits = logits if head.bias is None else logits + head.bias.astype(jnp.float32)
     vocab = logits.shape[-1]
@@ -288,7 +359,7 @@ def _chunk_sums(
     slope = weights * (1 + 2 * cfg.z_loss * log_partition)
     onehot = places == local[..., None]
     dlogits = exponentials * (slope / partition)[..., None] - onehot * weights[..., None]
-    return sums, dlogits
+    return sums, loss, dlogits
 
 
 def _dw(cfg: HeadConfig, x: Array, dlogits: Array) -> Array:

@@ -75,18 +75,20 @@ class NextToken:
         return linear_cross_entropy(features, head, targets, weights, vocab_first=vocab_first)
 
     def trained_only(
-        self, hidden: jax.Array, batch: Batch, width: int
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return hidden states, targets and weights [B, W] at the trained positions of each row.
+        self,
+        hidden: jax.Array,
+        batch: Batch,
+        width: int,
+        names: tuple[str, ...] = ("targets", "weights"),
+    ) -> tuple[jax.Array, ...]:
+        """Return hidden states and the batch's `names` at the trained positions of each row.
 
-        The head computes logits there alone, which saves most of its work if short completions
-        are trained. All positions stay if `width` is over half of them.
+        They are [B, W, D] and [B, W]. The head computes logits there alone, which saves most of its
+        work if short completions are trained. All positions stay if `width` is over half of them.
         """
         if 2 * width > self.seq_len:
-            return hidden, batch["targets"], batch["weights"]
+            return hidden, *(batch[name] for name in names)
         # Untrained positions have weight 0: the `width` largest weights include all trained ones.
         places = jax.lax.top_k(batch["weights"], width)[1]  # [B, W]
-        targets, weights = (
-            jnp.take_along_axis(batch[name], places, axis=1) for name in ("targets", "weights")
-        )
-        return jnp.take_along_axis(hidden, places[..., None], axis=1), targets, weights
+        picked = tuple(jnp.take_along_axis(batch[name], places, axis=1) for name in names)
+        return jnp.take_along_axis(hidden, places[..., None], axis=1), *picked

@@ -67,10 +67,17 @@ def read_data(run: Run) -> Data:
     return Data(train, held_out)
 
 
-def preview(run: Run, data: Data, params: Params) -> Preview:
-    """Encode the rows if the task needs it, and return the preview of the model on them."""
+def preview(run: Run, data: Data, params: Params, step: int) -> Preview:
+    """Encode the rows if the task needs it, and return the preview of the model on them.
+
+    params: those before `step`.
+    """
+
+    def initial() -> Params:
+        return {**params, **load_params(run, run.chosen)} if step else params
+
     sets = [rows for rows in (data.train, data.held_out) if rows is not None]
-    run.task.encode(run.opened, params, run.chosen, sets)
+    run.task.encode(run.opened, params, run.chosen, sets, initial)
     facts = data.facts if data.train is None else data.train.report()
     return run.task.preview(run.opened, data._replace(facts=facts))
 

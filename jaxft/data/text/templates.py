@@ -22,6 +22,8 @@ def record_kind(record: dict[str, Any], where: str) -> tuple[str, ...]:
         if all(field in record for field in kind):
             return kind
     found = ", ".join(map(repr, record)) or "none"
+    if "chosen" in record:
+        raise UserError(f"{where}: found the fields {found}; for preferences set objective=dpo")
     raise UserError(
         f'{where}: found the fields {found}; expected "messages", or "text", or "prompt" and '
         '"completion", or "instruction" and "output", or "text" and "label"; '
@@ -33,19 +35,19 @@ def render(
     record: dict[str, Any], kind: tuple[str, ...], template: str | None, where: str
 ) -> tuple[str, str]:
     """Return the (prompt, completion) of a record. A plain text has an empty prompt."""
-    values = [_text_field(record, field, where) for field in kind]
+    values = [text_field(record, field, where) for field in kind]
     if kind == ("text",):
         return "", values[0]
     if kind == ("prompt", "completion"):
         return values[0], values[1]
     if kind == ALPACA:
-        context = "" if record.get("input") is None else _text_field(record, "input", where)
+        context = "" if record.get("input") is None else text_field(record, "input", where)
         return alpaca_prompt(values[0], context), values[1]
     head, lead, tail = split_template(template)
     return head.replace("{text}", values[0]), lead + values[1] + tail
 
 
-def _text_field(record: dict[str, Any], field: str, where: str) -> str:
+def text_field(record: dict[str, Any], field: str, where: str) -> str:
     if field not in record:
         raise UserError(f"{where}: field {field!r} is missing; the records before it have it")
     return check_text(record[field], field, where)

@@ -32,7 +32,9 @@ AUTOENCODER = Task(
     open=OpenedAutoencoder,
     read=ImageRows,
     plan=planned,
-    encode=lambda opened, params, chosen, sets: None,  # every step reads the images themselves
+    encode=lambda opened, params, chosen, sets, initial: (
+        None
+    ),  # every step reads the images themselves
     objective=_objective,
     preview=AutoencoderPreview,
     writers=WRITERS,

@@ -236,7 +236,11 @@ def _read(opened: OpenedPipeline, spec: str, buckets: bool = False, flip: bool =
 
 
 def encode(
-    opened: OpenedPipeline, params: Params, chosen: set[str], sets: Sequence[PictureRows]
+    opened: OpenedPipeline,
+    params: Params,
+    chosen: set[str],
+    sets: Sequence[PictureRows],
+    initial: Callable[[], Params],
 ) -> None:
     """Store the moments of all pictures and, unless a text encoder trains, all embeddings.
 

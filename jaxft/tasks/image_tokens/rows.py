@@ -1,7 +1,7 @@
 """Pictures as rows of codes and prompts, from a cache that the VQ tokenizer fills."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,11 @@ def _shapes(opened: OpenedImageModel, count: int, width: int) -> dict[str, jax.S
 
 
 def encode(
-    opened: OpenedImageModel, params: Params, chosen: set[str], sets: Sequence[CodeRows]
+    opened: OpenedImageModel,
+    params: Params,
+    chosen: set[str],
+    sets: Sequence[CodeRows],
+    initial: Callable[[], Params],
 ) -> None:
     """Encode all pictures that the cache lacks, and print the quality of the tokenizer alone."""
     if not sets:

@@ -18,7 +18,7 @@ from jaxft.models import registry
 from jaxft.models.decoders.files import open_decoder
 from jaxft.nn import lora
 from jaxft.tasks.common.tokenizers import load_tokenizer
-from jaxft.tasks.llm.options import LLMOptions
+from jaxft.tasks.llm.options import LLMOptions, check_preference
 from jaxft.weights.adapters import peft
 from jaxft.weights.adapters.peft_folder import fit, open_adapted
 
@@ -32,6 +32,7 @@ class OpenedDecoder:
         )
         self.source, self.adapter, self.kept = opened
         self.options = LLMOptions(**cfg.own)
+        check_preference(cfg, self.options)
         self.architecture = registry.find(self.source.config, "decoder")
         self.model_cfg = self.architecture.config(self.source.config, "config.json")
         part = self.architecture.part(self.source, self.model_cfg)._replace(kept=self.kept)

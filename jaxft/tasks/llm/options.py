@@ -2,17 +2,42 @@
 
 import dataclasses
 
+from jaxft.core.config import Config
+from jaxft.core.errors import UserError, near
+
+DPO_FAMILY = ("dpo", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm")
+OBJECTIVES = ("sft", *DPO_FAMILY, "orpo", "simpo", "kto")
+WITHOUT_REFERENCE = ("sft", "orpo", "simpo")
+SMOOTHED = ("dpo", "robust", "sigmoid_norm")
+BETA, SIMPO_BETA, SIMPO_MARGIN = 0.1, 2.0, 0.5  # the values of 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceKeys:
+    """Numbers of a preference objective. 0 is the default of the objective.
+
+    beta: scale of the rewards (0.1, SimPO 2.0), for ORPO the weight of the odds term (0.1).
+    margin: SimPO's gamma / beta (0.5). smoothing: share of swapped labels, of dpo, robust and
+    sigmoid_norm. sft: weight of the chosen answer's mean loss, in the DPO family.
+    """
+
+    beta: float = 0.0
+    margin: float = 0.0
+    smoothing: float = 0.0
+    sft: float = 0.0
+
 
 @dataclasses.dataclass(frozen=True)
 class LLMOptions:
     """Options of the language-model task.
 
-    seq_len: in tokens. pack: short examples of a batch share rows, and the sums stay the same.
-    template: turns {"text", "label"} records into prompt and completion. chat: "auto" renders
-    conversations and prompt + completion rows by the chat template of the checkpoint, if it has
-    one. "on" requires one, "off" uses none, and a file FILE.jinja replaces it. cache: folder for
-    the token ids of large sets ("" keeps all in memory). columns: fields of the records to rename,
-    such as "prompt=question,completion=answer".
+    seq_len: in tokens, with a preference objective of one side of a pair. pack: short examples of a
+    batch share rows, and the sums stay the same. template: turns {"text", "label"} records into
+    prompt and completion. chat: "auto" renders conversations, and prompts with their completions,
+    by the chat template of the checkpoint, if it has one. "on" requires one, "off" uses none, and a
+    file FILE.jinja replaces it. cache: folder for the token ids of large sets ("" keeps all in
+    memory), and for reference log-probabilities. columns: fields of the records to rename, such as
+    "prompt=question,completion=answer". objective: one of OBJECTIVES.
     """
 
     seq_len: int
@@ -22,3 +47,59 @@ class LLMOptions:
     chat: str = "auto"
     cache: str = "runs/cache"
     columns: str = ""
+    objective: str = "sft"
+    preference: PreferenceKeys = PreferenceKeys()
+
+    def __post_init__(self) -> None:
+        """Raise UserError for an unknown objective, or a number that it does not use."""
+        name, keys = self.objective, self.preference
+        if name not in OBJECTIVES:
+            hint = near(name, OBJECTIVES, "it is one of")
+            raise UserError(f"config key objective={name!r} is not known; {hint}")
+        used = {
+            "beta": OBJECTIVES[1:],
+            "margin": ("simpo",),
+            "smoothing": SMOOTHED,
+            "sft": DPO_FAMILY,
+        }
+        for key, value in dataclasses.asdict(keys).items():
+            if value and name not in used[key]:
+                raise UserError(
+                    f"config key preference.{key}={value} is not used by objective={name}; it"
+                    f" belongs to {', '.join(used[key])}"
+                )
+            if value < 0 or (key == "smoothing" and value >= 0.5):
+                limit = "at least 0 and below 0.5" if key == "smoothing" else "at least 0"
+                raise UserError(f"config key preference.{key}={value} must be {limit}")
+        if name == "robust" and not keys.smoothing:
+            raise UserError("objective=robust needs preference.smoothing, such as 0.1")
+
+    @property
+    def pairs(self) -> bool:
+        """True if an example is a pair of answers."""
+        return self.objective != "sft"
+
+    @property
+    def stores_reference(self) -> bool:
+        """True if the objective compares the model with itself at step 0."""
+        return self.objective not in WITHOUT_REFERENCE
+
+
+def check_preference(cfg: Config, options: LLMOptions) -> None:
+    """Raise UserError for keys of all tasks that a preference objective cannot use."""
+    name = options.objective
+    if options.pairs and cfg.lora.dropout:
+        raise UserError(
+            f"lora.dropout={cfg.lora.dropout} does not go with objective={name}, which compares"
+            " log-probabilities without noise; set lora.dropout=0.0"
+        )
+    if name == "kto" and cfg.batch_size < 2:
+        raise UserError(
+            f"batch_size={cfg.batch_size} is too small for objective=kto, whose baseline is a mean"
+            " over the batch; give at least 2"
+        )
+    if name == "kto" and cfg.micro_batches > 1:
+        raise UserError(
+            f"micro_batches={cfg.micro_batches} does not go with objective=kto, whose baseline is"
+            " a mean over the whole batch; set micro_batches=1"
+        )

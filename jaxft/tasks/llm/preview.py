@@ -1,6 +1,7 @@
 """Evaluation and samples of a language model: loss, label accuracy, continuations."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -134,11 +135,21 @@ class DecoderPreview:
         rows = (self.data.held_out or self.data.train).data
         if rows.labels:
             return Look()
-        prompts = [_prompt(rows[i]) for i in range(min(SHOWN_PREDICTIONS, len(rows)))]
-        stops = self.opened.stop_ids(rows.chat)
+        shown = [rows[i] for i in range(min(SHOWN_PREDICTIONS, len(rows)))]
+        return self.continue_examples(params, shown, rows.chat)
+
+    def continue_examples(
+        self, params: Params, examples: Sequence[text.Example], chat: ChatFormat | None
+    ) -> Look:
+        """Return the likeliest continuations of the examples' prompts.
+
+        chat: the format of the examples, None for plain texts.
+        """
+        prompts = [_prompt(example) for example in examples]
+        stops = self.opened.stop_ids(chat)
         texts = self._continue(params, prompts, SAMPLE_TOKENS, Sampling(), 0, stops)
         shown = [self.tokenizer.decode(ids) for ids in prompts]
-        if rows.chat:
+        if chat:
             shown = [f"…{one[-PROMPT_END:]}" if len(one) > PROMPT_END else one for one in shown]
         pairs = zip(shown, texts, strict=True)
         return Look("\n".join(f"{prompt!r} -> {made!r}" for prompt, made in pairs))

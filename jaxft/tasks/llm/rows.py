@@ -13,6 +13,7 @@ from jaxft.data.sources.mixtures import Mixture, read_mixture
 from jaxft.data.text import dataset as text
 from jaxft.data.text.mixture import MixedText
 from jaxft.data.text.packing import Packing, collate, collate_rows, make_packing
+from jaxft.data.text.pairs import PairDataset
 from jaxft.data.text.templates import record_kind
 from jaxft.tasks import Planned
 from jaxft.tasks.llm.opened import OpenedDecoder
@@ -33,7 +34,8 @@ class TokenRows:
         self.cfg, self.options, self.name = opened.cfg, opened.options, spec
         self.data = self._read(opened, read_mixture(spec), training)
         self.shares = self.data.shares if isinstance(self.data, MixedText) else ()
-        self.packing = _packing(self.data, self.shares, self.cfg, self.options.seq_len, training)
+        room = self.options.seq_len
+        self.packing = shared(self.data, self.cfg, room, self.shares) if training else None
 
     def _read(
         self, opened: OpenedDecoder, mixture: Mixture, training: bool
@@ -165,15 +167,14 @@ def _shapes(count: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
 
 
-def _packing(
-    data: text.TextDataset | MixedText,
-    shares: Sequence[SourceShare],
+def shared(
+    data: text.TextDataset | MixedText | PairDataset,
     cfg: Config,
-    seq_len: int,
-    training: bool,
+    room: int,
+    shares: Sequence[SourceShare] = (),
 ) -> Packing | None:
-    """Return the packing of examples into shared rows, or None if it saves nothing."""
-    if not (training and cfg.own["pack"]):
+    """Return the packing of examples into rows of `room` positions, or None if it saves nothing."""
+    if not cfg.own["pack"]:
         return None
     ways = jax.device_count() // max(cfg.mesh.tensor, 1)
     drawn = sample_order(len(data), cfg.seed, shares) if shares else range(len(data))
@@ -182,6 +183,6 @@ def _packing(
         len(data),
         cfg.batch_size,
         cfg.micro_batches * ways,
-        seq_len,
+        room,
     )
     return packing if packing.per_row > 1 else None
