@@ -23,7 +23,7 @@ ROUNDING = 1e-6  # relative error of a sum of log-probabilities, below which two
 Values = Float[Array, "B K"]
 
 
-class Rule(NamedTuple):
+class PreferenceRule(NamedTuple):
     """The name of a preference loss and its numbers.
 
     beta: scale of the rewards, for ORPO the weight of the odds term. margin: SimPO's gamma / beta.
@@ -132,7 +132,7 @@ def kto(
 
 
 def preference_loss(
-    rule: Rule,
+    rule: PreferenceRule,
     scores: PairScores,
     weights: Values,
     desirable: Bool[Array, "B K"] | None = None,
@@ -167,7 +167,7 @@ def preference_loss(
     return jnp.sum(weights * losses), sums
 
 
-def _pair_losses(rule: Rule, s: Array, mean: Array, mean_s: Array) -> Values:
+def _pair_losses(rule: PreferenceRule, s: Array, mean: Array, mean_s: Array) -> Values:
     """Return the loss of each pair from s, lp and s per token, each [B, K, 2]."""
     d, mean_d, beta = s[..., 0] - s[..., 1], mean_s[..., 0] - mean_s[..., 1], rule.beta
     match rule.name:
@@ -191,7 +191,7 @@ def _pair_losses(rule: Rule, s: Array, mean: Array, mean_s: Array) -> Values:
 
 
 def _kto_loss(
-    rule: Rule, s: Array, policy: Array, weights: Values, desirable: Bool[Array, "B K"]
+    rule: PreferenceRule, s: Array, policy: Array, weights: Values, desirable: Bool[Array, "B K"]
 ) -> tuple[Float[Array, ""], Metrics]:
     """Return KTO's summed loss, whose baseline is a mean over the whole batch, and its metrics.
 
@@ -236,7 +236,7 @@ class Preference:
     """
 
     tokens: NextToken
-    rule: Rule
+    rule: PreferenceRule
     remat: str = "none"
     unit: ClassVar[str] = "tokens"
 

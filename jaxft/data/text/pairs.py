@@ -130,7 +130,7 @@ def load_pairs(
         counts = Counter(records=len(records), truncated=0, empty=0, untrained=0, equal=0)
         facts |= {"desirable": []}
         for index, texts, sides in _encode_all(records, kind, encoder, chat, counts):
-            if kept := _cut(sides, seq_len + 1, counts):
+            if kept := _cut(sides, seq_len + 1, counts, labelled):
                 if vocab_size is not None:
                     check_ids(kept.tokens, vocab_size, tokenizer, records.where(index))
                 facts["desirable"].append(int(texts.desirable))
@@ -308,15 +308,19 @@ def _common(prompt: list[int], side: Int[np.ndarray, " n"]) -> int:
     return int(differ[0]) if len(differ) else size
 
 
-def _cut(sides: list[Example], limit: int, counts: Counter) -> EncodedRecord | None:
-    """Return both sides cut to `limit` tokens, or None and a count if nothing can be compared."""
+def _cut(sides: list[Example], limit: int, counts: Counter, labelled: bool) -> EncodedRecord | None:
+    """Return both sides cut to `limit` tokens, or None and a count if nothing can be compared.
+
+    The second side of a labelled record may be equal to the first one: two prompts can have the
+    same answer.
+    """
     counts["truncated"] += any(len(side.tokens) > limit for side in sides)
     tokens = [side.tokens[:limit] for side in sides]
     trained: list[Bool[np.ndarray, " n"]] = [side.weights[:limit] > 0 for side in sides]
     if not all(mask.any() for mask in trained):
         counts["untrained"] += 1
         return None
-    if np.array_equal(tokens[0], tokens[1]):
+    if not labelled and np.array_equal(tokens[0], tokens[1]):
         counts["equal"] += 1
         return None
     first, both = len(tokens[0]), sum(map(len, tokens))

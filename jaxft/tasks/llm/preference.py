@@ -17,7 +17,7 @@ from jaxft.data.cache import ArrayCache
 from jaxft.data.loader import subset
 from jaxft.data.text.packing import Groups, first_fit
 from jaxft.objectives.next_token import NextToken
-from jaxft.objectives.preference import PairScores, Preference, Rule, preference_loss
+from jaxft.objectives.preference import PairScores, Preference, PreferenceRule, preference_loss
 from jaxft.tasks import Data, Look, Report, Request
 from jaxft.tasks.common.encoded import fingerprint
 from jaxft.tasks.llm.opened import OpenedDecoder
@@ -38,7 +38,9 @@ def make_preference(opened: OpenedDecoder, width: int, per_row: int) -> Preferen
     margin = keys.margin or SIMPO_MARGIN
     room, cost = 2 * options.seq_len, flops(opened.model_cfg, options.seq_len)
     tokens = NextToken(opened.dtype, room, width, per_row=2 * per_row, token_flops=cost)
-    return Preference(tokens, Rule(options.objective, beta, margin, keys.smoothing, keys.sft))
+    return Preference(
+        tokens, PreferenceRule(options.objective, beta, margin, keys.smoothing, keys.sft)
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -150,6 +150,10 @@ def test_b10_one_prompt_for_all_takes_the_next_record():
     assert mismatched("aaa") == [1, 2, 0]
 
 
+def test_b10_equal_answers_to_two_prompts_are_kept(load):
+    assert len(load([labelled("a", " yes"), labelled("b", " yes", False)], labelled=True)) == 2
+
+
 def test_a_label_that_is_no_truth_value_is_refused(load):
     with pytest.raises(UserError, match=r"rows\.jsonl:1: field 'label' must be true or false"):
         load([labelled("a", " b", "good")], labelled=True)
