@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from jaxft.core.errors import UserError
 from jaxft.data.text import store
+from jaxft.data.text.chat.format import ChatFormat
 from jaxft.data.text.pairs import load_pairs, mismatched
 
 BOS, EOS = 0, 1
@@ -168,3 +169,62 @@ def test_large_sets_are_files_with_the_same_pairs(load, tmp_path, monkeypatch):
         assert [disk.key(i) for i in range(5)] == [memory.key(i) for i in range(5)]
         assert disk.report == memory.report and disk.inputs(3) == memory.inputs(3)
     assert len(set(map(memory.key, range(5)))) == 5
+
+
+# ---- chat ------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def chat(tokenizer):
+    return ChatFormat(tokenizer, TEMPLATE, "the test's template")
+
+
+def messages(record):
+    turns = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return {k: [{"role": turns[k], "content": v}] for k, v in record.items()}
+
+
+def test_b1_strings_and_messages_become_the_same_turns(load, tokenizer, chat):
+    plain = pair(chosen="is tall", rejected="is water")
+    whole = messages(plain)
+    implicit = {k: [*whole["prompt"], *whole[k]] for k in ("chosen", "rejected")}
+    made = [load([record], chat=chat)[0] for record in (plain, whole, implicit)]
+    for one in made:
+        for side, answer in zip(one.sides, ("is tall", "is water"), strict=True):
+            shown = tokenizer.decode(side.tokens)
+            assert (
+                shown.replace(" ", "")
+                == f"<user>atree</s>\n<assistant>{answer.replace(' ', '')}</s>\n"
+            )
+            assert trained(tokenizer, side) == f"{answer}</s>", "answer and stop token, no newline"
+        assert [s.tokens.tolist() for s in one.sides] == [s.tokens.tolist() for s in made[0].sides]
+
+
+def test_whole_texts_without_a_prompt_are_no_turns(load, tokenizer, chat):
+    plain = load([{"chosen": "a tree is tall", "rejected": "a tree is water"}], chat=chat)
+    assert plain.chat is None
+    assert tokenizer.decode(plain[0].sides[0].tokens).endswith("is tall</s>")
+
+
+def test_kto_answers_the_prompt_of_another_conversation(load, tokenizer, chat):
+    rows = [{"prompt": p, "completion": c, "label": i == 0} for i, (p, c) in enumerate(
+        [("a tree", "is tall"), ("water", "is wet")])]  # fmt: skip
+    first, second = (
+        trained(tokenizer, side) for side in load(rows, labelled=True, chat=chat)[0].sides
+    )
+    assert (first, second) == ("is tall</s>", "is wet</s>")
+
+
+def test_messages_need_a_chat_template(load):
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:1: lists of messages need a chat template.*chat="
+    ):
+        load([messages(pair())])
+    mixed = {**messages(pair()), "rejected": " is water"}
+    with pytest.raises(UserError, match=r"rows.jsonl:1: chosen and rejected must both be strings"):
+        load([mixed])
