@@ -145,7 +145,18 @@ def test_image_tokens_meet_cudnn_on_an_h200(tmp_path_factory):
     assert found["kernels"]["__cudnn$fmhaSoftmaxBackward"] > 0
 
 
-def test_an_autoencoder_compiles_for_an_h200_and_a_v5e():
-    for topology in (H200, V5E):
-        found = compiled(topology, "autoencoder", ())
-        assert found["total"] > found["parameters"] > 0
+@pytest.mark.parametrize("topology", [H200, V5E])
+def test_an_autoencoder_meets_no_scores_of_all_its_latents(tmp_path_factory, topology):
+    """Two levels of the VAE of Stable Diffusion: its one attention is that of the middle."""
+    folder = tmp_path_factory.getbasetemp() / "vae"
+    folder.mkdir(exist_ok=True)
+    config = json.loads((PUBLISHED / "sd-vae-ft-mse" / "config.json").read_text())
+    config |= {"block_out_channels": [128, 256], "layers_per_block": 1}
+    config |= {"down_block_types": config["down_block_types"][:2]}
+    config |= {"up_block_types": config["up_block_types"][:2]}
+    (folder / "config.json").write_text(json.dumps(config))
+    keys = {"model": folder, "data.train": "", "data.eval": "", "loss.perceptual": 0.0}
+    keys |= {"resolution": 96, "total": "10_steps"}
+    found = compiled(topology, "autoencoder", tuple(f"{k}={v}" for k, v in keys.items()))
+    assert found["total"] > found["parameters"] > 0
+    assert not square(found, 48 * 48)
