@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 from jaxft.core import config as configs
@@ -86,9 +85,9 @@ def describe(found: Inspection, colour: bool) -> str:
     parts += [legend] if found.examples else []
     for heading, texts in found.examples:
         text = "".join(map(_coloured, texts)) if colour else _bracketed(texts)
-        parts.append(f"{heading}\n{indent(text, '| ', lambda line: True)}")
+        parts.append("\n| ".join([heading, *text.split("\n")]))
     parts.append(table(found.counts, (found.key, "")))
-    parts.append(table(found.tokens, ("token", "id", "in examples", "trained")))
+    parts.append(table(found.tokens, ("token", "id", "count", "trained")))
     most = max(number for *_, number in found.lengths)
     lines = ["   tokens  examples"]
     for first, last, number in found.lengths:
@@ -151,7 +150,7 @@ def _section(found: Inspection) -> str:
         shown = "".join(map(_marked, texts))
         parts.append(f"<h3>{html.escape(heading)}</h3>\n<pre>{shown}</pre>")
     parts.append(_html_table((), found.counts))
-    parts.append(_html_table(("token", "id", "in examples", "trained"), found.tokens))
+    parts.append(_html_table(("token", "id", "count", "trained"), found.tokens))
     most = max(number for *_, number in found.lengths)
     bars = [
         f"<tr><td>{first}-{last}</td><td>{number}</td>"

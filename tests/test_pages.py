@@ -35,7 +35,7 @@ PAGES = [
     *sorted((ROOT / "configs").glob("*.py")),
 ]
 COMMAND = r"python3?\s+(?:-m\s+jaxft|tools/)\S*"
-COUNT = 43  # of all pages; a new line is run without being listed here, but counted
+COUNT = 45  # of all pages; a new line is run without being listed here, but counted
 # What stands in a line for something that only its user knows: found among PLACES, or replaced.
 WORDS = {"--step 50": "--step 2", "--topology h200:8": "--topology cpu:8"}
 TINY = {"every.save": "1_steps", "total": "2_steps", "batch_size": 8, "eval_examples": 8}
@@ -242,7 +242,7 @@ def shortened(line: Line) -> list[str]:
     """Options that end a line in a moment."""
     if line.module == "jaxft.sample" and "runs/diffusion" in line.arguments:
         return ["--steps=2"]
-    if line.module == "jaxft.plan":
+    if line.module in ("jaxft.plan", "jaxft.inspect_data"):
         return ["--config.model=path/to/folder", "--config.seq_len=48"]
     if line.module != "jaxft.train":
         return []
@@ -271,6 +271,9 @@ def check(line: Line, shown: str) -> None:
             assert [one["step"] for one in steps if "loss" in one] == [1, 2]
         case "jaxft.plan":
             assert "memory of a device" in shown
+        case "jaxft.inspect_data":
+            assert "trained tokens" in shown
+            assert "<mark>" in Path(flags["--html"]).read_text()
         case "jaxft.evaluate":
             assert json.loads((work / "evaluation-2.json").read_text())["loss"] > 0
         case "jaxft.sample":
