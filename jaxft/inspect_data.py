@@ -27,7 +27,7 @@ SHOWN_EXAMPLES = 3  # the default of --rows
 BAR = 40  # characters of the longest bar
 LEGEND = "[[ ]] marks what is trained"
 # ANSI codes by (trained, special).
-COLOURS = {
+ANSI_CODES = {
     (True, False): "32",  # green
     (True, True): "1;32",  # bold green
     (False, True): "36",  # cyan
@@ -99,7 +99,7 @@ def describe(found: Inspection, colour: bool) -> str:
 
 def _coloured(piece: Piece) -> str:
     """Return a piece in its colour. Each line ends with a reset."""
-    code = COLOURS[piece.trained, piece.special]
+    code = ANSI_CODES[piece.trained, piece.special]
     lines = piece.text.split("\n")
     return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else "" for line in lines)
 

@@ -16,7 +16,7 @@ from jaxft.tasks.llm.opened import OpenedDecoder
 from jaxft.tasks.llm.rows import TokenRows
 
 BATCHES = 20  # batches whose padding is counted
-BLOCK = 4096  # examples whose tokens are counted at once
+COUNTED_AT_ONCE = 4096  # examples
 LENGTHS = 10  # intervals of lengths
 
 
@@ -104,8 +104,8 @@ def count(data: Any, bos: int | None, vocab_size: int) -> Tally:
     """Count the tokens of all examples. Raises UserError for one that begins with two BOS."""
     used, trained = np.zeros((2, vocab_size), np.int64)
     lengths, n_bos = np.zeros(len(data), np.int64), 0
-    for first in range(0, len(data), BLOCK):
-        examples = [data[i] for i in range(first, min(first + BLOCK, len(data)))]
+    for first in range(0, len(data), COUNTED_AT_ONCE):
+        examples = [data[i] for i in range(first, min(first + COUNTED_AT_ONCE, len(data)))]
         for place, (tokens, _) in enumerate(examples, first):
             lengths[place] = len(tokens)
             begin = tokens[:2].tolist()
