@@ -310,6 +310,7 @@ TESTED_WITH = {
     "runs/watch.py": "runs/test_train.py",
     "runs/planning/estimate.py": "test_plan.py",
     "tasks/llm/pairs.py": "tasks/llm/test_preference.py",
+    "tasks/llm/inspection.py": "test_inspect_data.py",
     "tasks/common/encoded.py": "tasks/diffusion/test_task.py",
     "tasks/common/writers.py": "test_commands.py",
     "verify/__main__.py": "verify/test_verify.py",

@@ -250,7 +250,7 @@ def shortened(line: Line) -> list[str]:
     """Options that end a line in a moment."""
     if line.module == "jaxft.sample" and "runs/diffusion" in line.arguments:
         return ["--steps=2"]
-    if line.module == "jaxft.plan":
+    if line.module in ("jaxft.plan", "jaxft.inspect_data"):
         return ["--config.model=path/to/folder", "--config.seq_len=48"]
     if line.module != "jaxft.train":
         return []
@@ -279,6 +279,9 @@ def check(line: Line, shown: str) -> None:
             assert [one["step"] for one in steps if "loss" in one] == [1, 2]
         case "jaxft.plan":
             assert "memory of a device" in shown
+        case "jaxft.inspect_data":
+            assert "trained tokens" in shown
+            assert "<mark>" in Path(flags["--html"]).read_text()
         case "jaxft.evaluate":
             assert json.loads((work / "evaluation-2.json").read_text())["loss"] > 0
         case "jaxft.sample":
