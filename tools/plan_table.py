@@ -28,6 +28,13 @@ measured them.** Memory (GiB of a device), traffic and collectives are exact.
 | step | devices | batch | remat | GiB | fits | traffic GiB | ms at least | MFU up to | most of it |
 |---|---|---|---|---|---|---|---|---|---|
 """
+TAIL = """
+**SDXL stays below 50 %.** 505 of its 751 GiB are elementwise work. Its gates (GEGLU) account for a
+quarter of that time: in each of six blocks of ten layers, [8, 1024, 10240] is split, stored for the
+backward pass in a stack of all layers, read from there, and computed again, at 3 to 4 GiB a pass.
+**Llama 8B on 16 TPU v5e** does not fit with remat=dots, and `remat=auto` chooses full: a quarter of
+the work is recomputation, which MFU does not count.
+"""
 
 
 class Case(NamedTuple):
@@ -120,7 +127,7 @@ def main(names: list[str]) -> None:
         results[name] = plan(CASES[name])
         ordered = {name: results[name] for name in CASES if name in results}
         RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
-        PAGE.write_text(HEAD + "".join(row(*one) for one in ordered.items()))
+        PAGE.write_text(HEAD + "".join(row(*one) for one in ordered.items()) + TAIL)
 
 
 if __name__ == "__main__":
