@@ -1,7 +1,7 @@
 """Steps compiled for an H200 and a TPU v5e without either: kernels, traffic, collectives, memory.
 
-Bytes and structure of a compiled program are exact, so they are tests. `pytest -m aot` runs them,
-where `pip install '.[cuda-aot,tpu]'` brought the compilers.
+Bytes and structure of a compiled program are exact, so they are tests. `pytest -m "aot and not
+slow"` is in the gate. It runs where `pip install '.[cuda-aot,tpu]'` brought the compilers.
 """
 
 import json
@@ -145,7 +145,8 @@ def test_image_tokens_meet_cudnn_on_an_h200(tmp_path_factory):
     assert found["kernels"]["__cudnn$fmhaSoftmaxBackward"] > 0
 
 
-@pytest.mark.parametrize("topology", [H200, V5E])
+# A TPU's compiler takes over ten minutes for these convolutions.
+@pytest.mark.parametrize("topology", [H200, pytest.param(V5E, marks=pytest.mark.slow)])
 def test_an_autoencoder_meets_no_scores_of_all_its_latents(tmp_path_factory, topology):
     """Two levels of the VAE of Stable Diffusion: its one attention is that of the middle."""
     folder = tmp_path_factory.getbasetemp() / "vae"
