@@ -108,7 +108,7 @@ class Config:
 
 CHOICES = {
     "init": ("pretrained", "random"),
-    "optim.name": ("adamw", "adafactor", "lion", "muon"),
+    "optim.name": ("adamw", "adafactor", "lion", "muon", "prodigy"),
     "optim.schedule": ("constant", "cosine", "linear", "wsd"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),

@@ -15,7 +15,7 @@ from jaxft.core.params import ADAPTER_ROLE, ADVERSARY_ROLE, Leaf, Params
 
 ADAM_EPS = 1e-8
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
-OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "prodigy")
 
 
 def schedule(name: str, lr: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -76,6 +76,8 @@ def make_optimizer(
     of hidden matrices and LoRA factors. It scales them to AdamW's step size (arXiv 2502.16982), so
     that one `lr` fits both. Embeddings, output heads, norms and biases get AdamW, and b1 and b2
     concern only these. Adafactor and Muon treat a stacked kernel as one (in, out) matrix a layer.
+    `prodigy` (arXiv 2306.06101) is AdamW that estimates its step size, which `lr` multiplies: take
+    1. It keeps the initial parameters too, and a fourth array of sums.
 
     State and updates are fp32, whatever the dtype of the parameters is.
 
@@ -85,6 +87,9 @@ def make_optimizer(
     def decays(params: Params) -> dict[str, bool]:
         return {path: _is_matrix(path, leaves[path]) for path in params}
 
+    if name == "prodigy":
+        sized = _prodigy(learning_rate, b1, b2, weight_decay, decays)
+        return _in_float32(optax.chain(_clipped(clip, leaves), sized) if clip else sized)
     steps = [
         _direction(name, b1, b2, leaves),
         optax.add_decayed_weights(weight_decay, mask=decays),
@@ -214,6 +219,34 @@ def _adam(b1: float, b2: float) -> optax.GradientTransformation:
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(optax.scale_by_adam(b1, b2).init, update)
+
+
+def _prodigy(
+    learning_rate: optax.Schedule,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    decays: Callable[[Params], dict[str, bool]],
+) -> optax.GradientTransformation:
+    """optax's Prodigy, whose weight decay would include norms and biases.
+
+    Gradients that are all 0 at the first step give it 0 / 0 as step size. It then stays as it was.
+    """
+    plain = contrib.prodigy(learning_rate, (b1, b2))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        count = state.count + 1
+        correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+        size = weight_decay * state.estim_lr * learning_rate(state.count) * correction
+        found: Any = plain.update(updates, state, params)
+        made, new = found
+        unmoved = sum(jnp.sum(jnp.abs(x)) for x in new.grad_sum.values()) == 0
+        new = new._replace(estim_lr=jnp.where(unmoved, state.estim_lr, new.estim_lr))
+        made = {path: jnp.where(unmoved, 0.0, x) for path, x in made.items()}
+        decayed = decays(params)
+        return {k: x - size * params[k] if decayed[k] else x for k, x in made.items()}, new
+
+    return optax.GradientTransformation(plain.init, update)
 
 
 def _muon(b1: float, b2: float, leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:

@@ -168,7 +168,7 @@ def test_adamw_without_momentum():
     assert_same_run(ours, theirs, params, 1e-6)
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name in optim.OPTIMIZERS if name != "prodigy"])
 def test_t15_only_matrices_decay(name):
     """Without gradients all that moves is what decays, by lr * weight_decay of itself."""
     params = arrays(0)
