@@ -21,7 +21,7 @@ from jaxft.data.text.chat.records import is_chat
 from jaxft.data.text.chat.rows import chat_rows, fingerprint_text
 from jaxft.data.text.store import Encoded, EncodedRecord, Flat, byte_positions
 from jaxft.data.text.templates import record_kind, render, split_template
-from jaxft.data.text.vocabulary import check_ids
+from jaxft.data.text.vocabulary import check_ids, tokenize
 
 Tokenizer = Any  # a fast tokenizer of transformers, whose classes are slow to import
 
@@ -50,16 +50,8 @@ class Encoder:
         that crosses the border is therefore trained. No BOS or EOS is added where the text itself
         begins or ends with it.
         """
-        batch = self.tokenizer(
-            [prompt + completion for prompt, completion in pairs],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            padding=False,
-            truncation=False,
-            verbose=False,
-        )
-        columns = zip(pairs, batch["input_ids"], batch["offset_mapping"], strict=True)
+        texts = [prompt + completion for prompt, completion in pairs]
+        columns = zip(pairs, *tokenize(self.tokenizer, texts), strict=True)
         return [self._row(*pair, ids, offsets) for pair, ids, offsets in columns]
 
     def _row(

@@ -1,6 +1,6 @@
-"""Token ids against the rows of an embedding table."""
+"""Token ids of texts, checked against the rows of an embedding table."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,3 +26,19 @@ def check_ids(
         f" model's vocabulary has {rows} rows (the tokenizer has {len(tokenizer)} tokens); take the"
         " model's own tokenizer, or resize the model (resize_token_embeddings) and save it again"
     )
+
+
+def tokenize(
+    tokenizer: Any, texts: Sequence[str]
+) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    """Return the ids of whole texts without special tokens, and the characters of each token."""
+    batch = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        padding=False,
+        truncation=False,
+        verbose=False,
+    )
+    return batch["input_ids"], batch["offset_mapping"]

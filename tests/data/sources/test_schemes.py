@@ -1,25 +1,12 @@
 """The table of schemes: each serves texts, pictures or both, and messages name those that do."""
 
-from pathlib import Path
-
 import pytest
 
 from jaxft.core.config import PACKAGE
 from jaxft.core.errors import UserError
 from jaxft.data.sources.schemes import SCHEMES, open_images, open_records
 from jaxft.demo import DEMOS
-
-
-def one_line_error(action) -> str:
-    with pytest.raises(UserError) as caught:
-        action()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def write(path: Path, content: bytes) -> str:
-    path.write_bytes(content)
-    return str(path)
+from tests.data.sources.sayings import one_line_error, write
 
 
 @pytest.mark.parametrize("name", SCHEMES)

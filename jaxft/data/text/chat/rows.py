@@ -13,6 +13,7 @@ from jaxft.data.text.chat.format import ChatFormat
 from jaxft.data.text.chat.records import FIRST_ROLES, Conversation, read_conversation
 from jaxft.data.text.chat.spans import Rendered, find_answers, token_spans
 from jaxft.data.text.store import Encoded, byte_positions
+from jaxft.data.text.vocabulary import tokenize
 
 _CHUNK_ROWS, _CHUNK_CHARS = 512, 1_000_000
 # Counts of chat rows in a report, all of which may be 0.
@@ -69,16 +70,7 @@ def encode_rendered(chat: ChatFormat, rows: Sequence[Rendered]) -> list[tuple[En
     A token is trained if it starts inside the span of an answer. The second result is True where
     the text before an answer shares a token with it. That token is not trained.
     """
-    batch = chat.tokenizer(
-        [row.text for row in rows],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        padding=False,
-        truncation=False,
-        verbose=False,
-    )
-    columns = zip(rows, batch["input_ids"], batch["offset_mapping"], strict=True)
+    columns = zip(rows, *tokenize(chat.tokenizer, [row.text for row in rows]), strict=True)
     return [_row(made, ids, offsets, chat.tokenizer.eos_token_id) for made, ids, offsets in columns]
 
 

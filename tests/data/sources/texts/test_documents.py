@@ -1,23 +1,9 @@
 """Text files: one record each."""
 
-from pathlib import Path
-
 import pytest
 
-from jaxft.core.errors import UserError
 from jaxft.data.sources.schemes import open_records
-
-
-def one_line_error(action) -> str:
-    with pytest.raises(UserError) as caught:
-        action()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def write(path: Path, content: bytes) -> str:
-    path.write_bytes(content)
-    return str(path)
+from tests.data.sources.sayings import one_line_error, write
 
 
 def test_text_reads_a_file_a_folder_and_a_glob(tmp_path):

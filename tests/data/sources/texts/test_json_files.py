@@ -8,20 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft.core.errors import UserError
 from jaxft.data.sources.schemes import open_records
-
-
-def one_line_error(action) -> str:
-    with pytest.raises(UserError) as caught:
-        action()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def write(path: Path, content: bytes) -> str:
-    path.write_bytes(content)
-    return str(path)
+from tests.data.sources.sayings import one_line_error, write
 
 
 def test_jsonl_gives_records_by_index_and_their_lines(tmp_path):
