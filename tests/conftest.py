@@ -25,6 +25,11 @@ LINES = [
 ]
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Bytes by their argument's name: a gzip header holds the time, and workers must agree."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="module")
 def quick():
     """One device, and code that compiles fast: for what lies on disk, not how it was computed."""
