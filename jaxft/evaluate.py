@@ -4,8 +4,11 @@ import json
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
+from jaxft.tasks import Data, Report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +24,6 @@ def _main(argv: list[str]) -> None:
     from jaxft.runs.agreement import agreement
     from jaxft.runs.opening import preview
     from jaxft.runs.restoring import facts, open_any
-    from jaxft.tasks import Data
 
     run, params, step = open_any(arguments)
     if not run.cfg.data.eval:
@@ -36,9 +38,22 @@ def _main(argv: list[str]) -> None:
     if report.rows:
         print(table(report.rows, report.headers))
     if "workdir" in arguments.options and jax.process_index() == 0:
-        file = Path(arguments.options["workdir"]) / f"evaluation-{step}.json"
-        file.write_text(json.dumps({"step": step, **report.metrics}, indent=2) + "\n")
-        print(f"written to {file}")
+        _write(Path(arguments.options["workdir"]), step, report)
+
+
+def _write(workdir: Path, step: int, report: Report) -> None:
+    """Write metrics, and the predictions and the pictures if there are any."""
+    file = workdir / f"evaluation-{step}.json"
+    file.write_text(json.dumps({"step": step, **report.metrics}, indent=2) + "\n")
+    written = [file]
+    if report.predictions:
+        written.append(workdir / f"predictions-{step}.jsonl")
+        lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in report.predictions)
+        written[-1].write_text("".join(lines), encoding="utf-8")
+        for name, picture in report.pictures.items():
+            written.append(workdir / f"evaluation-{step}-{name}.png")
+            Image.fromarray(picture).save(written[-1])
+    print(f"written to {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

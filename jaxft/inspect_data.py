@@ -59,10 +59,10 @@ def _main(argv: list[str]) -> None:
 
     run = open_run({**config, "init": "random"})
     opened: Any = run.opened  # OpenedDecoder, as the task is llm
-    if opened.options.pairs:
+    if opened.options.objective != "sft":
         raise UserError(
-            f"objective={opened.options.objective!r} trains pairs, which inspect_data does not"
-            " show; the first lines of a run count them"
+            f"objective={opened.options.objective!r} trains pairs or labels, which inspect_data"
+            " does not show; the first lines of a run count them"
         )
     data = run.cfg.data
     found = [inspect(opened, "data.train", data.train, int(shown))]

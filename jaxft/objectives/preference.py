@@ -16,8 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxft.core.params import Leaf
 from jaxft.core.step import Batch, Metrics
 from jaxft.kernels.cross_entropy import linear_log_probs
+from jaxft.objectives.classification import head_flops, head_scores
 from jaxft.objectives.next_token import NextToken
 
+REWARD = "reward"  # scores of a head in place of log-probabilities
 MEAN_SCORED = ("orpo", "simpo")  # rewards are means over tokens, without a reference
 ROUNDING = 1e-6  # relative error of a sum of log-probabilities, below which two rewards are equal
 Values = Float[Array, "B K"]
@@ -28,6 +30,7 @@ class PreferenceRule(NamedTuple):
 
     beta: scale of the rewards, for ORPO the weight of the odds term. margin: SimPO's gamma / beta.
     smoothing: share of swapped labels. sft: weight of the chosen side's loss beside the DPO family.
+    center: weight of the squared sum of both rewards of a reward model.
     """
 
     name: str
@@ -35,12 +38,14 @@ class PreferenceRule(NamedTuple):
     margin: float = 0.0
     smoothing: float = 0.0
     sft: float = 0.0
+    center: float = 0.0
 
 
 class PairScores(NamedTuple):
     """Log-probabilities of pairs, chosen first: sums over a side's tokens, the policy's and step 0.
 
-    tokens: trained tokens of a side, at least 1. reference is zero for losses without one.
+    tokens: trained tokens of a side, at least 1. reference is zero for losses without one. `policy`
+    of a reward model are its scores.
     KTO: the record's own completion comes first, then one of another prompt.
     """
 
@@ -131,6 +136,17 @@ def kto(
     return 1 - jax.nn.sigmoid(beta * gain)
 
 
+def reward(chosen: Values, rejected: Values, center: float) -> Values:
+    """Return -log sigmoid(chosen - rejected) of two rewards, ln 2 if they are equal.
+
+    center: weight of (chosen + rejected)^2, which keeps the mean of the rewards near 0.
+    Sources: Ouyang et al. 2022, arXiv:2203.02155, eq. 1. Eisenstein et al. 2023, arXiv:2312.09244,
+    eq. 2.
+    """
+    loss = -jax.nn.log_sigmoid(chosen - rejected)
+    return loss + center * jnp.square(chosen + rejected) if center else loss
+
+
 def preference_loss(
     rule: PreferenceRule,
     scores: PairScores,
@@ -160,9 +176,9 @@ def preference_loss(
         "rewards/rejected": rule.beta * gains[..., 1],
         "rewards/accuracies": gains[..., 0] - gains[..., 1] > rounding,  # a tie is no success
         "rewards/margins": rule.beta * (gains[..., 0] - gains[..., 1]),
-        "logps/chosen": shown[..., 0],
-        "logps/rejected": shown[..., 1],
     }
+    if rule.name != REWARD:
+        metrics |= {"logps/chosen": shown[..., 0], "logps/rejected": shown[..., 1]}
     sums = {name: jax.lax.stop_gradient(jnp.sum(weights * x)) for name, x in metrics.items()}
     return jnp.sum(weights * losses), sums
 
@@ -187,6 +203,8 @@ def _pair_losses(rule: PreferenceRule, s: Array, mean: Array, mean_s: Array) -> 
             return orpo(mean[..., 0], mean[..., 1], beta)
         case "simpo":
             return simpo(mean[..., 0], mean[..., 1], beta, rule.margin)
+        case "reward":
+            return reward(s[..., 0], s[..., 1], rule.center)
     raise ValueError(f"{rule.name!r} is no loss over pairs")
 
 
@@ -258,13 +276,21 @@ class Preference:
         return self.tokens.units(batch)
 
     def flops(self, trained: Mapping[str, Leaf]) -> float:
-        return self.tokens.flops(trained)
+        return head_flops(self.tokens, trained)
 
     def score(
         self, model: Any, batch: Batch
     ) -> tuple[Float[Array, "B K 2"], Float[Array, "B K 2"]]:
-        """Return the log-probability of each side of each pair, and its tokens (at least 1)."""
+        """Return the log-probability of each side of each pair, and its tokens (at least 1).
+
+        A reward model returns its scores, each of one token.
+        """
         tokens, (rows, pairs) = replace(self.tokens, remat=self.remat), batch["pairs"].shape
+        if self.rule.name == REWARD:
+            scores, weights, segments = head_scores(tokens, model, batch)
+            each = weights * scores[..., 0]
+            sums = segment_sums(each, segments, 2 * pairs).reshape(rows, pairs, 2)  # [B, K, 2]
+            return sums, jnp.ones_like(sums)
         hidden = tokens.hidden(model, batch, None)
         names = ("targets", "weights", "segment_ids")
         hidden, targets, weights, segments = tokens.trained_only(hidden, batch, tokens.width, names)

@@ -123,7 +123,7 @@ class Watch:
 
     def keep_before(self, report: Report) -> None:
         """Keep the evaluation before training, for the table at the end."""
-        self._keep(BEFORE, report._replace(pictures={})._asdict())
+        self._keep(BEFORE, report._replace(pictures={}, predictions=())._asdict())
 
     def _keep(self, name: str, record: dict[str, Any]) -> None:
         if self.primary:

@@ -164,12 +164,16 @@ class Data(NamedTuple):
 
 
 class Report(NamedTuple):
-    """An evaluation: named numbers, a few rows of text under headers, and pictures."""
+    """An evaluation: named numbers, a few rows of text under headers, and pictures.
+
+    predictions: a record for each example, for a file.
+    """
 
     metrics: dict[str, float]
     headers: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
     pictures: Mapping[str, np.ndarray] = {}
+    predictions: tuple[Mapping[str, Any], ...] = ()
 
 
 class Look(NamedTuple):

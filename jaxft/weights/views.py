@@ -103,6 +103,25 @@ class Grafted(NamedTuple):
         return np.concatenate([table, added.astype(table.dtype)])
 
 
+class Drawn(NamedTuple):
+    """One new fp32 tensor from N(0, std). The same seed gives the same values at every read."""
+
+    key: str
+    shape: tuple[int, ...]
+    std: float
+    seed: int
+
+    def keys(self) -> Sequence[str]:
+        return [self.key]
+
+    def info(self, key: str) -> tuple[tuple[int, ...], Any]:
+        return self.shape, np.dtype(np.float32)
+
+    def read(self, key: str) -> np.ndarray:
+        drawn = np.random.default_rng(self.seed).standard_normal(self.shape, np.float32)
+        return np.float32(self.std) * drawn
+
+
 class Place(NamedTuple):
     """A tensor's key on the other side, its layout, and its index in a fused tensor of q, k and v.
 

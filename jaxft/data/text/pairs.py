@@ -19,6 +19,7 @@ from jaxft.data.text.chat.records import read_conversation
 from jaxft.data.text.chat.rows import encode_rendered
 from jaxft.data.text.chat.spans import find_answers
 from jaxft.data.text.dataset import Encoder, Example, Tokenizer, make_encoder
+from jaxft.data.text.labelled import read_at_end
 from jaxft.data.text.store import EncodedRecord, Flat
 from jaxft.data.text.templates import text_field
 from jaxft.data.text.vocabulary import check_ids
@@ -111,6 +112,7 @@ def load_pairs(
     vocab_size: int | None = None,
     cache: Path | str = "",
     columns: str = "",
+    pad_id: int | None = None,
 ) -> PairDataset:
     """Tokenise a preference set, or with `labelled` a set of single answers with labels (KTO).
 
@@ -118,8 +120,9 @@ def load_pairs(
     `chat` prompt and answer are turns of a conversation instead, and the answer and its stop token
     are trained. A side keeps its first seq_len + 1 tokens. Pairs that are empty, equal or without a
     trained token in a side after that are dropped and counted. Sets above IN_MEMORY bytes are files
-    in `cache`, as in `load_text`. `columns` renames fields. Raises UserError for bad records, equal
-    sides, tokens beyond `vocab_size`, and if no pair remains.
+    in `cache`, as in `load_text`. `columns` renames fields. With `pad_id` a side is for a reward
+    model: it keeps seq_len tokens, and is weighted where the reward is read (`read_at_end`). Raises
+    UserError for bad records, equal sides, tokens beyond `vocab_size`, and if no pair remains.
     """
     records, encoder = open_records(spec, columns), make_encoder(tokenizer)
     kind = pair_kind(records[0], records.where(0), labelled)
@@ -130,7 +133,8 @@ def load_pairs(
         counts = Counter(records=len(records), truncated=0, empty=0, untrained=0, equal=0)
         facts |= {"desirable": []}
         for index, texts, sides in _encode_all(records, kind, encoder, chat, counts):
-            if kept := _cut(sides, seq_len + 1, counts, labelled):
+            limit = seq_len + (pad_id is None)
+            if kept := _cut(sides, limit, counts, labelled, pad_id):
                 if vocab_size is not None:
                     check_ids(kept.tokens, vocab_size, tokenizer, records.where(index))
                 facts["desirable"].append(int(texts.desirable))
@@ -138,6 +142,7 @@ def load_pairs(
         facts |= {"counts": dict(counts)}
 
     options = kind, seq_len, vocab_size, encoder.bos, encoder.eos, chat and chat.sha256
+    options = options if pad_id is None else (*options, pad_id)
     size, digest = _fingerprint(records, kind, tokenizer, options) if cache else (0, "")
     facts: dict = {}
     if size <= store.IN_MEMORY:
@@ -308,7 +313,9 @@ def _common(prompt: list[int], side: Int[np.ndarray, " n"]) -> int:
     return int(differ[0]) if len(differ) else size
 
 
-def _cut(sides: list[Example], limit: int, counts: Counter, labelled: bool) -> EncodedRecord | None:
+def _cut(
+    sides: list[Example], limit: int, counts: Counter, labelled: bool, pad_id: int | None
+) -> EncodedRecord | None:
     """Return both sides cut to `limit` tokens, or None and a count if nothing can be compared.
 
     The second side of a labelled record may be equal to the first one: two prompts can have the
@@ -323,6 +330,9 @@ def _cut(sides: list[Example], limit: int, counts: Counter, labelled: bool) -> E
     if not labelled and np.array_equal(tokens[0], tokens[1]):
         counts["equal"] += 1
         return None
+    if pad_id is not None:
+        ends = [read_at_end(ids, pad_id) for ids in tokens]
+        tokens, trained = [end.tokens for end in ends], [end.weights > 0 for end in ends]
     first, both = len(tokens[0]), sum(map(len, tokens))
     n_trained = [int(mask.sum()) for mask in trained]
     spans = [(0, first), (first, both)]

@@ -61,6 +61,7 @@ class DecoderConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    num_labels: int = 0  # outputs of a head of scores, which replaces that of the vocabulary
 
     def __post_init__(self) -> None:
         if len({(layer.norms, layer.qk_norm) for layer in self.layers}) != 1:

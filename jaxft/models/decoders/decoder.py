@@ -178,6 +178,9 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(d, eps=cfg.rms_norm_eps)
         untied = None if cfg.tied else Linear((d,), (v,), ("embed", "vocab"), key=head, std=std)
         self.lm_head = nnx.data(untied)
+        self.score = nnx.data(None)
+        if cfg.num_labels:
+            self.score = Linear((d,), (cfg.num_labels,), ("embed", None), key=head, std=std)
 
     def __call__(
         self,
@@ -326,6 +329,15 @@ class Decoder(nnx.Module):
         features = self.features(hidden)
         return jnp.einsum(spec, features, matrix, preferred_element_type=jnp.float32)  # [B, T, V]
 
+    def scores(self, hidden: Float[Array, "... D"]) -> Float[Array, "... C"]:
+        """Return the fp32 output of the head of scores, which a model with `num_labels` has."""
+        assert self.score is not None
+        features, kernel = self.score.wide_input(hidden), self.score.wide_kernel()
+        return jnp.einsum(
+            "...d,dc->...c", features, kernel.astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )  # [..., C]  # fmt: skip
+
 
 REMAT = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -358,7 +370,8 @@ def _rematted(run: Any, remat: str, layers: int) -> Any:
 def flops_per_token(cfg: DecoderConfig, seq_len: int) -> float:
     """Return the matmul FLOPs of one token's forward pass in a row of `seq_len`, 2 a weight.
 
-    A causal token attends to (seq_len + 1) / 2 keys on average, and at most to its window.
+    A causal token attends to (seq_len + 1) / 2 keys on average, and at most to its window. A head
+    of scores is read at one token of an example, and does not count.
     """
     d, n, k, h = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     # q, o, k and v projections, and the three matrices of the MLP.
@@ -368,4 +381,5 @@ def flops_per_token(cfg: DecoderConfig, seq_len: int) -> float:
         w = min(layer.window or seq_len, seq_len)
         attended += w - w * (w - 1) / (2 * seq_len)  # the first w - 1 tokens have fewer keys
     # Each key costs a product with q and one with its weight: 4 n h.
-    return 2.0 * (cfg.num_layers * weights + d * cfg.vocab_size) + 4.0 * n * h * attended
+    head = 0 if cfg.num_labels else d * cfg.vocab_size
+    return 2.0 * (cfg.num_layers * weights + head) + 4.0 * n * h * attended

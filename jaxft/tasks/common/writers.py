@@ -85,10 +85,14 @@ def _layer_delta(a: np.ndarray, b: np.ndarray, factor: float, stacked: bool, i: 
     return lora.delta(a[i], b[i], factor) if stacked else lora.delta(a, b, factor)
 
 
-def write_adapter(job: Job, files: SideFiles) -> None:
-    """Write the adapters as a PEFT folder, and `files` beside them without the model's configs."""
+def write_adapter(job: Job, files: SideFiles, kind: str = "CAUSAL_LM") -> None:
+    """Write the adapters as a PEFT folder, and `files` beside them without the model's configs.
+
+    kind: PEFT's task_type.
+    """
     for part in parts(job):
-        peft.write(job.folder, part, job.leaves, adapters(job), job.opened.cfg.lora, part.name)
+        cfg = job.opened.cfg.lora
+        peft.write(job.folder, part, job.leaves, adapters(job), cfg, part.name, kind)
     base = ("config.json", "generation_config.json")
     copy({name: content for name, content in files.items() if name not in base}, job.folder)
 

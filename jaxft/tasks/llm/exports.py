@@ -1,12 +1,40 @@
 """Exports of a language model: the merged folder, or its adapter."""
 
+import json
 from contextlib import suppress
+from pathlib import Path
 
 from jaxft.core.errors import UserError
+from jaxft.models.decoders.classifier import class_name
 from jaxft.tasks import Job, Writer
 from jaxft.tasks.common import writers
 from jaxft.tasks.llm.opened import eos_ids
 from jaxft.weights.folders.transformers import export_config
+
+
+def head_files(job: Job) -> dict[str, bytes]:
+    """Return config.json and tokenizer_config.json of a sequence classifier.
+
+    transformers reads the score at the last token that is not padding. Both files thus name the
+    padding that training used, even if it was the end of a text.
+    """
+    opened, tokenizer = job.opened, job.opened.tokenizer
+    names = {str(i): name for i, name in enumerate(opened.labels)}
+    config = {
+        **export_config(opened.source.config, writers.stated_dtype(job)),
+        "architectures": [class_name(opened.source.config)],
+        "id2label": names,
+        "label2id": {name: int(i) for i, name in names.items()},
+        "problem_type": None if opened.options.pairs else opened.options.problem_type,
+        "pad_token_id": opened.pad_id,
+    }
+    files = {"config.json": writers.dump(config)}
+    if tokenizer.pad_token_id is None:
+        folder = Path(opened.source.tokenizer_dir())
+        stated = json.loads((folder / "tokenizer_config.json").read_bytes())
+        padding = tokenizer.convert_ids_to_tokens(opened.pad_id)
+        files["tokenizer_config.json"] = writers.dump({**stated, "pad_token": padding})
+    return files
 
 
 def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
@@ -16,6 +44,8 @@ def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
     """
     opened = job.opened
     source, files = opened.source, dict(opened.source.side_files)
+    if opened.labels:
+        return {**files, **head_files(job)}
     config = export_config(source.config, writers.stated_dtype(job))
     if config != source.config or opened.kept:
         files["config.json"] = writers.dump(config)
@@ -32,7 +62,8 @@ def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
 
 
 def _write_adapter(job: Job) -> None:
-    writers.write_adapter(job, side_files(job, {""}))
+    kind = "SEQ_CLS" if job.opened.labels else "CAUSAL_LM"
+    writers.write_adapter(job, side_files(job, {""}), kind)
 
 
 WRITERS = {

@@ -13,8 +13,10 @@ from jaxft.core.config import Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
 from jaxft.data.text.chat.format import ChatFormat, open_chat
+from jaxft.data.text.labelled import labels_in
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.models import registry
+from jaxft.models.decoders.classifier import SCORE, SCORE_RULE, open_classifier, stated_labels
 from jaxft.models.decoders.files import open_decoder
 from jaxft.nn import lora
 from jaxft.tasks.common.tokenizers import load_tokenizer
@@ -27,15 +29,32 @@ class OpenedDecoder:
     """A decoder with its tokenizer. Implements `jaxft.tasks.Opened`."""
 
     def __init__(self, cfg: Config):
-        opened = open_adapted(
-            cfg.model, cfg.lora.from_, weights=cfg.init == "pretrained", opener=open_decoder
-        )
-        self.source, self.adapter, self.kept = opened
         self.options = LLMOptions(**cfg.own)
         check_preference(cfg, self.options)
+        opener: Any = open_decoder
+        if self.options.scored:
+            opener = partial(open_classifier, labels=self.options.label_names, seed=cfg.seed)
+        opened = open_adapted(
+            cfg.model,
+            cfg.lora.from_,
+            weights=cfg.init == "pretrained",
+            opener=opener,
+            whole=("score",) if self.options.scored else (),
+        )
+        self.source, self.adapter, self.kept = opened
         self.architecture = registry.find(self.source.config, "decoder")
         self.model_cfg = self.architecture.config(self.source.config, "config.json")
+        self.labels = self._labels(cfg) if self.options.scored else ()
+        if self.labels:
+            size = len(self.labels)
+            self.model_cfg = dataclasses.replace(self.model_cfg, num_labels=size, tied=True)
         part = self.architecture.part(self.source, self.model_cfg)._replace(kept=self.kept)
+        if self.labels:
+            kept = tuple(key for key in self.kept if key != SCORE)  # it trains
+            part = part._replace(rules=(*part.rules, SCORE_RULE), whole=("score",), kept=kept)
+            if cfg.lora.rank or self.adapter:
+                trains = cfg.trainable or rf"{lora.PATHS}|score\..*"
+                cfg = dataclasses.replace(cfg, trainable=trains)
         if self.adapter:
             module = partial(self.architecture.module, self.model_cfg)
             plain = jax.eval_shape(lambda key: module(key=key), jax.random.key(0))
@@ -62,6 +81,28 @@ class OpenedDecoder:
     def chat(self) -> ChatFormat | None:
         """The chat format of the config, else of the checkpoint. None if there is none."""
         return open_chat(self.tokenizer, self.options.chat, self.source.name)
+
+    @cached_property
+    def pad_id(self) -> int:
+        """The padding token of a classifier. transformers reads the score at the last other token.
+
+        It is the tokenizer's, or its end of text.
+        """
+        own = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if own is None else own
+
+    def _labels(self, cfg: Config) -> tuple[str, ...]:
+        """Return the names of the scores. Raises UserError if neither config nor model has them."""
+        if self.options.label_names:
+            return self.options.label_names
+        if SCORE in (self.source.tensors.keys() if self.source.tensors else ()):
+            return stated_labels(self.source.config)
+        found = labels_in(cfg.data.train, self.options.columns)
+        raise UserError(
+            "objective=classify needs the names of the labels in the order of their ids: add"
+            f" --config.labels={','.join(found) or 'NAME,NAME'}"
+            f"{', those of data.train' if found else ''}"
+        )
 
     def build(self, key: jax.Array) -> nnx.Module:
         model = self.architecture.module(self.model_cfg, key=key)

@@ -6,8 +6,12 @@ from jaxft.core.config import Config
 from jaxft.core.errors import UserError, near
 
 DPO_FAMILY = ("dpo", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm")
-OBJECTIVES = ("sft", *DPO_FAMILY, "orpo", "simpo", "kto")
-WITHOUT_REFERENCE = ("sft", "orpo", "simpo")
+PREFERENCES = (*DPO_FAMILY, "orpo", "simpo", "kto")
+SCORED = ("reward", "classify")  # a head of scores replaces the one of the vocabulary
+OBJECTIVES = ("sft", *PREFERENCES, *SCORED)
+WITHOUT_REFERENCE = ("sft", "orpo", "simpo", *SCORED)
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+PROBLEMS = (SINGLE, MULTI, "regression")  # transformers' names
 SMOOTHED = ("dpo", "robust", "sigmoid_norm")
 BETA, SIMPO_BETA, SIMPO_MARGIN = 0.1, 2.0, 0.5  # the values of 0
 
@@ -18,13 +22,15 @@ class PreferenceKeys:
 
     beta: scale of the rewards (0.1, SimPO 2.0), for ORPO the weight of the odds term (0.1).
     margin: SimPO's gamma / beta (0.5). smoothing: share of swapped labels, of dpo, robust and
-    sigmoid_norm. sft: weight of the chosen answer's mean loss, in the DPO family.
+    sigmoid_norm. sft: weight of the chosen answer's mean loss, in the DPO family. center: weight of
+    the squared sum of both rewards, of a reward model.
     """
 
     beta: float = 0.0
     margin: float = 0.0
     smoothing: float = 0.0
     sft: float = 0.0
+    center: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,9 @@ class LLMOptions:
     by the chat template of the checkpoint, if it has one. "on" requires one, "off" uses none, and a
     file FILE.jinja replaces it. cache: folder for the token ids of large sets ("" keeps all in
     memory), and for reference log-probabilities. columns: fields of the records to rename, such as
-    "prompt=question,completion=answer". objective: one of OBJECTIVES.
+    "prompt=question,completion=answer". objective: one of OBJECTIVES. labels: the names of the
+    classes, or of the numbers of a regression, separated by commas, in the order of their ids. A
+    sequence classifier has its own. problem_type: one of PROBLEMS.
     """
 
     seq_len: int
@@ -49,18 +57,21 @@ class LLMOptions:
     columns: str = ""
     objective: str = "sft"
     preference: PreferenceKeys = PreferenceKeys()
+    labels: str = ""
+    problem_type: str = SINGLE
 
     def __post_init__(self) -> None:
-        """Raise UserError for an unknown objective, or a number that it does not use."""
+        """Raise UserError for an unknown objective, or a key that it does not use."""
         name, keys = self.objective, self.preference
         if name not in OBJECTIVES:
             hint = near(name, OBJECTIVES, "it is one of")
             raise UserError(f"config key objective={name!r} is not known; {hint}")
         used = {
-            "beta": OBJECTIVES[1:],
+            "beta": PREFERENCES,
             "margin": ("simpo",),
             "smoothing": SMOOTHED,
             "sft": DPO_FAMILY,
+            "center": ("reward",),
         }
         for key, value in dataclasses.asdict(keys).items():
             if value and name not in used[key]:
@@ -73,11 +84,45 @@ class LLMOptions:
                 raise UserError(f"config key preference.{key}={value} must be {limit}")
         if name == "robust" and not keys.smoothing:
             raise UserError("objective=robust needs preference.smoothing, such as 0.1")
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        """Raise UserError for keys of a classification that do not fit it."""
+        if self.objective != "classify":
+            for key, value in (("labels", self.labels), ("problem_type", self.problem_type)):
+                if value not in ("", SINGLE):
+                    raise UserError(f"config key {key}={value!r} belongs to objective=classify")
+            return
+        if self.problem_type not in PROBLEMS:
+            hint = near(self.problem_type, PROBLEMS, "it is one of")
+            raise UserError(f"config key problem_type={self.problem_type!r} is not known; {hint}")
+        names = self.label_names
+        if len(set(names)) < len(names) or (names and not all(names)):
+            raise UserError(f"config key labels={self.labels!r} must be different names")
+        if len(names) == 1 and self.problem_type == SINGLE:
+            raise UserError(f"config key labels={self.labels!r} is one class; give at least two")
+        if self.chat not in ("auto", "off"):
+            raise UserError(
+                f"chat={self.chat} does not go with objective=classify, which reads texts as they"
+                " are; set chat=off, and apply the template to the texts beforehand"
+            )
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names in `labels`. A reward has one number."""
+        if self.objective == "reward":
+            return ("LABEL_0",)  # transformers' name for a number without one
+        return tuple(name.strip() for name in self.labels.split(",")) if self.labels else ()
+
+    @property
+    def scored(self) -> bool:
+        """True if the model ends in a head of scores, and not in that of the vocabulary."""
+        return self.objective in SCORED
 
     @property
     def pairs(self) -> bool:
         """True if an example is a pair of answers."""
-        return self.objective != "sft"
+        return self.objective not in ("sft", "classify")
 
     @property
     def stores_reference(self) -> bool:
@@ -91,7 +136,7 @@ def check_preference(cfg: Config, options: LLMOptions) -> None:
     if options.pairs and cfg.lora.dropout:
         raise UserError(
             f"lora.dropout={cfg.lora.dropout} does not go with objective={name}, which compares"
-            " log-probabilities without noise; set lora.dropout=0.0"
+            " both sides without noise; set lora.dropout=0.0"
         )
     if name == "kto" and cfg.batch_size < 2:
         raise UserError(

@@ -44,6 +44,7 @@ class PairRows:
             vocab_size=opened.model_cfg.vocab_size,
             cache=self.options.cache,
             columns=self.options.columns,
+            pad_id=opened.pad_id if self.options.scored else None,
         )
         self.room = 2 * self.options.seq_len
         self.packing = shared(self.data, self.cfg, self.room) if training else None
@@ -95,9 +96,10 @@ class PairRows:
         counted = "".join(f", {count} {name}" for name, count in lost.items() if count)
         rows = f", {self.cfg.batch_size} packed in {self.packing.rows} rows" if self.packing else ""
         kind = "labelled answers" if self.options.objective == "kto" else "pairs"
+        compared = "" if self.options.scored else f", {report['trained_tokens']} compared tokens"
         return (
             f"{self.name}: {len(self)} {kind} of at most {self.options.seq_len} tokens a side"
-            f"{rows}, {report['trained_tokens']} compared tokens{counted}"
+            f"{rows}{compared}{counted}"
             f"{f'; {self.data.chat.name}' if self.data.chat else ''}"
         )
 
@@ -138,7 +140,8 @@ def collate_pairs(
 def planned_pairs(opened: OpenedDecoder) -> Planned:
     """Return full rows of [batch_size, 2 * seq_len], one pair each, without examples."""
     options = opened.options
-    return Planned(_shapes(options, opened.cfg.batch_size, 1), width=2 * options.seq_len)
+    width = 2 if options.scored else 2 * options.seq_len
+    return Planned(_shapes(options, opened.cfg.batch_size, 1), width=width)
 
 
 def _shapes(options: LLMOptions, count: int, per_row: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -20,6 +20,7 @@ from jaxft.objectives.next_token import NextToken
 from jaxft.objectives.preference import PairScores, Preference, PreferenceRule, preference_loss
 from jaxft.tasks import Data, Look, Report, Request
 from jaxft.tasks.common.encoded import fingerprint
+from jaxft.tasks.llm.heads.preview import ScorePreview
 from jaxft.tasks.llm.opened import OpenedDecoder
 from jaxft.tasks.llm.options import BETA, SIMPO_BETA, SIMPO_MARGIN
 from jaxft.tasks.llm.pairs import PairRows, collate_pairs
@@ -33,14 +34,13 @@ def make_preference(opened: OpenedDecoder, width: int, per_row: int) -> Preferen
     """Return the objective over rows of up to `per_row` pairs and `width` trained positions."""
     options, flops = opened.options, opened.architecture.flops
     assert flops is not None  # every decoder has it
-    keys, simpo = options.preference, options.objective == "simpo"
-    beta = keys.beta or (SIMPO_BETA if simpo else BETA)
+    keys = options.preference
+    beta = keys.beta or {"simpo": SIMPO_BETA, "reward": 1.0}.get(options.objective, BETA)
     margin = keys.margin or SIMPO_MARGIN
     room, cost = 2 * options.seq_len, flops(opened.model_cfg, options.seq_len)
     tokens = NextToken(opened.dtype, room, width, per_row=2 * per_row, token_flops=cost)
-    return Preference(
-        tokens, PreferenceRule(options.objective, beta, margin, keys.smoothing, keys.sft)
-    )
+    numbers = beta, margin, keys.smoothing, keys.sft, keys.center
+    return Preference(tokens, PreferenceRule(options.objective, *numbers))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -130,7 +130,9 @@ class PairPreview:
 
     def __init__(self, opened: OpenedDecoder, data: Data):
         self.opened, self.data = opened, data
-        self.decoder = DecoderPreview(opened, Data(facts=data.facts))
+        facts = Data(facts=data.facts)
+        self.decoder = None if opened.options.scored else DecoderPreview(opened, facts)
+        self.scorer = ScorePreview(opened, facts) if opened.options.scored else None
         self._first: dict[str, float] = {}  # metrics of the first evaluation
 
     def evaluate(self, params: Params, mesh: Mesh) -> Report:
@@ -150,7 +152,8 @@ class PairPreview:
         rule, ones = make_preference(self.opened, 1, 1).rule, jnp.ones((len(ids), 1))
         total, sums = preference_loss(rule, scores, ones, jnp.asarray(desirable)[:, None])
         metrics = {name: float(value) / len(ids) for name, value in sums.items()}
-        self._warn(metrics)
+        if not self.scorer:
+            self._warn(metrics)
         return Report({"loss": float(total) / len(ids), **metrics, "pairs": len(ids)})
 
     def _warn(self, metrics: dict[str, float]) -> None:
@@ -168,9 +171,14 @@ class PairPreview:
 
     def sample(self, params: Params) -> Look:
         rows = (self.data.held_out or self.data.train).data
-        shown = range(min(SHOWN_PREDICTIONS, len(rows)))
-        examples = [rows[i].sides[0] for i in shown]
-        return self.decoder.continue_examples(params, examples, rows.chat)
+        pairs = [rows[i].sides for i in range(min(SHOWN_PREDICTIONS, len(rows)))]
+        if self.scorer:
+            both = [side for sides in pairs for side in sides]
+            return Look("\n".join(self.scorer.describe_examples(params, both)))
+        assert self.decoder is not None
+        return self.decoder.continue_examples(params, [sides[0] for sides in pairs], rows.chat)
 
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
-        return self.decoder.complete(params, prompts, request)
+        own = self.scorer or self.decoder
+        assert own is not None
+        return own.complete(params, prompts, request)

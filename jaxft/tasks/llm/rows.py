@@ -11,6 +11,7 @@ from jaxft.core.errors import UserError
 from jaxft.data.loader import SourceShare, sample_order, train_loader
 from jaxft.data.sources.mixtures import Mixture, read_mixture
 from jaxft.data.text import dataset as text
+from jaxft.data.text.labelled import LabelledDataset
 from jaxft.data.text.mixture import MixedText
 from jaxft.data.text.packing import Packing, collate, collate_rows, make_packing
 from jaxft.data.text.pairs import PairDataset
@@ -168,7 +169,7 @@ def _shapes(count: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def shared(
-    data: text.TextDataset | MixedText | PairDataset,
+    data: text.TextDataset | MixedText | PairDataset | LabelledDataset,
     cfg: Config,
     room: int,
     shares: Sequence[SourceShare] = (),

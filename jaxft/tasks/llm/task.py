@@ -1,11 +1,15 @@
-"""Causal language models of the LLaMA family: text, answers to prompts, labels, preferences."""
+"""Causal language models: text, answers to prompts, preferences, classes of texts, rewards."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from jaxft.objectives.classification import Classification
 from jaxft.objectives.next_token import NextToken
 from jaxft.objectives.preference import Preference
-from jaxft.tasks import Data, Planned, Preview, Task
+from jaxft.tasks import Data, Objective, Planned, Preview, Task
 from jaxft.tasks.llm.exports import WRITERS
+from jaxft.tasks.llm.heads.preview import ScorePreview
+from jaxft.tasks.llm.heads.rows import LabelledRows, planned_labelled
 from jaxft.tasks.llm.opened import OpenedDecoder
 from jaxft.tasks.llm.pairs import PairRows, planned_pairs
 from jaxft.tasks.llm.preference import PairPreview, encode, make_preference
@@ -13,24 +17,16 @@ from jaxft.tasks.llm.preview import DecoderPreview
 from jaxft.tasks.llm.rows import TokenRows, planned
 
 
-def _read(opened: OpenedDecoder, spec: str, training: bool) -> Any:
-    rows = PairRows if opened.options.pairs else TokenRows
-    return rows(opened, spec, training)
+class Kind(NamedTuple):
+    """The parts of a task on one kind of examples. `loss(opened, rows)` returns the objective."""
+
+    rows: Callable[[OpenedDecoder, str, bool], Any]
+    plan: Callable[[OpenedDecoder], Planned]
+    loss: Callable[[OpenedDecoder, Any], Objective]
+    preview: Callable[[OpenedDecoder, Data], Preview]
 
 
-def _plan(opened: OpenedDecoder) -> Planned:
-    return planned_pairs(opened) if opened.options.pairs else planned(opened)
-
-
-def _preview(opened: OpenedDecoder, data: Data) -> Preview:
-    return PairPreview(opened, data) if opened.options.pairs else DecoderPreview(opened, data)
-
-
-def _objective(
-    opened: OpenedDecoder, rows: TokenRows | PairRows | Planned
-) -> NextToken | Preference:
-    if opened.options.pairs:
-        return make_preference(opened, rows.width, rows.per_row)
+def _next_token(opened: OpenedDecoder, rows: Any) -> NextToken:
     seq_len, flops = opened.options.seq_len, opened.architecture.flops
     assert flops is not None  # every decoder has it
     return NextToken(
@@ -43,12 +39,29 @@ def _objective(
     )
 
 
+def _preference(opened: OpenedDecoder, rows: Any) -> Preference:
+    return make_preference(opened, rows.width, rows.per_row)
+
+
+def _classification(opened: OpenedDecoder, rows: Any) -> Classification:
+    return Classification(_next_token(opened, rows), opened.options.problem_type)
+
+
+TEXTS = Kind(TokenRows, planned, _next_token, DecoderPreview)
+PAIRS = Kind(PairRows, planned_pairs, _preference, PairPreview)
+LABELS = Kind(LabelledRows, planned_labelled, _classification, ScorePreview)
+
+
+def _kind(opened: OpenedDecoder) -> Kind:
+    return {"sft": TEXTS, "classify": LABELS}.get(opened.options.objective, PAIRS)
+
+
 LLM = Task(
     open=OpenedDecoder,
-    read=_read,
-    plan=_plan,
+    read=lambda opened, spec, training: _kind(opened).rows(opened, spec, training),
+    plan=lambda opened: _kind(opened).plan(opened),
     encode=encode,
-    objective=_objective,
-    preview=_preview,
+    objective=lambda opened, rows: _kind(opened).loss(opened, rows),
+    preview=lambda opened, data: _kind(opened).preview(opened, data),
     writers=WRITERS,
 )

@@ -60,12 +60,13 @@ def write(
     arrays: Mapping[str, Any],
     cfg: Lora,
     base: str,
+    kind: str = "CAUSAL_LM",
 ) -> None:
     """Write adapter_model.safetensors and adapter_config.json as PEFT 0.18+ reads them.
 
     `arrays` holds the `….lora_a` / `….lora_b` parameters by path, and the trained modules of
     `part.whole`, which are PEFT's modules_to_save. A layer whose A is zero has no adapter and is
-    left out.
+    left out. kind: PEFT's task_type.
     """
     tensors = _saved(part, leaves, arrays)
     adapted = [slot for slot in slots(part, leaves) if _factor(slot, "lora_a", arrays).any()]
@@ -83,7 +84,7 @@ def write(
     write_sharded(folder, tensors.items(), infos, stem=ADAPTER_STEM)
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": kind,
         BASE: base_name(base),
         "r": cfg.rank,
         "lora_alpha": cfg.alpha,

@@ -82,12 +82,13 @@ def open_adapted(
     adapter: str = "",
     weights: bool = True,
     opener: Callable[[str, bool], Source] = open_source,
+    whole: Sequence[str] = (),
 ) -> AdaptedSource:
     """Open a model by `opener`, and a PEFT folder on it.
 
     `adapter` names the PEFT folder, and `spec` its base model. Without `adapter`, `spec` may itself
     be a PEFT folder, whose config names the base. Tokenizer, chat template and whole tensors of the
-    folder replace those of the base.
+    folder replace those of the base. `whole` as in `read`.
     Raises: UserError for an adapter that is not plain LoRA, and for models that `opener` refuses.
     """
     folder, base = (adapter, spec) if adapter else (spec, "")
@@ -97,7 +98,7 @@ def open_adapted(
         return AdaptedSource(opener(spec, weights))
     if base and is_adapter(base):
         raise UserError(f"model={base!r} is an adapter too; give the model below it to lora.from")
-    found = read(Path(folder).expanduser(), base)
+    found = read(Path(folder).expanduser(), base, whole)
     source, kept = _laid_over(found, _open_base(found, weights, opener))
     return AdaptedSource(_with_tokenizer(source, Path(folder).expanduser()), found, kept)
 

@@ -1,0 +1,73 @@
+"""Sequence classifiers and reward models: a decoder whose head gives scores, not a vocabulary."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from jaxft.core.errors import UserError
+from jaxft.models import registry
+from jaxft.models.decoders.files import as_decoder
+from jaxft.weights.folders.transformers import HEAD, TABLE, Source, open_source
+from jaxft.weights.rules import Rule
+from jaxft.weights.views import Drawn, Overlaid, Renamed
+
+SCORE = "score.weight"
+SCORE_RULE = Rule(SCORE, "score.kernel", "c d -> d c")
+CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+TABLES = ("embed_tokens.weight", TABLE)  # names of the input table in files
+
+
+def open_classifier(
+    spec: str, weights: bool = True, *, labels: tuple[str, ...] = (), seed: int = 0
+) -> Source:
+    """Open a sequence classifier, or a causal language model to which a new head is added.
+
+    The config keeps the class name of the language model, and the new head is drawn from
+    N(0, initializer_range) in fp32 by `seed`. Without `labels` a language model gets no head.
+    Raises: UserError for labels that the classifier does not have, and as `as_decoder`.
+    """
+    source = open_source(spec, weights)
+    own = is_classifier(source.config)
+    if own and labels and labels != stated_labels(source.config):
+        found = ",".join(stated_labels(source.config))
+        raise UserError(
+            f"{spec}: labels={','.join(labels)}, but config.json has {found} in id2label; leave"
+            " labels out, or give the language model that it was made from"
+        )
+    # A head of scores leaves that of the vocabulary out, as if the input table were tied to it.
+    config = {**source.config, "tie_word_embeddings": True}
+    if own:
+        config["architectures"] = [config["architectures"][0].replace(CLASSIFIER, CAUSAL)]
+    made = as_decoder(replace(source, config=config, tensors=_headless(source)))
+    tied = source.config.get("tie_word_embeddings", False)
+    source = replace(made, config={**made.config, "tie_word_embeddings": tied})
+    if source.tensors is None or own or not labels:
+        return source
+    cfg = registry.read_decoder(source.config)
+    head = Drawn(SCORE, (len(labels), cfg.hidden_size), cfg.initializer_range, seed)
+    return replace(source, tensors=Overlaid(source.tensors, head))
+
+
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Return True if config.json is that of a sequence classifier."""
+    stated = config.get("architectures")
+    return isinstance(stated, list) and str(stated[:1]).endswith(f"{CLASSIFIER}']")
+
+
+def stated_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the label names of config.json by id. Without them transformers has two."""
+    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    return tuple(str(names[key]) for key in sorted(names, key=int))
+
+
+def class_name(config: Mapping[str, Any]) -> str:
+    """Return the class that transformers builds for a sequence classifier of this decoder."""
+    return registry.find(config, "decoder").class_name(config).replace(CAUSAL, CLASSIFIER)
+
+
+def _headless(source: Source) -> Any:
+    """Return the tensors without the vocabulary's head, unless it is also the input table."""
+    tensors, keys = source.tensors, set(source.tensors.keys() if source.tensors else ())
+    if tensors is None or HEAD not in keys or keys.isdisjoint(TABLES):
+        return tensors
+    return Renamed(tensors, {key: key for key in tensors.keys() if key != HEAD})  # noqa: SIM118

@@ -1,0 +1,1 @@
+"""Heads of scores on a decoder: classification and regression of texts, and rewards."""

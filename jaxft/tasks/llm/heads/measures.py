@@ -1,0 +1,74 @@
+"""Measures of a classification: F1, and a picture of the confusion of classes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image, ImageDraw
+
+from jaxft.tasks.common.lettering import LINE, draw_lines, wrap
+
+CELL, NAMES = 40, 120  # pixels of a cell, and of the names beside and above the cells
+MOST_CLASSES = 30  # in a picture
+GAP = 4
+DARK = np.array([8, 64, 129])  # colour of a cell that holds all texts of its class
+
+
+def macro_f1(truth: Bool[np.ndarray, "n C"], guessed: Bool[np.ndarray, "n C"]) -> float:
+    """Return the mean over classes of 2 TP / (2 TP + FP + FN).
+
+    A class that is neither true nor guessed for any text is left out.
+    """
+    right = (truth & guessed).sum(axis=0)
+    both = truth.sum(axis=0) + guessed.sum(axis=0)  # 2 TP + FP + FN
+    seen = both > 0
+    return float(np.mean(2 * right[seen] / both[seen])) if seen.any() else 0.0
+
+
+def confusion(
+    truth: Int[np.ndarray, " n"], guessed: Int[np.ndarray, " n"], size: int
+) -> Int[np.ndarray, "C C"]:
+    """Return the number of texts by true class (rows) and guessed class (columns)."""
+    return np.bincount(truth * size + guessed, minlength=size * size).reshape(size, size)
+
+
+def confusion_picture(
+    counts: Int[np.ndarray, "C C"], names: Sequence[str]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Return a table of counts: true classes as rows, guessed ones as columns.
+
+    The colour of a cell is its share of its row. Of more than MOST_CLASSES classes, those with the
+    most texts are shown.
+    """
+    often = np.argsort(-counts.sum(axis=1), kind="stable")[:MOST_CLASSES]
+    kept = np.sort(often)
+    counts, shown = counts[np.ix_(kept, kept)], [names[i] for i in kept]
+    left = NAMES + LINE  # the names of rows, and the title before them
+    side = left + CELL * len(shown) + GAP
+    sheet = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw_lines(sheet, wrap("predicted", NAMES), left, 0, NAMES)
+    _draw_upward(sheet, "true", 0, left, NAMES)
+    for i, name in enumerate(shown):
+        begin = left + CELL * i
+        lines = wrap(name, NAMES)._replace(leftward=False)
+        draw_lines(sheet, lines._replace(texts=lines.texts[:2]), LINE, begin + GAP, NAMES)
+        _draw_upward(sheet, name, begin + (CELL - LINE) // 2, LINE, NAMES)
+        for k, count in enumerate(counts[i]):
+            share = count / max(counts[i].sum(), 1)
+            colour = (255 + share * (DARK - 255)).astype(int)
+            corner = (left + CELL * k, begin)
+            box = (*corner, corner[0] + CELL - 1, corner[1] + CELL - 1)
+            draw.rectangle(box, tuple(int(one) for one in colour), "#d8d8d8")
+            ink = "white" if share > 0.5 else "black"
+            middle = (corner[0] + CELL // 2, corner[1] + CELL // 2)
+            draw.text(middle, str(count) if count else "", ink, anchor="mm")
+    return np.asarray(sheet)
+
+
+def _draw_upward(sheet: Image.Image, text: str, left: int, top: int, length: int) -> None:
+    """Draw the first line of a text that reads from bottom to top and ends at `top`."""
+    strip = Image.new("RGB", (length, LINE), "white")
+    lines = wrap(text, length)
+    draw_lines(strip, lines._replace(texts=lines.texts[:1]), 0, 0, length)
+    sheet.paste(strip.rotate(90, expand=True), (left, top))

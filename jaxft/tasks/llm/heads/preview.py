@@ -1,0 +1,172 @@
+"""Evaluation and predictions of a head of scores."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from jaxft.core.params import Params, bind
+from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
+from jaxft.core.step import Batch, cast
+from jaxft.data.loader import Subset, eval_batches, subset
+from jaxft.data.text.dataset import Example, make_encoder
+from jaxft.data.text.labelled import read_at_end
+from jaxft.data.text.packing import collate
+from jaxft.data.text.vocabulary import check_ids
+from jaxft.objectives.classification import head_scores, label_losses
+from jaxft.objectives.next_token import NextToken
+from jaxft.tasks import Data, Look, Report, Request
+from jaxft.tasks.llm.heads.measures import confusion, confusion_picture, macro_f1
+from jaxft.tasks.llm.opened import OpenedDecoder
+from jaxft.tasks.llm.options import MULTI, SINGLE
+from jaxft.tasks.llm.rows import CHAT_FACT
+
+SHOWN = 5  # texts of a report or a sample
+NAMED = 3  # likeliest labels of a sample
+SHOWN_CHARACTERS = 80  # of a text in a sample
+
+
+class ScorePreview:
+    """Evaluation of a head of scores, one text a row. Implements `jaxft.tasks.Preview`."""
+
+    def __init__(self, opened: OpenedDecoder, data: Data):
+        self.opened, self.data, self.options = opened, data, opened.options
+        self.tokens = NextToken(opened.dtype, opened.options.seq_len, width=1)
+
+    def evaluate(self, params: Params, mesh: Mesh) -> Report:
+        rows = self.data.held_out
+        if rows is None:
+            return Report({})
+        view = subset(rows.data, self.options.eval_examples, self.opened.cfg.seed)
+        scores = self._score_all(params, mesh, view)
+        labels = rows.data.labels[view.ids]
+        problem = self.options.problem_type
+        losses = label_losses(problem, jnp.asarray(scores)[:, None], jnp.asarray(labels)[:, None])
+        metrics = {"loss": float(jnp.mean(losses)), **_measures(problem, scores, labels)}
+        records = [rows.data.records[int(rows.data.record_ids[i])] for i in view.ids]
+        named = self._predictions(scores)
+        truths = self._truths(labels)
+        shown = list(zip((r["text"] for r in records), truths, named, strict=True))[:SHOWN]
+        found = [
+            {"text": record["text"], "label": truth, "predicted": name, "scores": row.tolist()}
+            for record, truth, name, row in zip(records, truths, named, scores, strict=True)
+        ]
+        pictures = {}
+        if problem == SINGLE:
+            table = confusion(labels, scores.argmax(axis=-1), len(self.opened.labels))
+            pictures["confusion"] = confusion_picture(table, self.opened.labels)
+        headers = ("text", "label", "predicted")
+        return Report(metrics, headers, tuple(shown), pictures, tuple(found))
+
+    def sample(self, params: Params) -> Look:
+        rows = (self.data.held_out or self.data.train).data
+        examples = [rows[i].example for i in range(min(SHOWN, len(rows)))]
+        return Look("\n".join(self.describe_examples(params, examples)))
+
+    def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
+        """Return the labels of each prompt, or its reward. A prompt is read as it is.
+
+        It gets the special tokens that texts of the training set got.
+        """
+        examples = []
+        for prompt in prompts:
+            ids = self._ids(prompt)
+            check_ids(ids, self.opened.model_cfg.vocab_size, self.opened.tokenizer, repr(prompt))
+            examples.append(read_at_end(np.asarray(ids, np.int32), self.opened.pad_id))
+        return [Look(line) for line in self.describe_examples(params, examples)]
+
+    def describe_examples(self, params: Params, examples: Sequence[Example]) -> list[str]:
+        """Return a line for each example: its text, and its likeliest labels or its numbers."""
+        scores = self.score(params, examples)
+        decode = self.opened.tokenizer.decode
+        texts = [decode(one.tokens[:-1], skip_special_tokens=True) for one in examples]
+        ends = [t if len(t) <= SHOWN_CHARACTERS else f"…{t[-SHOWN_CHARACTERS:]}" for t in texts]
+        return [f"{end!r} -> {self._named(row)}" for end, row in zip(ends, scores, strict=True)]
+
+    def score(self, params: Params, examples: Sequence[Example]) -> Float[np.ndarray, "n C"]:
+        """Return the scores of a few examples, which are weighted where the head is read."""
+        mesh = jax.sharding.get_mesh()
+        ways = batch_ways(mesh)
+        batch = collate(examples, self.options.seq_len, -(-len(examples) // ways) * ways)
+        return np.asarray(self._score(params, place_batch(batch, mesh)))[: len(examples)]
+
+    def _score_all(self, params: Params, mesh: Mesh, view: Subset) -> Float[np.ndarray, "n C"]:
+        cfg, collate_fn = self.opened.cfg, self.data.held_out.collate
+        size = 4 * cfg.batch_size // cfg.micro_batches
+        batches = eval_batches(view, size, collate_fn, local_rows(mesh, size))
+        found = [np.asarray(self._score(params, place_batch(one, mesh))) for one in batches]
+        return np.concatenate(found)[: len(view)]
+
+    @partial(jax.jit, static_argnums=0)
+    def _score(self, params: Params, batch: Batch) -> jax.Array:
+        """Return the scores of each row [B, C]."""
+        model = bind(self.opened.template, cast(params, self.opened.dtype))
+        scores, weights, _ = head_scores(self.tokens, model, batch)
+        return constrain(jnp.sum(scores * weights[..., None], axis=1), None, None)  # [B, C]
+
+    def _ids(self, prompt: str) -> Any:
+        """Return token ids of a text: those of `tokenizer(text)`, or of a side of a pair."""
+        seq_len, tokenizer = self.options.seq_len, self.opened.tokenizer
+        if not self.options.pairs:
+            return tokenizer(prompt, truncation=True, max_length=seq_len)["input_ids"]
+        if CHAT_FACT in self.data.facts:
+            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        else:
+            ids = make_encoder(tokenizer).encode([("", prompt)])[0].tokens
+        return ids[:seq_len]
+
+    def _predictions(self, scores: Float[np.ndarray, "n C"]) -> list[Any]:
+        """Return the prediction of each text: a name, a text of names, or numbers."""
+        names = self.opened.labels
+        if self.options.problem_type == SINGLE:
+            return [names[i] for i in scores.argmax(axis=-1)]
+        if self.options.problem_type == MULTI:
+            return [_joined(names, row > 0) for row in scores]
+        return [" ".join(f"{one:.4g}" for one in row) for row in scores]
+
+    def _truths(self, labels: np.ndarray) -> list[Any]:
+        names = self.opened.labels
+        if self.options.problem_type == SINGLE:
+            return [names[i] for i in labels]
+        if self.options.problem_type == MULTI:
+            return [_joined(names, row > 0.5) for row in labels]
+        return [" ".join(f"{one:.4g}" for one in row) for row in labels]
+
+    def _named(self, row: Float[np.ndarray, " C"]) -> str:
+        names, problem = self.opened.labels, self.options.problem_type
+        if self.options.pairs:
+            return f"reward {row[0]:.4f}"
+        if problem == "regression":
+            return ", ".join(f"{name} {one:.4f}" for name, one in zip(names, row, strict=True))
+        shares = 1 / (1 + np.exp(-row)) if problem == MULTI else np.exp(row - row.max())
+        shares = shares if problem == MULTI else shares / shares.sum()
+        best = np.argsort(-shares, kind="stable")[:NAMED]
+        return ", ".join(f"{names[i]} {shares[i]:.4f}" for i in best)
+
+
+def _joined(names: Sequence[str], there: np.ndarray) -> str:
+    return ", ".join(name for name, one in zip(names, there, strict=True) if one)
+
+
+def _measures(
+    problem: str, scores: Float[np.ndarray, "n C"], labels: np.ndarray
+) -> dict[str, float]:
+    """Return accuracy and macro F1, or for a regression the mean absolute error and R^2."""
+    if problem == "regression":
+        spread = np.square(labels - labels.mean(axis=0)).sum()
+        missed = np.square(scores - labels).sum()
+        r2 = 1 - missed / spread if spread else 0.0
+        return {"mae": float(np.abs(scores - labels).mean()), "r2": float(r2)}
+    if problem == MULTI:
+        truth, guessed = labels > 0.5, scores > 0
+        exact = float((truth == guessed).all(axis=-1).mean())
+        accuracy = float((truth == guessed).mean())
+        return {"accuracy": accuracy, "exact_match": exact, "macro_f1": macro_f1(truth, guessed)}
+    each, best = np.eye(scores.shape[-1], dtype=bool), scores.argmax(axis=-1)
+    accuracy = float((best == labels).mean())
+    return {"accuracy": accuracy, "macro_f1": macro_f1(each[labels], each[best])}

@@ -1,0 +1,127 @@
+"""Rows of labelled texts. Short texts are packed."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.data.loader import train_loader
+from jaxft.data.text.labelled import Labelled, LabelRule, load_labelled
+from jaxft.data.text.packing import collate_rows
+from jaxft.tasks import Planned
+from jaxft.tasks.llm.opened import OpenedDecoder
+from jaxft.tasks.llm.options import SINGLE
+from jaxft.tasks.llm.rows import PER_ROW, shared
+
+
+class LabelledRows:
+    """A labelled set as batches of [batch_size, seq_len]. Implements `jaxft.tasks.Rows`.
+
+    packing: assigns the texts of a batch to shared rows. None gives each text a row.
+    """
+
+    bad = ()  # a bad record stops the run
+
+    def __init__(self, opened: OpenedDecoder, spec: str, training: bool):
+        self.cfg, self.options, self.name = opened.cfg, opened.options, spec
+        self.rule = LabelRule(opened.labels, self.options.problem_type)
+        self.data = load_labelled(
+            spec,
+            opened.tokenizer,
+            self.rule,
+            seq_len=self.options.seq_len,
+            pad_id=opened.pad_id,
+            vocab_size=opened.model_cfg.vocab_size,
+            cache=self.options.cache,
+            columns=self.options.columns,
+        )
+        room = self.options.seq_len
+        self.packing = shared(self.data, self.cfg, room) if training else None
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def per_row(self) -> int:
+        """Largest number of texts in one row."""
+        return self.packing.per_row if self.packing else 1
+
+    @property
+    def width(self) -> int:
+        """Number of positions of a row at which the head is read."""
+        return self.per_row
+
+    def batches(self, start_step: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
+        return train_loader(
+            self.data,
+            batch_size=self.cfg.batch_size,
+            seed=self.cfg.seed,
+            start_step=start_step,
+            collate_fn=self.collate,
+            rows=rows,
+            layout=self._groups if self.packing else None,
+        )
+
+    def spec(self, rows: slice) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+        count = rows.stop - rows.start
+        if self.packing:
+            count = count * self.packing.rows // self.cfg.batch_size
+        yield _shapes(self.rule, self.options.seq_len, count, self.per_row)
+
+    def report(self) -> dict[str, Any]:
+        return {**self.data.report, "labels": list(self.rule.names)}
+
+    def describe(self) -> str:
+        report = self.data.report
+        lost = {name: report[name] for name in ("truncated", "empty")}
+        counted = "".join(f", {count} {name}" for name, count in lost.items() if count)
+        rows = f", {self.cfg.batch_size} packed in {self.packing.rows} rows" if self.packing else ""
+        return (
+            f"{self.name}: {len(self)} texts of at most {self.options.seq_len} tokens{rows}"
+            f"{counted}, {len(self.rule.names)} labels ({self.options.problem_type})"
+        )
+
+    def collate(self, examples: Sequence[Any], *, batch_rows: int) -> dict[str, np.ndarray]:
+        """Return a batch of texts, or of lists of texts if they are packed."""
+        rows = examples if self.packing else [[one] for one in examples]
+        return collate_labelled(rows, self.rule, self.options.seq_len, self.per_row, batch_rows)
+
+    def _groups(self, sample_ids: Sequence[int]) -> list[list[int]]:
+        assert self.packing is not None
+        return self.packing.groups([self.data.inputs(i) for i in sample_ids])
+
+
+def collate_labelled(
+    rows: Sequence[Sequence[Labelled]], rule: LabelRule, seq_len: int, per_row: int, batch_rows: int
+) -> dict[str, np.ndarray]:
+    """Return the batch of `collate_rows`, whose weights mark where the head is read, and labels.
+
+    labels: int32 [batch_rows, per_row], or float32 [batch_rows, per_row, C].
+    """
+    batch = collate_rows([[one.example for one in row] for row in rows], seq_len, batch_rows)
+    del batch["targets"]
+    single = rule.problem == SINGLE
+    shape = (batch_rows, per_row) if single else (batch_rows, per_row, len(rule.names))
+    batch["labels"] = np.zeros(shape, np.int32 if single else np.float32)
+    for i, row in enumerate(rows):
+        for k, one in enumerate(row):
+            batch["labels"][i, k] = one.label
+    return batch
+
+
+def planned_labelled(opened: OpenedDecoder) -> Planned:
+    """Return full rows of [batch_size, seq_len], without texts. With `pack`, texts share them."""
+    options, per_row = opened.options, PER_ROW if opened.options.pack else 1
+    rule = LabelRule(opened.labels, options.problem_type)
+    shapes = _shapes(rule, options.seq_len, opened.cfg.batch_size, per_row)
+    return Planned(shapes, width=per_row, per_row=per_row)
+
+
+def _shapes(
+    rule: LabelRule, seq_len: int, count: int, per_row: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape and dtype of each array of a batch of `count` rows."""
+    batch = collate_labelled([], rule, seq_len, per_row, count)
+    batch["sample_ids"] = np.zeros(count, np.int32)
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
