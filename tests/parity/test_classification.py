@@ -1,4 +1,4 @@
-"""Heads of scores against transformers' sequence classifiers: losses, gradients, scores, folders."""
+"""Heads of scores against transformers' sequence classifiers: loss, gradients, scores, files."""
 
 import json
 
@@ -17,13 +17,14 @@ from transformers import (
 
 from jaxft.data.loader import sample_order
 from jaxft.export import export_folder
-from jaxft.tasks.llm.options import PROBLEMS, SINGLE
+from jaxft.tasks.llm.options import PROBLEMS, SINGLE_LABEL
 from tests import whole as runs
 from tests.conftest import LINES
 from tests.parity.test_preference import loss_and_gradients
 
 ROWS = 8
 NAMES = ("calm", "loud", "wet")
+LABELS = ",".join(NAMES)
 TEXTS = [f"{i}: {LINES[i % 5][: 3 + 2 * i]}" for i in range(20)] + [
     "ends with padding<pad>",
     "ends with more<pad><pad>",
@@ -41,7 +42,7 @@ def record(problem, i):
         "multi_label_classification": [NAMES[k] for k in range(3) if (i >> k) & 1],
         "regression": [i / 7, -i / 5, 0.5],
     }[problem]
-    return {"text": text, ("label" if problem == SINGLE else "labels"): label}
+    return {"text": text, ("label" if problem == SINGLE_LABEL else "labels"): label}
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def folders(make_folder, tokenizer_folder, tmp_path_factory):
 def opened(make_config, files, folders):
     """`opened(problem, …)`: a run on a labelled set, or on pairs for a reward model."""
 
-    def run(problem, model="untied", labels=",".join(NAMES), adapter="", **changes):
+    def run(problem, model="untied", labels=LABELS, adapter="", **changes):
         places = dict.fromkeys(("data.train", "data.eval"), f"jsonl:{files[problem]}")
         own = {"lora.rank": 0, "batch_size": ROWS, "eval_examples": 0, "mesh.fsdp": 1}
         config = make_config(folders.get(model, model), {**places, **own, **changes})
@@ -145,11 +146,13 @@ def test_c1_c4_loss_and_gradients_equal_transformers(
     some = [run.train.data[i] for i in order]
     ids, mask = padded(model, [one.example.tokens[:-1] for one in some])
     labels = torch.from_numpy(np.stack([one.label for one in some]))
-    made = model(ids, attention_mask=mask, labels=labels.long() if problem == SINGLE else labels)
+    made = model(
+        ids, attention_mask=mask, labels=labels.long() if problem == SINGLE_LABEL else labels
+    )
     made.loss.backward()
     assert value == pytest.approx(made.loss.item(), rel=1e-5)
     same_gradients(model, grads)
-    if problem == SINGLE:
+    if problem == SINGLE_LABEL:
         right = (made.logits.argmax(-1) == labels).float().mean().item()
         assert metrics["accuracy"] == pytest.approx(right)
 
@@ -191,7 +194,7 @@ def test_b12_rewards_and_gradients_equal_torch(
 def test_c2_c3_the_exports_pipeline_gives_the_same_labels_and_scores(
     opened, one_thread, tmp_path, model
 ):
-    run = opened(SINGLE, model)
+    run = opened(SINGLE_LABEL, model)
     with jax.set_mesh(run.mesh):
         params = runs.load_params(run)
         report = run.preview.evaluate(params, run.mesh)
@@ -223,7 +226,7 @@ def test_a_tokenizer_without_padding_gets_its_end_of_text(opened, folders, tmp_p
     (own / "tokenizer_config.json").write_text(json.dumps(stated))
     config = json.loads((own / "config.json").read_text())
     (own / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
-    run = opened(SINGLE, own)
+    run = opened(SINGLE_LABEL, own)
     with jax.set_mesh(run.mesh):
         params = runs.load_params(run)
         report = run.preview.evaluate(params, run.mesh)
@@ -245,7 +248,7 @@ def test_a_classifier_that_transformers_saved_continues_with_its_own_head(
     own = tmp_path / "classifier"
     model.save_pretrained(own)
     AutoTokenizer.from_pretrained(folders["untied"]).save_pretrained(own)
-    run = opened(SINGLE, own, labels="")
+    run = opened(SINGLE_LABEL, own, labels="")
     with jax.set_mesh(run.mesh):
         params = runs.load_params(run)
         report = run.preview.evaluate(params, run.mesh)
@@ -264,7 +267,7 @@ def test_a_classifier_that_transformers_saved_continues_with_its_own_head(
 def test_c4_an_adapter_holds_its_head_and_goes_on(opened, folders, tmp_path, one_thread):
     from peft import PeftModel
 
-    run = opened(SINGLE, **{"lora.rank": 2, "lora.alpha": 4.0})
+    run = opened(SINGLE_LABEL, **{"lora.rank": 2, "lora.alpha": 4.0})
     assert {path.split(".")[0] for path in run.chosen} == {"layers", "score"}
     with jax.set_mesh(run.mesh):
         params = runs.load_params(run)
@@ -281,7 +284,7 @@ def test_c4_an_adapter_holds_its_head_and_goes_on(opened, folders, tmp_path, one
     scores = model(ids, attention_mask=mask).logits.detach().numpy()
     ours = np.asarray([one["scores"] for one in report.predictions])
     np.testing.assert_allclose(ours, scores, atol=1e-5 * np.abs(scores).max())
-    again = opened(SINGLE, adapter=folder)
+    again = opened(SINGLE_LABEL, adapter=folder)
     with jax.set_mesh(again.mesh):
         params_again = runs.load_params(again)
     assert again.chosen == run.chosen

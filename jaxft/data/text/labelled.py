@@ -21,7 +21,7 @@ from jaxft.data.text.store import EncodedRecord, Flat
 from jaxft.data.text.templates import text_field
 from jaxft.data.text.vocabulary import check_ids
 
-CHUNK_RECORDS = 512  # records in one call of the tokenizer
+TEXTS_AT_ONCE = 512  # records in one call of the tokenizer
 LOOKED_AT = 10_000  # records in which label names are looked for
 MOST_NAMES = 50  # names in an error
 
@@ -188,9 +188,9 @@ def _encode_all(
     records: TextRecords, rule: LabelRule, tokenizer: Tokenizer, seq_len: int, counts: Counter
 ) -> Iterator[tuple[int, np.ndarray, list[int]]]:
     """Yield index, label and token ids of every record that is not blank."""
-    for first in range(0, len(records), CHUNK_RECORDS):
+    for first in range(0, len(records), TEXTS_AT_ONCE):
         kept = []
-        for index in range(first, min(first + CHUNK_RECORDS, len(records))):
+        for index in range(first, min(first + TEXTS_AT_ONCE, len(records))):
             where = records.where(index)
             text = text_field(records[index], "text", where)
             label = rule.read(records[index], where)

@@ -14,7 +14,7 @@ from jaxft.weights.views import Drawn, Overlaid, Renamed
 SCORE = "score.weight"
 SCORE_RULE = Rule(SCORE, "score.kernel", "c d -> d c")
 CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
-TABLES = ("embed_tokens.weight", TABLE)  # names of the input table in files
+INPUT_TABLES = ("embed_tokens.weight", TABLE)  # names of the input table in files
 
 
 def open_classifier(
@@ -68,6 +68,6 @@ def class_name(config: Mapping[str, Any]) -> str:
 def _headless(source: Source) -> Any:
     """Return the tensors without the vocabulary's head, unless it is also the input table."""
     tensors, keys = source.tensors, set(source.tensors.keys() if source.tensors else ())
-    if tensors is None or HEAD not in keys or keys.isdisjoint(TABLES):
+    if tensors is None or HEAD not in keys or keys.isdisjoint(INPUT_TABLES):
         return tensors
     return Renamed(tensors, {key: key for key in tensors.keys() if key != HEAD})  # noqa: SIM118

@@ -10,8 +10,8 @@ PREFERENCES = (*DPO_FAMILY, "orpo", "simpo", "kto")
 SCORED = ("reward", "classify")  # a head of scores replaces the one of the vocabulary
 OBJECTIVES = ("sft", *PREFERENCES, *SCORED)
 WITHOUT_REFERENCE = ("sft", "orpo", "simpo", *SCORED)
-SINGLE, MULTI = "single_label_classification", "multi_label_classification"
-PROBLEMS = (SINGLE, MULTI, "regression")  # transformers' names
+SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
+PROBLEMS = (SINGLE_LABEL, MULTI_LABEL, "regression")  # transformers' names
 SMOOTHED = ("dpo", "robust", "sigmoid_norm")
 BETA, SIMPO_BETA, SIMPO_MARGIN = 0.1, 2.0, 0.5  # the values of 0
 
@@ -58,7 +58,7 @@ class LLMOptions:
     objective: str = "sft"
     preference: PreferenceKeys = PreferenceKeys()
     labels: str = ""
-    problem_type: str = SINGLE
+    problem_type: str = SINGLE_LABEL
 
     def __post_init__(self) -> None:
         """Raise UserError for an unknown objective, or a key that it does not use."""
@@ -90,7 +90,7 @@ class LLMOptions:
         """Raise UserError for keys of a classification that do not fit it."""
         if self.objective != "classify":
             for key, value in (("labels", self.labels), ("problem_type", self.problem_type)):
-                if value not in ("", SINGLE):
+                if value not in ("", SINGLE_LABEL):
                     raise UserError(f"config key {key}={value!r} belongs to objective=classify")
             return
         if self.problem_type not in PROBLEMS:
@@ -99,7 +99,7 @@ class LLMOptions:
         names = self.label_names
         if len(set(names)) < len(names) or (names and not all(names)):
             raise UserError(f"config key labels={self.labels!r} must be different names")
-        if len(names) == 1 and self.problem_type == SINGLE:
+        if len(names) == 1 and self.problem_type == SINGLE_LABEL:
             raise UserError(f"config key labels={self.labels!r} is one class; give at least two")
         if self.chat not in ("auto", "off"):
             raise UserError(

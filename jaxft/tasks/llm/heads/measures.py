@@ -8,9 +8,9 @@ from PIL import Image, ImageDraw
 
 from jaxft.tasks.common.lettering import LINE, draw_lines, wrap
 
-CELL, NAMES = 40, 120  # pixels of a cell, and of the names beside and above the cells
+CELL_SIDE, NAME_WIDTH = 40, 120  # pixels of a cell, and of the names beside and above the cells
 MOST_CLASSES = 30  # in a picture
-GAP = 4
+EDGE = 4
 DARK = np.array([8, 64, 129])  # colour of a cell that holds all texts of its class
 
 
@@ -21,8 +21,8 @@ def macro_f1(truth: Bool[np.ndarray, "n C"], guessed: Bool[np.ndarray, "n C"]) -
     """
     right = (truth & guessed).sum(axis=0)
     both = truth.sum(axis=0) + guessed.sum(axis=0)  # 2 TP + FP + FN
-    seen = both > 0
-    return float(np.mean(2 * right[seen] / both[seen])) if seen.any() else 0.0
+    occurs = both > 0
+    return float(np.mean(2 * right[occurs] / both[occurs])) if occurs.any() else 0.0
 
 
 def confusion(
@@ -42,26 +42,28 @@ def confusion_picture(
     """
     often = np.argsort(-counts.sum(axis=1), kind="stable")[:MOST_CLASSES]
     kept = np.sort(often)
-    counts, shown = counts[np.ix_(kept, kept)], [names[i] for i in kept]
-    left = NAMES + LINE  # the names of rows, and the title before them
-    side = left + CELL * len(shown) + GAP
+    counts, shown = counts[np.ix_(kept, kept)], [str(names[i]) for i in kept]
+    left = NAME_WIDTH + LINE  # a title and the names of columns, and in the other direction of rows
+    side = left + CELL_SIDE * len(shown) + EDGE
     sheet = Image.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(sheet)
-    draw_lines(sheet, wrap("predicted", NAMES), left, 0, NAMES)
-    _draw_upward(sheet, "true", 0, left, NAMES)
+    draw_lines(sheet, wrap("predicted →", NAME_WIDTH), left, 0, NAME_WIDTH)
+    draw_lines(sheet, wrap("true ↓", NAME_WIDTH), EDGE, left - LINE, NAME_WIDTH)
     for i, name in enumerate(shown):
-        begin = left + CELL * i
-        lines = wrap(name, NAMES)._replace(leftward=False)
-        draw_lines(sheet, lines._replace(texts=lines.texts[:2]), LINE, begin + GAP, NAMES)
-        _draw_upward(sheet, name, begin + (CELL - LINE) // 2, LINE, NAMES)
+        begin = left + CELL_SIDE * i
+        lines = wrap(name, NAME_WIDTH)
+        lines = lines._replace(texts=lines.texts[:2])
+        top = begin + (CELL_SIDE - LINE * len(lines.texts)) // 2
+        draw_lines(sheet, lines, EDGE, top, NAME_WIDTH)
+        _draw_upward(sheet, name, begin + (CELL_SIDE - LINE) // 2, LINE, NAME_WIDTH)
         for k, count in enumerate(counts[i]):
             share = count / max(counts[i].sum(), 1)
             colour = (255 + share * (DARK - 255)).astype(int)
-            corner = (left + CELL * k, begin)
-            box = (*corner, corner[0] + CELL - 1, corner[1] + CELL - 1)
+            corner = (left + CELL_SIDE * k, begin)
+            box = (*corner, corner[0] + CELL_SIDE - 1, corner[1] + CELL_SIDE - 1)
             draw.rectangle(box, tuple(int(one) for one in colour), "#d8d8d8")
             ink = "white" if share > 0.5 else "black"
-            middle = (corner[0] + CELL // 2, corner[1] + CELL // 2)
+            middle = (corner[0] + CELL_SIDE // 2, corner[1] + CELL_SIDE // 2)
             draw.text(middle, str(count) if count else "", ink, anchor="mm")
     return np.asarray(sheet)
 

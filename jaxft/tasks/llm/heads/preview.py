@@ -23,12 +23,12 @@ from jaxft.objectives.next_token import NextToken
 from jaxft.tasks import Data, Look, Report, Request
 from jaxft.tasks.llm.heads.measures import confusion, confusion_picture, macro_f1
 from jaxft.tasks.llm.opened import OpenedDecoder
-from jaxft.tasks.llm.options import MULTI, SINGLE
+from jaxft.tasks.llm.options import MULTI_LABEL, SINGLE_LABEL
 from jaxft.tasks.llm.rows import CHAT_FACT
 
-SHOWN = 5  # texts of a report or a sample
+SHOWN_TEXTS = 5  # texts of a report or a sample
 NAMED = 3  # likeliest labels of a sample
-SHOWN_CHARACTERS = 80  # of a text in a sample
+TEXT_END = 80  # of a text in a sample
 
 
 class ScorePreview:
@@ -51,13 +51,13 @@ class ScorePreview:
         records = [rows.data.records[int(rows.data.record_ids[i])] for i in view.ids]
         named = self._predictions(scores)
         truths = self._truths(labels)
-        shown = list(zip((r["text"] for r in records), truths, named, strict=True))[:SHOWN]
+        shown = list(zip((r["text"] for r in records), truths, named, strict=True))[:SHOWN_TEXTS]
         found = [
             {"text": record["text"], "label": truth, "predicted": name, "scores": row.tolist()}
             for record, truth, name, row in zip(records, truths, named, scores, strict=True)
         ]
         pictures = {}
-        if problem == SINGLE:
+        if problem == SINGLE_LABEL:
             table = confusion(labels, scores.argmax(axis=-1), len(self.opened.labels))
             pictures["confusion"] = confusion_picture(table, self.opened.labels)
         headers = ("text", "label", "predicted")
@@ -65,7 +65,7 @@ class ScorePreview:
 
     def sample(self, params: Params) -> Look:
         rows = (self.data.held_out or self.data.train).data
-        examples = [rows[i].example for i in range(min(SHOWN, len(rows)))]
+        examples = [rows[i].example for i in range(min(SHOWN_TEXTS, len(rows)))]
         return Look("\n".join(self.describe_examples(params, examples)))
 
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
@@ -85,7 +85,7 @@ class ScorePreview:
         scores = self.score(params, examples)
         decode = self.opened.tokenizer.decode
         texts = [decode(one.tokens[:-1], skip_special_tokens=True) for one in examples]
-        ends = [t if len(t) <= SHOWN_CHARACTERS else f"…{t[-SHOWN_CHARACTERS:]}" for t in texts]
+        ends = [t if len(t) <= TEXT_END else f"…{t[-TEXT_END:]}" for t in texts]
         return [f"{end!r} -> {self._named(row)}" for end, row in zip(ends, scores, strict=True)]
 
     def score(self, params: Params, examples: Sequence[Example]) -> Float[np.ndarray, "n C"]:
@@ -123,17 +123,17 @@ class ScorePreview:
     def _predictions(self, scores: Float[np.ndarray, "n C"]) -> list[Any]:
         """Return the prediction of each text: a name, a text of names, or numbers."""
         names = self.opened.labels
-        if self.options.problem_type == SINGLE:
+        if self.options.problem_type == SINGLE_LABEL:
             return [names[i] for i in scores.argmax(axis=-1)]
-        if self.options.problem_type == MULTI:
+        if self.options.problem_type == MULTI_LABEL:
             return [_joined(names, row > 0) for row in scores]
         return [" ".join(f"{one:.4g}" for one in row) for row in scores]
 
     def _truths(self, labels: np.ndarray) -> list[Any]:
         names = self.opened.labels
-        if self.options.problem_type == SINGLE:
+        if self.options.problem_type == SINGLE_LABEL:
             return [names[i] for i in labels]
-        if self.options.problem_type == MULTI:
+        if self.options.problem_type == MULTI_LABEL:
             return [_joined(names, row > 0.5) for row in labels]
         return [" ".join(f"{one:.4g}" for one in row) for row in labels]
 
@@ -143,8 +143,8 @@ class ScorePreview:
             return f"reward {row[0]:.4f}"
         if problem == "regression":
             return ", ".join(f"{name} {one:.4f}" for name, one in zip(names, row, strict=True))
-        shares = 1 / (1 + np.exp(-row)) if problem == MULTI else np.exp(row - row.max())
-        shares = shares if problem == MULTI else shares / shares.sum()
+        shares = 1 / (1 + np.exp(-row)) if problem == MULTI_LABEL else np.exp(row - row.max())
+        shares = shares if problem == MULTI_LABEL else shares / shares.sum()
         best = np.argsort(-shares, kind="stable")[:NAMED]
         return ", ".join(f"{names[i]} {shares[i]:.4f}" for i in best)
 
@@ -162,7 +162,7 @@ def _measures(
         missed = np.square(scores - labels).sum()
         r2 = 1 - missed / spread if spread else 0.0
         return {"mae": float(np.abs(scores - labels).mean()), "r2": float(r2)}
-    if problem == MULTI:
+    if problem == MULTI_LABEL:
         truth, guessed = labels > 0.5, scores > 0
         exact = float((truth == guessed).all(axis=-1).mean())
         accuracy = float((truth == guessed).mean())

@@ -11,7 +11,7 @@ from jaxft.data.text.labelled import Labelled, LabelRule, load_labelled
 from jaxft.data.text.packing import collate_rows
 from jaxft.tasks import Planned
 from jaxft.tasks.llm.opened import OpenedDecoder
-from jaxft.tasks.llm.options import SINGLE
+from jaxft.tasks.llm.options import SINGLE_LABEL
 from jaxft.tasks.llm.rows import PER_ROW, shared
 
 
@@ -101,7 +101,7 @@ def collate_labelled(
     """
     batch = collate_rows([[one.example for one in row] for row in rows], seq_len, batch_rows)
     del batch["targets"]
-    single = rule.problem == SINGLE
+    single = rule.problem == SINGLE_LABEL
     shape = (batch_rows, per_row) if single else (batch_rows, per_row, len(rule.names))
     batch["labels"] = np.zeros(shape, np.int32 if single else np.float32)
     for i, row in enumerate(rows):

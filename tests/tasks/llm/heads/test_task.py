@@ -1,0 +1,154 @@
+"""Classifiers and reward models as a user runs them: files, resume, samples, mistakes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxft import evaluate, plan, sample, train
+from tests.conftest import LINES
+
+ROOT = Path(__file__).resolve().parents[4]
+pytestmark = pytest.mark.usefixtures("quick")
+NAMES = ("calm", "loud", "wet")
+
+
+def write(file, records):
+    file.write_text("".join(json.dumps(row) + "\n" for row in records))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def folder(make_folder):
+    return make_folder(tied=True)
+
+
+@pytest.fixture
+def flags(folder, tmp_path):
+    """`flags(workdir, "classify", …)`: a command line for a small labelled set, or for pairs."""
+    rows = [{"text": f"{LINES[i % 3]} {i}", "label": NAMES[i % 3]} for i in range(24)]
+    pairs = [{"prompt": f"{i}:", "chosen": LINES[1], "rejected": LINES[3]} for i in range(24)]
+
+    def made(workdir, config, **changes):
+        file = write(tmp_path / "rows.jsonl", rows if config == "classify" else pairs)
+        keys = {
+            "model": folder,
+            "data.train": file,
+            "data.eval": file,
+            "seq_len": 48,
+            "batch_size": 8,
+            "total": "6_steps",
+            "optim.lr": 1e-2,
+            "optim.warmup": "0_steps",
+            "every.save": "3_steps",
+            "export.kind": "merged",
+            **({"labels": ",".join(NAMES)} if config == "classify" else {"objective": "reward"}),
+            **changes,
+        }
+        file = str(ROOT / "configs" / f"{config}.py")
+        return ["--config", file, "--workdir", str(workdir), *_words(keys)]
+
+    return made
+
+
+def _words(keys):
+    return [f"--config.{key}={value}" for key, value in keys.items()]
+
+
+@pytest.mark.parametrize("config", ["classify", "preference"])
+def test_a_resumed_run_exports_the_same_bytes(flags, tmp_path, config):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert train.main(flags(whole, config)) == 0
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "6")
+    shutil.rmtree(resumed / "export")
+    assert train.main(flags(resumed, config)) == 0
+    files = [one / "export" / "model.safetensors" for one in (whole, resumed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_classifier_learns_and_its_evaluation_writes_predictions_and_a_picture(
+    flags, tmp_path, capsys
+):
+    words = flags(tmp_path / "run", "classify", total="30_steps", **{"every.save": "0_steps"})
+    assert train.main(words) == 0
+    assert evaluate.main(["--workdir", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "evaluation-30.json").read_text())
+    assert metrics["accuracy"] == metrics["macro_f1"] == 1.0 and metrics["loss"] < 0.1
+    lines = (tmp_path / "run" / "predictions-30.jsonl").read_text().splitlines()
+    assert len(lines) == 24
+    first = json.loads(lines[0])
+    assert first["predicted"] == first["label"] == NAMES[int(np.argmax(first["scores"]))]
+    picture = Image.open(tmp_path / "run" / "evaluation-30-confusion.png")
+    assert picture.size[0] == picture.size[1] > 200
+    shutil.move(tmp_path / "rows.jsonl", tmp_path / "moved.jsonl")
+    capsys.readouterr()
+    words = ["--workdir", str(tmp_path / "run"), "--prompt", f"{LINES[1]} 4"]
+    assert sample.main(words) == 0, "needs no data"
+    assert f"{LINES[1]} 4' -> loud 0.9" in capsys.readouterr().out
+
+
+def test_a_reward_model_learns_and_scores_a_prompt(flags, tmp_path, capsys):
+    words = flags(tmp_path / "run", "preference", total="20_steps", **{"every.save": "0_steps"})
+    assert train.main(words) == 0
+    made = capsys.readouterr().out
+    assert "-> reward " in made
+    assert evaluate.main(["--workdir", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "evaluation-20.json").read_text())
+    assert metrics["rewards/accuracies"] == 1.0 and metrics["rewards/margins"] > 1
+    assert not list((tmp_path / "run").glob("predictions*"))
+    capsys.readouterr()
+    assert sample.main(["--workdir", str(tmp_path / "run"), "--prompt", f"1:{LINES[1]}"]) == 0
+    assert f"'1:{LINES[1]}' -> reward " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"labels": "stars", "problem_type": "regression"}, {"objective": "reward"}]
+)
+def test_a_plan_needs_no_data(flags, tmp_path, capsys, changes):
+    words = flags(tmp_path, "classify", **{"data.train": "gone.jsonl", "data.eval": "", **changes})
+    if "objective" in changes:
+        words.append("--config.labels=")
+    words.remove("--workdir")
+    words.remove(str(tmp_path))
+    assert plan.main(words) == 0
+    assert "score" in (out := capsys.readouterr().out) or "memory" in out.lower()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"labels": ""},
+            "needs the names of the labels in the order of their ids: add"
+            " --config.labels=calm,loud,wet, those of data.train",
+        ),
+        ({"labels": "calm,loud"}, "label 'wet' is not one of labels=calm,loud; correct it"),
+        ({"labels": "calm,calm"}, "labels='calm,calm' must be different names"),
+        ({"labels": "calm"}, "labels='calm' is one class; give at least two"),
+        ({"problem_type": "multi"}, "problem_type='multi' is not known"),
+        ({"problem_type": "multi_label_classification"}, "field 'labels' must be a list"),
+        ({"chat": "on"}, "chat=on does not go with objective=classify"),
+        ({"objective": "sft"}, "config key labels='calm,loud,wet' belongs to objective=classify"),
+        ({"preference.center": 0.1}, "preference.center=0.1 is not used by objective=classify"),
+        ({"data.train": "demo:novel/train"}, 'objective=classify needs "text" and "label"'),
+        ({"lora.targets": ".*nothing"}, "matches no projection"),
+    ],
+)
+def test_mistakes_are_one_line(flags, tmp_path, capsys, changes, message):
+    assert train.main(flags(tmp_path / "run", "classify", **changes)) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+
+
+def test_labels_of_a_classifier_are_not_renamed(flags, tmp_path, capsys):
+    assert train.main(flags(tmp_path / "first", "classify", total="1_steps")) == 0
+    export = tmp_path / "first" / "export"
+    words = flags(tmp_path / "run", "classify", model=export, labels="calm,wet,loud")
+    assert train.main(words) == 2
+    assert "config.json has calm,loud,wet in id2label; leave labels out" in capsys.readouterr().err
+    words = flags(tmp_path / "run", "classify", model=export, labels="", total="1_steps")
+    assert train.main(words) == 0
