@@ -56,10 +56,11 @@ def _main(argv: list[str]) -> None:
         )
     from jaxft.runs.opening import open_run
     from jaxft.tasks.llm.inspection import inspect
+    from jaxft.tasks.llm.options import ONE_TEXT
 
     run = open_run({**config, "init": "random"})
     opened: Any = run.opened  # OpenedDecoder, as the task is llm
-    if opened.options.objective != "sft":
+    if opened.options.objective not in ONE_TEXT:
         raise UserError(
             f"objective={opened.options.objective!r} trains pairs or labels, which inspect_data"
             " does not show; the first lines of a run count them"

@@ -173,7 +173,7 @@ def test_warnings(show):
         ([{"prompt": "a", "completion": ""}] * 8, {}, (), "leaves nothing to train on"),
         (PAIRS[:2], {}, (), "fewer than one batch"),
         (PAIRS, {}, ("--rows=x",), "--rows='x' must be a number"),
-        (PAIRS, {"objective": "dpo"}, (), "trains pairs, which inspect_data does not show"),
+        (PAIRS, {"objective": "dpo"}, (), "trains pairs or labels, which inspect_data does not"),
         (PAIRS, {}, ("--html=/absent/page.html",), "--html=/absent/page.html cannot be written"),
     ],
 )

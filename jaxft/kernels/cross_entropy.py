@@ -137,7 +137,7 @@ def _fit(
         hidden = _pad(hidden, 2, mesh.shape["fsdp"])
         head = _pad(head, int(vocab_first), mesh.shape["fsdp"])
         rows, vocab = len(hidden) // ways, vocab // mesh.shape["tensor"]
-    cfg = cfg._replace(chunk=chunk or _chunk(rows, hidden.shape[1], vocab))
+    cfg = cfg._replace(chunk=chunk or chunk_length(rows, hidden.shape[1], vocab))
     return cfg, (hidden, head, targets, weights)
 
 
@@ -165,7 +165,7 @@ def reference(
     return (weights * (log_partition - target + z)).sum(), metrics
 
 
-def _chunk(rows: int, length: int, vocab: int) -> int:
+def chunk_length(rows: int, length: int, vocab: int) -> int:
     """Return time steps a chunk, whose logits fit the budget of a device, or nearly.
 
     A power of 2 on a CPU. An accelerator gets chunks of nearly equal size, which leave little of

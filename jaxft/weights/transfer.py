@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.core.errors import UserError
-from jaxft.core.params import Leaf, Params
+from jaxft.core.params import TEACHER_ROLE, Leaf, Params
 from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.rules import Entry, Rule, Sizes, expected, plan, to_jax, to_torch
 
@@ -42,12 +42,15 @@ class Part(NamedTuple):
     def entries(self, leaves: Mapping[str, Leaf]) -> list[Entry]:
         """Return the plan for this part's parameters, paths with the prefix.
 
-        Parameters that a run adds are left out, because no checkpoint of the model has them.
+        Parameters that a run adds are left out, because no checkpoint of the model has them, and so
+        are those of a teacher inside of the model.
         """
         own = {
             path.removeprefix(self.prefix): leaf
             for path, leaf in leaves.items()
-            if path.startswith(self.prefix) and not leaf.added
+            if path.startswith(self.prefix)
+            and not leaf.added
+            and (self.aid or leaf.role != TEACHER_ROLE)
         }
         if self.tensors is None:
             found = expected(self.rules, own)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,18 +11,34 @@ from flax import nnx
 from jaxft.core import runtime
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
-from jaxft.core.params import describe
+from jaxft.core.params import TEACHER_ROLE, describe, mark
 from jaxft.data.text.chat.format import ChatFormat, open_chat
 from jaxft.data.text.labelled import labels_in
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.models import registry
 from jaxft.models.decoders.classifier import SCORE, SCORE_RULE, open_classifier, stated_labels
+from jaxft.models.decoders.config import DecoderConfig
 from jaxft.models.decoders.files import open_decoder
+from jaxft.models.registry import Architecture
 from jaxft.nn import lora
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.tasks.llm.options import LLMOptions, check_preference
 from jaxft.weights.adapters import peft
 from jaxft.weights.adapters.peft_folder import fit, open_adapted
+from jaxft.weights.transfer import Part
+
+
+class Teacher(NamedTuple):
+    """The larger decoder of a distillation, which stays as it is."""
+
+    architecture: Architecture
+    cfg: DecoderConfig
+    part: Part
+
+    def build(self, key: jax.Array) -> nnx.Module:
+        model = self.architecture.module(self.cfg, key=key)
+        mark(model, TEACHER_ROLE)
+        return model
 
 
 class OpenedDecoder:
@@ -67,8 +83,9 @@ class OpenedDecoder:
             cfg = dataclasses.replace(cfg, lora=targets)
         self.cfg = cfg
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
+        self.teacher = self._open_teacher() if self.options.distill.teacher else None
         self.template = jax.eval_shape(self.build, jax.random.key(0))
-        self.parts = (part,)
+        self.parts = (part, self.teacher.part) if self.teacher else (part,)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -107,7 +124,22 @@ class OpenedDecoder:
     def build(self, key: jax.Array) -> nnx.Module:
         model = self.architecture.module(self.model_cfg, key=key)
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
+        if self.teacher:
+            model.teacher = self.teacher.build(key)  # after the adapters, which it does not get
         return model
+
+    def _open_teacher(self) -> Teacher:
+        """Return the teacher. Raises UserError for one with other tokens."""
+        source = open_decoder(self.options.distill.teacher)
+        architecture = registry.find(source.config, "decoder")
+        cfg = architecture.config(source.config, f"{source.name}/config.json")
+        if load_tokenizer(source.tokenizer_dir()).get_vocab() != self.tokenizer.get_vocab():
+            raise UserError(
+                f"distill.teacher={source.name!r} has other tokens than {self.source.name}; give a"
+                " teacher with the same tokenizer"
+            )
+        part = architecture.part(source, cfg)._replace(prefix="teacher.", aid=True)
+        return Teacher(architecture, cfg, part)
 
     def initial(self) -> dict[str, np.ndarray]:
         if not self.adapter:

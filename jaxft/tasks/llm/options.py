@@ -8,8 +8,9 @@ from jaxft.core.errors import UserError, near
 DPO_FAMILY = ("dpo", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm")
 PREFERENCES = (*DPO_FAMILY, "orpo", "simpo", "kto")
 SCORED = ("reward", "classify")  # a head of scores replaces the one of the vocabulary
-OBJECTIVES = ("sft", *PREFERENCES, *SCORED)
-WITHOUT_REFERENCE = ("sft", "orpo", "simpo", *SCORED)
+ONE_TEXT = ("sft", "distill")  # objectives over the trained tokens of one text
+OBJECTIVES = (*ONE_TEXT, *PREFERENCES, *SCORED)
+WITHOUT_REFERENCE = (*ONE_TEXT, "orpo", "simpo", *SCORED)
 SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 PROBLEMS = (SINGLE_LABEL, MULTI_LABEL, "regression")  # transformers' names
 SMOOTHED = ("dpo", "robust", "sigmoid_norm")
@@ -31,6 +32,19 @@ class PreferenceKeys:
     smoothing: float = 0.0
     sft: float = 0.0
     center: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillKeys:
+    """Keys of a distillation. teacher: a model with the same tokenizer.
+
+    weight: the share of the divergence from the teacher in the loss. The rest is the cross-entropy
+    of the data. temperature: of both models' distributions.
+    """
+
+    teacher: str = ""
+    weight: float = 1.0
+    temperature: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +73,7 @@ class LLMOptions:
     preference: PreferenceKeys = PreferenceKeys()
     labels: str = ""
     problem_type: str = SINGLE_LABEL
+    distill: DistillKeys = DistillKeys()
 
     def __post_init__(self) -> None:
         """Raise UserError for an unknown objective, or a key that it does not use."""
@@ -85,6 +100,7 @@ class LLMOptions:
         if name == "robust" and not keys.smoothing:
             raise UserError("objective=robust needs preference.smoothing, such as 0.1")
         self._check_labels()
+        self._check_distill()
 
     def _check_labels(self) -> None:
         """Raise UserError for keys of a classification that do not fit it."""
@@ -107,6 +123,20 @@ class LLMOptions:
                 " are; set chat=off, and apply the template to the texts beforehand"
             )
 
+    def _check_distill(self) -> None:
+        """Raise UserError for keys of a distillation that do not fit it."""
+        keys = self.distill
+        if self.objective != "distill" and keys != DistillKeys():
+            raise UserError(
+                f"config keys distill.* belong to objective=distill, not to {self.objective}"
+            )
+        if self.objective == "distill" and not keys.teacher:
+            raise UserError("objective=distill needs distill.teacher=MODEL, a larger model")
+        if not 0 < keys.weight <= 1:
+            raise UserError(f"config key distill.weight={keys.weight} must be in (0, 1]")
+        if keys.temperature <= 0:
+            raise UserError(f"config key distill.temperature={keys.temperature} must be above 0")
+
     @property
     def label_names(self) -> tuple[str, ...]:
         """The names in `labels`. A reward has one number."""
@@ -122,7 +152,7 @@ class LLMOptions:
     @property
     def pairs(self) -> bool:
         """True if an example is a pair of answers."""
-        return self.objective not in ("sft", "classify")
+        return self.objective not in (*ONE_TEXT, "classify")
 
     @property
     def stores_reference(self) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxft.objectives.classification import Classification
+from jaxft.objectives.distillation import Distillation
 from jaxft.objectives.next_token import NextToken
 from jaxft.objectives.preference import Preference
 from jaxft.tasks import Data, Objective, Planned, Preview, Task
@@ -47,13 +48,22 @@ def _classification(opened: OpenedDecoder, rows: Any) -> Classification:
     return Classification(_next_token(opened, rows), opened.options.problem_type)
 
 
+def _distillation(opened: OpenedDecoder, rows: Any) -> Distillation:
+    keys, teacher = opened.options.distill, opened.teacher
+    assert teacher is not None
+    flops = teacher.architecture.flops(teacher.cfg, opened.options.seq_len)
+    return Distillation(_next_token(opened, rows), keys.weight, keys.temperature, flops)
+
+
 TEXTS = Kind(TokenRows, planned, _next_token, DecoderPreview)
 PAIRS = Kind(PairRows, planned_pairs, _preference, PairPreview)
+TAUGHT = Kind(TokenRows, planned, _distillation, DecoderPreview)
 LABELS = Kind(LabelledRows, planned_labelled, _classification, ScorePreview)
 
 
 def _kind(opened: OpenedDecoder) -> Kind:
-    return {"sft": TEXTS, "classify": LABELS}.get(opened.options.objective, PAIRS)
+    kinds = {"sft": TEXTS, "distill": TAUGHT, "classify": LABELS}
+    return kinds.get(opened.options.objective, PAIRS)
 
 
 LLM = Task(
