@@ -56,19 +56,14 @@ def _main(argv: list[str]) -> None:
         )
     from jaxft.runs.opening import open_run
     from jaxft.tasks.llm.inspection import inspect
-    from jaxft.tasks.llm.options import ONE_TEXT
 
     run = open_run({**config, "init": "random"})
     opened: Any = run.opened  # OpenedDecoder, as the task is llm
-    if opened.options.objective not in ONE_TEXT:
-        raise UserError(
-            f"objective={opened.options.objective!r} trains pairs or labels, which inspect_data"
-            " does not show; the first lines of a run count them"
-        )
-    data = run.cfg.data
-    found = [inspect(opened, "data.train", data.train, int(shown))]
-    if data.eval:
-        found.append(inspect(opened, "data.eval", data.eval, int(shown)))
+    data, found = run.cfg.data, []
+    for key, spec in (("data.train", data.train), ("data.eval", data.eval)):
+        if spec:
+            rows = run.task.read(opened, spec, key == "data.train")
+            found.append(inspect(opened, rows, key, int(shown)))
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print("\n\n".join(describe(one, colour) for one in found))
     if "html" in options:

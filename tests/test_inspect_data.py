@@ -165,6 +165,33 @@ def test_warnings(show):
     assert "warning: 8 of 8 records are truncated: raise seq_len" in shown
 
 
+def test_both_sides_of_pairs_are_shown(show):
+    sides = [{**row, "chosen": row["completion"], "rejected": f" mud {len(row)}"} for row in PAIRS]
+    code, shown, _ = show(sides, {"objective": "dpo"}, "--rows=2")
+    assert code == 0 and counted(shown, "examples") == "64" and counted(shown, "EOS </s>")
+    assert (
+        len(re.findall(r"rows.jsonl:\d+, chosen: \d+ tokens, \d+ trained\n\| .*\[\[", shown)) == 2
+    )
+    assert len(re.findall(r"rows.jsonl:\d+, rejected: .*\n\| .*\[\[ mud", shown)) == 2
+    good = [{**row, "label": i % 2 == 0} for i, row in enumerate(PAIRS)]
+    code, shown, _ = show(good, {"objective": "kto"}, "--rows=9")
+    assert code == 0 and ", desirable: " in shown and ", undesirable: " in shown
+    assert shown.count(", answer to another prompt: ") == 9
+
+
+def test_the_token_where_a_head_is_read_is_shown(show):
+    texts = [{"text": f"a tall plant {i}", "label": ("wet", "dry")[i % 2]} for i in range(16)]
+    code, shown, _ = show(texts, {"objective": "classify", "labels": "wet,dry"}, "--rows=4")
+    assert code == 0 and counted(shown, "trained tokens").startswith("16 (")
+    assert re.search(
+        r"rows.jsonl:\d+, dry: \d+ tokens, 1 trained\n\| a tall plant .*\[\[\d\]\]", shown
+    )
+    assert "warning" not in shown
+    sides = [{**row, "chosen": row["completion"], "rejected": " mud"} for row in PAIRS]
+    code, shown, _ = show(sides, {"objective": "reward"}, "--rows=1")
+    assert code == 0 and "[[</s>]]" in shown and counted(shown, "trained tokens").startswith("64 (")
+
+
 @pytest.mark.parametrize(
     ("rows", "changes", "words", "said"),
     [
@@ -173,7 +200,7 @@ def test_warnings(show):
         ([{"prompt": "a", "completion": ""}] * 8, {}, (), "leaves nothing to train on"),
         (PAIRS[:2], {}, (), "fewer than one batch"),
         (PAIRS, {}, ("--rows=x",), "--rows='x' must be a number"),
-        (PAIRS, {"objective": "dpo"}, (), "trains pairs or labels, which inspect_data does not"),
+        (PAIRS, {"objective": "dpo"}, (), "objective=dpo and its like need"),
         (PAIRS, {}, ("--html=/absent/page.html",), "--html=/absent/page.html cannot be written"),
     ],
 )

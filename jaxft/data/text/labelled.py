@@ -59,6 +59,14 @@ class LabelRule(NamedTuple):
             )
         return np.asarray(self._index(record["label"], where), np.int32)
 
+    def name(self, label: np.ndarray) -> str:
+        """Return a label as text: a name, names, or numbers."""
+        if self.problem == "regression":
+            return " ".join(f"{one:.4g}" for one in label)
+        if label.ndim == 0:
+            return self.names[int(label)]
+        return ", ".join(name for name, one in zip(self.names, label, strict=True) if one > 0.5)
+
     def _index(self, label: Any, where: str) -> int:
         """Return the id of a label, which a record gives as a name or as that id."""
         name = label if isinstance(label, str) else json.dumps(label)

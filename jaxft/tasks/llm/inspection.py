@@ -1,6 +1,6 @@
 """Examples of a set with their trained tokens, and counts, before any weights are loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -11,9 +11,9 @@ from jaxtyping import Bool, Int
 
 from jaxft.core.errors import UserError
 from jaxft.data.loader import sample_order
-from jaxft.data.text.dataset import make_encoder
+from jaxft.data.text.dataset import Example, make_encoder
 from jaxft.tasks.llm.opened import OpenedDecoder
-from jaxft.tasks.llm.rows import TokenRows
+from jaxft.tasks.llm.options import LLMOptions
 
 BATCHES = 20  # batches whose padding is counted
 COUNTED_AT_ONCE = 4096  # examples
@@ -57,25 +57,25 @@ class Inspection(NamedTuple):
     examples: list[tuple[str, list[Piece]]]
 
 
-def inspect(opened: OpenedDecoder, key: str, spec: str, shown: int) -> Inspection:
-    """Read the set `spec` of the config key `key`, data.train or data.eval, and count its tokens.
+def inspect(opened: OpenedDecoder, rows: Any, key: str, shown: int) -> Inspection:
+    """Count the tokens of `rows`, the set of the config key `key`, data.train or data.eval.
 
     The first `shown` examples of training, or of the evaluation set, are kept. Raises UserError for
     a set on which training would fail or learn nothing but the end of texts.
     """
     training = key == "data.train"
-    rows = TokenRows(opened, spec, training)
-    data, tokenizer = rows.data, opened.tokenizer
+    tokenizer, options = opened.tokenizer, opened.options
     size = opened.model_cfg.vocab_size
-    stops = [stop for stop in opened.stop_ids(data.chat) if stop < size]
-    tally = count(data, tokenizer.bos_token_id, size)
-    if tally.trained.sum() == tally.trained[stops].sum():
+    stops = [stop for stop in opened.stop_ids(rows.data.chat) if stop < size]
+    texts = partial(texts_of, options, rows.data)
+    tally = count(rows.data, texts, tokenizer.bos_token_id, size)
+    if not options.scored and tally.trained.sum() == tally.trained[stops].sum():
         ends = " and ".join(map(repr, tokenizer.convert_ids_to_tokens(stops)))
         raise UserError(
-            f"{key}={spec!r}: no example has a trained token besides {ends}; expected a text,"
+            f"{key}={rows.name!r}: no example has a trained token besides {ends}; expected a text,"
             " completion, answer or label in each"
         )
-    counts = [*_counts(data.report, tally)]
+    counts = [*_counts(rows.data.report, tally)]
     order: Any = range(len(rows))
     if training:
         counts.append(("positions with a token", _filled(rows, opened.cfg.batch_size)))
@@ -84,42 +84,64 @@ def inspect(opened: OpenedDecoder, key: str, spec: str, shown: int) -> Inspectio
     ids = sorted(special | {*stops})
     examples = []
     for place in range(min(shown, len(rows))):
-        index = int(order[place])
-        tokens, weights = data[index]
-        where = data.records.where(int(data.record_ids[index]))
-        heading = f"{where}: {len(tokens)} tokens, {int(weights.sum())} trained"
-        examples.append((heading, pieces(tokenizer, tokens, weights > 0, ids)))
+        for name, (tokens, weights) in texts(int(order[place])):
+            heading = f"{name}: {len(tokens)} tokens, {int(weights.sum())} trained"
+            examples.append((heading, pieces(tokenizer, tokens, weights > 0, ids)))
     return Inspection(
         key,
         rows.describe(),
         counts,
         _special_tokens(tokenizer, stops, tally),
         _histogram(tally.lengths),
-        _warnings(data, tokenizer, stops, tally),
+        _warnings(rows.data, tokenizer, [] if options.scored else stops, tally),
         examples,
     )
 
 
-def count(data: Any, bos: int | None, vocab_size: int) -> Tally:
-    """Count the tokens of all examples. Raises UserError for one that begins with two BOS."""
+def texts_of(options: LLMOptions, data: Any, index: int) -> list[tuple[str, Example]]:
+    """Return the texts of an example by name: one, or the two sides of a pair.
+
+    A head of scores counts as trained at the token where it is read.
+    """
+    where, example = data.records.where(int(data.record_ids[index])), data[index]
+    if options.objective == "kto":
+        side = "desirable" if example.desirable else "undesirable"
+        named = zip((side, "answer to another prompt"), example.sides, strict=True)
+    elif options.pairs:
+        named = zip(("chosen", "rejected"), example.sides, strict=True)
+    elif options.scored:
+        named = [(data.rule.name(example.label), example.example)]
+    else:
+        return [(where, example)]
+    found = [(f"{where}, {name}", one) for name, one in named]
+    if options.scored:  # position t belongs to target t + 1
+        found = [(name, Example(one.tokens[:-1], one.weights[1:])) for name, one in found]
+    return found
+
+
+def count(
+    data: Any, texts: Callable[[int], list[tuple[str, Example]]], bos: int | None, vocab_size: int
+) -> Tally:
+    """Count the tokens of all texts. Raises UserError for one that begins with two BOS."""
     used, trained = np.zeros((2, vocab_size), np.int64)
-    lengths, n_bos = np.zeros(len(data), np.int64), 0
+    lengths, n_bos = [], 0
     for first in range(0, len(data), COUNTED_AT_ONCE):
-        examples = [data[i] for i in range(first, min(first + COUNTED_AT_ONCE, len(data)))]
-        for place, (tokens, _) in enumerate(examples, first):
-            lengths[place] = len(tokens)
+        some = range(first, min(first + COUNTED_AT_ONCE, len(data)))
+        found = [one for index in some for one in texts(index)]
+        for name, (tokens, _) in found:
+            lengths.append(len(tokens))
             begin = tokens[:2].tolist()
             n_bos += begin[:1] == [bos]
             if begin == [bos, bos]:
                 raise UserError(
-                    f"{data.records.where(int(data.record_ids[place]))}: the example begins with"
-                    " two BOS tokens; delete those of the text, as the tokenizer adds one"
+                    f"{name}: the example begins with two BOS tokens; delete those of the text, as"
+                    " the tokenizer adds one"
                 )
-        tokens = np.concatenate([one.tokens for one in examples])
-        weights = np.concatenate([one.weights for one in examples])
+        tokens = np.concatenate([one.tokens for _, one in found])
+        weights = np.concatenate([one.weights for _, one in found])
         used += np.bincount(tokens, minlength=vocab_size)
         trained += np.bincount(tokens[weights > 0], minlength=vocab_size)
-    return Tally(lengths, used, trained, n_bos)
+    return Tally(np.asarray(lengths, np.int64), used, trained, n_bos)
 
 
 def pieces(
@@ -152,10 +174,11 @@ def _counts(report: dict[str, int], tally: Tally) -> list[tuple[str, str]]:
     dropped = {
         "empty": report["empty"],
         "nothing to train": report["untrained"],
+        "equal sides": report.get("equal", 0),
         "longer than seq_len": report.get("too_long", 0),
     }
     reasons = ", ".join(f"{number} {name}" for name, number in dropped.items() if number)
-    shares = {name: report[name] for name in ("truncated", "split") if report[name]}
+    shares = {name: report[name] for name in ("truncated", "split") if report.get(name)}
     return [
         ("records", str(report["records"])),
         ("examples", str(len(tally.lengths))),
@@ -166,7 +189,7 @@ def _counts(report: dict[str, int], tally: Tally) -> list[tuple[str, str]]:
     ]
 
 
-def _filled(rows: TokenRows, batch_size: int) -> str:
+def _filled(rows: Any, batch_size: int) -> str:
     """Return the share of positions that are no padding, in the first batches of training."""
     batches = islice(rows.batches(0, slice(0, batch_size)), BATCHES)
     segments = [batch["segment_ids"] for batch in batches]
@@ -205,7 +228,7 @@ def _histogram(lengths: Int[np.ndarray, " n"]) -> list[tuple[int, int, int]]:
 
 def _warnings(data: Any, tokenizer: Any, stops: Sequence[int], tally: Tally) -> list[str]:
     found, report = [], data.report
-    if not tally.trained[[*stops]].any():
+    if stops and not tally.trained[[*stops]].any():
         ends = ", ".join(tokenizer.convert_ids_to_tokens([*stops]))
         found.append(f"no end of a text ({ends}) is trained: the model will not learn to stop")
     if make_encoder(tokenizer).bos is not None and not tally.n_bos:

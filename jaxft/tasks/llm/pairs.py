@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxft.data.loader import train_loader
+from jaxft.data.loader import SourceShare, train_loader
 from jaxft.data.text.packing import collate_rows
 from jaxft.data.text.pairs import Pair, load_pairs
 from jaxft.tasks import Planned
@@ -32,6 +32,7 @@ class PairRows:
     """
 
     bad = ()  # a bad record stops the run
+    shares: tuple[SourceShare, ...] = ()  # one source
 
     def __init__(self, opened: OpenedDecoder, spec: str, training: bool):
         self.cfg, self.options, self.name = opened.cfg, opened.options, spec

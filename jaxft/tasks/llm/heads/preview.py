@@ -49,8 +49,8 @@ class ScorePreview:
         losses = label_losses(problem, jnp.asarray(scores)[:, None], jnp.asarray(labels)[:, None])
         metrics = {"loss": float(jnp.mean(losses)), **_measures(problem, scores, labels)}
         records = [rows.data.records[int(rows.data.record_ids[i])] for i in view.ids]
-        named = self._predictions(scores)
-        truths = self._truths(labels)
+        truths = [rows.rule.name(label) for label in labels]
+        named = [rows.rule.name(self._label(row)) for row in scores]
         shown = list(zip((r["text"] for r in records), truths, named, strict=True))[:SHOWN_TEXTS]
         found = [
             {"text": record["text"], "label": truth, "predicted": name, "scores": row.tolist()}
@@ -120,22 +120,11 @@ class ScorePreview:
             ids = make_encoder(tokenizer).encode([("", prompt)])[0].tokens
         return ids[:seq_len]
 
-    def _predictions(self, scores: Float[np.ndarray, "n C"]) -> list[Any]:
-        """Return the prediction of each text: a name, a text of names, or numbers."""
-        names = self.opened.labels
+    def _label(self, row: Float[np.ndarray, " C"]) -> np.ndarray:
+        """Return the predicted label of a text in the form of `Labelled.label`."""
         if self.options.problem_type == SINGLE_LABEL:
-            return [names[i] for i in scores.argmax(axis=-1)]
-        if self.options.problem_type == MULTI_LABEL:
-            return [_joined(names, row > 0) for row in scores]
-        return [" ".join(f"{one:.4g}" for one in row) for row in scores]
-
-    def _truths(self, labels: np.ndarray) -> list[Any]:
-        names = self.opened.labels
-        if self.options.problem_type == SINGLE_LABEL:
-            return [names[i] for i in labels]
-        if self.options.problem_type == MULTI_LABEL:
-            return [_joined(names, row > 0.5) for row in labels]
-        return [" ".join(f"{one:.4g}" for one in row) for row in labels]
+            return np.asarray(row.argmax())
+        return row > 0 if self.options.problem_type == MULTI_LABEL else row
 
     def _named(self, row: Float[np.ndarray, " C"]) -> str:
         names, problem = self.opened.labels, self.options.problem_type
@@ -147,10 +136,6 @@ class ScorePreview:
         shares = shares if problem == MULTI_LABEL else shares / shares.sum()
         best = np.argsort(-shares, kind="stable")[:NAMED]
         return ", ".join(f"{names[i]} {shares[i]:.4f}" for i in best)
-
-
-def _joined(names: Sequence[str], there: np.ndarray) -> str:
-    return ", ".join(name for name, one in zip(names, there, strict=True) if one)
 
 
 def _measures(

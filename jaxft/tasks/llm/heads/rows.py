@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.data.loader import train_loader
+from jaxft.data.loader import SourceShare, train_loader
 from jaxft.data.text.labelled import Labelled, LabelRule, load_labelled
 from jaxft.data.text.packing import collate_rows
 from jaxft.tasks import Planned
@@ -22,6 +22,7 @@ class LabelledRows:
     """
 
     bad = ()  # a bad record stops the run
+    shares: tuple[SourceShare, ...] = ()  # one source
 
     def __init__(self, opened: OpenedDecoder, spec: str, training: bool):
         self.cfg, self.options, self.name = opened.cfg, opened.options, spec
