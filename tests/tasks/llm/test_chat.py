@@ -3,27 +3,14 @@
 import contextlib
 import io
 import json
-import shutil
 
 import pytest
 from transformers import AutoTokenizer
 
 from jaxft import evaluate, sample, train
-from tests.data.text.chat.test_rows import CHATML
+from tests.conftest import CHATML
 
 CONFIG = ["--config", "configs/llm.py"]
-
-
-@pytest.fixture(scope="module")
-def chat_folder(make_folder, tmp_path_factory):
-    """A tiny Llama with a chat template, whose end of turn generation_config.json leaves out."""
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(make_folder(vocab_size=330), folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
