@@ -44,7 +44,8 @@ def theirs(chat_folder, conversations, tmp_path_factory):
     assert tokenizer.chat_template == CHATML and "endgeneration" in MARKED
     tokenizer.chat_template = MARKED
     settings = SFTConfig(
-        output_dir=str(tmp_path_factory.mktemp("trl")), use_cpu=True, bf16=False, per_device_train_batch_size=BATCH,
+        output_dir=str(tmp_path_factory.mktemp("trl")), use_cpu=True, bf16=False,
+        per_device_train_batch_size=BATCH,
         max_steps=STEPS, learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.0,
         max_grad_norm=1.0, max_length=160, assistant_only_loss=True, logging_steps=1,
         train_sampling_strategy="sequential", gradient_checkpointing=False, save_strategy="no",
