@@ -76,7 +76,7 @@ def _jaxft(args: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Figures and losses of the run, whose untrained adapters are written for TRL before it."""
     command = [sys.executable, "-m", "jaxft.train", "--config=configs/llm.py"]
     keys = {
-        "model": args.model, "seed": SEED, "batch_size": args.batch, "seq_len": 512,
+        "model": args.model, "seed": SEED, "batch_size": args.batch, "seq_len": 256,
         "data.train": f"jsonl:{place}/train.jsonl", "lora.rank": args.rank, "lora.alpha": 16.0,
         "optim.lr": args.lr, "optim.schedule": "constant", "optim.warmup": "0_steps",
         "eval_examples": 0, "every.save": "0_steps",

@@ -1,7 +1,13 @@
 """Causal language models of the LLaMA family: text, answers to prompts, labels, preferences."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
+from jaxft.core.params import Params
+from jaxft.nn.embedding import untrained_rows
 from jaxft.objectives.next_token import NextToken
 from jaxft.objectives.preference import Preference
 from jaxft.tasks import Data, Planned, Preview, Task
@@ -11,11 +17,33 @@ from jaxft.tasks.llm.pairs import PairRows, planned_pairs
 from jaxft.tasks.llm.preference import PairPreview, encode, make_preference
 from jaxft.tasks.llm.preview import DecoderPreview
 from jaxft.tasks.llm.rows import TokenRows, planned
+from jaxft.weights.transfer import to_host
+
+TABLE = "embed_tokens.embedding"
 
 
 def _read(opened: OpenedDecoder, spec: str, training: bool) -> Any:
     rows = PairRows if opened.options.pairs else TokenRows
     return rows(opened, spec, training)
+
+
+def _encode(
+    opened: OpenedDecoder, params: Params, chosen: set[str], sets: Sequence[Any], initial: Any
+) -> None:
+    """Warn of markers of the chat template without a trained embedding, then encode pairs."""
+    if opened.chat and any(rows.data.chat for rows in sets) and TABLE not in chosen:
+        ids = np.asarray(opened.chat.markers)
+        lost = ids[to_host(jax.jit(untrained_rows)(params[TABLE], ids))].tolist()
+        if lost and jax.process_index() == 0:
+            names = ", ".join(opened.tokenizer.convert_ids_to_tokens(lost))
+            print(
+                f"warning: {opened.chat.name} uses {names}, whose rows of the embedding table look"
+                " untrained and stay so: train the table too, with trainable="
+                r"'.*lora_.*|embed_tokens\.embedding|lm_head\..*', or take the model's instruct"
+                " checkpoint",
+                flush=True,
+            )
+    encode(opened, params, chosen, sets, initial)
 
 
 def _plan(opened: OpenedDecoder) -> Planned:
@@ -47,7 +75,7 @@ LLM = Task(
     open=OpenedDecoder,
     read=_read,
     plan=_plan,
-    encode=encode,
+    encode=_encode,
     objective=_objective,
     preview=_preview,
     writers=WRITERS,

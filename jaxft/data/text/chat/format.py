@@ -83,6 +83,15 @@ class ChatFormat:
         ids = self.tokenizer.convert_tokens_to_ids(list(names))
         return Style("" if lead.strip() else lead, tuple(ids))
 
+    @cached_property
+    def markers(self) -> tuple[int, ...]:
+        """Return the ids of the special tokens in a conversation of one round."""
+        messages = [_turn("user", "Hi"), _turn("assistant", "Hi")]
+        text = self.render(Conversation(messages), messages, self.name)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return tuple(sorted(special & {*ids}))
+
     def render(
         self,
         talk: Conversation,
