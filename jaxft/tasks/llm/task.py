@@ -19,7 +19,7 @@ from jaxft.tasks.llm.preview import DecoderPreview
 from jaxft.tasks.llm.rows import TokenRows, planned
 from jaxft.weights.transfer import to_host
 
-TABLE = "embed_tokens.embedding"
+EMBEDDINGS = "embed_tokens.embedding"
 
 
 def _read(opened: OpenedDecoder, spec: str, training: bool) -> Any:
@@ -31,9 +31,9 @@ def _encode(
     opened: OpenedDecoder, params: Params, chosen: set[str], sets: Sequence[Any], initial: Any
 ) -> None:
     """Warn of markers of the chat template without a trained embedding, then encode pairs."""
-    if opened.chat and any(rows.data.chat for rows in sets) and TABLE not in chosen:
+    if opened.chat and any(rows.data.chat for rows in sets) and EMBEDDINGS not in chosen:
         ids = np.asarray(opened.chat.markers)
-        lost = ids[to_host(jax.jit(untrained_rows)(params[TABLE], ids))].tolist()
+        lost = ids[to_host(jax.jit(untrained_rows)(params[EMBEDDINGS], ids))].tolist()
         if lost and jax.process_index() == 0:
             names = ", ".join(opened.tokenizer.convert_ids_to_tokens(lost))
             print(
