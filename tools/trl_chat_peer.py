@@ -40,10 +40,9 @@ class Losses(Progress):
 def main(folder: str, file: str, steps: int, batch: int, lr: float, adapter: str = "") -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     template = tokenizer.chat_template
-    if TURN.replace("\n", "\\n") not in template:
+    if TURN not in template:
         raise SystemExit(f"{folder} has another chat template than SmolLM2")
-    old, new = (text.replace("\n", "\\n") for text in (TURN, MARKED))
-    tokenizer.chat_template = template.replace(old, new)
+    tokenizer.chat_template = template.replace(TURN, MARKED)
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=False
     )
