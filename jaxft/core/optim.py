@@ -68,15 +68,14 @@ def check_optimizer(o: Optim, param_dtype: str) -> None:
             f"optim.lr_by={o.lr_by!r}: prodigy finds one step size for all parameters; set"
             ' optim.lr_by="" or take another optim.name'
         )
-    wanted = {"optim.schedule": (o.schedule, "constant"), "optim.ema": (o.ema, 0.0)}
-    wanted |= {"param_dtype": (param_dtype, "float32")}
     if o.name != "schedule_free":
         return
-    for key, (found, needed) in wanted.items():
+    wanted = {"optim.schedule": (o.schedule, "constant"), "optim.ema": (o.ema, 0.0)}
+    for key, (found, needed) in {**wanted, "param_dtype": (param_dtype, "float32")}.items():
         if found != needed:
             raise UserError(
-                f"optim.name=schedule_free averages its steps instead of a schedule or an average"
-                f" of other steps, in fp32: set {key}={needed}, not {found}"
+                f"optim.name=schedule_free averages its own steps, in fp32, and needs"
+                f" {key}={needed}, not {found}"
             )
     if not o.b1:
         raise UserError("optim.name=schedule_free needs optim.b1 above 0; 0.9 is usual")
