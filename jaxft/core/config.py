@@ -44,7 +44,10 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """Optimiser keys. lr is the peak. clip 0, ema 0 and a warm-up of 0 steps are off."""
+    """Optimiser keys. lr is the peak. clip 0, ema 0 and a warm-up of 0 steps are off.
+
+    `lr_by` multiplies lr for some parameters: "REGEX=0.1, REGEX=2".
+    """
 
     name: str
     lr: float
@@ -55,6 +58,7 @@ class Optim:
     ema: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
+    lr_by: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +112,15 @@ class Config:
 
 CHOICES = {
     "init": ("pretrained", "random"),
-    "optim.name": ("adamw", "adafactor", "lion", "muon", "prodigy"),
+    "optim.name": (
+        "adamw",
+        "adamw_8bit",
+        "adafactor",
+        "lion",
+        "muon",
+        "prodigy",
+        "schedule_free",
+    ),
     "optim.schedule": ("constant", "cosine", "linear", "wsd"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),

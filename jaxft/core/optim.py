@@ -1,7 +1,8 @@
 """Gradients to updates: schedules, optimisers on optax, the shardings of their state, the EMA."""
 
+import re
 from collections.abc import Callable, Hashable, Mapping
-from math import log, prod, sqrt
+from math import prod, sqrt
 from typing import Any
 
 import jax
@@ -10,12 +11,18 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from optax import contrib
 
+from jaxft.core.config import Optim
 from jaxft.core.errors import UserError
-from jaxft.core.params import ADAPTER_ROLE, ADVERSARY_ROLE, Leaf, Params
+from jaxft.core.optimizers.adam import ADAM_EPS, adam, adam_8bit
+from jaxft.core.optimizers.prodigy import prodigy
+from jaxft.core.optimizers.schedule_free import schedule_free
+from jaxft.core.params import ADAPTER_ROLE, ADVERSARY_ROLE, Leaf, Params, select
+from jaxft.core.sharding import fitted
 
-ADAM_EPS = 1e-8
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
-OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "prodigy")
+NO_FACTORS: Mapping[str, float] = {}
+LR_BY = re.compile(r"\s*(.+?)=(\d+\.?\d*(?:e-?\d+)?)\s*(?:,|$)")  # one REGEX=FACTOR
+OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "lion", "muon", "prodigy", "schedule_free")
 
 
 def schedule(name: str, lr: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -54,6 +61,44 @@ def _after_warmup(name: str, lr: float, warmup_steps: int, total_steps: int) -> 
     raise UserError(f"schedule={name!r} is not known; choose one of {', '.join(SCHEDULES)}")
 
 
+def check_optimizer(o: Optim, param_dtype: str) -> None:
+    """Raise UserError for keys that contradict the optimiser."""
+    if o.name == "prodigy" and o.lr_by:
+        raise UserError(
+            f"optim.lr_by={o.lr_by!r}: prodigy finds one step size for all parameters; set"
+            ' optim.lr_by="" or take another optim.name'
+        )
+    if o.name != "schedule_free":
+        return
+    wanted = {"optim.schedule": (o.schedule, "constant"), "optim.ema": (o.ema, 0.0)}
+    for key, (found, needed) in {**wanted, "param_dtype": (param_dtype, "float32")}.items():
+        if found != needed:
+            raise UserError(
+                f"optim.name=schedule_free averages its own steps, in fp32, and needs"
+                f" {key}={needed}, not {found}"
+            )
+    if not o.b1:
+        raise UserError("optim.name=schedule_free needs optim.b1 above 0; 0.9 is usual")
+
+
+def lr_factors(text: str, leaves: Mapping[str, Leaf]) -> dict[str, float]:
+    """Return the factor of each parameter's learning rate, by `optim.lr_by`, or {} if it is empty.
+
+    text: "REGEX=0.1, REGEX=2". The first regex that matches a path as a whole gives its factor,
+    which is 1 without one. Raises: UserError for another form, and for a regex without a parameter.
+    """
+    factors: dict[str, float] = {}
+    place = 0
+    while place < len(text):
+        entry = LR_BY.match(text, place)
+        if entry is None:
+            raise UserError(f"optim.lr_by={text!r} is not of the form REGEX=0.1, REGEX=2")
+        for path in select(entry[1], leaves, "optim.lr_by"):
+            factors.setdefault(path, float(entry[2]))
+        place = entry.end()
+    return {path: factors.get(path, 1.0) for path in leaves} if factors else {}
+
+
 def make_optimizer(
     name: str,
     learning_rate: optax.Schedule,
@@ -63,21 +108,25 @@ def make_optimizer(
     weight_decay: float,
     clip: float,
     leaves: Mapping[str, Leaf],
+    factors: Mapping[str, float] = NO_FACTORS,
 ) -> optax.GradientTransformation:
     """Return the optimiser: clipping, the named direction, decoupled weight decay, times -lr.
 
     `clip` bounds the global norm (0: no clipping). An adversary's gradients are clipped by their
     own norm. Weight decay applies to matrices only. `leaves` describes at least the parameters
-    that are optimised.
+    that are optimised. `factors` multiply the learning rate of each parameter, see `lr_factors`.
 
-    `adamw` (arXiv 1711.05101) computes what torch.optim.AdamW does. `lion` is arXiv 2302.06675.
+    `adamw` (arXiv 1711.05101) computes what torch.optim.AdamW does. `adamw_8bit` stores
+    its moments in 8 bits (`adam_8bit`). `lion` is arXiv 2302.06675.
     `adafactor` (arXiv 1804.04235) takes steps of size `lr`, without momentum and without the scale
     of the parameter, so b1 and b2 are not used. `muon` (Keller Jordan) orthogonalises the updates
     of hidden matrices and LoRA factors. It scales them to AdamW's step size (arXiv 2502.16982), so
     that one `lr` fits both. Embeddings, output heads, norms and biases get AdamW, and b1 and b2
     concern only these. Adafactor and Muon treat a stacked kernel as one (in, out) matrix a layer.
     `prodigy` (arXiv 2306.06101) is AdamW that estimates its step size, which `lr` multiplies: take
-    1. It keeps the initial parameters too, and a fourth array of sums.
+    1. It keeps the initial parameters too, and a fourth array of sums. `schedule_free` (arXiv
+    2405.15682) is AdamW at a constant rate after the warm-up. What it evaluates and exports is an
+    average of its steps (`schedule_free.average`).
 
     State and updates are fp32, whatever the dtype of the parameters is.
 
@@ -87,17 +136,20 @@ def make_optimizer(
     def decays(params: Params) -> dict[str, bool]:
         return {path: _is_matrix(path, leaves[path]) for path in params}
 
+    first = [_clipped(clip, leaves)] if clip else []
     if name == "prodigy":
-        sized = _prodigy(learning_rate, b1, b2, weight_decay, decays)
-        return _in_float32(optax.chain(_clipped(clip, leaves), sized) if clip else sized)
+        sized = prodigy(learning_rate, b1, b2, weight_decay, decays)
+        return _in_float32(optax.chain(*first, sized) if first else sized)
     steps = [
         _direction(name, b1, b2, leaves),
         optax.add_decayed_weights(weight_decay, mask=decays),
         optax.scale_by_learning_rate(learning_rate),
     ]
-    if clip:
-        steps.insert(0, _clipped(clip, leaves))
-    return _in_float32(optax.chain(*steps))
+    if factors:  # a step without state, which runs of former versions do not have
+        steps.append(optax.stateless(lambda made, _: _by_path(lambda k, x: factors[k] * x, made)))
+    if name == "schedule_free":
+        steps = [schedule_free(optax.chain(*steps), learning_rate, b1)]
+    return _in_float32(optax.chain(*first, *steps))
 
 
 def _clipped(clip: float, leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:
@@ -123,7 +175,11 @@ def _direction(
 ) -> optax.GradientTransformation:
     match name:
         case "adamw":
-            return _adam(b1, b2)
+            return adam(b1, b2)
+        case "adamw_8bit":
+            return adam_8bit(b1, b2)
+        case "schedule_free":  # momentum comes from its two sequences
+            return optax.scale_by_rms(b2, ADAM_EPS, eps_in_sqrt=False, bias_correction=True)
         case "lion":
             return optax.scale_by_lion(b1, b2)
         case "adafactor":
@@ -142,7 +198,8 @@ def state_shardings(
     """Return shardings in the form of `tx.init(params)`, for `out_shardings` of init and step.
 
     `leaves` are the optimised parameters only. A state array whose key path names a parameter, and
-    which has that parameter's shape, gets its sharding. An array in Adafactor's (layers, in, out)
+    which has that parameter's shape, gets its sharding. One of its rank, such as the scales of
+    moments in 8 bits, does where the mesh divides a dim. An array in Adafactor's (layers, in, out)
     shape is sharded by the first dim of each group. Every other array is replicated.
 
     jit alone would replicate an optimiser state, and optax.tree_map_params cannot read Muon's.
@@ -161,6 +218,8 @@ def state_shardings(
             axes = dict(enumerate(sharding.spec))
             merged = [axes.get(group[0]) if group else None for group in _groups(path, leaf)]
             return NamedSharding(sharding.mesh, PartitionSpec(*merged))
+        if len(state.shape) == len(leaf.shape):  # a scale for each block of moments in 8 bits
+            return fitted(sharding, state.shape)
         return replicated
 
     params = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
@@ -199,56 +258,6 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     return optax.GradientTransformation(init, update)
 
 
-def _adam(b1: float, b2: float) -> optax.GradientTransformation:
-    """optax's Adam, with an exact bias correction.
-
-    optax computes 1 - b**t in fp32, which makes its first steps wrong by 7e-6 at b2 = 0.999.
-    """
-
-    def debias(moment: Any, b: float, count: Any) -> Any:
-        scale = -jnp.expm1(count * log(b)) if b else 1.0
-        return jax.tree.map(lambda m: m / scale, moment)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
-        del params
-        count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-        m_hat, v_hat = debias(mu, b1, count), debias(nu, b2, count)
-        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + ADAM_EPS), m_hat, v_hat)
-        return updates, optax.ScaleByAdamState(count, mu, nu)
-
-    return optax.GradientTransformation(optax.scale_by_adam(b1, b2).init, update)
-
-
-def _prodigy(
-    learning_rate: optax.Schedule,
-    b1: float,
-    b2: float,
-    weight_decay: float,
-    decays: Callable[[Params], dict[str, bool]],
-) -> optax.GradientTransformation:
-    """optax's Prodigy, whose weight decay would include norms and biases.
-
-    Gradients that are all 0 at the first step give it 0 / 0 as step size. It then stays as it was.
-    """
-    plain = contrib.prodigy(learning_rate, (b1, b2))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        count = state.count + 1
-        correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
-        size = weight_decay * state.estim_lr * learning_rate(state.count) * correction
-        found: Any = plain.update(updates, state, params)
-        made, new = found
-        unmoved = sum(jnp.sum(jnp.abs(x)) for x in new.grad_sum.values()) == 0
-        new = new._replace(estim_lr=jnp.where(unmoved, state.estim_lr, new.estim_lr))
-        made = {path: jnp.where(unmoved, 0.0, x) for path, x in made.items()}
-        decayed = decays(params)
-        return {k: x - size * params[k] if decayed[k] else x for k, x in made.items()}, new
-
-    return optax.GradientTransformation(plain.init, update)
-
-
 def _muon(b1: float, b2: float, leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:
     def hidden(path: str) -> bool:
         matrix = _is_matrix(path, leaves[path]) and _name(path) != "embedding"
@@ -268,7 +277,7 @@ def _muon(b1: float, b2: float, leaves: Mapping[str, Leaf]) -> optax.GradientTra
         optax.stateless(lambda updates, _: _by_path(like_adam, updates)),
     )
     return optax.partition(
-        {"muon": muon, "adam": _adam(b1, b2)},
+        {"muon": muon, "adam": adam(b1, b2)},
         lambda params: {path: "muon" if hidden(path) else "adam" for path in params},
     )
 

@@ -82,18 +82,18 @@ def bind(template: Module, params: Mapping[str, Any]) -> Module:
     return treedef.unflatten([params[dotted(path)] for path, _ in leaves])
 
 
-def select(pattern: str, paths: Mapping[str, Any]) -> set[str]:
-    """Return the paths that a regex matches as a whole.
+def select(pattern: str, paths: Mapping[str, Any], key: str = "trainable") -> set[str]:
+    """Return the paths that a regex matches as a whole. `key` is its config key, for messages.
 
     Raises: UserError, with some of the paths, for a bad regex or one that matches none.
     """
     try:
         chosen = {path for path in paths if re.fullmatch(pattern, path)}
     except re.error as error:
-        raise UserError(f"trainable={pattern!r} is not a regular expression: {error}") from None
+        raise UserError(f"{key}={pattern!r} is not a regular expression: {error}") from None
     if not chosen:
         some = ", ".join(sorted(paths)[:8])
-        raise UserError(f"trainable={pattern!r} matches no parameter; paths look like: {some}")
+        raise UserError(f"{key}={pattern!r} matches no parameter; paths look like: {some}")
     return chosen
 
 

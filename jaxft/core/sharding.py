@@ -98,6 +98,13 @@ def shardings(leaves: Mapping[str, Leaf], mesh: Mesh) -> dict[str, NamedSharding
     return {path: NamedSharding(mesh, spec(leaf.axes)) for path, leaf in leaves.items()}
 
 
+def fitted(given: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """Return it for dims of other sizes. One that the mesh does not divide stays whole."""
+    sizes = given.mesh.shape
+    axes = [None if shape[i] % _ways(axis, sizes) else axis for i, axis in enumerate(given.spec)]
+    return NamedSharding(given.mesh, PartitionSpec(*axes))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

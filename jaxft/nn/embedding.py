@@ -1,10 +1,13 @@
-"""Embeddings of numbers, such as a denoiser's time."""
+"""Embeddings of numbers, such as a denoiser's time, and tables of embeddings."""
 
 from math import log
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Bool, Float, Int, Num
+
+SHORT_ROW = 0.5  # of the median norm of a table's rows. Those of SmolLM2 have at least 0.57
+NEAR_MEAN = 0.1  # distance to the mean row, in the same unit
 
 
 def timestep_embedding(
@@ -23,3 +26,16 @@ def timestep_embedding(
     pair = (jnp.cos(angles), jnp.sin(angles)) if cos_first else (jnp.sin(angles), jnp.cos(angles))
     embedding = jnp.concatenate(pair, axis=-1)  # [..., 2 half]
     return jnp.pad(embedding, [(0, 0)] * t.ndim + [(0, dim % 2)])
+
+
+def untrained_rows(table: Float[Array, "V D"], ids: Int[Array, " n"]) -> Bool[Array, " n"]:
+    """Return True for each id whose row looks as if it was never trained.
+
+    Such a row is short beside the others, or it is their mean, with which transformers fills new
+    rows. A row that was drawn at random with the norm of the others is not found.
+    """
+    wide = table.astype(jnp.float32)
+    norms = jnp.linalg.norm(wide, axis=1)  # [V]
+    distances = jnp.linalg.norm(wide[ids] - wide.mean(0), axis=1)  # [n]
+    usual = jnp.median(norms)
+    return (norms[ids] < SHORT_ROW * usual) | (distances < NEAR_MEAN * usual)

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxft.core import config as configs
-from jaxft.core import processes, runtime, sharding
+from jaxft.core import optim, processes, runtime, sharding
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf, Params, describe, flatten, select
@@ -45,6 +45,7 @@ def open_run(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
         processes.start()
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, devices)
     _check_batch(cfg, mesh)
+    optim.check_optimizer(cfg.optim, cfg.param_dtype)
     if cfg.export.kind not in (kinds := (*task.writers, "none")):
         raise UserError(f"export.kind={cfg.export.kind!r} is not one of {', '.join(kinds)}")
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # "auto" depends on the devices
@@ -56,6 +57,7 @@ def open_run(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
     added = {path for path, leaf in can_train.items() if leaf.added}
     pattern = opened.cfg.trainable
     chosen = select(pattern, can_train) if pattern else added or set(can_train)
+    optim.lr_factors(cfg.optim.lr_by, {path: leaves[path] for path in chosen})  # raises
     return Run(opened.cfg, task, opened, mesh, leaves, places, chosen)
 
 

@@ -9,6 +9,7 @@ import optax
 
 from jaxft.core import config as configs
 from jaxft.core import optim, runtime
+from jaxft.core.optimizers.schedule_free import average
 from jaxft.core.params import Params, trainable_table
 from jaxft.core.step import State, init_state, state_shardings
 from jaxft.runs.checkpoint import Checkpoints
@@ -44,6 +45,7 @@ def _optimizer(run: Run, schedule: optax.Schedule) -> optax.GradientTransformati
         weight_decay=o.weight_decay,
         clip=o.clip,
         leaves=run.trained_leaves,
+        factors=optim.lr_factors(o.lr_by, run.trained_leaves),
     )
 
 
@@ -97,7 +99,7 @@ def abstract_state(run: Run, tx: optax.GradientTransformation | None = None) -> 
 
 def model_params(frozen: Params, state: State) -> Params:
     """Return all parameters for evaluation, sampling and export, averaged where averages exist."""
-    return {**frozen, **(state.ema or state.params)}
+    return {**frozen, **(state.ema or average(state.opt, state.params) or state.params)}
 
 
 def start_state(run: Run, plan: Plan, saved: Checkpoints, start: int) -> tuple[State, Params]:

@@ -1,4 +1,4 @@
-"""Schedules, the four optimisers against torch and the papers, their shardings, the average."""
+"""Schedules, optimisers against torch and the papers, their shardings, the average."""
 
 from functools import partial
 
@@ -149,7 +149,7 @@ def test_schedule_rejects_warmup(warmup):
 def test_unknown_names_list_the_known():
     with pytest.raises(UserError, match=r"'cosin'.*constant, cosine, linear, wsd"):
         optim.schedule("cosin", 1.0, 0, 10)
-    with pytest.raises(UserError, match=r"'adam'.*adamw, adafactor, lion, muon"):
+    with pytest.raises(UserError, match=r"'adam'.*adamw, adamw_8bit, adafactor, lion, muon"):
         make("adam")
 
 
@@ -276,7 +276,8 @@ def test_t1_moments_are_fp32_for_bf16_parameters(name):
     state = jax.eval_shape(tx.init, params)
     updates, after = jax.eval_shape(tx.update, params, state, params)
     dtypes = {x.dtype for x in jax.tree.leaves((state, after, updates))}
-    assert dtypes == {jnp.dtype("float32"), jnp.dtype("int32")}
+    codes = {jnp.dtype("int8"), jnp.dtype("uint8")} if name == "adamw_8bit" else set()
+    assert dtypes == {jnp.dtype("float32"), jnp.dtype("int32")} | codes
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, after)
 
 
@@ -327,7 +328,7 @@ def test_adafactor_state_is_sharded_by_groups():
     assert is_spec(inner.v_row["layers.q_proj.kernel"])
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adafactor", "muon", "schedule_free"])
 def test_t16_a_sharded_step_is_the_unsharded_step(name):
     """The norm that clips goes over all shards, and the state keeps its shardings."""
     some = ("layers.q_proj.kernel", "layers.q_proj.lora_b", "embed_tokens.embedding", "norm.scale")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
-from jaxft.nn.embedding import timestep_embedding
+from jaxft.nn.embedding import timestep_embedding, untrained_rows
 
 
 @pytest.mark.parametrize("dim", [320, 33])
@@ -26,3 +26,13 @@ def test_d15_time_ids_of_any_shape_are_embedded_apart():
     assert ours.shape == (1, 6, 256) and ours.dtype == jnp.float32
     np.testing.assert_array_equal(ours[0, 1], timestep_embedding(ids[0, 1:2], 256)[0])
     np.testing.assert_allclose(ours[0, 2], [1.0] * 128 + [0.0] * 128)
+
+
+def test_rows_that_are_short_or_the_mean_look_untrained():
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((64, 32)).astype("f4") + 2
+    table[3] *= 0.01
+    table[5] = table.mean(0) + 0.01
+    table[7] = 0
+    found = untrained_rows(jnp.asarray(table), jnp.array([2, 3, 5, 7, 9]))
+    assert found.tolist() == [False, True, True, True, False]

@@ -1,8 +1,13 @@
 """Causal language models: text, answers to prompts, preferences, classes of texts, rewards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
+from jaxft.core.params import Params
+from jaxft.nn.embedding import untrained_rows
 from jaxft.objectives.classification import Classification
 from jaxft.objectives.distillation import Distillation
 from jaxft.objectives.next_token import NextToken
@@ -16,6 +21,9 @@ from jaxft.tasks.llm.pairs import PairRows, planned_pairs
 from jaxft.tasks.llm.preference import PairPreview, encode, make_preference
 from jaxft.tasks.llm.preview import DecoderPreview
 from jaxft.tasks.llm.rows import TokenRows, planned
+from jaxft.weights.transfer import to_host
+
+EMBEDDINGS = "embed_tokens.embedding"
 
 
 class Kind(NamedTuple):
@@ -55,6 +63,26 @@ def _distillation(opened: OpenedDecoder, rows: Any) -> Distillation:
     return Distillation(_next_token(opened, rows), keys.weight, keys.temperature, flops)
 
 
+def _encode(
+    opened: OpenedDecoder, params: Params, chosen: set[str], sets: Sequence[Any], initial: Any
+) -> None:
+    """Warn of markers of the chat template without a trained embedding, then encode pairs."""
+    chats = any(rows.data.chat for rows in sets)
+    if chats and opened.chat and EMBEDDINGS not in chosen:
+        ids = np.asarray(opened.chat.markers)
+        lost = ids[to_host(jax.jit(untrained_rows)(params[EMBEDDINGS], ids))].tolist()
+        if lost and jax.process_index() == 0:
+            names = ", ".join(opened.tokenizer.convert_ids_to_tokens(lost))
+            print(
+                f"warning: {opened.chat.name} uses {names}, whose rows of the embedding table look"
+                " untrained and stay so: train the table too, with trainable="
+                r"'.*lora_.*|embed_tokens\.embedding|lm_head\..*', or take the model's instruct"
+                " checkpoint",
+                flush=True,
+            )
+    encode(opened, params, chosen, sets, initial)
+
+
 TEXTS = Kind(TokenRows, planned, _next_token, DecoderPreview)
 PAIRS = Kind(PairRows, planned_pairs, _preference, PairPreview)
 TAUGHT = Kind(TokenRows, planned, _distillation, DecoderPreview)
@@ -70,7 +98,7 @@ LLM = Task(
     open=OpenedDecoder,
     read=lambda opened, spec, training: _kind(opened).rows(opened, spec, training),
     plan=lambda opened: _kind(opened).plan(opened),
-    encode=encode,
+    encode=_encode,
     objective=lambda opened, rows: _kind(opened).loss(opened, rows),
     preview=lambda opened, data: _kind(opened).preview(opened, data),
     writers=WRITERS,

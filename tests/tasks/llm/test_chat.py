@@ -6,24 +6,12 @@ import json
 import shutil
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from jaxft import evaluate, sample, train
-from tests.data.text.chat.test_rows import CHATML
+from tests.conftest import CHATML
 
 CONFIG = ["--config", "configs/llm.py"]
-
-
-@pytest.fixture(scope="module")
-def chat_folder(make_folder, tmp_path_factory):
-    """A tiny Llama with a chat template, whose end of turn generation_config.json leaves out."""
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(make_folder(vocab_size=330), folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +80,25 @@ def test_chat_off_refuses_messages_in_one_line(flags, tmp_path, capsys):
     assert train.main([*CONFIG, "--workdir", str(tmp_path / "run"), *flags, "--config.chat=off"])
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "chat.jsonl:1: 'messages' hold turns of a chat" in lines[0]
+
+
+@pytest.mark.parametrize("trainable", ["", r".*lora_.*|embed_tokens\.embedding|lm_head\..*"])
+def test_a11_markers_that_were_added_to_a_base_model_are_named(
+    chat_folder, make_folder, flags, tmp_path, quick, capsys, trainable
+):
+    """transformers fills their rows with the mean. Rows that train are not named."""
+    base = tmp_path / "base"
+    shutil.copytree(chat_folder, base)
+    model = LlamaForCausalLM.from_pretrained(make_folder(vocab_size=320))
+    model.resize_token_embeddings(330)
+    model.save_pretrained(base)
+    more = ["--config.lora.rank=4", "--config.total=1_steps", "--config.export.kind=none"]
+    more.append(f"--config.trainable={trainable}")
+    for folder in (base, chat_folder):
+        arguments = [*CONFIG, "--workdir", str(tmp_path / folder.parent.name), *flags, *more]
+        assert train.main([*arguments, f"--config.model={folder}"]) == 0
+    warned = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warned) == (not trainable)
+    for line in warned:
+        assert f"the chat template of {base} uses <|im_start|>, <|im_end|>, whose rows" in line
+        assert "trainable='.*lora_.*|embed_tokens" in line

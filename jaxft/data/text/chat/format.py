@@ -1,5 +1,6 @@
 """The chat template of a checkpoint: renders conversations, and ends answers with stop tokens."""
 
+import ctypes
 import hashlib
 import json
 import re
@@ -82,6 +83,15 @@ class ChatFormat:
         names = dict.fromkeys(end[1] for end in ends if end)
         ids = self.tokenizer.convert_tokens_to_ids(list(names))
         return Style("" if lead.strip() else lead, tuple(ids))
+
+    @cached_property
+    def markers(self) -> tuple[int, ...]:
+        """Return the ids of the special tokens in a conversation of one round."""
+        messages = [_turn("user", "Hi"), _turn("assistant", "Hi")]
+        text = self.render(Conversation(messages), messages, self.name)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return tuple(sorted(special & {*ids}))
 
     def render(
         self,
@@ -187,9 +197,13 @@ def _turn(role: str, content: str) -> Message:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError after `seconds`. Only the main thread of a process can be interrupted."""
+    """Raise TimeoutError in the calling thread after `seconds`.
+
+    A signal interrupts the main thread alone. Other threads need a timer, which costs a thread.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        with _timer(seconds):
+            yield
         return
 
     def stop(number: int, frame: Any) -> None:
@@ -202,3 +216,27 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _timer(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in this thread, between two of its bytecodes, after `seconds`."""
+    thread = ctypes.c_ulong(threading.get_ident())
+    interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    lock, over = threading.Lock(), False
+
+    def stop() -> None:
+        with lock:
+            if not over:
+                interrupt(thread, ctypes.py_object(TimeoutError))
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        with lock:
+            over = True
+        interrupt(thread, None)  # an exception that was set too late to be raised in the block

@@ -13,13 +13,10 @@ from jaxft.data.text.chat.rows import encode_rendered
 from jaxft.data.text.chat.spans import find_answers
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.weights.folders.transformers import open_source
+from tests.conftest import CHATML
 from tests.data.text.chat.vendors import make_chat
 from tests.data.text.test_dataset import load_rows, make_tokenizer, trained
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 WORDS = ("the", "cat", "Élan", "2+2", "\n\nlist:\n- a", "naïve 𝄞", "<b>", "</s>", "{{x}}", "end.")
 
 

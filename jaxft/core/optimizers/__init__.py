@@ -1,0 +1,1 @@
+"""Directions of updates that optax lacks or computes otherwise."""
