@@ -20,6 +20,8 @@ from jaxft.nn.conv import Conv
 from jaxft.nn.linear import Adapter, Linear
 
 PATHS = r".*\.lora_[ab]"  # a regex of the paths of all factors
+ALL_LINEAR = "all-linear"  # PEFT's word for every projection but the output head
+NO_HEAD = r"(?!(?:.*\.)?lm_head$).*"
 
 
 def scale(cfg: Lora) -> float:
@@ -30,15 +32,16 @@ def scale(cfg: Lora) -> float:
 def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
     """Add an adapter to each projection whose whole path matches the regex `cfg.targets`.
 
-    Rank 0 adds none. A is Kaiming-uniform (a = sqrt 5) and B zero, as in PEFT. Both are fp32 and
-    keep the leading "layers" dim of their kernel.
+    "all-linear" stands for every projection but the output head, as in PEFT. Rank 0 adds none. A is
+    Kaiming-uniform (a = sqrt 5) and B zero, as in PEFT. Both are fp32 and keep the leading "layers"
+    dim of their kernel.
     Raises: UserError for a bad regex, and for one without a match, with a list of all projections.
     """
     if cfg.rank == 0:
         return
     linears = projections(model)
     try:
-        chosen = [path for path in linears if re.fullmatch(cfg.targets, path)]
+        chosen = [path for path in linears if re.fullmatch(pattern(cfg.targets), path)]
     except re.error as error:
         raise UserError(
             f"lora.targets={cfg.targets!r} is not a regular expression: {error}"
@@ -51,6 +54,20 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
     for path in chosen:
         # A key by path: the start of an adapter does not depend on the other targets.
         _attach(linears[path], cfg, jax.random.fold_in(key, crc32(path.encode())), path)
+
+
+def pattern(targets: str) -> str:
+    """Return the regex that `lora.targets` stands for."""
+    return NO_HEAD if targets == ALL_LINEAR else targets
+
+
+def check_plain(cfg: Lora, task: str) -> None:
+    """Raise UserError for settings that only language models have."""
+    if cfg.targets == ALL_LINEAR:
+        raise UserError(
+            f"lora.targets={ALL_LINEAR} is for language models; give task={task} a regex over"
+            " projections, such as .*"
+        )
 
 
 def projections(model: nnx.Module) -> dict[str, Linear | Conv]:
@@ -89,7 +106,7 @@ def continued(asked: Lora, own: Lora, paths: Iterable[str]) -> Lora:
             )
     if asked.targets:
         for path in paths:
-            wanted, there = (re.fullmatch(one.targets, path) for one in (asked, own))
+            wanted, there = (re.fullmatch(pattern(one.targets), path) for one in (asked, own))
             if bool(wanted) != bool(there):
                 also = "adapts" if there else "does not adapt"
                 raise UserError(

@@ -1,5 +1,7 @@
 """Adapters on a model: who gets one, how they start, what merging adds."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ class Block(nnx.Module):
 class Model(nnx.Module):
     def __init__(self, key):
         self.layers = jax.vmap(Block)(jax.random.split(key, LAYERS))
-        self.head = Linear((64,), (10,), ("embed", "vocab"), key=key)
+        self.lm_head = Linear((64,), (10,), ("embed", "vocab"), key=key)
 
 
 def make(cfg=CFG):
@@ -85,6 +87,19 @@ def test_a_draw_depends_on_its_own_path_only(model):
         np.testing.assert_array_equal(more[path], value)
 
 
+def test_all_linear_leaves_out_the_output_head():
+    """As in PEFT, at the root of a model and below."""
+    assert lora.adapted(describe(make(Lora(4, 8.0, "all-linear")))) == [
+        f"layers.{name}_proj" for name in "koq"
+    ]
+    for path, inside in (("lm_head", 0), ("language_model.lm_head", 0), ("a.lm_heads.proj", 1)):
+        assert bool(re.fullmatch(lora.pattern("all-linear"), path)) == bool(inside)
+    own, asked = (Lora(4, 8.0, targets, from_="x") for targets in (r"layers\..*", "all-linear"))
+    assert lora.continued(asked, own, ["layers.q_proj", "lm_head"]) == own
+    with pytest.raises(UserError, match=r"lora\.targets=all-linear is for language models"):
+        lora.check_plain(asked, "diffusion")
+
+
 def test_rank_zero_adds_nothing():
     assert describe(make(Lora(0, 1.0, "no such"))) == describe(Model(jax.random.key(0)))
 
@@ -92,7 +107,7 @@ def test_rank_zero_adds_nothing():
 def test_no_match_lists_the_projections():
     with pytest.raises(UserError, match=r"lora\.targets='q_proj' matches no projection") as caught:
         make(Lora(4, 8.0, "q_proj"))
-    for path in ("head", "layers.k_proj", "layers.o_proj", "layers.q_proj"):
+    for path in ("lm_head", "layers.k_proj", "layers.o_proj", "layers.q_proj"):
         assert path in str(caught.value)
 
 

@@ -39,6 +39,7 @@ class OpenedPipeline:
     def __init__(self, cfg: Config):
         self.options = DiffusionOptions(**cfg.own)
         options = self.options
+        lora.check_plain(cfg.lora, "diffusion")
         prediction = options.prediction or None
         self.pipeline = ldm.open_model(cfg.model, cfg.init == "pretrained", prediction=prediction)
         self.model_cfg = PipelineConfig.of(self.pipeline, options.prediction, options.zero_snr)

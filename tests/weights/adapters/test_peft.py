@@ -124,6 +124,17 @@ def test_t21_peft_reads_ours_with_rslora_on_every_projection(folder, tmp_path, b
     assert len(ours.arrays) == 2 * 8
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_linear_is_what_it_is_in_peft(make_folder, tied):
+    folder = make_folder(tied=tied)
+    ours = Adapted(folder, Lora(rank=2, alpha=2.0, targets="all-linear"))
+    theirs = get_peft_model(hf(folder), LoraConfig(r=2, target_modules="all-linear"))
+    modules = {
+        name for name, one in theirs.base_model.model.named_modules() if hasattr(one, "lora_A")
+    }
+    assert {slot.module for slot in adapters.slots(ours.part, ours.leaves)} == modules
+
+
 def test_our_config_is_what_peft_writes(written, attention, folder, tmp_path):
     ours = json.loads((written / "adapter_config.json").read_text())
     assert ours["base_model_name_or_path"] == str(folder)
