@@ -32,6 +32,8 @@ class Lora:
 
     `from_` is the key `lora.from`: a LoRA file or a PEFT folder from which training continues.
     Its rank, alpha and targets hold where the config has the values 0, 0.0 and "".
+    ranks: ranks of some projections, "REGEX=RANK, REGEX=RANK/ALPHA". layers: the layers that get an
+    adapter, such as "0-3,7", "" for all.
     """
 
     rank: int = 0
@@ -40,6 +42,8 @@ class Lora:
     rslora: bool = False
     dropout: float = 0.0
     from_: str = ""
+    ranks: str = ""
+    layers: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

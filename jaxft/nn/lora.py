@@ -1,7 +1,7 @@
 """Low-rank adapters: their addition to projections by a regex, and their change of a kernel."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod, sqrt
 from typing import Any
@@ -18,15 +18,11 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE
 from jaxft.nn.conv import Conv
 from jaxft.nn.linear import Adapter, Linear
+from jaxft.weights.adapters import ranks
 
 PATHS = r".*\.lora_[ab]"  # a regex of the paths of all factors
 ALL_LINEAR = "all-linear"  # PEFT's word for every projection but the output head
 NO_HEAD = r"(?!(?:.*\.)?lm_head$).*"
-
-
-def scale(cfg: Lora) -> float:
-    """Return alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
-    return cfg.alpha / (sqrt(cfg.rank) if cfg.rslora else cfg.rank)
 
 
 def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
@@ -34,10 +30,15 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
 
     "all-linear" stands for every projection but the output head, as in PEFT. Rank 0 adds none. A is
     Kaiming-uniform (a = sqrt 5) and B zero, as in PEFT. Both are fp32 and keep the leading "layers"
-    dim of their kernel.
+    dim of their kernel. `cfg.ranks` and `cfg.layers` give layers other ranks, or none. Their
+    factors lie in one array, in which zeros fill up the smaller ones. A zero column of A and its
+    zero row of B have no gradient, so that they stay zero.
     Raises: UserError for a bad regex, and for one without a match, with a list of all projections.
     """
     if cfg.rank == 0:
+        for name, value in (("ranks", cfg.ranks), ("layers", cfg.layers)):
+            if value:
+                raise UserError(f"lora.{name}={value!r} needs lora.rank > 0; set it")
         return
     linears = projections(model)
     try:
@@ -51,6 +52,14 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
         raise UserError(
             f"lora.targets={cfg.targets!r} matches no projection; there are: {', '.join(alike)}"
         )
+    ranks.check(cfg, [(path, layer_count(linears[path])) for path in chosen])
+    if not any(
+        one.rank for path in chosen for one in ranks.sizes(cfg, path, layer_count(linears[path]))
+    ):
+        raise UserError(
+            f"lora.ranks={cfg.ranks!r} and lora.layers={cfg.layers!r} leave no projection of"
+            f" lora.targets={cfg.targets!r}; set a rank above 0"
+        )
     for path in chosen:
         # A key by path: the start of an adapter does not depend on the other targets.
         _attach(linears[path], cfg, jax.random.fold_in(key, crc32(path.encode())), path)
@@ -63,6 +72,11 @@ def pattern(targets: str) -> str:
 
 def check_plain(cfg: Lora, task: str) -> None:
     """Raise UserError for settings that only language models have."""
+    for key, value in (("ranks", cfg.ranks), ("layers", cfg.layers)):
+        if value:
+            raise UserError(
+                f"lora.{key}={value!r} is for language models; leave it out with task={task}"
+            )
     if cfg.targets == ALL_LINEAR:
         raise UserError(
             f"lora.targets={ALL_LINEAR} is for language models; give task={task} a regex over"
@@ -76,24 +90,38 @@ def projections(model: nnx.Module) -> dict[str, Linear | Conv]:
     return {path: m for path, m in found if isinstance(m, Linear | Conv)}
 
 
+def layer_count(linear: Linear | Conv) -> int:
+    """Return the number of layers of a stacked kernel, and 0 for any other."""
+    shape, axes = linear.kernel.shape, linear.kernel.get_metadata()["axes"]
+    return shape[0] if len(shape) > len(axes) else 0
+
+
 def _attach(linear: Any, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
     """Add A [*lead, *ins, r] and B [*lead, r, *outs] to a kernel [*lead, *ins, *outs]."""
-    axes = linear.kernel.get_metadata()["axes"]
-    shape, n = linear.kernel.shape, linear.inputs
-    lead = shape[: len(shape) - len(axes)]  # (L,) of a stacked kernel, else ()
+    layers, n = layer_count(linear), linear.inputs
+    found = [size.rank for size in ranks.sizes(cfg, path, layers)]
+    rank = max(found)
+    if not rank:
+        return
+    axes, shape = linear.kernel.get_metadata()["axes"], linear.kernel.shape
+    lead = shape[:1] if layers else ()
     ins, outs = shape[len(lead) : len(lead) + n], shape[len(lead) + n :]
     bound = 1 / sqrt(prod(ins))
-    a = jax.random.uniform(key, (*lead, *ins, cfg.rank), minval=-bound, maxval=bound)
+    a = jax.random.uniform(key, (*lead, *ins, rank), minval=-bound, maxval=bound)
+    if min(found) < rank:
+        used = np.arange(rank) < np.array(found)[:, None]  # [*lead, r]
+        a = jnp.where(used.reshape(*lead, *[1] * n, rank), a, 0)  # [*lead, *ins, r]
     linear.lora_a = nnx.data(nnx.Param(a, axes=(*axes[:n], "lora"), inputs=n, role=ADAPTER_ROLE))
-    b = jnp.zeros((*lead, cfg.rank, *outs))
+    b = jnp.zeros((*lead, rank, *outs))
     linear.lora_b = nnx.data(nnx.Param(b, axes=("lora", *axes[n:]), inputs=1, role=ADAPTER_ROLE))
-    linear.adapter = Adapter(scale(cfg), cfg.dropout, crc32(path.encode()))
+    factor = ranks.path_scale(cfg, path, layers)
+    linear.adapter = Adapter(factor, cfg.dropout, crc32(path.encode()))
 
 
-def continued(asked: Lora, own: Lora, paths: Iterable[str]) -> Lora:
+def continued(asked: Lora, own: Lora, linears: Mapping[str, Linear | Conv]) -> Lora:
     """Return the settings of an adapter that training continues, with the run's dropout if set.
 
-    `asked` holds the settings of the run, `own` those of the adapter, `paths` all projections.
+    `asked` holds the settings of the run, `own` those of the adapter, `linears` all projections.
     Raises: UserError for a setting of the run that contradicts the adapter.
     """
     # A setting of the run that is 0 or empty is not set, and takes the adapter's value.
@@ -105,12 +133,22 @@ def continued(asked: Lora, own: Lora, paths: Iterable[str]) -> Lora:
                 " give another lora.from"
             )
     if asked.targets:
-        for path in paths:
+        for path in linears:
             wanted, there = (re.fullmatch(pattern(one.targets), path) for one in (asked, own))
             if bool(wanted) != bool(there):
                 also = "adapts" if there else "does not adapt"
                 raise UserError(
                     f"lora.targets={asked.targets!r}, but {name} {also} {path}; leave it out"
+                )
+    for key, value, wanted in (
+        ("ranks", asked.ranks, replace(own, ranks=asked.ranks)),
+        ("layers", asked.layers, replace(own, layers=asked.layers)),
+    ):
+        for path in filter(re.compile(pattern(own.targets)).fullmatch, linears if value else ()):
+            count = layer_count(linears[path])
+            if ranks.sizes(wanted, path, count) != ranks.sizes(own, path, count):
+                raise UserError(
+                    f"lora.{key}={value!r}, but {name} has other ranks at {path}; leave it out"
                 )
     return replace(own, dropout=asked.dropout or own.dropout, from_=name)
 

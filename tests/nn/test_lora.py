@@ -14,6 +14,7 @@ from jaxft.core.params import bind, describe, flatten
 from jaxft.nn import lora
 from jaxft.nn.conv import Conv
 from jaxft.nn.linear import Linear
+from jaxft.weights.adapters import ranks
 
 CFG = Lora(rank=4, alpha=8.0, targets=r".*\.(q|o)_proj")
 LAYERS = 3
@@ -117,8 +118,8 @@ def test_a_broken_pattern_is_a_user_error():
 
 
 def test_t21_scale():
-    assert lora.scale(Lora(16, 32.0, "")) == 2.0
-    assert lora.scale(Lora(16, 32.0, "", rslora=True)) == 8.0
+    assert ranks.scale(Lora(16, 32.0, "")) == 2.0
+    assert ranks.scale(Lora(16, 32.0, "", rslora=True)) == 8.0
 
 
 @pytest.mark.parametrize("name", ["q_proj", "o_proj"])
@@ -133,7 +134,7 @@ def test_a_delta_merged_acts_as_the_adapter(name, rslora):
     }
     adapted = getattr(jax.tree.map(lambda leaf: leaf[1], bind(model, params).layers), name)
     a, b = (np.asarray(params[f"layers.{name}.lora_{side}"])[1] for side in "ab")
-    update = lora.delta(a, b, lora.scale(cfg))
+    update = lora.delta(a, b, ranks.scale(cfg))
     assert update.shape == adapted.kernel.shape and update.dtype == np.float32
     x = rng.normal(size=(5, *adapted.kernel.shape[: adapted.inputs])).astype(np.float32)
     merged = np.tensordot(x, np.asarray(adapted.kernel[...]) + update, adapted.inputs)

@@ -73,11 +73,11 @@ class OpenedAutoencoder:
         """Raise UserError for losses that the model or the trained parameters cannot have."""
         runner("none" if self.cfg.remat == "auto" else self.cfg.remat)  # raises
         losses, trainable = self.losses, self.cfg.trainable or ".*"
-        rank, start = self.cfg.lora.rank, self.cfg.lora.from_
-        if rank or start:
-            given = f"lora.from={start!r}" if start else f"lora.rank={rank}"
+        own = self.cfg.lora
+        keys = {"from": own.from_, "rank": own.rank, "ranks": own.ranks, "layers": own.layers}
+        if given := [f"lora.{key}={value!r}" for key, value in keys.items() if value]:
             raise UserError(
-                f"{given}, but an autoencoder takes no adapters; set"
+                f"{given[0]}, but an autoencoder takes no adapters; set"
                 " lora.rank=0 and name what trains in trainable"
             )
         if not (losses.l1 or losses.l2 or losses.perceptual):

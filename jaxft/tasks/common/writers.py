@@ -15,7 +15,7 @@ from jaxft.core.params import ADAPTER_ROLE, NEW_TOKEN_ROLE
 from jaxft.nn import lora
 from jaxft.tasks import Job, Writer
 from jaxft.weights import transfer
-from jaxft.weights.adapters import peft
+from jaxft.weights.adapters import peft, ranks
 from jaxft.weights.files.tensor_files import STEMS, write_sharded
 from jaxft.weights.transfer import Part
 
@@ -72,11 +72,11 @@ def merged(job: Job, part: Part) -> transfer.Export:
 def _deltas(job: Job) -> dict[str, Callable[[int], np.ndarray]]:
     """Return the fp32 update of every adapted kernel, layer by layer."""
     cfg = job.opened.cfg.lora
-    factor = lora.scale(cfg) if cfg.rank else 0.0
     deltas: dict[str, Callable[[int], np.ndarray]] = {}
     for path in lora.adapted(job.leaves):
         a, b = (transfer.to_host(job.params[f"{path}.lora_{x}"]) for x in "ab")
         stacked = job.leaves[f"{path}.kernel"].stacked
+        factor = ranks.path_scale(cfg, path, len(a) if stacked else 0)
         deltas[f"{path}.kernel"] = partial(_layer_delta, a, b, factor, stacked)
     return deltas
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,14 @@ from jaxft.weights.adapters.peft_folder import (
     PeftAdapter,
     base_name,
 )
+from jaxft.weights.adapters.ranks import AdapterSize, parse_layers, sizes
 from jaxft.weights.files.tensor_files import write_sharded
 from jaxft.weights.rules import Entry, to_jax, to_torch
 from jaxft.weights.transfer import Part
+
+LAYER_NUMBER = re.compile(
+    r".*?\.[^.]*\.(\d+)\."
+)  # PEFT's search for the number of a module's layer
 
 
 class Slot(NamedTuple):
@@ -33,6 +38,7 @@ class Slot(NamedTuple):
     layer: int | None
     layout_a: str
     layout_b: str
+    layers: int = 0  # of its stack
 
     def sides(self) -> tuple[tuple[str, str, str], ...]:
         """Return (PEFT's letter, jaxft's leaf name, layout) of both factors."""
@@ -49,8 +55,15 @@ def slots(part: Part, leaves: Mapping[str, Leaf]) -> list[Slot]:
         layout_a, layout_b = _layouts(entry, leaves[entry.path])
         for i, key in enumerate(entry.keys):
             layer = i if entry.stacked else None
-            found.append(Slot(key.removesuffix(".weight"), linear, layer, layout_a, layout_b))
+            layers = len(entry.keys) if entry.stacked else 0
+            module = key.removesuffix(".weight")
+            found.append(Slot(module, linear, layer, layout_a, layout_b, layers))
     return found
+
+
+def size(slot: Slot, cfg: Lora) -> AdapterSize:
+    """Return rank and alpha of one adapted projection."""
+    return sizes(cfg, slot.path, slot.layers)[slot.layer or 0]
 
 
 def write(
@@ -64,20 +77,20 @@ def write(
     """Write adapter_model.safetensors and adapter_config.json as PEFT 0.18+ reads them.
 
     `arrays` holds the `….lora_a` / `….lora_b` parameters by path, and the trained modules of
-    `part.whole`, which are PEFT's modules_to_save. A layer whose A is zero has no adapter and is
-    left out.
+    `part.whole`, which are PEFT's modules_to_save. A layer without an adapter is left out.
     """
     tensors = _saved(part, leaves, arrays)
-    adapted = [slot for slot in slots(part, leaves) if _factor(slot, "lora_a", arrays).any()]
-    modules = {slot.module for slot in adapted}
-    for slot in adapted:
-        for letter, leaf, layout in slot.sides():
+    found = [(slot, size(slot, cfg)) for slot in slots(part, leaves)]
+    adapted = {slot.module: one for slot, one in found if one.rank}
+    for slot, one in found:
+        for letter, leaf, layout in slot.sides() if one.rank else ():
             key = f"{PEFT_PREFIX}{slot.module}.lora_{letter}.weight"
-            tensors[key] = to_torch(_factor(slot, leaf, arrays), layout, part.sizes)
+            factor = _used(_factor(slot, leaf, arrays), leaf, one.rank)
+            tensors[key] = to_torch(factor, layout, part.sizes)
     for key in part.kept:
         assert part.tensors is not None
         module = key.removesuffix(".weight")
-        inside = "base_layer." if module in modules else ""
+        inside = "base_layer." if module in adapted else ""
         tensors[f"{PEFT_PREFIX}{module}.{inside}weight"] = part.tensors.read(key)
     infos = {key: (array.shape, array.dtype) for key, array in tensors.items()}
     write_sharded(folder, tensors.items(), infos, stem=ADAPTER_STEM)
@@ -89,7 +102,10 @@ def write(
         "lora_alpha": cfg.alpha,
         "lora_dropout": cfg.dropout,
         "use_rslora": cfg.rslora,
-        "target_modules": _targets(part, leaves, modules),
+        "target_modules": _targets(part, leaves, set(adapted), parse_layers(cfg.layers)),
+        "rank_pattern": _pattern({name: one.rank for name, one in adapted.items()}, cfg.rank),
+        "alpha_pattern": _pattern({name: one.alpha for name, one in adapted.items()}, cfg.alpha),
+        "layers_to_transform": sorted(parse_layers(cfg.layers)) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -104,6 +120,24 @@ def _factor(slot: Slot, leaf: str, arrays: Mapping[str, Any]) -> np.ndarray:
     """Return one layer's A or B, fp32."""
     array = np.asarray(arrays[f"{slot.path}.{leaf}"], np.float32)
     return array if slot.layer is None else array[slot.layer]
+
+
+def _used(factor: np.ndarray, leaf: str, rank: int) -> np.ndarray:
+    """Return the columns of A, or the rows of B, that the rank of this layer has."""
+    return factor[..., :rank] if leaf == "lora_a" else factor[:rank]
+
+
+def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """Return what PEFT's rank_pattern or alpha_pattern holds: the values other than the default.
+
+    They are by the last part of a module's name, or by the full name where these parts disagree.
+    """
+    by_end: dict[str, set[float]] = {}
+    for module, value in values.items():
+        by_end.setdefault(module.rsplit(".", 1)[-1], set()).add(value)
+    named = {end: found.pop() for end, found in by_end.items() if len(found) == 1}
+    full = {name: x for name, x in values.items() if name.rsplit(".", 1)[-1] not in named}
+    return {name: value for name, value in (named | full).items() if value != default}
 
 
 def _saved(
@@ -137,7 +171,7 @@ def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[s
     }
     have = set(adapter.tensors.keys())
     wanted = {
-        f"{slot.module}.lora_{letter}.weight": (slot, leaf, layout)
+        f"{slot.module}.lora_{letter}.weight": (slot, leaf, layout, size(slot, adapter.lora).rank)
         for slot in slots(part, leaves)
         for letter, leaf, layout in slot.sides()
     }
@@ -145,15 +179,16 @@ def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[s
     if odd := sorted((have - wanted.keys()) | halves)[:8]:
         raise UserError(f"{adapter.name}: tensors without a place or without their pair: {odd}")
     for key in sorted(have):
-        slot, leaf, layout = wanted[key]
-        path, layer = f"{slot.path}.{leaf}", ... if slot.layer is None else slot.layer
-        want, got = arrays[path][layer].shape, tuple(adapter.tensors.info(key)[0])
-        if to_torch(np.broadcast_to(np.int8(0), want), layout, part.sizes).shape != got:
+        slot, leaf, layout, rank = wanted[key]
+        layer = ... if slot.layer is None else slot.layer
+        whole = _used(arrays[f"{slot.path}.{leaf}"][layer], leaf, rank)
+        got = tuple(adapter.tensors.info(key)[0])
+        if to_torch(np.broadcast_to(np.int8(0), whole.shape), layout, part.sizes).shape != got:
             raise UserError(
-                f"{adapter.name}: tensor {key} {got} does not fit rank {adapter.lora.rank} on this"
-                f" base model; {GIVE_BASE}"
+                f"{adapter.name}: tensor {key} {got} does not fit rank {rank} on this base model;"
+                f" {GIVE_BASE}"
             )
-        arrays[path][layer] = to_jax(adapter.tensors.read(key), layout, part.sizes)
+        whole[...] = to_jax(adapter.tensors.read(key), layout, part.sizes)
     return arrays
 
 
@@ -200,14 +235,20 @@ def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str]:
     return layout_a, f"{out_group} r{ones} -> r {' '.join(outs)}"
 
 
-def _targets(part: Part, leaves: Mapping[str, Leaf], modules: set[str]) -> list[str]:
+def _targets(
+    part: Part, leaves: Mapping[str, Leaf], modules: set[str], layers: Collection[int] = ()
+) -> list[str]:
     """Return module names for PEFT: last parts, or full names where these match other modules.
 
-    Other modules are all of the checkpoint, even those that fill no parameter here.
+    Other modules are all of the checkpoint, even those that fill no parameter here. With `layers`,
+    PEFT passes over the last parts outside of these layers.
     """
     keys = [key for entry in part.entries(leaves) for key in entry.keys]
     keys += [] if part.tensors is None else list(part.tensors.keys())
     others = {key.removesuffix(".weight") for key in keys} - modules
+    if layers:
+        numbers = {name: LAYER_NUMBER.match(name) for name in others}
+        others = {name for name, found in numbers.items() if found and int(found[1]) in layers}
     short = {module.rsplit(".", 1)[-1] for module in modules}
     clash = any(other.rsplit(".", 1)[-1] in short for other in others)
     return sorted(modules if clash else short)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
+from jaxft.weights.adapters.ranks import AdapterSize, described
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
 from jaxft.weights.folders.transformers import HEAD, TABLE, TOKENIZER_FILES, Source, open_source
 from jaxft.weights.rules import Entry
@@ -24,8 +25,6 @@ ADAPTER_STEM = "adapter_model"
 UNSUPPORTED = (  # fields of PEFT's LoraConfig that compute something else than W + scale * A B
     "use_dora",
     "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
     "bias",
     "lora_bias",
     "use_qalora",
@@ -56,13 +55,24 @@ class PeftAdapter(NamedTuple):
     """A PEFT folder: its LoRA settings, the name of its base model, its tensors.
 
     Names of tensors are without PEFT's prefix. `fit` renames them by the base's modules, keeps only
-    the factors, and sets `lora.targets` by them.
+    the factors, and sets the targets, ranks and layers of `lora` by them. `ranks` and `alphas` are
+    PEFT's patterns.
     """
 
     name: str
     base: str
     lora: Lora
     tensors: Tensors
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+
+    def size(self, module: str) -> AdapterSize:
+        """Return rank and alpha of a module, by the first pattern that matches its name."""
+        found = []
+        for pattern, default in ((self.ranks, self.lora.rank), (self.alphas, self.lora.alpha)):
+            keys = (key for key in pattern if re.match(rf"(.*\.)?({key})$", module))
+            found.append(pattern.get(next(keys, ""), default))
+        return AdapterSize(int(found[0]), float(found[1]))
 
 
 class AdaptedSource(NamedTuple):
@@ -142,7 +152,8 @@ def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter
         rslora=bool(config.get("use_rslora", False)),
         dropout=float(config.get("lora_dropout") or 0.0),
     )
-    return PeftAdapter(str(folder), base, lora, _tensors(folder))
+    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    return PeftAdapter(str(folder), base, lora, _tensors(folder), ranks, alphas)
 
 
 def _tensors(folder: Path) -> Tensors:
@@ -175,31 +186,38 @@ def _tensors(folder: Path) -> Tensors:
 def fit(adapter: PeftAdapter, entries: Iterable[Entry]) -> PeftAdapter:
     """Return the adapter with its factors named by the base's modules, and their paths as targets.
 
-    `entries` are the plan of the base. The targets follow from the tensors and not from the config:
-    target_modules may be a list, a pattern or "all-linear", and layers_to_transform may leave
-    layers out.
+    `entries` are the plan of the base. Targets and layers follow from the tensors and not from the
+    config: target_modules may be a list, a pattern or "all-linear", and layers_to_transform may
+    leave layers out.
     Raises: UserError for factors without a place in the base, or if there are none.
     """
-    paths = {
-        key.removesuffix(".weight"): entry.path.removesuffix(".kernel")
+    kernels = {
+        entry.path.removesuffix(".kernel"): [key.removesuffix(".weight") for key in entry.keys]
         for entry in entries
-        for key in (entry.keys if entry.path.endswith(".kernel") else ())
+        if entry.path.endswith(".kernel")
     }
-    names, odd, adapted = {}, [], set()
+    paths = {module: path for path, modules in kernels.items() for module in modules}
+    names, odd, adapted = {}, [], set[str]()
     for key in adapter.tensors.keys():  # noqa: SIM118
         factor = FACTOR.fullmatch(key)
         module = _aligned(factor[1], paths) if factor else None
         if factor and module:
             names[f"{module}.lora_{factor[2]}.weight"] = key
-            adapted.add(re.escape(paths[module]))
+            adapted.add(module)
         elif factor:
             odd.append(key)
     if odd or not adapted:
         what = f"projections that {adapter.base} lacks: {', '.join(odd[:8])}" if odd else "no LoRA"
         tied = f" (a tied head has none of its own; {MERGE})" if "lm_head" in what else ""
         raise UserError(f"{adapter.name} holds {what}{tied}; {GIVE_BASE}")
-    lora = replace(adapter.lora, targets="|".join(sorted(adapted)))
-    return adapter._replace(lora=lora, tensors=Renamed(adapter.tensors, names))
+    none = AdapterSize(0, adapter.lora.alpha)
+    found = [
+        (path, [adapter.size(one) if one in adapted else none for one in modules])
+        for path, modules in sorted(kernels.items())
+        if adapted.intersection(modules)
+    ]
+    lora = replace(adapter.lora, targets="|".join(re.escape(path) for path, _ in found))
+    return adapter._replace(lora=described(lora, found), tensors=Renamed(adapter.tensors, names))
 
 
 def _aligned(name: str, known: Iterable[str]) -> str | None:

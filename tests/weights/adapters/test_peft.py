@@ -22,7 +22,7 @@ from jaxft.models.decoders.decoder import Decoder
 from jaxft.nn import lora
 from jaxft.weights import transfer
 from jaxft.weights.adapters import peft as adapters
-from jaxft.weights.adapters import peft_folder
+from jaxft.weights.adapters import peft_folder, ranks
 from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.folders.transformers import open_source
 from jaxft.weights.rules import Entry
@@ -191,7 +191,7 @@ def test_what_we_write_we_read_bit_for_bit(attention, written, folder):
 
 
 def test_a_merged_export_acts_as_the_adapter(folder, attention, base_logits):
-    factor = lora.scale(attention.cfg)
+    factor = ranks.scale(attention.cfg)
 
     def delta(path, i):
         a, b = (attention.arrays[f"{path}.lora_{side}"][i] for side in "ab")

@@ -216,8 +216,6 @@ def test_case_llm_14_fields_that_change_nothing(plain, tmp_path, settings):
     [
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
         ({"bias": "lora_only"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
