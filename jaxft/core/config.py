@@ -33,7 +33,7 @@ class Lora:
     `from_` is the key `lora.from`: a LoRA file or a PEFT folder from which training continues.
     Its rank, alpha and targets hold where the config has the values 0, 0.0 and "".
     ranks: ranks of some projections, "REGEX=RANK, REGEX=RANK/ALPHA". layers: the layers that get an
-    adapter, such as "0-3,7", "" for all.
+    adapter, such as "0-3,7", "" for all. dora: also train the norm of each row (DoRA).
     """
 
     rank: int = 0
@@ -44,6 +44,7 @@ class Lora:
     from_: str = ""
     ranks: str = ""
     layers: str = ""
+    dora: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

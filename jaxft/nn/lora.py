@@ -20,7 +20,7 @@ from jaxft.nn.conv import Conv
 from jaxft.nn.linear import Adapter, Linear
 from jaxft.weights.adapters import ranks
 
-PATHS = r".*\.lora_[ab]"  # a regex of the paths of all factors
+PATHS = r".*\.lora_[abm]"  # a regex of the paths of all factors and magnitudes
 ALL_LINEAR = "all-linear"  # PEFT's word for every projection but the output head
 NO_HEAD = r"(?!(?:.*\.)?lm_head$).*"
 
@@ -32,11 +32,12 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
     Kaiming-uniform (a = sqrt 5) and B zero, as in PEFT. Both are fp32 and keep the leading "layers"
     dim of their kernel. `cfg.ranks` and `cfg.layers` give layers other ranks, or none. Their
     factors lie in one array, in which zeros fill up the smaller ones. A zero column of A and its
-    zero row of B have no gradient, so that they stay zero.
+    zero row of B have no gradient, so that they stay zero. With `cfg.dora` the norms m of the
+    kernel's outputs are added.
     Raises: UserError for a bad regex, and for one without a match, with a list of all projections.
     """
     if cfg.rank == 0:
-        for name, value in (("ranks", cfg.ranks), ("layers", cfg.layers)):
+        for name, value in (("ranks", cfg.ranks), ("layers", cfg.layers), ("dora", cfg.dora)):
             if value:
                 raise UserError(f"lora.{name}={value!r} needs lora.rank > 0; set it")
         return
@@ -51,6 +52,11 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
         alike = sorted({re.sub(r"\.\d+(?=\.|$)", ".N", path) for path in linears})
         raise UserError(
             f"lora.targets={cfg.targets!r} matches no projection; there are: {', '.join(alike)}"
+        )
+    if heads := [path for path in chosen if cfg.dora and not re.fullmatch(NO_HEAD, path)]:
+        raise UserError(
+            f"lora.dora=True does not go with an adapter of {heads[0]}, whose product is computed"
+            f" by chunks; leave it out of lora.targets, as {ALL_LINEAR} does"
         )
     ranks.check(cfg, [(path, layer_count(linears[path])) for path in chosen])
     if not any(
@@ -72,7 +78,7 @@ def pattern(targets: str) -> str:
 
 def check_plain(cfg: Lora, task: str) -> None:
     """Raise UserError for settings that only language models have."""
-    for key, value in (("ranks", cfg.ranks), ("layers", cfg.layers)):
+    for key, value in (("ranks", cfg.ranks), ("layers", cfg.layers), ("dora", cfg.dora)):
         if value:
             raise UserError(
                 f"lora.{key}={value!r} is for language models; leave it out with task={task}"
@@ -114,6 +120,11 @@ def _attach(linear: Any, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
     linear.lora_a = nnx.data(nnx.Param(a, axes=(*axes[:n], "lora"), inputs=n, role=ADAPTER_ROLE))
     b = jnp.zeros((*lead, rank, *outs))
     linear.lora_b = nnx.data(nnx.Param(b, axes=("lora", *axes[n:]), inputs=1, role=ADAPTER_ROLE))
+    if cfg.dora:
+        over = tuple(range(len(lead), len(lead) + n))
+        m = jnp.sqrt(jnp.square(linear.kernel[...].astype(jnp.float32)).sum(over))  # [*lead, *outs]
+        m = jnp.where(np.array(found).reshape(*lead, *[1] * len(outs)) > 0, m, 0)
+        linear.lora_m = nnx.data(nnx.Param(m, axes=axes[n:], role=ADAPTER_ROLE))
     factor = ranks.path_scale(cfg, path, layers)
     linear.adapter = Adapter(factor, cfg.dropout, crc32(path.encode()))
 
@@ -126,7 +137,12 @@ def continued(asked: Lora, own: Lora, linears: Mapping[str, Linear | Conv]) -> L
     """
     # A setting of the run that is 0 or empty is not set, and takes the adapter's value.
     name = asked.from_
-    for key, value in (("rank", asked.rank), ("alpha", asked.alpha), ("rslora", asked.rslora)):
+    for key, value in (
+        ("rank", asked.rank),
+        ("alpha", asked.alpha),
+        ("rslora", asked.rslora),
+        ("dora", asked.dora),
+    ):
         if value and value != getattr(own, key):
             raise UserError(
                 f"lora.{key}={value}, but {name} has {key} {getattr(own, key):g}; leave it out, or"
@@ -164,3 +180,17 @@ def delta(a: np.ndarray, b: np.ndarray, factor: float) -> np.ndarray:
     a: [*ins, r], for a convolution [size, size, in, r]. b: [r, *outs].
     """
     return factor * np.tensordot(a.astype(np.float32), b.astype(np.float32), 1)  # [*ins, *outs]
+
+
+def merged(
+    kernel: np.ndarray, a: np.ndarray, b: np.ndarray, m: np.ndarray | None, factor: float
+) -> np.ndarray:
+    """Return the kernel of one layer with its adapter, fp32.
+
+    m: DoRA's norm of each output, 0 in a layer without an adapter. None is plain LoRA.
+    """
+    made = kernel.astype(np.float32) + delta(a, b, factor)  # [*ins, *outs]
+    if m is None:
+        return made
+    norm = np.sqrt(np.square(made).sum(tuple(range(a.ndim - 1))))  # [*outs]
+    return made * np.where(m == 0, 1, m / np.where(norm == 0, 1, norm))

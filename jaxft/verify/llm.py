@@ -374,9 +374,6 @@ def torch_keyed(
         for i, key in enumerate(entry.keys if entry.path in arrays else ()):
             array = np.asarray(arrays[entry.path][i] if entry.stacked else arrays[entry.path])
             yield key, to_torch(array, entry.layout, part.sizes)
-    for slot in adapters.slots(part, leaves):
-        for letter, leaf, layout in slot.sides():
-            array = np.asarray(arrays[f"{slot.path}.{leaf}"])
-            array = array if slot.layer is None else array[slot.layer]
-            key = f"{PEFT_PREFIX}{slot.module}.lora_{letter}.weight"
-            yield key, to_torch(array, layout, part.sizes)
+    if subject.adapter:
+        for name, tensor in adapters.factors(part, leaves, arrays, subject.adapter.lora):
+            yield PEFT_PREFIX + name, tensor

@@ -53,6 +53,14 @@ OPTIONS = {
         "layers_to_transform": [0],
         "rank_pattern": {"down_proj": 2},
     },
+    "DoRA": {"target_modules": ALL, "use_dora": True},
+    "DoRA with all others": {
+        "target_modules": ["q_proj", "o_proj", "down_proj"],
+        "use_dora": True,
+        "use_rslora": True,
+        "layers_to_transform": [1],
+        "rank_pattern": {"o_proj": 2},
+    },
 }
 
 
@@ -213,3 +221,30 @@ def test_its_settings_are_those_that_peft_saves(case):
     assert ours["layers_to_transform"] == theirs["layers_to_transform"]
     for key in ("r", "lora_alpha", "use_rslora", "use_dora", "trainable_token_indices"):
         assert ours.get(key) == theirs[key], key
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+def test_a_new_dora_starts_as_the_base_with_pefts_norms(make_folder, make_config, init):
+    """Also with random weights, whose norms no file holds. A layer left out has none."""
+    folder = make_folder()
+    keys = {"init": init, "lora.rank": 4, "lora.targets": "all-linear", "param_dtype": "float32"}
+    run = runs.open_run(make_config(folder, {**keys, "lora.dora": True, "lora.layers": "1"}))
+    plain = runs.open_run(make_config(folder, {"init": init, "lora.rank": 0}))
+    with jax.set_mesh(run.mesh):
+        params = runs.load_params(run)
+        base = {path: x for path, x in params.items() if path in plain.leaves}
+        assert_near(logits(run, params), logits(plain, base))
+    for path in (path for path in params if path.endswith(".lora_m")):
+        kernel = np.asarray(params[path.replace("lora_m", "kernel")], np.float64)
+        inputs = run.leaves[path.replace("lora_m", "kernel")].inputs
+        norm = np.sqrt(np.square(kernel).sum(tuple(range(1, 1 + inputs))))
+        norm[0] = 0
+        np.testing.assert_allclose(params[path], norm, rtol=1e-5)
+    assert run.chosen == {path for path in run.leaves if ".lora_" in path}
+    if init == "pretrained":
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        config = LoraConfig(r=4, target_modules=ALL, use_dora=True)
+        theirs = get_peft_model(model, config).state_dict()
+        key = f"base_model.model.{LAYER}.lora_magnitude_vector.default.weight"
+        own = np.asarray(params["layers.self_attn.q_proj.lora_m"])[1]
+        np.testing.assert_allclose(own.ravel(), theirs[key].numpy(), rtol=1e-6)

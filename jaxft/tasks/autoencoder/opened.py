@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -56,7 +57,7 @@ class OpenedAutoencoder:
     def build(self, key: jax.Array) -> nnx.Module:
         return Trainee(self.codec, self.losses, self.measure, key=key)
 
-    def initial(self) -> dict[str, np.ndarray]:
+    def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
         return {}
 
     def describe(self) -> str:
@@ -74,7 +75,13 @@ class OpenedAutoencoder:
         runner("none" if self.cfg.remat == "auto" else self.cfg.remat)  # raises
         losses, trainable = self.losses, self.cfg.trainable or ".*"
         own = self.cfg.lora
-        keys = {"from": own.from_, "rank": own.rank, "ranks": own.ranks, "layers": own.layers}
+        keys = {
+            "from": own.from_,
+            "rank": own.rank,
+            "ranks": own.ranks,
+            "layers": own.layers,
+            "dora": own.dora,
+        }
         if given := [f"lora.{key}={value!r}" for key, value in keys.items() if value]:
             raise UserError(
                 f"{given[0]}, but an autoencoder takes no adapters; set"

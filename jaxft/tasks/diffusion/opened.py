@@ -1,6 +1,7 @@
 """A Stable Diffusion folder or file, opened for training."""
 
 import dataclasses
+from collections.abc import Collection
 from functools import cached_property, partial
 from typing import Any
 
@@ -81,7 +82,7 @@ class OpenedPipeline:
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
         return model
 
-    def initial(self) -> dict[str, np.ndarray]:
+    def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
         own, leaves = self.options.inversion, describe(self.template)
         made = inversion.initial(own, self.captions, self.parts, leaves) if own.token else {}
         return made | load(self.adapter, leaves) if self.adapter else made

@@ -1,6 +1,7 @@
 """A causal language model's folder, or an adapter's with its base, opened for training."""
 
 import dataclasses
+from collections.abc import Collection
 from functools import cached_property, partial
 from typing import Any
 
@@ -68,10 +69,11 @@ class OpenedDecoder:
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
         return model
 
-    def initial(self) -> dict[str, np.ndarray]:
+    def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
+        leaves, (part,) = describe(self.template), self.parts
         if not self.adapter:
-            return {}
-        return peft.load(self.adapter, self.parts[0], describe(self.template))
+            return peft.start(part, leaves, self.cfg.lora, wanted)
+        return peft.load(self.adapter, part, leaves)
 
     def describe(self) -> str:
         kept = f" with the adapter's own {', '.join(self.kept)}" if self.kept else ""

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from jaxft.weights.adapters.peft_folder import (
     BASE,
     FACTOR,
     GIVE_BASE,
+    MAGNITUDES,
     PEFT_PREFIX,
     PeftAdapter,
     base_name,
@@ -38,11 +39,14 @@ class Slot(NamedTuple):
     layer: int | None
     layout_a: str
     layout_b: str
+    layout_m: str = ""  # of DoRA's magnitudes, if there are any
     layers: int = 0  # of its stack
 
     def sides(self) -> tuple[tuple[str, str, str], ...]:
-        """Return (PEFT's letter, jaxft's leaf name, layout) of both factors."""
-        return ("A", "lora_a", self.layout_a), ("B", "lora_b", self.layout_b)
+        """Return (PEFT's name behind "lora_", jaxft's leaf name, layout) of all factors."""
+        factors = ("A", "lora_a", self.layout_a), ("B", "lora_b", self.layout_b)
+        magnitudes = ((MAGNITUDES, "lora_m", self.layout_m),) if self.layout_m else ()
+        return (*factors, *magnitudes)
 
 
 def slots(part: Part, leaves: Mapping[str, Leaf]) -> list[Slot]:
@@ -52,12 +56,13 @@ def slots(part: Part, leaves: Mapping[str, Leaf]) -> list[Slot]:
         linear = entry.path.removesuffix(".kernel")
         if linear + ".lora_a" not in leaves:
             continue
-        layout_a, layout_b = _layouts(entry, leaves[entry.path])
+        layout_a, layout_b, layout_m = _layouts(entry, leaves[entry.path])
+        layout_m = layout_m if linear + ".lora_m" in leaves else ""
         for i, key in enumerate(entry.keys):
             layer = i if entry.stacked else None
             layers = len(entry.keys) if entry.stacked else 0
             module = key.removesuffix(".weight")
-            found.append(Slot(module, linear, layer, layout_a, layout_b, layers))
+            found.append(Slot(module, linear, layer, layout_a, layout_b, layout_m, layers))
     return found
 
 
@@ -80,13 +85,12 @@ def write(
     `part.whole`, which are PEFT's modules_to_save. A layer without an adapter is left out.
     """
     tensors = _saved(part, leaves, arrays)
-    found = [(slot, size(slot, cfg)) for slot in slots(part, leaves)]
-    adapted = {slot.module: one for slot, one in found if one.rank}
-    for slot, one in found:
-        for letter, leaf, layout in slot.sides() if one.rank else ():
-            key = f"{PEFT_PREFIX}{slot.module}.lora_{letter}.weight"
-            factor = _used(_factor(slot, leaf, arrays), leaf, one.rank)
-            tensors[key] = to_torch(factor, layout, part.sizes)
+    found = {slot.module: size(slot, cfg) for slot in slots(part, leaves)}
+    adapted = {module: one for module, one in found.items() if one.rank}
+    for name, tensor in factors(part, leaves, arrays, cfg):
+        # PEFT leaves out the end of this one name.
+        saved = name.removesuffix(".weight") if f".lora_{MAGNITUDES}." in name else name
+        tensors[PEFT_PREFIX + saved] = tensor
     for key in part.kept:
         assert part.tensors is not None
         module = key.removesuffix(".weight")
@@ -111,20 +115,29 @@ def write(
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": [name for name in part.whole if _has(arrays, leaves, name)] or None,
-        "use_dora": False,
+        "use_dora": cfg.dora,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _factor(slot: Slot, leaf: str, arrays: Mapping[str, Any]) -> np.ndarray:
-    """Return one layer's A or B, fp32."""
-    array = np.asarray(arrays[f"{slot.path}.{leaf}"], np.float32)
-    return array if slot.layer is None else array[slot.layer]
+def factors(
+    part: Part, leaves: Mapping[str, Leaf], arrays: Mapping[str, Any], cfg: Lora
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each factor of each adapted layer as MODULE.lora_A.weight, fp32 in torch's layout."""
+    for slot in slots(part, leaves):
+        rank = size(slot, cfg).rank
+        for letter, leaf, layout in slot.sides() if rank else ():
+            array = np.asarray(arrays[f"{slot.path}.{leaf}"], np.float32)
+            one = array if slot.layer is None else array[slot.layer]
+            tensor = to_torch(_used(one, leaf, rank), layout, part.sizes)
+            yield f"{slot.module}.lora_{letter}.weight", tensor
 
 
 def _used(factor: np.ndarray, leaf: str, rank: int) -> np.ndarray:
     """Return the columns of A, or the rows of B, that the rank of this layer has."""
-    return factor[..., :rank] if leaf == "lora_a" else factor[:rank]
+    if leaf == "lora_a":
+        return factor[..., :rank]
+    return factor[:rank] if leaf == "lora_b" else factor
 
 
 def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
@@ -175,9 +188,12 @@ def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[s
         for slot in slots(part, leaves)
         for letter, leaf, layout in slot.sides()
     }
-    halves = {key for key in have if _other_half(key) not in have}
-    if odd := sorted((have - wanted.keys()) | halves)[:8]:
-        raise UserError(f"{adapter.name}: tensors without a place or without their pair: {odd}")
+    begun = {key.rpartition(".lora_")[0] for key in have}
+    halves = {key for key in wanted if key.rpartition(".lora_")[0] in begun and key not in have}
+    if odd := sorted(have - wanted.keys())[:8]:
+        raise UserError(f"{adapter.name}: tensors without a place: {odd}")
+    if halves:
+        raise UserError(f"{adapter.name}: {sorted(halves)[:8]} are missing beside their pair")
     for key in sorted(have):
         slot, leaf, layout, rank = wanted[key]
         layer = ... if slot.layer is None else slot.layer
@@ -217,13 +233,8 @@ def load_whole(
     return arrays
 
 
-def _other_half(key: str) -> str:
-    stem, _, letter = key.removesuffix(".weight").rpartition("_")
-    return f"{stem}_{'B' if letter == 'A' else 'A'}.weight"
-
-
-def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str]:
-    """Split the kernel's layout "out in -> in out" into those of A [r, in] and B [out, r].
+def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str, str]:
+    """Split the kernel's layout "out in -> in out" into those of A [r, in], B [out, r] and m [out].
 
     The A of a convolution (4 dims in torch, 1x1 ones too) has the kernel's size, and its B is 1x1.
     """
@@ -232,7 +243,32 @@ def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str]:
     names, ones = right.split(), " 1 1" if len(in_groups) == 3 else ""
     ins, outs = names[: leaf.inputs], names[leaf.inputs :]
     layout_a = f"r {' '.join(in_groups)} -> {' '.join(ins)} r"
-    return layout_a, f"{out_group} r{ones} -> r {' '.join(outs)}"
+    layout_b = f"{out_group} r{ones} -> r {' '.join(outs)}"
+    return layout_a, layout_b, f"{out_group} -> {' '.join(outs)}"
+
+
+def start(
+    part: Part, leaves: Mapping[str, Leaf], cfg: Lora, wanted: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Return the magnitudes of a new adapter, which are the norms of the base's weights, by path.
+
+    Only those in `wanted` are read. A layer without an adapter gets zeros.
+    """
+    made: dict[str, np.ndarray] = {}
+    if part.tensors is None:
+        return made
+    for entry in part.entries(leaves):
+        linear = entry.path.removesuffix(".kernel")
+        path, inputs = f"{linear}.lora_m", leaves[entry.path].inputs
+        if path not in wanted:
+            continue
+        norms, found = [], sizes(cfg, linear, len(entry.keys) if entry.stacked else 0)
+        for key, one in zip(entry.keys, found, strict=True):
+            kernel = to_jax(part.tensors.read(key).astype(np.float32), entry.layout, part.sizes)
+            norm = np.sqrt(np.square(kernel).sum(tuple(range(inputs))))  # [*outs]
+            norms.append(norm if one.rank else 0 * norm)
+        made[path] = np.stack(norms) if entry.stacked else norms[0]
+    return made
 
 
 def _targets(

@@ -23,7 +23,6 @@ BASE = "base_model_name_or_path"
 PEFT_PREFIX = "base_model.model."
 ADAPTER_STEM = "adapter_model"
 UNSUPPORTED = (  # fields of PEFT's LoraConfig that compute something else than W + scale * A B
-    "use_dora",
     "modules_to_save",
     "bias",
     "lora_bias",
@@ -43,7 +42,10 @@ MERGE = (
 )
 GIVE_BASE = "give its base by model=MODEL and the adapter by lora.from=FOLDER"
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base too
-FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")  # an adapter's name may be inside
+MAGNITUDES = "magnitude_vector"
+FACTOR = re.compile(
+    rf"(.+)\.lora_(A|B|{MAGNITUDES})(?:\.[^.]+)?\.weight"
+)  # an adapter's name may be inside
 WRAPPERS = re.compile(r"(?:^module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 TOKENIZER = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
@@ -122,7 +124,7 @@ def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter
 
     `base` replaces the base that its config names. `whole` names the modules that it may hold
     beside the factors (PEFT's modules_to_save).
-    Raises: UserError for an adapter that is not plain LoRA (DoRA, patterns), or not complete.
+    Raises: UserError for an adapter that is more than LoRA or DoRA, or not complete.
     """
     file = folder / CONFIG
     try:
@@ -151,6 +153,7 @@ def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter
         alpha=float(config["lora_alpha"]),
         rslora=bool(config.get("use_rslora", False)),
         dropout=float(config.get("lora_dropout") or 0.0),
+        dora=bool(config.get("use_dora", False)),
     )
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     return PeftAdapter(str(folder), base, lora, _tensors(folder), ranks, alphas)
@@ -173,6 +176,7 @@ def _tensors(folder: Path) -> Tensors:
         if ".lora_embedding_" in key:
             raise UserError(f"{folder}: {key} adapts an embedding, which is not supported; {MERGE}")
         name = WRAPPERS.sub("", key).replace(".base_layer.", ".")
+        name += ".weight" if name.endswith(f".lora_{MAGNITUDES}") else ""
         while name.startswith(PEFT_PREFIX):
             name = name.removeprefix(PEFT_PREFIX)
         if factor := FACTOR.fullmatch(name):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -193,15 +194,12 @@ def test_what_we_write_we_read_bit_for_bit(attention, written, folder):
 def test_a_merged_export_acts_as_the_adapter(folder, attention, base_logits):
     factor = ranks.scale(attention.cfg)
 
-    def delta(path, i):
+    def merged(path, i, kernel):
         a, b = (attention.arrays[f"{path}.lora_{side}"][i] for side in "ab")
-        return lora.delta(a, b, factor)
+        return lora.merged(kernel, a, b, None, factor)
 
-    deltas = {
-        f"{path}.kernel": lambda i, path=path: delta(path, i)
-        for path in lora.adapted(attention.leaves)
-    }
-    made = transfer.export(attention.part, attention.leaves, {}, deltas, None)
+    changes = {f"{path}.kernel": partial(merged, path) for path in lora.adapted(attention.leaves)}
+    made = transfer.export(attention.part, attention.leaves, {}, changes, None)
     model = hf(folder)
     model.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in made.tensors})
     assert_same_logits(attention.logits(), torch_logits(model), base_logits)
@@ -249,10 +247,10 @@ def test_names_are_full_where_a_short_one_would_hit_others(folder):
 @pytest.mark.parametrize(
     ("layout", "inputs", "layouts"),
     [
-        ("(n h) d -> d n h", 1, ("r d -> d r", "(n h) r -> r n h")),
-        ("d (n h) -> n h d", 2, ("r (n h) -> n h r", "d r -> r d")),
-        ("o i y x -> y x i o", 3, ("r i y x -> y x i r", "o r 1 1 -> r o")),
-        ("o i 1 1 -> i o", 1, ("r i 1 1 -> i r", "o r 1 1 -> r o")),
+        ("(n h) d -> d n h", 1, ("r d -> d r", "(n h) r -> r n h", "(n h) -> n h")),
+        ("d (n h) -> n h d", 2, ("r (n h) -> n h r", "d r -> r d", "d -> d")),
+        ("o i y x -> y x i o", 3, ("r i y x -> y x i r", "o r 1 1 -> r o", "o -> o")),
+        ("o i 1 1 -> i o", 1, ("r i 1 1 -> i r", "o r 1 1 -> r o", "o -> o")),
     ],
 )
 def test_a_kernels_layout_gives_those_of_both_factors(layout, inputs, layouts):

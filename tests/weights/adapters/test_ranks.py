@@ -125,6 +125,8 @@ def test_padding_stays_zero_under_every_optimiser():
         ({"layers": "1-3"}, r"no layer 3; the last of those that lora\.targets matches is 2"),
         ({"ranks": ".*=0"}, r"lora\.ranks='\.\*=0' and lora\.layers='' leave no projection"),
         ({"rank": 0, "ranks": ".*=4"}, r"lora\.ranks='\.\*=4' needs lora\.rank > 0"),
+        ({"rank": 0, "dora": True}, r"lora\.dora=True needs lora\.rank > 0"),
+        ({"dora": True, "targets": ".*"}, r"lora\.dora=True does not go with .* lm_head"),
         ({"rank": 0, "layers": "1"}, r"lora\.layers='1' needs lora\.rank > 0"),
     ],
 )
@@ -142,6 +144,11 @@ def test_a_run_may_not_contradict_the_ranks_of_an_adapter():
         assert lora.continued(asked, own, linears) == Lora(
             4, 8.0, own.targets, from_="x", ranks=own.ranks, layers=own.layers
         )
+    with pytest.raises(UserError, match=r"lora\.dora=True, but x has dora 0"):
+        lora.continued(Lora(alpha=0.0, from_="x", dora=True), own, linears)
+    for task, key, value in (("diffusion", "ranks", ".*=2"), ("diffusion", "dora", True)):
+        with pytest.raises(UserError, match=rf"lora\.{key}=.* is for language models; leave"):
+            lora.check_plain(Lora(4, 8.0, ".*", **{key: value}), task)
     for key, value in (("ranks", ".*=2"), ("layers", "1-2")):
         with pytest.raises(UserError, match=rf"lora\.{key}='{value}', but x has other ranks at"):
             lora.continued(Lora(alpha=0.0, from_="x", **{key: value}), own, linears)
