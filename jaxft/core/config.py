@@ -34,6 +34,7 @@ class Lora:
     Its rank, alpha and targets hold where the config has the values 0, 0.0 and "".
     ranks: ranks of some projections, "REGEX=RANK, REGEX=RANK/ALPHA". layers: the layers that get an
     adapter, such as "0-3,7", "" for all. dora: also train the norm of each row (DoRA).
+    tokens: tokens whose rows of the embedding train too, divided by commas.
     """
 
     rank: int = 0
@@ -45,6 +46,7 @@ class Lora:
     ranks: str = ""
     layers: str = ""
     dora: bool = False
+    tokens: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxft.core.params import NEW_TOKEN_ROLE
 from jaxft.kernels.matmul import matmul
 
 
@@ -72,7 +73,9 @@ class Linear(nnx.Module):
             if self.lora_m is not None:
                 gain = self._gain(self.lora_m[...], self.lora_a[...], self.lora_b[...])
                 kernel: Array = self.kernel[...]
-                whole = y if inner is x else matmul(inner, kernel.astype(x.dtype), self.inputs)
+                whole: Array = (
+                    y if inner is x else matmul(inner, kernel.astype(x.dtype), self.inputs)
+                )
                 update = (gain - 1).astype(x.dtype) * whole + gain.astype(x.dtype) * update
             y = y + update
         if self.bias is not None:
@@ -119,10 +122,10 @@ class Linear(nnx.Module):
         a, b = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (a, b))
         square = jnp.square(kernel.astype(jnp.float32)).sum(range(n))  # [*outs]
         rows = jnp.moveaxis(a, -1, 0)  # [r, *ins]
-        cross = matmul(rows.astype(kernel.dtype), kernel, n).astype(jnp.float32)  # [r, *outs]
+        cross: Array = matmul(rows.astype(kernel.dtype), kernel, n)  # [r, *outs]
         gram = jnp.tensordot(rows, a, n)  # [r, r]
         product = jnp.tensordot(gram, b, 1)  # [r, *outs]
-        square += (b * (2 * scale * cross + scale**2 * product)).sum(0)
+        square += (b * (2 * scale * cross.astype(jnp.float32) + scale**2 * product)).sum(0)
         norm = jnp.sqrt(jnp.maximum(square, 0))
         ratio = m.astype(jnp.float32) / jnp.where(norm == 0, 1, norm)
         return jnp.where(m == 0, 1, ratio)
@@ -143,18 +146,44 @@ def dropout(
     return jnp.where(jax.vmap(kept)(keys), x / keep, 0).astype(x.dtype)  # [B, ...]
 
 
+class TokenRows(nnx.Module):
+    """Rows of an embedding that train while its table is frozen: those of `ids`, [n, D]."""
+
+    def __init__(self, table: Float[Array, "V D"], ids: tuple[int, ...]):
+        rows = table[jnp.array(ids)].astype(jnp.float32)  # [n, D]
+        self.embedding = nnx.Param(rows, axes=(None, "embed"), role=NEW_TOKEN_ROLE)
+        self.ids = ids
+
+
 class Embedding(nnx.Module):
-    """Table of row vectors [rows, D]: token ids [...] -> [..., D]."""
+    """Table of row vectors [rows, D]: token ids [...] -> [..., D].
+
+    `tokens` holds rows that replace those of the table, None for none.
+    """
 
     def __init__(self, rows: int, dim: int, *, key: PRNGKeyArray, std: float = 0.02):
         table = std * jax.random.normal(key, (rows, dim))
         self.embedding = nnx.Param(table, axes=("vocab", "embed"))
+        self.tokens: TokenRows | None = nnx.data(None)
 
     def __call__(
         self, ids: Int[Array, "..."], dtype: jnp.dtype | None = None
     ) -> Float[Array, "... D"]:
         table = self.embedding[...]
-        return gather_rows(table if dtype is None else table.astype(dtype), ids)
+        made = gather_rows(table if dtype is None else table.astype(dtype), ids)
+        if self.tokens is None:
+            return made
+        # The rows of these tokens alone, rather than a changed copy of the whole table.
+        same = ids[..., None] == jnp.array(self.tokens.ids)  # [..., n]
+        own = self.tokens.embedding[...].astype(made.dtype)[same.argmax(-1)]  # [..., D]
+        return jnp.where(same.any(-1, keepdims=True), own, made)
+
+    def table(self) -> Float[Array, "V D"]:
+        """Return the whole table, for an output head that is tied to it."""
+        table: Array = self.embedding[...]
+        if self.tokens is None:
+            return table
+        return table.at[jnp.array(self.tokens.ids)].set(self.tokens.embedding.astype(table.dtype))
 
 
 def gather_rows(table: Float[Array, "V D"], ids: Int[Array, "..."]) -> Float[Array, "... D"]:

@@ -17,7 +17,7 @@ from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE
 from jaxft.nn.conv import Conv
-from jaxft.nn.linear import Adapter, Linear
+from jaxft.nn.linear import Adapter, Embedding, Linear, TokenRows
 from jaxft.weights.adapters import ranks
 
 PATHS = r".*\.lora_[abm]"  # a regex of the paths of all factors and magnitudes
@@ -71,6 +71,12 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
         _attach(linears[path], cfg, jax.random.fold_in(key, crc32(path.encode())), path)
 
 
+def add_rows(table: Embedding, ids: tuple[int, ...]) -> None:
+    """Let the rows of these tokens train while the others of an embedding are frozen."""
+    if ids:
+        table.tokens = nnx.data(TokenRows(table.embedding[...], ids))
+
+
 def pattern(targets: str) -> str:
     """Return the regex that `lora.targets` stands for."""
     return NO_HEAD if targets == ALL_LINEAR else targets
@@ -78,7 +84,12 @@ def pattern(targets: str) -> str:
 
 def check_plain(cfg: Lora, task: str) -> None:
     """Raise UserError for settings that only language models have."""
-    for key, value in (("ranks", cfg.ranks), ("layers", cfg.layers), ("dora", cfg.dora)):
+    for key, value in (
+        ("ranks", cfg.ranks),
+        ("layers", cfg.layers),
+        ("dora", cfg.dora),
+        ("tokens", cfg.tokens),
+    ):
         if value:
             raise UserError(
                 f"lora.{key}={value!r} is for language models; leave it out with task={task}"

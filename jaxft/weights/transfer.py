@@ -22,7 +22,8 @@ class Part(NamedTuple):
 
     An export writes it to `folder`, in files whose names begin with `stem`. `whole` are modules
     that an adapter's file may hold beside the low-rank factors. `kept` are tensors that such a file
-    has to hold, because the base model has others. An `aid` is a network that only measures: it is
+    has to hold, because the base model has others. `rows` are ids of tokens whose embeddings train
+    alone. An `aid` is a network that only measures: it is
     loaded whatever `init` is, and never exported.
     """
 
@@ -38,6 +39,7 @@ class Part(NamedTuple):
     aid: bool = False
     whole: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
 
     def entries(self, leaves: Mapping[str, Leaf]) -> list[Entry]:
         """Return the plan for this part's parameters, paths with the prefix.

@@ -66,11 +66,11 @@ def merged(job: Job, part: Part) -> transfer.Export:
     whole = part.tensors is None
     np_dtype = None if job.dtype == "source" else np.dtype(runtime.resolve_dtype(job.dtype))
     trained = {p: job.params[p] for p in job.leaves if whole or p in job.chosen}
-    return transfer.export(part, job.leaves, trained, _changes(job), np_dtype)
+    return transfer.export(part, job.leaves, trained, _changes(job, part), np_dtype)
 
 
-def _changes(job: Job) -> dict[str, Callable[[int, np.ndarray], np.ndarray]]:
-    """Return functions that merge the adapter of a layer into its kernel, by the kernel's path."""
+def _changes(job: Job, part: Part) -> dict[str, Callable[[int, np.ndarray], np.ndarray]]:
+    """Return functions that merge an adapter into one layer of a parameter, by its path."""
     cfg = job.opened.cfg.lora
     changes: dict[str, Callable[[int, np.ndarray], np.ndarray]] = {}
     for path in lora.adapted(job.leaves):
@@ -79,7 +79,19 @@ def _changes(job: Job) -> dict[str, Callable[[int, np.ndarray], np.ndarray]]:
         stacked = job.leaves[f"{path}.kernel"].stacked
         factor = ranks.path_scale(cfg, path, len(factors[0]) if stacked else 0)
         changes[f"{path}.kernel"] = partial(_merged_layer, factors, factor, stacked)
+    for path in job.leaves if part.rows else ():
+        if path.endswith(peft.TOKENS):
+            rows = transfer.to_host(job.params[path])
+            changes[path.replace(peft.TOKENS, peft.TABLE_END)] = partial(
+                _with_rows, part.rows, rows
+            )
     return changes
+
+
+def _with_rows(ids: tuple[int, ...], rows: np.ndarray, _: int, table: np.ndarray) -> np.ndarray:
+    made = table.copy()
+    made[list(ids)] = rows
+    return made
 
 
 def _merged_layer(

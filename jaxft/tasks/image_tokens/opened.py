@@ -149,9 +149,11 @@ class OpenedImageModel:
         self.adapter: PeftAdapter | None = None
         self.saved: dict[str, np.ndarray] = {}
         self.cfg = self._with_adapter(cfg) if cfg.lora.from_ else cfg
-        if self.cfg.lora.dora:
-            fix = MERGE if cfg.lora.from_ else "leave lora.dora out"
-            raise UserError(f"DoRA is for task=llm, not for image_tokens; {fix}")
+        rows = self.cfg.lora.tokens or (self.adapter and self.adapter.token_ids)
+        for key, value in (("dora", self.cfg.lora.dora), ("tokens", rows)):
+            if value:
+                fix = MERGE if cfg.lora.from_ else "leave it out"
+                raise UserError(f"lora.{key}={value!r} is for task=llm, not image_tokens; {fix}")
         self.template = jax.eval_shape(self.build, jax.random.key(0))
         for prompt in self.options.sample.prompts:  # raises now too
             encode_prompt(self.layout, self.model.tokenizer, prompt)

@@ -18,10 +18,10 @@ from jaxft.data.text.vocabulary import check_ids
 from jaxft.models import registry
 from jaxft.models.decoders.files import open_decoder
 from jaxft.nn import lora
-from jaxft.tasks.common.tokenizers import load_tokenizer
+from jaxft.tasks.common.tokenizers import load_tokenizer, token_ids
 from jaxft.tasks.llm.options import LLMOptions, check_preference
 from jaxft.weights.adapters import peft
-from jaxft.weights.adapters.peft_folder import fit, open_adapted
+from jaxft.weights.adapters.peft_folder import GIVE_BASE, fit, open_adapted
 
 
 class OpenedDecoder:
@@ -36,7 +36,8 @@ class OpenedDecoder:
         check_preference(cfg, self.options)
         self.architecture = registry.find(self.source.config, "decoder")
         self.model_cfg = self.architecture.config(self.source.config, "config.json")
-        part = self.architecture.part(self.source, self.model_cfg)._replace(kept=self.kept)
+        part = self.architecture.part(self.source, self.model_cfg)
+        part = part._replace(kept=self.kept, rows=self._rows(cfg))
         if self.adapter:
             module = partial(self.architecture.module, self.model_cfg)
             plain = jax.eval_shape(lambda key: module(key=key), jax.random.key(0))
@@ -49,8 +50,8 @@ class OpenedDecoder:
             cfg = dataclasses.replace(cfg, lora=targets)
         self.cfg = cfg
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
-        self.template = jax.eval_shape(self.build, jax.random.key(0))
         self.parts = (part,)
+        self.template = jax.eval_shape(self.build, jax.random.key(0))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -67,6 +68,7 @@ class OpenedDecoder:
     def build(self, key: jax.Array) -> nnx.Module:
         model = self.architecture.module(self.model_cfg, key=key)
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
+        lora.add_rows(model.embed_tokens, self.parts[0].rows)
         return model
 
     def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
@@ -88,6 +90,31 @@ class OpenedDecoder:
         for config in (self.source.generation_config, self.source.config):
             ids |= set(eos_ids(config.get("eos_token_id")))
         return tuple(sorted(ids))
+
+    def _rows(self, cfg: Config) -> tuple[int, ...]:
+        """Return the ids whose rows of the embedding train, from the adapter or the config.
+
+        Raises: UserError for a token without a row, and for tokens that contradict the adapter.
+        """
+        asked, rows = cfg.lora.tokens, self.model_cfg.vocab_size
+        own = self.adapter.token_ids if self.adapter else ()
+        if max(own, default=0) >= rows:
+            raise UserError(
+                f"{self.source.name} has {rows} rows, but its adapter trains the rows {list(own)};"
+                f" {GIVE_BASE}"
+            )
+        if not asked or (self.adapter and not cfg.lora.from_):
+            return own
+        if not cfg.lora.rank and not self.adapter:
+            raise UserError(f"lora.tokens={asked!r} needs lora.rank > 0; set it")
+        ids = token_ids(self.tokenizer, asked, "lora.tokens")
+        check_ids(ids, rows, self.tokenizer, "lora.tokens")
+        if self.adapter and ids != own:
+            raise UserError(
+                f"lora.tokens={asked!r}, but {self.adapter.name} trains the rows {list(own)}; leave"
+                " it out"
+            )
+        return ids
 
     def _check_pad(self, tokenizer: Any) -> None:
         """Raise UserError for a pad token without a row, which transformers would read."""

@@ -18,6 +18,7 @@ from jaxft.weights.adapters.peft_folder import (
     GIVE_BASE,
     MAGNITUDES,
     PEFT_PREFIX,
+    TOKEN_DELTA,
     PeftAdapter,
     base_name,
 )
@@ -26,6 +27,7 @@ from jaxft.weights.files.tensor_files import write_sharded
 from jaxft.weights.rules import Entry, to_jax, to_torch
 from jaxft.weights.transfer import Part
 
+TABLE_END, TOKENS = ".embedding", ".tokens.embedding"  # ends of paths: a table, its trained rows
 LAYER_NUMBER = re.compile(
     r".*?\.[^.]*\.(\d+)\."
 )  # PEFT's search for the number of a module's layer
@@ -91,11 +93,15 @@ def write(
         # PEFT leaves out the end of this one name.
         saved = name.removesuffix(".weight") if f".lora_{MAGNITUDES}." in name else name
         tensors[PEFT_PREFIX + saved] = tensor
+    inner = dict.fromkeys(adapted, "base_layer.")
+    for entry, path in token_rows(part, leaves):
+        module = entry.keys[0].removesuffix(".weight")
+        tensors[f"{PEFT_PREFIX}{module}{TOKEN_DELTA}"] = np.asarray(arrays[path], np.float32)
+        inner[module] = "token_adapter.base_layer."
     for key in part.kept:
         assert part.tensors is not None
         module = key.removesuffix(".weight")
-        inside = "base_layer." if module in adapted else ""
-        tensors[f"{PEFT_PREFIX}{module}.{inside}weight"] = part.tensors.read(key)
+        tensors[f"{PEFT_PREFIX}{module}.{inner.get(module, '')}weight"] = part.tensors.read(key)
     infos = {key: (array.shape, array.dtype) for key, array in tensors.items()}
     write_sharded(folder, tensors.items(), infos, stem=ADAPTER_STEM)
     config = {
@@ -116,8 +122,15 @@ def write(
         "init_lora_weights": True,
         "modules_to_save": [name for name in part.whole if _has(arrays, leaves, name)] or None,
         "use_dora": cfg.dora,
+        "trainable_token_indices": list(part.rows) or None,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def token_rows(part: Part, leaves: Mapping[str, Leaf]) -> list[tuple[Entry, str]]:
+    """Return tables with rows that train alone: the table's entry, and the path of the rows."""
+    found = ((entry, entry.path.removesuffix(TABLE_END) + TOKENS) for entry in part.entries(leaves))
+    return [(entry, path) for entry, path in found if path in leaves]
 
 
 def factors(
@@ -183,6 +196,15 @@ def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[s
         if leaf.role == ADAPTER_ROLE
     }
     have = set(adapter.tensors.keys())
+    for entry, path in token_rows(part, leaves):
+        key = entry.keys[0].removesuffix(".weight") + TOKEN_DELTA
+        if key not in have or tuple(adapter.tensors.info(key)[0]) != leaves[path].shape:
+            raise UserError(
+                f"{adapter.name}: tensor {key} is missing or not of the shape {leaves[path].shape}"
+                f" of trainable_token_indices; {GIVE_BASE}"
+            )
+        arrays[path] = adapter.tensors.read(key).astype(np.float32)
+        have.remove(key)
     wanted = {
         f"{slot.module}.lora_{letter}.weight": (slot, leaf, layout, size(slot, adapter.lora).rank)
         for slot in slots(part, leaves)
@@ -250,13 +272,17 @@ def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str, str]:
 def start(
     part: Part, leaves: Mapping[str, Leaf], cfg: Lora, wanted: Collection[str]
 ) -> dict[str, np.ndarray]:
-    """Return the magnitudes of a new adapter, which are the norms of the base's weights, by path.
+    """Return what a new adapter takes from the base's weights, by path.
 
-    Only those in `wanted` are read. A layer without an adapter gets zeros.
+    That is magnitudes, which are norms of the weights, and rows of the embedding. Only those in
+    `wanted` are read. A layer without an adapter has magnitudes of zero.
     """
     made: dict[str, np.ndarray] = {}
     if part.tensors is None:
         return made
+    for entry, path in token_rows(part, leaves):
+        if path in wanted:
+            made[path] = part.tensors.read(entry.keys[0])[list(part.rows)].astype(np.float32)
     for entry in part.entries(leaves):
         linear = entry.path.removesuffix(".kernel")
         path, inputs = f"{linear}.lora_m", leaves[entry.path].inputs

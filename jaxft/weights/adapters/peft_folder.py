@@ -30,7 +30,6 @@ UNSUPPORTED = (  # fields of PEFT's LoraConfig that compute something else than 
     "use_bdlora",
     "layer_replication",
     "target_parameters",
-    "trainable_token_indices",
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
@@ -42,6 +41,7 @@ MERGE = (
 )
 GIVE_BASE = "give its base by model=MODEL and the adapter by lora.from=FOLDER"
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base too
+TOKEN_DELTA = ".token_adapter.trainable_tokens_delta"
 MAGNITUDES = "magnitude_vector"
 FACTOR = re.compile(
     rf"(.+)\.lora_(A|B|{MAGNITUDES})(?:\.[^.]+)?\.weight"
@@ -58,7 +58,7 @@ class PeftAdapter(NamedTuple):
 
     Names of tensors are without PEFT's prefix. `fit` renames them by the base's modules, keeps only
     the factors, and sets the targets, ranks and layers of `lora` by them. `ranks` and `alphas` are
-    PEFT's patterns.
+    PEFT's patterns. `token_ids` are the rows of the embedding that it trains.
     """
 
     name: str
@@ -67,6 +67,7 @@ class PeftAdapter(NamedTuple):
     tensors: Tensors
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
+    token_ids: tuple[int, ...] = ()
 
     def size(self, module: str) -> AdapterSize:
         """Return rank and alpha of a module, by the first pattern that matches its name."""
@@ -156,7 +157,27 @@ def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter
         dora=bool(config.get("use_dora", False)),
     )
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
-    return PeftAdapter(str(folder), base, lora, _tensors(folder), ranks, alphas)
+    tensors = _tensors(folder)
+    ids = _token_ids(file, config.get("trainable_token_indices") or (), tensors)
+    return PeftAdapter(str(folder), base, lora, tensors, ranks, alphas, ids)
+
+
+def _token_ids(file: Path, stated: Any, tensors: Tensors) -> tuple[int, ...]:
+    """Return the rows of the embedding that an adapter trains.
+
+    Raises: UserError for rows of another table. A tied head has the same rows and no tensor.
+    """
+    by_module = stated if isinstance(stated, dict) else {"embed_tokens": stated}
+    named = {name.rsplit(".", 1)[-1]: tuple(ids) for name, ids in by_module.items()}
+    ids = named.get("embed_tokens", ())
+    others = [key for key in tensors.keys() if key.endswith(TOKEN_DELTA)]  # noqa: SIM118
+    others = [key for key in others if not key.endswith(f"embed_tokens{TOKEN_DELTA}")]
+    if others or any(one != ids for one in named.values()):
+        raise UserError(
+            f"{file}: trainable_token_indices={stated} names rows of other modules than the input"
+            f" embedding, which is not supported; {MERGE}"
+        )
+    return ids
 
 
 def _tensors(folder: Path) -> Tensors:
@@ -175,7 +196,8 @@ def _tensors(folder: Path) -> Tensors:
     for key in list(tensors.keys()):
         if ".lora_embedding_" in key:
             raise UserError(f"{folder}: {key} adapts an embedding, which is not supported; {MERGE}")
-        name = WRAPPERS.sub("", key).replace(".base_layer.", ".")
+        name = WRAPPERS.sub("", key).replace(".token_adapter.base_layer.", ".")
+        name = name.replace(".base_layer.", ".")
         name += ".weight" if name.endswith(f".lora_{MAGNITUDES}") else ""
         while name.startswith(PEFT_PREFIX):
             name = name.removeprefix(PEFT_PREFIX)
@@ -195,6 +217,7 @@ def fit(adapter: PeftAdapter, entries: Iterable[Entry]) -> PeftAdapter:
     leave layers out.
     Raises: UserError for factors without a place in the base, or if there are none.
     """
+    entries = list(entries)
     kernels = {
         entry.path.removesuffix(".kernel"): [key.removesuffix(".weight") for key in entry.keys]
         for entry in entries
@@ -210,6 +233,9 @@ def fit(adapter: PeftAdapter, entries: Iterable[Entry]) -> PeftAdapter:
             adapted.add(module)
         elif factor:
             odd.append(key)
+        elif key.endswith(TOKEN_DELTA):
+            tables = [name.removesuffix(".weight") for entry in entries for name in entry.keys]
+            names[f"{_aligned(key.removesuffix(TOKEN_DELTA), tables)}{TOKEN_DELTA}"] = key
     if odd or not adapted:
         what = f"projections that {adapter.base} lacks: {', '.join(odd[:8])}" if odd else "no LoRA"
         tied = f" (a tied head has none of its own; {MERGE})" if "lm_head" in what else ""
@@ -272,7 +298,7 @@ def _laid_over(adapter: PeftAdapter, source: Source) -> tuple[Source, tuple[str,
     known, table = set(tensors.keys()), {}
     tied = bool(source.config.get("tie_word_embeddings")) or HEAD not in known
     for key in theirs.keys():  # noqa: SIM118
-        if FACTOR.fullmatch(key):
+        if FACTOR.fullmatch(key) or key.endswith(TOKEN_DELTA):
             continue
         name = _aligned(key, known)
         if tied and key == HEAD:

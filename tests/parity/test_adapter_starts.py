@@ -1,0 +1,144 @@
+"""New adapters: how they start, on any mesh, and which of their settings are refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from jaxft.core.errors import UserError
+from jaxft.core.params import bind
+from jaxft.weights.adapters import peft_folder
+from tests import plain_torch
+from tests import whole as runs
+from tests.parity.test_adapters import (
+    ALL,
+    LAYER,
+    OPTIONS,
+    ROWS,
+    TOKENS,
+    Case,
+    assert_near,
+    gradients,
+    logits,
+)
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+def test_a_new_dora_starts_as_the_base_with_pefts_norms(make_folder, make_config, init):
+    """Also with random weights, whose norms no file holds. A layer left out has none."""
+    folder = make_folder()
+    keys = {"init": init, "lora.rank": 4, "lora.targets": "all-linear", "param_dtype": "float32"}
+    run = runs.open_run(make_config(folder, {**keys, "lora.dora": True, "lora.layers": "1"}))
+    plain = runs.open_run(make_config(folder, {"init": init, "lora.rank": 0}))
+    with jax.set_mesh(run.mesh):
+        params = runs.load_params(run)
+        base = {path: x for path, x in params.items() if path in plain.leaves}
+        assert_near(logits(run, params), logits(plain, base))
+    for path in (path for path in params if path.endswith(".lora_m")):
+        kernel = np.asarray(params[path.replace("lora_m", "kernel")], np.float64)
+        inputs = run.leaves[path.replace("lora_m", "kernel")].inputs
+        norm = np.sqrt(np.square(kernel).sum(tuple(range(1, 1 + inputs))))
+        norm[0] = 0
+        np.testing.assert_allclose(params[path], norm, rtol=1e-5)
+    assert run.chosen == {path for path in run.leaves if ".lora_" in path}
+    if init == "pretrained":
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        config = LoraConfig(r=4, target_modules=ALL, use_dora=True)
+        theirs = get_peft_model(model, config).state_dict()
+        key = f"base_model.model.{LAYER}.lora_magnitude_vector.default.weight"
+        own = np.asarray(params["layers.self_attn.q_proj.lora_m"])[1]
+        np.testing.assert_allclose(own.ravel(), theirs[key].numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_rows_start_as_those_of_the_table(make_folder, make_config, tied, init):
+    keys = {"init": init, "lora.rank": 4, "lora.tokens": "</s>, e,<s>"}
+    run = runs.open_run(make_config(make_folder(tied=tied), keys))
+    with jax.set_mesh(run.mesh):
+        params = runs.load_params(run)
+    path, ids = "embed_tokens.tokens.embedding", run.opened.parts[0].rows
+    assert ids == (1, run.opened.tokenizer.convert_tokens_to_ids("e"), 0)
+    table = np.asarray(params["embed_tokens.embedding"])
+    np.testing.assert_array_equal(params[path], table[list(ids)])
+    assert run.chosen == {path, *(path for path in run.leaves if ".lora_" in path)}
+    model = bind(run.opened.template, {**params, path: params[path] + 1}).embed_tokens
+    expected = table.copy()
+    expected[list(ids)] += 1
+    np.testing.assert_array_equal(model.table(), expected)
+    np.testing.assert_array_equal(model(TOKENS), expected[TOKENS])
+    np.testing.assert_array_equal(model(np.array([ids])), expected[[ids]])
+
+
+def test_a_mesh_computes_what_one_device_does(make_folder, make_config, monkeypatch):
+    """All kinds at once, sharded: the same loss, gradients and merged export."""
+    keys = {
+        "lora.rank": 4,
+        "lora.targets": "all-linear",
+        "lora.dora": True,
+        "lora.layers": "1",
+        "lora.ranks": ".*mlp.*=8/32",
+        "lora.tokens": "e,a",
+        "batch_size": ROWS,
+        "trainable": "",
+    }
+    folder, found = make_folder(tied=True), []
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        with monkeypatch.context() as patch:
+            if shape == (1, 1, 1):
+                patch.setattr(jax, "device_count", lambda *_: 1)
+            mesh = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape, strict=True))
+            run = runs.open_run(make_config(folder, {**keys, **mesh}))
+            (batch,) = plain_torch.first_batches(run, 1, ROWS)
+            with jax.set_mesh(run.mesh):
+                params, rng = runs.load_params(run), np.random.default_rng(0)
+                for path, x in sorted(params.items()):
+                    noise = np.asarray(
+                        rng.normal(0, 0.1, x.shape) * (np.asarray(x) != 0), np.float32
+                    )
+                    params[path] = jax.device_put(np.asarray(x) + noise, x.sharding)
+                found.append(gradients(run, params, batch))
+    assert found[0].keys() == run.chosen
+    for path, one in found[0].items():
+        assert_near(np.asarray(found[1][path]), np.asarray(one), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"lora.tokens": "<|none|>"}, r"lora\.tokens: '<\|none\|>' is no token of the tokenizer; "),
+        ({"lora.tokens": "e,"}, r"lora\.tokens: '' is no token"),
+        ({"lora.tokens": "e", "lora.rank": 0}, r"lora\.tokens='e' needs lora\.rank > 0"),
+    ],
+)
+def test_wrong_tokens_are_named(make_folder, make_config, keys, words):
+    with pytest.raises(UserError, match=words):
+        runs.open_run(make_config(make_folder(), {"lora.rank": 4, **keys}))
+
+
+def test_rows_of_an_adapter_are_not_contradicted(make_folder, make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+    base = make_folder()
+    case = Case(base, OPTIONS["tokens"], tmp_path, make_config)
+    with pytest.raises(
+        UserError, match=r"lora\.tokens='e', but .* trains the rows \[271, 261, 28\]"
+    ):
+        keys = {"lora.from": str(tmp_path / "in"), "lora.tokens": "e", "mesh.fsdp": 1}
+        none = {"lora.rank": 0, "lora.alpha": 0.0, "lora.targets": ""}
+        runs.open_run(make_config(base, {**keys, **none}))
+    file = tmp_path / "in" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for rows in ({"lm_head": [1]}, {"embed_tokens": [1], "lm_head": [2]}):
+        file.write_text(json.dumps({**config, "trainable_token_indices": rows}))
+        with pytest.raises(
+            UserError, match=r"trainable_token_indices=.* names rows of other modules"
+        ):
+            peft_folder.read(file.parent)
+    file.write_text(json.dumps({**config, "trainable_token_indices": [1]}))
+    with pytest.raises(UserError, match=r"tokens_delta is missing or not of the shape \(1, 32\)"):
+        runs.load_params(runs.open_run(make_config(tmp_path / "in", {"mesh.fsdp": 1})))
+    assert case.run.opened.parts[0].rows == (271, 261, 28)
