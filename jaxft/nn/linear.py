@@ -146,7 +146,7 @@ def dropout(
     return jnp.where(jax.vmap(kept)(keys), x / keep, 0).astype(x.dtype)  # [B, ...]
 
 
-class TokenRows(nnx.Module):
+class TrainedRows(nnx.Module):
     """Rows of an embedding that train while its table is frozen: those of `ids`, [n, D]."""
 
     def __init__(self, table: Float[Array, "V D"], ids: tuple[int, ...]):
@@ -164,7 +164,7 @@ class Embedding(nnx.Module):
     def __init__(self, rows: int, dim: int, *, key: PRNGKeyArray, std: float = 0.02):
         table = std * jax.random.normal(key, (rows, dim))
         self.embedding = nnx.Param(table, axes=("vocab", "embed"))
-        self.tokens: TokenRows | None = nnx.data(None)
+        self.tokens: TrainedRows | None = nnx.data(None)
 
     def __call__(
         self, ids: Int[Array, "..."], dtype: jnp.dtype | None = None

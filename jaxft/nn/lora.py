@@ -17,10 +17,10 @@ from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE
 from jaxft.nn.conv import Conv
-from jaxft.nn.linear import Adapter, Embedding, Linear, TokenRows
+from jaxft.nn.linear import Adapter, Embedding, Linear, TrainedRows
 from jaxft.weights.adapters import ranks
 
-PATHS = r".*\.lora_[abm]"  # a regex of the paths of all factors and magnitudes
+PATHS = r".*\.(?:lora_[abm]|tokens\.embedding)"  # a regex of all parameters of adapters
 ALL_LINEAR = "all-linear"  # PEFT's word for every projection but the output head
 NO_HEAD = r"(?!(?:.*\.)?lm_head$).*"
 
@@ -74,7 +74,7 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
 def add_rows(table: Embedding, ids: tuple[int, ...]) -> None:
     """Let the rows of these tokens train while the others of an embedding are frozen."""
     if ids:
-        table.tokens = nnx.data(TokenRows(table.embedding[...], ids))
+        table.tokens = nnx.data(TrainedRows(table.embedding[...], ids))
 
 
 def pattern(targets: str) -> str:

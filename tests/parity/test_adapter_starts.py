@@ -6,11 +6,14 @@ import jax
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import bind
+from jaxft.export import check_kind
+from jaxft.tasks import Job
+from jaxft.tasks.llm.exports import WRITERS
 from jaxft.weights.adapters import peft_folder
 from tests import plain_torch
 from tests import whole as runs
@@ -24,6 +27,7 @@ from tests.parity.test_adapters import (
     assert_near,
     gradients,
     logits,
+    torch_logits,
 )
 
 
@@ -105,6 +109,58 @@ def test_a_mesh_computes_what_one_device_does(make_folder, make_config, monkeypa
     assert found[0].keys() == run.chosen
     for path, one in found[0].items():
         assert_near(np.asarray(found[1][path]), np.asarray(one), 1e-4)
+
+
+def test_whole_modules_beside_a_new_adapter_are_saved(make_folder, make_config, tmp_path):
+    """By `trainable`, as PEFT's modules_to_save. A run that continues them trains them again."""
+    folder = make_folder()
+    keys = {"lora.rank": 4, "export.kind": "adapter"}
+    pattern = r".*\.lora_[ab]|lm_head\..*|norm\..*"
+    run = runs.open_run(make_config(folder, {**keys, "trainable": pattern}))
+    check_kind(run, "adapter")
+    with jax.set_mesh(run.mesh):
+        params = runs.load_params(run)
+        moved = {path: params[path] + 0.1 for path in run.chosen}
+        wanted = logits(run, {**params, **moved})
+    job = Job(run.opened, run.leaves, run.chosen, {**params, **moved}, "x", "source", tmp_path)
+    WRITERS["adapter"].write(job)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert said["modules_to_save"] == ["lm_head", "model.norm"]
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(stock, tmp_path, low_cpu_mem_usage=False)
+    assert_near(torch_logits(model), wanted)
+    again = runs.open_run(make_config(tmp_path, {}))
+    assert again.chosen == run.chosen
+    with jax.set_mesh(again.mesh):
+        assert_near(logits(again, runs.load_params(again)), wanted)
+    for more in (r"|layers\.self_attn\.q_proj\.kernel", r"|embed_tokens\..*"):
+        both = {**keys, "lora.tokens": "e", "trainable": pattern + more}
+        with pytest.raises(UserError, match=r"export\.kind='adapter' would leave out"):
+            check_kind(runs.open_run(make_config(folder, both)), "adapter")
+
+
+@pytest.mark.parametrize(
+    ("tied", "saved", "words"),
+    [
+        (
+            False,
+            ["score"],
+            r"modules_to_save=\['score'\] is not supported: score is not in the base",
+        ),
+        (False, ["layers.0.input_layernorm"], "is in some layers of a stack alone; merge it"),
+        (True, ["embed_tokens"], "half of a tied pair, without ensure_weight_tying"),
+        (True, ["lm_head"], "lm_head is not in the base"),
+    ],
+)
+def test_modules_that_cannot_be_saved_are_named(
+    make_folder, make_config, tmp_path, tied, saved, words
+):
+    base = AutoModelForCausalLM.from_pretrained(make_folder(tied=tied), dtype=torch.float32)
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "modules_to_save": saved}))
+    with pytest.raises(UserError, match=words):
+        runs.open_run(make_config(tmp_path, {}))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A causal language model's folder, or an adapter's with its base, opened for training."""
 
 import dataclasses
+import re
 from collections.abc import Collection
 from functools import cached_property, partial
 from typing import Any
@@ -23,13 +24,15 @@ from jaxft.tasks.llm.options import LLMOptions, check_preference
 from jaxft.weights.adapters import peft
 from jaxft.weights.adapters.peft_folder import GIVE_BASE, fit, open_adapted
 
+WHOLE = ("embed_tokens", "lm_head", "norm", "layers")  # all that an adapter's file may hold whole
+
 
 class OpenedDecoder:
     """A decoder with its tokenizer. Implements `jaxft.tasks.Opened`."""
 
     def __init__(self, cfg: Config):
         opened = open_adapted(
-            cfg.model, cfg.lora.from_, weights=cfg.init == "pretrained", opener=open_decoder
+            cfg.model, cfg.lora.from_, cfg.init == "pretrained", open_decoder, whole=None
         )
         self.source, self.adapter, self.kept = opened
         self.options = LLMOptions(**cfg.own)
@@ -37,14 +40,18 @@ class OpenedDecoder:
         self.architecture = registry.find(self.source.config, "decoder")
         self.model_cfg = self.architecture.config(self.source.config, "config.json")
         part = self.architecture.part(self.source, self.model_cfg)
-        part = part._replace(kept=self.kept, rows=self._rows(cfg))
+        part = part._replace(kept=self.kept, rows=self._rows(cfg), whole=WHOLE)
         if self.adapter:
             module = partial(self.architecture.module, self.model_cfg)
             plain = jax.eval_shape(lambda key: module(key=key), jax.random.key(0))
             self.adapter = fit(self.adapter, part.entries(describe(plain)))
             asked, own = cfg.lora, self.adapter.lora
             own = lora.continued(asked, own, lora.projections(plain)) if asked.from_ else own
-            cfg = dataclasses.replace(cfg, lora=own)
+            saved = peft.saved_paths(self.adapter, part, describe(plain))
+            trainable = cfg.trainable
+            if saved and not trainable:  # they train again, beside the adapter
+                trainable = "|".join((lora.PATHS, *map(re.escape, saved)))
+            cfg = dataclasses.replace(cfg, lora=own, trainable=trainable)
         elif not cfg.lora.targets:
             targets = dataclasses.replace(cfg.lora, targets=self.architecture.lora)
             cfg = dataclasses.replace(cfg, lora=targets)

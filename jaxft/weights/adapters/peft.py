@@ -17,6 +17,7 @@ from jaxft.weights.adapters.peft_folder import (
     FACTOR,
     GIVE_BASE,
     MAGNITUDES,
+    MERGE,
     PEFT_PREFIX,
     TOKEN_DELTA,
     PeftAdapter,
@@ -24,6 +25,7 @@ from jaxft.weights.adapters.peft_folder import (
 )
 from jaxft.weights.adapters.ranks import AdapterSize, parse_layers, sizes
 from jaxft.weights.files.tensor_files import write_sharded
+from jaxft.weights.folders.transformers import HEAD, TABLE
 from jaxft.weights.rules import Entry, to_jax, to_torch
 from jaxft.weights.transfer import Part
 
@@ -100,8 +102,13 @@ def write(
         inner[module] = "token_adapter.base_layer."
     for key in part.kept:
         assert part.tensors is not None
-        module = key.removesuffix(".weight")
-        tensors[f"{PEFT_PREFIX}{module}.{inner.get(module, '')}weight"] = part.tensors.read(key)
+        module, _, name = key.rpartition(".")
+        if f"{PEFT_PREFIX}{key}" not in tensors:  # it may have been trained since
+            tensors[f"{PEFT_PREFIX}{module}.{inner.get(module, '')}{name}"] = part.tensors.read(key)
+    modules = _modules(part, leaves, arrays)
+    tied = "embed_tokens" in modules and _tied(leaves)
+    if tied:  # PEFT requires the copy
+        tensors[PEFT_PREFIX + HEAD] = tensors[PEFT_PREFIX + TABLE]
     infos = {key: (array.shape, array.dtype) for key, array in tensors.items()}
     write_sharded(folder, tensors.items(), infos, stem=ADAPTER_STEM)
     config = {
@@ -120,7 +127,8 @@ def write(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": [name for name in part.whole if _has(arrays, leaves, name)] or None,
+        "modules_to_save": modules or None,
+        "ensure_weight_tying": tied,
         "use_dora": cfg.dora,
         "trainable_token_indices": list(part.rows) or None,
     }
@@ -179,8 +187,53 @@ def _saved(
     return tensors
 
 
-def _has(arrays: Mapping[str, Any], leaves: Mapping[str, Leaf], module: str) -> bool:
-    return any(path.startswith(f"{module}.") and not leaves[path].added for path in arrays)
+def _modules(part: Part, leaves: Mapping[str, Leaf], arrays: Mapping[str, Any]) -> list[str]:
+    """Return PEFT's modules_to_save: names that end those of the trained modules and no others."""
+    modules: dict[bool, set[str]] = {True: set(), False: set()}
+    for entry in part.entries(leaves):
+        modules[entry.path in arrays] |= {key.rpartition(".")[0] for key in entry.keys}
+    found = set()
+    for module in modules[True]:
+        names = [name for name in part.whole if f".{name}." in f".{module}."]
+        names += [module.rsplit(".", 1)[-1], module]
+        found.add(next(one for one in names if not any(_hits(one, x) for x in modules[False])))
+    return sorted(found, key=lambda name: (name not in part.whole, (*part.whole, name).index(name)))
+
+
+def _hits(name: str, module: str) -> bool:
+    """Return True if PEFT saves a module, or one around it, because of a name."""
+    return module.endswith(name) or f"{name}." in module
+
+
+def _tied(leaves: Mapping[str, Leaf]) -> bool:
+    return not any(path.endswith("lm_head.kernel") for path in leaves)
+
+
+def saved_paths(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> list[str]:
+    """Return the parameters of the modules that an adapter's config says to save, which train.
+
+    Raises: UserError for modules without a place, some layers of a stack, and half of a tied pair.
+    """
+    entries, found = part.entries(leaves), []
+    for name in adapter.saved:
+        hit = {
+            entry.path: [_hits(name, key.rpartition(".")[0]) for key in entry.keys]
+            for entry in entries
+        }
+        some = [path for path, layers in hit.items() if any(layers)]
+        if not some or not all(layer for path in some for layer in hit[path]):
+            what = "is in some layers of a stack alone" if some else "is not in the base"
+            raise UserError(
+                f"{adapter.name}: modules_to_save={list(adapter.saved)} is not supported: {name}"
+                f" {what}; {MERGE}"
+            )
+        if _tied(leaves) and not adapter.ties and any("embed_tokens" in path for path in some):
+            raise UserError(
+                f"{adapter.name}: modules_to_save={list(adapter.saved)} trains half of a tied pair,"
+                f" without ensure_weight_tying, which is not supported; {MERGE}"
+            )
+        found += some
+    return sorted(set(found))
 
 
 def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:

@@ -59,6 +59,7 @@ class PeftAdapter(NamedTuple):
     Names of tensors are without PEFT's prefix. `fit` renames them by the base's modules, keeps only
     the factors, and sets the targets, ranks and layers of `lora` by them. `ranks` and `alphas` are
     PEFT's patterns. `token_ids` are the rows of the embedding that it trains.
+    `saved` is PEFT's modules_to_save, and `ties` its ensure_weight_tying.
     """
 
     name: str
@@ -68,6 +69,8 @@ class PeftAdapter(NamedTuple):
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     token_ids: tuple[int, ...] = ()
+    saved: tuple[str, ...] = ()
+    ties: bool = False
 
     def size(self, module: str) -> AdapterSize:
         """Return rank and alpha of a module, by the first pattern that matches its name."""
@@ -95,12 +98,13 @@ def open_adapted(
     adapter: str = "",
     weights: bool = True,
     opener: Callable[[str, bool], Source] = open_source,
+    whole: Sequence[str] | None = (),
 ) -> AdaptedSource:
     """Open a model by `opener`, and a PEFT folder on it.
 
     `adapter` names the PEFT folder, and `spec` its base model. Without `adapter`, `spec` may itself
     be a PEFT folder, whose config names the base. Tokenizer, chat template and whole tensors of the
-    folder replace those of the base.
+    folder replace those of the base. `whole`: as in `read`.
     Raises: UserError for an adapter that is not plain LoRA, and for models that `opener` refuses.
     """
     folder, base = (adapter, spec) if adapter else (spec, "")
@@ -110,7 +114,7 @@ def open_adapted(
         return AdaptedSource(opener(spec, weights))
     if base and is_adapter(base):
         raise UserError(f"model={base!r} is an adapter too; give the model below it to lora.from")
-    found = read(Path(folder).expanduser(), base)
+    found = read(Path(folder).expanduser(), base, whole)
     source, kept = _laid_over(found, _open_base(found, weights, opener))
     return AdaptedSource(_with_tokenizer(source, Path(folder).expanduser()), found, kept)
 
@@ -120,11 +124,11 @@ def is_adapter(spec: str) -> bool:
     return (Path(spec).expanduser() / CONFIG).is_file()
 
 
-def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter:
+def read(folder: Path, base: str = "", whole: Sequence[str] | None = ()) -> PeftAdapter:
     """Read a PEFT folder.
 
     `base` replaces the base that its config names. `whole` names the modules that it may hold
-    beside the factors (PEFT's modules_to_save).
+    beside the factors (PEFT's modules_to_save). None allows all.
     Raises: UserError for an adapter that is more than LoRA or DoRA, or not complete.
     """
     file = folder / CONFIG
@@ -134,7 +138,7 @@ def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter
         raise UserError(f"{file} is not a readable PEFT adapter config: {error}") from None
     plain = (None, False, {}, [], "none")
     unsupported = [key for key in UNSUPPORTED if config.get(key) not in plain]
-    if set(config.get("modules_to_save") or ()) <= set(whole):
+    if whole is None or set(config.get("modules_to_save") or ()) <= set(whole):
         unsupported = [key for key in unsupported if key != "modules_to_save"]
     if config.get("init_lora_weights") not in PLAIN_STARTS:
         unsupported.append(f"init_lora_weights={config['init_lora_weights']}")
@@ -159,7 +163,8 @@ def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     tensors = _tensors(folder)
     ids = _token_ids(file, config.get("trainable_token_indices") or (), tensors)
-    return PeftAdapter(str(folder), base, lora, tensors, ranks, alphas, ids)
+    saved, ties = tuple(config.get("modules_to_save") or ()), config.get("ensure_weight_tying")
+    return PeftAdapter(str(folder), base, lora, tensors, ranks, alphas, ids, saved, bool(ties))
 
 
 def _token_ids(file: Path, stated: Any, tensors: Tensors) -> tuple[int, ...]:

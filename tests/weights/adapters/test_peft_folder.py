@@ -218,7 +218,6 @@ def test_case_llm_14_fields_that_change_nothing(plain, tmp_path, settings):
         ({"bias": "lora_only"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4"),
         ({"peft_type": "IA3"}, "peft_type=IA3"),
