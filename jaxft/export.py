@@ -1,6 +1,7 @@
 """Export weights: `python -m jaxft.export --workdir DIR [--step N] [--out DIR] [--kind …]`."""
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -91,7 +92,10 @@ def check_kind(run: Run, kind: str) -> None:
         )
     kept = tuple(f"{name}." for part in run.opened.parts for name in part.whole)
     beside = {path for path in run.chosen if run.leaves[path].role not in writer.holds}
-    if more := sorted(path for path in beside if not path.startswith(kept)):
+    # PEFT saves a module whole or adapts it, but not both.
+    added = [path for path in run.leaves if path.endswith((".lora_a", ".tokens.embedding"))]
+    adapted = {re.sub(r"\.lora_a$", ".kernel", path).replace(".tokens.", ".") for path in added}
+    if more := sorted(path for path in beside if not path.startswith(kept) or path in adapted):
         raise UserError(
             f"export.kind={kind!r} would leave out {more[0]} and {len(more) - 1} more that train"
             f" too; use export.kind={instead!r}"

@@ -32,6 +32,9 @@ class Lora:
 
     `from_` is the key `lora.from`: a LoRA file or a PEFT folder from which training continues.
     Its rank, alpha and targets hold where the config has the values 0, 0.0 and "".
+    ranks: ranks of some projections, "REGEX=RANK, REGEX=RANK/ALPHA". layers: the layers that get an
+    adapter, such as "0-3,7", "" for all. dora: also train the norm of each row (DoRA).
+    tokens: tokens whose rows of the embedding train too, divided by commas.
     """
 
     rank: int = 0
@@ -40,6 +43,10 @@ class Lora:
     rslora: bool = False
     dropout: float = 0.0
     from_: str = ""
+    ranks: str = ""
+    layers: str = ""
+    dora: bool = False
+    tokens: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

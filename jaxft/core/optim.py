@@ -322,7 +322,8 @@ def _by_path(function: Callable[[str, jax.Array], Any], tree: Any) -> Any:
 
 
 def _is_matrix(path: str, leaf: Leaf) -> bool:
-    return _name(path) in ("kernel", "embedding") or leaf.role == ADAPTER_ROLE
+    factor = leaf.role == ADAPTER_ROLE and leaf.inputs > 0  # a vector of magnitudes has no inputs
+    return _name(path) in ("kernel", "embedding") or factor
 
 
 def _groups(path: str, leaf: Leaf) -> list[tuple[int, ...]]:

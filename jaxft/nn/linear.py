@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxft.core.params import NEW_TOKEN_ROLE
 from jaxft.kernels.matmul import matmul
 
 
@@ -25,9 +26,12 @@ class Adapter(NamedTuple):
 class Linear(nnx.Module):
     """Projection y = x W + b, and with an adapter + scale * (x A) B.
 
+    With DoRA it is y = m / |W + scale * A B| * (x W + scale * (x A) B) + b. The norm is that of
+    each output over its inputs. It has no gradient. m = 0 marks a layer without an adapter.
     x [..., *in_shape] -> y [..., *out_shape]. W [*in_shape, *out_shape], A [*in_shape, r],
-    B [r, *out_shape], b [*out_shape]. `axes` are the logical axes of W.
-    Source of LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
+    B [r, *out_shape], m and b [*out_shape]. `axes` are the logical axes of W.
+    Source of LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3. Source of DoRA: Liu et al. 2024,
+    arXiv:2402.09353, eq. 5 and section 4.3.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Linear(nnx.Module):
         # The slots of an adapter, which `lora.add` fills. nnx.data lets None become a parameter.
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
+        self.lora_m: nnx.Param | None = nnx.data(None)
         self.adapter = Adapter(1.0)
         self.inputs = len(in_shape)
 
@@ -61,9 +66,18 @@ class Linear(nnx.Module):
         """
         y: Array = matmul(x, self.kernel[...].astype(x.dtype), self.inputs)
         if self.lora_a is not None and self.lora_b is not None:
-            low = self._low(x, keys)  # [..., r]
+            inner = self._dropped(x, keys)
+            low = jnp.tensordot(inner, self.lora_a[...].astype(x.dtype), self.inputs)  # [..., r]
             update = jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)  # [..., *out_shape]
-            y = y + self.adapter.scale * update
+            update = self.adapter.scale * update
+            if self.lora_m is not None:
+                gain = self._gain(self.lora_m[...], self.lora_a[...], self.lora_b[...])
+                kernel: Array = self.kernel[...]
+                whole: Array = (
+                    y if inner is x else matmul(inner, kernel.astype(x.dtype), self.inputs)
+                )
+                update = (gain - 1).astype(x.dtype) * whole + gain.astype(x.dtype) * update
+            y = y + update
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y
@@ -79,7 +93,9 @@ class Linear(nnx.Module):
         """
         if self.lora_a is None:
             return x
-        low = self.adapter.scale * self._low(x, keys)
+        inner = self._dropped(x, keys)
+        low = jnp.tensordot(inner, self.lora_a[...].astype(x.dtype), self.inputs)  # [..., r]
+        low = self.adapter.scale * low
         return jnp.concatenate([x, low.astype(x.dtype)], axis=-1)  # [..., D + r]
 
     def wide_kernel(self) -> Float[Array, "E F"]:
@@ -89,12 +105,30 @@ class Linear(nnx.Module):
             return kernel
         return jnp.concatenate([kernel, self.lora_b[...].astype(kernel.dtype)])  # [D + r, F]
 
-    def _low(self, x: Array, keys: PRNGKeyArray | None) -> Float[Array, "... r"]:
-        """Return x A, with dropout if there are keys."""
-        assert self.lora_a is not None
-        if keys is not None and self.adapter.dropout > 0:
-            x = dropout(x, keys, self.adapter)
-        return jnp.tensordot(x, self.lora_a[...].astype(x.dtype), self.inputs)  # [..., r]
+    def _dropped(self, x: Array, keys: PRNGKeyArray | None) -> Float[Array, "..."]:
+        """Return the adapter's input: x, with dropout if there are keys."""
+        if keys is None or self.adapter.dropout == 0:
+            return x
+        return dropout(x, keys, self.adapter)
+
+    def _gain(self, m: Array, a: Array, b: Array) -> Float[Array, "..."]:
+        """Return m / |W + scale * A B| of each output in fp32, and 1 where m is 0.
+
+        The square of the norm is |W|^2 + 2 scale W.AB + scale^2 |AB|^2. A B is never computed,
+        because it is as large as W.
+        """
+        scale, n = self.adapter.scale, self.inputs
+        kernel: Array = jax.lax.stop_gradient(self.kernel[...])
+        a, b = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (a, b))
+        square = jnp.square(kernel.astype(jnp.float32)).sum(range(n))  # [*outs]
+        rows = jnp.moveaxis(a, -1, 0)  # [r, *ins]
+        cross: Array = matmul(rows.astype(kernel.dtype), kernel, n)  # [r, *outs]
+        gram = jnp.tensordot(rows, a, n)  # [r, r]
+        product = jnp.tensordot(gram, b, 1)  # [r, *outs]
+        square += (b * (2 * scale * cross.astype(jnp.float32) + scale**2 * product)).sum(0)
+        norm = jnp.sqrt(jnp.maximum(square, 0))
+        ratio = m.astype(jnp.float32) / jnp.where(norm == 0, 1, norm)
+        return jnp.where(m == 0, 1, ratio)
 
 
 def dropout(
@@ -112,18 +146,44 @@ def dropout(
     return jnp.where(jax.vmap(kept)(keys), x / keep, 0).astype(x.dtype)  # [B, ...]
 
 
+class TrainedRows(nnx.Module):
+    """Rows of an embedding that train while its table is frozen: those of `ids`, [n, D]."""
+
+    def __init__(self, table: Float[Array, "V D"], ids: tuple[int, ...]):
+        rows = table[jnp.array(ids)].astype(jnp.float32)  # [n, D]
+        self.embedding = nnx.Param(rows, axes=(None, "embed"), role=NEW_TOKEN_ROLE)
+        self.ids = ids
+
+
 class Embedding(nnx.Module):
-    """Table of row vectors [rows, D]: token ids [...] -> [..., D]."""
+    """Table of row vectors [rows, D]: token ids [...] -> [..., D].
+
+    `tokens` holds rows that replace those of the table, None for none.
+    """
 
     def __init__(self, rows: int, dim: int, *, key: PRNGKeyArray, std: float = 0.02):
         table = std * jax.random.normal(key, (rows, dim))
         self.embedding = nnx.Param(table, axes=("vocab", "embed"))
+        self.tokens: TrainedRows | None = nnx.data(None)
 
     def __call__(
         self, ids: Int[Array, "..."], dtype: jnp.dtype | None = None
     ) -> Float[Array, "... D"]:
         table = self.embedding[...]
-        return gather_rows(table if dtype is None else table.astype(dtype), ids)
+        made = gather_rows(table if dtype is None else table.astype(dtype), ids)
+        if self.tokens is None:
+            return made
+        # The rows of these tokens alone, rather than a changed copy of the whole table.
+        same = ids[..., None] == jnp.array(self.tokens.ids)  # [..., n]
+        own = self.tokens.embedding[...].astype(made.dtype)[same.argmax(-1)]  # [..., D]
+        return jnp.where(same.any(-1, keepdims=True), own, made)
+
+    def table(self) -> Float[Array, "V D"]:
+        """Return the whole table, for an output head that is tied to it."""
+        table: Array = self.embedding[...]
+        if self.tokens is None:
+            return table
+        return table.at[jnp.array(self.tokens.ids)].set(self.tokens.embedding.astype(table.dtype))
 
 
 def gather_rows(table: Float[Array, "V D"], ids: Int[Array, "..."]) -> Float[Array, "... D"]:

@@ -1,7 +1,7 @@
 """Low-rank adapters: their addition to projections by a regex, and their change of a kernel."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod, sqrt
 from typing import Any
@@ -17,28 +17,33 @@ from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE
 from jaxft.nn.conv import Conv
-from jaxft.nn.linear import Adapter, Linear
+from jaxft.nn.linear import Adapter, Embedding, Linear, TrainedRows
+from jaxft.weights.adapters import ranks
 
-PATHS = r".*\.lora_[ab]"  # a regex of the paths of all factors
-
-
-def scale(cfg: Lora) -> float:
-    """Return alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
-    return cfg.alpha / (sqrt(cfg.rank) if cfg.rslora else cfg.rank)
+PATHS = r".*\.(?:lora_[abm]|tokens\.embedding)"  # a regex of all parameters of adapters
+ALL_LINEAR = "all-linear"  # PEFT's word for every projection but the output head
+NO_HEAD = r"(?!(?:.*\.)?(?:lm_head|score)$).*"
 
 
 def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
     """Add an adapter to each projection whose whole path matches the regex `cfg.targets`.
 
-    Rank 0 adds none. A is Kaiming-uniform (a = sqrt 5) and B zero, as in PEFT. Both are fp32 and
-    keep the leading "layers" dim of their kernel.
+    "all-linear" stands for every projection but the output head, as in PEFT. Rank 0 adds none. A is
+    Kaiming-uniform (a = sqrt 5) and B zero, as in PEFT. Both are fp32 and keep the leading "layers"
+    dim of their kernel. `cfg.ranks` and `cfg.layers` give layers other ranks, or none. Their
+    factors lie in one array, in which zeros fill up the smaller ones. A zero column of A and its
+    zero row of B have no gradient, so that they stay zero. With `cfg.dora` the norms m of the
+    kernel's outputs are added.
     Raises: UserError for a bad regex, and for one without a match, with a list of all projections.
     """
     if cfg.rank == 0:
+        for name, value in (("ranks", cfg.ranks), ("layers", cfg.layers), ("dora", cfg.dora)):
+            if value:
+                raise UserError(f"lora.{name}={value!r} needs lora.rank > 0; set it")
         return
     linears = projections(model)
     try:
-        chosen = [path for path in linears if re.fullmatch(cfg.targets, path)]
+        chosen = [path for path in linears if re.fullmatch(pattern(cfg.targets), path)]
     except re.error as error:
         raise UserError(
             f"lora.targets={cfg.targets!r} is not a regular expression: {error}"
@@ -48,9 +53,52 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
         raise UserError(
             f"lora.targets={cfg.targets!r} matches no projection; there are: {', '.join(alike)}"
         )
+    if heads := [path for path in chosen if cfg.dora and not re.fullmatch(NO_HEAD, path)]:
+        raise UserError(
+            f"lora.dora=True does not go with an adapter of {heads[0]}, whose product is computed"
+            f" by chunks; leave it out of lora.targets, as {ALL_LINEAR} does"
+        )
+    ranks.check(cfg, [(path, layer_count(linears[path])) for path in chosen])
+    if not any(
+        one.rank for path in chosen for one in ranks.sizes(cfg, path, layer_count(linears[path]))
+    ):
+        raise UserError(
+            f"lora.ranks={cfg.ranks!r} and lora.layers={cfg.layers!r} leave no projection of"
+            f" lora.targets={cfg.targets!r}; set a rank above 0"
+        )
     for path in chosen:
         # A key by path: the start of an adapter does not depend on the other targets.
         _attach(linears[path], cfg, jax.random.fold_in(key, crc32(path.encode())), path)
+
+
+def add_rows(table: Embedding, ids: tuple[int, ...]) -> None:
+    """Let the rows of these tokens train while the others of an embedding are frozen."""
+    if ids:
+        table.tokens = nnx.data(TrainedRows(table.embedding[...], ids))
+
+
+def pattern(targets: str) -> str:
+    """Return the regex that `lora.targets` stands for."""
+    return NO_HEAD if targets == ALL_LINEAR else targets
+
+
+def check_plain(cfg: Lora, task: str) -> None:
+    """Raise UserError for settings that only language models have."""
+    for key, value in (
+        ("ranks", cfg.ranks),
+        ("layers", cfg.layers),
+        ("dora", cfg.dora),
+        ("tokens", cfg.tokens),
+    ):
+        if value:
+            raise UserError(
+                f"lora.{key}={value!r} is for language models; leave it out with task={task}"
+            )
+    if cfg.targets == ALL_LINEAR:
+        raise UserError(
+            f"lora.targets={ALL_LINEAR} is for language models; give task={task} a regex over"
+            " projections, such as .*"
+        )
 
 
 def projections(model: nnx.Module) -> dict[str, Linear | Conv]:
@@ -59,41 +107,75 @@ def projections(model: nnx.Module) -> dict[str, Linear | Conv]:
     return {path: m for path, m in found if isinstance(m, Linear | Conv)}
 
 
+def layer_count(linear: Linear | Conv) -> int:
+    """Return the number of layers of a stacked kernel, and 0 for any other."""
+    shape, axes = linear.kernel.shape, linear.kernel.get_metadata()["axes"]
+    return shape[0] if len(shape) > len(axes) else 0
+
+
 def _attach(linear: Any, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
     """Add A [*lead, *ins, r] and B [*lead, r, *outs] to a kernel [*lead, *ins, *outs]."""
-    axes = linear.kernel.get_metadata()["axes"]
-    shape, n = linear.kernel.shape, linear.inputs
-    lead = shape[: len(shape) - len(axes)]  # (L,) of a stacked kernel, else ()
+    layers, n = layer_count(linear), linear.inputs
+    found = [size.rank for size in ranks.sizes(cfg, path, layers)]
+    rank = max(found)
+    if not rank:
+        return
+    axes, shape = linear.kernel.get_metadata()["axes"], linear.kernel.shape
+    lead = shape[:1] if layers else ()
     ins, outs = shape[len(lead) : len(lead) + n], shape[len(lead) + n :]
     bound = 1 / sqrt(prod(ins))
-    a = jax.random.uniform(key, (*lead, *ins, cfg.rank), minval=-bound, maxval=bound)
+    a = jax.random.uniform(key, (*lead, *ins, rank), minval=-bound, maxval=bound)
+    if min(found) < rank:
+        used = np.arange(rank) < np.array(found)[:, None]  # [*lead, r]
+        a = jnp.where(used.reshape(*lead, *[1] * n, rank), a, 0)  # [*lead, *ins, r]
     linear.lora_a = nnx.data(nnx.Param(a, axes=(*axes[:n], "lora"), inputs=n, role=ADAPTER_ROLE))
-    b = jnp.zeros((*lead, cfg.rank, *outs))
+    b = jnp.zeros((*lead, rank, *outs))
     linear.lora_b = nnx.data(nnx.Param(b, axes=("lora", *axes[n:]), inputs=1, role=ADAPTER_ROLE))
-    linear.adapter = Adapter(scale(cfg), cfg.dropout, crc32(path.encode()))
+    if cfg.dora:
+        over = tuple(range(len(lead), len(lead) + n))
+        m = jnp.sqrt(jnp.square(linear.kernel[...].astype(jnp.float32)).sum(over))  # [*lead, *outs]
+        m = jnp.where(np.array(found).reshape(*lead, *[1] * len(outs)) > 0, m, 0)
+        linear.lora_m = nnx.data(nnx.Param(m, axes=axes[n:], role=ADAPTER_ROLE))
+    factor = ranks.path_scale(cfg, path, layers)
+    linear.adapter = Adapter(factor, cfg.dropout, crc32(path.encode()))
 
 
-def continued(asked: Lora, own: Lora, paths: Iterable[str]) -> Lora:
+def continued(asked: Lora, own: Lora, linears: Mapping[str, Linear | Conv]) -> Lora:
     """Return the settings of an adapter that training continues, with the run's dropout if set.
 
-    `asked` holds the settings of the run, `own` those of the adapter, `paths` all projections.
+    `asked` holds the settings of the run, `own` those of the adapter, `linears` all projections.
     Raises: UserError for a setting of the run that contradicts the adapter.
     """
     # A setting of the run that is 0 or empty is not set, and takes the adapter's value.
     name = asked.from_
-    for key, value in (("rank", asked.rank), ("alpha", asked.alpha), ("rslora", asked.rslora)):
+    for key, value in (
+        ("rank", asked.rank),
+        ("alpha", asked.alpha),
+        ("rslora", asked.rslora),
+        ("dora", asked.dora),
+    ):
         if value and value != getattr(own, key):
             raise UserError(
                 f"lora.{key}={value}, but {name} has {key} {getattr(own, key):g}; leave it out, or"
                 " give another lora.from"
             )
     if asked.targets:
-        for path in paths:
-            wanted, there = (re.fullmatch(one.targets, path) for one in (asked, own))
+        for path in linears:
+            wanted, there = (re.fullmatch(pattern(one.targets), path) for one in (asked, own))
             if bool(wanted) != bool(there):
                 also = "adapts" if there else "does not adapt"
                 raise UserError(
                     f"lora.targets={asked.targets!r}, but {name} {also} {path}; leave it out"
+                )
+    for key, value, wanted in (
+        ("ranks", asked.ranks, replace(own, ranks=asked.ranks)),
+        ("layers", asked.layers, replace(own, layers=asked.layers)),
+    ):
+        for path in filter(re.compile(pattern(own.targets)).fullmatch, linears if value else ()):
+            count = layer_count(linears[path])
+            if ranks.sizes(wanted, path, count) != ranks.sizes(own, path, count):
+                raise UserError(
+                    f"lora.{key}={value!r}, but {name} has other ranks at {path}; leave it out"
                 )
     return replace(own, dropout=asked.dropout or own.dropout, from_=name)
 
@@ -109,3 +191,17 @@ def delta(a: np.ndarray, b: np.ndarray, factor: float) -> np.ndarray:
     a: [*ins, r], for a convolution [size, size, in, r]. b: [r, *outs].
     """
     return factor * np.tensordot(a.astype(np.float32), b.astype(np.float32), 1)  # [*ins, *outs]
+
+
+def merged(
+    kernel: np.ndarray, a: np.ndarray, b: np.ndarray, m: np.ndarray | None, factor: float
+) -> np.ndarray:
+    """Return the kernel of one layer with its adapter, fp32.
+
+    m: DoRA's norm of each output, 0 in a layer without an adapter. None is plain LoRA.
+    """
+    made = kernel.astype(np.float32) + delta(a, b, factor)  # [*ins, *outs]
+    if m is None:
+        return made
+    norm = np.sqrt(np.square(made).sum(tuple(range(a.ndim - 1))))  # [*outs]
+    return made * np.where(m == 0, 1, m / np.where(norm == 0, 1, norm))

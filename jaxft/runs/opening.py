@@ -95,10 +95,9 @@ def load_params(run: Run, wanted: set[str] | None = None) -> Params:
     for part in run.opened.parts:
         if part.aid or run.cfg.init == "pretrained":
             params |= transfer.load(part, run.leaves, run.shardings, dtype, wanted)
-    missing = wanted - params.keys()
-    if missing:
+    initial = run.opened.initial(wanted)
+    if missing := wanted - params.keys() - initial.keys():
         params |= _draw(run, missing, dtype)
-    initial = run.opened.initial()
     for path in wanted & initial.keys():
         array = initial[path]
         place = partial(lambda host, index: host[index], array)

@@ -17,7 +17,7 @@ from jaxft.tasks.image_tokens.options import ImageTokenOptions
 from jaxft.tasks.llm.options import LLMOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import jax
@@ -57,8 +57,11 @@ class Opened(Protocol):
         """Return all modules of a step with random parameters, frozen ones and adapters too."""
         ...
 
-    def initial(self) -> dict[str, np.ndarray]:
-        """Return arrays by path that replace random parameters, such as an imported adapter."""
+    def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
+        """Return arrays by path that replace random parameters, such as an imported adapter.
+
+        What is not in `wanted` is not used.
+        """
         ...
 
     def describe(self) -> str:

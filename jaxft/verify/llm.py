@@ -38,7 +38,13 @@ from jaxft.verify.report import (
 )
 from jaxft.weights import transfer
 from jaxft.weights.adapters import peft as adapters
-from jaxft.weights.adapters.peft_folder import PEFT_PREFIX, PeftAdapter, fit, open_adapted
+from jaxft.weights.adapters.peft_folder import (
+    PEFT_PREFIX,
+    TOKEN_DELTA,
+    PeftAdapter,
+    fit,
+    open_adapted,
+)
 from jaxft.weights.files.tensor_files import write_sharded
 from jaxft.weights.folders.transformers import TOKENIZER_FILES, Source
 from jaxft.weights.rules import to_torch
@@ -148,6 +154,7 @@ def open_subject(spec: str) -> Subject:
     architecture = registry.find(source.config, "decoder")
     cfg = architecture.config(source.config, "config.json")
     part = architecture.part(source, cfg)
+    part = part._replace(rows=adapter.token_ids if adapter else ())
     template = jax.eval_shape(lambda key: architecture.module(cfg, key=key), jax.random.key(0))
     if adapter:
         adapter = fit(adapter, part.entries(describe(template)))
@@ -155,6 +162,7 @@ def open_subject(spec: str) -> Subject:
         def build(key: jax.Array) -> Decoder:
             model = architecture.module(cfg, key=key)
             lora.add(model, adapter.lora, key)
+            lora.add_rows(model.embed_tokens, adapter.token_ids)
             return model
 
         template = jax.eval_shape(build, jax.random.key(0))
@@ -374,9 +382,9 @@ def torch_keyed(
         for i, key in enumerate(entry.keys if entry.path in arrays else ()):
             array = np.asarray(arrays[entry.path][i] if entry.stacked else arrays[entry.path])
             yield key, to_torch(array, entry.layout, part.sizes)
-    for slot in adapters.slots(part, leaves):
-        for letter, leaf, layout in slot.sides():
-            array = np.asarray(arrays[f"{slot.path}.{leaf}"])
-            array = array if slot.layer is None else array[slot.layer]
-            key = f"{PEFT_PREFIX}{slot.module}.lora_{letter}.weight"
-            yield key, to_torch(array, layout, part.sizes)
+    if subject.adapter:
+        for name, tensor in adapters.factors(part, leaves, arrays, subject.adapter.lora):
+            yield PEFT_PREFIX + name, tensor
+    for entry, path in adapters.token_rows(part, leaves):
+        module = entry.keys[0].removesuffix(".weight")
+        yield f"{PEFT_PREFIX}{module}{TOKEN_DELTA}", np.asarray(arrays[path])

@@ -35,10 +35,11 @@ def names_of(model: Any) -> dict[str, Any]:
 
 
 def _plain(key: str) -> str:
-    for inner in (".lora_A", ".lora_B"):
+    for inner in (".lora_A", ".lora_B", ".lora_magnitude_vector", ".trainable_tokens_delta"):
         if inner in key:
-            return key.replace(f"{inner}.default.", f"{inner}.")
-    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            return key.replace(f"{inner}.default", inner)
+    plain = key.removeprefix("base_model.model.").replace(".token_adapter.base_layer.", ".")
+    return plain.replace(".base_layer.", ".")
 
 
 def digests(model: Any) -> dict[str, str]:

@@ -22,7 +22,8 @@ class Part(NamedTuple):
 
     An export writes it to `folder`, in files whose names begin with `stem`. `whole` are modules
     that an adapter's file may hold beside the low-rank factors. `kept` are tensors that such a file
-    has to hold, because the base model has others. An `aid` is a network that only measures: it is
+    has to hold, because the base model has others. `rows` are ids of tokens whose embeddings train
+    alone. An `aid` is a network that only measures: it is
     loaded whatever `init` is, and never exported.
     """
 
@@ -38,6 +39,7 @@ class Part(NamedTuple):
     aid: bool = False
     whole: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
 
     def entries(self, leaves: Mapping[str, Leaf]) -> list[Entry]:
         """Return the plan for this part's parameters, paths with the prefix.
@@ -126,14 +128,14 @@ def export(
     part: Part,
     leaves: Mapping[str, Leaf],
     trained: Mapping[str, jax.Array],
-    deltas: Mapping[str, Callable[[int], np.ndarray]],
+    changes: Mapping[str, Callable[[int, np.ndarray], np.ndarray]],
     dtype: np.dtype | None,
 ) -> Export:
     """Return the part's checkpoint after training, in the order of the source.
 
-    `trained` holds parameters by path. `deltas` maps a kernel's path to a function of the layer,
-    which returns the adapter's change of that kernel, added in fp32. All other tensors are the
-    source's own bytes. `dtype` None keeps the dtype of each tensor. For a part without a source,
+    `trained` holds parameters by path. `changes` maps a parameter's path to a function of a layer
+    and its fp32 array, which returns the array with the adapter. All other tensors are the source's
+    own bytes. `dtype` None keeps the dtype of each tensor. For a part without a source,
     `trained` has to hold all parameters.
     """
     owners = {key: (entry, i) for entry in part.entries(leaves) for i, key in enumerate(entry.keys)}
@@ -145,7 +147,7 @@ def export(
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for key, (_, wanted) in infos.items():
-            array = _tensor(part, trained, deltas, owners.get(key), key)
+            array = _tensor(part, trained, changes, owners.get(key), key)
             yield key, _narrow(array, wanted, key)
 
     return Export(infos, tensors())
@@ -171,12 +173,12 @@ def _info(
 def _tensor(
     part: Part,
     trained: Mapping[str, jax.Array],
-    deltas: Mapping[str, Callable[[int], np.ndarray]],
+    changes: Mapping[str, Callable[[int, np.ndarray], np.ndarray]],
     owner: tuple[Entry, int] | None,
     key: str,
 ) -> np.ndarray:
     entry, i = owner or (None, 0)
-    touched = entry is not None and (entry.path in trained or entry.path in deltas)
+    touched = entry is not None and (entry.path in trained or entry.path in changes)
     if not touched:
         assert part.tensors is not None
         return part.tensors.read(key)
@@ -186,8 +188,8 @@ def _tensor(
     else:
         assert part.tensors is not None
         array = to_jax(part.tensors.read(key), entry.layout, part.sizes)
-    if entry.path in deltas:
-        array = array.astype(np.float32) + deltas[entry.path](i)
+    if entry.path in changes:
+        array = changes[entry.path](i, array.astype(np.float32))
     return to_torch(array, entry.layout, part.sizes)
 
 

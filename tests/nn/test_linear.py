@@ -103,6 +103,26 @@ def test_dropout_touches_the_adapter_only_and_needs_keys():
     assert np.abs(linear(x, keys) - linear(x)).max() > 0.1
 
 
+def test_dora_with_dropout_is_pefts():
+    """The mask acts on the adapter's input alone, and the base's output keeps its own gain of 1."""
+    linear, x, keys = adapted(rate=0.5), normal(5, 2, 3), jax.random.split(KEY, 5)
+    linear.lora_m = nnx.data(nnx.Param(jnp.asarray(1 + normal(6, seed=2)), axes=("embed",)))
+    kernel, a, b = (np.asarray(p[...]) for p in (linear.kernel, linear.lora_a, linear.lora_b))
+    update = linear.adapter.scale * np.tensordot(a, b, 1)
+    gain = linear.lora_m[...] / np.sqrt(np.square(kernel + update).sum((0, 1)))
+    np.testing.assert_allclose(
+        linear(x), gain * np.einsum("bnh,nhd->bd", x, kernel + update), atol=1e-5
+    )
+    dropped = dropout(jnp.asarray(x), keys, linear.adapter)
+    base, own, low = (
+        np.einsum("bnh,nhd->bd", *pair)
+        for pair in ((x, kernel), (dropped, kernel), (dropped, update))
+    )
+    np.testing.assert_allclose(linear(x, keys), base + (gain - 1) * own + gain * low, atol=1e-5)
+    linear.lora_m = nnx.data(nnx.Param(jnp.zeros(6), axes=("embed",)))
+    np.testing.assert_allclose(linear(x), adapted()(x), atol=1e-6)
+
+
 def test_dropout_keeps_the_expectation_and_drops_the_share():
     x, keys = jnp.ones((64, 400)), jax.random.split(KEY, 64)
     out = np.asarray(dropout(x, keys, Adapter(1.0, 0.25)))

@@ -1,5 +1,7 @@
 """Adapters on a model: who gets one, how they start, what merging adds."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from jaxft.core.params import bind, describe, flatten
 from jaxft.nn import lora
 from jaxft.nn.conv import Conv
 from jaxft.nn.linear import Linear
+from jaxft.weights.adapters import ranks
 
 CFG = Lora(rank=4, alpha=8.0, targets=r".*\.(q|o)_proj")
 LAYERS = 3
@@ -27,7 +30,7 @@ class Block(nnx.Module):
 class Model(nnx.Module):
     def __init__(self, key):
         self.layers = jax.vmap(Block)(jax.random.split(key, LAYERS))
-        self.head = Linear((64,), (10,), ("embed", "vocab"), key=key)
+        self.lm_head = Linear((64,), (10,), ("embed", "vocab"), key=key)
 
 
 def make(cfg=CFG):
@@ -85,6 +88,19 @@ def test_a_draw_depends_on_its_own_path_only(model):
         np.testing.assert_array_equal(more[path], value)
 
 
+def test_all_linear_leaves_out_the_output_head():
+    """As in PEFT, at the root of a model and below."""
+    assert lora.adapted(describe(make(Lora(4, 8.0, "all-linear")))) == [
+        f"layers.{name}_proj" for name in "koq"
+    ]
+    for path, inside in (("lm_head", 0), ("language_model.lm_head", 0), ("a.lm_heads.proj", 1)):
+        assert bool(re.fullmatch(lora.pattern("all-linear"), path)) == bool(inside)
+    own, asked = (Lora(4, 8.0, targets, from_="x") for targets in (r"layers\..*", "all-linear"))
+    assert lora.continued(asked, own, ["layers.q_proj", "lm_head"]) == own
+    with pytest.raises(UserError, match=r"lora\.targets=all-linear is for language models"):
+        lora.check_plain(asked, "diffusion")
+
+
 def test_rank_zero_adds_nothing():
     assert describe(make(Lora(0, 1.0, "no such"))) == describe(Model(jax.random.key(0)))
 
@@ -92,7 +108,7 @@ def test_rank_zero_adds_nothing():
 def test_no_match_lists_the_projections():
     with pytest.raises(UserError, match=r"lora\.targets='q_proj' matches no projection") as caught:
         make(Lora(4, 8.0, "q_proj"))
-    for path in ("head", "layers.k_proj", "layers.o_proj", "layers.q_proj"):
+    for path in ("lm_head", "layers.k_proj", "layers.o_proj", "layers.q_proj"):
         assert path in str(caught.value)
 
 
@@ -102,8 +118,8 @@ def test_a_broken_pattern_is_a_user_error():
 
 
 def test_t21_scale():
-    assert lora.scale(Lora(16, 32.0, "")) == 2.0
-    assert lora.scale(Lora(16, 32.0, "", rslora=True)) == 8.0
+    assert ranks.scale(Lora(16, 32.0, "")) == 2.0
+    assert ranks.scale(Lora(16, 32.0, "", rslora=True)) == 8.0
 
 
 @pytest.mark.parametrize("name", ["q_proj", "o_proj"])
@@ -118,7 +134,7 @@ def test_a_delta_merged_acts_as_the_adapter(name, rslora):
     }
     adapted = getattr(jax.tree.map(lambda leaf: leaf[1], bind(model, params).layers), name)
     a, b = (np.asarray(params[f"layers.{name}.lora_{side}"])[1] for side in "ab")
-    update = lora.delta(a, b, lora.scale(cfg))
+    update = lora.delta(a, b, ranks.scale(cfg))
     assert update.shape == adapted.kernel.shape and update.dtype == np.float32
     x = rng.normal(size=(5, *adapted.kernel.shape[: adapted.inputs])).astype(np.float32)
     merged = np.tensordot(x, np.asarray(adapted.kernel[...]) + update, adapted.inputs)

@@ -87,17 +87,19 @@ def round_trip(subject, params):
 
 @pytest.fixture(scope="module")
 def adapter(make_folder, tmp_path_factory):
+    folder = make_folder(max_position_embeddings=64)
+    return save_adapter(folder, tmp_path_factory.mktemp("adapter"), {})
+
+
+def save_adapter(base, folder, more):
     """A PEFT folder with B not zero, on some of the projections, as PEFT itself saves it."""
-    base = make_folder(max_position_embeddings=64)
     torch.manual_seed(1)
-    settings = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM"
-    )
+    targets = ["q_proj", "o_proj", "down_proj"]
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **more)
     model = get_peft_model(LlamaForCausalLM.from_pretrained(base), settings)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    folder = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(folder)
     return folder
 
@@ -109,8 +111,17 @@ def test_t21_an_adapter_folder_passes_beside_peft(adapter, out):
     assert content["oracles"].keys() == {"torch", "peft"}
 
 
+def test_dora_ranks_layers_and_rows_pass_beside_peft(make_folder, tmp_path, out):
+    """Every weight, logit and gradient of them is compared."""
+    more = {"use_dora": True, "rank_pattern": {"o_proj": 2}, "layers_to_transform": [1]}
+    base = make_folder(tied=True, max_position_embeddings=64)
+    folder = save_adapter(base, tmp_path, {**more, "trainable_token_indices": [5, 70]})
+    code, checks, _ = certificate(folder, out)
+    assert code == 0 and not failures(checks)
+
+
 def test_an_adapter_of_another_scale_fails(adapter, out, monkeypatch):
-    monkeypatch.setattr(llm.lora, "scale", lambda cfg: cfg.alpha)  # not alpha / rank
+    monkeypatch.setattr(llm.lora.ranks, "scale", lambda cfg: cfg.alpha)  # not alpha / rank
     subject = llm.open_subject(str(adapter))
     assert subject.template.layers.self_attn.q_proj.adapter.scale == 8.0
     code, checks, _ = certificate(adapter, out)

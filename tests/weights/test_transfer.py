@@ -39,8 +39,8 @@ class Opened:
         wanted = set(self.leaves) if wanted is None else wanted
         return transfer.load(self.part, self.leaves, self.shardings, dtype, wanted)
 
-    def export(self, trained, deltas=None, dtype=None):
-        made = transfer.export(self.part, self.leaves, trained, deltas or {}, dtype)
+    def export(self, trained, changes=None, dtype=None):
+        made = transfer.export(self.part, self.leaves, trained, changes or {}, dtype)
         tensors = {key: array.copy() for key, array in made.tensors}
         assert {k: (a.shape, a.dtype) for k, a in tensors.items()} == made.infos
         return tensors
@@ -162,9 +162,9 @@ def test_a_delta_is_added_in_fp32_to_the_source(make_folder):
     opened, want = Opened(folder), contents(folder)
     rng = np.random.default_rng(0)
     delta = rng.normal(size=(2, 4, 8, 32)).astype(np.float32) * 0.01
-    deltas = {"layers.self_attn.o_proj.kernel": lambda i: delta[i]}
+    changes = {"layers.self_attn.o_proj.kernel": lambda i, kernel: kernel + delta[i]}
     for dtype in (None, np.dtype(np.float32)):
-        got = opened.export({}, deltas, dtype)
+        got = opened.export({}, changes, dtype)
         for i in (0, 1):
             key = f"model.layers.{i}.self_attn.o_proj.weight"
             merged = want[key].astype(np.float32) + delta[i].reshape(32, 32).T
@@ -177,7 +177,7 @@ def test_a_delta_is_added_in_fp32_to_the_source(make_folder):
 def test_a_delta_on_a_trained_kernel_adds_to_what_was_trained(folder):
     opened, path = Opened(folder), "lm_head.kernel"
     trained = {path: opened.load(wanted={path})[path] * 0 + 5}
-    got = opened.export(trained, {path: lambda i: np.full((32, 320), 2, np.float32)})
+    got = opened.export(trained, {path: lambda i, kernel: kernel + 2})
     np.testing.assert_array_equal(got["lm_head.weight"], 7)
 
 

@@ -309,7 +309,7 @@ class Decoder(nnx.Module):
         It is a tied table [V, D], or a kernel [D, V]. With an adapter it is [D + r, V].
         """
         if self.lm_head is None:
-            return self.embed_tokens.embedding[...], True  # [V, D]
+            return self.embed_tokens.table(), True  # [V, D]
         return self.lm_head.wide_kernel(), False  # [D, V] or [D + r, V]
 
     def features(

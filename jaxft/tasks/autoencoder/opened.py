@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -56,7 +57,7 @@ class OpenedAutoencoder:
     def build(self, key: jax.Array) -> nnx.Module:
         return Trainee(self.codec, self.losses, self.measure, key=key)
 
-    def initial(self) -> dict[str, np.ndarray]:
+    def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
         return {}
 
     def describe(self) -> str:
@@ -73,11 +74,18 @@ class OpenedAutoencoder:
         """Raise UserError for losses that the model or the trained parameters cannot have."""
         runner("none" if self.cfg.remat == "auto" else self.cfg.remat)  # raises
         losses, trainable = self.losses, self.cfg.trainable or ".*"
-        rank, start = self.cfg.lora.rank, self.cfg.lora.from_
-        if rank or start:
-            given = f"lora.from={start!r}" if start else f"lora.rank={rank}"
+        own = self.cfg.lora
+        keys = {
+            "from": own.from_,
+            "rank": own.rank,
+            "ranks": own.ranks,
+            "layers": own.layers,
+            "dora": own.dora,
+            "tokens": own.tokens,
+        }
+        if given := [f"lora.{key}={value!r}" for key, value in keys.items() if value]:
             raise UserError(
-                f"{given}, but an autoencoder takes no adapters; set"
+                f"{given[0]}, but an autoencoder takes no adapters; set"
                 " lora.rank=0 and name what trains in trainable"
             )
         if not (losses.l1 or losses.l2 or losses.perceptual):

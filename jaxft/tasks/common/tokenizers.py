@@ -7,7 +7,7 @@ from typing import Any
 
 import tokenizers
 
-from jaxft.core.errors import UserError
+from jaxft.core.errors import UserError, near
 
 TOKENIZER_JSON = "tokenizer.json"
 JSON_FILES = (
@@ -43,6 +43,19 @@ def load_tokenizer(folder: Path | str, kind: str | None = None) -> Any:
             " no tokenizer; set it to PreTrainedTokenizerFast"
         )
     return made
+
+
+def token_ids(tokenizer: Any, names: str, key: str) -> tuple[int, ...]:
+    """Return the ids of tokens that a config key lists, divided by commas.
+
+    Raises: UserError for a text that is not one token.
+    """
+    vocabulary, listed = tokenizer.get_vocab(), dict.fromkeys(map(str.strip, names.split(",")))
+    for name in listed:
+        if name not in vocabulary:
+            hint = near(name, tokenizer.get_added_vocab(), "added tokens are")
+            raise UserError(f"{key}: {name!r} is no token of the tokenizer; {hint}")
+    return tuple(vocabulary[name] for name in listed)
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:

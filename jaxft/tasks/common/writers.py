@@ -15,7 +15,7 @@ from jaxft.core.params import ADAPTER_ROLE, NEW_TOKEN_ROLE
 from jaxft.nn import lora
 from jaxft.tasks import Job, Writer
 from jaxft.weights import transfer
-from jaxft.weights.adapters import peft
+from jaxft.weights.adapters import peft, ranks
 from jaxft.weights.files.tensor_files import STEMS, write_sharded
 from jaxft.weights.transfer import Part
 
@@ -66,23 +66,39 @@ def merged(job: Job, part: Part) -> transfer.Export:
     whole = part.tensors is None
     np_dtype = None if job.dtype == "source" else np.dtype(runtime.resolve_dtype(job.dtype))
     trained = {p: job.params[p] for p in job.leaves if whole or p in job.chosen}
-    return transfer.export(part, job.leaves, trained, _deltas(job), np_dtype)
+    return transfer.export(part, job.leaves, trained, _changes(job, part), np_dtype)
 
 
-def _deltas(job: Job) -> dict[str, Callable[[int], np.ndarray]]:
-    """Return the fp32 update of every adapted kernel, layer by layer."""
+def _changes(job: Job, part: Part) -> dict[str, Callable[[int, np.ndarray], np.ndarray]]:
+    """Return functions that merge an adapter into one layer of a parameter, by its path."""
     cfg = job.opened.cfg.lora
-    factor = lora.scale(cfg) if cfg.rank else 0.0
-    deltas: dict[str, Callable[[int], np.ndarray]] = {}
+    changes: dict[str, Callable[[int, np.ndarray], np.ndarray]] = {}
     for path in lora.adapted(job.leaves):
-        a, b = (transfer.to_host(job.params[f"{path}.lora_{x}"]) for x in "ab")
+        names = [f"{path}.lora_{x}" for x in "abm"]
+        factors = [transfer.to_host(job.params[name]) for name in names if name in job.leaves]
         stacked = job.leaves[f"{path}.kernel"].stacked
-        deltas[f"{path}.kernel"] = partial(_layer_delta, a, b, factor, stacked)
-    return deltas
+        factor = ranks.path_scale(cfg, path, len(factors[0]) if stacked else 0)
+        changes[f"{path}.kernel"] = partial(_merged_layer, factors, factor, stacked)
+    for path in job.leaves if part.rows else ():
+        if path.endswith(peft.TOKENS):
+            rows = transfer.to_host(job.params[path])
+            changes[path.replace(peft.TOKENS, peft.TABLE_END)] = partial(
+                _with_rows, part.rows, rows
+            )
+    return changes
 
 
-def _layer_delta(a: np.ndarray, b: np.ndarray, factor: float, stacked: bool, i: int) -> np.ndarray:
-    return lora.delta(a[i], b[i], factor) if stacked else lora.delta(a, b, factor)
+def _with_rows(ids: tuple[int, ...], rows: np.ndarray, _: int, table: np.ndarray) -> np.ndarray:
+    made = table.copy()
+    made[list(ids)] = rows
+    return made
+
+
+def _merged_layer(
+    factors: list[np.ndarray], factor: float, stacked: bool, i: int, kernel: np.ndarray
+) -> np.ndarray:
+    a, b, *m = [one[i] for one in factors] if stacked else factors
+    return lora.merged(kernel, a, b, m[0] if m else None, factor)
 
 
 def write_adapter(job: Job, files: SideFiles, kind: str = "CAUSAL_LM") -> None:

@@ -9,12 +9,12 @@ import numpy as np
 from jaxft.core import runtime
 from jaxft.core.params import NEW_TOKEN_ROLE
 from jaxft.models.pipelines import ldm
-from jaxft.nn import lora
 from jaxft.tasks import Job, Writer
 from jaxft.tasks.common import writers
 from jaxft.tasks.diffusion import inversion
 from jaxft.tasks.diffusion.opened import OpenedPipeline
 from jaxft.weights.adapters import pipeline as pipeline_lora
+from jaxft.weights.adapters import ranks
 from jaxft.weights.files.tensor_files import write_sharded
 from jaxft.weights.folders import single_file
 from jaxft.weights.folders.diffusers import OPTIONAL, Changes, pipeline_files
@@ -53,7 +53,11 @@ def _write_lora(job: Job) -> None:
     """Write the adapters in diffusers' format and in kohya's."""
     leaves, cfg, parts = job.leaves, job.opened.cfg, writers.parts(job)
     pipeline_lora.check(parts, leaves)
-    arrays, scale, kind = writers.adapters(job), lora.scale(cfg.lora), ldm.kind(job.opened.pipeline)
+    arrays, scale, kind = (
+        writers.adapters(job),
+        ranks.scale(cfg.lora),
+        ldm.kind(job.opened.pipeline),
+    )
     pipeline_lora.write_peft(job.folder, parts, leaves, arrays, scale)
     rank, alpha = cfg.lora.rank, scale * cfg.lora.rank
     stated = pipeline_lora.metadata(kind, job.name, cfg.model, rank, alpha)

@@ -1,6 +1,7 @@
 """A Stable Diffusion folder or file, opened for training."""
 
 import dataclasses
+from collections.abc import Collection
 from functools import cached_property, partial
 from typing import Any
 
@@ -39,6 +40,7 @@ class OpenedPipeline:
     def __init__(self, cfg: Config):
         self.options = DiffusionOptions(**cfg.own)
         options = self.options
+        lora.check_plain(cfg.lora, "diffusion")
         prediction = options.prediction or None
         self.pipeline = ldm.open_model(cfg.model, cfg.init == "pretrained", prediction=prediction)
         self.model_cfg = PipelineConfig.of(self.pipeline, options.prediction, options.zero_snr)
@@ -80,7 +82,7 @@ class OpenedPipeline:
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
         return model
 
-    def initial(self) -> dict[str, np.ndarray]:
+    def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
         own, leaves = self.options.inversion, describe(self.template)
         made = inversion.initial(own, self.captions, self.parts, leaves) if own.token else {}
         return made | load(self.adapter, leaves) if self.adapter else made

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from jaxft.tasks.image_tokens.layout import (
 from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
 from jaxft.tasks.image_tokens.tokenizer import ImageTokenizer, open_tokenizer
 from jaxft.weights.adapters import peft, peft_folder
-from jaxft.weights.adapters.peft_folder import GIVE_BASE, PeftAdapter, is_adapter
+from jaxft.weights.adapters.peft_folder import GIVE_BASE, MERGE, PeftAdapter, is_adapter
 from jaxft.weights.folders.transformers import HEAD, TABLE, Source, export_config, open_source
 from jaxft.weights.transfer import Part
 from jaxft.weights.views import Grafted
@@ -148,6 +149,11 @@ class OpenedImageModel:
         self.adapter: PeftAdapter | None = None
         self.saved: dict[str, np.ndarray] = {}
         self.cfg = self._with_adapter(cfg) if cfg.lora.from_ else cfg
+        rows = self.cfg.lora.tokens or (self.adapter and self.adapter.token_ids)
+        for key, value in (("dora", self.cfg.lora.dora), ("tokens", rows)):
+            if value:
+                fix = MERGE if cfg.lora.from_ else "leave it out"
+                raise UserError(f"lora.{key}={value!r} is for task=llm, not image_tokens; {fix}")
         self.template = jax.eval_shape(self.build, jax.random.key(0))
         for prompt in self.options.sample.prompts:  # raises now too
             encode_prompt(self.layout, self.model.tokenizer, prompt)
@@ -157,7 +163,7 @@ class OpenedImageModel:
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
         return model
 
-    def initial(self) -> dict[str, np.ndarray]:
+    def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
         if self.adapter is None:
             return {}
         return self.saved | peft.load(self.adapter, self.parts[0], describe(self.template))

@@ -1,6 +1,8 @@
 """A causal language model's folder, or an adapter's with its base, opened for training."""
 
 import dataclasses
+import re
+from collections.abc import Collection
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -21,11 +23,13 @@ from jaxft.models.decoders.config import DecoderConfig
 from jaxft.models.decoders.files import open_decoder
 from jaxft.models.registry import Architecture
 from jaxft.nn import lora
-from jaxft.tasks.common.tokenizers import load_tokenizer
+from jaxft.tasks.common.tokenizers import load_tokenizer, token_ids
 from jaxft.tasks.llm.options import LLMOptions, check_preference
 from jaxft.weights.adapters import peft
-from jaxft.weights.adapters.peft_folder import fit, open_adapted
+from jaxft.weights.adapters.peft_folder import GIVE_BASE, fit, open_adapted
 from jaxft.weights.transfer import Part
+
+WHOLE = ("embed_tokens", "lm_head", "norm", "layers")  # all that an adapter's file may hold whole
 
 
 class Teacher(NamedTuple):
@@ -55,7 +59,7 @@ class OpenedDecoder:
             cfg.lora.from_,
             weights=cfg.init == "pretrained",
             opener=opener,
-            whole=("score",) if self.options.scored else (),
+            whole=None,
         )
         self.source, self.adapter, self.kept = opened
         self.architecture = registry.find(self.source.config, "decoder")
@@ -64,28 +68,31 @@ class OpenedDecoder:
         if self.labels:
             size = len(self.labels)
             self.model_cfg = dataclasses.replace(self.model_cfg, num_labels=size, tied=True)
-        part = self.architecture.part(self.source, self.model_cfg)._replace(kept=self.kept)
+        part = self.architecture.part(self.source, self.model_cfg)
+        part = part._replace(kept=self.kept, rows=self._rows(cfg), whole=WHOLE)
         if self.labels:
-            kept = tuple(key for key in self.kept if key != SCORE)  # it trains
-            part = part._replace(rules=(*part.rules, SCORE_RULE), whole=("score",), kept=kept)
-            if cfg.lora.rank or self.adapter:
-                trains = cfg.trainable or rf"{lora.PATHS}|score\..*"
-                cfg = dataclasses.replace(cfg, trainable=trains)
+            part = part._replace(rules=(*part.rules, SCORE_RULE))
         if self.adapter:
             module = partial(self.architecture.module, self.model_cfg)
             plain = jax.eval_shape(lambda key: module(key=key), jax.random.key(0))
             self.adapter = fit(self.adapter, part.entries(describe(plain)))
             asked, own = cfg.lora, self.adapter.lora
             own = lora.continued(asked, own, lora.projections(plain)) if asked.from_ else own
-            cfg = dataclasses.replace(cfg, lora=own)
+            saved = peft.saved_paths(self.adapter, part, describe(plain))
+            trainable = cfg.trainable
+            if saved and not trainable:  # they train again, beside the adapter
+                trainable = "|".join((lora.PATHS, *map(re.escape, saved)))
+            cfg = dataclasses.replace(cfg, lora=own, trainable=trainable)
         elif not cfg.lora.targets:
             targets = dataclasses.replace(cfg.lora, targets=self.architecture.lora)
             cfg = dataclasses.replace(cfg, lora=targets)
+        if self.labels and cfg.lora.rank and not cfg.trainable:
+            cfg = dataclasses.replace(cfg, trainable=rf"{lora.PATHS}|score\..*")
         self.cfg = cfg
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.teacher = self._open_teacher() if self.options.distill.teacher else None
-        self.template = jax.eval_shape(self.build, jax.random.key(0))
         self.parts = (part, self.teacher.part) if self.teacher else (part,)
+        self.template = jax.eval_shape(self.build, jax.random.key(0))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -124,6 +131,7 @@ class OpenedDecoder:
     def build(self, key: jax.Array) -> nnx.Module:
         model = self.architecture.module(self.model_cfg, key=key)
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
+        lora.add_rows(model.embed_tokens, self.parts[0].rows)
         if self.teacher:
             model.teacher = self.teacher.build(key)  # after the adapters, which it does not get
         return model
@@ -141,10 +149,11 @@ class OpenedDecoder:
         part = architecture.part(source, cfg)._replace(prefix="teacher.", aid=True)
         return Teacher(architecture, cfg, part)
 
-    def initial(self) -> dict[str, np.ndarray]:
+    def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
+        leaves, part = describe(self.template), self.parts[0]
         if not self.adapter:
-            return {}
-        return peft.load(self.adapter, self.parts[0], describe(self.template))
+            return peft.start(part, leaves, self.cfg.lora, wanted)
+        return peft.load(self.adapter, part, leaves)
 
     def describe(self) -> str:
         kept = f" with the adapter's own {', '.join(self.kept)}" if self.kept else ""
@@ -159,6 +168,31 @@ class OpenedDecoder:
         for config in (self.source.generation_config, self.source.config):
             ids |= set(eos_ids(config.get("eos_token_id")))
         return tuple(sorted(ids))
+
+    def _rows(self, cfg: Config) -> tuple[int, ...]:
+        """Return the ids whose rows of the embedding train, from the adapter or the config.
+
+        Raises: UserError for a token without a row, and for tokens that contradict the adapter.
+        """
+        asked, rows = cfg.lora.tokens, self.model_cfg.vocab_size
+        own = self.adapter.token_ids if self.adapter else ()
+        if max(own, default=0) >= rows:
+            raise UserError(
+                f"{self.source.name} has {rows} rows, but its adapter trains the rows {list(own)};"
+                f" {GIVE_BASE}"
+            )
+        if not asked or (self.adapter and not cfg.lora.from_):
+            return own
+        if not cfg.lora.rank and not self.adapter:
+            raise UserError(f"lora.tokens={asked!r} needs lora.rank > 0; set it")
+        ids = token_ids(self.tokenizer, asked, "lora.tokens")
+        check_ids(ids, rows, self.tokenizer, "lora.tokens")
+        if self.adapter and ids != own:
+            raise UserError(
+                f"lora.tokens={asked!r}, but {self.adapter.name} trains the rows {list(own)}; leave"
+                " it out"
+            )
+        return ids
 
     def _check_pad(self, tokenizer: Any) -> None:
         """Raise UserError for a pad token without a row, which transformers would read."""

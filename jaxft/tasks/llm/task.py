@@ -69,15 +69,14 @@ def _encode(
     """Warn of markers of the chat template without a trained embedding, then encode pairs."""
     chats = any(rows.data.chat for rows in sets)
     if chats and opened.chat and EMBEDDINGS not in chosen:
-        ids = np.asarray(opened.chat.markers)
+        ids = np.asarray([i for i in opened.chat.markers if i not in opened.parts[0].rows], int)
         lost = ids[to_host(jax.jit(untrained_rows)(params[EMBEDDINGS], ids))].tolist()
         if lost and jax.process_index() == 0:
-            names = ", ".join(opened.tokenizer.convert_ids_to_tokens(lost))
+            names = ",".join(opened.tokenizer.convert_ids_to_tokens(lost))
             print(
                 f"warning: {opened.chat.name} uses {names}, whose rows of the embedding table look"
-                " untrained and stay so: train the table too, with trainable="
-                r"'.*lora_.*|embed_tokens\.embedding|lm_head\..*', or take the model's instruct"
-                " checkpoint",
+                f" untrained and stay so: train them with lora.tokens={names!r}, or take the"
+                " model's instruct checkpoint",
                 flush=True,
             )
     encode(opened, params, chosen, sets, initial)

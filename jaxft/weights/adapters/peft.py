@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +16,23 @@ from jaxft.weights.adapters.peft_folder import (
     BASE,
     FACTOR,
     GIVE_BASE,
+    MAGNITUDES,
+    MERGE,
     PEFT_PREFIX,
+    TOKEN_DELTA,
     PeftAdapter,
     base_name,
 )
+from jaxft.weights.adapters.ranks import AdapterSize, parse_layers, sizes
 from jaxft.weights.files.tensor_files import write_sharded
+from jaxft.weights.folders.transformers import HEAD, TABLE
 from jaxft.weights.rules import Entry, to_jax, to_torch
 from jaxft.weights.transfer import Part
+
+TABLE_END, TOKENS = ".embedding", ".tokens.embedding"  # ends of paths: a table, its trained rows
+LAYER_NUMBER = re.compile(
+    r".*?\.[^.]*\.(\d+)\."
+)  # PEFT's search for the number of a module's layer
 
 
 class Slot(NamedTuple):
@@ -33,10 +43,14 @@ class Slot(NamedTuple):
     layer: int | None
     layout_a: str
     layout_b: str
+    layout_m: str = ""  # of DoRA's magnitudes, if there are any
+    layers: int = 0  # of its stack
 
     def sides(self) -> tuple[tuple[str, str, str], ...]:
-        """Return (PEFT's letter, jaxft's leaf name, layout) of both factors."""
-        return ("A", "lora_a", self.layout_a), ("B", "lora_b", self.layout_b)
+        """Return (PEFT's name behind "lora_", jaxft's leaf name, layout) of all factors."""
+        factors = ("A", "lora_a", self.layout_a), ("B", "lora_b", self.layout_b)
+        magnitudes = ((MAGNITUDES, "lora_m", self.layout_m),) if self.layout_m else ()
+        return (*factors, *magnitudes)
 
 
 def slots(part: Part, leaves: Mapping[str, Leaf]) -> list[Slot]:
@@ -46,11 +60,19 @@ def slots(part: Part, leaves: Mapping[str, Leaf]) -> list[Slot]:
         linear = entry.path.removesuffix(".kernel")
         if linear + ".lora_a" not in leaves:
             continue
-        layout_a, layout_b = _layouts(entry, leaves[entry.path])
+        layout_a, layout_b, layout_m = _layouts(entry, leaves[entry.path])
+        layout_m = layout_m if linear + ".lora_m" in leaves else ""
         for i, key in enumerate(entry.keys):
             layer = i if entry.stacked else None
-            found.append(Slot(key.removesuffix(".weight"), linear, layer, layout_a, layout_b))
+            layers = len(entry.keys) if entry.stacked else 0
+            module = key.removesuffix(".weight")
+            found.append(Slot(module, linear, layer, layout_a, layout_b, layout_m, layers))
     return found
+
+
+def size(slot: Slot, cfg: Lora) -> AdapterSize:
+    """Return rank and alpha of one adapted projection."""
+    return sizes(cfg, slot.path, slot.layers)[slot.layer or 0]
 
 
 def write(
@@ -65,21 +87,30 @@ def write(
     """Write adapter_model.safetensors and adapter_config.json as PEFT 0.18+ reads them.
 
     `arrays` holds the `….lora_a` / `….lora_b` parameters by path, and the trained modules of
-    `part.whole`, which are PEFT's modules_to_save. A layer whose A is zero has no adapter and is
-    left out. kind: PEFT's task_type.
+    `part.whole`, which are PEFT's modules_to_save. A layer without an adapter is left out. kind:
+    PEFT's task_type.
     """
     tensors = _saved(part, leaves, arrays)
-    adapted = [slot for slot in slots(part, leaves) if _factor(slot, "lora_a", arrays).any()]
-    modules = {slot.module for slot in adapted}
-    for slot in adapted:
-        for letter, leaf, layout in slot.sides():
-            key = f"{PEFT_PREFIX}{slot.module}.lora_{letter}.weight"
-            tensors[key] = to_torch(_factor(slot, leaf, arrays), layout, part.sizes)
+    found = {slot.module: size(slot, cfg) for slot in slots(part, leaves)}
+    adapted = {module: one for module, one in found.items() if one.rank}
+    for name, tensor in factors(part, leaves, arrays, cfg):
+        # PEFT leaves out the end of this one name.
+        saved = name.removesuffix(".weight") if f".lora_{MAGNITUDES}." in name else name
+        tensors[PEFT_PREFIX + saved] = tensor
+    inner = dict.fromkeys(adapted, "base_layer.")
+    for entry, path in token_rows(part, leaves):
+        module = entry.keys[0].removesuffix(".weight")
+        tensors[f"{PEFT_PREFIX}{module}{TOKEN_DELTA}"] = np.asarray(arrays[path], np.float32)
+        inner[module] = "token_adapter.base_layer."
     for key in part.kept:
         assert part.tensors is not None
-        module = key.removesuffix(".weight")
-        inside = "base_layer." if module in modules else ""
-        tensors[f"{PEFT_PREFIX}{module}.{inside}weight"] = part.tensors.read(key)
+        module, _, name = key.rpartition(".")
+        if f"{PEFT_PREFIX}{key}" not in tensors:  # it may have been trained since
+            tensors[f"{PEFT_PREFIX}{module}.{inner.get(module, '')}{name}"] = part.tensors.read(key)
+    modules = _modules(part, leaves, arrays)
+    tied = "embed_tokens" in modules and _tied(leaves)
+    if tied:  # PEFT requires the copy
+        tensors[PEFT_PREFIX + HEAD] = tensors[PEFT_PREFIX + TABLE]
     infos = {key: (array.shape, array.dtype) for key, array in tensors.items()}
     write_sharded(folder, tensors.items(), infos, stem=ADAPTER_STEM)
     config = {
@@ -90,21 +121,59 @@ def write(
         "lora_alpha": cfg.alpha,
         "lora_dropout": cfg.dropout,
         "use_rslora": cfg.rslora,
-        "target_modules": _targets(part, leaves, modules),
+        "target_modules": _targets(part, leaves, set(adapted), parse_layers(cfg.layers)),
+        "rank_pattern": _pattern({name: one.rank for name, one in adapted.items()}, cfg.rank),
+        "alpha_pattern": _pattern({name: one.alpha for name, one in adapted.items()}, cfg.alpha),
+        "layers_to_transform": sorted(parse_layers(cfg.layers)) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": [name for name in part.whole if _has(arrays, leaves, name)] or None,
-        "use_dora": False,
+        "modules_to_save": modules or None,
+        "ensure_weight_tying": tied,
+        "use_dora": cfg.dora,
+        "trainable_token_indices": list(part.rows) or None,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _factor(slot: Slot, leaf: str, arrays: Mapping[str, Any]) -> np.ndarray:
-    """Return one layer's A or B, fp32."""
-    array = np.asarray(arrays[f"{slot.path}.{leaf}"], np.float32)
-    return array if slot.layer is None else array[slot.layer]
+def token_rows(part: Part, leaves: Mapping[str, Leaf]) -> list[tuple[Entry, str]]:
+    """Return tables with rows that train alone: the table's entry, and the path of the rows."""
+    found = ((entry, entry.path.removesuffix(TABLE_END) + TOKENS) for entry in part.entries(leaves))
+    return [(entry, path) for entry, path in found if path in leaves]
+
+
+def factors(
+    part: Part, leaves: Mapping[str, Leaf], arrays: Mapping[str, Any], cfg: Lora
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each factor of each adapted layer as MODULE.lora_A.weight, fp32 in torch's layout."""
+    for slot in slots(part, leaves):
+        rank = size(slot, cfg).rank
+        for letter, leaf, layout in slot.sides() if rank else ():
+            array = np.asarray(arrays[f"{slot.path}.{leaf}"], np.float32)
+            one = array if slot.layer is None else array[slot.layer]
+            tensor = to_torch(_used(one, leaf, rank), layout, part.sizes)
+            yield f"{slot.module}.lora_{letter}.weight", tensor
+
+
+def _used(factor: np.ndarray, leaf: str, rank: int) -> np.ndarray:
+    """Return the columns of A, or the rows of B, that the rank of this layer has."""
+    if leaf == "lora_a":
+        return factor[..., :rank]
+    return factor[:rank] if leaf == "lora_b" else factor
+
+
+def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """Return what PEFT's rank_pattern or alpha_pattern holds: the values other than the default.
+
+    They are by the last part of a module's name, or by the full name where these parts disagree.
+    """
+    by_end: dict[str, set[float]] = {}
+    for module, value in values.items():
+        by_end.setdefault(module.rsplit(".", 1)[-1], set()).add(value)
+    named = {end: found.pop() for end, found in by_end.items() if len(found) == 1}
+    full = {name: x for name, x in values.items() if name.rsplit(".", 1)[-1] not in named}
+    return {name: value for name, value in (named | full).items() if value != default}
 
 
 def _saved(
@@ -120,8 +189,53 @@ def _saved(
     return tensors
 
 
-def _has(arrays: Mapping[str, Any], leaves: Mapping[str, Leaf], module: str) -> bool:
-    return any(path.startswith(f"{module}.") and not leaves[path].added for path in arrays)
+def _modules(part: Part, leaves: Mapping[str, Leaf], arrays: Mapping[str, Any]) -> list[str]:
+    """Return PEFT's modules_to_save: names that end those of the trained modules and no others."""
+    modules: dict[bool, set[str]] = {True: set(), False: set()}
+    for entry in part.entries(leaves):
+        modules[entry.path in arrays] |= {key.rpartition(".")[0] for key in entry.keys}
+    found = set()
+    for module in modules[True]:
+        names = [name for name in part.whole if f".{name}." in f".{module}."]
+        names += [module.rsplit(".", 1)[-1], module]
+        found.add(next(one for one in names if not any(_hits(one, x) for x in modules[False])))
+    return sorted(found, key=lambda name: (name not in part.whole, (*part.whole, name).index(name)))
+
+
+def _hits(name: str, module: str) -> bool:
+    """Return True if PEFT saves a module, or one around it, because of a name."""
+    return module.endswith(name) or f"{name}." in module
+
+
+def _tied(leaves: Mapping[str, Leaf]) -> bool:
+    return not any(path.endswith(("lm_head.kernel", "score.kernel")) for path in leaves)
+
+
+def saved_paths(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> list[str]:
+    """Return the parameters of the modules that an adapter's config says to save, which train.
+
+    Raises: UserError for modules without a place, some layers of a stack, and half of a tied pair.
+    """
+    entries, found = part.entries(leaves), []
+    for name in adapter.saved:
+        hit = {
+            entry.path: [_hits(name, key.rpartition(".")[0]) for key in entry.keys]
+            for entry in entries
+        }
+        some = [path for path, layers in hit.items() if any(layers)]
+        if not some or not all(layer for path in some for layer in hit[path]):
+            what = "is in some layers of a stack alone" if some else "is not in the base"
+            raise UserError(
+                f"{adapter.name}: modules_to_save={list(adapter.saved)} is not supported: {name}"
+                f" {what}; {MERGE}"
+            )
+        if _tied(leaves) and not adapter.ties and any("embed_tokens" in path for path in some):
+            raise UserError(
+                f"{adapter.name}: modules_to_save={list(adapter.saved)} trains half of a tied pair,"
+                f" without ensure_weight_tying, which is not supported; {MERGE}"
+            )
+        found += some
+    return sorted(set(found))
 
 
 def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
@@ -137,24 +251,37 @@ def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[s
         if leaf.role == ADAPTER_ROLE
     }
     have = set(adapter.tensors.keys())
+    for entry, path in token_rows(part, leaves):
+        key = entry.keys[0].removesuffix(".weight") + TOKEN_DELTA
+        if key not in have or tuple(adapter.tensors.info(key)[0]) != leaves[path].shape:
+            raise UserError(
+                f"{adapter.name}: tensor {key} is missing or not of the shape {leaves[path].shape}"
+                f" of trainable_token_indices; {GIVE_BASE}"
+            )
+        arrays[path] = adapter.tensors.read(key).astype(np.float32)
+        have.remove(key)
     wanted = {
-        f"{slot.module}.lora_{letter}.weight": (slot, leaf, layout)
+        f"{slot.module}.lora_{letter}.weight": (slot, leaf, layout, size(slot, adapter.lora).rank)
         for slot in slots(part, leaves)
         for letter, leaf, layout in slot.sides()
     }
-    halves = {key for key in have if _other_half(key) not in have}
-    if odd := sorted((have - wanted.keys()) | halves)[:8]:
-        raise UserError(f"{adapter.name}: tensors without a place or without their pair: {odd}")
+    begun = {key.rpartition(".lora_")[0] for key in have}
+    halves = {key for key in wanted if key.rpartition(".lora_")[0] in begun and key not in have}
+    if odd := sorted(have - wanted.keys())[:8]:
+        raise UserError(f"{adapter.name}: tensors without a place: {odd}")
+    if halves:
+        raise UserError(f"{adapter.name}: {sorted(halves)[:8]} are missing beside their pair")
     for key in sorted(have):
-        slot, leaf, layout = wanted[key]
-        path, layer = f"{slot.path}.{leaf}", ... if slot.layer is None else slot.layer
-        want, got = arrays[path][layer].shape, tuple(adapter.tensors.info(key)[0])
-        if to_torch(np.broadcast_to(np.int8(0), want), layout, part.sizes).shape != got:
+        slot, leaf, layout, rank = wanted[key]
+        layer = ... if slot.layer is None else slot.layer
+        whole = _used(arrays[f"{slot.path}.{leaf}"][layer], leaf, rank)
+        got = tuple(adapter.tensors.info(key)[0])
+        if to_torch(np.broadcast_to(np.int8(0), whole.shape), layout, part.sizes).shape != got:
             raise UserError(
-                f"{adapter.name}: tensor {key} {got} does not fit rank {adapter.lora.rank} on this"
-                f" base model; {GIVE_BASE}"
+                f"{adapter.name}: tensor {key} {got} does not fit rank {rank} on this base model;"
+                f" {GIVE_BASE}"
             )
-        arrays[path][layer] = to_jax(adapter.tensors.read(key), layout, part.sizes)
+        whole[...] = to_jax(adapter.tensors.read(key), layout, part.sizes)
     return arrays
 
 
@@ -183,13 +310,8 @@ def load_whole(
     return arrays
 
 
-def _other_half(key: str) -> str:
-    stem, _, letter = key.removesuffix(".weight").rpartition("_")
-    return f"{stem}_{'B' if letter == 'A' else 'A'}.weight"
-
-
-def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str]:
-    """Split the kernel's layout "out in -> in out" into those of A [r, in] and B [out, r].
+def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str, str]:
+    """Split the kernel's layout "out in -> in out" into those of A [r, in], B [out, r] and m [out].
 
     The A of a convolution (4 dims in torch, 1x1 ones too) has the kernel's size, and its B is 1x1.
     """
@@ -198,17 +320,52 @@ def _layouts(entry: Entry, leaf: Leaf) -> tuple[str, str]:
     names, ones = right.split(), " 1 1" if len(in_groups) == 3 else ""
     ins, outs = names[: leaf.inputs], names[leaf.inputs :]
     layout_a = f"r {' '.join(in_groups)} -> {' '.join(ins)} r"
-    return layout_a, f"{out_group} r{ones} -> r {' '.join(outs)}"
+    layout_b = f"{out_group} r{ones} -> r {' '.join(outs)}"
+    return layout_a, layout_b, f"{out_group} -> {' '.join(outs)}"
 
 
-def _targets(part: Part, leaves: Mapping[str, Leaf], modules: set[str]) -> list[str]:
+def start(
+    part: Part, leaves: Mapping[str, Leaf], cfg: Lora, wanted: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Return what a new adapter takes from the base's weights, by path.
+
+    That is magnitudes, which are norms of the weights, and rows of the embedding. Only those in
+    `wanted` are read. A layer without an adapter has magnitudes of zero.
+    """
+    made: dict[str, np.ndarray] = {}
+    if part.tensors is None:
+        return made
+    for entry, path in token_rows(part, leaves):
+        if path in wanted:
+            made[path] = part.tensors.read(entry.keys[0])[list(part.rows)].astype(np.float32)
+    for entry in part.entries(leaves):
+        linear = entry.path.removesuffix(".kernel")
+        path, inputs = f"{linear}.lora_m", leaves[entry.path].inputs
+        if path not in wanted:
+            continue
+        norms, found = [], sizes(cfg, linear, len(entry.keys) if entry.stacked else 0)
+        for key, one in zip(entry.keys, found, strict=True):
+            kernel = to_jax(part.tensors.read(key).astype(np.float32), entry.layout, part.sizes)
+            norm = np.sqrt(np.square(kernel).sum(tuple(range(inputs))))  # [*outs]
+            norms.append(norm if one.rank else 0 * norm)
+        made[path] = np.stack(norms) if entry.stacked else norms[0]
+    return made
+
+
+def _targets(
+    part: Part, leaves: Mapping[str, Leaf], modules: set[str], layers: Collection[int] = ()
+) -> list[str]:
     """Return module names for PEFT: last parts, or full names where these match other modules.
 
-    Other modules are all of the checkpoint, even those that fill no parameter here.
+    Other modules are all of the checkpoint, even those that fill no parameter here. With `layers`,
+    PEFT passes over the last parts outside of these layers.
     """
     keys = [key for entry in part.entries(leaves) for key in entry.keys]
     keys += [] if part.tensors is None else list(part.tensors.keys())
     others = {key.removesuffix(".weight") for key in keys} - modules
+    if layers:
+        numbers = {name: LAYER_NUMBER.match(name) for name in others}
+        others = {name for name, found in numbers.items() if found and int(found[1]) in layers}
     short = {module.rsplit(".", 1)[-1] for module in modules}
     clash = any(other.rsplit(".", 1)[-1] in short for other in others)
     return sorted(modules if clash else short)

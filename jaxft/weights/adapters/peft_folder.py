@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
+from jaxft.weights.adapters.ranks import AdapterSize, described
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
 from jaxft.weights.folders.transformers import HEAD, TABLE, TOKENIZER_FILES, Source, open_source
 from jaxft.weights.rules import Entry
@@ -22,17 +23,13 @@ BASE = "base_model_name_or_path"
 PEFT_PREFIX = "base_model.model."
 ADAPTER_STEM = "adapter_model"
 UNSUPPORTED = (  # fields of PEFT's LoraConfig that compute something else than W + scale * A B
-    "use_dora",
     "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
     "bias",
     "lora_bias",
     "use_qalora",
     "use_bdlora",
     "layer_replication",
     "target_parameters",
-    "trainable_token_indices",
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
@@ -44,7 +41,11 @@ MERGE = (
 )
 GIVE_BASE = "give its base by model=MODEL and the adapter by lora.from=FOLDER"
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base too
-FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")  # an adapter's name may be inside
+TOKEN_DELTA = ".token_adapter.trainable_tokens_delta"
+MAGNITUDES = "magnitude_vector"
+FACTOR = re.compile(
+    rf"(.+)\.lora_(A|B|{MAGNITUDES})(?:\.[^.]+)?\.weight"
+)  # an adapter's name may be inside
 WRAPPERS = re.compile(r"(?:^module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 TOKENIZER = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
@@ -56,13 +57,28 @@ class PeftAdapter(NamedTuple):
     """A PEFT folder: its LoRA settings, the name of its base model, its tensors.
 
     Names of tensors are without PEFT's prefix. `fit` renames them by the base's modules, keeps only
-    the factors, and sets `lora.targets` by them.
+    the factors, and sets the targets, ranks and layers of `lora` by them. `ranks` and `alphas` are
+    PEFT's patterns. `token_ids` are the rows of the embedding that it trains.
+    `saved` is PEFT's modules_to_save, and `ties` its ensure_weight_tying.
     """
 
     name: str
     base: str
     lora: Lora
     tensors: Tensors
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    token_ids: tuple[int, ...] = ()
+    saved: tuple[str, ...] = ()
+    ties: bool = False
+
+    def size(self, module: str) -> AdapterSize:
+        """Return rank and alpha of a module, by the first pattern that matches its name."""
+        found = []
+        for pattern, default in ((self.ranks, self.lora.rank), (self.alphas, self.lora.alpha)):
+            keys = (key for key in pattern if re.match(rf"(.*\.)?({key})$", module))
+            found.append(pattern.get(next(keys, ""), default))
+        return AdapterSize(int(found[0]), float(found[1]))
 
 
 class AdaptedSource(NamedTuple):
@@ -82,13 +98,13 @@ def open_adapted(
     adapter: str = "",
     weights: bool = True,
     opener: Callable[[str, bool], Source] = open_source,
-    whole: Sequence[str] = (),
+    whole: Sequence[str] | None = (),
 ) -> AdaptedSource:
     """Open a model by `opener`, and a PEFT folder on it.
 
     `adapter` names the PEFT folder, and `spec` its base model. Without `adapter`, `spec` may itself
     be a PEFT folder, whose config names the base. Tokenizer, chat template and whole tensors of the
-    folder replace those of the base. `whole` as in `read`.
+    folder replace those of the base. `whole`: as in `read`.
     Raises: UserError for an adapter that is not plain LoRA, and for models that `opener` refuses.
     """
     folder, base = (adapter, spec) if adapter else (spec, "")
@@ -108,12 +124,12 @@ def is_adapter(spec: str) -> bool:
     return (Path(spec).expanduser() / CONFIG).is_file()
 
 
-def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter:
+def read(folder: Path, base: str = "", whole: Sequence[str] | None = ()) -> PeftAdapter:
     """Read a PEFT folder.
 
     `base` replaces the base that its config names. `whole` names the modules that it may hold
-    beside the factors (PEFT's modules_to_save).
-    Raises: UserError for an adapter that is not plain LoRA (DoRA, patterns), or not complete.
+    beside the factors (PEFT's modules_to_save). None allows all.
+    Raises: UserError for an adapter that is more than LoRA or DoRA, or not complete.
     """
     file = folder / CONFIG
     try:
@@ -122,7 +138,7 @@ def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter
         raise UserError(f"{file} is not a readable PEFT adapter config: {error}") from None
     plain = (None, False, {}, [], "none")
     unsupported = [key for key in UNSUPPORTED if config.get(key) not in plain]
-    if set(config.get("modules_to_save") or ()) <= set(whole):
+    if whole is None or set(config.get("modules_to_save") or ()) <= set(whole):
         unsupported = [key for key in unsupported if key != "modules_to_save"]
     if config.get("init_lora_weights") not in PLAIN_STARTS:
         unsupported.append(f"init_lora_weights={config['init_lora_weights']}")
@@ -142,8 +158,31 @@ def read(folder: Path, base: str = "", whole: Sequence[str] = ()) -> PeftAdapter
         alpha=float(config["lora_alpha"]),
         rslora=bool(config.get("use_rslora", False)),
         dropout=float(config.get("lora_dropout") or 0.0),
+        dora=bool(config.get("use_dora", False)),
     )
-    return PeftAdapter(str(folder), base, lora, _tensors(folder))
+    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    tensors = _tensors(folder)
+    ids = _token_ids(file, config.get("trainable_token_indices") or (), tensors)
+    saved, ties = tuple(config.get("modules_to_save") or ()), config.get("ensure_weight_tying")
+    return PeftAdapter(str(folder), base, lora, tensors, ranks, alphas, ids, saved, bool(ties))
+
+
+def _token_ids(file: Path, stated: Any, tensors: Tensors) -> tuple[int, ...]:
+    """Return the rows of the embedding that an adapter trains.
+
+    Raises: UserError for rows of another table. A tied head has the same rows and no tensor.
+    """
+    by_module = stated if isinstance(stated, dict) else {"embed_tokens": stated}
+    named = {name.rsplit(".", 1)[-1]: tuple(ids) for name, ids in by_module.items()}
+    ids = named.get("embed_tokens", ())
+    others = [key for key in tensors.keys() if key.endswith(TOKEN_DELTA)]  # noqa: SIM118
+    others = [key for key in others if not key.endswith(f"embed_tokens{TOKEN_DELTA}")]
+    if others or any(one != ids for one in named.values()):
+        raise UserError(
+            f"{file}: trainable_token_indices={stated} names rows of other modules than the input"
+            f" embedding, which is not supported; {MERGE}"
+        )
+    return ids
 
 
 def _tensors(folder: Path) -> Tensors:
@@ -162,7 +201,9 @@ def _tensors(folder: Path) -> Tensors:
     for key in list(tensors.keys()):
         if ".lora_embedding_" in key:
             raise UserError(f"{folder}: {key} adapts an embedding, which is not supported; {MERGE}")
-        name = WRAPPERS.sub("", key).replace(".base_layer.", ".")
+        name = WRAPPERS.sub("", key).replace(".token_adapter.base_layer.", ".")
+        name = name.replace(".base_layer.", ".")
+        name += ".weight" if name.endswith(f".lora_{MAGNITUDES}") else ""
         while name.startswith(PEFT_PREFIX):
             name = name.removeprefix(PEFT_PREFIX)
         if factor := FACTOR.fullmatch(name):
@@ -176,31 +217,42 @@ def _tensors(folder: Path) -> Tensors:
 def fit(adapter: PeftAdapter, entries: Iterable[Entry]) -> PeftAdapter:
     """Return the adapter with its factors named by the base's modules, and their paths as targets.
 
-    `entries` are the plan of the base. The targets follow from the tensors and not from the config:
-    target_modules may be a list, a pattern or "all-linear", and layers_to_transform may leave
-    layers out.
+    `entries` are the plan of the base. Targets and layers follow from the tensors and not from the
+    config: target_modules may be a list, a pattern or "all-linear", and layers_to_transform may
+    leave layers out.
     Raises: UserError for factors without a place in the base, or if there are none.
     """
-    paths = {
-        key.removesuffix(".weight"): entry.path.removesuffix(".kernel")
+    entries = list(entries)
+    kernels = {
+        entry.path.removesuffix(".kernel"): [key.removesuffix(".weight") for key in entry.keys]
         for entry in entries
-        for key in (entry.keys if entry.path.endswith(".kernel") else ())
+        if entry.path.endswith(".kernel")
     }
-    names, odd, adapted = {}, [], set()
+    paths = {module: path for path, modules in kernels.items() for module in modules}
+    names, odd, adapted = {}, [], set[str]()
     for key in adapter.tensors.keys():  # noqa: SIM118
         factor = FACTOR.fullmatch(key)
         module = _aligned(factor[1], paths) if factor else None
         if factor and module:
             names[f"{module}.lora_{factor[2]}.weight"] = key
-            adapted.add(re.escape(paths[module]))
+            adapted.add(module)
         elif factor:
             odd.append(key)
+        elif key.endswith(TOKEN_DELTA):
+            tables = [name.removesuffix(".weight") for entry in entries for name in entry.keys]
+            names[f"{_aligned(key.removesuffix(TOKEN_DELTA), tables)}{TOKEN_DELTA}"] = key
     if odd or not adapted:
         what = f"projections that {adapter.base} lacks: {', '.join(odd[:8])}" if odd else "no LoRA"
         tied = f" (a tied head has none of its own; {MERGE})" if "lm_head" in what else ""
         raise UserError(f"{adapter.name} holds {what}{tied}; {GIVE_BASE}")
-    lora = replace(adapter.lora, targets="|".join(sorted(adapted)))
-    return adapter._replace(lora=lora, tensors=Renamed(adapter.tensors, names))
+    none = AdapterSize(0, adapter.lora.alpha)
+    found = [
+        (path, [adapter.size(one) if one in adapted else none for one in modules])
+        for path, modules in sorted(kernels.items())
+        if adapted.intersection(modules)
+    ]
+    lora = replace(adapter.lora, targets="|".join(re.escape(path) for path, _ in found))
+    return adapter._replace(lora=described(lora, found), tensors=Renamed(adapter.tensors, names))
 
 
 def _aligned(name: str, known: Iterable[str]) -> str | None:
@@ -251,7 +303,7 @@ def _laid_over(adapter: PeftAdapter, source: Source) -> tuple[Source, tuple[str,
     known, table = set(tensors.keys()), {}
     tied = bool(source.config.get("tie_word_embeddings")) or HEAD not in known
     for key in theirs.keys():  # noqa: SIM118
-        if FACTOR.fullmatch(key):
+        if FACTOR.fullmatch(key) or key.endswith(TOKEN_DELTA):
             continue
         name = _aligned(key, known)
         if tied and key == HEAD:

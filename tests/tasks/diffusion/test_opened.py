@@ -248,5 +248,5 @@ def test_without_a_key_nothing_is_read(place):
     """`lora.from` empty is a new LoRA as ever: B is zero."""
     pictures = f"folder:{place / 'pictures'}"
     run = open_run(make_config(place / "pipe", pictures, {**KEYS, **LORA, "lora.from": ""}))
-    assert run.opened.adapter is None and run.opened.initial() == {}
+    assert run.opened.adapter is None and run.opened.initial(run.chosen) == {}
     assert lora.adapted(run.leaves)

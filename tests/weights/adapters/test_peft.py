@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jaxft.models.decoders.decoder import Decoder
 from jaxft.nn import lora
 from jaxft.weights import transfer
 from jaxft.weights.adapters import peft as adapters
-from jaxft.weights.adapters import peft_folder
+from jaxft.weights.adapters import peft_folder, ranks
 from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.folders.transformers import open_source
 from jaxft.weights.rules import Entry
@@ -124,6 +125,17 @@ def test_t21_peft_reads_ours_with_rslora_on_every_projection(folder, tmp_path, b
     assert len(ours.arrays) == 2 * 8
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_linear_is_what_it_is_in_peft(make_folder, tied):
+    folder = make_folder(tied=tied)
+    ours = Adapted(folder, Lora(rank=2, alpha=2.0, targets="all-linear"))
+    theirs = get_peft_model(hf(folder), LoraConfig(r=2, target_modules="all-linear"))
+    modules = {
+        name for name, one in theirs.base_model.model.named_modules() if hasattr(one, "lora_A")
+    }
+    assert {slot.module for slot in adapters.slots(ours.part, ours.leaves)} == modules
+
+
 def test_our_config_is_what_peft_writes(written, attention, folder, tmp_path):
     ours = json.loads((written / "adapter_config.json").read_text())
     assert ours["base_model_name_or_path"] == str(folder)
@@ -180,17 +192,14 @@ def test_what_we_write_we_read_bit_for_bit(attention, written, folder):
 
 
 def test_a_merged_export_acts_as_the_adapter(folder, attention, base_logits):
-    factor = lora.scale(attention.cfg)
+    factor = ranks.scale(attention.cfg)
 
-    def delta(path, i):
+    def merged(path, i, kernel):
         a, b = (attention.arrays[f"{path}.lora_{side}"][i] for side in "ab")
-        return lora.delta(a, b, factor)
+        return lora.merged(kernel, a, b, None, factor)
 
-    deltas = {
-        f"{path}.kernel": lambda i, path=path: delta(path, i)
-        for path in lora.adapted(attention.leaves)
-    }
-    made = transfer.export(attention.part, attention.leaves, {}, deltas, None)
+    changes = {f"{path}.kernel": partial(merged, path) for path in lora.adapted(attention.leaves)}
+    made = transfer.export(attention.part, attention.leaves, {}, changes, None)
     model = hf(folder)
     model.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in made.tensors})
     assert_same_logits(attention.logits(), torch_logits(model), base_logits)
@@ -238,10 +247,10 @@ def test_names_are_full_where_a_short_one_would_hit_others(folder):
 @pytest.mark.parametrize(
     ("layout", "inputs", "layouts"),
     [
-        ("(n h) d -> d n h", 1, ("r d -> d r", "(n h) r -> r n h")),
-        ("d (n h) -> n h d", 2, ("r (n h) -> n h r", "d r -> r d")),
-        ("o i y x -> y x i o", 3, ("r i y x -> y x i r", "o r 1 1 -> r o")),
-        ("o i 1 1 -> i o", 1, ("r i 1 1 -> i r", "o r 1 1 -> r o")),
+        ("(n h) d -> d n h", 1, ("r d -> d r", "(n h) r -> r n h", "(n h) -> n h")),
+        ("d (n h) -> n h d", 2, ("r (n h) -> n h r", "d r -> r d", "d -> d")),
+        ("o i y x -> y x i o", 3, ("r i y x -> y x i r", "o r 1 1 -> r o", "o -> o")),
+        ("o i 1 1 -> i o", 1, ("r i 1 1 -> i r", "o r 1 1 -> r o", "o -> o")),
     ],
 )
 def test_a_kernels_layout_gives_those_of_both_factors(layout, inputs, layouts):

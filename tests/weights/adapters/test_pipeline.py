@@ -19,6 +19,7 @@ from jaxft.models.text_encoders import clip
 from jaxft.models.text_encoders.clip import CLIPText, CLIPTextConfig
 from jaxft.nn import lora
 from jaxft.weights.adapters import pipeline as pipeline_lora
+from jaxft.weights.adapters import ranks
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders import diffusers as pipelines
 from jaxft.weights.folders.diffusers import open_pipeline
@@ -65,7 +66,7 @@ class Adapted:
 
         self.template = jax.eval_shape(build)
         self.leaves = describe(self.template)
-        self.scale = lora.scale(cfg)
+        self.scale = ranks.scale(cfg)
         rng = np.random.default_rng(0)
         self.arrays = {
             path: rng.normal(0, 0.3, leaf.shape).astype(np.float32)

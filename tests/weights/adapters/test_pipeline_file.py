@@ -14,6 +14,7 @@ from jaxft.core.errors import UserError
 from jaxft.models.pipelines import ldm
 from jaxft.nn import lora
 from jaxft.weights.adapters import pipeline as pipeline_lora
+from jaxft.weights.adapters import ranks
 from jaxft.weights.adapters.pipeline_file import load, open_lora
 from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.folders.single_file import renamed
@@ -42,7 +43,7 @@ def deltas(model, found):
     """{path: what a file adds to the kernel of a projection, layer by layer}."""
     ours, _ = model
     leaves = Adapted(ours.folder, found.lora).leaves
-    arrays, scale = load(found, leaves), lora.scale(found.lora)
+    arrays, scale = load(found, leaves), ranks.scale(found.lora)
     return {
         path: _delta(arrays[f"{path}.lora_a"], arrays[f"{path}.lora_b"], scale, leaf.stacked)
         for path, leaf in ((path, leaves[f"{path}.lora_a"]) for path in lora.adapted(leaves))
@@ -241,7 +242,7 @@ def test_a_missing_layer_of_a_stack_stays_without(models, tmp_path):
     got = deltas(models["sdxl"], found)["text_encoder.layers.mlp.fc1"]
     assert got[0].any() and not got[1].any()
     leaves = Adapted(ours.folder, found.lora).leaves
-    arrays, scale = load(found, leaves), lora.scale(found.lora)
+    arrays, scale = load(found, leaves), ranks.scale(found.lora)
     again = pipeline_lora.write_peft(tmp_path, ours.parts, leaves, arrays, scale)
     assert set(TensorFiles.open(again).keys()) == set(
         TensorFiles.open(folder / "pytorch_lora_weights.safetensors").keys()
