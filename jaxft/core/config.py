@@ -119,15 +119,7 @@ class Config:
 
 CHOICES = {
     "init": ("pretrained", "random"),
-    "optim.name": (
-        "adamw",
-        "adamw_8bit",
-        "adafactor",
-        "lion",
-        "muon",
-        "prodigy",
-        "schedule_free",
-    ),
+    "optim.name": ("adamw", "adamw_8bit", "adafactor", "lion", "muon", "prodigy", "schedule_free"),
     "optim.schedule": ("constant", "cosine", "linear", "wsd"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),

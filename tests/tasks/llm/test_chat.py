@@ -100,5 +100,5 @@ def test_a11_markers_that_were_added_to_a_base_model_are_named(
     warned = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(warned) == (not trainable)
     for line in warned:
-        assert f"the chat template of {base} uses <|im_start|>, <|im_end|>, whose rows" in line
-        assert "trainable='.*lora_.*|embed_tokens" in line
+        assert f"the chat template of {base} uses <|im_start|>,<|im_end|>, whose rows" in line
+        assert "train them with lora.tokens='<|im_start|>,<|im_end|>'" in line

@@ -394,7 +394,8 @@ def test_case_llm_07_the_adapters_own_tokenizer_is_used_and_exported(
     theirs.save_pretrained(tmp_path / "in", save_embedding_layers=True)
     tokenizer.save_pretrained(tmp_path / "in")
     for kind in ("adapter", "merged"):
-        keys, work = {"total": "1_steps", "optim.lr": 0.0, "export.kind": kind}, tmp_path / kind
+        keys = {"total": "1_steps", "optim.lr": 0.0, "export.kind": kind, "chat": "off"}
+        work = tmp_path / kind
         flags = make_flags(tmp_path / "in", keys)
         assert train.main([*CONFIG, "--workdir", str(work), *flags]) == 0
         made = AutoTokenizer.from_pretrained(work / "export")
