@@ -47,3 +47,12 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def check_single(spec: str, objective: str) -> None:
+    """Raise UserError for a mixture, which only the training of next tokens has."""
+    if len(read_mixture(spec).specs) > 1:
+        raise UserError(
+            f"{spec!r} is a mixture, which objective={objective} does not have; write the records"
+            " of its parts into one file"
+        )

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,12 +67,16 @@ class LabelRule(NamedTuple):
         return ", ".join(name for name, one in zip(self.names, label, strict=True) if one > 0.5)
 
     def _index(self, label: Any, where: str) -> int:
-        """Return the id of a label, which a record gives as a name or as that id."""
+        """Return the id of a label, which a record gives as a name or as that id.
+
+        Where a name is a number itself, a number is never an id.
+        """
         name = label if isinstance(label, str) else json.dumps(label)
         if name in self.names:
             return self.names.index(name)
-        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.names):
-            return label
+        ids_are_given = name.isdecimal() and not any(one.isdecimal() for one in self.names)
+        if ids_are_given and int(name) < len(self.names):
+            return int(name)
         raise UserError(
             f"{where}: label {label!r:.60} is not one of labels={','.join(self.names)}; correct it,"
             " or add the name to labels"
@@ -211,6 +214,9 @@ def _encode_all(
         texts = [text for _, _, text in kept]
         found = tokenizer(texts, truncation=True, max_length=seq_len + 1, verbose=False)
         for (index, label, text), ids in zip(kept, found["input_ids"], strict=True):
+            if not ids:  # of characters that the tokenizer deletes
+                counts["empty"] += 1
+                continue
             if len(ids) > seq_len:
                 counts["truncated"] += 1
                 ids = tokenizer(text, truncation=True, max_length=seq_len)["input_ids"]
@@ -221,8 +227,13 @@ def labels_in(spec: str, columns: str) -> list[str]:
     """Return the sorted label names of a set, for an error. Empty if there are none, or many."""
     try:
         records = open_records(spec, columns)
-        values = [records[i].get("label") for i in islice(range(len(records)), LOOKED_AT)]
+        some = [records[i] for i in range(min(len(records), LOOKED_AT))]
     except UserError:
         return []
+    values = [record.get("label") for record in some]
+    for record in some:
+        several = record.get("labels")
+        values += several if isinstance(several, list) else []
     names = {one if isinstance(one, str) else json.dumps(one) for one in values if one is not None}
-    return sorted(names) if len(names) <= MOST_NAMES else []
+    ordered = sorted(names, key=lambda name: (int(name) if name.isdecimal() else -1, name))
+    return ordered if len(names) <= MOST_NAMES else []

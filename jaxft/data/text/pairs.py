@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from jaxft.data.sources.texts import TextRecords
 from jaxft.data.text import store
 from jaxft.data.text.chat.format import ChatFormat
 from jaxft.data.text.chat.records import read_conversation
-from jaxft.data.text.chat.rows import encode_rendered
+from jaxft.data.text.chat.rows import count_row, encode_rendered
 from jaxft.data.text.chat.spans import find_answers
 from jaxft.data.text.dataset import Encoder, Example, Tokenizer, make_encoder
 from jaxft.data.text.labelled import read_at_end
@@ -25,6 +25,7 @@ from jaxft.data.text.templates import text_field
 from jaxft.data.text.vocabulary import check_ids
 
 PAIR_KINDS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+OPTION_FIELDS = ("tools", "chat_template_kwargs")  # of a conversation, beside its messages
 LABELLED_KIND = ("prompt", "completion", "label")
 EQUAL_SHARE = 0.05  # share of pairs with equal sides, above which the user is warned
 CHUNK_RECORDS = 256  # records in one call of the tokenizer
@@ -43,12 +44,14 @@ class Pair(NamedTuple):
 class Texts(NamedTuple):
     """Prompt and both completions of a record, and the label of the first one.
 
-    They are strings, or lists of messages for a chat template.
+    They are strings, or lists of messages for a chat template. options: the fields of OPTION_FIELDS
+    that the record has.
     """
 
     prompt: Any
     sides: tuple[Any, Any]
     desirable: bool = True
+    options: Mapping[str, Any] = {}
 
 
 class PairDataset:
@@ -172,24 +175,25 @@ def read_texts(record: dict[str, Any], kind: tuple[str, ...], where: str) -> Tex
     A labelled record has its own completion twice. Raises UserError for a bad field and for equal
     sides.
     """
+    options = {name: record[name] for name in OPTION_FIELDS if record.get(name)}
     values = [_field(record, name, where) for name in kind if name != "label"]
     if kind == LABELLED_KIND:
         label = record.get("label")
         if label not in (True, False):
             raise UserError(f"{where}: field 'label' must be true or false, found {label!r:.40}")
-        return Texts(values[0], (values[1], values[1]), bool(label))
+        return Texts(values[0], (values[1], values[1]), bool(label), options)
     chosen, rejected = values[-2:]
     if chosen == rejected:
         raise UserError(f"{where}: chosen and rejected are equal; remove the record")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise UserError(f"{where}: chosen and rejected must both be strings, or both messages")
     if "prompt" in kind:
-        return Texts(values[0], (chosen, rejected))
+        return Texts(values[0], (chosen, rejected), options=options)
     pairs = enumerate(zip(chosen, rejected, strict=False))
     size = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
     if isinstance(chosen, str):  # tokenizers join whitespace to the word after it
         size = len(chosen[:size].rstrip())
-    return Texts(chosen[:size], (chosen[size:], rejected[size:]))
+    return Texts(chosen[:size], (chosen[size:], rejected[size:]), options=options)
 
 
 def _field(record: dict[str, Any], name: str, where: str) -> Any:
@@ -221,8 +225,15 @@ def _all_texts(records: TextRecords, kind: tuple[str, ...]) -> Iterator[Texts]:
             yield read_texts(records[index], kind, records.where(index))
         return
     texts = [read_texts(records[i], kind, records.where(i)) for i in range(len(records))]
-    for one, other in zip(texts, mismatched([one.prompt for one in texts]), strict=True):
-        yield one._replace(sides=(one.sides[0], texts[other].sides[0]))
+    full = [i for i, one in enumerate(texts) if not _is_blank(one.sides[0])]
+    others = mismatched([texts[i].prompt for i in full])
+    after = {i: full[other] for i, other in zip(full, others, strict=True)}
+    for i, one in enumerate(texts):  # an empty answer keeps itself, and is dropped later
+        yield one._replace(sides=(one.sides[0], texts[after.get(i, i)].sides[0]))
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
 
 
 def _encode_all(
@@ -235,15 +246,15 @@ def _encode_all(
     """Yield index, texts and both whole sides of every record that is not empty."""
     pending: list[tuple[int, Texts]] = []
     for index, texts in enumerate(_all_texts(records, kind)):
-        if any(isinstance(one, str) and not one.strip() for one in texts.sides):
+        if any(map(_is_blank, texts.sides)):
             counts["empty"] += 1
         else:
             pending.append((index, texts))
         if len(pending) == CHUNK_RECORDS:
-            yield from _encode_chunk(records, pending, encoder, chat, kind == LABELLED_KIND)
+            yield from _encode_chunk(records, pending, encoder, chat, kind == LABELLED_KIND, counts)
             pending = []
     if pending:
-        yield from _encode_chunk(records, pending, encoder, chat, kind == LABELLED_KIND)
+        yield from _encode_chunk(records, pending, encoder, chat, kind == LABELLED_KIND, counts)
 
 
 def _encode_chunk(
@@ -252,6 +263,7 @@ def _encode_chunk(
     encoder: Encoder,
     chat: ChatFormat | None,
     labelled: bool,
+    counts: Counter,
 ) -> Iterator[tuple[int, Texts, list[Example]]]:
     """Tokenise records together, in a chat format if there is one."""
     places = [records.where(index) for index, _ in pending]
@@ -259,19 +271,28 @@ def _encode_chunk(
     if chat is None:
         rows = _plain_rows(texts, encoder, labelled, places)
     else:
-        rows = _chat_rows(texts, chat, places)
+        rows = _chat_rows(texts, chat, places, counts)
     for i, (index, one) in enumerate(pending):
         yield index, one, rows[2 * i : 2 * i + 2]
 
 
-def _chat_rows(texts: list[Texts], chat: ChatFormat, places: list[str]) -> list[Example]:
-    """Return both sides of every record as a conversation, of which the last answer is trained."""
+def _chat_rows(
+    texts: list[Texts], chat: ChatFormat, places: list[str], counts: Counter
+) -> list[Example]:
+    """Return both sides of every record as a conversation, of which the last answer is trained.
+
+    Raises UserError, and counts, as for conversations of the training of next tokens.
+    """
     made = []
     for one, where in zip(texts, places, strict=True):
         for side in one.sides:
-            talk = read_conversation({"prompt": one.prompt, "completion": side}, where)
-            made.append(find_answers(chat, talk, where))
-    rows = [row for row, _ in encode_rendered(chat, made)]
+            fields = {"prompt": one.prompt, "completion": side, **one.options}
+            made.append(find_answers(chat, read_conversation(fields, where), where))
+    rows, sides = [row for row, _ in encode_rendered(chat, made)], Counter()
+    for i, (one, row) in enumerate(zip(made, rows, strict=True)):
+        count_row(chat, one, row, sides, places[i // 2])
+    for name, number in sides.items():  # of pairs, as both sides have the same kind of answer
+        counts[name] += -(-number // 2)
     return [Example(row.tokens, row.trained.astype(np.float32)) for row in rows]
 
 
@@ -352,7 +373,7 @@ def _check_counts(records: TextRecords, counts: dict[str, int], kept: int) -> No
     if counts["equal"] > EQUAL_SHARE * (kept + counts["equal"]):
         print(
             f"warning: {counts['equal']} of {kept + counts['equal']} pairs of {records!r} have"
-            " equal sides within seq_len and are left out; raise seq_len",
+            " equal sides after the template and within seq_len, and are left out; raise seq_len",
             flush=True,
         )
 

@@ -1,6 +1,6 @@
 """Sequence classifiers and reward models: a decoder whose head gives scores, not a vocabulary."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,21 +18,35 @@ INPUT_TABLES = ("embed_tokens.weight", TABLE)  # names of the input table in fil
 
 
 def open_classifier(
-    spec: str, weights: bool = True, *, labels: tuple[str, ...] = (), seed: int = 0
+    spec: str,
+    weights: bool = True,
+    *,
+    labels: tuple[str, ...] = (),
+    seed: int = 0,
+    known: Callable[[], list[str]] = list,
 ) -> Source:
     """Open a sequence classifier, or a causal language model to which a new head is added.
 
     The config keeps the class name of the language model, and the new head is drawn from
-    N(0, initializer_range) in fp32 by `seed`. Without `labels` a language model gets no head.
-    Raises: UserError for labels that the classifier does not have, and as `as_decoder`.
+    N(0, initializer_range) in fp32 by `seed`. `known()` returns label names for an error.
+    Raises: UserError for a language model without `labels`, for labels that the classifier does not
+    have, and as `as_decoder`. A single number may have any name.
     """
     source = open_source(spec, weights)
     own = is_classifier(source.config)
-    if own and labels and labels != stated_labels(source.config):
-        found = ",".join(stated_labels(source.config))
+    if not own and not labels:
+        names = known()
         raise UserError(
-            f"{spec}: labels={','.join(labels)}, but config.json has {found} in id2label; leave"
-            " labels out, or give the language model that it was made from"
+            f"{spec} is a language model, to which objective=classify adds a head: name its labels"
+            f" in the order of their ids, with --config.labels={','.join(names) or 'NAME,NAME'}"
+            f"{' (those of data.train)' if names else ''}"
+        )
+    stated = stated_labels(source.config) if own else labels
+    if labels and labels != stated and not len(labels) == len(stated) == 1:
+        raise UserError(
+            f"{spec}: a head with the labels {','.join(labels)} is asked for, but config.json has"
+            f" {','.join(stated)} in id2label; leave labels out, or give the language model that it"
+            " was made from"
         )
     # A head of scores leaves that of the vocabulary out, as if the input table were tied to it.
     config = {**source.config, "tie_word_embeddings": True}
@@ -41,7 +55,7 @@ def open_classifier(
     made = as_decoder(replace(source, config=config, tensors=_headless(source)))
     tied = source.config.get("tie_word_embeddings", False)
     source = replace(made, config={**made.config, "tie_word_embeddings": tied})
-    if source.tensors is None or own or not labels:
+    if source.tensors is None or own:
         return source
     cfg = registry.read_decoder(source.config)
     head = Drawn(SCORE, (len(labels), cfg.hidden_size), cfg.initializer_range, seed)
@@ -51,7 +65,7 @@ def open_classifier(
 def is_classifier(config: Mapping[str, Any]) -> bool:
     """Return True if config.json is that of a sequence classifier."""
     stated = config.get("architectures")
-    return isinstance(stated, list) and str(stated[:1]).endswith(f"{CLASSIFIER}']")
+    return isinstance(stated, list) and len(stated) == 1 and str(stated[0]).endswith(CLASSIFIER)
 
 
 def stated_labels(config: Mapping[str, Any]) -> tuple[str, ...]:

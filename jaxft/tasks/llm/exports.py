@@ -44,6 +44,9 @@ def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
     """
     opened = job.opened
     source, files = opened.source, dict(opened.source.side_files)
+    with suppress(UserError):  # a template that fails has no part in a run on plain texts
+        if opened.chat and opened.chat.name == opened.options.chat:  # a file of the user
+            files["chat_template.jinja"] = opened.chat.template.encode()
     if opened.labels:
         return {**files, **head_files(job)}
     config = export_config(source.config, writers.stated_dtype(job))
@@ -52,12 +55,10 @@ def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
     ends, own = source.generation_config, opened.tokenizer.eos_token_id
     known = eos_ids(ends.get("eos_token_id") or config.get("eos_token_id"))
     stops = [own] if source.tokenizer else []  # otherwise generate ignores the adapter's EOS
-    with suppress(UserError):  # a template that fails has no part in a run on plain texts
+    with suppress(UserError):
         stops += opened.chat.style.stops if opened.chat else ()
     if missing := [token for token in dict.fromkeys(stops) if token not in known]:
         files["generation_config.json"] = writers.dump({**ends, "eos_token_id": [*missing, *known]})
-    if opened.chat and opened.chat.name == opened.options.chat:  # a file, not the checkpoint's own
-        files["chat_template.jinja"] = opened.chat.template.encode()
     return files
 
 

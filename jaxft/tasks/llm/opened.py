@@ -18,7 +18,7 @@ from jaxft.data.text.chat.format import ChatFormat, open_chat
 from jaxft.data.text.labelled import labels_in
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.models import registry
-from jaxft.models.decoders.classifier import SCORE, SCORE_RULE, open_classifier, stated_labels
+from jaxft.models.decoders.classifier import SCORE_RULE, open_classifier, stated_labels
 from jaxft.models.decoders.config import DecoderConfig
 from jaxft.models.decoders.files import open_decoder
 from jaxft.models.registry import Architecture
@@ -28,6 +28,7 @@ from jaxft.tasks.llm.options import LLMOptions, check_preference
 from jaxft.weights.adapters import peft
 from jaxft.weights.adapters.peft_folder import GIVE_BASE, fit, open_adapted
 from jaxft.weights.transfer import Part
+from jaxft.weights.views import Drawn, Overlaid
 
 WHOLE = ("embed_tokens", "lm_head", "norm", "layers")  # all that an adapter's file may hold whole
 
@@ -53,7 +54,9 @@ class OpenedDecoder:
         check_preference(cfg, self.options)
         opener: Any = open_decoder
         if self.options.scored:
-            opener = partial(open_classifier, labels=self.options.label_names, seed=cfg.seed)
+            known = partial(labels_in, cfg.data.train, self.options.columns)
+            names = self.options.label_names
+            opener = partial(open_classifier, labels=names, seed=cfg.seed, known=known)
         opened = open_adapted(
             cfg.model,
             cfg.lora.from_,
@@ -64,8 +67,9 @@ class OpenedDecoder:
         self.source, self.adapter, self.kept = opened
         self.architecture = registry.find(self.source.config, "decoder")
         self.model_cfg = self.architecture.config(self.source.config, "config.json")
-        self.labels = self._labels(cfg) if self.options.scored else ()
-        if self.labels:
+        self.labels: tuple[str, ...] = ()
+        if self.options.scored:
+            self.labels = self.options.label_names or stated_labels(self.source.config)
             size = len(self.labels)
             self.model_cfg = dataclasses.replace(self.model_cfg, num_labels=size, tied=True)
         part = self.architecture.part(self.source, self.model_cfg)
@@ -88,9 +92,10 @@ class OpenedDecoder:
             cfg = dataclasses.replace(cfg, lora=targets)
         if self.labels and cfg.lora.rank and not cfg.trainable:
             cfg = dataclasses.replace(cfg, trainable=rf"{lora.PATHS}|score\..*")
+        self._check_head(cfg)
         self.cfg = cfg
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
-        self.teacher = self._open_teacher() if self.options.distill.teacher else None
+        self.teacher, self.lost_teacher = self._open_teacher()
         self.parts = (part, self.teacher.part) if self.teacher else (part,)
         self.template = jax.eval_shape(self.build, jax.random.key(0))
 
@@ -115,18 +120,16 @@ class OpenedDecoder:
         own = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if own is None else own
 
-    def _labels(self, cfg: Config) -> tuple[str, ...]:
-        """Return the names of the scores. Raises UserError if neither config nor model has them."""
-        if self.options.label_names:
-            return self.options.label_names
-        if SCORE in (self.source.tensors.keys() if self.source.tensors else ()):
-            return stated_labels(self.source.config)
-        found = labels_in(cfg.data.train, self.options.columns)
-        raise UserError(
-            "objective=classify needs the names of the labels in the order of their ids: add"
-            f" --config.labels={','.join(found) or 'NAME,NAME'}"
-            f"{', those of data.train' if found else ''}"
+    def _check_head(self, cfg: Config) -> None:
+        """Raise UserError if `trainable` leaves a new head of scores as it was drawn."""
+        there = isinstance(self.source.tensors, Overlaid) and isinstance(
+            self.source.tensors.over, Drawn
         )
+        if there and cfg.trainable and not re.fullmatch(cfg.trainable, "score.kernel"):
+            raise UserError(
+                f"trainable={cfg.trainable!r} leaves the new head as it was drawn; leave it empty,"
+                r" or add |score\..* to it"
+            )
 
     def build(self, key: jax.Array) -> nnx.Module:
         model = self.architecture.module(self.model_cfg, key=key)
@@ -136,9 +139,17 @@ class OpenedDecoder:
             model.teacher = self.teacher.build(key)  # after the adapters, which it does not get
         return model
 
-    def _open_teacher(self) -> Teacher:
-        """Return the teacher. Raises UserError for one with other tokens."""
-        source = open_decoder(self.options.distill.teacher)
+    def _open_teacher(self) -> tuple[Teacher | None, UserError | None]:
+        """Return the teacher, or the error if it is gone. A finished run does without it.
+
+        Raises UserError for a teacher with other tokens.
+        """
+        if not self.options.distill.teacher:
+            return None, None
+        try:
+            source = open_decoder(self.options.distill.teacher)
+        except UserError as error:
+            return None, error
         architecture = registry.find(source.config, "decoder")
         cfg = architecture.config(source.config, f"{source.name}/config.json")
         if load_tokenizer(source.tokenizer_dir()).get_vocab() != self.tokenizer.get_vocab():
@@ -147,7 +158,7 @@ class OpenedDecoder:
                 " teacher with the same tokenizer"
             )
         part = architecture.part(source, cfg)._replace(prefix="teacher.", aid=True)
-        return Teacher(architecture, cfg, part)
+        return Teacher(architecture, cfg, part), None
 
     def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
         leaves, part = describe(self.template), self.parts[0]

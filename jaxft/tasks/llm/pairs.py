@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxft.data.loader import SourceShare, train_loader
+from jaxft.data.sources.mixtures import check_single
+from jaxft.data.sources.texts.columns import check_renamed
 from jaxft.data.text.packing import collate_rows
 from jaxft.data.text.pairs import Pair, load_pairs
 from jaxft.tasks import Planned
@@ -36,6 +38,7 @@ class PairRows:
 
     def __init__(self, opened: OpenedDecoder, spec: str, training: bool):
         self.cfg, self.options, self.name = opened.cfg, opened.options, spec
+        check_single(spec, self.options.objective)
         self.data = load_pairs(
             spec,
             opened.tokenizer,
@@ -47,6 +50,7 @@ class PairRows:
             columns=self.options.columns,
             pad_id=opened.pad_id if self.options.scored else None,
         )
+        check_renamed([self.data.records], self.options.columns)
         self.room = 2 * self.options.seq_len
         self.packing = shared(self.data, self.cfg, self.room) if training else None
         self.reference: Float[np.ndarray, "n 2"] = np.zeros((len(self.data), 2), np.float32)
@@ -88,8 +92,8 @@ class PairRows:
         yield _shapes(self.options, count, self.per_row)
 
     def report(self) -> dict[str, Any]:
-        chat = {CHAT_FACT: self.data.chat.sha256, "prompted": 0} if self.data.chat else {}
-        return {**self.data.report, **chat}
+        chat = {CHAT_FACT: self.data.chat.sha256} if self.data.chat else {}
+        return {"prompted": 0, **self.data.report, **chat}
 
     def describe(self) -> str:
         report = self.data.report

@@ -10,6 +10,7 @@ from jaxft.core.config import Config
 from jaxft.core.errors import UserError
 from jaxft.data.loader import SourceShare, sample_order, train_loader
 from jaxft.data.sources.mixtures import Mixture, read_mixture
+from jaxft.data.sources.texts.columns import check_renamed
 from jaxft.data.text import dataset as text
 from jaxft.data.text.labelled import LabelledDataset
 from jaxft.data.text.mixture import MixedText
@@ -59,6 +60,7 @@ class TokenRows:
             )
             for spec in mixture.specs
         ]
+        check_renamed([part.records for part in parts], self.options.columns)
         if len({bool(part.labels) for part in parts}) > 1 and not training:
             raise UserError(
                 f"data.eval={self.name!r} mixes records with a label and records without: evaluate"

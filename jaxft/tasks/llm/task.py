@@ -56,9 +56,17 @@ def _classification(opened: OpenedDecoder, rows: Any) -> Classification:
     return Classification(_next_token(opened, rows), opened.options.problem_type)
 
 
+def _taught_rows(opened: OpenedDecoder, spec: str, training: bool) -> TokenRows:
+    """Return the rows of a distillation. Raises UserError to train without its teacher."""
+    if training and opened.lost_teacher:
+        raise opened.lost_teacher
+    return TokenRows(opened, spec, training)
+
+
 def _distillation(opened: OpenedDecoder, rows: Any) -> Distillation:
     keys, teacher = opened.options.distill, opened.teacher
-    assert teacher is not None
+    if teacher is None:
+        raise opened.lost_teacher or AssertionError("objective=distill has a teacher")
     flops = teacher.architecture.flops(teacher.cfg, opened.options.seq_len)
     return Distillation(_next_token(opened, rows), keys.weight, keys.temperature, flops)
 
@@ -84,7 +92,7 @@ def _encode(
 
 TEXTS = Kind(TokenRows, planned, _next_token, DecoderPreview)
 PAIRS = Kind(PairRows, planned_pairs, _preference, PairPreview)
-TAUGHT = Kind(TokenRows, planned, _distillation, DecoderPreview)
+TAUGHT = Kind(_taught_rows, planned, _distillation, DecoderPreview)
 LABELS = Kind(LabelledRows, planned_labelled, _classification, ScorePreview)
 
 

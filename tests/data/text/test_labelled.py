@@ -62,6 +62,8 @@ def test_c2_padding_inside_of_a_text_is_read_like_any_token():
         (SINGLE, {"label": 1}, 1),
         (LabelRule(("1", "0"), SINGLE.problem), {"label": 1}, 0),
         (LabelRule(("false", "true"), SINGLE.problem), {"label": True}, 1),
+        (SINGLE, {"label": "1"}, 1),
+        (LabelRule(("1", "2"), SINGLE.problem), {"label": 2}, 1),
         (MULTI, {"labels": ["loud", "calm"]}, [1, 1]),
         (MULTI, {"labels": []}, [0, 0]),
         (MULTI, {"label": [1]}, [0, 1]),
@@ -79,6 +81,7 @@ def test_labels_are_names_ids_lists_or_numbers(rule, record, wanted):
     [
         (SINGLE, {"label": "wet"}, "row: label 'wet' is not one of labels=calm,loud; correct it"),
         (SINGLE, {"label": 2}, "row: label 2 is not one of labels"),
+        (LabelRule(("1", "2"), SINGLE.problem), {"label": 0}, "row: label 0 is not one of"),
         (SINGLE, {"label": None}, "row: label None is not one of"),
         (SINGLE, {"label": True}, "row: label True is not one of"),
         (SINGLE, {"class": "loud"}, "found the fields 'class'; objective=classify needs"),
@@ -128,5 +131,9 @@ def test_large_sets_are_the_same_from_files(load, tmp_path, monkeypatch):
 def test_label_names_of_a_set(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a", "label": "wet"}\n{"text": "b", "label": 3}\n{"text": "c"}\n')
-    assert labels_in(str(file), "") == ["3", "wet"]
+    assert labels_in(str(file), "") == ["wet", "3"]
+    file.write_text("".join(f'{{"text": "a", "label": {i}}}\n' for i in (10, 2, 1)))
+    assert labels_in(str(file), "") == ["1", "2", "10"], "in the order of numbers"
+    file.write_text('{"text": "a", "labels": ["b", "a"]}\n{"text": "a", "labels": []}\n')
+    assert labels_in(str(file), "") == ["a", "b"]
     assert labels_in(str(tmp_path / "gone.jsonl"), "") == []

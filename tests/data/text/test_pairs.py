@@ -31,6 +31,15 @@ def load(tokenizer, tmp_path):
     return run
 
 
+def test_empty_answers_of_kto_cost_no_other_record(load):
+    """The second side of a record is another one's answer, never an empty one."""
+    rows = [{"prompt": "A", "completion": f" water {i}", "label": True} for i in range(10)]
+    rows.append({"prompt": "B", "completion": " ", "label": False})
+    rows += [{"prompt": "B", "completion": f" tree {i}", "label": False} for i in range(5)]
+    data = load(rows, labelled=True)
+    assert data.report["empty"] == 1 and len(data) == 15
+
+
 def pair(prompt="a tree", chosen=" is tall", rejected=" is water"):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxft import evaluate, sample, train
+from jaxft import evaluate, inspect_data, sample, train
 from jaxft.core.sharding import abstract_batch
 from jaxft.runs import compiling, opening, state
 from tests import interrupted
@@ -16,6 +16,24 @@ from tests.conftest import LINES
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.usefixtures("quick")
+
+
+def test_tools_and_template_options_belong_to_pairs_too(flags, tmp_path, make_folder, capsys):
+    """Both are rendered, and thoughts that a template leaves out are counted."""
+    file = tmp_path / "mine.jinja"
+    file.write_text(
+        "{% if tools %}TOOLS{{ tools | length }}{% endif %}{{ note }}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    rows = [
+        {**row, "tools": [{"name": "f"}], "chat_template_kwargs": {"note": "NOTE"}}
+        for row in records()
+    ]
+    words = flags(tmp_path / "run", chat=file, **{"data.train": write(tmp_path / "t.jsonl", rows)})
+    words = [word for word in words if word not in ("--workdir", str(tmp_path / "run"))]
+    assert inspect_data.main([*words, "--config.data.eval=", "--rows=1"]) == 0
+    assert "TOOLS1NOTE" in capsys.readouterr().out
 
 
 def write(file, records):

@@ -1,5 +1,6 @@
 """Renamed fields of records, as `columns="prompt=question,completion=answer"` gives them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxft.core.errors import UserError
@@ -26,6 +27,16 @@ class RenamedRecords:
 
     def where(self, index: int) -> str:
         return self._records.where(index)
+
+
+def check_renamed(sets: Sequence[TextRecords], columns: str) -> None:
+    """Raise UserError if `columns` renames no field in any of the sets."""
+    if columns and not any(isinstance(records, RenamedRecords) for records in sets):
+        found = ", ".join(map(repr, sets[0][0]))
+        raise UserError(
+            f"{sets[0].where(0)}: columns={columns!r} renames no field; found {found}; correct the"
+            " names after the equals signs"
+        )
 
 
 def rename(records: TextRecords, columns: str) -> TextRecords:

@@ -1,6 +1,7 @@
 """Rows of Parquet and Arrow files, and of folders that Hugging Face datasets saved, as records."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ class TableRecords:
 
     def __init__(self, spec: str, file: TableFile):
         self._spec, self._file = spec, file
-        self._names = [field.name for field in file.schema if "binary" not in str(field.type)]
+        self._names = [field.name for field in file.schema if not _has_bytes(field.type)]
         twice = sorted({name for name in self._names if self._names.count(name) > 1})
         if twice:
             raise UserError(f"{file.path}: two columns are named {twice[0]!r}: rename one")
@@ -39,6 +40,13 @@ class TableRecords:
 
     def where(self, index: int) -> str:
         return f"{self._file.path} row {index}"
+
+
+def _has_bytes(kind: Any) -> bool:
+    """Return True for an Arrow type of bytes, or one with such a part, as pictures have."""
+    if not kind.num_fields:
+        return re.match(r"(large_|fixed_size_)?binary", str(kind)) is not None
+    return any(_has_bytes(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:

@@ -60,7 +60,7 @@ def chat_rows(
             elif not row.trained[1:].any():
                 raise UserError(f"{where}: the conversation has no token to train; delete the row")
             counts["merged"] += merged
-            _count(chat, made, row, counts, where)
+            count_row(chat, made, row, counts, where)
             yield index, row
 
 
@@ -97,7 +97,8 @@ def _chunks(
     for index in range(len(records)):
         record, where = records[index], records.where(index)
         completion = record.get("completion", record.get("output"))
-        if "messages" not in record and isinstance(completion, str) and not completion.strip():
+        turns = "messages" in record or "conversations" in record
+        if not turns and isinstance(completion, str) and not completion.strip():
             counts["empty"] += 1
             continue
         talk = read_conversation(record, where)
@@ -128,7 +129,7 @@ def _shortened(
     return None
 
 
-def _count(
+def count_row(
     chat: ChatFormat, made: Rendered, row: Encoded, counts: Counter[str], where: str
 ) -> None:
     """Count what a reader of the report has to know. Raises UserError for two BOS."""

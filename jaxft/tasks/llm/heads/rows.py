@@ -7,6 +7,8 @@ import jax
 import numpy as np
 
 from jaxft.data.loader import SourceShare, train_loader
+from jaxft.data.sources.mixtures import check_single
+from jaxft.data.sources.texts.columns import check_renamed
 from jaxft.data.text.labelled import Labelled, LabelRule, load_labelled
 from jaxft.data.text.packing import collate_rows
 from jaxft.tasks import Planned
@@ -26,6 +28,7 @@ class LabelledRows:
 
     def __init__(self, opened: OpenedDecoder, spec: str, training: bool):
         self.cfg, self.options, self.name = opened.cfg, opened.options, spec
+        check_single(spec, self.options.objective)
         self.rule = LabelRule(opened.labels, self.options.problem_type)
         self.data = load_labelled(
             spec,
@@ -37,6 +40,7 @@ class LabelledRows:
             cache=self.options.cache,
             columns=self.options.columns,
         )
+        check_renamed([self.data.records], self.options.columns)
         room = self.options.seq_len
         self.packing = shared(self.data, self.cfg, room) if training else None
 

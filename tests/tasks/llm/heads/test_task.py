@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxft import evaluate, plan, sample, train
+from jaxft import evaluate, inspect_data, plan, sample, train
 from tests.conftest import LINES
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -123,9 +123,12 @@ def test_a_plan_needs_no_data(flags, tmp_path, capsys, changes):
     [
         (
             {"labels": ""},
-            "needs the names of the labels in the order of their ids: add"
-            " --config.labels=calm,loud,wet, those of data.train",
+            "name its labels in the order of their ids, with --config.labels=calm,loud,wet (those"
+            " of data.train)",
         ),
+        ({"trainable": ".*lora_.*"}, "leaves the new head as it was drawn; leave it empty"),
+        ({"data.train": "a.jsonl + b.jsonl"}, "is a mixture, which objective=classify does not"),
+        ({"columns": "text=txet,label=leabl"}, "renames no field; found 'text', 'label'"),
         ({"labels": "calm,loud"}, "label 'wet' is not one of labels=calm,loud; correct it"),
         ({"labels": "calm,calm"}, "labels='calm,calm' must be different names"),
         ({"labels": "calm"}, "labels='calm' is one class; give at least two"),
@@ -151,4 +154,18 @@ def test_labels_of_a_classifier_are_not_renamed(flags, tmp_path, capsys):
     assert train.main(words) == 2
     assert "config.json has calm,loud,wet in id2label; leave labels out" in capsys.readouterr().err
     words = flags(tmp_path / "run", "classify", model=export, labels="", total="1_steps")
+    assert inspect_data.main([*words[:2], *words[4:]]) == 0, "which reads no weights"
     assert train.main(words) == 0
+
+
+def test_a_reward_model_keeps_the_template_of_its_conversations(flags, tmp_path):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    file = tmp_path / "mine.jinja"
+    file.write_text(template)
+    words = flags(tmp_path / "run", "preference", chat=file, total="1_steps")
+    assert train.main(words) == 0
+    export = tmp_path / "run" / "export"
+    assert (export / "chat_template.jinja").read_text() == template
+    words = flags(tmp_path / "again", "preference", chat=file, model=export, total="1_steps")
+    assert train.main(words) == 0, "goes on from its own head"
