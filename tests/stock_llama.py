@@ -11,8 +11,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from jaxft.core.params import describe
 from jaxft.models import registry
-from jaxft.models.decoders import llama
 from jaxft.models.decoders.decoder import Decoder
+from jaxft.models.decoders.families import llama
 from jaxft.weights import rules
 
 
@@ -59,6 +59,7 @@ def ours(config):
     cfg = registry.read_decoder(config)
     made = {name: getattr(cfg, name) for name in cfg.__dataclass_fields__}
     layers, (rope,) = made.pop("layers"), made.pop("ropes")
+    assert made.pop("num_labels") == 0, "a head of scores is no key of a causal language model"
     assert {(layer.norms, layer.activation) for layer in layers} == {("pre", "silu")}
     return {
         **made,

@@ -299,6 +299,7 @@ TESTED_WITH = {
     "core/processes.py": "test_processes.py",
     "data/sources/table_files.py": "data/sources/images/test_tables.py",
     "data/text/templates.py": "data/text/test_dataset.py",
+    "models/decoders/block.py": "models/decoders/test_decoder.py",
     "models/decoders/generate.py": "test_commands.py",
     "objectives/next_token.py": "parity/test_training.py",
     "objectives/denoising.py": "parity/test_diffusion_training.py",

@@ -22,12 +22,12 @@ NEAREST = 10  # names in an error
 # Values are imported on use, so that a command imports no other model's module.
 MODEL_TYPES: dict[str, dict[str, str]] = {
     "decoder": {
-        "llama": "jaxft.models.decoders.llama:ARCHITECTURE",
-        "mistral": "jaxft.models.decoders.llama:ARCHITECTURE",
-        "ministral": "jaxft.models.decoders.llama:ARCHITECTURE",
-        "qwen2": "jaxft.models.decoders.qwen:ARCHITECTURE",
-        "qwen3": "jaxft.models.decoders.qwen:ARCHITECTURE",
-        "smollm3": "jaxft.models.decoders.llama:ARCHITECTURE",
+        "llama": "jaxft.models.decoders.families.llama:ARCHITECTURE",
+        "mistral": "jaxft.models.decoders.families.llama:ARCHITECTURE",
+        "ministral": "jaxft.models.decoders.families.llama:ARCHITECTURE",
+        "qwen2": "jaxft.models.decoders.families.qwen:ARCHITECTURE",
+        "qwen3": "jaxft.models.decoders.families.qwen:ARCHITECTURE",
+        "smollm3": "jaxft.models.decoders.families.llama:ARCHITECTURE",
     },
     "image_tokens": {
         "janus": "jaxft.models.pipelines.janus:ARCHITECTURE",

@@ -26,7 +26,7 @@ class LayerSpec:
     window: the number of keys that a query attends to, its own included. None is all keys.
     rope: the index of the rotation in `DecoderConfig.ropes`. None is no position embedding.
     norms: "pre" is x + f(norm(x)), "post" is x + norm(f(x)), "sandwich" is x + norm(f(norm(x))).
-    activation: a key of `decoder.ACTIVATIONS`. qk_norm: an RMSNorm of every head's q and k.
+    activation: a key of `block.ACTIVATIONS`. qk_norm: an RMSNorm of every head's q and k.
     """
 
     window: int | None = None

@@ -7,8 +7,8 @@ from transformers import AutoConfig
 
 from jaxft.core.errors import UserError
 from jaxft.models import registry
-from jaxft.models.decoders import llama, qwen
 from jaxft.models.decoders.config import LayerSpec, layer_scans
+from jaxft.models.decoders.families import llama, qwen
 
 KEYS = {**llama.KEYS, **qwen.KEYS}
 F, S = LayerSpec(), LayerSpec(window=4)

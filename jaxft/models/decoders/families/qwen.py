@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxft.models.decoders import llama
 from jaxft.models.decoders.config import (
     COMMON,
     COUNT,
@@ -17,6 +16,7 @@ from jaxft.models.decoders.config import (
     layer_windows,
     read_keys,
 )
+from jaxft.models.decoders.families import llama
 from jaxft.models.decoders.files import check_causal
 
 _QWEN = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxft.models.decoders import llama, qwen
+from jaxft.models.decoders.families import llama, qwen
 
 TINY = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}
