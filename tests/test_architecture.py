@@ -300,6 +300,7 @@ TESTED_WITH = {
     "data/sources/table_files.py": "data/sources/images/test_tables.py",
     "data/text/templates.py": "data/text/test_dataset.py",
     "models/decoders/block.py": "models/decoders/test_decoder.py",
+    "models/decoders/families/granite.py": "parity/test_families.py",
     "models/decoders/generate.py": "test_commands.py",
     "objectives/next_token.py": "parity/test_training.py",
     "objectives/denoising.py": "parity/test_diffusion_training.py",

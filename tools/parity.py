@@ -40,6 +40,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "tie_word_embeddings": True,
     },
+    "granite, four multipliers": {
+        "model_type": "granite",
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.0625,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    },
 }
 
 

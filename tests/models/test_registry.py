@@ -12,6 +12,7 @@ CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
     "janus": "JanusForConditionalGeneration",
     "multi_modality": "JanusForConditionalGeneration",
     "AutoencoderKL": "AutoencoderKL",
@@ -67,7 +68,7 @@ def test_a_package_adds_a_decoder_but_replaces_none(tmp_path, monkeypatch):
 
     assert registry.find({"model_type": "mine"}, "decoder") is qwen.ARCHITECTURE
     assert registry.find({"model_type": "llama"}, "decoder") is llama.ARCHITECTURE
-    with pytest.raises(UserError, match=r"model_type='yours'.*smollm3, mine"):
+    with pytest.raises(UserError, match=r"model_type='yours'.*granite, mine"):
         registry.find({"model_type": "yours"}, "decoder")
 
 

@@ -80,6 +80,7 @@ class Attention(nnx.Module):
             q_segments=context.q_segments,
             kv_segments=context.kv_segments,
             window=spec.window,
+            scale=spec.attention_scale,
             segments_in_row=context.segments_in_row,
         )  # [B, T, N, H]
         return self.o_proj(out, keys), memory
@@ -147,14 +148,20 @@ class Block(nnx.Module):
         normed = _normed(self.input_layernorm, x)
         attended, memory = self.self_attn(normed, spec, layer, context, memory, keys)
         if spec.norms == "pre":
-            x = x + attended
+            x = x + scaled(attended, spec.residual_scale)
             normed = self.post_attention_layernorm(x)
         else:
-            x = x + self.post_attention_layernorm(attended)
+            x = x + scaled(self.post_attention_layernorm(attended), spec.residual_scale)
             normed = _normed(self.pre_feedforward_layernorm, x)
-        x = x + _normed(self.post_feedforward_layernorm, self.mlp(normed, spec.activation, keys))
+        made = _normed(self.post_feedforward_layernorm, self.mlp(normed, spec.activation, keys))
+        x = x + scaled(made, spec.residual_scale)
         return constrain(x, "batch", "length", None), memory
 
 
 def _normed(norm: RMSNorm | None, x: Array) -> Array:
     return x if norm is None else norm(x)
+
+
+def scaled(x: Array, factor: float) -> Array:
+    """Return x times a factor that is not rounded to x's dtype, as torch multiplies by a number."""
+    return x if factor == 1.0 else (factor * x.astype(jnp.float32)).astype(x.dtype)

@@ -26,20 +26,26 @@ class LayerSpec:
     window: the number of keys that a query attends to, its own included. None is all keys.
     rope: the index of the rotation in `DecoderConfig.ropes`. None is no position embedding.
     norms: "pre" is x + f(norm(x)), "post" is x + norm(f(x)), "sandwich" is x + norm(f(norm(x))).
-    activation: a key of `block.ACTIVATIONS`. qk_norm: an RMSNorm of every head's q and k.
+    activation: a key of `block.ACTIVATIONS`. qk_norm: an RMSNorm of q and k, of each head or of all
+    heads of a token together. attention_scale: the factor of scores, None for 1 / sqrt(head_dim).
+    residual_scale: the factor of both branches of a layer before they are added.
     """
 
     window: int | None = None
     rope: int | None = 0
     norms: Literal["pre", "post", "sandwich"] = "pre"
     activation: str = "silu"
-    qk_norm: bool = False
+    qk_norm: Literal["head", "width"] | None = None
+    attention_scale: float | None = None
+    residual_scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """The values of a whole decoder, and the kind of each of its layers.
 
+    embedding_scale: the factor of the embeddings of tokens, rounded to their dtype. logits_divisor:
+    the logits of the vocabulary are divided by it, and scores of `num_labels` are not.
     Raises: ValueError for layers whose parameters differ, because layers are stacked in one array.
     """
 
@@ -58,6 +64,8 @@ class DecoderConfig:
     mlp_bias: bool
     ropes: tuple[rope.Rope, ...]
     layers: tuple[LayerSpec, ...]
+    embedding_scale: float = 1.0
+    logits_divisor: float = 1.0
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None

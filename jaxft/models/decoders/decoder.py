@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import saves_attention
 from jaxft.kernels.loops import unrolls, unstacks
-from jaxft.models.decoders.block import Block, Context, Memory
+from jaxft.models.decoders.block import Block, Context, Memory, scaled
 from jaxft.models.decoders.cache import Cache, default_positions, place
 from jaxft.models.decoders.config import DecoderConfig, LayerScan, LayerSpec, layer_scans
 from jaxft.nn import rope
@@ -123,6 +123,8 @@ class Decoder(nnx.Module):
     def _embed(self, tokens: Array | None, embeds: Array | None, dtype: Any) -> Array:
         if tokens is not None and embeds is None:
             embeds = self.embed_tokens(tokens, dtype)
+            if self.cfg.embedding_scale != 1.0:
+                embeds = embeds * jnp.asarray(self.cfg.embedding_scale, embeds.dtype)
         elif tokens is not None or embeds is None:
             raise ValueError("hidden() takes either tokens or embeds")
         x = embeds if dtype is None else embeds.astype(dtype)
@@ -175,9 +177,11 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "... E"]:
         """Return the input of `head`: hidden states, concatenated with its adapter's activations.
 
-        keys: one a row, for the dropout of that adapter.
+        keys: one a row, for the dropout of that adapter. It is divided by `logits_divisor` here,
+        because every product with `head` has this input. For a power of 2 this is exact.
         """
-        return hidden if self.lm_head is None else self.lm_head.wide_input(hidden, keys)
+        wide = hidden if self.lm_head is None else self.lm_head.wide_input(hidden, keys)
+        return scaled(wide, 1.0 / self.cfg.logits_divisor)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Return fp32 logits. The inputs of the product are in hidden's dtype, its sums in fp32."""

@@ -8,10 +8,10 @@ import pytest
 from jaxft.core.errors import UserError
 from jaxft.models import registry
 from jaxft.models.decoders.config import COMMON
-from jaxft.models.decoders.families import llama, qwen
+from jaxft.models.decoders.families import granite, llama, qwen
 from tests.stock_llama import ours, theirs
 
-KEYS = {**llama.KEYS, **qwen.KEYS}
+KEYS = {**llama.KEYS, **qwen.KEYS, **granite.KEYS}
 ROPE = (
     "rope_theta",
     "rope_scaling",
