@@ -1,6 +1,5 @@
 """A config.json as transformers' class and ours read it, and its tensors by both."""
 
-import importlib
 import json
 from dataclasses import replace
 
@@ -21,6 +20,11 @@ NORMS = {
     "pre": ("input_layernorm", FIRST),
     "post": (FIRST, SECOND),
     "sandwich": ("input_layernorm", FIRST, SECOND, "pre_feedforward_layernorm"),
+}
+KINDS = {
+    "Gemma3RMSNorm": "one_plus",
+    "Olmo2RMSNorm": "scale_first",
+    "Olmo3RMSNorm": "scale_first",
 }
 ACTIVATIONS = {"silu": "SiLUActivation", "gelu_tanh": "GELUTanh"}
 
@@ -64,7 +68,8 @@ def theirs(config):
         "logits_divisor": c.logits_scaling if granite else 1.0,
         "windows": tuple(windows),
         "rotary": tuple(bool(getattr(x.self_attn, "use_rope", True)) for x in model.model.layers),
-        "ropes": _ropes(c),
+        "norm": KINDS.get(type(model.model.norm).__name__, "cast_first"),
+        "ropes": _ropes(c, type(model.model.rotary_emb)),
         "bos_id": c.bos_token_id,
         "eos_ids": (eos,) if isinstance(eos, int) else tuple(eos or ()),
         "pad_id": c.pad_token_id,
@@ -116,11 +121,9 @@ def _class(config):
     return CONFIG_MAPPING[config["model_type"]].from_dict(json.loads(json.dumps(config)))
 
 
-def _ropes(c):
+def _ropes(c, kind):
     """Scale and frequencies of each layer. On the CPU: meta buffers have no values."""
-    module = importlib.import_module(f"transformers.models.{c.model_type}.modeling_{c.model_type}")
-    name = type(c).__name__.removesuffix("Config") + "RotaryEmbedding"
-    made = getattr(module, name)(c)
+    made = kind(c)
     if hasattr(made, "inv_freq"):
         return ((made.attention_scaling, tuple(made.inv_freq.tolist())),) * c.num_hidden_layers
     scales = {kind: getattr(made, f"{kind}_attention_scaling") for kind in made.layer_types}

@@ -29,6 +29,9 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
         "qwen3": "jaxft.models.decoders.families.qwen:ARCHITECTURE",
         "smollm3": "jaxft.models.decoders.families.llama:ARCHITECTURE",
         "granite": "jaxft.models.decoders.families.granite:ARCHITECTURE",
+        "gemma3_text": "jaxft.models.decoders.families.gemma:ARCHITECTURE",
+        "olmo2": "jaxft.models.decoders.families.olmo:ARCHITECTURE",
+        "olmo3": "jaxft.models.decoders.families.olmo:ARCHITECTURE",
     },
     "image_tokens": {
         "janus": "jaxft.models.pipelines.janus:ARCHITECTURE",

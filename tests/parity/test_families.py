@@ -15,13 +15,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from jaxft.core import optim, sharding
 from jaxft.core import params as P
-from jaxft.core import sharding
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.kernels.cross_entropy import linear_cross_entropy, linear_log_probs
 from jaxft.models import registry
-from jaxft.models.decoders.classifier import open_classifier
+from jaxft.models.decoders.classifier import class_name, open_classifier
 from jaxft.models.decoders.generate import generate
 from jaxft.models.decoders.sampling import Sampling
 from jaxft.nn import lora
@@ -52,6 +52,7 @@ GRANITE = {
     "residual_multiplier": 0.4,
     "logits_scaling": 0.7,
 }
+GEMMA = {"sliding_window": 5, "head_dim": 12, "query_pre_attn_scalar": 20, "rms_norm_eps": 1e-5}
 CASES = {
     "granite": ("granite", {**GRANITE, "rope_theta": 1e5}),
     "granite tied": (
@@ -66,8 +67,78 @@ CASES = {
         },
     ),
     "granite without multipliers": ("granite", {"num_key_value_heads": None, "rope_scaling": YARN}),
+    # C1, G2, G5: two ropes, a window of 5, scores by their own scale. Layers are 2 periods and 1.
+    "gemma3": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "num_hidden_layers": 5,
+            "sliding_window_pattern": 2,
+            "rope_theta": 1e5,
+            "rope_local_base_freq": 1e3,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
+    # C4: 5 sliding layers to 1 full one. C5: attn_logit_softcapping has no effect.
+    "gemma3 untied": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "num_hidden_layers": 13,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "attn_logit_softcapping": 0.5,
+            "rope_parameters": {
+                "full_attention": {**YARN, "rope_theta": 1e5, "truncate": False},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    # C1: a `type` of transformers 4 is not read, and a missing dict has the class's theta.
+    "gemma3 old type": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_scaling": {"type": "linear", "factor": 8.0},
+        },
+    ),
+    # O1, O2: post norms alone, q and k normed over all heads.
+    "olmo2": ("olmo2", {"rope_theta": 5e5, "rms_norm_eps": 1e-6}),
+    "olmo2 tied": (
+        "olmo2",
+        {
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "head_dim": 6,
+            "rope_parameters": {**YARN, "rope_theta": 1e5},
+        },
+    ),
+    # O4, C1, C2: YaRN on full layers alone, without its `truncate`. The theta is theirs, too.
+    "olmo3": (
+        "olmo3",
+        {
+            "num_hidden_layers": 9,
+            "sliding_window": 5,
+            "rope_theta": 1e4,
+            "rope_scaling": {**YARN, "truncate": False},
+        },
+    ),
+    "olmo3 new": (
+        "olmo3",
+        {
+            "num_hidden_layers": 5,
+            "num_key_value_heads": None,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {**YARN, "truncate": False},
+                "sliding_attention": {"rope_theta": 1e3},
+            },
+        },
+    ),
 }
-ONE_EACH = ("granite",)
+ONE_EACH = ("granite", "gemma3 untied", "olmo2", "olmo3")
 
 
 class Pair:
@@ -277,6 +348,47 @@ def test_c6_bf16_is_as_near_to_fp32_as_transformers_bf16(case, tmp_path, one_thr
     rms = [np.sqrt(np.mean((one - want) ** 2)) for one in (got, low)]
     assert rms[0] < 1.2 * rms[1], rms
     assert rms[1] < 0.05 * np.sqrt(np.mean(want**2)), "bf16 is no noise here"
+
+
+def test_g3_the_embedding_scale_is_rounded_as_the_weights_are():
+    """25.25, 34, 50.5, 62 and 73.5 in bf16, and not rounded in fp32."""
+    rounded = {640: 25.25, 1152: 34.0, 2560: 50.5, 3840: 62.0, 5376: 73.5}
+    for size, want in rounded.items():
+        cfg = registry.read_decoder({"model_type": "gemma3_text", "hidden_size": size})
+        assert cfg.embedding_scale == size**0.5
+        assert float(jnp.asarray(cfg.embedding_scale, jnp.bfloat16)) == want
+
+
+@pytest.mark.parametrize("case", ["gemma3", "granite"])
+def test_g1_weight_decay_leaves_norms_alone(case, pairs):
+    leaves = pairs(case).leaves
+    norms = [path for path in leaves if "norm" in path]
+    made = P.flatten(pairs(case).build())
+    start = 0.0 if case == "gemma3" else 1.0
+    assert len(norms) == (7 if case == "gemma3" else 3)
+    assert all((np.asarray(made[path]) == start).all() for path in norms)
+    optimiser = optim.make_optimizer(
+        "adamw", 1.0, b1=0.9, b2=0.99, weight_decay=0.5, clip=0.0, leaves=leaves
+    )
+    ones = {path: jnp.ones(x.shape) for path, x in leaves.items()}
+    still = {path: jnp.zeros(x.shape) for path, x in leaves.items()}
+    steps, _ = optimiser.update(still, optimiser.init(ones), ones)
+    assert {path for path, x in steps.items() if not np.asarray(x).any()} >= set(norms)
+
+
+def test_what_gemma3_does_not_compute_is_refused():
+    for key, value in (("final_logit_softcapping", 30.0), ("use_bidirectional_attention", True)):
+        with pytest.raises(UserError, match=f"{key}={value} is not supported"):
+            registry.read_decoder({"model_type": "gemma3_text", key: value})
+    for kind in ("gemma3_text", "olmo3"):
+        with pytest.raises(UserError, match="for full_attention and one for sliding"):
+            registry.read_decoder({"model_type": kind, "rope_parameters": YARN})
+
+
+def test_gemma3s_classifier_is_the_one_for_texts(pairs):
+    assert class_name(pairs("gemma3").config) == "Gemma3TextForSequenceClassification"
+    source = open_classifier(pairs("gemma3").folder, labels=("a", "b"))
+    assert "score.weight" in source.tensors.keys()  # noqa: SIM118
 
 
 def test_no_sequence_classifier_of_granite(pairs):

@@ -1,5 +1,6 @@
 """One decoder layer by its spec: attention, gated MLP, and the norms around them."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +18,11 @@ from jaxft.nn import rope
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import RMSNorm
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
+}
 
 Memory = tuple[Array, Array]  # keys and values of the cache, as `Cache` holds them
 
@@ -48,9 +53,10 @@ class Attention(nnx.Module):
         self.v_proj = Linear(d, kv_shape, axes, key=keys[2], bias=bias, std=std)
         axes = ("heads", "head_dim", "embed")
         self.o_proj = Linear(q_shape, d, axes, key=keys[3], bias=cfg.o_bias, std=std)
-        normed = cfg.layers[0].qk_norm
-        self.q_norm = nnx.data(RMSNorm(h, eps=cfg.rms_norm_eps) if normed else None)
-        self.k_norm = nnx.data(RMSNorm(h, eps=cfg.rms_norm_eps) if normed else None)
+        normed, norm = cfg.layers[0].qk_norm, _norms(cfg)
+        q_width, k_width = (1, 1) if normed == "head" else (cfg.num_heads, cfg.num_kv_heads)
+        self.q_norm = nnx.data(norm(q_width * h) if normed else None)
+        self.k_norm = nnx.data(norm(k_width * h) if normed else None)
 
     def __call__(
         self,
@@ -63,7 +69,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Memory | None]:
         q, k, v = self.q_proj(x, keys), self.k_proj(x, keys), self.v_proj(x, keys)  # [B, T, N|K, H]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = _normed_heads(self.q_norm, q, spec), _normed_heads(self.k_norm, k, spec)
         if spec.rope is not None:
             cos, sin = context.angles[spec.rope]
             q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
@@ -115,18 +121,14 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: DecoderConfig, *, key: PRNGKeyArray):
         first, second = jax.random.split(key)
-        norms, shape, eps = cfg.layers[0].norms, cfg.hidden_size, cfg.rms_norm_eps
-        self.input_layernorm = nnx.data(RMSNorm(shape, eps=eps) if norms != "post" else None)
+        norms, shape, norm = cfg.layers[0].norms, cfg.hidden_size, _norms(cfg)
+        self.input_layernorm = nnx.data(norm(shape) if norms != "post" else None)
         self.self_attn = Attention(cfg, key=first)
         # transformers' name for the norm before a pre-norm MLP, too.
-        self.post_attention_layernorm = RMSNorm(shape, eps=eps)
-        self.pre_feedforward_layernorm = nnx.data(
-            RMSNorm(shape, eps=eps) if norms == "sandwich" else None
-        )
+        self.post_attention_layernorm = norm(shape)
+        self.pre_feedforward_layernorm = nnx.data(norm(shape) if norms == "sandwich" else None)
         self.mlp = MLP(cfg, key=second)
-        self.post_feedforward_layernorm = nnx.data(
-            RMSNorm(shape, eps=eps) if norms != "pre" else None
-        )
+        self.post_feedforward_layernorm = nnx.data(norm(shape) if norms != "pre" else None)
 
     def __call__(
         self,
@@ -156,6 +158,18 @@ class Block(nnx.Module):
         made = _normed(self.post_feedforward_layernorm, self.mlp(normed, spec.activation, keys))
         x = x + scaled(made, spec.residual_scale)
         return constrain(x, "batch", "length", None), memory
+
+
+def _norms(cfg: DecoderConfig) -> Callable[[int], RMSNorm]:
+    """Return the norms of a decoder by their width."""
+    return partial(RMSNorm, eps=cfg.rms_norm_eps, kind=cfg.norm)
+
+
+def _normed_heads(norm: RMSNorm, x: Array, spec: LayerSpec) -> Array:
+    """Normalise x [B, T, N, H] over each head, or over all heads of a token."""
+    if spec.qk_norm == "head":
+        return norm(x)
+    return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)  # [B, T, N H], [B, T, N, H]
 
 
 def _normed(norm: RMSNorm | None, x: Array) -> Array:

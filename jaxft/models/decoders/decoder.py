@@ -33,7 +33,7 @@ class Decoder(nnx.Module):
         self.embed_tokens = Embedding(v, d, key=embed, std=std)
         keys = jax.random.split(layers, cfg.num_layers)
         self.layers = jax.vmap(lambda key: Block(cfg, key=key))(keys)  # leaves [L, ...]
-        self.norm = RMSNorm(d, eps=cfg.rms_norm_eps)
+        self.norm = RMSNorm(d, eps=cfg.rms_norm_eps, kind=cfg.norm)
         untied = None if cfg.tied else Linear((d,), (v,), ("embed", "vocab"), key=head, std=std)
         self.lm_head = nnx.data(untied)
         self.score = nnx.data(None)
