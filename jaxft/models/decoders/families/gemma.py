@@ -25,7 +25,7 @@ from jaxft.models.decoders.config import (
 from jaxft.models.decoders.families import llama
 from jaxft.models.decoders.files import check_causal
 
-ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh"}
+GELU_NAMES = {"gelu_pytorch_tanh": "gelu_tanh"}
 KEYS: dict[str, dict[str, Key]] = {
     "gemma3_text": {
         **COMMON,
@@ -73,7 +73,7 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
     )
     spec = LayerSpec(
         norms="sandwich",
-        activation=activation(c, "hidden_activation", ACTIVATION_NAMES),
+        activation=activation(c, "hidden_activation", GELU_NAMES),
         qk_norm="head",
         attention_scale=c["query_pre_attn_scalar"] ** -0.5,
     )
