@@ -1,7 +1,7 @@
 """A config.json as transformers' class and ours read it, and its tensors by both."""
 
-import importlib
 import json
+from dataclasses import replace
 
 import jax
 import pytest
@@ -11,9 +11,22 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from jaxft.core.params import describe
 from jaxft.models import registry
-from jaxft.models.decoders import llama
 from jaxft.models.decoders.decoder import Decoder
+from jaxft.models.decoders.families import llama
 from jaxft.weights import rules
+
+FIRST, SECOND = "post_attention_layernorm", "post_feedforward_layernorm"
+NORMS = {
+    "pre": ("input_layernorm", FIRST),
+    "post": (FIRST, SECOND),
+    "sandwich": ("input_layernorm", FIRST, SECOND, "pre_feedforward_layernorm"),
+}
+KINDS = {
+    "Gemma3RMSNorm": "one_plus",
+    "Olmo2RMSNorm": "scale_first",
+    "Olmo3RMSNorm": "scale_first",
+}
+ACTIVATIONS = {"silu": "SiLUActivation", "gelu_tanh": "GELUTanh"}
 
 
 def theirs(config):
@@ -28,6 +41,8 @@ def theirs(config):
         windows = [None] * c.num_hidden_layers
     elif types is not None:
         windows = [w if t == "sliding_attention" else None for w, t in zip(windows, types)]  # noqa: B905
+    granite = c.model_type == "granite"  # other classes ignore its keys
+    scale = getattr(model.model.embed_tokens, "scalar_embed_scale", 1.0)
     head_dim, eos = layer.self_attn.head_dim, c.eos_token_id
     return {
         "vocab_size": model.lm_head.weight.shape[0],
@@ -38,16 +53,23 @@ def theirs(config):
         "num_kv_heads": layer.self_attn.k_proj.weight.shape[0] // head_dim,
         "head_dim": head_dim,
         "max_positions": c.max_position_embeddings,
-        "rms_norm_eps": layer.input_layernorm.variance_epsilon,
+        "rms_norm_eps": _eps(layer.post_attention_layernorm),
         "initializer_range": c.initializer_range,
         "tied": bool(model.all_tied_weights_keys),
         "qkv_bias": layer.self_attn.q_proj.bias is not None,
         "o_bias": layer.self_attn.o_proj.bias is not None,
         "mlp_bias": layer.mlp.up_proj.bias is not None,
-        "qk_norm": hasattr(layer.self_attn, "q_norm"),
+        "norms": tuple(sorted(name for name, _ in layer.named_children() if "norm" in name)),
+        "qk_norm": _qk_norm(layer.self_attn),
+        "activation": type(layer.mlp.act_fn).__name__,
+        "attention_scale": layer.self_attn.scaling,
+        "residual_scale": c.residual_multiplier if granite else 1.0,
+        "embedding_scale": c.embedding_multiplier if granite else scale,
+        "logits_divisor": c.logits_scaling if granite else 1.0,
         "windows": tuple(windows),
         "rotary": tuple(bool(getattr(x.self_attn, "use_rope", True)) for x in model.model.layers),
-        "rope": (model.model.rotary_emb.attention_scaling, _frequencies(c)),
+        "norm": KINDS.get(type(model.model.norm).__name__, "cast_first"),
+        "ropes": _ropes(c, type(model.model.rotary_emb)),
         "bos_id": c.bos_token_id,
         "eos_ids": (eos,) if isinstance(eos, int) else tuple(eos or ()),
         "pad_id": c.pad_token_id,
@@ -58,15 +80,23 @@ def ours(config):
     """The fields of our config by name, frequencies as a tuple that compares approximately."""
     cfg = registry.read_decoder(config)
     made = {name: getattr(cfg, name) for name in cfg.__dataclass_fields__}
-    layers, (rope,) = made.pop("layers"), made.pop("ropes")
-    assert {(layer.norms, layer.activation) for layer in layers} == {("pre", "silu")}
+    layers, ropes = made.pop("layers"), made.pop("ropes")
+    assert made.pop("num_labels") == 0, "a head of scores is no key of a causal language model"
+    (same,) = {replace(layer, window=None, rope=None) for layer in layers}
     return {
         **made,
         "num_layers": len(layers),
-        "qk_norm": layers[0].qk_norm,
+        "norms": NORMS[same.norms],
+        "qk_norm": same.qk_norm,
+        "activation": ACTIVATIONS[same.activation],
+        "attention_scale": pytest.approx(same.attention_scale or cfg.head_dim**-0.5),
+        "residual_scale": same.residual_scale,
         "windows": tuple(layer.window for layer in layers),
         "rotary": tuple(layer.rope is not None for layer in layers),
-        "rope": (rope.scale, pytest.approx(rope.inv_freq, rel=1e-6)),
+        "ropes": tuple(
+            (one.scale, pytest.approx(one.inv_freq, rel=1e-6))
+            for one in (ropes[layer.rope or 0] for layer in layers)
+        ),
     }
 
 
@@ -91,8 +121,23 @@ def _class(config):
     return CONFIG_MAPPING[config["model_type"]].from_dict(json.loads(json.dumps(config)))
 
 
-def _frequencies(c):
-    """On the CPU: buffers on the meta device have no values."""
-    module = importlib.import_module(f"transformers.models.{c.model_type}.modeling_{c.model_type}")
-    name = type(c).__name__.removesuffix("Config") + "RotaryEmbedding"
-    return tuple(getattr(module, name)(c).inv_freq.tolist())
+def _ropes(c, kind):
+    """Scale and frequencies of each layer. On the CPU: meta buffers have no values."""
+    made = kind(c)
+    if hasattr(made, "inv_freq"):
+        return ((made.attention_scaling, tuple(made.inv_freq.tolist())),) * c.num_hidden_layers
+    scales = {kind: getattr(made, f"{kind}_attention_scaling") for kind in made.layer_types}
+    inv_freqs = {kind: getattr(made, f"{kind}_inv_freq") for kind in made.layer_types}
+    return tuple((scales[kind], tuple(inv_freqs[kind].tolist())) for kind in c.layer_types)
+
+
+def _eps(norm):
+    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+
+
+def _qk_norm(attention):
+    """None without norms of q and k, else the width of one: a head's, or all of the projection."""
+    if not hasattr(attention, "q_norm"):
+        return None
+    size = attention.q_norm.weight.shape[0]
+    return "head" if size == attention.head_dim else "width"

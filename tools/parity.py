@@ -40,6 +40,30 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "tie_word_embeddings": True,
     },
+    "granite, four multipliers": {
+        "model_type": "granite",
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.0625,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    },
+    "gemma3_text, 5 windows of 512 to 1": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 7,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 512,
+    },
+    "olmo2": {"model_type": "olmo2"},
+    "olmo3, yarn rope on full layers": {
+        "model_type": "olmo3",
+        "num_hidden_layers": 5,
+        "sliding_window": 512,
+        "rope_parameters": {
+            "full_attention": YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    },
 }
 
 

@@ -22,12 +22,16 @@ NEAREST = 10  # names in an error
 # Values are imported on use, so that a command imports no other model's module.
 MODEL_TYPES: dict[str, dict[str, str]] = {
     "decoder": {
-        "llama": "jaxft.models.decoders.llama:ARCHITECTURE",
-        "mistral": "jaxft.models.decoders.llama:ARCHITECTURE",
-        "ministral": "jaxft.models.decoders.llama:ARCHITECTURE",
-        "qwen2": "jaxft.models.decoders.qwen:ARCHITECTURE",
-        "qwen3": "jaxft.models.decoders.qwen:ARCHITECTURE",
-        "smollm3": "jaxft.models.decoders.llama:ARCHITECTURE",
+        "llama": "jaxft.models.decoders.families.llama:ARCHITECTURE",
+        "mistral": "jaxft.models.decoders.families.llama:ARCHITECTURE",
+        "ministral": "jaxft.models.decoders.families.llama:ARCHITECTURE",
+        "qwen2": "jaxft.models.decoders.families.qwen:ARCHITECTURE",
+        "qwen3": "jaxft.models.decoders.families.qwen:ARCHITECTURE",
+        "smollm3": "jaxft.models.decoders.families.llama:ARCHITECTURE",
+        "granite": "jaxft.models.decoders.families.granite:ARCHITECTURE",
+        "gemma3_text": "jaxft.models.decoders.families.gemma:ARCHITECTURE",
+        "olmo2": "jaxft.models.decoders.families.olmo:ARCHITECTURE",
+        "olmo3": "jaxft.models.decoders.families.olmo:ARCHITECTURE",
     },
     "image_tokens": {
         "janus": "jaxft.models.pipelines.janus:ARCHITECTURE",
@@ -56,6 +60,8 @@ class Architecture(NamedTuple):
     drop: tensors that training would make stale. flops: the forward FLOPs of one token in a row of
     a given length, 0 for models without tokens. lora: a regex over projections, the default of
     `lora.targets`. opened: renames the tensors of a source to the names of the weight table.
+    classifier: replaces "ForCausalLM" in the name of transformers' sequence classifier, "" if
+    transformers has none.
     """
 
     family: str
@@ -69,6 +75,7 @@ class Architecture(NamedTuple):
     flops: Callable[[Any, int], float] = lambda cfg, length: 0.0
     lora: str = ""
     opened: Callable[[Source], Source] = lambda source: source
+    classifier: str = "ForSequenceClassification"
 
     def part(self, source: Source, cfg: Any) -> Part:
         """Return the part that fills the model's parameters and that an export writes."""

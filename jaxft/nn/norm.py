@@ -1,6 +1,7 @@
 """Normalisation layers. Their statistics are fp32 for every dtype of the input."""
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +10,28 @@ from jaxtyping import Array, Float
 
 from jaxft.kernels.recompute import recomputed
 
+RMSKind = Literal["cast_first", "scale_first", "one_plus"]
+
 
 class RMSNorm(nnx.Module):
     """Root mean square norm x / rms(x) * scale over the last dim.
 
-    It casts to x's dtype before the scale, as transformers' LlamaRMSNorm does.
+    kind: "cast_first" casts to x's dtype before the scale, as transformers' LlamaRMSNorm does.
+    "scale_first" scales in fp32 and then casts, as Olmo2RMSNorm. "one_plus" does this with
+    1 + scale, as Gemma3RMSNorm, so that the scale starts at 0.
     Source: Zhang & Sennrich 2019, arXiv:1910.07467.
     """
 
-    def __init__(self, dim: int, *, eps: float):
-        self.scale = nnx.Param(jnp.ones((dim,)), axes=("norm",))
-        self.eps = eps
+    def __init__(self, dim: int, *, eps: float, kind: RMSKind = "cast_first"):
+        start = jnp.zeros((dim,)) if kind == "one_plus" else jnp.ones((dim,))
+        self.scale = nnx.Param(start, axes=("norm",))
+        self.eps, self.kind = eps, kind
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return _rms(x, self.scale[...].astype(x.dtype), self.eps)
+        if self.kind == "cast_first":
+            return _rms(x, self.scale[...].astype(x.dtype), self.eps)
+        scale = self.scale[...].astype(jnp.float32)
+        return _rms_wide(x, 1.0 + scale if self.kind == "one_plus" else scale, self.eps)
 
 
 # Recomputed in the backward pass: it would otherwise save fp32 copies of the activations.
@@ -31,6 +40,13 @@ def _rms(x: Array, scale: Array, eps: float) -> Array:
     wide = x.astype(jnp.float32)
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     return scale * (wide * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+@partial(jax.checkpoint, static_argnums=2)
+def _rms_wide(x: Array, scale: Array, eps: float) -> Array:
+    wide = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(variance + eps) * scale).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -18,9 +18,9 @@ import jaxft
 from jaxft import export, sample, train
 from jaxft.core.errors import UserError
 from jaxft.models import registry
-from jaxft.models.decoders import llama
 from jaxft.models.decoders.config import DecoderConfig, LayerSpec, layer_scans
 from jaxft.models.decoders.decoder import Decoder, flops_per_token
+from jaxft.models.decoders.families import llama
 from jaxft.nn import rope
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,6 +12,10 @@ CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
     "janus": "JanusForConditionalGeneration",
     "multi_modality": "JanusForConditionalGeneration",
     "AutoencoderKL": "AutoencoderKL",
@@ -58,14 +62,16 @@ def test_a_package_adds_a_decoder_but_replaces_none(tmp_path, monkeypatch):
     about = tmp_path / "more-1.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: more\nVersion: 1\n")
-    lines = [f"{name} = jaxft.models.decoders.qwen:ARCHITECTURE" for name in ("mine", "llama")]
+    lines = [
+        f"{name} = jaxft.models.decoders.families.qwen:ARCHITECTURE" for name in ("mine", "llama")
+    ]
     (about / "entry_points.txt").write_text("\n".join([f"[{registry.GROUP}]", *lines]))
     monkeypatch.syspath_prepend(tmp_path)
-    from jaxft.models.decoders import llama, qwen
+    from jaxft.models.decoders.families import llama, qwen
 
     assert registry.find({"model_type": "mine"}, "decoder") is qwen.ARCHITECTURE
     assert registry.find({"model_type": "llama"}, "decoder") is llama.ARCHITECTURE
-    with pytest.raises(UserError, match=r"model_type='yours'.*smollm3, mine"):
+    with pytest.raises(UserError, match=r"model_type='yours'.* mine, "):
         registry.find({"model_type": "yours"}, "decoder")
 
 

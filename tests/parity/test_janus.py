@@ -14,7 +14,7 @@ from jaxft.core import params as P
 from jaxft.core.errors import UserError
 from jaxft.models.autoencoders import vqgan
 from jaxft.models.autoencoders.vqgan import VQModel
-from jaxft.models.decoders import llama
+from jaxft.models.decoders.families import llama
 from jaxft.models.decoders.sampling import Sampling
 from jaxft.models.pipelines import janus
 from jaxft.models.pipelines.image_decode import generate_codes

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from jaxft.core import params as P
 from jaxft.core.sharding import batch_sharding, make_mesh, shardings
 from jaxft.models import registry
-from jaxft.models.decoders import llama
 from jaxft.models.decoders.cache import init_cache
 from jaxft.models.decoders.decoder import Decoder, flops_per_token
+from jaxft.models.decoders.families import llama
 from jaxft.weights import rules
 
 TINY = {
@@ -79,6 +79,7 @@ VARIANTS = {
         "layer_types": ["full_attention", "sliding_attention"] * 2,
     },
     "smollm3": {"model_type": "smollm3"},
+    "olmo2": {"model_type": "olmo2"},
     "smollm3 biases": {
         "model_type": "smollm3",
         "attention_bias": True,
@@ -293,7 +294,9 @@ def test_tied_head_follows_the_config(tied):
 
 
 @pytest.mark.parametrize(  # one by one, as a CPU likes it; a loop; loops over a period and a rest
-    ("name", "layers", "unroll"), [("qwen2", 4, None), ("qwen2", 4, 1), ("smollm3", 9, 1)]
+    ("name", "layers", "unroll"),
+    # O2: the mean of OLMo's norms of q and k is over the heads of all devices.
+    [("qwen2", 4, None), ("qwen2", 4, 1), ("smollm3", 9, 1), ("olmo2", 2, 1)],
 )
 def test_logits_and_gradients_do_not_depend_on_the_mesh(capfd, name, layers, unroll):
     _, model = pair(name, num_hidden_layers=layers)

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
 from jaxft.models import registry
-from jaxft.models.decoders import llama
 from jaxft.models.decoders.decoder import Decoder
+from jaxft.models.decoders.families import llama
 from jaxft.models.decoders.generate import generate
 from jaxft.models.decoders.sampling import Sampling
 from jaxft.weights import rules

@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 
 from jaxft import verify
 from jaxft.export import export_folder
-from jaxft.models.decoders import decoder, llama
+from jaxft.models.decoders import decoder
+from jaxft.models.decoders.families import llama
 from jaxft.nn import rope
 from jaxft.verify import llm, report
 from jaxft.weights import transfer

@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from jaxft.models.decoders import decoder, llama
+from jaxft.models.decoders import decoder
+from jaxft.models.decoders.families import llama
 from jaxft.models.denoisers import unet as unets
 from jaxft.verify import component, diffusion, llm
 from jaxft.weights.rules import Rule

@@ -11,8 +11,8 @@ from jaxft.core import sharding
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
 from jaxft.models import registry
-from jaxft.models.decoders import llama
 from jaxft.models.decoders.decoder import Decoder
+from jaxft.models.decoders.families import llama
 from jaxft.weights import transfer
 from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.folders.transformers import open_source

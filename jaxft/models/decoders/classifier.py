@@ -34,6 +34,7 @@ def open_classifier(
     """
     source = open_source(spec, weights)
     own = is_classifier(source.config)
+    class_name(source.config)  # refuses a family without a classifier
     if not own and not labels:
         names = known()
         raise UserError(
@@ -51,7 +52,7 @@ def open_classifier(
     # A head of scores leaves that of the vocabulary out, as if the input table were tied to it.
     config = {**source.config, "tie_word_embeddings": True}
     if own:
-        config["architectures"] = [config["architectures"][0].replace(CLASSIFIER, CAUSAL)]
+        config["architectures"] = [registry.find(config, "decoder").class_name(config)]
     made = as_decoder(replace(source, config=config, tensors=_headless(source)))
     tied = source.config.get("tie_word_embeddings", False)
     source = replace(made, config={**made.config, "tie_word_embeddings": tied})
@@ -75,8 +76,18 @@ def stated_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def class_name(config: Mapping[str, Any]) -> str:
-    """Return the class that transformers builds for a sequence classifier of this decoder."""
-    return registry.find(config, "decoder").class_name(config).replace(CAUSAL, CLASSIFIER)
+    """Return the class that transformers builds for a sequence classifier of this decoder.
+
+    Raises: UserError for a family for which transformers has no such class.
+    """
+    architecture = registry.find(config, "decoder")
+    causal = architecture.class_name(config)
+    if not architecture.classifier:
+        raise UserError(
+            f"config.json: transformers has no sequence classifier for {causal}; use"
+            " --config.objective=sft, or give a model of another family"
+        )
+    return causal.removesuffix(CAUSAL) + architecture.classifier
 
 
 def _headless(source: Source) -> Any:

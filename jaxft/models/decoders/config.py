@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxft.core.errors import UserError
 from jaxft.nn import rope
+from jaxft.nn.norm import RMSKind
 
 LONGEST_PERIOD = 8  # layers that are compiled apart in one scan
 ACTIVATION_NAMES = {"silu": "silu", "swish": "silu"}  # two names of one function
@@ -26,20 +27,27 @@ class LayerSpec:
     window: the number of keys that a query attends to, its own included. None is all keys.
     rope: the index of the rotation in `DecoderConfig.ropes`. None is no position embedding.
     norms: "pre" is x + f(norm(x)), "post" is x + norm(f(x)), "sandwich" is x + norm(f(norm(x))).
-    activation: a key of `decoder.ACTIVATIONS`. qk_norm: an RMSNorm of every head's q and k.
+    activation: a key of `block.ACTIVATIONS`. qk_norm: an RMSNorm of q and k, of each head or of all
+    heads of a token together. attention_scale: the factor of scores, None for 1 / sqrt(head_dim).
+    residual_scale: the factor of both branches of a layer before they are added.
     """
 
     window: int | None = None
     rope: int | None = 0
     norms: Literal["pre", "post", "sandwich"] = "pre"
     activation: str = "silu"
-    qk_norm: bool = False
+    qk_norm: Literal["head", "width"] | None = None
+    attention_scale: float | None = None
+    residual_scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """The values of a whole decoder, and the kind of each of its layers.
 
+    norm: the kind of every RMSNorm. embedding_scale: the factor of the embeddings of tokens,
+    rounded to their dtype. logits_divisor: the logits of the vocabulary are divided by it, and
+    scores of `num_labels` are not.
     Raises: ValueError for layers whose parameters differ, because layers are stacked in one array.
     """
 
@@ -58,6 +66,9 @@ class DecoderConfig:
     mlp_bias: bool
     ropes: tuple[rope.Rope, ...]
     layers: tuple[LayerSpec, ...]
+    norm: RMSKind = "cast_first"
+    embedding_scale: float = 1.0
+    logits_divisor: float = 1.0
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
@@ -173,10 +184,12 @@ def decoder_config(
     *,
     qkv_bias: bool,
     default_theta: float = 1e4,
+    ropes: tuple[Mapping[str, Any], ...] = (),
 ) -> DecoderConfig:
-    """Return the configuration of a decoder with one rope and LLaMA's key names.
+    """Return the configuration of a decoder with LLaMA's key names.
 
-    config: config.json. c: its keys as `read_keys` returns them. layers: one spec a layer.
+    config: config.json. c: its keys as `read_keys` returns them. layers: one spec a layer. ropes:
+    the settings of each rope in keys of config.json, by default one rope by config.json itself.
     Raises: UserError for shapes that do not fit each other, and for a rope that is not supported.
     """
     heads = c["num_attention_heads"]
@@ -209,7 +222,9 @@ def decoder_config(
         qkv_bias=qkv_bias,
         o_bias=bool(c.get("attention_bias")),
         mlp_bias=bool(c.get("mlp_bias")),
-        ropes=(rope.from_hf({**config, **c}, head_dim, default_theta),),
+        ropes=tuple(
+            rope.from_hf({**config, **one, **c}, head_dim, default_theta) for one in ropes or ({},)
+        ),
         layers=layers,
         bos_id=c["bos_token_id"],
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
@@ -217,20 +232,31 @@ def decoder_config(
     )
 
 
-def activation(c: Mapping[str, Any]) -> str:
-    """Return the activation that `hidden_act` names. Raises UserError for all but SiLU."""
-    if c["hidden_act"] not in ACTIVATION_NAMES:
+def activation(
+    c: Mapping[str, Any],
+    key: str = "hidden_act",
+    names: Mapping[str, str] = ACTIVATION_NAMES,
+) -> str:
+    """Return the activation that `key` names. Raises UserError for all but `names`."""
+    if c[key] not in names:
         raise UserError(
-            f"config.json: hidden_act={c['hidden_act']!r} is not supported, only"
-            f" {' or '.join(ACTIVATION_NAMES)}"
+            f"config.json: {key}={c[key]!r} is not supported, only {' or '.join(names)}"
         )
-    return ACTIVATION_NAMES[c["hidden_act"]]
+    return names[c[key]]
 
 
 def layer_windows(
     c: Mapping[str, Any], window: int | None, sliding: tuple[bool, ...]
 ) -> tuple[int | None, ...]:
-    """Return each layer's window in tokens, None for full attention.
+    """Return each layer's window in tokens, None for full attention. Raises as `sliding_layers`."""
+    slides = sliding_layers(c, window, sliding)
+    return tuple(window if one else None for one in slides)
+
+
+def sliding_layers(
+    c: Mapping[str, Any], window: int | None, sliding: tuple[bool, ...]
+) -> tuple[bool, ...]:
+    """Return True for each layer that has a sliding window.
 
     `sliding` marks the layers that slide by default in the class. `layer_types` of config.json
     replaces it.
@@ -243,7 +269,36 @@ def layer_windows(
             "config.json: sliding_window=0 leaves no key to attend to; expected a number above 0"
             " or null"
         )
-    return tuple(window if slides else None for slides in sliding)
+    return sliding
+
+
+def layer_type_ropes(
+    config: Mapping[str, Any], full_theta: float, sliding_theta: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of two ropes, for layers of full attention and for sliding ones.
+
+    `rope_parameters` has one dict for each. `rope_scaling` of transformers 4 concerns full layers
+    alone. The thetas are for dicts without one.
+    Raises: UserError for settings that are no dict, and for one dict for all layers.
+    """
+    types, scaling = ("full_attention", "sliding_attention"), config.get("rope_scaling") or {}
+    given = config.get("rope_parameters")
+    if given is None:
+        # transformers starts from a rope_type, so that a `type` of rope_scaling has no effect.
+        given = {one: {"rope_type": "default"} for one in types}
+    nested = isinstance(given, dict) and (not given or any(one in given for one in types))
+    parts = [*((given.get(one) or {}) for one in types), scaling] if nested else [given, None]
+    if not all(isinstance(one, dict) for one in parts):
+        raise UserError(
+            f"config.json: rope_parameters={given} and rope_scaling={scaling}; expected an object"
+            f" with one object of rope parameters for {' and one for '.join(types)}"
+        )
+    full, sliding, scaling = parts
+    made = ({"rope_theta": full_theta, **full, **scaling}, {"rope_theta": sliding_theta, **sliding})
+    # transformers does not read `truncate` of such a dict.
+    kept = ({key: one[key] for key in one if key != "truncate"} for one in made)
+    first, second = ({"rope_scaling": None, "rope_parameters": one} for one in kept)
+    return first, second
 
 
 def _listed(types: list[str], count: int, window: int | None) -> tuple[bool, ...]:

@@ -1,164 +1,22 @@
 """Causal language models, specified layer by layer, from token ids to logits."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
-from jaxft.kernels.attention import attention, saves_attention
+from jaxft.kernels.attention import saves_attention
 from jaxft.kernels.loops import unrolls, unstacks
-from jaxft.models.decoders.cache import Cache, append, default_positions, place
+from jaxft.models.decoders.block import Block, Context, Memory, scaled
+from jaxft.models.decoders.cache import Cache, default_positions, place
 from jaxft.models.decoders.config import DecoderConfig, LayerScan, LayerSpec, layer_scans
 from jaxft.nn import rope
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.norm import RMSNorm
-
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
-
-Memory = tuple[Array, Array]  # keys and values of the cache, as `Cache` holds them
-
-
-class Context(NamedTuple):
-    """The inputs that all layers of one call share.
-
-    angles: cos and sin of every rope. segments_in_row: as in `kernels.attention`.
-    """
-
-    angles: tuple[tuple[Float[Array, "B T half"], Float[Array, "B T half"]], ...]
-    q_segments: Int[Array, "B T"] | None
-    kv_segments: Int[Array, "B S"] | None
-    index: Int[Array, ""]
-    segments_in_row: int = 0
-
-
-class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions, and RMSNorms of q and k by the config."""
-
-    def __init__(self, cfg: DecoderConfig, *, key: PRNGKeyArray):
-        d, h, std = (cfg.hidden_size,), cfg.head_dim, cfg.initializer_range
-        keys = jax.random.split(key, 4)
-        q_shape, kv_shape = (cfg.num_heads, h), (cfg.num_kv_heads, h)
-        axes, bias = ("embed", "heads", "head_dim"), cfg.qkv_bias
-        self.q_proj = Linear(d, q_shape, axes, key=keys[0], bias=bias, std=std)
-        self.k_proj = Linear(d, kv_shape, axes, key=keys[1], bias=bias, std=std)
-        self.v_proj = Linear(d, kv_shape, axes, key=keys[2], bias=bias, std=std)
-        axes = ("heads", "head_dim", "embed")
-        self.o_proj = Linear(q_shape, d, axes, key=keys[3], bias=cfg.o_bias, std=std)
-        normed = cfg.layers[0].qk_norm
-        self.q_norm = nnx.data(RMSNorm(h, eps=cfg.rms_norm_eps) if normed else None)
-        self.k_norm = nnx.data(RMSNorm(h, eps=cfg.rms_norm_eps) if normed else None)
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        spec: LayerSpec,
-        layer: Int[Array, ""] | int,
-        context: Context,
-        memory: Memory | None,
-        keys: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "B T D"], Memory | None]:
-        q, k, v = self.q_proj(x, keys), self.k_proj(x, keys), self.v_proj(x, keys)  # [B, T, N|K, H]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if spec.rope is not None:
-            cos, sin = context.angles[spec.rope]
-            q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
-        slots = None
-        if memory is not None:
-            memory, k, v = append(memory, k, v, layer, context.index)  # [B, S, K, H]
-            slots = context.index + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-        out = attention(
-            q,
-            k,
-            v,
-            causal=True,
-            q_positions=slots,
-            q_segments=context.q_segments,
-            kv_segments=context.kv_segments,
-            window=spec.window,
-            segments_in_row=context.segments_in_row,
-        )  # [B, T, N, H]
-        return self.o_proj(out, keys), memory
-
-
-class MLP(nnx.Module):
-    """down(act(gate x) * up x), SwiGLU for SiLU: Shazeer 2020, arXiv:2002.05202."""
-
-    def __init__(self, cfg: DecoderConfig, *, key: PRNGKeyArray):
-        d, f = (cfg.hidden_size,), (cfg.intermediate_size,)
-        gate, up, down = jax.random.split(key, 3)
-        bias, std = cfg.mlp_bias, cfg.initializer_range
-        self.gate_proj = Linear(d, f, ("embed", "mlp"), key=gate, bias=bias, std=std)
-        self.up_proj = Linear(d, f, ("embed", "mlp"), key=up, bias=bias, std=std)
-        self.down_proj = Linear(f, d, ("mlp", "embed"), key=down, bias=bias, std=std)
-
-    def __call__(
-        self, x: Float[Array, "B T D"], activation: str, keys: PRNGKeyArray | None
-    ) -> Float[Array, "B T D"]:
-        gate, up = self.gate_proj(x, keys), self.up_proj(x, keys)  # [B, T, F]
-        return self.down_proj(_gated(gate, up, activation), keys)
-
-
-@partial(jax.checkpoint, static_argnums=2)
-def _gated(gate: Array, up: Array, activation: str) -> Array:
-    """Return act(gate) * up. The gradients recompute it instead of saving three more arrays."""
-    return ACTIVATIONS[activation](gate) * up
-
-
-class Block(nnx.Module):
-    """One decoder layer. `LayerSpec.norms` decides which of the four norms it has."""
-
-    def __init__(self, cfg: DecoderConfig, *, key: PRNGKeyArray):
-        first, second = jax.random.split(key)
-        norms, shape, eps = cfg.layers[0].norms, cfg.hidden_size, cfg.rms_norm_eps
-        self.input_layernorm = nnx.data(RMSNorm(shape, eps=eps) if norms != "post" else None)
-        self.self_attn = Attention(cfg, key=first)
-        # transformers' name for the norm before a pre-norm MLP, too.
-        self.post_attention_layernorm = RMSNorm(shape, eps=eps)
-        self.pre_feedforward_layernorm = nnx.data(
-            RMSNorm(shape, eps=eps) if norms == "sandwich" else None
-        )
-        self.mlp = MLP(cfg, key=second)
-        self.post_feedforward_layernorm = nnx.data(
-            RMSNorm(shape, eps=eps) if norms != "pre" else None
-        )
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        spec: LayerSpec,
-        layer: Int[Array, ""] | int,
-        context: Context,
-        memory: Memory | None = None,
-        keys: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "B T D"], Memory | None]:
-        """Return the layer's output, and the cache's memory with the keys of this call in it.
-
-        layer: the index of this layer, for the cache and for the PRNG keys of its dropout.
-        """
-        x = checkpoint_name(x, "block_input")  # for the remat policy "offload"
-        if keys is not None:
-            # The layers of a scan share the keys, but not their dropout masks.
-            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
-        normed = _normed(self.input_layernorm, x)
-        attended, memory = self.self_attn(normed, spec, layer, context, memory, keys)
-        if spec.norms == "pre":
-            x = x + attended
-            normed = self.post_attention_layernorm(x)
-        else:
-            x = x + self.post_attention_layernorm(attended)
-            normed = _normed(self.pre_feedforward_layernorm, x)
-        x = x + _normed(self.post_feedforward_layernorm, self.mlp(normed, spec.activation, keys))
-        return constrain(x, "batch", "length", None), memory
-
-
-def _normed(norm: RMSNorm | None, x: Array) -> Array:
-    return x if norm is None else norm(x)
 
 
 class Decoder(nnx.Module):
@@ -175,7 +33,7 @@ class Decoder(nnx.Module):
         self.embed_tokens = Embedding(v, d, key=embed, std=std)
         keys = jax.random.split(layers, cfg.num_layers)
         self.layers = jax.vmap(lambda key: Block(cfg, key=key))(keys)  # leaves [L, ...]
-        self.norm = RMSNorm(d, eps=cfg.rms_norm_eps)
+        self.norm = RMSNorm(d, eps=cfg.rms_norm_eps, kind=cfg.norm)
         untied = None if cfg.tied else Linear((d,), (v,), ("embed", "vocab"), key=head, std=std)
         self.lm_head = nnx.data(untied)
         self.score = nnx.data(None)
@@ -265,6 +123,8 @@ class Decoder(nnx.Module):
     def _embed(self, tokens: Array | None, embeds: Array | None, dtype: Any) -> Array:
         if tokens is not None and embeds is None:
             embeds = self.embed_tokens(tokens, dtype)
+            if self.cfg.embedding_scale != 1.0:
+                embeds = embeds * jnp.asarray(self.cfg.embedding_scale, embeds.dtype)
         elif tokens is not None or embeds is None:
             raise ValueError("hidden() takes either tokens or embeds")
         x = embeds if dtype is None else embeds.astype(dtype)
@@ -317,9 +177,11 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "... E"]:
         """Return the input of `head`: hidden states, concatenated with its adapter's activations.
 
-        keys: one a row, for the dropout of that adapter.
+        keys: one a row, for the dropout of that adapter. It is divided by `logits_divisor` here,
+        because every product with `head` has this input. For a power of 2 this is exact.
         """
-        return hidden if self.lm_head is None else self.lm_head.wide_input(hidden, keys)
+        wide = hidden if self.lm_head is None else self.lm_head.wide_input(hidden, keys)
+        return scaled(wide, 1.0 / self.cfg.logits_divisor)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Return fp32 logits. The inputs of the product are in hidden's dtype, its sums in fp32."""

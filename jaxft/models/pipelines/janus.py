@@ -19,9 +19,10 @@ from jaxft.kernels.cross_entropy import linear_cross_entropy
 from jaxft.models import registry
 from jaxft.models.autoencoders.vq_config import JANUS as VQ_KIND
 from jaxft.models.autoencoders.vq_config import VQConfig
-from jaxft.models.decoders import decoder, llama
+from jaxft.models.decoders import decoder
 from jaxft.models.decoders.config import DecoderConfig
 from jaxft.models.decoders.decoder import Decoder
+from jaxft.models.decoders.families import llama
 from jaxft.models.pipelines.image_decode import score
 from jaxft.models.registry import Architecture
 from jaxft.nn.linear import Linear, gather_rows

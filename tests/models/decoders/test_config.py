@@ -7,10 +7,10 @@ from transformers import AutoConfig
 
 from jaxft.core.errors import UserError
 from jaxft.models import registry
-from jaxft.models.decoders import llama, qwen
 from jaxft.models.decoders.config import LayerSpec, layer_scans
+from jaxft.models.decoders.families import gemma, granite, llama, olmo, qwen
 
-KEYS = {**llama.KEYS, **qwen.KEYS}
+KEYS = {**llama.KEYS, **qwen.KEYS, **granite.KEYS, **gemma.KEYS, **olmo.KEYS}
 F, S = LayerSpec(), LayerSpec(window=4)
 
 
@@ -85,7 +85,7 @@ def test_nope_layers_and_several_eos_ids():
     ("config", "text"),
     [
         ({}, "model_type=None.*llama, mistral, ministral, qwen2, qwen3, smollm3"),
-        ({"model_type": "gemma3_text"}, "model_type='gemma3_text'"),
+        ({"model_type": "gemma2"}, "model_type='gemma2'.*gemma3_text"),
         (
             {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
             "LlamaForSequenceClassification.*supported are LlamaForCausalLM",

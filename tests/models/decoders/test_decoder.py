@@ -9,9 +9,10 @@ import pytest
 
 from jaxft.core.params import bind, describe, flatten
 from jaxft.models import registry
-from jaxft.models.decoders import decoder
+from jaxft.models.decoders import block
+from jaxft.models.decoders.block import Context
 from jaxft.models.decoders.config import LayerSpec
-from jaxft.models.decoders.decoder import Context, Decoder, flops_per_token
+from jaxft.models.decoders.decoder import Decoder, flops_per_token
 from jaxft.nn import rope
 
 TINY = registry.read_decoder(
@@ -43,7 +44,7 @@ def made(*layers):
     return bind(template, params)
 
 
-def block(model, spec):
+def layer_by_hand(model, spec):
     """One layer's output on random states by NumPy alone, and by the model."""
     x = np.random.default_rng(2).normal(size=(1, 5, 16)).astype(np.float32)
     p = {path.removeprefix("layers."): np.asarray(v[0], np.float64) for path, v in
@@ -84,7 +85,7 @@ def test_norms_stand_where_the_spec_puts_them(norms, quick):
     model = made(spec)
     count = {"pre": 2, "post": 2, "sandwich": 4}[norms]
     assert sum("layernorm" in path for path in describe(model)) == count
-    x, want = block(model, spec)
+    x, want = layer_by_hand(model, spec)
     got, _ = jax.jit(lambda model: model.hidden(embeds=x))(model)
     np.testing.assert_allclose(got[0], want, atol=2e-5)
 
@@ -122,14 +123,14 @@ def test_scans_of_a_pattern_run_every_layer_once_and_in_order(name, quick):
 
 def test_a_window_is_no_traced_value():
     """Attention gets Python ints: a traced window would keep every fast kernel away."""
-    real, windows = decoder.attention, []
+    real, windows = block.attention, []
 
     def spy(*arrays, **named):
         windows.append(named["window"])
         return real(*arrays, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "attention", spy)
+        patch.setattr(block, "attention", spy)
         jax.make_jaxpr(lambda model: model.hidden(IDS, unroll=1)[0])(made(S, F, S, F, S))
     assert windows == [3, None, 3]  # a period once, then what remains of it
 

@@ -18,8 +18,8 @@ from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf, bind, describe
 from jaxft.models import registry
-from jaxft.models.decoders import llama
 from jaxft.models.decoders.decoder import Decoder
+from jaxft.models.decoders.families import llama
 from jaxft.nn import lora
 from jaxft.weights import transfer
 from jaxft.weights.adapters import peft as adapters

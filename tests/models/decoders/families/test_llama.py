@@ -7,11 +7,11 @@ import pytest
 
 from jaxft.core.errors import UserError
 from jaxft.models import registry
-from jaxft.models.decoders import llama, qwen
 from jaxft.models.decoders.config import COMMON
+from jaxft.models.decoders.families import gemma, granite, llama, olmo, qwen
 from tests.stock_llama import ours, theirs
 
-KEYS = {**llama.KEYS, **qwen.KEYS}
+KEYS = {**llama.KEYS, **qwen.KEYS, **granite.KEYS, **gemma.KEYS, **olmo.KEYS}
 ROPE = (
     "rope_theta",
     "rope_scaling",
@@ -21,7 +21,7 @@ ROPE = (
 )
 ALL = sorted({*ROPE, *itertools.chain.from_iterable(KEYS.values()), "architectures", "dtype"})
 TINY = {
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 6,  # one full layer of Gemma 3 too
     "hidden_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxft.models.decoders import llama
 from jaxft.models.decoders.config import (
     COMMON,
     COUNT,
@@ -17,6 +16,7 @@ from jaxft.models.decoders.config import (
     layer_windows,
     read_keys,
 )
+from jaxft.models.decoders.families import llama
 from jaxft.models.decoders.files import check_causal
 
 _QWEN = {
@@ -49,7 +49,7 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
     # The first max_window_layers layers have full attention.
     sliding = tuple(i >= c["max_window_layers"] for i in range(c["num_hidden_layers"]))
     layers = tuple(
-        LayerSpec(window=one, activation=act, qk_norm=kind == "qwen3")
+        LayerSpec(window=one, activation=act, qk_norm="head" if kind == "qwen3" else None)
         for one in layer_windows(c, window, sliding)
     )
     # q, k and v of Qwen 2 always have biases. In Qwen 3 they have them by the config.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxft.models.decoders import llama, qwen
+from jaxft.models.decoders.families import llama, qwen
 
 TINY = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}
@@ -11,7 +11,7 @@ TINY |= {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}
 @pytest.mark.parametrize(("kind", "normed"), [("qwen2", False), ("qwen3", True)])
 def test_q_and_k_have_a_norm_or_a_bias(kind, normed):
     cfg = qwen.read({"model_type": kind, **TINY})
-    assert {layer.qk_norm for layer in cfg.layers} == {normed}
+    assert {layer.qk_norm for layer in cfg.layers} == {"head" if normed else None}
     assert (cfg.qkv_bias, cfg.o_bias) == (not normed, False)
 
 

@@ -1,0 +1,1 @@
+"""Families of causal language models: config.json, weight table and registration of each."""

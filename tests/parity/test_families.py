@@ -1,0 +1,396 @@
+"""Families of decoders against transformers, fp32 on CPU: what a short prompt does not show too.
+
+Numbers such as R1 name the traps of the families. A config has two periods of its layers and one
+more, and rows go beyond each window and each rope's original length.
+"""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from jaxft.core import optim, sharding
+from jaxft.core import params as P
+from jaxft.core.config import Lora
+from jaxft.core.errors import UserError
+from jaxft.kernels.cross_entropy import linear_cross_entropy, linear_log_probs
+from jaxft.models import registry
+from jaxft.models.decoders.classifier import class_name, open_classifier
+from jaxft.models.decoders.generate import generate
+from jaxft.models.decoders.sampling import Sampling
+from jaxft.nn import lora
+from jaxft.weights import rules, transfer
+from jaxft.weights.adapters import peft as adapters
+from jaxft.weights.adapters import peft_folder
+from jaxft.weights.folders.transformers import open_source
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = partial(jax.jit, compiler_options=QUICK)
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 0.7,
+}
+GEMMA = {"sliding_window": 5, "head_dim": 12, "query_pre_attn_scalar": 20, "rms_norm_eps": 1e-5}
+CASES = {
+    "granite": ("granite", {**GRANITE, "rope_theta": 1e5}),
+    "granite tied": (
+        "granite",
+        {
+            **GRANITE,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_dim": 6,
+            "rope_parameters": {**YARN, "rope_theta": 1e5},
+        },
+    ),
+    "granite without multipliers": ("granite", {"num_key_value_heads": None, "rope_scaling": YARN}),
+    # C1, G2, G5: two ropes, a window of 5, scores by their own scale. Layers are 2 periods and 1.
+    "gemma3": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "num_hidden_layers": 5,
+            "sliding_window_pattern": 2,
+            "rope_theta": 1e5,
+            "rope_local_base_freq": 1e3,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
+    # C4: 5 sliding layers to 1 full one. C5: attn_logit_softcapping has no effect.
+    "gemma3 untied": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "num_hidden_layers": 13,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "attn_logit_softcapping": 0.5,
+            "rope_parameters": {
+                "full_attention": {**YARN, "rope_theta": 1e5, "truncate": False},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    # C1: a `type` of transformers 4 is not read, and a missing dict has the class's theta.
+    "gemma3 old type": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_scaling": {"type": "linear", "factor": 8.0},
+        },
+    ),
+    # O1, O2: post norms alone, q and k normed over all heads.
+    "olmo2": ("olmo2", {"rope_theta": 5e5, "rms_norm_eps": 1e-6}),
+    "olmo2 tied": (
+        "olmo2",
+        {
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "head_dim": 6,
+            "rope_parameters": {**YARN, "rope_theta": 1e5},
+        },
+    ),
+    # O4, C1, C2: YaRN on full layers alone, without its `truncate`. The theta is theirs, too.
+    "olmo3": (
+        "olmo3",
+        {
+            "num_hidden_layers": 9,
+            "sliding_window": 5,
+            "rope_theta": 1e4,
+            "rope_scaling": {**YARN, "truncate": False},
+        },
+    ),
+    "olmo3 new": (
+        "olmo3",
+        {
+            "num_hidden_layers": 5,
+            "num_key_value_heads": None,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {**YARN, "truncate": False},
+                "sliding_attention": {"rope_theta": 1e3},
+            },
+        },
+    ),
+}
+ONE_EACH = ("granite", "gemma3 untied", "olmo2", "olmo3")
+
+
+class Pair:
+    """The same random weights as a folder, as AutoModelForCausalLM reads it, and as ours."""
+
+    def __init__(self, case, folder, dtype=torch.float32):
+        kind, changes = CASES[case]
+        self.config = {"model_type": kind, **TINY, **changes}
+        self.folder = str(folder)
+        (folder / "config.json").write_text(json.dumps(self.config))
+        torch.manual_seed(0)
+        read = AutoConfig.from_pretrained(folder)
+        made = AutoModelForCausalLM.from_config(read, attn_implementation="eager").to(dtype)
+        with torch.no_grad():
+            for key, tensor in made.named_parameters():
+                if key.endswith(("bias", "norm.weight")):
+                    tensor.add_(0.2 * torch.randn_like(tensor))
+        made.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(self.config))
+        self.theirs = made.eval()
+        self.architecture = registry.find(self.config, "decoder")
+        self.cfg = registry.read_decoder(self.config)
+        self.template = jax.eval_shape(self.build)
+        self.leaves = P.describe(self.template)
+        source = self.architecture.opened(open_source(self.folder))
+        self.part = self.architecture.part(source, self.cfg)
+        where = sharding.shardings(self.leaves, sharding.one_device_mesh())
+        self.params = transfer.load(self.part, self.leaves, where, jnp.float32, set(self.leaves))
+        self.ours = P.bind(self.template, self.params)
+
+    def build(self):
+        return self.architecture.module(self.cfg, key=jax.random.key(0))
+
+    def adapted(self, cfg):
+        """Template and leaves of our model with adapters."""
+
+        def build():
+            model = self.build()
+            lora.add(model, cfg, jax.random.key(1))
+            return model
+
+        template = jax.eval_shape(build)
+        return template, P.describe(template)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, one_thread):
+    """`pairs(case)`: each case's models, made once."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            made[case] = Pair(case, tmp_path_factory.mktemp("model"))
+        return made[case]
+
+    return get
+
+
+def tokens(rows, length, seed=0):
+    return np.random.default_rng(seed).integers(3, TINY["vocab_size"], (rows, length), np.int32)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor(ids).long(), use_cache=False).logits.float().numpy()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients(case, pairs):
+    """Rows of 64 at position 0, far out, and left-padded; gradients by tensor."""
+    pair, ids = pairs(case), tokens(3, 64)
+    mask = np.ones_like(ids)
+    mask[2, :5] = 0
+    positions = np.maximum(np.cumsum(mask, 1) - 1, 0) + np.array([[0], [4096], [0]])
+    pair.theirs.zero_grad()
+    out = pair.theirs(
+        torch.tensor(ids).long(),
+        attention_mask=torch.tensor(mask),
+        position_ids=torch.tensor(positions).long(),
+        use_cache=False,
+    ).logits
+    slope = mask[..., None] * np.random.default_rng(9).normal(size=out.shape).astype(np.float32)
+    (out * torch.tensor(slope)).sum().backward()
+    want = out.detach().numpy()
+    assert np.abs(want).max() > 1
+
+    def loss(model):
+        hidden, _ = model.hidden(ids, jnp.asarray(positions, jnp.int32), mask, unroll=1)
+        return (model.logits(hidden) * slope).sum(), model.logits(hidden)
+
+    grads, got = jit(jax.grad(loss, has_aux=True))(pair.ours)
+    scale = max(1.0, np.abs(want).max())
+    np.testing.assert_allclose(np.asarray(got)[mask > 0], want[mask > 0], atol=2e-5 * scale)
+    state = {key: one.grad.numpy() for key, one in pair.theirs.named_parameters()}
+    flat = P.flatten(grads)
+    for entry in pair.part.entries(pair.leaves):
+        parts = flat[entry.path] if entry.stacked else [flat[entry.path]]
+        for key, part in zip(entry.keys, parts, strict=True):
+            mine = rules.to_torch(np.asarray(part), entry.layout, pair.part.sizes)
+            apart = np.linalg.norm(mine - state[key]) / np.linalg.norm(state[key])
+            assert apart < 1e-3, f"{key}: {apart}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_loss_has_the_scaled_logits(case, pairs):
+    """R1, G4: the chunked losses and generation take the same logits as a call of the model."""
+    pair, ids = pairs(case), tokens(2, 12)
+    targets, ones = np.roll(ids, -1, 1), np.ones(ids.shape, np.float32)
+    want = torch.log_softmax(torch.tensor(logits(pair.theirs, ids)), -1)
+    want = np.take_along_axis(want.numpy(), targets[..., None], -1)[..., 0]
+
+    @jit
+    def run(model):
+        hidden, _ = model.hidden(ids, unroll=1)
+        (head, first), features = model.head(), model.features(hidden)
+        each = linear_log_probs(features, head, targets, vocab_first=first, chunk=5)
+        total, _ = linear_cross_entropy(features, head, targets, ones, vocab_first=first, chunk=5)
+        return each, total
+
+    each, total = run(pair.ours)
+    np.testing.assert_allclose(each, want, atol=5e-5)
+    np.testing.assert_allclose(total, -want.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_packed_rows_are_separate_rows(case, pairs):
+    ours, ids = pairs(case).ours, tokens(1, 40)
+    sizes = (17, 19, 2, 2)
+    segments = np.repeat([[1, 2, 3, 0]], sizes, axis=1)
+    positions = np.concatenate([np.arange(n) for n in sizes])[None].astype(np.int32)
+    call = jit(lambda m, *a: m.logits(m.hidden(*a, unroll=1)[0]))
+    packed = call(ours, ids, positions, segments)
+    for start, end in ((0, 17), (17, 36), (36, 38)):
+        alone = call(ours, ids[:, start:end])
+        np.testing.assert_allclose(packed[:, start:end], alone, atol=5e-5)
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_greedy_decoding_of_32_tokens(case, pairs):
+    pair, ids = pairs(case), tokens(2, 40, seed=1)
+    want = pair.theirs.generate(
+        torch.tensor(ids).long(), max_new_tokens=32, do_sample=False, pad_token_id=0
+    )[:, 40:]
+    made, _ = generate(
+        pair.ours, ids, np.ones_like(ids), jax.random.split(jax.random.key(0), 2), max_new=32,
+        stop_ids=(), how=Sampling(), dtype=jnp.float32,
+    )  # fmt: skip
+    assert np.asarray(made).tolist() == want.tolist() and len(np.unique(want)) > 6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_export_has_every_tensor_bit_for_bit(case, pairs):
+    pair = pairs(case)
+    seen = set()
+    for key, made in transfer.export(pair.part, pair.leaves, pair.params, {}, None).tensors:
+        np.testing.assert_array_equal(made, pair.theirs.state_dict()[key].numpy())
+        seen.add(key)
+    assert seen == pair.theirs.state_dict().keys() - set(pair.part.drop)
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_adapters_both_ways(case, pairs, tmp_path):
+    pair, ids = pairs(case), tokens(2, 12)
+    base = logits(pair.theirs, ids)
+
+    def adapted(template, arrays):
+        call = jit(lambda params: P.bind(template, params).hidden(ids, unroll=1)[0])
+        model = P.bind(template, {**pair.params, **arrays})
+        return np.asarray(model.logits(call({**pair.params, **arrays})))
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(
+            pair.folder, attn_implementation="eager", dtype=torch.float32
+        ).eval()
+
+    cfg = Lora(rank=3, alpha=6.0, targets=pair.architecture.lora)
+    template, leaves = pair.adapted(cfg)
+    rng = np.random.default_rng(0)
+    arrays = {
+        path: rng.normal(0, 0.3, leaf.shape).astype(np.float32)
+        for path, leaf in leaves.items()
+        if ".lora_" in path
+    }
+    adapters.write(tmp_path, pair.part, leaves, arrays, cfg, pair.folder)
+    theirs = logits(PeftModel.from_pretrained(load(), str(tmp_path)), ids)
+    assert np.abs(theirs - base).max() > 0.1 * np.abs(theirs).max()
+    np.testing.assert_allclose(adapted(template, arrays), theirs, atol=1e-4)
+
+    torch.manual_seed(0)
+    theirs = get_peft_model(
+        load(), LoraConfig(r=3, target_modules=["v_proj", "down_proj"], init_lora_weights=False)
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapter = peft_folder.fit(peft_folder.read(tmp_path / "theirs"), pair.part.entries(pair.leaves))
+    template, leaves = pair.adapted(adapter.lora)
+    got = adapted(template, adapters.load(adapter, pair.part, leaves))
+    np.testing.assert_allclose(got, logits(theirs, ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_c6_bf16_is_as_near_to_fp32_as_transformers_bf16(case, tmp_path, one_thread):
+    pair, ids = Pair(case, tmp_path, torch.bfloat16), tokens(4, 64)
+    low = logits(pair.theirs, ids)
+    want = logits(pair.theirs.float(), ids)
+    run = jit(lambda m: m.logits(m.hidden(ids, unroll=1, dtype=jnp.bfloat16)[0]))
+    got = np.asarray(run(pair.ours))
+    rms = [np.sqrt(np.mean((one - want) ** 2)) for one in (got, low)]
+    assert rms[0] < 1.2 * rms[1], rms
+    assert rms[1] < 0.05 * np.sqrt(np.mean(want**2)), "bf16 is no noise here"
+
+
+def test_g3_the_embedding_scale_is_rounded_as_the_weights_are():
+    """25.25, 34, 50.5, 62 and 73.5 in bf16, and not rounded in fp32."""
+    rounded = {640: 25.25, 1152: 34.0, 2560: 50.5, 3840: 62.0, 5376: 73.5}
+    for size, want in rounded.items():
+        cfg = registry.read_decoder({"model_type": "gemma3_text", "hidden_size": size})
+        assert cfg.embedding_scale == size**0.5
+        assert float(jnp.asarray(cfg.embedding_scale, jnp.bfloat16)) == want
+
+
+@pytest.mark.parametrize("case", ["gemma3", "granite"])
+def test_g1_weight_decay_leaves_norms_alone(case, pairs):
+    leaves = pairs(case).leaves
+    norms = [path for path in leaves if "norm" in path]
+    made = P.flatten(pairs(case).build())
+    start = 0.0 if case == "gemma3" else 1.0
+    assert len(norms) == (7 if case == "gemma3" else 3)
+    assert all((np.asarray(made[path]) == start).all() for path in norms)
+    optimiser = optim.make_optimizer(
+        "adamw", 1.0, b1=0.9, b2=0.99, weight_decay=0.5, clip=0.0, leaves=leaves
+    )
+    ones = {path: jnp.ones(x.shape) for path, x in leaves.items()}
+    still = {path: jnp.zeros(x.shape) for path, x in leaves.items()}
+    steps, _ = optimiser.update(still, optimiser.init(ones), ones)
+    assert {path for path, x in steps.items() if not np.asarray(x).any()} >= set(norms)
+
+
+def test_what_gemma3_does_not_compute_is_refused():
+    for key, value in (("final_logit_softcapping", 30.0), ("use_bidirectional_attention", True)):
+        with pytest.raises(UserError, match=f"{key}={value} is not supported"):
+            registry.read_decoder({"model_type": "gemma3_text", key: value})
+    for kind in ("gemma3_text", "olmo3"):
+        with pytest.raises(UserError, match="for full_attention and one for sliding"):
+            registry.read_decoder({"model_type": kind, "rope_parameters": YARN})
+
+
+def test_gemma3s_classifier_is_the_one_for_texts(pairs):
+    assert class_name(pairs("gemma3").config) == "Gemma3TextForSequenceClassification"
+    source = open_classifier(pairs("gemma3").folder, labels=("a", "b"))
+    assert "score.weight" in source.tensors.keys()  # noqa: SIM118
+
+
+def test_no_sequence_classifier_of_granite(pairs):
+    with pytest.raises(UserError, match="no sequence classifier for GraniteForCausalLM"):
+        open_classifier(pairs("granite").folder, labels=("a", "b"))
