@@ -30,21 +30,23 @@ class RenamedRecords:
 
 
 def check_renamed(sets: Sequence[TextRecords], columns: str) -> None:
-    """Raise UserError if `columns` renames no field in any of the sets."""
-    if columns and not any(isinstance(records, RenamedRecords) for records in sets):
-        found = ", ".join(map(repr, sets[0][0]))
-        raise UserError(
-            f"{sets[0].where(0)}: columns={columns!r} renames no field; found {found}; correct the"
-            " names after the equals signs"
-        )
+    """Raise UserError if `columns` renames no field in any of the sets, and they need it.
 
-
-def rename(records: TextRecords, columns: str) -> TextRecords:
-    """Rename the fields of records by a list such as "prompt=question,completion=answer".
-
-    A set whose first record has none of them stays as it is: it may be the other part of a mixture.
-    Raises UserError for a list in another form, and if only some of the fields are there.
+    A set that has all of the new names already does not.
     """
+    names = read_columns(columns)
+    if not names or any(isinstance(records, RenamedRecords) for records in sets):
+        return
+    for records in sets:
+        if not names.keys() <= records[0].keys():
+            raise UserError(
+                f"{records.where(0)}: columns={columns!r} renames no field; found"
+                f" {', '.join(map(repr, records[0]))}; correct the names after the equals signs"
+            )
+
+
+def read_columns(columns: str) -> dict[str, str]:
+    """Return new names and those in the file. Raises UserError for a list in another form."""
     names: dict[str, str] = {}
     for pair in filter(None, columns.split(",")):
         new, _, old = (part.strip() for part in pair.partition("="))
@@ -54,6 +56,16 @@ def rename(records: TextRecords, columns: str) -> TextRecords:
                 " name in the file, such as prompt=question,completion=answer"
             )
         names[new] = old
+    return names
+
+
+def rename(records: TextRecords, columns: str) -> TextRecords:
+    """Rename the fields of records by a list such as "prompt=question,completion=answer".
+
+    A set whose first record has none of them stays as it is: it may be the other part of a mixture.
+    Raises UserError for a list in another form, and if only some of the fields are there.
+    """
+    names = read_columns(columns)
     first = records[0] if names else {}
     missing = [old for old in names.values() if old not in first]
     if len(missing) == len(names):

@@ -128,7 +128,7 @@ def test_a_plan_needs_no_data(flags, tmp_path, capsys, changes):
         ),
         ({"trainable": ".*lora_.*"}, "leaves the new head as it was drawn; leave it empty"),
         ({"data.train": "a.jsonl + b.jsonl"}, "is a mixture, which objective=classify does not"),
-        ({"columns": "text=txet,label=leabl"}, "renames no field; found 'text', 'label'"),
+        ({"columns": "text=txet,name=leabl"}, "renames no field; found 'text', 'label'"),
         ({"labels": "calm,loud"}, "label 'wet' is not one of labels=calm,loud; correct it"),
         ({"labels": "calm,calm"}, "labels='calm,calm' must be different names"),
         ({"labels": "calm"}, "labels='calm' is one class; give at least two"),
