@@ -30,7 +30,7 @@ from jaxft.weights.adapters.peft_folder import GIVE_BASE, fit, open_adapted
 from jaxft.weights.transfer import Part
 from jaxft.weights.views import Drawn, Overlaid
 
-WHOLE = ("embed_tokens", "lm_head", "norm", "layers")  # all that an adapter's file may hold whole
+WHOLE = ("embed_tokens", "lm_head", "score", "norm", "layers")  # modules that an adapter may hold
 
 
 class Teacher(NamedTuple):
