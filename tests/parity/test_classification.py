@@ -293,3 +293,21 @@ def test_c4_an_adapter_holds_its_head_and_goes_on(opened, folders, tmp_path, one
     second = exported(again, params_again, tmp_path / "second", "adapter")
     files = [one / "adapter_model.safetensors" for one in (folder, second)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_adapter_that_peft_made_for_a_classifier_opens(opened, folders, tmp_path, one_thread):
+    """PEFT says that it saves "classifier" and "score", and a Llama has only one of them."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    base = AutoModelForSequenceClassification.from_pretrained(folders["untied"], num_labels=3)
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    run = opened(SINGLE_LABEL, adapter=tmp_path / "adapter")
+    with jax.set_mesh(run.mesh):
+        report = run.preview.evaluate(runs.load_params(run), run.mesh)
+    assert "score.kernel" in run.chosen
+    ids, mask = padded(base, [run.held_out.data[i].example.tokens[:-1] for i in range(24)])
+    scores = model(ids, attention_mask=mask).logits.detach().numpy()
+    ours = np.asarray([one["scores"] for one in report.predictions])
+    np.testing.assert_allclose(ours, scores, atol=1e-5 * np.abs(scores).max())

@@ -217,12 +217,19 @@ def saved_paths(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) ->
     Raises: UserError for modules without a place, some layers of a stack, and half of a tied pair.
     """
     entries, found = part.entries(leaves), []
-    for name in adapter.saved:
-        hit = {
+    hits = {
+        name: {
             entry.path: [_hits(name, key.rpartition(".")[0]) for key in entry.keys]
             for entry in entries
         }
-        some = [path for path, layers in hit.items() if any(layers)]
+        for name in adapter.saved
+    }
+    some_of = {name: [p for p, layers in hit.items() if any(layers)] for name, hit in hits.items()}
+    for name, hit in hits.items():
+        some = some_of[name]
+        held = any(_hits(name, key.rpartition(".")[0]) for key in adapter.tensors.keys())  # noqa: SIM118
+        if not some and not held and any(some_of.values()):
+            continue  # PEFT names "classifier" and "score" for every classifier
         if not some or not all(layer for path in some for layer in hit[path]):
             what = "is in some layers of a stack alone" if some else "is not in the base"
             raise UserError(
