@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.core.errors import UserError
+from jaxft.data.sources import hub
 from jaxft.data.sources.files import find_files, refuse_mixed_files
 
 _ENDINGS = (".parquet", ".arrow")
 
 
 def open_table_files(spec: str, path: Path) -> "list[ArrowFile | ParquetFile]":
-    """Open a file, folder or glob of Parquet files, or the folder of a saved dataset.
+    """Open a file, folder or glob of Parquet files, the folder of a saved dataset, or a hub's set.
 
     Raises UserError that names the file for missing, mixed or broken files, and without the package
     pyarrow.
@@ -26,7 +27,7 @@ def open_table_files(spec: str, path: Path) -> "list[ArrowFile | ParquetFile]":
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{spec!r} needs pyarrow: pip install pyarrow") from None
-    files = _table_files(spec, path)
+    files = _table_files(spec, path) or hub.download(spec, str(path))
     parts = []
     for file in files:
         try:
@@ -44,7 +45,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _table_files(spec: str, path: Path) -> list[Path]:
-    """Return the table files of one split, without caches and other files beside a saved set."""
+    """Return the table files of one split, without caches and other files beside a saved set.
+
+    A path that is not there has none.
+    """
     base, files = find_files(str(path), _ENDINGS)
     base, files = _one_split(spec, base, files)
     if not path.is_file():
@@ -52,7 +56,7 @@ def _table_files(spec: str, path: Path) -> list[Path]:
     named = {folder: _saved_files(folder) for folder in {p.parent for p in files}}
     if not path.is_file():
         files = [p for p in files if (saved := named[p.parent]) is None or p.name in saved]
-    if not files:
+    if not files and path.exists():
         raise UserError(f"no table at {path} ({spec}): expected .parquet or .arrow files")
     refuse_mixed_files(spec, base, files)
     if len({p.suffix.lower() for p in files}) > 1:
