@@ -34,6 +34,18 @@ def pytest_make_parametrize_id(val, argname):
     return argname if isinstance(val, bytes) else None
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Free the compiled programs of a file: thousands exhaust the memory maps of a process."""
+    import gc
+
+    import jax
+
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture(scope="module")
 def quick():
     """One device, and code that compiles fast: for what lies on disk, not how it was computed."""
