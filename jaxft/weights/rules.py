@@ -1,10 +1,10 @@
 """The weight table engine: one list of rules maps a checkpoint to parameters and back.
 
 A rule is `(torch key, jaxft path, layout)`. In a key `{i}` is the index of a layer, and all layers
-are stacked on axis 0 of one parameter, whose path has no `{i}`. Any other `{name}` matches the same
-text on both sides: any text if the name starts with p, else digits. The layout is written
-torch -> jaxft, such as "(n h) d -> d n h". Export reverses the arrow. An empty layout keeps the
-shape.
+are stacked on axis 0 of one parameter, whose path has no `{i}`. Where blocks of a model differ, a
+rule names the layers that it stacks. Any other `{name}` matches the same text on both sides: any
+text if the name starts with p, else digits. The layout is written torch -> jaxft, such as
+"(n h) d -> d n h". Export reverses the arrow. An empty layout keeps the shape.
 """
 
 import re
@@ -19,11 +19,15 @@ from jaxft.core.params import Leaf
 
 
 class Rule(NamedTuple):
-    """One line of a weight table: the checkpoint's key, jaxft's path, the order of dims."""
+    """One line of a weight table: the checkpoint's key, jaxft's path, the order of dims.
+
+    layers: the values of `{i}` that this line stacks, in their order. None: 0, 1, 2, ...
+    """
 
     key: str
     path: str
     layout: str = ""
+    layers: range | None = None
 
 
 class Entry(NamedTuple):
@@ -165,6 +169,10 @@ def _target(rule: Rule, key: str) -> tuple[str, int, str] | None:
         return None
     names = match.groupdict()
     layer = int(names.pop("i", 0) or 0)
+    if rule.layers is not None:
+        if layer not in rule.layers:
+            return None
+        layer = rule.layers.index(layer)
     return rule.path.format(**names), layer, rule.layout
 
 
@@ -189,7 +197,8 @@ def _generate(path: str, leaf: Leaf, rules: tuple[Rule, ...], problems: list[str
         stacked = "{i}" in rule.key
         if match and stacked == leaf.stacked:
             count = leaf.shape[0] if stacked else 1
-            keys = tuple(rule.key.format(i=i, **match.groupdict()) for i in range(count))
+            layers = rule.layers or range(count)
+            keys = tuple(rule.key.format(i=i, **match.groupdict()) for i in layers)
             return Entry(path, keys, rule.layout, stacked)
     problems.append(f"parameter {path} has no rule")
     return None

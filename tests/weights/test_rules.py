@@ -171,6 +171,28 @@ def test_a_layer_beyond_the_stack_is_unexpected():
         plan(RULES, LEAVES, shapes, SIZES)
 
 
+def test_a_rule_may_stack_some_layers_alone():
+    """Blocks of two shapes, as of SD 3.5: each kind has a stack of its own."""
+    rules = (
+        Rule("model.{i}.{p}.weight", "wide.{p}.kernel", "", range(1, 3)),
+        Rule("model.{i}.{p}.weight", "last.{p}.kernel", "", range(3, 4)),
+        Rule("model.{i}.{p}.weight", "first.{p}.kernel", "", range(1)),
+    )
+    leaves = {f"{name}.q.kernel": leaf(1, 4, stacked=True) for name in ("first", "last")}
+    leaves |= {"wide.q.kernel": leaf(2, 5, stacked=True)}
+    shapes = {f"model.{i}.q.weight": (5,) if i in (1, 2) else (4,) for i in (3, 1, 0, 2)}
+    entries = {entry.path: entry.keys for entry in plan(rules, leaves, shapes, {})}
+    assert entries["wide.q.kernel"] == ("model.1.q.weight", "model.2.q.weight")
+    assert entries["first.q.kernel"] == ("model.0.q.weight",)
+    assert entries["last.q.kernel"] == ("model.3.q.weight",)
+    assert plan(rules, leaves, shapes, {}) == expected(rules, leaves)
+    with pytest.raises(UserError, match=r"unexpected tensor model\.4\.q\.weight"):
+        plan(rules, leaves, shapes | {"model.4.q.weight": (4,)}, {})
+    del shapes["model.2.q.weight"]
+    with pytest.raises(UserError, match=r"missing tensor model\.2\.q\.weight"):
+        plan(rules, leaves, shapes, {})
+
+
 def test_a_parameter_with_two_sources_is_an_error():
     """Old and new spelling in one file: which one is right, nobody knows."""
     with pytest.raises(UserError, match=r"head\.weight and old_head\.weight"):
