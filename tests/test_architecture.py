@@ -308,7 +308,6 @@ TESTED_WITH = {
     "objectives/denoising.py": "parity/test_diffusion_training.py",
     "objectives/codes.py": "parity/test_image_tokens_training.py",
     "objectives/reconstruction.py": "parity/test_autoencoder_training.py",
-    "runs/opening.py": "runs/test_moved_data.py",
     "runs/restoring.py": "runs/test_moved_data.py",
     "runs/state.py": "runs/test_train.py",
     "runs/watch.py": "runs/test_train.py",

@@ -15,6 +15,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 # Roles of parameters that are not the model's own, as metadata of the leaf.
 ADAPTER_ROLE = "adapter"  # a factor of a low-rank update
 NEW_TOKEN_ROLE = "new_token"  # the embedding of a new word, or of a token that trains alone
+CONSTANT_ROLE = "constant"  # a table that the model's checkpoint holds, and that never trains
 TEACHER_ROLE = "teacher"  # another model, whose outputs are the targets of a loss
 ADVERSARY_ROLE = "adversary"  # a second player's, whose gradients are not the model's
 

@@ -11,7 +11,7 @@ from jaxft.core import config as configs
 from jaxft.core import optim, processes, runtime, sharding
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
-from jaxft.core.params import Leaf, Params, describe, flatten, select
+from jaxft.core.params import CONSTANT_ROLE, Leaf, Params, describe, flatten, select
 from jaxft.tasks import OPTIONS, Data, Opened, Preview, Task, check_task, get_task
 from jaxft.weights import transfer
 
@@ -53,7 +53,11 @@ def open_run(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
     leaves = describe(opened.template)
     places = sharding.shardings(leaves, mesh)
     auxiliary = tuple(part.prefix for part in opened.parts if part.aid)
-    can_train = {path: leaf for path, leaf in leaves.items() if not path.startswith(auxiliary)}
+    can_train = {
+        path: leaf
+        for path, leaf in leaves.items()
+        if not path.startswith(auxiliary) and leaf.role != CONSTANT_ROLE
+    }
     added = {path for path, leaf in can_train.items() if leaf.added}
     pattern = opened.cfg.trainable
     chosen = select(pattern, can_train) if pattern else added or set(can_train)
