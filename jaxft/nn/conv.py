@@ -185,18 +185,21 @@ def _activated(norm: GroupNorm, x: Array) -> Array:
     return jax.nn.silu(norm(x))
 
 
-def runner(remat: str) -> Callable[..., Array]:
+def runner(remat: str) -> Callable[..., Any]:
     """Return a function that calls a block on activations under the remat policy `remat`.
 
-    The result is constrained to the sharding of the batch.
+    All arrays of the result are constrained to the sharding of the batch.
     Raises: UserError if `remat` is neither "none" nor a key of CONV_REMAT.
     """
     if remat != "none" and remat not in CONV_REMAT:
         known = ", ".join(("auto", "none", *CONV_REMAT))
         raise UserError(f"remat={remat!r} is not for convolutions; choose one of {known}")
 
-    def run(block: Callable[..., Array], x: Array, *rest: Any) -> Array:
-        return constrain(block(x, *rest), "batch", *[None] * (x.ndim - 1))
+    def pinned(x: Array) -> Array:
+        return constrain(x, "batch", *[None] * (x.ndim - 1))
+
+    def run(block: Callable[..., Any], x: Any, *rest: Any) -> Any:
+        return jax.tree.map(pinned, block(x, *rest))
 
     return run if remat == "none" else jax.checkpoint(run, policy=CONV_REMAT[remat])
 

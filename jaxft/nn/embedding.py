@@ -2,9 +2,13 @@
 
 from math import log
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+
+from jaxft.nn.conv import dense
 
 SHORT_ROW = 0.5  # of the median norm of a table's rows. Those of SmolLM2 have at least 0.57
 NEAR_MEAN = 0.1  # distance to the mean row, in the same unit
@@ -26,6 +30,20 @@ def timestep_embedding(
     pair = (jnp.cos(angles), jnp.sin(angles)) if cos_first else (jnp.sin(angles), jnp.cos(angles))
     embedding = jnp.concatenate(pair, axis=-1)  # [..., 2 half]
     return jnp.pad(embedding, [(0, 0)] * t.ndim + [(0, dim % 2)])
+
+
+class TimeEmbedding(nnx.Module):
+    """Two layers with a silu between them, for the sinusoids of a time or for pooled text."""
+
+    def __init__(self, inputs: int, dim: int, *, key: PRNGKeyArray):
+        first, second = jax.random.split(key)
+        self.linear_1 = dense(inputs, dim, key=first)
+        self.linear_2 = dense(dim, dim, key=second)
+
+    def __call__(
+        self, x: Float[Array, "B C"], keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "B D"]:
+        return self.linear_2(jax.nn.silu(self.linear_1(x, keys)), keys)
 
 
 def untrained_rows(table: Float[Array, "V D"], ids: Int[Array, " n"]) -> Bool[Array, " n"]:

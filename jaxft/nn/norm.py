@@ -71,6 +71,18 @@ def _layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
     return (normed * scale + bias).astype(x.dtype)
 
 
+def adaptive_layer_norm(
+    x: Float[Array, "B T D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"], eps: float
+) -> Float[Array, "B T D"]:
+    """Return layer norm of x, times 1 + scale, plus shift, all in fp32. The result has x's dtype.
+
+    Source: Peebles & Xie 2022, arXiv:2212.09748, section 3.2 (adaLN).
+    """
+    wide = (a.astype(jnp.float32)[:, None] for a in (shift, scale))  # [B, 1, D]
+    bias, gain = wide
+    return recomputed(partial(_layer_norm, eps=eps))(x, 1.0 + gain, bias)
+
+
 class GroupNorm(nnx.Module):
     """Group norm: a layer norm over the pixels and the channels of each group.
 

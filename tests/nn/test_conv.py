@@ -20,7 +20,7 @@ from jaxft.nn.conv import (
     Upsample,
 )
 from jaxft.nn.linear import Adapter
-from jaxft.nn.norm import GroupNorm, LayerNorm
+from jaxft.nn.norm import GroupNorm, LayerNorm, adaptive_layer_norm
 
 KEY = jax.random.key(0)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -126,6 +126,16 @@ def test_d13_layer_norm_is_torchs():
     x, module = 1e-3 * image(2, 5, 24), made(lambda: LayerNorm(24, eps=1e-5))
     scale, bias = (torch.from_numpy(np.array(p[...])) for p in (module.scale, module.bias))
     close(run(module, x), F.layer_norm(torch.from_numpy(x), (24,), scale, bias, 1e-5).numpy())
+
+
+def test_t09_adaptive_layer_norm_is_torchs_with_one_scale_and_shift_a_row():
+    x, shift, scale = image(2, 5, 24), image(2, 24), image(2, 24)[::-1]
+    normed = F.layer_norm(torch.from_numpy(x), (24,), eps=1e-6).numpy()
+    wanted = normed * (1 + scale[:, None]) + shift[:, None]
+    close(adaptive_layer_norm(x, shift, scale, 1e-6), wanted)
+    half = adaptive_layer_norm(jnp.bfloat16(x), jnp.bfloat16(shift), jnp.bfloat16(scale), 1e-6)
+    assert half.dtype == jnp.bfloat16
+    close(half.astype(jnp.float32), wanted, 2**-6)
 
 
 @pytest.mark.parametrize("channels", [64, 96])

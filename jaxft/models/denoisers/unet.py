@@ -24,7 +24,7 @@ from jaxft.nn.conv import (
     runner,
     spread,
 )
-from jaxft.nn.embedding import timestep_embedding
+from jaxft.nn.embedding import TimeEmbedding, timestep_embedding
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import GroupNorm, LayerNorm
 from jaxft.weights.rules import Rule
@@ -217,20 +217,6 @@ class UpBlock(nnx.Module):
             _, height, breadth, _ = skips[-1].shape
             x = sampler(x, (height, breadth), shared.keys)
         return x
-
-
-class TimeEmbedding(nnx.Module):
-    """Two layers with a silu between them."""
-
-    def __init__(self, inputs: int, dim: int, *, key: PRNGKeyArray):
-        first, second = jax.random.split(key)
-        self.linear_1 = dense(inputs, dim, key=first)
-        self.linear_2 = dense(dim, dim, key=second)
-
-    def __call__(
-        self, x: Float[Array, "B C"], keys: PRNGKeyArray | None = None
-    ) -> Float[Array, "B D"]:
-        return self.linear_2(jax.nn.silu(self.linear_1(x, keys)), keys)
 
 
 class UNet(nnx.Module):
