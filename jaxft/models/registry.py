@@ -42,7 +42,10 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
         "VQModel": "jaxft.models.autoencoders.vqgan:ARCHITECTURE",
         "janus_vqgan": "jaxft.models.autoencoders.vqgan:ARCHITECTURE",
     },
-    "denoiser": {"UNet2DConditionModel": "jaxft.models.denoisers.unet:ARCHITECTURE"},
+    "denoiser": {
+        "UNet2DConditionModel": "jaxft.models.denoisers.unet:ARCHITECTURE",
+        "SD3Transformer2DModel": "jaxft.models.denoisers.mmdit:ARCHITECTURE",
+    },
     "text_encoder": {
         "clip_text_model": "jaxft.models.text_encoders.clip:ARCHITECTURE",
         "clip": "jaxft.models.text_encoders.clip:ARCHITECTURE",
