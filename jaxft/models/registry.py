@@ -49,6 +49,7 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
     "text_encoder": {
         "clip_text_model": "jaxft.models.text_encoders.clip:ARCHITECTURE",
         "clip": "jaxft.models.text_encoders.clip:ARCHITECTURE",
+        "t5": "jaxft.models.text_encoders.t5:ARCHITECTURE",
     },
 }
 

@@ -22,8 +22,10 @@ CLASSES = {
     "VQModel": "VQModel",
     "janus_vqgan": "JanusVQVAE",
     "UNet2DConditionModel": "UNet2DConditionModel",
+    "SD3Transformer2DModel": "SD3Transformer2DModel",
     "clip_text_model": "CLIPTextModel",
     "clip": "CLIPTextModel",
+    "t5": "T5EncoderModel",
 }
 
 
