@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.normalization import AdaLayerNormContinuous, SD35AdaLayerNormZeroX
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from jaxft.core import params as P
@@ -38,40 +39,15 @@ SMALL = {
     "sd3": {**TINY, "num_layers": 3},
     "sd35": {**TINY, "dual_attention_layers": (0,), "qk_norm": "rms_norm"},
     "sd35 large": {**TINY, "qk_norm": "rms_norm"},
-    # Runs: plain, dual, plain, and a last block that is dual too.
+    # Plain, dual, plain, and a last block that is dual too.
     "any order": {
         **TINY,
-        "num_layers": 5,
-        "dual_attention_layers": (1, 2, 4),
+        "num_layers": 4,
+        "dual_attention_layers": (1, 3),
         "qk_norm": "rms_norm",
     },
     "one block": {**TINY, "num_layers": 1, "in_channels": 4, "out_channels": 8},
 }
-# The published files, and the number of their parameters without the table of positions.
-PUBLISHED = {
-    "sd3": {
-        "num_layers": 24,
-        "num_attention_heads": 24,
-        "caption_projection_dim": 1536,
-        "pos_embed_max_size": 192,
-    },
-    "sd35 medium": {
-        "num_layers": 24,
-        "num_attention_heads": 24,
-        "caption_projection_dim": 1536,
-        "pos_embed_max_size": 384,
-        "dual_attention_layers": tuple(range(13)),
-        "qk_norm": "rms_norm",
-    },
-    "sd35 large": {
-        "num_layers": 38,
-        "num_attention_heads": 38,
-        "caption_projection_dim": 2432,
-        "pos_embed_max_size": 192,
-        "qk_norm": "rms_norm",
-    },
-}
-PARAMETERS = {"sd3": 2_028_328_000, "sd35 medium": 2_243_171_520, "sd35 large": 8_056_627_520}
 
 
 def make_torch(config):
@@ -319,43 +295,25 @@ def test_unknown_missing_and_misshaped_tensors_are_all_named():
     assert "unexpected tensor transformer_blocks.2.norm1" in text and "proj_out.bias" in text
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sizes_fit_without_a_byte_allocated(name):
-    with torch.device("meta"):
-        theirs = SD3Transformer2DModel(**PUBLISHED[name])
-    shapes = {key: tuple(tensor.shape) for key, tensor in theirs.state_dict().items()}
-    cfg = MMDiTConfig.from_hf(PUBLISHED[name])
-    leaves = P.describe(template(cfg))
-    entries = rules.plan(mmdit.rules(cfg), leaves, shapes, mmdit.sizes(cfg))
-    assert sum(len(entry.keys) for entry in entries) == len(shapes)
-    assert entries == rules.expected(mmdit.rules(cfg), leaves)
-    count = sum(int(np.prod(leaf.shape)) for leaf in leaves.values() if not leaf.role)
-    assert count == sum(tensor.numel() for tensor in theirs.parameters()) == PARAMETERS[name]
-    assert [len(one.layers) for one in cfg.runs] == {
-        "sd3": [23, 1], "sd35 medium": [13, 10, 1], "sd35 large": [37, 1],
-    }[name]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["sd35", "any order"])
-def test_remat_changes_no_gradient(name):
-    cfg, _, params = both(name)
-    plain = gradients(cfg, params, make_inputs(cfg))[1]
-    for remat in CONV_REMAT:
-        again = gradients(cfg, params, make_inputs(cfg), remat=remat)[1]
-        assert max(np.abs(again[p] - plain[p]).max() for p in plain) < 1e-4
-
-
-def test_remat_saves_memory():
-    cfg = MMDiTConfig.from_hf({**TINY, "num_layers": 12, "pos_embed_max_size": 32})
-    latents, times, context, pooled = make_inputs(cfg, (64, 64))
-    memory = {}
+def test_remat_changes_no_gradient_and_saves_memory():
+    cfg = MMDiTConfig.from_hf({**TINY, "num_layers": 10})  # 9 of them in a loop
+    leaves = P.describe(template(cfg)).items()
+    model = P.bind(template(cfg), {path: 0.1 * random(*leaf.shape) for path, leaf in leaves})
+    inputs = make_inputs(cfg, (16, 16))
+    grads, memory = {}, {}
     for remat in ("none", *CONV_REMAT):
 
         def loss(model, remat=remat):
-            return jnp.square(model(latents, times, context, pooled, remat=remat)).sum()
+            return jnp.square(model(*inputs, remat=remat)).sum()
 
-        step = jax.jit(jax.grad(loss)).lower(template(cfg)).compile(QUICK)
+        step = jax.jit(jax.grad(loss)).lower(model).compile(QUICK)
         memory[remat] = step.memory_analysis().temp_size_in_bytes
+        grads[remat] = P.flatten(step(model))
+    for remat in CONV_REMAT:
+        errors = {
+            path: worst(grads[remat][path], g) for path, g in grads["none"].items() if g.any()
+        }
+        assert max(errors.values()) < 1e-4
     assert memory["none"] > 1.2 * memory["dots"] > 1.5 * memory["full"]
 
 
@@ -370,23 +328,11 @@ def test_bf16_stays_near_fp32_and_sharded_rows_equal_one_device():
         assert worst(run_ours(cfg, placed, inputs), alone) < 1e-5
 
 
-def test_latents_of_another_size_are_refused():
-    cfg = MMDiTConfig.from_hf(SMALL["sd3"])
-    for size, words in (((8, 7), "8 x 7 are no multiple"), ((18, 8), "larger than 16")):
-        with pytest.raises(UserError, match=words):
-            template(cfg)(*make_inputs(cfg, size))
-
-
-def test_unknown_remat_is_refused():
-    cfg = MMDiTConfig.from_hf(SMALL["sd3"])
-    with pytest.raises(UserError, match="none, dots, full"):
-        template(cfg)(*make_inputs(cfg), remat="offload")
-
-
 def test_flops_are_torchs():
     cfg, theirs, _ = both("sd35")
     inputs = make_inputs(cfg)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter has no formula for the CPU's own kernel
+    with FlopCounterMode(display=False) as counter, plain, torch.no_grad():
         run_torch(theirs, *inputs)
     ours = flops.count(lambda model: model(*inputs), template(cfg))
     # torch computes attention of the last block's text, which nothing reads.

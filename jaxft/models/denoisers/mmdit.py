@@ -4,6 +4,7 @@ Image tokens and text tokens have their own projections in each block, and atten
 Source: Esser et al. 2024, arXiv:2403.03206.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -232,7 +233,7 @@ class MMDiT(nnx.Module):
         """
         cfg = self.cfg
         dtype = latents.dtype if dtype is None else dtype
-        rows, y, x, _ = latents.shape
+        (rows, y, x, _), run = latents.shape, runner(remat)
         _check_size(cfg, y, x)
         time = timestep_embedding(timesteps, TIME_DIM).astype(dtype)  # [B, TIME_DIM]
         time = self.time_embedding(time, keys) + self.text_embedding(pooled.astype(dtype), keys)
@@ -240,7 +241,7 @@ class MMDiT(nnx.Module):
         tokens = self.pos_embed(latents.astype(dtype), keys)  # [B, T, D]
         text = self.context_embedder(context.astype(dtype), keys)  # [B, S, D]
         tokens, text = (constrain(one, "batch", "length", None) for one in (tokens, text))
-        tokens = self._blocks((tokens, text), time, keys, remat)
+        tokens = self._blocks((tokens, text), time, keys, run)
         scale, shift = self.norm_out(time, keys)
         out = self.proj_out(adaptive_layer_norm(tokens, shift, scale, MMDIT_EPS), keys)
         p = cfg.patch_size
@@ -248,10 +249,9 @@ class MMDiT(nnx.Module):
         return out.swapaxes(2, 3).reshape(rows, y, x, -1)  # [B, Y, X, F]
 
     def _blocks(
-        self, tokens: Tokens, time: Array, keys: PRNGKeyArray | None, remat: str
+        self, tokens: Tokens, time: Array, keys: PRNGKeyArray | None, run: Callable[..., Tokens]
     ) -> Float[Array, "B T D"]:
-        """Return the image tokens after all blocks, one scan a run."""
-        run = runner(remat)
+        """Return the image tokens after all blocks, one scan a run. run: calls one block."""
 
         def body(tokens: Tokens, layer: tuple[JointBlock, Array]) -> tuple[Tokens, None]:
             block, number = layer
