@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion 1.x, 2.x or XL, by default the demo pipeline on another style.
+"""Fine-tune Stable Diffusion 1.x, 2.x, XL or 3.x, by default the demo pipeline on another style.
 
     python -m jaxft.train --config configs/diffusion.py --workdir runs/diffusion
 
@@ -6,7 +6,7 @@ Train a LoRA on your own pipeline and pictures (a folder with metadata.jsonl, or
 
     python -m jaxft.train --config configs/diffusion.py --workdir runs/mine --config.model=PATH \
         --config.data.train=folder:images --config.data.eval=folder:held-out \
-        --config.resolution=512 --config.buckets=True --config.lora.rank=16 --config.trainable= \
+        --config.resolution=512 --config.buckets=True --config.lora.rank=16 \
         --config.total=2000_steps
 """
 
@@ -30,8 +30,8 @@ def get_config() -> ConfigDict:
             caption_dropout=0.1,
             min_snr_gamma=0.0,  # 0 is off, 5.0 is usual
             sample=dict(prompts=(), steps=20, guidance=4.0),
-            trainable=r"unet\..*",  # empty: the adapters when lora.rank > 0, else everything
-            lora=dict(rank=0, alpha=16.0, targets=r"unet\..*\.attn[12]\.to_(q|k|v|out)"),
+            trainable="",  # empty: the adapters when lora.rank > 0, else the denoiser
+            lora=dict(rank=0, alpha=16.0, targets=""),  # empty: the denoiser's attention
             optim=dict(
                 name="adamw",
                 lr=3e-5,

@@ -27,20 +27,15 @@ from jaxft.models.decoders.config import DecoderConfig
 from jaxft.models.decoders.decoder import Decoder
 from jaxft.models.decoders.generate import generate
 from jaxft.models.decoders.sampling import Sampling
-from jaxft.models.pipelines import stable_diffusion
+from jaxft.models.pipelines import families, stable_diffusion
+from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
 from jaxft.models.pipelines.image_decode import generate_codes
 from jaxft.models.pipelines.ldm import SINGLE, open_model
-from jaxft.models.pipelines.stable_diffusion import (
-    NOTHING,
-    Guidance,
-    PipelineConfig,
-    StableDiffusion,
-    zeroed,
-)
+from jaxft.models.pipelines.stable_diffusion import NOTHING, Guidance, zeroed
 from jaxft.nn.pixels import to_pixels
-from jaxft.noise.samplers import SAMPLERS
 from jaxft.tasks.common.tokenizers import load_tokenizer
-from jaxft.tasks.diffusion.captions import Captions
+from jaxft.tasks.diffusion.captions import Captions, load_captions
+from jaxft.tasks.diffusion.opened import check_sampler
 from jaxft.tasks.image_tokens.layout import (
     LAYOUT_JSON,
     encode_prompt,
@@ -205,9 +200,9 @@ class LoadedPipeline:
     """A Stable Diffusion pipeline. `tokenizer` maps a caption to ids for each text encoder."""
 
     params: Params
-    config: PipelineConfig
+    config: AnyConfig
     tokenizer: Captions
-    model: StableDiffusion
+    model: AnyPipeline
 
     def __call__(
         self,
@@ -215,7 +210,10 @@ class LoadedPipeline:
         timesteps: Float[Array, " B"],
         captions: Sequence[str],
     ) -> Float[Array, "B Y X C"]:
-        """Return the UNet's prediction for noisy, scaled latents of uncropped pictures."""
+        """Return the denoiser's prediction for noisy, scaled latents of uncropped pictures.
+
+        timesteps: those of DDPM's noise, or the sigmas of Stable Diffusion 3 in [0, 1].
+        """
         text = self.model.encode_text(self._ids(captions), dtype=latents.dtype)
         y, x = (side * self.config.vae.factor for side in latents.shape[1:3])
         size = jnp.broadcast_to(jnp.array([y, x, 0, 0, y, x], jnp.float32), (len(latents), 6))
@@ -233,9 +231,9 @@ class LoadedPipeline:
     ) -> UInt8[np.ndarray, "N Y X 3"]:
         """Return a picture of each prompt. The noise of a row depends on `seed` and on its index.
 
-        size: pixels a side, by default the size in unet/config.json. sampler: ddim, euler or
-        dpm++. Raises UserError for an unknown sampler, for no size at all, and for a UNet with a
-        picture as input (`python -m jaxft.sample` has the option --image).
+        size: pixels a side, by default the size in the denoiser's config.json. sampler: ddim (for
+        DDPM's noise), euler or dpm++. Raises UserError for an unknown sampler, for no size at all,
+        and for a UNet with a picture as input (`python -m jaxft.sample` has the option --image).
         """
         cfg, texts = self.config, [prompts] if isinstance(prompts, str) else list(prompts)
         if cfg.conditioning != NOTHING:
@@ -243,23 +241,22 @@ class LoadedPipeline:
                 "this pipeline needs a picture as input; use python -m jaxft.sample --workdir DIR"
                 " --image FILE of a run"
             )
-        if sampler not in SAMPLERS:
-            raise UserError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}")
-        if size is None and cfg.unet.sample_size is None:
+        check_sampler("sampler", sampler, cfg)
+        if size is None and cfg.sample_size is None:
             raise UserError("unet/config.json has no sample_size; give size=512, in pixels a side")
-        side = (cfg.unet.sample_size or 0) if size is None else size // cfg.vae.factor
+        side = (cfg.sample_size or 0) if size is None else size // cfg.vae.factor
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(texts)))
-        shape, dtype = (side, side, cfg.unet.out_channels), jax.tree.leaves(self.params)[0].dtype
+        shape, dtype = (side, side, cfg.vae.latent_channels), jax.tree.leaves(self.params)[0].dtype
 
         @jax.jit
-        def draw(model: StableDiffusion, ids: Array) -> UInt8[Array, "N Y X 3"]:
+        def draw(model: AnyPipeline, ids: Array) -> UInt8[Array, "N Y X 3"]:
             text = model.encode_text(ids[1:], dtype=dtype)
             null = model.encode_text(ids[:1], dtype=dtype)
             null = zeroed(null) if cfg.zero_null else null
             null = jax.tree.map(lambda x: jnp.repeat(x, len(texts), axis=0), null)
             noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
             images = stable_diffusion.generate(
-                model, cfg, text, null, noise, SAMPLERS[sampler](cfg.schedule, steps),
+                model, cfg, text, null, noise, cfg.process().sampler(sampler, steps, (side, side)),
                 Guidance(guidance), dtype,
             )  # fmt: skip
             return to_pixels(images)
@@ -312,12 +309,9 @@ def load(spec: str, dtype: str = "float32") -> Loaded:
 
 
 def _load_pipeline(pipeline: Pipeline, dtype: str) -> LoadedPipeline:
-    cfg = PipelineConfig.of(pipeline)
-    names = ("tokenizer", "tokenizer_2")[: len(cfg.texts)]
-    tokenizers = [load_tokenizer(pipeline.tokenizer_dir(name), "clip") for name in names]
-    build = lambda key: StableDiffusion(cfg, key=key)  # noqa: E731
-    model, params = _bound(build, stable_diffusion.parts(pipeline, cfg), dtype)
-    return LoadedPipeline(params, cfg, Captions(tokenizers, cfg.texts), model)
+    cfg = families.read_config(pipeline)
+    model, params = _bound(partial(families.build, cfg), families.parts(pipeline, cfg), dtype)
+    return LoadedPipeline(params, cfg, load_captions(pipeline, cfg.texts), model)
 
 
 def _bound(build: Any, parts: Sequence[Part], dtype: str) -> tuple[Any, Params]:

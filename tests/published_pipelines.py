@@ -6,6 +6,8 @@ from pathlib import Path
 from jaxft.core.errors import UserError
 from jaxft.models.autoencoders.vae_config import VAEConfig
 from jaxft.models.denoisers.unet_config import UNetConfig
+from jaxft.models.pipelines import families
+from jaxft.models.pipelines.families import AnyConfig
 from jaxft.models.pipelines.stable_diffusion import HOLE, SOURCE, PipelineConfig
 from jaxft.tasks.diffusion.opened import check
 from jaxft.weights.folders.diffusers import INDEX, open_component, open_pipeline
@@ -44,9 +46,9 @@ RUN = {
 VAES = ("sd-vae-ft-mse", "sdxl-vae")
 
 
-def open_published(name: str) -> PipelineConfig:
+def open_published(name: str) -> AnyConfig:
     """Return the configs of a published pipeline folder, as the diffusion task opens it."""
-    cfg = PipelineConfig.of(open_pipeline(str(PUBLISHED / name), weights=False))
+    cfg = families.read_config(open_pipeline(str(PUBLISHED / name), weights=False))
     check(0.0, cfg)
     return cfg
 
@@ -70,4 +72,5 @@ def _row(name: str, family: str) -> Row:
         return Row(name, family, "refused", str(error).replace(f"{PUBLISHED / name}/", ""))
     kind = {HOLE: "inpainting", SOURCE: "InstructPix2Pix"}.get(cfg.conditioning, "text to image")
     works = "opens, trains, exports" if name in RUN else "opens"
-    return Row(name, family, works, f"{kind}, {cfg.schedule.prediction}")
+    noise = cfg.schedule.prediction if isinstance(cfg, PipelineConfig) else "flow matching"
+    return Row(name, family, works, f"{kind}, {noise}")

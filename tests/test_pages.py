@@ -27,6 +27,7 @@ from tests.tiny_autoencoders import make_vae, make_vqmodel
 from tests.tiny_diffusion import flags_of, make_pictures
 from tests.tiny_janus import make_janus_model
 from tests.tiny_pipelines import make_pipeline
+from tests.tiny_sd3 import make_sd3
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -35,7 +36,7 @@ PAGES = [
     *sorted((ROOT / "configs").glob("*.py")),
 ]
 COMMAND = r"python3?\s+(?:-m\s+jaxft|tools/)\S*"
-COUNT = 67  # of all pages; a new line is run without being listed here, but counted
+COUNT = 68  # of all pages; a new line is run without being listed here, but counted
 # What stands in a line for something that only its user knows: found among PLACES, or replaced.
 WORDS = {"--step 50": "--step 2", "--topology h200:8": "--topology cpu:8"}
 TINY = {"every.save": "1_steps", "total": "2_steps", "batch_size": 8, "eval_examples": 8}
@@ -137,6 +138,7 @@ def shelf(tmp_path_factory, make_folder):
     for name, channels in (("inpaint", 9), ("edit", 8)):
         pipe = make_pipeline(place / "tokens", in_channels=channels)
         pipe.save_pretrained(place / name)
+    make_sd3(place / "tokens", t5=False).save_pretrained(place / "sd3")
     make_vae(place / "vae")
     make_vqmodel(place / "vq")
     make_janus_model(place / "janus")
@@ -182,6 +184,7 @@ def add_sources(folder):
 PLACES = {
     "path/to/folder": "text",
     "path/to/stable-diffusion": "pipeline",
+    "path/to/stable-diffusion-3": "sd3",
     "path/to/pickles": "pickles",
     "VQ_FOLDER": "vq",
     "FOLDER": "janus",

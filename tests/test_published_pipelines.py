@@ -11,15 +11,20 @@ import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig as HFText
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
 from jaxft.models.denoisers.unet_config import UNetConfig
-from jaxft.models.pipelines import stable_diffusion
-from jaxft.models.pipelines.stable_diffusion import StableDiffusion
+from jaxft.models.pipelines import families
 from jaxft.models.text_encoders.clip import TRUE_EOS
 from jaxft.tasks.autoencoder.codec import open_codec
 from jaxft.weights.folders.diffusers import open_component, open_pipeline
@@ -31,20 +36,22 @@ REFUSED = {
     "playground-v2.5-1024px-aesthetic": r"EDMDPM\w+ has no DDPM betas .*playground.* give",
     "Kolors": r"this is Kolors, whose text_encoder is a ChatGLMModel; .* give",
     "stable-diffusion-x4-upscaler": r"Upscale\w+ is an upscaler, .* give",
-    "stable-diffusion-3-medium-diffusers": r"this is Stable Diffusion 3 \(.* give",
     "FLUX.1-dev": r"this is FLUX \(FluxPipeline with a Flux\w+\), a diffusion transformer.* give",
     "FLUX.1-schnell": r"this is FLUX \(.* give",
     "Chroma": r"this is Chroma \(FluxPipeline with a Chroma\w+\).* give",
 }
 ALONE = ("LCM_Dreamshaper_v7",)  # of which only the UNet's config was collected
-SUPPORTED = [name for name in FOLDERS if name not in REFUSED and name not in ALONE]
+SD3 = "stable-diffusion-3-medium-diffusers"
+SUPPORTED = [name for name in FOLDERS if name not in (*REFUSED, *ALONE, SD3)]  # with DDPM's noise
 
 
 class Meta:
     """The tensors of PyTorch modules on the meta device, as a checkpoint."""
 
     def __init__(self, module):
-        self._shapes = {key: tuple(t.shape) for key, t in module.state_dict().items()}
+        tied = "encoder.embed_tokens.weight"  # of T5, a second name that no file has
+        tensors = {key: t for key, t in module.state_dict().items() if key != tied}
+        self._shapes = {key: tuple(t.shape) for key, t in tensors.items()}
 
     def keys(self):
         return list(self._shapes)
@@ -68,6 +75,10 @@ def stock(name, component):
             return UNet2DConditionModel.from_config(config)
         if component == "vae":
             return AutoencoderKL.from_config(config)
+        if component == "transformer":
+            return SD3Transformer2DModel.from_config(config)
+        if component == "text_encoder_3":
+            return T5EncoderModel(T5Config.from_dict(config))
         projects = published(name, "model_index.json")[component][1].endswith("Projection")
         cls = CLIPTextModelWithProjection if projects else CLIPTextModel
         return cls(HFText.from_dict(config))
@@ -81,13 +92,14 @@ def stock(name, component):
         "stable-diffusion-inpainting",
         "stable-diffusion-2-1",
         "stable-diffusion-xl-base-1.0",
+        SD3,
     ],
 )
 def test_full_shapes_are_those_of_the_pytorch_classes(name):
     pipe, cfg = open_pipeline(str(PUBLISHED / name), weights=False), open_published(name)
-    leaves = describe(jax.eval_shape(lambda: StableDiffusion(cfg, key=jax.random.key(0))))
+    leaves = describe(jax.eval_shape(lambda: families.build(cfg, jax.random.key(0))))
     made = set()
-    for part in stable_diffusion.parts(pipe, cfg):
+    for part in families.parts(pipe, cfg):
         tensors = Meta(stock(name, part.folder))
         entries = part._replace(tensors=tensors).entries(leaves)  # which checks every shape
         made |= {entry.path for entry in entries}
@@ -143,6 +155,22 @@ def test_schedules_are_those_of_the_pipeline(name):
     assert ours.zero_snr == ddim.config.rescale_betas_zero_snr
     assert ours.spacing == config.get("timestep_spacing")
     assert ours.trained_betas is None is ddim.config.trained_betas
+
+
+def test_sd3_is_read_as_diffusers_reads_it():
+    cfg = open_published(SD3)
+    vae = AutoencoderKL.from_config({**published(SD3, "vae/config.json"), **TINY_VAE}).config
+    assert (cfg.vae.scaling_factor, cfg.vae.mean) == (vae.scaling_factor, (vae.shift_factor,))
+    assert (cfg.vae.quant_conv, cfg.vae.post_quant_conv) == (False, False)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        published(SD3, "scheduler/scheduler_config.json")
+    )
+    scheduler.set_timesteps(28)
+    ours = cfg.process().sampler("euler", 28, (128, 128)).steps.timestep
+    np.testing.assert_allclose(ours, scheduler.sigmas[:-1], atol=1e-6)
+    assert [text.max_positions for text in cfg.texts] == [77, 77, 256]
+    first, second, _ = cfg.texts
+    assert (first.projection_dim, second.projection_dim) == (768, 1280)
 
 
 def extras(index):

@@ -1,4 +1,4 @@
-"""Denoising: the squared error of a UNet's prediction at a random timestep."""
+"""Denoising: the squared error of a denoiser's prediction at a random time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +13,8 @@ from jaxft.core.step import Batch, Metrics, stream
 from jaxft.models.autoencoders import vae
 from jaxft.models.autoencoders.vae import Moments
 from jaxft.models.pipelines import conditioning
-from jaxft.models.pipelines.stable_diffusion import (
-    PipelineConfig,
-    StableDiffusion,
-    Text,
-    drop_captions,
-    zeroed,
-)
+from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
+from jaxft.models.pipelines.stable_diffusion import Text, drop_captions, zeroed
 from jaxft.nn.pixels import to_float
 from jaxft.noise.process import NoiseProcess, offset_noise, squared_error
 
@@ -35,7 +30,7 @@ class Denoising:
     image_flops: FLOPs of a forward pass, an image.
     """
 
-    cfg: PipelineConfig
+    cfg: AnyConfig
     process: NoiseProcess
     dtype: Any
     empty_ids: np.ndarray
@@ -50,7 +45,7 @@ class Denoising:
         return len(batch["weights"])
 
     def flops(self, trained: Mapping[str, Leaf]) -> float:
-        """Return FLOPs an image: the UNet's forward pass and both halves of backward.
+        """Return FLOPs an image: the denoiser's forward pass and both halves of backward.
 
         With a frozen base, backward has one half: its weights get no gradients.
         """
@@ -58,7 +53,7 @@ class Denoising:
         return passes * self.image_flops
 
     def loss(
-        self, model: StableDiffusion, batch: Batch, keys: jax.Array, step: jax.Array
+        self, model: AnyPipeline, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
         """Return the sum of weighted squared errors, and the sum of the rows' weights."""
         cfg, share = self.cfg, self.caption_dropout
@@ -81,7 +76,7 @@ class Denoising:
 
     def errors(
         self,
-        model: StableDiffusion,
+        model: AnyPipeline,
         batch: Batch,
         latents: jax.Array,
         noise: jax.Array,
@@ -98,7 +93,7 @@ class Denoising:
         )  # fmt: skip
         return squared_error(out, self.process.target(latents, noise, t))
 
-    def latents(self, model: StableDiffusion, batch: Batch, keys: Any) -> jax.Array:
+    def latents(self, model: AnyPipeline, batch: Batch, keys: Any) -> jax.Array:
         """Return scaled fp32 latents: posterior samples with `keys`, or its mode without."""
         if "mean" in batch:
             moments = Moments(batch["mean"], batch["logvar"])
@@ -107,13 +102,13 @@ class Denoising:
         drawn = moments.mean if keys is None else vae.sample(moments, keys)
         return self.cfg.vae.scale(drawn.astype(jnp.float32))
 
-    def text(self, model: StableDiffusion, batch: Batch, keys: Any) -> Text:
+    def text(self, model: AnyPipeline, batch: Batch, keys: Any) -> Text:
         """Return the encoded captions: from the batch if cached, or else by the text encoders."""
         if "context" in batch:
             return Text(batch["context"], batch.get("pooled"))
         return model.encode_text(batch["ids"], dtype=self.dtype, keys=keys)
 
-    def null(self, model: StableDiffusion) -> Text:
+    def null(self, model: AnyPipeline) -> Text:
         """Encode the empty caption [1, T, D] by the current weights of the text encoders."""
         empty = jnp.asarray(self.empty_ids)[None]
         made = model.encode_text(empty, dtype=self.dtype)

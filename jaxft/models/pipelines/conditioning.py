@@ -10,12 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxft.models.autoencoders import vae
-from jaxft.models.pipelines.stable_diffusion import (
-    NOTHING,
-    SOURCE,
-    PipelineConfig,
-    StableDiffusion,
-)
+from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
+from jaxft.models.pipelines.stable_diffusion import NOTHING, SOURCE
 from jaxft.nn.pixels import to_float
 
 BOXES = 4  # rectangles of a random mask, at most
@@ -24,8 +20,8 @@ WHOLE_SHARE = 0.25  # share of rows whose whole picture is masked, as in RunwayM
 
 
 def condition(
-    model: StableDiffusion,
-    cfg: PipelineConfig,
+    model: AnyPipeline,
+    cfg: AnyConfig,
     batch: Mapping[str, Any],
     keys: PRNGKeyArray | None,
     dtype: jnp.dtype,
@@ -91,9 +87,7 @@ def centre_mask(size: tuple[int, int]) -> Float[np.ndarray, "Y X 1"]:
     return inside[..., None].astype(np.float32)
 
 
-def captions_dropped(
-    cfg: PipelineConfig, drawn: Float[Array, " B"], share: float
-) -> Bool[Array, " B"]:
+def captions_dropped(cfg: AnyConfig, drawn: Float[Array, " B"], share: float) -> Bool[Array, " B"]:
     """Return True for the rows that lose their caption.
 
     drawn: uniform numbers. With a source picture, `share` of the rows lose only the caption, and
@@ -103,7 +97,7 @@ def captions_dropped(
 
 
 def drop_sources(
-    cfg: PipelineConfig, concat: Array | None, drawn: Float[Array, " B"], share: float
+    cfg: AnyConfig, concat: Array | None, drawn: Float[Array, " B"], share: float
 ) -> Array | None:
     """Return `concat`, with zeros in rows that lose their source picture.
 

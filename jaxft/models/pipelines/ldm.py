@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from jaxft.core.errors import UserError
 from jaxft.models.autoencoders.vae_config import VAEConfig
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.text_encoders import clip
@@ -83,7 +84,15 @@ def kind(pipeline: Pipeline) -> str:
 
 
 def layouts(pipeline: Pipeline) -> dict[str, LDMLayout]:
-    """Return the single-file layout of every component, by its config."""
+    """Return the single-file layout of every component, by its config.
+
+    Raises UserError for Stable Diffusion 3, whose single file has another layout.
+    """
+    if pipeline.family == "sd3":
+        raise UserError(
+            f"{pipeline.name} is a Stable Diffusion 3 model, of which no single file is written"
+            " yet; use export.kind='folder' or 'lora'"
+        )
     configs = {name: source.config for name, source in pipeline.components.items()}
     made = {
         "unet": unet_layout(UNetConfig.from_hf(configs["unet"])),

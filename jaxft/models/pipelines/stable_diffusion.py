@@ -1,7 +1,7 @@
 """Stable Diffusion as a whole: embeddings of captions, predictions, pictures from noise."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +19,23 @@ from jaxft.models.denoisers.unet_config import FILE as UNET_FILE
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.text_encoders import clip
 from jaxft.models.text_encoders.clip import CLIPText, CLIPTextConfig
-from jaxft.noise.samplers import Sampler, denoise, guide, guide_edit
+from jaxft.noise.ddpm import DDPM
+from jaxft.noise.samplers import SAMPLERS, Sampler, denoise, guide, guide_edit
 from jaxft.noise.schedule import SCHEDULE_CHOICES, ZERO_SNR, Schedule
 from jaxft.weights.folders.diffusers import SCHEDULER, TEXT_ENCODERS, Pipeline, legacy_part, part
 from jaxft.weights.transfer import Part
 
 # Picture conditioning of a UNet, by its channels beside the noisy latents.
 NOTHING, HOLE, SOURCE = "nothing", "hole", "source"
+KINDS = {NOTHING: "", HOLE: " inpainting", SOURCE: " InstructPix2Pix"}
 
 
 @dataclass(frozen=True)
 class PipelineConfig:
     """The configs of a pipeline's networks, its noise schedule, and its kind of null caption.
+
+    `denoiser` is the folder of the network that denoises, and `lora` a regex over the projections
+    that a LoRA adapts by default.
 
     `zero_null`: a null caption is zeros (SDXL's pipeline), and not the embedding of "". `scheduler`
     holds the keys of scheduler_config.json that differ from those of the folder.
@@ -43,11 +48,37 @@ class PipelineConfig:
     sdxl: bool
     zero_null: bool
     scheduler: tuple[tuple[str, Any], ...] = ()
+    denoiser: ClassVar[str] = "unet"
+    lora: ClassVar[str] = r"unet\..*\.attn[12]\.to_(q|k|v|out)"
 
     @property
     def multiple(self) -> int:
         """The number of pixels that both sides of a picture have to be a multiple of."""
         return self.vae.factor * 2 ** (len(self.unet.channels) - 1)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the UNet's input: noisy latents, and those of a conditioning."""
+        return self.unet.in_channels
+
+    @property
+    def sample_size(self) -> int | None:
+        """The side of the latents that the UNet was trained on. None if its config names none."""
+        return self.unet.sample_size
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        return tuple(SAMPLERS)
+
+    def process(self, min_snr_gamma: float = 0.0) -> DDPM:
+        """Return the noise process. min_snr_gamma: as in `DDPM`."""
+        return DDPM(self.schedule, min_snr_gamma)
+
+    def describe(self) -> str:
+        size = " XL" if self.sdxl else ""
+        terminal = ", zero terminal SNR" if self.schedule.zero_snr else ""
+        kind = KINDS.get(self.conditioning, "")
+        return f"Stable Diffusion{size}{kind}, {self.schedule.prediction}{terminal}"
 
     @property
     def conditioning(self) -> str:
@@ -233,8 +264,8 @@ class Guidance(NamedTuple):
 
 
 def generate(
-    model: StableDiffusion,
-    cfg: PipelineConfig,
+    model: Any,
+    cfg: Any,
     text: Text,
     null: Text,
     noise: Float[Array, "B Y X C"],
@@ -245,6 +276,7 @@ def generate(
 ) -> Float[Array, "B Y2 X2 3"]:
     """Return pictures in [-1, 1] from unit noise [B, Y, X, C].
 
+    model: a pipeline of any family, with `cfg`, its config.
     Each step calls the UNet once, with the rows of null and caption together. With a source
     picture there are rows of the null caption without the picture too (`concat` of zeros).
     """

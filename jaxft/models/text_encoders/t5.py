@@ -51,7 +51,8 @@ class T5EncoderConfig:
     """The configuration of one T5 encoder. heads x head_dim may differ from hidden_size.
 
     num_buckets: distances between tokens that have a bias of their own, half of them for keys after
-    the query. Distances from max_distance on share the last one.
+    the query. Distances from max_distance on share the last one. max_positions: the tokens of a
+    caption, which a pipeline decides. The encoder takes any number.
     """
 
     vocab_size: int
@@ -65,6 +66,7 @@ class T5EncoderConfig:
     eps: float
     pad_token_id: int
     eos_token_id: int
+    max_positions: int = 512
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str = FILE) -> "T5EncoderConfig":

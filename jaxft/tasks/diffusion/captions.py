@@ -10,20 +10,25 @@ from jaxtyping import Int
 from jaxft.core.errors import UserError
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.models.text_encoders.clip import CLIPTextConfig
+from jaxft.models.text_encoders.t5 import T5EncoderConfig
+from jaxft.tasks.common.tokenizers import load_tokenizer
+from jaxft.weights.folders.diffusers import Pipeline
 
+TextConfig = CLIPTextConfig | T5EncoderConfig
 COUNTED_TOGETHER = 1024  # captions in one call of a tokenizer
 
 
 class Captions:
     """Token ids of a caption for every text encoder, padded and cut by its tokenizer.
 
+    T is the longest length of all encoders. Zeros follow the ids of an encoder with fewer.
     `new` are the tokens of one further word. Captions and prompts contain the first token, which
     stands for all of them. Their ids follow the vocabulary of an encoder. Raises UserError if a
     tokenizer already has one of them, and for a caption with a token that has no row in an encoder.
     """
 
     def __init__(
-        self, tokenizers: Sequence[Any], texts: Sequence[CLIPTextConfig], new: Sequence[str] = ()
+        self, tokenizers: Sequence[Any], texts: Sequence[TextConfig], new: Sequence[str] = ()
     ):
         self.new = tuple(new)
         self._first = [_add(tokenizer, self.new) for tokenizer in tokenizers]
@@ -41,7 +46,8 @@ class Captions:
                 ids = _padded(tokenizer, self._whole(caption), text.max_positions)
             self._check(ids, tokenizer, text, first, caption)
             rows.append(np.where(ids < first, ids, ids - first + text.vocab_size))
-        return np.asarray(rows, np.int32)
+        width = max(map(len, rows))
+        return np.stack([np.pad(ids, (0, width - len(ids))) for ids in rows]).astype(np.int32)
 
     @property
     def length(self) -> int:
@@ -83,9 +89,7 @@ class Captions:
             cut |= np.array([len(row) for row in ids]) > text.max_positions
         return int(cut.sum())
 
-    def _check(
-        self, ids: Any, tokenizer: Any, text: CLIPTextConfig, first: int, caption: str
-    ) -> None:
+    def _check(self, ids: Any, tokenizer: Any, text: TextConfig, first: int, caption: str) -> None:
         """Raise UserError for a token that is not in the encoder's table or the new word."""
         old = np.asarray(ids)[np.asarray(ids) < first]
         check_ids(old, text.vocab_size, tokenizer, f"caption {caption[:60]!r}")
@@ -93,6 +97,17 @@ class Captions:
     def _whole(self, caption: str) -> str:
         """Return the caption with all tokens of the new word: diffusers' maybe_convert_prompt."""
         return caption.replace(self.new[0], " ".join(self.new)) if self.new else caption
+
+
+def load_captions(
+    pipeline: Pipeline, texts: Sequence[TextConfig], new: Sequence[str] = ()
+) -> Captions:
+    """Return the tokenizers of a pipeline. Raises UserError where one is missing, or damaged."""
+    made = []
+    for i, text in enumerate(texts):
+        folder = pipeline.tokenizer_dir(f"tokenizer_{i + 1}" if i else "tokenizer")
+        made.append(load_tokenizer(folder, "t5" if isinstance(text, T5EncoderConfig) else "clip"))
+    return Captions(made, texts, new)
 
 
 def _padded(tokenizer: Any, caption: str, length: int) -> Int[np.ndarray, " T"]:

@@ -12,9 +12,9 @@ from jaxft.data.images.buckets import Size, assign
 from jaxft.data.images.dataset import fit
 from jaxft.data.images.decode import decode
 from jaxft.models.pipelines.conditioning import centre_mask
-from jaxft.models.pipelines.stable_diffusion import HOLE, NOTHING, SOURCE, PipelineConfig
+from jaxft.models.pipelines.families import AnyConfig
+from jaxft.models.pipelines.stable_diffusion import HOLE, KINDS, NOTHING, SOURCE
 from jaxft.tasks import Request
-from jaxft.tasks.diffusion.opened import KINDS
 from jaxft.tasks.diffusion.rows import PictureRows
 
 GREY = 128  # a masked pixel, in [0, 255]
@@ -22,9 +22,7 @@ GREY = 128  # a masked pixel, in [0, 255]
 Given = Mapping[str, np.ndarray]
 
 
-def held_out(
-    cfg: PipelineConfig, rows: PictureRows | None, ids: Sequence[int] | np.ndarray
-) -> dict:
+def held_out(cfg: AnyConfig, rows: PictureRows | None, ids: Sequence[int] | np.ndarray) -> dict:
     """Return the conditioning of samples from held-out rows.
 
     An index counts modulo the number of rows. Returns {} for a text-to-image model or without rows,
@@ -46,7 +44,7 @@ def shown(given: Given) -> UInt8[np.ndarray, "B Y X 3"] | None:
     return np.where(given["mask"] > 0.5, np.uint8(GREY), given["pixels"])
 
 
-def asked(cfg: PipelineConfig, request: Request, sizes: Sequence[Size], count: int) -> dict:
+def asked(cfg: AnyConfig, request: Request, sizes: Sequence[Size], count: int) -> dict:
     """Return the pictures of `--image` and `--mask`, repeated for each of `count` prompts.
 
     They are fitted to the nearest of `sizes`. Raises UserError for a picture that is missing,

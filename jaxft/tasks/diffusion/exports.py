@@ -50,15 +50,17 @@ def _write_ldm(job: Job) -> None:
 
 
 def _write_lora(job: Job) -> None:
-    """Write the adapters in diffusers' format and in kohya's."""
+    """Write the adapters in diffusers' format and in kohya's.
+
+    For Stable Diffusion 3 it is diffusers' alone, because diffusers does not read kohya's.
+    """
     leaves, cfg, parts = job.leaves, job.opened.cfg, writers.parts(job)
     pipeline_lora.check(parts, leaves)
-    arrays, scale, kind = (
-        writers.adapters(job),
-        ranks.scale(cfg.lora),
-        ldm.kind(job.opened.pipeline),
-    )
+    arrays, scale = writers.adapters(job), ranks.scale(cfg.lora)
     pipeline_lora.write_peft(job.folder, parts, leaves, arrays, scale)
+    if job.opened.pipeline.family == "sd3":
+        return
+    kind = ldm.kind(job.opened.pipeline)
     rank, alpha = cfg.lora.rank, scale * cfg.lora.rank
     stated = pipeline_lora.metadata(kind, job.name, cfg.model, rank, alpha)
     stated |= _modelspec(job, "lora")

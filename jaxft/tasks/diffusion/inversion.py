@@ -9,6 +9,7 @@ import numpy as np
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import NEW_TOKEN_ROLE, Leaf, select
+from jaxft.models.pipelines.families import AnyConfig
 from jaxft.models.pipelines.stable_diffusion import PipelineConfig
 from jaxft.tasks.diffusion.captions import Captions
 from jaxft.tasks.diffusion.options import Inversion
@@ -41,8 +42,18 @@ def names(options: Inversion) -> tuple[str, ...]:
     return (token, *(f"{token}_{i}" for i in range(1, count)))
 
 
-def extended(cfg: PipelineConfig, count: int) -> PipelineConfig:
-    """Return the config of a pipeline with `count` new tokens in each text encoder."""
+def extended(cfg: AnyConfig, count: int) -> AnyConfig:
+    """Return the config of a pipeline with `count` new tokens in each text encoder.
+
+    Raises UserError for new tokens of a pipeline other than Stable Diffusion 1, 2 and XL.
+    """
+    if not count:
+        return cfg
+    if not isinstance(cfg, PipelineConfig):
+        raise UserError(
+            f"inversion.token is not there for {cfg.describe()}; train a LoRA, with the word in its"
+            " captions"
+        )
     return replace(cfg, texts=tuple(replace(text, new_tokens=count) for text in cfg.texts))
 
 

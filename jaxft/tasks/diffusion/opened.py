@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -14,24 +14,16 @@ from jaxft.core.config import Config, Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
 from jaxft.models import flops
-from jaxft.models.pipelines import ldm, stable_diffusion
-from jaxft.models.pipelines.stable_diffusion import PipelineConfig, StableDiffusion, Text
+from jaxft.models.pipelines import families, ldm, stable_diffusion
+from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
+from jaxft.models.pipelines.stable_diffusion import PipelineConfig, Text
 from jaxft.nn import lora
-from jaxft.noise.ddpm import DDPM
 from jaxft.noise.process import NoiseProcess
-from jaxft.noise.samplers import SAMPLERS
-from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.tasks.diffusion import inversion
-from jaxft.tasks.diffusion.captions import Captions
+from jaxft.tasks.diffusion.captions import Captions, load_captions
 from jaxft.tasks.diffusion.options import DiffusionOptions
 from jaxft.weights.adapters import pipeline as pipeline_lora
 from jaxft.weights.adapters.pipeline_file import PipelineLora, load, open_lora
-
-KINDS = {
-    stable_diffusion.NOTHING: "",
-    stable_diffusion.HOLE: " inpainting",
-    stable_diffusion.SOURCE: " InstructPix2Pix",
-}
 
 
 class OpenedPipeline:
@@ -43,30 +35,34 @@ class OpenedPipeline:
         lora.check_plain(cfg.lora, "diffusion")
         prediction = options.prediction or None
         self.pipeline = ldm.open_model(cfg.model, cfg.init == "pretrained", prediction=prediction)
-        self.model_cfg = PipelineConfig.of(self.pipeline, options.prediction, options.zero_snr)
-        check_sampler("sample.sampler", options.sample.sampler)
+        self.model_cfg = families.read_config(self.pipeline, options.prediction, options.zero_snr)
+        check_sampler("sample.sampler", options.sample.sampler, self.model_cfg)
         check(options.caption_dropout, self.model_cfg)
         self.model_cfg = inversion.extended(self.model_cfg, len(inversion.names(options.inversion)))
-        self.process: NoiseProcess = DDPM(self.model_cfg.schedule, options.min_snr_gamma)
+        self.process: NoiseProcess = self.model_cfg.process(options.min_snr_gamma)
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
-        self.parts = stable_diffusion.parts(self.pipeline, self.model_cfg)
+        self.parts = families.parts(self.pipeline, self.model_cfg)
         self.adapter: PipelineLora | None = None
         if cfg.lora.from_:
             self.adapter, adapted = self._read_adapter(cfg.lora)
             cfg = dataclasses.replace(cfg, lora=adapted)
+        elif not cfg.lora.targets:
+            targets = dataclasses.replace(cfg.lora, targets=self.model_cfg.lora)
+            cfg = dataclasses.replace(cfg, lora=targets)
+        if not (cfg.trainable or cfg.lora.rank or options.inversion.token):
+            cfg = dataclasses.replace(cfg, trainable=rf"{self.model_cfg.denoiser}\..*")
         self.cfg = cfg
         self.template = jax.eval_shape(self.build, jax.random.key(0))
         if cfg.export.kind == "lora" or (cfg.export.kind == "all" and cfg.lora.rank):
             pipeline_lora.check(self.parts, describe(self.template))
+        if cfg.export.kind in ("single_file", "all"):
+            ldm.layouts(self.pipeline)  # raises
 
     @cached_property
     def captions(self) -> Captions:
         """The tokenizers. Raises UserError where they do not fit the encoders or the config."""
-        names = ("tokenizer", "tokenizer_2")[: len(self.model_cfg.texts)]
-        folders = [self.pipeline.tokenizer_dir(name) for name in names]
-        tokenizers = [load_tokenizer(folder, "clip") for folder in folders]
         new = inversion.names(self.options.inversion)
-        made = Captions(tokenizers, self.model_cfg.texts, new)
+        made = load_captions(self.pipeline, self.model_cfg.texts, new)
         if new:
             inversion.check(self.cfg, made, describe(self.template))
         made.too_long(self.options.sample.prompts)  # raises for a token without a row
@@ -75,10 +71,11 @@ class OpenedPipeline:
     @property
     def ids_shape(self) -> tuple[int, int]:
         """Shape [E, T] of a caption's token ids."""
-        return len(self.model_cfg.texts), self.model_cfg.texts[0].max_positions
+        texts = self.model_cfg.texts
+        return len(texts), max(text.max_positions for text in texts)
 
     def build(self, key: jax.Array) -> nnx.Module:
-        model = StableDiffusion(self.model_cfg, key=key)
+        model = families.build(self.model_cfg, key)
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
         return model
 
@@ -92,55 +89,53 @@ class OpenedPipeline:
         everywhere = Lora(rank=1, targets=".*")
 
         def build(key: jax.Array) -> nnx.Module:
-            model = StableDiffusion(self.model_cfg, key=key)
+            model = families.build(self.model_cfg, key)
             lora.add(model, everywhere, key)
             return model
 
         model = jax.eval_shape(build, jax.random.key(0))
-        layouts = ldm.layouts(self.pipeline)
+        layouts = {} if self.pipeline.family == "sd3" else ldm.layouts(self.pipeline)
         found = open_lora(asked.from_, self.parts, describe(model), layouts)
         return found, lora.continued(asked, found.lora, lora.projections(model))
 
     def describe(self) -> str:
-        cfg = self.model_cfg
-        size = " XL" if cfg.sdxl else ""
-        terminal = ", zero terminal SNR" if cfg.schedule.zero_snr else ""
-        return (
-            f"Stable Diffusion{size}{KINDS[cfg.conditioning]}, {cfg.schedule.prediction}{terminal}"
-        )
+        return self.model_cfg.describe()
 
     def text_shapes(self) -> Text:
         """Return the shapes of one caption's embedding."""
         ids = jax.ShapeDtypeStruct((1, *self.ids_shape), np.int32)
-        encode = partial(StableDiffusion.encode_text, dtype=self.dtype)
+
+        def encode(model: AnyPipeline, ids: Any) -> Text:
+            return model.encode_text(ids, dtype=self.dtype)
+
         return jax.eval_shape(encode, self.template, ids)
 
     def image_flops(self) -> float:
-        """Return the FLOPs of the UNet's forward pass for one image at full resolution."""
+        """Return the FLOPs of the denoiser's forward pass for one image at full resolution."""
         cfg, side = self.model_cfg, self.options.resolution // self.model_cfg.vae.factor
-        latents = jax.ShapeDtypeStruct((1, side, side, cfg.unet.in_channels), self.dtype)
+        latents = jax.ShapeDtypeStruct((1, side, side, cfg.in_channels), self.dtype)
         times = jax.ShapeDtypeStruct((1, 6), np.float32)
 
-        def forward(model: StableDiffusion, latents: Any, text: Text, times: Any) -> jax.Array:
+        def forward(model: AnyPipeline, latents: Any, text: Text, times: Any) -> jax.Array:
             return model.predict(latents, times[:, 0], text, times, dtype=self.dtype)
 
         return flops.count(forward, self.template, latents, self.text_shapes(), times)
 
 
-def check_sampler(key: str, name: str) -> None:
+def check_sampler(key: str, name: str, cfg: AnyConfig) -> None:
     """Raise UserError for an unknown sampler. The error names its config key or option."""
-    if name not in SAMPLERS:
-        raise UserError(f"{key}={name!r} is not one of {', '.join(SAMPLERS)}")
+    if name not in cfg.samplers:
+        raise UserError(f"{key}={name!r} is not one of {', '.join(cfg.samplers)}")
 
 
-def check(share: float, cfg: PipelineConfig) -> None:
+def check(share: float, cfg: AnyConfig) -> None:
     """Raise UserError for a UNet of an unknown kind, and an invalid `share` of dropped captions.
 
     InstructPix2Pix drops this share three times. The sum must not exceed all rows.
     """
     if not 0 <= share < 1:
         raise UserError(f"caption_dropout={share} must be at least 0 and below 1")
-    if not cfg.conditioning:
+    if isinstance(cfg, PipelineConfig) and not cfg.conditioning:
         latent = cfg.vae.latent_channels
         raise UserError(
             f"unet/config.json: in_channels={cfg.unet.in_channels}, but for a VAE with"

@@ -121,7 +121,7 @@ class DiffusionPreview:
         differently.
         """
         if request.sampler is not None:
-            check_sampler("--sampler", request.sampler)
+            check_sampler("--sampler", request.sampler, self.opened.model_cfg)
         size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches
         ids = np.stack([self.opened.captions(prompt) for prompt in prompts])
         made = [
@@ -142,7 +142,7 @@ class DiffusionPreview:
         side = self.opened.options.resolution // cfg.vae.factor
         size = (side, side) if concat is None else concat.shape[1:3]
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(request.seed)))(places)
-        noise = normal(keys, (*size, cfg.unet.out_channels))
+        noise = normal(keys, (*size, cfg.vae.latent_channels))
         name, steps = request.sampler or options.sampler, request.steps or options.steps
         scale = options.guidance if request.guidance is None else request.guidance
         image = options.image_guidance if request.image_guidance is None else request.image_guidance

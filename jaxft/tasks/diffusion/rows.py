@@ -20,7 +20,7 @@ from jaxft.data.images.dataset import ImageSet
 from jaxft.data.loader import subset
 from jaxft.data.sources.images.records import Bad
 from jaxft.data.sources.schemes import open_images
-from jaxft.models.pipelines.stable_diffusion import NOTHING, SOURCE
+from jaxft.models.pipelines.stable_diffusion import NOTHING, SOURCE, PipelineConfig
 from jaxft.nn.pixels import to_float
 from jaxft.tasks import Planned
 from jaxft.tasks.common.encoded import (
@@ -249,7 +249,8 @@ def encode(
     if any(path.startswith("vae.") for path in chosen):
         raise UserError(
             f"trainable={opened.cfg.trainable!r} trains the VAE, which the noise's error would"
-            r" only spoil; take unet\..* or (unet|text_encoder.*)\..*, or task=autoencoder"
+            r" only spoil; take (unet|transformer)\..*, with text_encoder.* if you like, or"
+            " task=autoencoder"
         )
     if not opened.options.cache or not sets:
         return
@@ -269,7 +270,8 @@ def encode(
         moments = None
         print("moments are not cached: each step encodes the UNet's input pictures", flush=True)
     if not any(path.startswith("text_encoder") for path in chosen):
-        name = fingerprint(local.params, ("text_encoder",), "texts", dtype, cfg.texts)
+        layout = () if isinstance(cfg, PipelineConfig) else (cfg.transformer.context_dim,)
+        name = fingerprint(local.params, ("text_encoder",), "texts", dtype, cfg.texts, *layout)
         texts = ArrayCache(folder, name, jax.process_index())
         captions = [rows.caption(i) for rows in sets for i in range(len(rows))]
         made = store_texts(texts, captions, opened.captions, local.texts, ENCODED_TOGETHER)

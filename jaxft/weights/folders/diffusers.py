@@ -18,8 +18,8 @@ from jaxft.weights.transfer import Part
 from jaxft.weights.views import Relaid, Renamed, as_matrices, widened
 
 SCHEDULER = "scheduler/scheduler_config.json"
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-COMPONENTS = ("unet", "vae", *TEXT_ENCODERS)
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = ("unet", "transformer", "vae", *TEXT_ENCODERS)
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 LEGACY = "text_model."  # transformers 4 cannot read a CLIPTextModel without this prefix in its keys
 BULKY = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5", ".safetensors")
@@ -46,11 +46,13 @@ class Pipeline:
 
     @property
     def family(self) -> str:
-        """The family by the index: "sdxl" for an SDXL pipeline, else "sd"."""
+        """The family by the index: "sd3", "sdxl" for an SDXL pipeline, else "sd"."""
+        if "transformer" in self.components:
+            return "sd3"
         return "sdxl" if "XL" in self.index.get("_class_name", "") else "sd"
 
     def tokenizer_dir(self, name: str = "tokenizer") -> Path:
-        """Return the folder of `tokenizer` or `tokenizer_2`, for AutoTokenizer.from_pretrained.
+        """Return the folder of `tokenizer`, `tokenizer_2` or `tokenizer_3`, for AutoTokenizer.
 
         Raises: UserError if there is no tokenizer.
         """
@@ -294,7 +296,7 @@ def pipeline_files(pipeline: Pipeline, changes: Changes = UNCHANGED) -> Files:
             elif name in rewritten:
                 continue
             files[f"{name}/{file}"] = content
-    for encoder in TEXT_ENCODERS:
+    for encoder in TEXT_ENCODERS[:2]:  # the third is T5's
         name = encoder.replace("text_encoder", "tokenizer")
         files |= _legacy_tokenizer(files, name)
         if f"{name}/vocab.json" in files:

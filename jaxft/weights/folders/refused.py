@@ -7,9 +7,9 @@ from typing import Any
 
 from jaxft.core.errors import UserError
 
-GIVE = "give a Stable Diffusion 1.x, 2.x or XL model"
+GIVE = "give a Stable Diffusion 1.x, 2.x, XL or 3.x model"
 # Models by the start of the class name of their transformer.
-TRANSFORMERS = {"Flux": "FLUX", "SD3": "Stable Diffusion 3", "Chroma": "Chroma"}
+TRANSFORMERS = {"Flux": "FLUX", "Chroma": "Chroma"}
 # Pipelines with a UNet of another kind, by a part of their class name.
 UNETS = {
     "Upscale": "an upscaler, whose UNet takes a low-resolution picture and its noise level",
@@ -46,6 +46,9 @@ def check_index(index: Mapping[str, Any], where: Path) -> None:
     name = index.get("_class_name", "")
     pairs = {key: e for key, e in index.items() if isinstance(e, list) and len(e) == 2}
     classes = {key: cls for key, (_, cls) in pairs.items() if isinstance(cls, str)}
+    if classes.get("transformer") == "SD3Transformer2DModel":
+        _check_sd3(classes, name, where)
+        return
     if "unet" not in classes and (found := classes.get("transformer")):
         model = next((m for start, m in TRANSFORMERS.items() if found.startswith(start)), found)
         raise UserError(
@@ -71,6 +74,23 @@ def check_index(index: Mapping[str, Any], where: Path) -> None:
         raise UserError(
             f"{where}: {name} names no {', '.join(missing)} (null counts as none); expected a"
             " StableDiffusionPipeline or StableDiffusionXLPipeline with all of them"
+        )
+
+
+def _check_sd3(classes: Mapping[str, str], name: str, where: Path) -> None:
+    """Raise UserError for an SD 3 pipeline without its parts. Only T5 may be absent."""
+    wanted = {
+        "text_encoder": "CLIPTextModelWithProjection",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "text_encoder_3": "T5EncoderModel",
+    }
+    for key, one in wanted.items():
+        if (found := classes.get(key, one)) != one:
+            raise UserError(f"{where}: {key} is a {found}; {name} has a {one} there")
+    if missing := sorted({"vae", "text_encoder", "text_encoder_2"} - classes.keys()):
+        raise UserError(
+            f"{where}: {name} names no {', '.join(missing)} (null counts as none); only"
+            " text_encoder_3 may be null"
         )
 
 

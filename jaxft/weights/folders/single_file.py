@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -39,9 +39,7 @@ class LDMLayout(NamedTuple):
     prefix: the beginning of its keys. names: diffusers' names of modules or tensors to LDM's. The
     longest name that begins a key counts. arrows: diffusers' names of tensors to their layouts,
     LDM -> diffusers. fused: q, k and v are one in_proj. ignore: a regex of keys, on either side,
-    that fill no parameter. thirds: diffusers' modules that are a third of one module of LDM, with
-    its name and their index in it. swapped: diffusers' modules whose halves LDM has in the other
-    order.
+    that fill no parameter.
     """
 
     prefix: str
@@ -49,25 +47,15 @@ class LDMLayout(NamedTuple):
     arrows: Mapping[str, str] = {}
     fused: bool = False
     ignore: str = r"(?!)"
-    thirds: Mapping[str, tuple[str, int]] = {}
-    swapped: Collection[str] = ()
 
 
 def as_diffusers(tensors: Tensors, layout: LDMLayout) -> Relaid:
     """Return one component of a single file under diffusers' keys and shapes."""
     back = {ldm: name for name, ldm in layout.names.items()}
-    modules: dict[str, list[str]] = {}  # of diffusers, by the module of LDM that holds their thirds
-    for name, (ldm, _) in sorted(layout.thirds.items(), key=lambda item: item[1]):
-        modules.setdefault(ldm, []).append(name)
     places: dict[str, Place] = {}
     for key in tensors.keys():  # noqa: SIM118 (a Tensors is no dict)
         inner = key.removeprefix(layout.prefix)
         if inner == key or re.fullmatch(layout.ignore, inner):
-            continue
-        stem, _, leaf = inner.rpartition(".")
-        if stem in modules:
-            for third, module in enumerate(modules[stem]):
-                places[f"{module}.{leaf}"] = Place(key, third=third)
             continue
         name = renamed(inner, back)
         match = re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name) if layout.fused else None
@@ -75,8 +63,7 @@ def as_diffusers(tensors: Tensors, layout: LDMLayout) -> Relaid:
             arrow, shape = layout.arrows.get(name, ""), tensors.info(key)[0]
             # Some tools store attention as matrices already.
             is_matrix = arrow.startswith("o i 1 1") and len(shape) == 2
-            swapped = name.rpartition(".")[0] in layout.swapped
-            places[name] = Place(key, "" if is_matrix else arrow, swapped=swapped)
+            places[name] = Place(key, "" if is_matrix else arrow)
             continue
         for third, letter in enumerate("qkv"):
             places[f"{match[1]}.{letter}_proj.{match[2]}"] = Place(key, third=third)
@@ -252,10 +239,6 @@ def to_ldm(export: Export, layout: LDMLayout) -> Export:
 
 
 def _to_ldm(key: str, layout: LDMLayout) -> Place:
-    module, _, leaf = key.rpartition(".")
-    if module in layout.thirds:
-        name, third = layout.thirds[module]
-        return Place(f"{layout.prefix}{name}.{leaf}", third=third)
     name = renamed(key, layout.names)
     left, right = (layout.arrows.get(key) or "->").split("->")
     arrow = f"{right} -> {left}" if key in layout.arrows else ""
@@ -263,7 +246,7 @@ def _to_ldm(key: str, layout: LDMLayout) -> Place:
     if match:
         key = f"{layout.prefix}{match[1]}.in_proj_{match[3]}"
         return Place(key, third="qkv".index(match[2]))
-    return Place(layout.prefix + name, arrow, swapped=module in layout.swapped)
+    return Place(layout.prefix + name, arrow)
 
 
 def markers(scheduler: Mapping[str, Any]) -> tuple[str, ...]:

@@ -162,7 +162,7 @@ def test_only_what_makes_moments_names_their_cache(both, opened):
 
 
 def test_the_vae_does_not_train(opened):
-    run, params = opened({"trainable": ""})
+    run, params = opened({"trainable": ".*"})
     with pytest.raises(UserError, match="trains the VAE"):
         run.encode(params, run.chosen)
 
