@@ -12,6 +12,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 from jaxft.core import config as configs
 from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
+from jaxft.core.guards.fingerprint import not_finite
 from jaxft.runs.opening import Run
 from jaxft.runs.outputs import begin_output, check_output, finish_output
 from jaxft.runs.restoring import restore_run, step_option
@@ -60,9 +61,15 @@ def export_folder(
     `params` holds at least the trained parameters. All processes have to call this function,
     because parameters are gathered from all. The first process writes. Each process returns when
     the folder is complete. `check_output` has to allow `out`. Raises UserError where `check_kind`
-    does.
+    does, and for trained parameters that are not finite.
     """
     check_kind(run, kind)
+    if bad := not_finite({path: params[path] for path in run.chosen}):
+        raise UserError(
+            f"{bad[0]} and {len(bad) - 1} more trained parameters hold numbers that are NaN or"
+            " infinite, so nothing is exported; lower optim.lr or lengthen optim.warmup in another"
+            " --workdir, or export an earlier checkpoint with --step"
+        )
     place = out.absolute()
     name = place.parent.name if place.name == "export" else place.name
 
