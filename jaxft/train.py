@@ -94,6 +94,7 @@ def train(config: dict[str, Any], workdir: Path) -> None:
     print(states.summary(run, plan, data.train), flush=True)
     with jax.set_mesh(mesh):
         state, frozen = states.start_state(run, plan, saved, start)
+        start = int(state.step)  # earlier, if the newest checkpoint is damaged
         preview = opening.preview(run, data, states.model_params(frozen, state), start)
         objective = task.objective(run.opened, data.train)
         step_fn = Compiled(make_steps(run, plan, objective), runtime.memory_limit(mesh))

@@ -107,9 +107,9 @@ class Watch:
         # A finite loss may have gradients that are not, and those have spoilt the weights already.
         if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(sums[name])]:
             raise UserError(
-                f"{bad[0]} is {sums[bad[0]]} at step {pending.step} ({self._before}); nothing after"
-                " the last checkpoint is kept: lower optim.lr or lengthen optim.warmup, in another"
-                " --workdir, or look for odd records in the batch of that step"
+                f"{bad[0]} is {sums[bad[0]]} at step {pending.step}; nothing after the last"
+                f" checkpoint is kept ({self._before}): lower optim.lr or lengthen optim.warmup, in"
+                " another --workdir, or look for odd records in the batch of that step"
             )
         self._before = f"loss {sums['loss']:.4g}, grad_norm {sums['grad_norm']:.4g} one step before"
         self.writer.write(pending.step, sums | rates, shown=pending.shown)

@@ -1,6 +1,5 @@
 """Fingerprints of arrays, equal on every mesh, and the search for numbers that are not finite."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +10,11 @@ _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 class Print(NamedTuple):
-    """The fingerprint of one array, its shape and dtype, and True if all numbers are finite."""
+    """The fingerprint of one array, with its shape and dtype."""
 
     number: int
     shape: tuple[int, ...]
     dtype: str
-    finite: bool
 
 
 def fingerprints(tree: Any) -> dict[str, Print]:
@@ -25,23 +23,27 @@ def fingerprints(tree: Any) -> dict[str, Print]:
     Of two arrays that differ in one element, the fingerprints differ. It detects faults of a disk
     or a memory, and is no protection against an attacker.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    found = jax.device_get([_fingerprint(leaf) for _, leaf in leaves])  # one transfer for all
+    leaves = named_leaves(tree)
+    found = jax.device_get([_fingerprint(leaf) for leaf in leaves.values()])  # one transfer for all
     return {
-        name: Print(int(number), tuple(leaf.shape), np.dtype(leaf.dtype).name, bool(finite))
-        for name, (_, leaf), (number, finite) in zip(names, leaves, found, strict=True)
+        name: Print(int(number), tuple(leaf.shape), np.dtype(leaf.dtype).name)
+        for (name, leaf), number in zip(leaves.items(), found, strict=True)
     }
 
 
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Return the arrays of a tree by dotted path, or their shapes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
 @jax.jit
-def _fingerprint(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return (the sum of the elements' bits times odd factors modulo 2^32, True if all are finite).
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """Return the sum of the elements' bits times odd factors modulo 2^32.
 
     A sum of integers does not depend on its order, so neither does it on the mesh. The factor is a
     product of one odd number for each axis, so that exchanged elements are noticed too.
     """
-    floating = jnp.issubdtype(x.dtype, jnp.floating)
     if x.dtype == jnp.bool_:
         bits = x.astype(jnp.uint32)
     else:
@@ -49,7 +51,7 @@ def _fingerprint(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     for axis in reversed(range(x.ndim)):
         # The barrier keeps XLA from computing the factors again for each row.
         bits = jnp.dot(bits, jax.lax.optimization_barrier(_factors(x.shape[axis], axis)))
-    return bits, is_finite(x) if floating else jnp.bool_(True)
+    return bits
 
 
 def _factors(size: int, axis: int) -> jax.Array:
@@ -60,11 +62,15 @@ def _factors(size: int, axis: int) -> jax.Array:
     return (mixed ^ (mixed >> 13)) | jnp.uint32(1)
 
 
-def not_finite(params: Mapping[str, jax.Array]) -> list[str]:
-    """Return the paths of the parameters that hold NaN or infinite numbers."""
-    names = sorted(params)
-    found = jax.device_get([is_finite(params[name]) for name in names])
-    return [name for name, finite in zip(names, found, strict=True) if not finite]
+def not_finite(tree: Any) -> list[str]:
+    """Return the paths of the arrays of a tree that hold NaN or infinite numbers, sorted."""
+    leaves = {
+        name: leaf
+        for name, leaf in sorted(named_leaves(tree).items())
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    found = jax.device_get([is_finite(leaf) for leaf in leaves.values()])
+    return [name for name, finite in zip(leaves, found, strict=True) if not finite]
 
 
 @jax.jit
