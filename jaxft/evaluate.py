@@ -24,6 +24,7 @@ def _main(argv: list[str]) -> None:
     from jaxft.runs.agreement import agreement
     from jaxft.runs.opening import preview
     from jaxft.runs.restoring import facts, open_any
+    from jaxft.runs.watch import check_losses
 
     run, params, step = open_any(arguments)
     if not run.cfg.data.eval:
@@ -33,6 +34,7 @@ def _main(argv: list[str]) -> None:
     with jax.set_mesh(run.mesh):
         data = Data(held_out=held_out, facts=facts(arguments.options.get("workdir")))
         report = preview(run, data, params, step).evaluate(params, run.mesh)
+    check_losses(report, f"step {step}")
     rows = [(name, f"{value:.6g}") for name, value in report.metrics.items()]
     print(table(rows, ("metric", f"step {step}")))
     if report.rows:

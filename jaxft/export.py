@@ -1,8 +1,6 @@
 """Export weights: `python -m jaxft.export --workdir DIR [--step N] [--out DIR] [--kind …]`."""
 
-import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -14,18 +12,27 @@ from jax.experimental.multihost_utils import sync_global_devices
 from jaxft.core import config as configs
 from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
+from jaxft.core.guards.fingerprint import not_finite
 from jaxft.runs.opening import Run
+from jaxft.runs.outputs import begin_output, check_output, finish_output
 from jaxft.runs.restoring import restore_run, step_option
+from jaxft.runs.workdir import read_config_file
 from jaxft.tasks import Job
 from jaxft.weights.views import Grafted
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Export any checkpoint step, merged or as an adapter, in any dtype."""
+    """Export any checkpoint step, merged or as an adapter, in any dtype.
+
+    `--out` is a new or an empty folder, by default export/ of the run. `--overwrite` replaces an
+    earlier export there.
+    """
     return processes.command(_main, sys.argv[1:] if argv is None else argv)
 
 
 def _main(argv: list[str]) -> None:
+    overwrite = "--overwrite" in argv
+    argv = [word for word in argv if word != "--overwrite"]
     parsed = runtime.parse_arguments(argv, ("workdir", "step", "out", "kind", "dtype"))
     options = parsed.options
     if "workdir" not in options:
@@ -34,11 +41,12 @@ def _main(argv: list[str]) -> None:
     if options.get("dtype", "source") not in dtypes:
         raise UserError(f"--dtype={options['dtype']!r} is not one of {', '.join(dtypes)}")
     workdir = Path(options["workdir"])
+    out = Path(options.get("out", workdir / "export"))
+    check_output(out, workdir, read_config_file(workdir), overwrite)
     run, params, step = restore_run(workdir, step_option(options), parsed.overrides)
     kind = options.get("kind", run.cfg.export.kind)
     if kind not in run.task.writers:
         raise UserError(f"--kind={kind!r} is not one of {', '.join(run.task.writers)}")
-    out = Path(options.get("out", workdir / "export"))
     with jax.set_mesh(run.mesh):
         export_folder(run, params, out, kind, options.get("dtype", run.cfg.export.dtype))
     print(f"step {step} of {workdir} exported to {out}")
@@ -52,9 +60,16 @@ def export_folder(
     The keys of `run.task.writers` are the kinds, and exports.py of each task describes them.
     `params` holds at least the trained parameters. All processes have to call this function,
     because parameters are gathered from all. The first process writes. Each process returns when
-    the folder is complete. Raises UserError where `check_kind` does.
+    the folder is complete. `check_output` has to allow `out`. Raises UserError where `check_kind`
+    does, and for trained parameters that are not finite.
     """
     check_kind(run, kind)
+    if bad := not_finite({path: params[path] for path in run.chosen}):
+        raise UserError(
+            f"{bad[0]} and {len(bad) - 1} more trained parameters hold numbers that are NaN or"
+            " infinite, so nothing is exported; lower optim.lr or lengthen optim.warmup in another"
+            " --workdir, or export an earlier checkpoint with --step"
+        )
     place = out.absolute()
     name = place.parent.name if place.name == "export" else place.name
 
@@ -63,14 +78,9 @@ def export_folder(
         run.task.writers[kind].write(job)
 
     if jax.process_index() == 0:
-        temporary = out.with_name(f"{out.name}.partial-{os.getpid()}")
-        for stale in out.parent.glob(f"{out.name}.partial-*"):
-            shutil.rmtree(stale)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
+        made = begin_output(out)
+        write(made)
+        finish_output(made, out)
     else:
         with tempfile.TemporaryDirectory() as aside:
             write(Path(aside))

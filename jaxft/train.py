@@ -71,12 +71,15 @@ def train(config: dict[str, Any], workdir: Path) -> None:
     from jaxft.runs.agreement import agreement, check_same
     from jaxft.runs.checkpoint import Checkpoints
     from jaxft.runs.compiling import Compiled, make_steps
+    from jaxft.runs.outputs import check_output
     from jaxft.runs.watch import Watch
 
     began = time.perf_counter()
     with agreement():
         run = opening.open_run(config)
         check_kind(run, run.cfg.export.kind)
+        if run.cfg.export.kind != "none":
+            check_output(workdir / "export", workdir, config)
         data = opening.read_data(run)
     cfg, task, mesh = run.cfg, run.task, run.mesh
     examples, rows = len(data.train), local_rows(mesh, cfg.batch_size)
@@ -91,6 +94,7 @@ def train(config: dict[str, Any], workdir: Path) -> None:
     print(states.summary(run, plan, data.train), flush=True)
     with jax.set_mesh(mesh):
         state, frozen = states.start_state(run, plan, saved, start)
+        start = int(state.step)  # earlier, if the newest checkpoint is damaged
         preview = opening.preview(run, data, states.model_params(frozen, state), start)
         objective = task.objective(run.opened, data.train)
         step_fn = Compiled(make_steps(run, plan, objective), runtime.memory_limit(mesh))

@@ -103,6 +103,42 @@ def test_pickles_are_refused_with_the_way_to_convert(fails, broken, name):
     fails([name, "safetensors"], {"model": broken})
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("lora", [0, 2])
+def test_w4_fault_5_weights_that_are_not_finite_are_named(fails, broken, value, lora):
+    file = broken / "model.safetensors"
+    tensors, key = load_file(file), "model.layers.1.mlp.up_proj.weight"
+    tensors[key][3, 5] = value
+    save_file(tensors, file, {"format": "pt"})
+    fails([broken, key, "NaN or infinite"], {"model": broken, "lora.rank": lora})
+
+
+def test_fault_5_a_source_that_overflows_its_dtype_is_named(fails, broken):
+    file = broken / "model.safetensors"
+    tensors, key = load_file(file), "model.norm.weight"
+    tensors[key][3] = 3.4e38
+    save_file(tensors, file, {"format": "pt"})
+    fails([key, "in bfloat16"], {"model": broken, "param_dtype": "bfloat16", "lora.rank": 0})
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_fault_5_weights_that_diverged_are_not_exported(fails, tmp_path, steps):
+    """After one step the loss was still finite: only the weights are not."""
+    words = ["optim.lr", "NaN or infinite" if steps == 1 else "one step before"]
+    keys = {"optim.lr": "1e39", "optim.warmup": "0_steps", "lora.rank": 0, "data.eval": ""}
+    fails(words, {"total": f"{steps}_steps", **keys})
+
+
+def test_fault_5_a_loss_that_is_not_finite_is_no_result(fails, broken, tmp_path):
+    """The weights are finite, but their products are not."""
+    file = broken / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] *= np.float32(1e38)
+    save_file(tensors, file, {"format": "pt"})
+    fails(["loss of data.eval is", "step 0"], {"model": broken})
+    assert "null" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 def test_missing_tokenizer(fails, broken):
     for file in broken.glob("tokenizer*"):
         file.unlink()

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
+from jaxft.runs.outputs import MARK
+
 ROOT = Path(__file__).resolve().parent.parent
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-4  # relative, on another kind of machine
 
@@ -25,7 +27,7 @@ def losses(file: Path) -> list[str]:
 def folder_figures(out: Path, folder: Path) -> dict[str, Any]:
     """Return figures of each file below `out`; paths of this machine do not count in texts."""
     figures: dict[str, Any] = {}
-    for file in sorted(path for path in out.rglob("*") if path.is_file()):
+    for file in sorted(path for path in out.rglob("*") if path.is_file() and path.name != MARK):
         name = file.relative_to(out).as_posix()
         if file.suffix == ".safetensors":
             figures[name] = tensor_figures(file)

@@ -1,15 +1,27 @@
-"""Orbax checkpoints of (state, data position, resolved config) as one unit."""
+"""Orbax checkpoints of (state, data position, resolved config) as one unit, checked when read."""
 
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import sync_global_devices
 
 from jaxft.core.errors import UserError
+from jaxft.core.guards.fingerprint import fingerprints, named_leaves, not_finite
 
 KEEP = 3
+CHECK = "prints"  # the item with the fingerprints, and the key of its digest beside the position
+Found = TypeVar("Found")
+
+
+class Damage(ValueError):
+    """A checkpoint that is not as it was saved. The text is the reason."""
 
 
 class Checkpoints:
@@ -24,43 +36,124 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, state: Any, config: dict, position: dict) -> None:
-        """Start an asynchronous save. A step that is already saved is not written again."""
+        """Start an asynchronous save. A step that is already saved is not written again.
+
+        Raises: UserError for a state that is not finite, from which no run could go on.
+        """
         if step in self.manager.all_steps():
             return
+        if bad := not_finite(state):
+            raise UserError(
+                f"{bad[0]} and {len(bad) - 1} more arrays hold numbers that are NaN or infinite"
+                f" after step {step}, which is not saved: lower optim.lr or lengthen optim.warmup,"
+                " in another --workdir"
+            )
+        prints = fingerprints(state).items()
+        leaves = {name: [one.number, list(one.shape), one.dtype] for name, one in prints}
+        data = {**position, CHECK: _digest(leaves)}
+        items = {"config": config, "data": data}
+        items[CHECK] = {"leaves": leaves, "sha256": _digest([config, data])}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
-            config=ocp.args.JsonSave(config),  # type: ignore[call-arg]
-            data=ocp.args.JsonSave(position),  # type: ignore[call-arg]
+            **{name: ocp.args.JsonSave(item) for name, item in items.items()},  # type: ignore[call-arg]
         )
         self.manager.save(step, args=args)
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict]:
-        """Return (state, data position).
+        """Return (state, data position), as they were saved.
 
         `abstract` has the shapes and dtypes of the state and the shardings of this process.
-        Raises: UserError if there is no checkpoint of the step.
+        Checkpoints of versions before the fingerprints are not compared.
+        Raises: UserError if there is no checkpoint of the step, or it is one of another model.
+        Damage if it cannot be read as it was saved.
         """
-        self._check(step)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract),  # type: ignore[call-arg]
-            data=ocp.args.JsonRestore(),  # type: ignore[call-arg]
-        )
-        restored = self.manager.restore(step, args=args)
+        items = self._items(step)
+        leaves = items.get(CHECK, {}).get("leaves")
+        if leaves is not None:
+            self._check_shapes(step, leaves, abstract)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
+        restored = _guarded(lambda: self.manager.restore(step, args=args))["state"]
         # The step donates its state. Orbax's buffers cannot be donated (jax-ml/jax#18617).
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         own = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=places)
-        return own(restored["state"]), restored["data"]
+        state = own(restored)
+        if leaves is not None:
+            for name, one in fingerprints(state).items():
+                if leaves[name][0] != one.number:
+                    raise Damage(f"{name} is not as it was saved")
+        return state, items["data"]
 
     def config(self, step: int) -> dict:
         """Return the resolved config that was saved with a step. Raises as `restore`."""
-        self._check(step)
-        args = ocp.args.Composite(config=ocp.args.JsonRestore())  # type: ignore[call-arg]
-        return self.manager.restore(step, args=args)["config"]
+        return self._items(step)["config"]
 
-    def _check(self, step: int) -> None:
+    def newest(self, read: Callable[[int], Found]) -> tuple[int, Found, dict[int, str]]:
+        """Return (step, result, damaged) of `read` for the newest step where it does not fail.
+
+        `damaged` are the newer steps, and the reason of each. Raises: UserError if no step is left.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                return step, read(step), damaged
+            except Damage as damage:
+                damaged[step] = str(damage)
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+        raise UserError(
+            f"{self.folder} has no checkpoint that is as it was saved ({reasons}); put back a copy,"
+            " or start again in another --workdir"
+        )
+
+    def set_aside(self, damaged: Mapping[int, str], start: int) -> None:
+        """Rename damaged steps to N.bad, and say from which one the run goes on.
+
+        All processes have to call it.
+        """
+        if not damaged:
+            return
+        for step, reason in damaged.items():
+            aside = self.folder / f"{step}.bad"
+            if jax.process_index() == 0:
+                while aside.exists():
+                    aside = aside.with_name(f"{aside.name}0")
+                (self.folder / str(step)).rename(aside)
+            print(f"the checkpoint of step {step} is damaged ({reason}): renamed {aside.name}")
+        print(f"going on from step {start}, whose checkpoint is as it was saved", flush=True)
+        sync_global_devices("set aside")
+        self.manager.reload()
+
+    def _items(self, step: int) -> dict[str, Any]:
+        """Return the small items of a step by name, compared with their checksums."""
         if step not in self.manager.all_steps():
             have = ", ".join(map(str, self.manager.all_steps())) or "none"
             raise UserError(f"{self.folder} has no checkpoint of step {step}; there are: {have}")
+        names = ["config", "data"]
+        if (self.folder / str(step) / CHECK).exists():
+            names.append(CHECK)
+        args = ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in names})  # type: ignore[call-arg]
+        found = _guarded(lambda: self.manager.restore(step, args=args))
+        items = {name: found[name] for name in names}
+        if not all(isinstance(item, dict) for item in items.values()):
+            raise Damage("config, data position or fingerprints are empty")
+        if CHECK in items or CHECK in items["data"]:
+            made = items.get(CHECK, {})
+            whole = made.get("sha256") == _digest([items["config"], items["data"]])
+            if not whole or items["data"].get(CHECK) != _digest(made.get("leaves")):
+                raise Damage("config, data position or fingerprints are not as they were saved")
+        position = {key: value for key, value in items["data"].items() if key != CHECK}
+        return {**items, "data": position}
+
+    def _check_shapes(self, step: int, leaves: Mapping[str, Any], abstract: Any) -> None:
+        """Raise UserError where the state of the run has other arrays than the checkpoint."""
+        named = named_leaves(abstract).items()
+        wanted = {name: [list(x.shape), np.dtype(x.dtype).name] for name, x in named}
+        for name in sorted(wanted.keys() | leaves.keys()):
+            saved = leaves[name][1:] if name in leaves else "no such array"
+            if (now := wanted.get(name, "no such array")) != saved:
+                raise UserError(
+                    f"checkpoint {step} in {self.folder} has {saved} for {name}, but the model now"
+                    f" has {now}; put the model of the run back, or use another --workdir"
+                )
 
     def wait(self) -> None:
         """Block until every save is on disk. Raises errors of the saves in the background."""
@@ -70,3 +163,23 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self.manager.close()
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _guarded(read: Callable[[], Found]) -> Found:
+    """Return `read()`. Raises: Damage for what Orbax raises on files that are not as it wrote them.
+
+    A full memory and a file that this user may not read are no damage.
+    """
+    try:
+        return read()
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # Orbax and its libraries raise nearly every kind
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), "")[:160]
+        raise Damage(f"{type(error).__name__}: {reason}") from None

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxft.core import config as configs
@@ -102,8 +103,13 @@ def load_params(run: Run, wanted: set[str] | None = None) -> Params:
     initial = run.opened.initial(wanted)
     if missing := wanted - params.keys() - initial.keys():
         params |= _draw(run, missing, dtype)
-    for path in wanted & initial.keys():
+    for path in sorted(wanted & initial.keys()):
         array = initial[path]
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"{path} of the adapter in {run.cfg.lora.from_ or run.cfg.model} holds numbers that"
+                " are NaN or infinite; give another adapter"
+            )
         place = partial(lambda host, index: host[index], array)
         params[path] = jax.make_array_from_callback(array.shape, run.shardings[path], place)
     return {path: params[path] for path in run.leaves if path in wanted}

@@ -11,8 +11,9 @@ from jaxft.core import config as configs
 from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params
+from jaxft.core.step import State
 from jaxft.runs.agreement import agreement, check_same
-from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.checkpoint import Checkpoints, Damage
 from jaxft.runs.opening import Run, load_params, open_run
 from jaxft.runs.state import abstract_state, model_params
 from jaxft.runs.watch import MANIFEST
@@ -31,15 +32,32 @@ def restore_run(
     read_config_file(workdir)  # raises where this is no run folder
     processes.join()
     saved = Checkpoints(workdir)
-    at = saved.latest() if at is None else at
-    check_same({"checkpoint": at})
-    if at is None:
+    newest = saved.latest() if at is None else at
+    check_same({"checkpoint": newest})
+    if newest is None:
         raise UserError(f"{workdir} has no checkpoint yet; train first")
-    config = saved.config(at)
-    with agreement():
-        run = open_run(configs.resolve_config(config, overrides, OPTIONS))
+    overrides = tuple(overrides)
+
+    def read(step: int) -> tuple[Run, State]:
+        config = saved.config(step)
+        with agreement():
+            run = open_run(configs.resolve_config(config, overrides, OPTIONS))
+        with jax.set_mesh(run.mesh):
+            return run, saved.restore(step, abstract_state(run))[0]
+
+    if at is None:
+        at, (run, state), damaged = saved.newest(read)
+        for step, reason in damaged.items():
+            print(f"the checkpoint of step {step} is damaged ({reason}): step {at} is used")
+    else:
+        try:
+            run, state = read(at)
+        except Damage as damage:
+            raise UserError(
+                f"the checkpoint of step {at} in {workdir} is damaged ({damage}); name another"
+                " step, or leave --step out"
+            ) from None
     with jax.set_mesh(run.mesh):
-        state, _ = saved.restore(at, abstract_state(run))
         params = model_params(load_params(run, set(run.leaves) - run.chosen), state)
     saved.close()
     return run, params, at

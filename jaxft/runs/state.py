@@ -103,12 +103,18 @@ def model_params(frozen: Params, state: State) -> Params:
 
 
 def start_state(run: Run, plan: Plan, saved: Checkpoints, start: int) -> tuple[State, Params]:
-    """Return (state, frozen parameters) before step `start`: new ones, or from its checkpoint."""
+    """Return (state, frozen parameters): new ones before step 0, or those of a checkpoint.
+
+    `start` is the newest step. If its checkpoint is damaged, an earlier one is restored:
+    `state.step` is the step from which to go on.
+    """
     if not start:
         params = load_params(run)
         frozen = {path: x for path, x in params.items() if path not in run.chosen}
         return fresh_state(run, plan.tx, {path: params[path] for path in run.chosen}), frozen
-    state, _ = saved.restore(start, abstract_state(run, plan.tx))
+    abstract = abstract_state(run, plan.tx)
+    start, (state, _), damaged = saved.newest(lambda step: saved.restore(step, abstract))
+    saved.set_aside(damaged, start)
     print(f"resumed from step {start}", flush=True)
     return state, load_params(run, set(run.leaves) - run.chosen)
 

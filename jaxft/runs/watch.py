@@ -58,6 +58,7 @@ class Watch:
         self.processes = run.cfg.batch_size / (rows.stop - rows.start)
         self.flops_per_unit = objective.flops(run.trained_leaves)
         self.pending: _Pending | None = None
+        self._before = "the first step of this start, from finite weights"
         self.last = time.perf_counter()
         self.data, self._bad = data, -1
         self._describe_data()
@@ -107,14 +108,20 @@ class Watch:
         if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(sums[name])]:
             raise UserError(
                 f"{bad[0]} is {sums[bad[0]]} at step {pending.step}; nothing after the last"
-                " checkpoint is kept: lower optim.lr or lengthen optim.warmup, in another --workdir"
+                f" checkpoint is kept ({self._before}): lower optim.lr or lengthen optim.warmup, in"
+                " another --workdir, or look for odd records in the batch of that step"
             )
+        self._before = f"loss {sums['loss']:.4g}, grad_norm {sums['grad_norm']:.4g} one step before"
         self.writer.write(pending.step, sums | rates, shown=pending.shown)
 
     def evaluate(self, step: int, params: Params) -> Report:
-        """Return the evaluation of the model before `step`'s update, and write it."""
+        """Return the evaluation of the model before `step`'s update, and write it.
+
+        Raises UserError as `check_losses`.
+        """
         self.flush()
         report = self.preview.evaluate(params, self.run.mesh)
+        check_losses(report, f"step {step} of {self.workdir}")
         if report.metrics:
             self.writer.write_eval(step, report.metrics)
         self.pictures(step, report.pictures)
@@ -162,6 +169,16 @@ class Watch:
             self.note(f"export ({self.run.cfg.export.kind}): {self.workdir / 'export'}")
         self.note(f"done in {seconds / 60:.1f} minutes")
         self.writer.close()
+
+
+def check_losses(report: Report, where: str) -> None:
+    """Raise UserError for an evaluation whose loss is NaN or infinite, which is no result."""
+    for name, value in report.metrics.items():
+        if "loss" in name.split("_") and not math.isfinite(value):
+            raise UserError(
+                f"{name} of data.eval is {value} at {where}; the weights or a record of data.eval"
+                " give numbers that are not finite: try compute_dtype=float32, or another model"
+            )
 
 
 def _comparison(before: Report, after: Report) -> str:

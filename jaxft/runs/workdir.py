@@ -29,6 +29,7 @@ def claim_workdir(
             f"workdir {workdir} cannot be written ({error}); choose another --workdir"
         ) from None
     file = workdir / "config.json"
+    _refuse_foreign(file)
     if file.exists() and any(entry != file for entry in workdir.iterdir()):
         old = read_config_file(workdir, options)
         if differing := differing_keys(old, config):
@@ -38,6 +39,19 @@ def claim_workdir(
             )
         return
     file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _refuse_foreign(file: Path) -> None:
+    """Raise UserError for the config.json of a model, which the run's own would replace.
+
+    A file that is no JSON was cut when its run was killed.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return
+    if not isinstance(content, dict) or "task" not in content:
+        raise UserError(f"{file} is not the config of a run; choose another --workdir")
 
 
 def read_config_file(workdir: Path, options: Mapping[str, type] = MAPPING) -> dict[str, Any]:

@@ -153,10 +153,12 @@ def open_stock(subject: ComponentSubject) -> tuple[Any, Mapping[str, Any]]:
     import torch
 
     library, name = subject.stock
-    dtype = "torch_dtype" if library == "diffusers" else "dtype"
+    # Model classes of diffusers run no code of a folder, and take the other key for a config's.
+    own: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
+    options = {"torch_dtype": torch.float32} if library == "diffusers" else own
     with _stock_folder(subject.source, subject.part.stem) as folder:
         model, report = stock_class(library, name).from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, **{dtype: torch.float32}
+            folder, output_loading_info=True, local_files_only=True, **options
         )
     return model.eval(), report
 

@@ -15,6 +15,7 @@ import torch
 
 from jaxft.core import processes
 from jaxft.core.errors import UserError
+from jaxft.core.guards.inside import is_inside
 from jaxft.weights.files.tensor_files import DTYPE_NAMES, PICKLES, STEMS, write_sharded
 from jaxft.weights.locate import INDEX
 
@@ -69,6 +70,8 @@ def _pickles(folder: Path) -> list[Path]:
     """Return the files that hold a folder's weights: all shards, or the one whole file."""
     for index in sorted(folder.glob("*.bin.index.json")):
         names = set(json.loads(index.read_text())["weight_map"].values())
+        if outside := sorted(name for name in names if not is_inside(folder, str(name))):
+            raise UserError(f"{index}: names {outside[0]!r}; expected files beside it")
         if all((folder / name).is_file() for name in names):
             return [folder / name for name in sorted(names)]
     found = [path for pattern in PICKLED_WEIGHTS for path in sorted(folder.glob(pattern))]

@@ -160,7 +160,11 @@ def _ask(model: JanusFolder, rows: Mapping[str, np.ndarray], count: int) -> Janu
     from transformers import JanusForConditionalGeneration
 
     loaded: Any = JanusForConditionalGeneration.from_pretrained(
-        model.source.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        model.source.folder,
+        dtype=torch.float32,
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     stock, report = loaded
     stock.eval()

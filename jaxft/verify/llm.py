@@ -17,6 +17,7 @@ from jaxft.core import runtime
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf, Params, bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
+from jaxft.data.text.vocabulary import check_ids, check_specials
 from jaxft.kernels.cross_entropy import linear_cross_entropy
 from jaxft.models import registry
 from jaxft.models.decoders.config import DecoderConfig
@@ -200,14 +201,16 @@ def _random_row(
 
 
 def _text_row(source: Source, cfg: DecoderConfig) -> Int[np.ndarray, "B T"]:
-    ids = load_tokenizer(source.tokenizer_dir())(SAMPLE_TEXT * 2, add_special_tokens=False)[
-        "input_ids"
-    ]
-    if not ids or max(ids) >= cfg.vocab_size:
-        raise UserError(
-            f"{source.name}: the tokenizer gives ids up to {max(ids, default=None)}, config.json"
-            f" vocab_size={cfg.vocab_size}; put the model's own tokenizer there"
+    tokenizer = load_tokenizer(source.tokenizer_dir())
+    if without := check_specials(tokenizer, cfg.vocab_size, source.name):
+        print(
+            f"{len(without)} tokens of the tokenizer have no row in the model, first"
+            f" {without[0]!r}: texts that hold one are refused"
         )
+    ids = tokenizer(SAMPLE_TEXT * 2, add_special_tokens=False)["input_ids"]
+    check_ids(ids, cfg.vocab_size, tokenizer, source.name)
+    if not ids:
+        raise UserError(f"{source.name}: the tokenizer gives no ids; put the model's own there")
     return np.resize(np.array([ids], np.int32), (1, ROW))
 
 

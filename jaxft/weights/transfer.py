@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.core.errors import UserError
+from jaxft.core.guards.fingerprint import is_finite
 from jaxft.core.params import TEACHER_ROLE, Leaf, Params
 from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.rules import Entry, Rule, Sizes, expected, plan, to_jax, to_torch
@@ -74,30 +75,47 @@ def load(
 
     The host holds one tensor at a time beside the parameters. A stacked parameter is filled layer
     by layer in a donated buffer. XLA owns this memory, so the step can donate the arrays too.
+    Raises: UserError that names the tensors with numbers that are not finite in `dtype`.
     """
     assert part.tensors is not None
     params: Params = {}
+    bad: list[str] = []
     for entry in part.entries(leaves):
         if entry.path not in wanted:
             continue
         target = shardings[entry.path]
-        params[entry.path] = _load_entry(entry, part, leaves[entry.path].shape, dtype, target)
+        shape = leaves[entry.path].shape
+        params[entry.path], found = _load_entry(entry, part, shape, dtype, target)
+        bad += found
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise UserError(
+            f"{part.name}: {', '.join(bad[:5])}{more}: numbers that are NaN or infinite in"
+            f" {np.dtype(dtype).name}; the file is damaged or its training diverged, so get it"
+            " again or give another model"
+        )
     return params
 
 
 def _load_entry(
     entry: Entry, part: Part, shape: tuple[int, ...], dtype: Any, target: NamedSharding
-) -> jax.Array:
+) -> tuple[jax.Array, list[str]]:
+    """Return the parameter, and the keys of its tensors that are not finite."""
     assert part.tensors is not None
+    bad: list[str] = []
     one = NamedSharding(target.mesh, PartitionSpec(*target.spec[1:])) if entry.stacked else target
     buffer = _zeros(shape, dtype, target) if entry.stacked else None
     for i, key in enumerate(entry.keys):
         host = to_jax(part.tensors.read(key), entry.layout, part.sizes)
         piece = jax.make_array_from_callback(host.shape, one, host.__getitem__)
-        buffer = _place(piece, dtype, one) if buffer is None else _fill(buffer, piece, i, target)
-        buffer.block_until_ready()
+        if buffer is None:
+            buffer, finite = _place(piece, dtype, one)
+        else:
+            buffer, finite = _fill(buffer, piece, i, target)
+        if not finite:  # waits until the piece is in its place
+            bad.append(key)
     assert buffer is not None
-    return buffer
+    return buffer, bad
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -106,15 +124,19 @@ def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.A
 
 
 @partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _fill(buffer: jax.Array, piece: jax.Array, i: int, sharding: NamedSharding) -> jax.Array:
-    filled = buffer.at[i].set(piece.astype(buffer.dtype))
-    return jax.lax.with_sharding_constraint(filled, sharding)
+def _fill(
+    buffer: jax.Array, piece: jax.Array, i: int, sharding: NamedSharding
+) -> tuple[jax.Array, jax.Array]:
+    made = piece.astype(buffer.dtype)
+    filled = buffer.at[i].set(made)
+    return jax.lax.with_sharding_constraint(filled, sharding), is_finite(made)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _place(piece: jax.Array, dtype: Any, sharding: NamedSharding) -> jax.Array:
+def _place(piece: jax.Array, dtype: Any, sharding: NamedSharding) -> tuple[jax.Array, jax.Array]:
     # A piece may share memory with its host array. The copy gives the parameter its own buffer.
-    return jax.lax.with_sharding_constraint(jnp.copy(piece.astype(dtype)), sharding)
+    made = jnp.copy(piece.astype(dtype))
+    return jax.lax.with_sharding_constraint(made, sharding), is_finite(made)
 
 
 class Export(NamedTuple):
@@ -198,8 +220,9 @@ def _narrow(array: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
         return array
     with np.errstate(over="ignore"):
         narrow = array.astype(dtype)
-    if dtype == np.float16 and not np.isfinite(narrow).all() and np.isfinite(array).all():
-        raise UserError(f"tensor {key} overflows float16; export with export.dtype=bfloat16")
+    if not np.isfinite(narrow).all() and np.isfinite(array).all():
+        wider = "bfloat16" if dtype == np.float16 else "float32"
+        raise UserError(f"tensor {key} overflows {dtype.name}; export with export.dtype={wider}")
     return narrow
 
 

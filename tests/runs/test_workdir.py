@@ -184,3 +184,14 @@ def test_a_folder_without_config_is_no_run(tmp_path):
 def test_what_claim_wrote_is_plain_json(tmp_path, config):
     claim_workdir(tmp_path, config)
     assert json.loads((tmp_path / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("others", [(), ("model.safetensors",)], ids=["alone", "with weights"])
+def test_fault_1_the_config_of_a_model_is_not_replaced(config, tmp_path, others):
+    text = '{"model_type": "llama"}'
+    (tmp_path / "config.json").write_text(text)
+    for name in others:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"config.json is not the config of a run"):
+        claim_workdir(tmp_path, config)
+    assert (tmp_path / "config.json").read_text() == text

@@ -28,6 +28,21 @@ def check_ids(
     )
 
 
+def check_specials(tokenizer: Any, rows: int, where: str) -> list[str]:
+    """Return the tokens without a row in an embedding table of `rows` rows, by their ids.
+
+    A text that spells one is refused. Raises UserError if one of them ends or pads texts.
+    """
+    special = {
+        "eos_token": tokenizer.eos_token_id,
+        "pad_token": tokenizer.pad_token_id,
+    }
+    for name, number in special.items():
+        check_ids([] if number is None else [number], rows, tokenizer, f"{where}: {name}")
+    without = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    return [token for _, token in without]
+
+
 def tokenize(
     tokenizer: Any, texts: Sequence[str]
 ) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:

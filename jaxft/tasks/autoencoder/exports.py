@@ -3,18 +3,15 @@
 from jaxft.models.autoencoders.vq_config import JANUS
 from jaxft.tasks import Job, Writer
 from jaxft.tasks.common import writers
-from jaxft.weights.folders.transformers import SIDE_FILES, export_config
-
-# Files that describe the original weights and would be wrong after training.
-ORIGINALS_ONLY = ("parity.json", ".index.json")
+from jaxft.weights.folders import transformers
+from jaxft.weights.folders.transformers import export_config
 
 
 def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
     """Return config.json, licence and card, and the weights if they did not change."""
     codec, source = job.opened.codec, job.opened.source
     assert source.folder is not None
-    found = {path.name: path for pattern in SIDE_FILES for path in source.folder.glob(pattern)}
-    kept = {k: path for k, path in sorted(found.items()) if not k.endswith(ORIGINALS_ONLY)}
+    kept = transformers.side_files(source.folder)
     if "vae." not in rewritten:
         return {**kept, **source.side_files}
     if codec.kind == JANUS:

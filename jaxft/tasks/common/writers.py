@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from jaxft.core import runtime
+from jaxft.core.errors import UserError
+from jaxft.core.guards.inside import is_inside
 from jaxft.core.params import ADAPTER_ROLE, NEW_TOKEN_ROLE
 from jaxft.nn import lora
 from jaxft.tasks import Job, Writer
@@ -120,10 +122,15 @@ def adapters(job: Job) -> dict[str, np.ndarray]:
 
 
 def copy(files: SideFiles, folder: Path) -> None:
-    """Write files into a folder. Only the first process writes."""
+    """Write files into a folder. Only the first process writes.
+
+    Raises: UserError for a name that leads out of the folder.
+    """
     if jax.process_index():
         return
     for name, content in files.items():
+        if not is_inside(folder, name):
+            raise UserError(f"an export has no file {name!r}; expected names inside its folder")
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxft.core import runtime
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
+from jaxft.core.guards.inside import refuse_outside
 from jaxft.core.params import describe
 from jaxft.data.images.dataset import CORNERS
 from jaxft.models import registry
@@ -196,6 +197,7 @@ def _own_vq(spec: str, source: Source) -> str:
         raise UserError(
             f"{spec} has no vq/config.json beside {LAYOUT_JSON}; give tokenizer=VQ_FOLDER"
         )
+    refuse_outside(source.folder, [source.folder / "vq"])  # its files are copied too
     return str(source.folder / "vq")
 
 

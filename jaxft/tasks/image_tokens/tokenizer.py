@@ -27,7 +27,7 @@ from jaxft.tasks.common.image_metrics import psnr, ssim
 from jaxft.weights import transfer
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors, write_sharded
 from jaxft.weights.folders.diffusers import open_component
-from jaxft.weights.folders.transformers import SIDE_FILES, Source
+from jaxft.weights.folders.transformers import Source, side_files
 from jaxft.weights.rules import Rule, renamed
 from jaxft.weights.transfer import Part
 from jaxft.weights.views import Mapped, Renamed
@@ -83,8 +83,7 @@ class ImageTokenizer:
         """All files of its folder that an export copies, under vq/."""
         folder = self.source.folder
         assert folder is not None
-        kept = {path.name: path for pattern in SIDE_FILES for path in folder.glob(pattern)}
-        files = {**kept, **self.source.side_files}
+        files = {**side_files(folder), **self.source.side_files}
         if not isinstance(self.source.tensors, TensorFiles):
             files = _rewritten(self.source, files)
         return {f"vq/{name}": path for name, path in files.items()}

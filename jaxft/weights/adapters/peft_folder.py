@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
+from jaxft.core.guards.inside import refuse_outside
 from jaxft.weights.adapters.ranks import AdapterSize, described
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
 from jaxft.weights.folders.transformers import HEAD, TABLE, TOKENIZER_FILES, Source, open_source
@@ -341,6 +342,7 @@ def _with_tokenizer(source: Source, folder: Path) -> Source:
         for path in sorted(folder.iterdir())
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in TOKENIZER)
     }
+    refuse_outside(folder, own.values())
     if TOKENIZER_FILES & own.keys():
         kept = {
             name: content

@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxft.core.errors import UserError
+from jaxft.core.guards.inside import is_inside
 
 STEMS = ("model", "diffusion_pytorch_model")
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -179,7 +180,7 @@ def _open_index(index: Path) -> dict[str, _Place]:
         raise UserError(f"{index}: expected an object 'weight_map' from tensor to shard name")
     names = set()
     for key, name in weight_map.items():
-        if not isinstance(name, str) or not _is_inside(index.parent, name):
+        if not isinstance(name, str) or not is_inside(index.parent, name):
             raise UserError(f"{index}: tensor {key!r} names {name!r}; expected a file beside it")
         names.add(name)
     missing = sorted(name for name in names if not (index.parent / name).is_file())
@@ -191,20 +192,6 @@ def _open_index(index: Path) -> dict[str, _Place]:
             f"{index}: missing shards {_some(missing)}{other}; download index and shards again"
         )
     return _merge([index.parent / name for name in sorted(names)], copies=True)
-
-
-def _is_inside(folder: Path, name: str) -> bool:
-    """Return True for a file under the folder.
-
-    A link has to lead into the folder too, or into the `blobs` of the hub cache that it is in.
-    """
-    path = PurePosixPath(name)
-    if not path.parts or ".." in path.parts or path.is_absolute() or re.search(r"[\\\0]", name):
-        return False
-    target, roots = (folder / name).resolve(), [folder.resolve()]
-    if folder.absolute().parent.name == "snapshots":
-        roots.append(folder.absolute().parents[1].resolve() / "blobs")
-    return any(target.is_relative_to(root) for root in roots)
 
 
 def _header(file: Path) -> dict[str, _Place]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 from jaxft.core.errors import UserError
+from jaxft.core.guards.inside import is_inside, refuse_outside
 from jaxft.weights.files.tensor_files import PICKLES, STEMS, TensorFiles, Tensors
 from jaxft.weights.folders.refused import check_index
 from jaxft.weights.folders.transformers import SIDE_FILES, Source
@@ -102,6 +103,12 @@ def open_pipeline(spec: str, weights: bool = True) -> Pipeline:
         )
     index = _json(folder / INDEX)
     check_index(index, folder / INDEX)
+    for key in index:
+        if _names(index, key) and ("/" in key or not is_inside(folder, key)):
+            raise UserError(
+                f"{folder / INDEX}: component {key!r}; expected the name of a folder beside it, and"
+                " no link that leads elsewhere"
+            )
     named = {key for key in COMPONENTS if _names(index, key)}
     return Pipeline(
         name=spec,
@@ -140,6 +147,7 @@ def _component(name: str, folder: Path, weights: bool) -> Source:
     files = _weight_files(folder, stems) if weights else {}
     tensors = _open_weights(folder, files) if weights else None
     side = {"config.json": folder / "config.json", **files}
+    refuse_outside(folder, (path for path in side.values() if isinstance(path, Path)))
     return Source(name, config, tensors, side, folder)
 
 
@@ -181,7 +189,10 @@ def _sharded(index: Path, stem: str, dotted: str) -> Files:
     places = content.get("weight_map")
     places = places if isinstance(places, dict) else {}
     names = list(places.values())
-    if not names or any(not isinstance(name, str) or "/" in name for name in names):
+    if not names or any(
+        not isinstance(name, str) or "/" in name or not is_inside(index.parent, name)
+        for name in names
+    ):
         raise UserError(f"{index}: expected an object 'weight_map' from tensor to shard beside it")
     names = sorted(set(names))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
@@ -221,6 +232,7 @@ def _other_files(
             if not weights or (path.suffix not in BULKY and ".safetensors.index" not in path.name)
         }
         found |= {f"{key}/{name}": content for name, content in (small | weights).items()}
+    refuse_outside(folder, (path for path in found.values() if isinstance(path, Path)))
     return found
 
 

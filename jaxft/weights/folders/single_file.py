@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import safe_open
 
 from jaxft.core.errors import UserError
+from jaxft.core.guards.inside import refuse_outside
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors, write_sharded
 from jaxft.weights.folders import known_configs as known
 from jaxft.weights.folders.diffusers import SCHEDULER, Pipeline, open_pipeline
@@ -168,7 +169,9 @@ def published_index(kind: str, channels: int) -> dict[str, Any]:
 
 def _beside(folder: Path) -> dict[str, Path]:
     found = [path for name in known.SIDE_FOLDERS for path in (folder / name).glob("*")]
-    return {f"{path.parent.name}/{path.name}": path for path in sorted(found) if path.is_file()}
+    found = sorted(path for path in found if path.is_file())
+    refuse_outside(folder, found)
+    return {f"{path.parent.name}/{path.name}": path for path in found}
 
 
 def _scheduler(folder: Path, kind: str) -> dict[str, Any]:

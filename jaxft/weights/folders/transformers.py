@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub
 
 from jaxft.core.errors import UserError
+from jaxft.core.guards.inside import refuse_outside
 from jaxft.demo import demo_path
 from jaxft.weights.files.gguf import GgufFile
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
@@ -145,7 +146,7 @@ def _open_path(name: str, path: Path, weights: bool) -> Source:
     if weights:
         tensors = TensorFiles.open(path if path.is_file() else folder / _stated_file(config))
         quantised.refuse_tensors(tensors.keys(), str(path))
-    return Source(name, config, tensors, _side_files(folder), folder)
+    return Source(name, config, tensors, side_files(folder), folder)
 
 
 def _stated_file(config: Mapping[str, Any]) -> str:
@@ -171,14 +172,20 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _side_files(folder: Path) -> dict[str, Path | bytes]:
+def side_files(folder: Path) -> dict[str, Path | bytes]:
+    """Return the files of a model's folder that an export copies, by name.
+
+    Raises: UserError for a link that leads out of the folder.
+    """
     found = {path.name: path for pattern in SIDE_FILES for path in folder.glob(pattern)}
-    return {
+    kept = {
         name: path
         for name, path in sorted(found.items())
         # parity.json describes the original weights, and would be wrong after training.
         if path.is_file() and not name.endswith(".index.json") and name != "parity.json"
     }
+    refuse_outside(folder, kept.values())
+    return dict(kept)
 
 
 def _in_package(package: str) -> Path:

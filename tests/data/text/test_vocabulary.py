@@ -12,6 +12,7 @@ from jaxft import train
 from jaxft.core.errors import UserError
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.tasks import Request
+from jaxft.verify import main as verify
 from tests.whole import open_run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -114,3 +115,20 @@ def test_case_llm_01_the_run_stops_before_training(larger, make_flags, tmp_path,
     config = ["--config", str(ROOT / "configs" / "llm.py")]
     assert train.main([*config, "--workdir", str(tmp_path / "run"), *flags]) == 2
     assert "vocab" in capsys.readouterr().err
+
+
+def test_case_llm_01_verify_counts_tokens_beyond_the_table(larger, tmp_path, capsys):
+    folder = Path(shutil.copytree(larger, tmp_path / "copy"))
+    assert verify([str(folder)]) == 0
+    assert "1 tokens of the tokenizer have no row in the model, first '<|new|>'" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("key", ["eos_token", "pad_token"])
+def test_case_llm_01_verify_refuses_special_tokens_beyond_the_table(larger, tmp_path, key, capsys):
+    folder = edited(larger, tmp_path, "tokenizer_config.json", **{key: NEW})
+    assert verify([str(folder)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{key}: token '<|new|>' has the id 320" in error
+    assert not (folder / "parity.json").exists()

@@ -2,14 +2,19 @@
 
 import ast
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import CLIPTokenizer
 
 from jaxft.core.errors import UserError
 from jaxft.tasks.common.tokenizers import load_tokenizer
+from jaxft.verify import component
+from jaxft.weights.folders.transformers import Source
+from jaxft.weights.transfer import Part
 from tests.tiny_pipelines import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -121,17 +126,51 @@ def test_case_llm_04_a_folders_code_neither_runs_nor_asks(folder, tmp_path, monk
     assert not ran.exists()
 
 
-def test_case_llm_04_every_auto_class_is_told_to_trust_no_code():
-    """Other classes are transformers' own: they read no auto_map."""
-    checked = 0
+# Classes that run no code of a folder and have no such key: (file, caller).
+RUNS_NO_CODE = {
+    ("verify/llm.py", "PeftModel"),  # on a model that is loaded already
+    ("tools/trl_chat_peer.py", "PeftModel"),
+    ("tools/bench_diffusion.py", "UNet2DConditionModel"),  # diffusers' models
+    ("verify/component.py", "stock_class(library, name)"),  # the key is given to transformers' own
+}
+
+
+def test_case_llm_04_fault_7_every_loader_is_told_to_trust_no_code():
+    checked, exempt = 0, set()
     for path in [*(ROOT / "jaxft").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            if call.startswith("Auto") and call.endswith(".from_pretrained"):
-                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert given.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
-                checked += 1
-    assert checked >= 3
+        text = path.read_text()
+        assert not re.search(r"trust_remote_code\W+True", text), path
+        for node in ast.walk(ast.parse(text)):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if not called.endswith(".from_pretrained"):
+                continue
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if "trust_remote_code" not in given:
+                name = path.relative_to(ROOT).as_posix().removeprefix("jaxft/")
+                exempt.add((name, called.removesuffix(".from_pretrained")))
+                continue
+            assert given["trust_remote_code"] == "False", f"{path}:{node.lineno}"
+            checked += 1
+    assert exempt == RUNS_NO_CODE and checked >= 8
+
+
+@pytest.mark.parametrize("library", ["transformers", "diffusers"])
+def test_case_llm_04_fault_7_components_are_told_too(library, tmp_path, monkeypatch):
+    given = {}
+
+    class Stock:
+        @staticmethod
+        def from_pretrained(folder, **options):
+            given.update(options)
+            return torch.nn.Identity(), {}
+
+    monkeypatch.setattr(component, "stock_class", lambda *_: Stock)
+    files = {"config.json": b"{}", "model.safetensors": b""}
+    source = Source("model", {}, None, files, tmp_path)
+    part = Part("", "model", None, (), {})
+    subject = component.ComponentSubject("text", source, part, None, (library, "X"), None, None)
+    component.open_stock(subject)
+    assert given.get("trust_remote_code") is (False if library == "transformers" else None)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxft.core.errors import UserError
+from jaxft.core.guards.inside import is_below
 from jaxft.data.sources.files import refuse_mixed_folders, repeat_folders, visible_files
 from jaxft.data.sources.images.records import (
     SUFFIXES,
@@ -66,7 +67,7 @@ def open_folder(spec: str, folder: Path, captions: bool) -> tuple[ImageFiles, li
     if not lists or lists[0].parent != folder:
         refuse_mixed_folders(spec, folder, lists or pictures)
     if lists:
-        return _listed(spec, lists, captions, pictures), []
+        return _listed(spec, folder, lists, captions, pictures), []
     if repeats := repeat_folders(folder, pictures):
         print(
             f"{spec}: every picture counts once; the numbers of kohya's folders, such as "
@@ -87,12 +88,14 @@ def open_edited(spec: str, folder: Path) -> ImageFiles:
             f"{spec!r} names no source pictures, which an InstructPix2Pix model is trained on: "
             'expected folder:PATH with a metadata.jsonl of "file_name", "text" and "source"'
         )
-    return _files(*_read_lists(spec, [found]), False, "source")
+    return _files(*_read_lists(spec, [found]), folder, False, "source")
 
 
-def _listed(spec: str, lists: list[Path], captions: bool, pictures: Sequence[Path]) -> ImageFiles:
+def _listed(
+    spec: str, root: Path, lists: list[Path], captions: bool, pictures: Sequence[Path]
+) -> ImageFiles:
     rows, bad = _read_lists(spec, lists)
-    listed = _files(rows, bad, captions, "file_name")
+    listed = _files(rows, bad, root, captions, "file_name")
     # Pictures in other columns, such as "source", are named as well.
     cells = ((row.folder, value) for row in rows for value in row.values.values())
     named = {
@@ -146,12 +149,22 @@ def _read_csv(spec: str, path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         raise UserError(f"cannot read {path} ({spec}): {error}") from None
 
 
-def _files(rows: Sequence[_Row], bad: list[Bad], captions: bool, key: str) -> ImageFiles:
-    """Return the files under `key` of the rows, in their order, with captions."""
+def _files(
+    rows: Sequence[_Row], bad: list[Bad], root: Path, captions: bool, key: str
+) -> ImageFiles:
+    """Return the files under `key` of the rows, in their order, with captions.
+
+    All have to be below `root`, the folder of the set.
+    """
     paths, texts = [], []
     for where, folder, row in rows:
         try:
             paths.append(_path(folder, row, where, key))
+            if not is_below(root, paths[-1]):
+                raise UserError(
+                    f"{where}: {paths[-1]} is outside of {root}: expected a picture of the set;"
+                    " name the folder that holds both, whose folders may have lists too"
+                )
             texts.append(caption_of(row, where, captions))
         except UserError as error:
             bad.append(Bad(where, str(error)))

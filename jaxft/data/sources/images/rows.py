@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.core.errors import UserError
+from jaxft.core.guards.inside import is_below
 from jaxft.data.sources.images.folders import ImageFiles
 from jaxft.data.sources.images.records import CAPTION_KEYS, caption_of
 from jaxft.data.sources.images.tables import open_table
@@ -38,7 +39,10 @@ class TableImages:
     def content(self, index: int, /) -> bytes:
         value = self.image(index)
         if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
-            return ImageFiles([self.folder / value["path"]], [""]).content(0)
+            path = self.folder / value["path"]
+            if not is_below(self.folder, path):
+                raise UserError(f"{self.name(index)}: {path}: expected a path below {self.folder}")
+            return ImageFiles([path], [""]).content(0)
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
             raise UserError(f"{self.name(index)}: the image is missing: expected its bytes")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -133,11 +134,18 @@ def test_a_list_may_name_files_in_other_folders(tmp_path, capsys):
         {"file_name": str(tmp_path / "c.png"), "text": "c"},
     ]
     (tmp_path / "set/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    records = open_images(f"folder:{tmp_path}/set")
+    records = open_images(f"folder:{tmp_path}")
     assert [records[i].content for i in range(3)] == [encoded(1), encoded(2), encoded(3)]
     said = capsys.readouterr().out
     assert "left out 1 images" in said and "metadata.jsonl does not list" in said
     assert "x.png" in said
+    # A list of a foreign set could otherwise name any picture of this machine.
+    error = one_line_error(lambda: open_images(f"folder:{tmp_path}/set"))
+    assert error.startswith("2 rows of metadata are bad") and "name the folder that holds" in error
+    os.symlink(tmp_path / "other", tmp_path / "set" / "linked")
+    row = {"file_name": "linked/a.png", "text": "a"}
+    (tmp_path / "set/metadata.jsonl").write_text(json.dumps(row))
+    assert open_images(f"folder:{tmp_path}/set")[0].content == encoded(1), "links are the user's"
 
 
 def test_a_list_may_be_csv_as_imagefolder_has_it(tmp_path):

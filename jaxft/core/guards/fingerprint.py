@@ -1,0 +1,80 @@
+"""Fingerprints of arrays, equal on every mesh, and the search for numbers that are not finite."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+
+
+class Print(NamedTuple):
+    """The fingerprint of one array, with its shape and dtype."""
+
+    number: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def fingerprints(tree: Any) -> dict[str, Print]:
+    """Return the fingerprint of every array of a tree, by its path.
+
+    Of two arrays that differ in one element, the fingerprints differ. It detects faults of a disk
+    or a memory, and is no protection against an attacker.
+    """
+    leaves = named_leaves(tree)
+    found = jax.device_get([_fingerprint(leaf) for leaf in leaves.values()])  # one transfer for all
+    return {
+        name: Print(int(number), tuple(leaf.shape), np.dtype(leaf.dtype).name)
+        for (name, leaf), number in zip(leaves.items(), found, strict=True)
+    }
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Return the arrays of a tree by dotted path, or their shapes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+@jax.jit
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """Return the sum of the elements' bits times odd factors modulo 2^32.
+
+    A sum of integers does not depend on its order, so neither does it on the mesh. The factor is a
+    product of one odd number for each axis, so that exchanged elements are noticed too.
+    """
+    if x.dtype == jnp.bool_:
+        bits = x.astype(jnp.uint32)
+    else:
+        bits = jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]).astype(jnp.uint32)
+    for axis in reversed(range(x.ndim)):
+        # The barrier keeps XLA from computing the factors again for each row.
+        bits = jnp.dot(bits, jax.lax.optimization_barrier(_factors(x.shape[axis], axis)))
+    return bits
+
+
+def _factors(size: int, axis: int) -> jax.Array:
+    """Return an odd number for each place on an axis, by the mixing steps of MurmurHash3."""
+    place = jnp.arange(1, size + 1, dtype=jnp.uint32) + jnp.uint32(axis << 16)
+    mixed = place * jnp.uint32(0xCC9E2D51)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA6B)
+    return (mixed ^ (mixed >> 13)) | jnp.uint32(1)
+
+
+def not_finite(tree: Any) -> list[str]:
+    """Return the paths of the arrays of a tree that hold NaN or infinite numbers, sorted."""
+    leaves = {
+        name: leaf
+        for name, leaf in sorted(named_leaves(tree).items())
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    found = jax.device_get([is_finite(leaf) for leaf in leaves.values()])
+    return [name for name, finite in zip(leaves, found, strict=True) if not finite]
+
+
+@jax.jit
+def is_finite(x: jax.Array) -> jax.Array:
+    """Return True, as a scalar on the devices, if no number is NaN or infinite."""
+    # By rows first: XLA on a CPU reduces a whole array in one thread.
+    return jnp.isfinite(x).all(axis=-1 if x.ndim else None).all()
