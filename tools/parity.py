@@ -47,6 +47,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.22,
         "logits_scaling": 8.0,
     },
+    "gemma2, soft-caps, every 2nd layer of window 512": {
+        "model_type": "gemma2",
+        "num_hidden_layers": 5,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 512,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 10.0,
+    },
     "gemma3_text, 5 windows of 512 to 1": {
         "model_type": "gemma3_text",
         "num_hidden_layers": 7,

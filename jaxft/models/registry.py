@@ -29,7 +29,8 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
         "qwen3": "jaxft.models.decoders.families.qwen:ARCHITECTURE",
         "smollm3": "jaxft.models.decoders.families.llama:ARCHITECTURE",
         "granite": "jaxft.models.decoders.families.granite:ARCHITECTURE",
-        "gemma3_text": "jaxft.models.decoders.families.gemma:ARCHITECTURE",
+        "gemma2": "jaxft.models.decoders.families.gemma:ARCHITECTURE",
+        "gemma3_text": "jaxft.models.decoders.families.gemma:GEMMA3",
         "olmo2": "jaxft.models.decoders.families.olmo:ARCHITECTURE",
         "olmo3": "jaxft.models.decoders.families.olmo:ARCHITECTURE",
     },
@@ -97,8 +98,8 @@ def find(config: Mapping[str, Any], family: str, where: str = "config.json") -> 
         known = known | {one.name: one.value for one in entry_points(group=GROUP)}
     if name not in tuple(known):  # a tuple, because a name in JSON may be a list, which has no hash
         near = list(known)
-        if len(near) > NEAREST:
-            near = difflib.get_close_matches(str(name), near, NEAREST, 0.0)
+        if len(near) > NEAREST and isinstance(name, str):
+            near = difflib.get_close_matches(name, near, NEAREST, 0.0)
         raise UserError(
             f"{where}: {key}={name!r} is not supported; supported are {', '.join(near)}: give a"
             " model of one of these"

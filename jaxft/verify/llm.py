@@ -219,6 +219,8 @@ def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
     import torch
     from transformers import AutoModelForCausalLM
 
+    # transformers' default attention ignores soft-caps of scores.
+    capped = any(layer.soft_cap for layer in subject.template.cfg.layers)
     with hf_folder(subject.source) as folder:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -226,6 +228,7 @@ def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
             output_loading_info=True,
             local_files_only=True,
             trust_remote_code=False,
+            attn_implementation="eager" if capped else None,
         )
     model, report = loaded
     if subject.adapter:
@@ -337,11 +340,11 @@ def _gradients(
     def objective(trained: Params, frozen: Params) -> jax.Array:
         model = bind(subject.template, {**frozen, **trained})
         hidden, _ = model.hidden(jnp.asarray(tokens))
-        head, vocab_first = model.head()
+        head, vocab_first, soft_cap = model.head()
         targets = jnp.roll(tokens, -1, axis=1)
         features = model.features(hidden)
         total, sums = linear_cross_entropy(
-            features, head, targets, weights, vocab_first=vocab_first
+            features, head, targets, weights, vocab_first=vocab_first, soft_cap=soft_cap
         )
         return total / sums["weight"]
 

@@ -87,6 +87,7 @@ class Attention(nnx.Module):
             kv_segments=context.kv_segments,
             window=spec.window,
             scale=spec.attention_scale,
+            soft_cap=spec.soft_cap,
             segments_in_row=context.segments_in_row,
         )  # [B, T, N, H]
         return self.o_proj(out, keys), memory

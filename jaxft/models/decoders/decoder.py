@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import saves_attention
+from jaxft.kernels.elementwise import soft_capped
 from jaxft.kernels.loops import unrolls, unstacks
 from jaxft.models.decoders.block import Block, Context, Memory, scaled
 from jaxft.models.decoders.cache import Cache, default_positions, place
@@ -163,14 +164,16 @@ class Decoder(nnx.Module):
         carry, _ = jax.lax.scan(body, carry, inputs, unroll=unroll)
         return carry
 
-    def head(self) -> tuple[Array, bool]:
+    def head(self) -> tuple[Array, bool, float | None]:
         """Return the output matrix for `features`, and True if the vocabulary is its first dim.
 
-        It is a tied table [V, D], or a kernel [D, V]. With an adapter it is [D + r, V].
+        It is a tied table [V, D], or a kernel [D, V]. With an adapter it is [D + r, V]. Third is
+        the soft-cap of its logits, or None.
         """
+        soft_cap = self.cfg.logits_soft_cap
         if self.lm_head is None:
-            return self.embed_tokens.table(), True  # [V, D]
-        return self.lm_head.wide_kernel(), False  # [D, V] or [D + r, V]
+            return self.embed_tokens.table(), True, soft_cap  # [V, D]
+        return self.lm_head.wide_kernel(), False, soft_cap  # [D, V] or [D + r, V]
 
     def features(
         self, hidden: Float[Array, "... D"], keys: PRNGKeyArray | None = None
@@ -185,11 +188,12 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Return fp32 logits. The inputs of the product are in hidden's dtype, its sums in fp32."""
-        matrix, vocab_first = self.head()
+        matrix, vocab_first, soft_cap = self.head()
         spec = "btd,vd->btv" if vocab_first else "btd,dv->btv"
         matrix = matrix.astype(hidden.dtype)
         features = self.features(hidden)
-        return jnp.einsum(spec, features, matrix, preferred_element_type=jnp.float32)  # [B, T, V]
+        logits = jnp.einsum(spec, features, matrix, preferred_element_type=jnp.float32)
+        return soft_capped(logits, soft_cap)[0]  # [B, T, V]
 
     def scores(self, hidden: Float[Array, "... D"]) -> Float[Array, "... C"]:
         """Return the fp32 output of the head of scores, which a model with `num_labels` has."""
