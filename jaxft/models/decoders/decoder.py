@@ -100,6 +100,11 @@ class Decoder(nnx.Module):
             cache = cache._replace(k=memory[0], v=memory[1], index=cache.index + x.shape[1])
         return self.norm(x), cache
 
+    def scaled_embeddings(self, rows: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Return rows of the table times `embedding_scale`, the input of the first layer."""
+        scale = self.cfg.embedding_scale
+        return rows if scale == 1.0 else rows * jnp.asarray(scale, rows.dtype)
+
     def unstacked(self) -> tuple[Block, ...]:
         """Return the layers one by one, for a loop over tokens, or () where they stay stacked.
 
@@ -123,9 +128,7 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: Array | None, embeds: Array | None, dtype: Any) -> Array:
         if tokens is not None and embeds is None:
-            embeds = self.embed_tokens(tokens, dtype)
-            if self.cfg.embedding_scale != 1.0:
-                embeds = embeds * jnp.asarray(self.cfg.embedding_scale, embeds.dtype)
+            embeds = self.scaled_embeddings(self.embed_tokens(tokens, dtype))
         elif tokens is not None or embeds is None:
             raise ValueError("hidden() takes either tokens or embeds")
         x = embeds if dtype is None else embeds.astype(dtype)

@@ -81,13 +81,13 @@ class Unified(NamedTuple):
         keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
         del images, keys  # a code is a token like any other, and a table has no adapter
-        return self.decoder.embed_tokens(tokens, dtype)
+        return self.decoder.scaled_embeddings(self.decoder.embed_tokens(tokens, dtype))
 
     def embed_codes(self, codes: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
         # XLA:CPU splits the lookup in a large table over threads, which costs 40 us.
         table = self.decoder.embed_tokens.embedding[...]
         part = jax.lax.slice_in_dim(table, self.offset, self.offset + self.codes)
-        return gather_rows(part.astype(dtype), codes)
+        return self.decoder.scaled_embeddings(gather_rows(part.astype(dtype), codes))
 
     def cross_entropy(
         self,
