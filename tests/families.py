@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from jaxft.core import params as P
 from jaxft.core import sharding
@@ -42,6 +42,37 @@ GRANITE = {
     "logits_scaling": 0.7,
 }
 GEMMA = {"sliding_window": 5, "head_dim": 12, "query_pre_attn_scalar": 20, "rms_norm_eps": 1e-5}
+MINISTRAL3 = {
+    "factor": 16.0,
+    "original_max_position_embeddings": 12,
+    "max_position_embeddings": 8192,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
+# Models of pictures and text: the keys of config.json around text_config.
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+OUTER = {
+    "gemma3": {
+        "vision_config": {"model_type": "siglip_vision_model", **VISION},
+        "mm_tokens_per_image": 4,
+        "image_token_index": 2,
+    },
+    "mistral3": {
+        "vision_config": {"model_type": "pixtral", "head_dim": 8, **VISION},
+        "image_token_index": 2,
+        "tie_word_embeddings": False,
+    },
+}
 CASES = {
     "granite": ("granite", {**GRANITE, "rope_theta": 1e5}),
     "granite tied": (
@@ -76,6 +107,21 @@ CASES = {
             "attn_logit_softcapping": None,
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
             "rope_parameters": {**YARN, "rope_theta": 1e5},
+        },
+    ),
+    # N1 to N3: yarn whose attention factor is 1, queries that grow beyond `original` positions.
+    "ministral3": (
+        "ministral3",
+        {"head_dim": 12, "rope_parameters": {**MINISTRAL3, "type": "yarn", "rope_theta": 1e5}},
+    ),
+    "ministral3 tied": (
+        "ministral3",
+        {
+            "head_dim": 6,
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            "rope_theta": 1e5,
+            "rope_scaling": {**MINISTRAL3, "type": "yarn"},
         },
     ),
     # C1, G2, G5: two ropes, a window of 5, scores by their own scale. Layers are 2 periods and 1.
@@ -149,21 +195,47 @@ CASES = {
             },
         },
     ),
+    # W1: the outer class ties, whatever text_config says. It has no soft-cap of logits.
+    "gemma3 wrapped": (
+        "gemma3",
+        {
+            **GEMMA,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 5,
+            "sliding_window_pattern": 2,
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+    "mistral3 wrapped": (
+        "mistral3",
+        {
+            "model_type": "ministral3",
+            "head_dim": 12,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**MINISTRAL3, "rope_type": "yarn", "rope_theta": 1e5},
+        },
+    ),
 }
-ONE_EACH = ("granite", "gemma2", "gemma3 untied", "olmo2", "olmo3")
+WRAPPED = ("gemma3 wrapped", "mistral3 wrapped")
+ONE_EACH = (*WRAPPED, "ministral3", "granite", "gemma2", "gemma3 untied", "olmo2", "olmo3")
 
 
 class Pair:
-    """The same random weights as a folder, as AutoModelForCausalLM reads it, and as ours."""
+    """The same random weights as a folder, as transformers reads it, and as ours."""
 
     def __init__(self, case, folder, dtype=torch.float32):
         kind, changes = CASES[case]
         self.config = {"model_type": kind, **TINY, **changes}
+        self.auto = AutoModelForCausalLM
+        if case in WRAPPED:
+            self.config = {"model_type": kind, **OUTER[kind], "text_config": {**TINY, **changes}}
+            self.auto = AutoModelForImageTextToText
         self.folder = str(folder)
         (folder / "config.json").write_text(json.dumps(self.config))
         torch.manual_seed(0)
         read = AutoConfig.from_pretrained(folder)
-        made = AutoModelForCausalLM.from_config(read, attn_implementation="eager").to(dtype)
+        made = self.auto.from_config(read, attn_implementation="eager").to(dtype)
         with torch.no_grad():
             for key, tensor in made.named_parameters():
                 if key.endswith(("bias", "norm.weight")):

@@ -68,6 +68,8 @@ def theirs(config):
         # C5: Gemma 3's code does not use its attn_logit_softcapping.
         "soft_cap": c.attn_logit_softcapping if c.model_type == "gemma2" else None,
         "logits_soft_cap": c.final_logit_softcapping if gemma else None,
+        "query_scaling": _query_scaling(c),
+        "image_ids": (),
         "residual_scale": c.residual_multiplier if granite else 1.0,
         "embedding_scale": c.embedding_multiplier if granite else scale,
         "logits_divisor": c.logits_scaling if granite else 1.0,
@@ -135,6 +137,11 @@ def _ropes(c, kind):
     scales = {kind: getattr(made, f"{kind}_attention_scaling") for kind in made.layer_types}
     inv_freqs = {kind: getattr(made, f"{kind}_inv_freq") for kind in made.layer_types}
     return tuple((scales[kind], tuple(inv_freqs[kind].tolist())) for kind in c.layer_types)
+
+
+def _query_scaling(c):
+    keys = "llama_4_scaling_beta", "original_max_position_embeddings"
+    return tuple(map(c.rope_parameters.get, keys)) if c.model_type == "ministral3" else None
 
 
 def _eps(norm):

@@ -36,10 +36,10 @@ def attention(
     soft_cap: float | None = None,
     segments_in_row: int = 0,
 ) -> Float[Array, "B T N H"]:
-    """Return softmax(scale q k^T) v over the keys that each query attends to. Softmax is fp32.
+    """Return softmax(scale q k^T) v [B, T, N, H] over the keys of each query, in q's dtype.
 
     q [B, T, N, H], k and v [B, S, K, H]: N query heads share K key heads, N a multiple of K
-    (grouped-query attention).
+    (grouped-query attention). Softmax is fp32.
     causal: a query attends to no key after its own position.
     q_positions: [B or 1, T], by default 0 to T - 1. If T == S, keys have the same, else 0 to S - 1.
     q_segments, kv_segments: a query attends only to keys of its own segment. By default all tokens
@@ -47,12 +47,10 @@ def attention(
     finite and has no meaning.
     window: a query attends to at most so many keys, of which its own position is the last. A traced
     window, for layers that differ within a scan, excludes flash attention. A Python int does not.
-    scale: by default 1 / sqrt(H).
-    soft_cap: scores s become soft_cap * tanh(s / soft_cap). cuDNN has none.
+    scale: by default 1 / sqrt(H). soft_cap: scores s become soft_cap * tanh(s / soft_cap).
     segments_in_row: the most segments of a row, padding counted as one, where each segment of
     q_segments is one run of tokens. 0 if that is not known. cuDNN needs it.
 
-    Returns: [B, T, N, H] in q's dtype.
     Raises: ValueError for a window without `causal`, and for kv_segments without q_segments.
 
     A GPU runs cuDNN's flash attention, and a TPU jax's own, if they support dtype, head dim and
@@ -78,11 +76,10 @@ def attention(
 
             return splash_attention(q, k, v, q_segments, causal, window, scale, soft_cap)
     positions = _count(q.shape[1]) if q_positions is None else q_positions  # [B or 1, T]
-    queries = Coordinates(positions, q_segments)
     kv_segments = q_segments if kv_segments is None else kv_segments
     keys = Coordinates(positions if aligned else _count(k.shape[1]), kv_segments)
     return blockwise_attention(
-        q, k, v, queries, keys,
+        q, k, v, Coordinates(positions, q_segments), keys,
         causal=causal, window=window, scale=scale, soft_cap=soft_cap, in_order=in_order,
     )  # fmt: skip
 

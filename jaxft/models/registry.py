@@ -25,12 +25,15 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
         "llama": "jaxft.models.decoders.families.llama:ARCHITECTURE",
         "mistral": "jaxft.models.decoders.families.llama:ARCHITECTURE",
         "ministral": "jaxft.models.decoders.families.llama:ARCHITECTURE",
+        "ministral3": "jaxft.models.decoders.families.llama:ARCHITECTURE",
+        "mistral3": "jaxft.models.decoders.families.wrapped:ARCHITECTURE",
         "qwen2": "jaxft.models.decoders.families.qwen:ARCHITECTURE",
         "qwen3": "jaxft.models.decoders.families.qwen:ARCHITECTURE",
         "smollm3": "jaxft.models.decoders.families.llama:ARCHITECTURE",
         "granite": "jaxft.models.decoders.families.granite:ARCHITECTURE",
         "gemma2": "jaxft.models.decoders.families.gemma:ARCHITECTURE",
         "gemma3_text": "jaxft.models.decoders.families.gemma:GEMMA3",
+        "gemma3": "jaxft.models.decoders.families.wrapped:ARCHITECTURE",
         "olmo2": "jaxft.models.decoders.families.olmo:ARCHITECTURE",
         "olmo3": "jaxft.models.decoders.families.olmo:ARCHITECTURE",
     },
@@ -81,7 +84,7 @@ class Architecture(NamedTuple):
     def part(self, source: Source, cfg: Any) -> Part:
         """Return the part that fills the model's parameters and that an export writes."""
         tables = self.rules(cfg), self.sizes(cfg), self.ignore(cfg), self.drop(cfg)
-        return Part("", source.name, source.tensors, *tables)
+        return Part("", source.name, source.tensors, *tables, class_names=source.class_names)
 
 
 def find(config: Mapping[str, Any], family: str, where: str = "config.json") -> Architecture:

@@ -157,7 +157,7 @@ def open_subject(spec: str) -> Subject:
     part = part._replace(rows=adapter.token_ids if adapter else ())
     template = jax.eval_shape(lambda key: architecture.module(cfg, key=key), jax.random.key(0))
     if adapter:
-        adapter = fit(adapter, part.entries(describe(template)))
+        adapter = fit(adapter, part.class_entries(describe(template)))
 
         def build(key: jax.Array) -> Decoder:
             model = architecture.module(cfg, key=key)
@@ -217,12 +217,14 @@ def _text_row(source: Source, cfg: DecoderConfig) -> Int[np.ndarray, "B T"]:
 def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
     """Return the results of stock transformers on the CPU, in fp32 and under other roundings."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    wrapped = bool(subject.source.class_names)
+    kind: Any = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
     # transformers' default attention ignores soft-caps of scores.
     capped = any(layer.soft_cap for layer in subject.template.cfg.layers)
     with hf_folder(subject.source) as folder:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             folder,
             dtype=torch.float32,
             output_loading_info=True,
@@ -384,10 +386,10 @@ def torch_keyed(
     for entry in part.entries(leaves):
         for i, key in enumerate(entry.keys if entry.path in arrays else ()):
             array = np.asarray(arrays[entry.path][i] if entry.stacked else arrays[entry.path])
-            yield key, to_torch(array, entry.layout, part.sizes)
+            yield part.named(key), to_torch(array, entry.layout, part.sizes)
     if subject.adapter:
         for name, tensor in adapters.factors(part, leaves, arrays, subject.adapter.lora):
             yield PEFT_PREFIX + name, tensor
     for entry, path in adapters.token_rows(part, leaves):
-        module = entry.keys[0].removesuffix(".weight")
+        module = part.named(entry.keys[0]).removesuffix(".weight")
         yield f"{PEFT_PREFIX}{module}{TOKEN_DELTA}", np.asarray(arrays[path])

@@ -43,6 +43,13 @@ class LayerSpec:
     residual_scale: float = 1.0
 
 
+class QueryScaling(NamedTuple):
+    """The factor 1 + beta * ln(1 + floor(position / original)) of rotated queries."""
+
+    beta: float
+    original: int
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """The values of a whole decoder, and the kind of each of its layers.
@@ -50,6 +57,7 @@ class DecoderConfig:
     norm: the kind of every RMSNorm. embedding_scale: the factor of the embeddings of tokens,
     rounded to their dtype. logits_divisor: the logits of the vocabulary are divided by it, and
     scores of `num_labels` are not. logits_soft_cap: as `LayerSpec.soft_cap`, for these logits.
+    image_ids: tokens that stand for pictures, which no text may hold.
     Raises: ValueError for layers whose parameters differ, because layers are stacked in one array.
     """
 
@@ -72,9 +80,11 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     logits_divisor: float = 1.0
     logits_soft_cap: float | None = None
+    query_scaling: QueryScaling | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    image_ids: tuple[int, ...] = ()
     num_labels: int = 0  # outputs of a head of scores, which replaces that of the vocabulary
 
     def __post_init__(self) -> None:

@@ -86,7 +86,11 @@ class Decoder(nnx.Module):
             for one in self.cfg.ropes
         )
         others = None if cache is None else kv_segments  # None: keys have the queries' own segments
-        context = Context(angles, q_segments, others, index, segments_in_row)
+        scaling, growth = self.cfg.query_scaling, None
+        if scaling is not None:
+            spans = (positions // scaling.original).astype(jnp.float32)  # [B, T]
+            growth = 1.0 + scaling.beta * jnp.log1p(spans)
+        context = Context(angles, q_segments, others, index, segments_in_row, growth)
         if blocks and cache is not None:
             x, cache = self._one_by_one(x, context, cache, blocks)
             return self.norm(x), cache
