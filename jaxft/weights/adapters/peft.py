@@ -109,9 +109,9 @@ def write(
         if f"{PEFT_PREFIX}{module}.{name}" not in tensors:  # it may have been trained since
             tensors[f"{PEFT_PREFIX}{module}.{inner.get(module, '')}{name}"] = part.tensors.read(key)
     modules = _modules(part, leaves, arrays)
-    tied = "embed_tokens" in modules and _tied(leaves)
-    if tied:  # PEFT requires the copy
-        tensors |= {PEFT_PREFIX + HEAD: x for key, x in tensors.items() if key.endswith(TABLE_KEY)}
+    if tied := "embed_tokens" in modules and _tied(leaves):  # PEFT requires the copy
+        table = next(key for key in tensors if key.endswith(TABLE_KEY))
+        tensors[PEFT_PREFIX + HEAD] = tensors[table]
     infos = {key: (array.shape, array.dtype) for key, array in tensors.items()}
     write_sharded(folder, tensors.items(), infos, stem=ADAPTER_STEM)
     config = {

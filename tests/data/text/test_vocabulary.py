@@ -119,5 +119,5 @@ def test_case_llm_01_the_run_stops_before_training(larger, make_flags, tmp_path,
 def test_w3_an_id_of_a_picture_is_refused_by_the_name_of_its_token(tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     check_ids([5, 6], 320, tokenizer, "x", (7,))
-    with pytest.raises(UserError, match="x: it holds .*, which stands for a picture"):
+    with pytest.raises(UserError, match=r"x: it holds .*, which stands for a picture"):
         check_ids([5, 7], 320, tokenizer, "x", (7,))
