@@ -95,8 +95,9 @@ class LoadedDecoder:
         tokenizer: Any = self.tokenizer
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows = [prompt_tokens(tokenizer, text) for text in texts]
+        size, images = self.config.vocab_size, self.config.image_ids
         for text, row in zip(texts, rows, strict=True):
-            check_ids(row, self.config.vocab_size, tokenizer, f"prompt {text[:60]!r}")
+            check_ids(row, size, tokenizer, f"prompt {text[:60]!r}", images)
         tokens, segments = _left_padded(rows)
         stops, keys = self._stop_ids(), jax.random.split(jax.random.key(seed), len(rows))
         how = Sampling(temperature, top_k, top_p)

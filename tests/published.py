@@ -20,6 +20,7 @@ RUN = {
     "Mistral-7B-Instruct-v0.3": 3,
     "Qwen2.5-0.5B-Instruct": 1,
     "Qwen3-4B": 3,
+    "gemma2_2b_it": 2,
     "SmolLM2-135M": 1,
     "SmolLM3-3B": 2,
 }

@@ -22,6 +22,7 @@ NORMS = {
     "sandwich": ("input_layernorm", FIRST, SECOND, "pre_feedforward_layernorm"),
 }
 KINDS = {
+    "Gemma2RMSNorm": "one_plus",
     "Gemma3RMSNorm": "one_plus",
     "Olmo2RMSNorm": "scale_first",
     "Olmo3RMSNorm": "scale_first",
@@ -42,6 +43,7 @@ def theirs(config):
     elif types is not None:
         windows = [w if t == "sliding_attention" else None for w, t in zip(windows, types)]  # noqa: B905
     granite = c.model_type == "granite"  # other classes ignore its keys
+    gemma = c.model_type in ("gemma2", "gemma3_text")  # likewise
     scale = getattr(model.model.embed_tokens, "scalar_embed_scale", 1.0)
     head_dim, eos = layer.self_attn.head_dim, c.eos_token_id
     return {
@@ -63,6 +65,11 @@ def theirs(config):
         "qk_norm": _qk_norm(layer.self_attn),
         "activation": type(layer.mlp.act_fn).__name__,
         "attention_scale": layer.self_attn.scaling,
+        # C5: Gemma 3's code does not use its attn_logit_softcapping.
+        "soft_cap": c.attn_logit_softcapping if c.model_type == "gemma2" else None,
+        "logits_soft_cap": c.final_logit_softcapping if gemma else None,
+        "query_scaling": _query_scaling(c),
+        "image_ids": (),
         "residual_scale": c.residual_multiplier if granite else 1.0,
         "embedding_scale": c.embedding_multiplier if granite else scale,
         "logits_divisor": c.logits_scaling if granite else 1.0,
@@ -90,6 +97,7 @@ def ours(config):
         "qk_norm": same.qk_norm,
         "activation": ACTIVATIONS[same.activation],
         "attention_scale": pytest.approx(same.attention_scale or cfg.head_dim**-0.5),
+        "soft_cap": same.soft_cap,
         "residual_scale": same.residual_scale,
         "windows": tuple(layer.window for layer in layers),
         "rotary": tuple(layer.rope is not None for layer in layers),
@@ -129,6 +137,11 @@ def _ropes(c, kind):
     scales = {kind: getattr(made, f"{kind}_attention_scaling") for kind in made.layer_types}
     inv_freqs = {kind: getattr(made, f"{kind}_inv_freq") for kind in made.layer_types}
     return tuple((scales[kind], tuple(inv_freqs[kind].tolist())) for kind in c.layer_types)
+
+
+def _query_scaling(c):
+    keys = "llama_4_scaling_beta", "original_max_position_embeddings"
+    return tuple(map(c.rope_parameters.get, keys)) if c.model_type == "ministral3" else None
 
 
 def _eps(norm):

@@ -28,11 +28,29 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 2048,
 }
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama, tied, llama3 rope": {"tie_word_embeddings": True, "rope_parameters": LLAMA3},
     "llama, biases": {"attention_bias": True, "mlp_bias": True},
     "mistral, window 512": {"model_type": "mistral", "sliding_window": 512},
+    "ministral3, yarn rope, queries that grow": {
+        "model_type": "ministral3",
+        "head_dim": 16,
+        "rope_parameters": {
+            **YARN,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
     "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3, yarn rope": {"model_type": "qwen3", "rope_parameters": YARN, "head_dim": 16},
     "smollm3, every 4th layer NoPE": {
@@ -47,12 +65,31 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.22,
         "logits_scaling": 8.0,
     },
+    "gemma2, soft-caps, every 2nd layer of window 512": {
+        "model_type": "gemma2",
+        "num_hidden_layers": 5,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 512,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 10.0,
+    },
     "gemma3_text, 5 windows of 512 to 1": {
         "model_type": "gemma3_text",
         "num_hidden_layers": 7,
         "head_dim": 32,
         "query_pre_attn_scalar": 32,
         "sliding_window": 512,
+    },
+    "gemma3 with pictures, 5 windows of 512 to 1": {
+        "model_type": "gemma3",
+        "vision_config": {**VISION, "model_type": "siglip_vision_model"},
+        "text_config": {
+            "num_hidden_layers": 7,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 512,
+        },
     },
     "olmo2": {"model_type": "olmo2"},
     "olmo3, yarn rope on full layers": {
@@ -97,13 +134,19 @@ def main(specs: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="jaxft-parity-") as name:
         for title, changes in ARCHITECTURES.items():
             folder = Path(name) / re.sub(r"\W+", "-", title)
-            shape = {**SHAPES["tiny"], "max_position_embeddings": 8192, "initializer_range": 0.2}
-            make_random(folder, {**shape, **changes})
+            make_random(folder, _random_config(changes))
             rows.append(_parity_row(f"{title} (random)", certify(str(folder))[0]))
         rows += [_parity_row(spec, certify(spec)[0]) for spec in specs]
     text = "\n".join([PARITY, *rows, "", machine_line(machine()), ""])
     (DOCS / "parity.md").write_text(text)
     print("\n".join(rows))
+
+
+def _random_config(changes: dict[str, Any]) -> dict[str, Any]:
+    shape = {**SHAPES["tiny"], "max_position_embeddings": 8192, "initializer_range": 0.2}
+    if "text_config" in changes:
+        return {**changes, "text_config": {**shape, **changes["text_config"]}}
+    return {**shape, **changes}
 
 
 def _parity_row(title: str, certificate: dict[str, Any]) -> str:

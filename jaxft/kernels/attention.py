@@ -14,6 +14,7 @@ from jaxft.core.sharding import batch_ways
 from jaxft.kernels.blockwise_attention import MASKED, SAVED, Coordinates, blockwise_attention
 from jaxft.kernels.cudnn_attention import cudnn_attention, cudnn_segments
 from jaxft.kernels.cudnn_attention import refusal as cudnn_refusal
+from jaxft.kernels.elementwise import soft_capped
 
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # jax's primitive
 OVERRIDE = "JAXFT_ATTENTION"  # an environment variable: the name of a kernel
@@ -32,12 +33,13 @@ def attention(
     kv_segments: Int[Array, "B S"] | None = None,
     window: int | Int[Array, ""] | None = None,
     scale: float | None = None,
+    soft_cap: float | None = None,
     segments_in_row: int = 0,
 ) -> Float[Array, "B T N H"]:
-    """Return softmax(scale q k^T) v over the keys that each query attends to. Softmax is fp32.
+    """Return softmax(scale q k^T) v [B, T, N, H] over the keys of each query, in q's dtype.
 
     q [B, T, N, H], k and v [B, S, K, H]: N query heads share K key heads, N a multiple of K
-    (grouped-query attention).
+    (grouped-query attention). Softmax is fp32.
     causal: a query attends to no key after its own position.
     q_positions: [B or 1, T], by default 0 to T - 1. If T == S, keys have the same, else 0 to S - 1.
     q_segments, kv_segments: a query attends only to keys of its own segment. By default all tokens
@@ -45,11 +47,10 @@ def attention(
     finite and has no meaning.
     window: a query attends to at most so many keys, of which its own position is the last. A traced
     window, for layers that differ within a scan, excludes flash attention. A Python int does not.
-    scale: by default 1 / sqrt(H).
+    scale: by default 1 / sqrt(H). soft_cap: scores s become soft_cap * tanh(s / soft_cap).
     segments_in_row: the most segments of a row, padding counted as one, where each segment of
     q_segments is one run of tokens. 0 if that is not known. cuDNN needs it.
 
-    Returns: [B, T, N, H] in q's dtype.
     Raises: ValueError for a window without `causal`, and for kv_segments without q_segments.
 
     A GPU runs cuDNN's flash attention, and a TPU jax's own, if they support dtype, head dim and
@@ -65,7 +66,7 @@ def attention(
     in_order = causal and aligned and q_positions is None
     by_index = kv_segments is None and (in_order or not causal)
     if by_index and not isinstance(window, jax.Array):
-        kernel = choose(q)
+        kernel = choose(q, soft_cap)
         if kernel == "cudnn" and q_segments is None:
             return cudnn_attention(q, k, v, causal, window, scale)
         if kernel == "cudnn" and q_segments is not None and segments_in_row and in_order:
@@ -73,17 +74,17 @@ def attention(
         if kernel == "splash":
             from jaxft.kernels.splash_attention import splash_attention  # Pallas takes 0.4 s
 
-            return splash_attention(q, k, v, q_segments, causal, window, scale)
+            return splash_attention(q, k, v, q_segments, causal, window, scale, soft_cap)
     positions = _count(q.shape[1]) if q_positions is None else q_positions  # [B or 1, T]
-    queries = Coordinates(positions, q_segments)
     kv_segments = q_segments if kv_segments is None else kv_segments
     keys = Coordinates(positions if aligned else _count(k.shape[1]), kv_segments)
     return blockwise_attention(
-        q, k, v, queries, keys, causal=causal, window=window, scale=scale, in_order=in_order
-    )
+        q, k, v, Coordinates(positions, q_segments), keys,
+        causal=causal, window=window, scale=scale, soft_cap=soft_cap, in_order=in_order,
+    )  # fmt: skip
 
 
-def choose(q: Float[Array, "B T N H"]) -> str:
+def choose(q: Float[Array, "B T N H"], soft_cap: float | None = None) -> str:
     """Return the kernel for these queries on the device of the mesh, a key of KERNELS.
 
     OVERRIDE in the environment names another one. Raises: UserError if that one cannot run here.
@@ -92,10 +93,10 @@ def choose(q: Float[Array, "B T N H"]) -> str:
     if asked not in ("auto", *KERNELS):
         raise UserError(f"{OVERRIDE}={asked!r} is not one of auto, {', '.join(KERNELS)}")
     if asked != "auto":
-        if reason := KERNELS[asked](here, q):
+        if reason := KERNELS[asked](here, q, soft_cap):
             raise UserError(f"{OVERRIDE}={asked} cannot run: {reason}; unset it")
         return asked
-    return next(name for name, refusal in KERNELS.items() if not refusal(here, q))
+    return next(name for name, refusal in KERNELS.items() if not refusal(here, q, soft_cap))
 
 
 def used(program: str) -> str:
@@ -111,8 +112,9 @@ saves_attention = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
-def _splash_refusal(device: Device, q: Float[Array, "B T N H"]) -> str:
+def _splash_refusal(device: Device, q: Float[Array, "B T N H"], soft_cap: float | None) -> str:
     """Return why jax's attention for TPUs does not run for these queries, or ""."""
+    del soft_cap  # it has soft-caps
     if device.platform != "tpu":
         return f"it runs on TPUs, and the device is a {device.kind}"
     mesh = jax.sharding.get_abstract_mesh()
@@ -122,10 +124,10 @@ def _splash_refusal(device: Device, q: Float[Array, "B T N H"]) -> str:
 
 
 # Kernels in order of preference. Each has a function that returns why it cannot run, or "".
-KERNELS: dict[str, Callable[[Device, Any], str]] = {
+KERNELS: dict[str, Callable[[Device, Any, float | None], str]] = {
     "cudnn": cudnn_refusal,
     "splash": _splash_refusal,
-    "blockwise": lambda device, q: "",
+    "blockwise": lambda device, q, soft_cap: "",
 }
 
 
@@ -139,6 +141,7 @@ def reference(
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "#B T S"] | None = None,
     scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Return attention by its formula, in fp32, with all scores at once.
 
@@ -150,6 +153,7 @@ def reference(
     q32 = q.astype(jnp.float32).reshape(batch, length, k.shape[2], -1, dim)  # [B, T, K, G, H]
     scores = jnp.einsum("btkgh,bskh->bkgts", q32, k)  # [B, K, G, T, S]
     scores *= dim**-0.5 if scale is None else scale
+    scores, _ = soft_capped(scores, soft_cap)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, MASKED)
     out = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores, -1), v)  # [B, T, K, G, H]

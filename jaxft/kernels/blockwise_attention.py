@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.core.runtime import device
+from jaxft.kernels.elementwise import soft_capped
 
 # Bytes of fp32 scores of one block of queries. On a CPU fewer, larger blocks were faster.
 CPU_SCORES, ACCELERATOR_SCORES = 2**25, 2**28
@@ -57,10 +58,11 @@ class Span(NamedTuple):
 
 
 class Blocking(NamedTuple):
-    """Static settings: the kind of mask, the factor of scores, and the spans of queries."""
+    """Static settings: the kind of mask, factor and soft-cap of scores, the spans of queries."""
 
     causal: bool
     scale: float
+    soft_cap: float | None
     spans: tuple[Span, ...]
 
 
@@ -74,6 +76,7 @@ def blockwise_attention(
     causal: bool,
     window: int | Int[Array, ""] | None,
     scale: float,
+    soft_cap: float | None,
     in_order: bool,
 ) -> Float[Array, "B T N H"]:
     """Return the result of `attention`, one block of queries at a time, forward and backward.
@@ -85,7 +88,7 @@ def blockwise_attention(
     (batch, length, heads, dim), kv_heads = q.shape, k.shape[2]
     if q.dtype == jnp.float32:  # scaling a bf16 q would round it, so its scores are scaled
         q, scale = scale * q, 1.0
-    blocking = Blocking(causal, scale, cut_spans(q.shape, k.shape[1], in_order))
+    blocking = Blocking(causal, scale, soft_cap, cut_spans(q.shape, k.shape[1], in_order))
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)  # [B, T, K, G, H]
     q = q.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     # Keys are fp32 outside the loop, because their gradients are summed over blocks in that dtype.
@@ -175,7 +178,7 @@ def _forward(
 
         def block(_: None, x: tuple[Array, Coordinates]) -> tuple[None, tuple[Array, Array, Array]]:
             q, queries = x
-            scores = _scores(q, k, queries, (keys, masking[1]), blocking)
+            scores = _scores(q, k, queries, (keys, masking[1]), blocking)[0]
             top = scores.max(-1, keepdims=True)  # [B, K, G, T, 1]
             weights = jnp.exp(scores - top)  # [B, K, G, T, S]
             out = _product(weights.astype(q.dtype), v, 4, 2)  # [B, K, G, T, H or H + 1]
@@ -211,9 +214,11 @@ def _backward(
 
         def block(sums: KeysValues, x: tuple) -> tuple[KeysValues, Array]:
             q, queries, left, mean, top = x
-            weights = jnp.exp(_scores(q, k, queries, (keys, masking[1]), blocking) - top)
+            scores, slope = _scores(q, k, queries, (keys, masking[1]), blocking)
+            weights = jnp.exp(scores - top)
             dweights = _product(left, v, 4, 3)  # [B, K, G, T, S], less `mean` if with ones
             dscores = blocking.scale * weights * (dweights if with_ones else dweights - mean)
+            dscores = dscores if slope is None else slope * dscores
             dq = _product(dscores.astype(q.dtype), k, 4, 2).astype(q.dtype)  # [B, K, G, T, H]
             dk = _over_queries(dscores.astype(q.dtype), q)
             dv = _over_queries(weights.astype(q.dtype), left[..., : q.shape[-1]])
@@ -268,16 +273,17 @@ def _sum_spans(parts: Sequence[KeysValues]) -> KeysValues:
 
 def _scores(
     q: Array, k: Array, queries: Coordinates, masking: Masking, blocking: Blocking
-) -> Float[Array, "B K G T S"]:
-    """Return masked scores in fp32.
+) -> tuple[Float[Array, "B K G T S"], Float[Array, "B K G T S"] | None]:
+    """Return masked scores in fp32, and the derivative of their soft-cap, None without one.
 
     The mask is added. For a select, XLA:CPU would write MASKED in the shape of all scores.
     """
     scores = _product(q, k, 4, 3)
     scores = scores if blocking.scale == 1.0 else blocking.scale * scores
+    scores, slope = soft_capped(scores, blocking.soft_cap)
     keys, window = masking
     mask = attention_mask(queries, keys, causal=blocking.causal, window=window)
-    return scores if mask is None else scores + jnp.where(mask, 0.0, MASKED)
+    return (scores if mask is None else scores + jnp.where(mask, 0.0, MASKED)), slope
 
 
 def _product(x: Array, y: Array, over: int, keys_over: int) -> Array:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.core.runtime import device, find_chip
 from jaxft.core.sharding import AXES, spec
+from jaxft.kernels.elementwise import soft_capped
 
 # Bytes of one chunk's fp32 logits on one device: fixed for a CPU, a share of an accelerator's
 # memory. The head's gradient is read and written once a chunk, so few large chunks are better.
@@ -22,12 +23,13 @@ FAR = 1e30  # above all logits, and finite if multiplied by a vocabulary's size
 class HeadConfig(NamedTuple):
     """Static settings: the head's layout, time steps a chunk, z-loss, mesh axes larger than 1.
 
-    per_token: the loss of each token is returned too.
+    per_token: the loss of each token is returned too. soft_cap: that of the logits.
     """
 
     vocab_first: bool
     chunk: int
     z_loss: float = 0.0
+    soft_cap: float | None = None
     batch_axes: tuple[str, ...] = ()
     embed_axes: tuple[str, ...] = ()
     vocab_axes: tuple[str, ...] = ()
@@ -67,6 +69,7 @@ def linear_cross_entropy(
     vocab_first: bool,
     chunk: int | None = None,
     z_loss: float = 0.0,
+    soft_cap: float | None = None,
     bias: Float[Array, "V"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Return the sum of weights * (-log softmax(hidden head)[targets] + z_loss * logsumexp^2).
@@ -76,6 +79,7 @@ def linear_cross_entropy(
     targets, weights: [B, T]. Gradients do not reach `weights`.
     chunk: time steps whose fp32 logits exist at once, by default as many as fit the budget above.
     z_loss: Chowdhery et al. 2022, arXiv:2204.02311, section 5.
+    soft_cap: logits x, with their bias, become soft_cap * tanh(x / soft_cap).
 
     Returns: the sum, and a dict of more sums: `weight`, `correct` (argmax hits) and, with z-loss,
     `z` (its part of the sum).
@@ -84,10 +88,10 @@ def linear_cross_entropy(
     a mesh each device computes its rows and its part of the vocabulary, with one gather of the head
     and one reduction of its gradient.
     """
-    cfg, inputs = _fit(vocab_first, chunk, hidden, head, targets, weights)
-    hidden, head, targets, weights = inputs
+    cfg = HeadConfig(vocab_first, 0, z_loss, soft_cap)
+    cfg, (hidden, head, targets, weights) = _fit(cfg, chunk, hidden, head, targets, weights)
     weights = weights.astype(jnp.float32)
-    sums = _summed(cfg._replace(z_loss=z_loss), hidden, Head(head, bias), targets, weights)
+    sums = _summed(cfg, hidden, Head(head, bias), targets, weights)
     metrics = {"weight": weights.sum(), "correct": jax.lax.stop_gradient(sums.correct)}
     if z_loss:
         metrics["z"] = z_loss * jax.lax.stop_gradient(sums.square)
@@ -102,6 +106,7 @@ def linear_log_probs(
     *,
     vocab_first: bool,
     chunk: int | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T"]:
     """Return log softmax(hidden head)[targets] of each token, for losses that are not their sum.
 
@@ -110,23 +115,26 @@ def linear_log_probs(
     on the cotangent of each token, so that the backward pass computes the logits a second time.
     """
     ones = jnp.ones(targets.shape, jnp.float32)
-    cfg, inputs = _fit(vocab_first, chunk, hidden, head, targets, ones)
+    cfg = HeadConfig(vocab_first, 0, soft_cap=soft_cap)
+    cfg, inputs = _fit(cfg, chunk, hidden, head, targets, ones)
     made = _token_log_probs(cfg, inputs[0], Head(inputs[1]), *inputs[2:])
     return made[: len(targets)]
 
 
 def _fit(
-    vocab_first: bool, chunk: int | None, hidden: Array, head: Array, targets: Array, weights: Array
+    cfg: HeadConfig,
+    chunk: int | None,
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    weights: Array,
 ) -> tuple[HeadConfig, tuple[Array, ...]]:
     """Return the settings for the mesh in use, and the arrays padded to be divided over it."""
-    cfg = HeadConfig(vocab_first, 0)
     mesh, rows = jax.sharding.get_abstract_mesh(), len(hidden)
-    vocab = head.shape[0 if vocab_first else 1]
+    vocab = head.shape[0 if cfg.vocab_first else 1]
     if not mesh.empty and mesh.size > 1:
         used = [a for a in AXES if mesh.shape[a] > 1]
-        cfg = HeadConfig(
-            vocab_first,
-            0,
+        cfg = cfg._replace(
             batch_axes=tuple(a for a in used if a != "tensor"),
             embed_axes=tuple(a for a in used if a == "fsdp"),
             vocab_axes=tuple(a for a in used if a == "tensor"),
@@ -135,7 +143,7 @@ def _fit(
         hidden, targets, weights = (_pad(x, 0, ways) for x in (hidden, targets, weights))
         # fsdp may not divide the width of a head with an adapter, D + r.
         hidden = _pad(hidden, 2, mesh.shape["fsdp"])
-        head = _pad(head, int(vocab_first), mesh.shape["fsdp"])
+        head = _pad(head, int(cfg.vocab_first), mesh.shape["fsdp"])
         rows, vocab = len(hidden) // ways, vocab // mesh.shape["tensor"]
     cfg = cfg._replace(chunk=chunk or chunk_length(rows, hidden.shape[1], vocab))
     return cfg, (hidden, head, targets, weights)
@@ -149,12 +157,13 @@ def reference(
     *,
     vocab_first: bool,
     z_loss: float = 0.0,
+    soft_cap: float | None = None,
     bias: Float[Array, "V"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Return the same as `linear_cross_entropy`, by its formula, with all logits at once."""
     matrix = (head.T if vocab_first else head).astype(jnp.float32)  # [D, V]
     logits = hidden.astype(jnp.float32) @ matrix  # [B, T, V]
-    logits = logits if bias is None else logits + bias
+    logits, _ = soft_capped(logits if bias is None else logits + bias, soft_cap)
     log_partition = jax.nn.logsumexp(logits, -1)  # [B, T]
     target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]  # [B, T]
     z = z_loss * jnp.square(log_partition)
@@ -337,6 +346,7 @@ def _chunk_sums(
     """
     logits = _product(f"bcd,{cfg.layout}->bcv", x, head.matrix)  # [B, chunk, V]
     logits = logits if head.bias is None else logits + head.bias.astype(jnp.float32)
+    logits, cap_slope = soft_capped(logits, cfg.soft_cap)
     vocab = logits.shape[-1]
     # Index of the target in this device's slice of the vocabulary, outside it on other devices.
     local = targets - (jax.lax.axis_index(cfg.vocab_axes) * vocab if cfg.vocab_axes else 0)
@@ -359,7 +369,7 @@ def _chunk_sums(
     slope = weights * (1 + 2 * cfg.z_loss * log_partition)
     onehot = places == local[..., None]
     dlogits = exponentials * (slope / partition)[..., None] - onehot * weights[..., None]
-    return sums, loss, dlogits
+    return sums, loss, dlogits if cap_slope is None else dlogits * cap_slope
 
 
 def _dw(cfg: HeadConfig, x: Array, dlogits: Array) -> Array:

@@ -13,7 +13,7 @@ LARGEST_HEAD_DIM = 256  # of Hopper. Older GPUs have 128
 NO_SEGMENT = -1  # in lists of segments that are shorter than the longest
 
 
-def refusal(device: Device, q: Float[Array, "B T N H"]) -> str:
+def refusal(device: Device, q: Float[Array, "B T N H"], soft_cap: float | None) -> str:
     """Return why cuDNN does not run for these queries on this device, or ""."""
     head_dim = q.shape[-1]
     if device.platform != "gpu":
@@ -25,6 +25,8 @@ def refusal(device: Device, q: Float[Array, "B T N H"]) -> str:
             f"its head dims are multiples of 8 up to {LARGEST_HEAD_DIM}, and the model has"
             f" {head_dim}"
         )
+    if soft_cap is not None:
+        return f"it has no soft-cap of scores, and the model has one of {soft_cap}"
     return ""
 
 

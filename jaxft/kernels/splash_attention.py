@@ -30,6 +30,7 @@ def splash_attention(
     causal: bool,
     window: int | None,
     scale: float,
+    soft_cap: float | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Return attention. Each device computes its rows and heads.
@@ -48,7 +49,7 @@ def splash_attention(
             queries, jnp.pad(pair.kv, _pads(pair.kv), constant_values=NO_QUERY)
         )
     q, k, v = (jnp.pad(x, _pads(x)) for x in (q * scale, k, v))
-    run = partial(_local, causal=causal, window=window, interpret=interpret)
+    run = partial(_local, causal=causal, window=window, soft_cap=soft_cap, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:
         rows = AXIS_RULES["batch"]
@@ -60,7 +61,7 @@ def splash_attention(
 
 def _local(
     q: Array, k: Array, v: Array, segments: splash.SegmentIds | None, *,
-    causal: bool, window: int | None, interpret: bool,
+    causal: bool, window: int | None, soft_cap: float | None, interpret: bool,
 ) -> Array:  # fmt: skip
     """Return attention of one device's rows and heads, of padded lengths."""
     size = (q.shape[1], k.shape[1])
@@ -77,7 +78,8 @@ def _local(
     )  # fmt: skip
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * q.shape[2]), block_sizes=blocks, head_shards=1,
-        q_seq_shards=1, residual_checkpoint_name=SAVED, interpret=interpret,
+        q_seq_shards=1, residual_checkpoint_name=SAVED, attn_logits_soft_cap=soft_cap,
+        interpret=interpret,
     )  # fmt: skip
     by_head = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, N, T, H], [B, K, S, H]
     out: Any = jax.vmap(kernel)(*by_head, segments)  # [B, N, T, H]

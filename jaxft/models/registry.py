@@ -25,11 +25,15 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
         "llama": "jaxft.models.decoders.families.llama:ARCHITECTURE",
         "mistral": "jaxft.models.decoders.families.llama:ARCHITECTURE",
         "ministral": "jaxft.models.decoders.families.llama:ARCHITECTURE",
+        "ministral3": "jaxft.models.decoders.families.llama:ARCHITECTURE",
+        "mistral3": "jaxft.models.decoders.families.wrapped:ARCHITECTURE",
         "qwen2": "jaxft.models.decoders.families.qwen:ARCHITECTURE",
         "qwen3": "jaxft.models.decoders.families.qwen:ARCHITECTURE",
         "smollm3": "jaxft.models.decoders.families.llama:ARCHITECTURE",
         "granite": "jaxft.models.decoders.families.granite:ARCHITECTURE",
-        "gemma3_text": "jaxft.models.decoders.families.gemma:ARCHITECTURE",
+        "gemma2": "jaxft.models.decoders.families.gemma:ARCHITECTURE",
+        "gemma3_text": "jaxft.models.decoders.families.gemma:GEMMA3",
+        "gemma3": "jaxft.models.decoders.families.wrapped:ARCHITECTURE",
         "olmo2": "jaxft.models.decoders.families.olmo:ARCHITECTURE",
         "olmo3": "jaxft.models.decoders.families.olmo:ARCHITECTURE",
     },
@@ -84,7 +88,7 @@ class Architecture(NamedTuple):
     def part(self, source: Source, cfg: Any) -> Part:
         """Return the part that fills the model's parameters and that an export writes."""
         tables = self.rules(cfg), self.sizes(cfg), self.ignore(cfg), self.drop(cfg)
-        return Part("", source.name, source.tensors, *tables)
+        return Part("", source.name, source.tensors, *tables, class_names=source.class_names)
 
 
 def find(config: Mapping[str, Any], family: str, where: str = "config.json") -> Architecture:
@@ -101,8 +105,8 @@ def find(config: Mapping[str, Any], family: str, where: str = "config.json") -> 
         known = known | {one.name: one.value for one in entry_points(group=GROUP)}
     if name not in tuple(known):  # a tuple, because a name in JSON may be a list, which has no hash
         near = list(known)
-        if len(near) > NEAREST:
-            near = difflib.get_close_matches(str(name), near, NEAREST, 0.0)
+        if len(near) > NEAREST and isinstance(name, str):
+            near = difflib.get_close_matches(name, near, NEAREST, 0.0)
         raise UserError(
             f"{where}: {key}={name!r} is not supported; supported are {', '.join(near)}: give a"
             " model of one of these"

@@ -14,7 +14,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import saves_attention
 from jaxft.kernels.conv import Padding, convolve
-from jaxft.kernels.recompute import recomputed
+from jaxft.kernels.elementwise import recomputed
 from jaxft.nn.linear import Adapter, Linear, dropout
 from jaxft.nn.norm import GroupNorm
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxft.kernels.recompute import recomputed
+from jaxft.kernels.elementwise import recomputed
 
 RMSKind = Literal["cast_first", "scale_first", "one_plus"]
 

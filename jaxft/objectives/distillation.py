@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxft.core.params import Leaf
 from jaxft.core.sharding import batch_ways
 from jaxft.core.step import Batch, Metrics
 from jaxft.kernels.cross_entropy import chunk_length
+from jaxft.kernels.elementwise import soft_capped
 from jaxft.objectives.next_token import NextToken
 
 
@@ -45,8 +46,8 @@ class Distillation:
         taught = replace(tokens, remat="none").hidden(model.teacher, batch, None)
         taught = tokens.trained_only(taught, batch, tokens.width, ())[0]
         total = linear_divergence(
-            (model.features(own, dropout), _vocab_first(model)),
-            (model.teacher.features(taught), _vocab_first(model.teacher)),
+            Outputs(model.features(own, dropout), *_vocab_first(model)),
+            Outputs(model.teacher.features(taught), *_vocab_first(model.teacher)),
             weights,
             self.temperature,
         )
@@ -64,54 +65,66 @@ class Distillation:
         return self.tokens.flops(trained) + self.teacher_flops
 
 
-def _vocab_first(model: Any) -> Float[Array, "V E"]:
-    """Return the output matrix of a decoder with the vocabulary first, each device's D gathered."""
-    matrix, vocab_first = model.head()
+class Outputs(NamedTuple):
+    """The features and the matrix of a model's logits, and their soft-cap."""
+
+    features: Float[Array, "B T E"]
+    matrix: Float[Array, "V E"]
+    soft_cap: float | None = None
+
+
+def _vocab_first(model: Any) -> tuple[Float[Array, "V E"], float | None]:
+    """Return a decoder's output matrix with the vocabulary first, and its soft-cap.
+
+    Each device has all of D.
+    """
+    matrix, vocab_first, soft_cap = model.head()
     matrix = matrix if vocab_first else matrix.T  # [V, E]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return matrix
-    return jax.lax.with_sharding_constraint(matrix, PartitionSpec("tensor", None))
+        return matrix, soft_cap
+    return jax.lax.with_sharding_constraint(matrix, PartitionSpec("tensor", None)), soft_cap
 
 
 def linear_divergence(
-    own: tuple[Float[Array, "B T E"], Float[Array, "V E"]],
-    taught: tuple[Float[Array, "B T F"], Float[Array, "W F"]],
+    own: Outputs,
+    taught: Outputs,
     weights: Float[Array, "B T"],
     temperature: float = 1.0,
 ) -> Float[Array, ""]:
     """Return the weighted sum over tokens of T^2 KL(softmax(taught / T), softmax(own / T)).
 
-    own, taught: features and matrix of the logits. Rows of a matrix that the other lacks are
-    padding of its vocabulary, and are left out. Logits exist for a chunk of time steps at once, and
-    the backward pass computes them again.
+    Rows of a matrix that the other lacks are padding of its vocabulary, and are left out. Logits
+    exist for a chunk of time steps at once, and the backward pass computes them again.
     """
-    size = min(len(own[1]), len(taught[1]))
-    matrices = [matrix[:size] for _, matrix in (own, taught)]
+    size = min(len(own.matrix), len(taught.matrix))
+    own, taught = (one._replace(matrix=one.matrix[:size]) for one in (own, taught))
     mesh = jax.sharding.get_abstract_mesh()
     rows = len(weights) // (1 if mesh.empty else batch_ways(mesh))
     chunk = chunk_length(max(rows, 1), weights.shape[1], 2 * size)  # of two models
 
     @partial(jax.checkpoint, prevent_cse=False)
     def of_chunk(x: Array, y: Array, weights: Array) -> Array:
-        own, taught = (
-            jax.nn.log_softmax(_logits(part, matrix) / temperature)  # [B, chunk, V]
-            for part, matrix in zip((x, y), matrices, strict=True)
+        ours, theirs = (
+            jax.nn.log_softmax(_logits(part, one) / temperature)  # [B, chunk, V]
+            for part, one in ((x, own), (y, taught))
         )
-        each = jnp.sum(jnp.exp(taught) * (taught - own), axis=-1)  # [B, chunk]
+        each = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)  # [B, chunk]
         return jnp.sum(weights * each)
 
     def add(total: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
         return total + of_chunk(*inputs), None
 
-    chunks = _chunks(own[0], chunk), _chunks(taught[0], chunk), _chunks(weights, chunk)
-    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)
+    pair = _chunks(own.features, chunk), _chunks(taught.features, chunk)
+    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), (*pair, _chunks(weights, chunk)))
     return temperature**2 * total
 
 
-def _logits(features: Array, matrix: Array) -> Float[Array, "B C V"]:
-    matrix = matrix.astype(features.dtype)
-    return jnp.einsum("bce,ve->bcv", features, matrix, preferred_element_type=jnp.float32)
+def _logits(features: Array, outputs: Outputs) -> Float[Array, "B C V"]:
+    """Return the logits of a chunk's features."""
+    matrix = outputs.matrix.astype(features.dtype)
+    logits = jnp.einsum("bce,ve->bcv", features, matrix, preferred_element_type=jnp.float32)
+    return soft_capped(logits, outputs.soft_cap)[0]  # [B, chunk, V]
 
 
 def _chunks(x: Array, size: int) -> Array:

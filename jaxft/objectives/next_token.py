@@ -70,9 +70,11 @@ class NextToken:
     ) -> tuple[jax.Array, Metrics]:
         """Return the summed cross-entropy of hidden states [B, T, D], and the sums beside it."""
         hidden, targets, weights = self.trained_only(hidden, batch, self.width)
-        head, vocab_first = model.head()
+        head, vocab_first, soft_cap = model.head()
         features = model.features(hidden, keys)
-        return linear_cross_entropy(features, head, targets, weights, vocab_first=vocab_first)
+        return linear_cross_entropy(
+            features, head, targets, weights, vocab_first=vocab_first, soft_cap=soft_cap
+        )
 
     def trained_only(
         self,

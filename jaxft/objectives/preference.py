@@ -294,9 +294,9 @@ class Preference:
         hidden = tokens.hidden(model, batch, None)
         names = ("targets", "weights", "segment_ids")
         hidden, targets, weights, segments = tokens.trained_only(hidden, batch, tokens.width, names)
-        head, vocab_first = model.head()
+        head, vocab_first, soft_cap = model.head()
         features = model.features(hidden, None)
-        each = linear_log_probs(features, head, targets, vocab_first=vocab_first)
+        each = linear_log_probs(features, head, targets, vocab_first=vocab_first, soft_cap=soft_cap)
         sums, counts = (
             segment_sums(x, segments, 2 * pairs).reshape(rows, pairs, 2)  # [B, K, 2]
             for x in (each * weights, weights)

@@ -158,7 +158,7 @@ def open_subject(spec: str) -> Subject:
     part = part._replace(rows=adapter.token_ids if adapter else ())
     template = jax.eval_shape(lambda key: architecture.module(cfg, key=key), jax.random.key(0))
     if adapter:
-        adapter = fit(adapter, part.entries(describe(template)))
+        adapter = fit(adapter, part.class_entries(describe(template)))
 
         def build(key: jax.Array) -> Decoder:
             model = architecture.module(cfg, key=key)
@@ -220,15 +220,20 @@ def _text_row(source: Source, cfg: DecoderConfig) -> Int[np.ndarray, "B T"]:
 def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
     """Return the results of stock transformers on the CPU, in fp32 and under other roundings."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    wrapped = bool(subject.source.class_names)
+    kind: Any = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
+    # transformers' default attention ignores soft-caps of scores.
+    capped = any(layer.soft_cap for layer in subject.template.cfg.layers)
     with hf_folder(subject.source) as folder:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             folder,
             dtype=torch.float32,
             output_loading_info=True,
             local_files_only=True,
             trust_remote_code=False,
+            attn_implementation="eager" if capped else None,
         )
     model, report = loaded
     if subject.adapter:
@@ -340,11 +345,11 @@ def _gradients(
     def objective(trained: Params, frozen: Params) -> jax.Array:
         model = bind(subject.template, {**frozen, **trained})
         hidden, _ = model.hidden(jnp.asarray(tokens))
-        head, vocab_first = model.head()
+        head, vocab_first, soft_cap = model.head()
         targets = jnp.roll(tokens, -1, axis=1)
         features = model.features(hidden)
         total, sums = linear_cross_entropy(
-            features, head, targets, weights, vocab_first=vocab_first
+            features, head, targets, weights, vocab_first=vocab_first, soft_cap=soft_cap
         )
         return total / sums["weight"]
 
@@ -384,10 +389,10 @@ def torch_keyed(
     for entry in part.entries(leaves):
         for i, key in enumerate(entry.keys if entry.path in arrays else ()):
             array = np.asarray(arrays[entry.path][i] if entry.stacked else arrays[entry.path])
-            yield key, to_torch(array, entry.layout, part.sizes)
+            yield part.named(key), to_torch(array, entry.layout, part.sizes)
     if subject.adapter:
         for name, tensor in adapters.factors(part, leaves, arrays, subject.adapter.lora):
             yield PEFT_PREFIX + name, tensor
     for entry, path in adapters.token_rows(part, leaves):
-        module = entry.keys[0].removesuffix(".weight")
+        module = part.named(entry.keys[0]).removesuffix(".weight")
         yield f"{PEFT_PREFIX}{module}{TOKEN_DELTA}", np.asarray(arrays[path])

@@ -97,6 +97,14 @@ def expected(rules: Iterable[Rule], leaves: Mapping[str, Leaf]) -> list[Entry]:
     return [entry for entry in entries if entry]
 
 
+def in_class(key: str, names: Iterable[tuple[str, str]]) -> str:
+    """Return a key with the start that transformers' class has for it, by pairs of starts."""
+    for start, other in names:
+        if key.startswith(start):
+            return other + key.removeprefix(start)
+    return key
+
+
 def renamed(table: Iterable[Rule], key: str) -> tuple[str, str] | None:
     """Return (path, layout) by the first rule of a table that matches the key, or None."""
     found = (target for rule in table if (target := _target(rule, key)))

@@ -15,7 +15,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.guards.fingerprint import is_finite
 from jaxft.core.params import TEACHER_ROLE, Leaf, Params
 from jaxft.weights.files.tensor_files import Tensors
-from jaxft.weights.rules import Entry, Rule, Sizes, expected, plan, to_jax, to_torch
+from jaxft.weights.rules import Entry, Rule, Sizes, expected, in_class, plan, to_jax, to_torch
 
 
 class Part(NamedTuple):
@@ -24,8 +24,9 @@ class Part(NamedTuple):
     An export writes it to `folder`, in files whose names begin with `stem`. `whole` are modules
     that an adapter's file may hold beside the low-rank factors. `kept` are tensors that such a file
     has to hold, because the base model has others. `rows` are ids of tokens whose embeddings train
-    alone. An `aid` is a network that only measures: it is
-    loaded whatever `init` is, and never exported.
+    alone. `class_names` are pairs of starts of names, in the file and in transformers' class: the
+    file of an adapter has the latter. An `aid` is a network that only measures: it is loaded
+    whatever `init` is, and never exported.
     """
 
     prefix: str
@@ -41,6 +42,7 @@ class Part(NamedTuple):
     whole: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
+    class_names: tuple[tuple[str, str], ...] = ()
 
     def entries(self, leaves: Mapping[str, Leaf]) -> list[Entry]:
         """Return the plan for this part's parameters, paths with the prefix.
@@ -62,6 +64,15 @@ class Part(NamedTuple):
             shapes = {key: self.tensors.info(key)[0] for key in names}
             found = plan(self.rules, own, shapes, self.sizes, skipped, self.name)
         return [entry._replace(path=self.prefix + entry.path) for entry in found]
+
+    def named(self, key: str) -> str:
+        """Return a tensor's name in the class in memory, by its key in the checkpoint."""
+        return in_class(key, self.class_names)
+
+    def class_entries(self, leaves: Mapping[str, Leaf]) -> list[Entry]:
+        """Return `entries` with the names of the class in memory."""
+        found = self.entries(leaves)
+        return [entry._replace(keys=tuple(map(self.named, entry.keys))) for entry in found]
 
 
 def load(

@@ -26,7 +26,7 @@ def data(batch=2, length=37, heads=4, kv_heads=2, dim=8, kv_length=None):
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def same(args, ours, mask, scale=None, length=None):
+def same(args, ours, mask, scale=None, length=None, soft_cap=None):
     """Outputs and gradients agree, over the first `length` queries."""
 
     def both(fn):
@@ -36,7 +36,7 @@ def same(args, ours, mask, scale=None, length=None):
 
         return jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*args)
 
-    got, want = both(ours), both(partial(reference, mask=mask, scale=scale))
+    got, want = both(ours), both(partial(reference, mask=mask, scale=scale, soft_cap=soft_cap))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -83,6 +83,19 @@ def test_t10_segments_do_not_see_each_other_and_padding_is_finite(blocks):
     assert np.isfinite(ours(*data())).all()
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_a_soft_cap_of_scores_with_its_gradients(blocks, window, scale):
+    """The second scale takes scores far beyond the cap."""
+    segments = jnp.repeat(jnp.array([[1, 2], [3, 3]]), jnp.array([9, 28]), axis=1)
+    before = jnp.arange(37)[:, None] - jnp.arange(37)
+    mask = (segments[:, :, None] == segments[:, None]) & (before >= 0) & (before < (window or 99))
+    ours = partial(attention, causal=True, window=window, scale=scale, soft_cap=2.0)
+    same(data(), partial(ours, q_segments=segments), mask, scale, soft_cap=2.0)
+    plain = attention(*data(), causal=True, window=window, scale=scale, q_segments=segments)
+    assert np.abs(ours(*data(), q_segments=segments) - plain).max() > 1e-2
+
+
 def test_t8_a_query_without_keys_is_finite_with_finite_gradients(blocks):
     empty, full = jnp.zeros((2, 37), jnp.int32), jnp.ones((2, 37), jnp.int32)
     fn = partial(attention, causal=True, q_segments=full, kv_segments=empty)
@@ -90,9 +103,11 @@ def test_t8_a_query_without_keys_is_finite_with_finite_gradients(blocks):
     assert all(np.isfinite(x).all() for x in (out, *grads))
 
 
-def test_one_query_against_a_cache_equals_the_last_row():
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_one_query_against_a_cache_equals_the_last_row(soft_cap):
     q, k, v = data()
-    want = attention(q[:, :20], k[:, :20], v[:, :20], causal=True, window=7)[:, -1:]
+    first = q[:, :20], k[:, :20], v[:, :20]
+    want = attention(*first, causal=True, window=7, soft_cap=soft_cap)[:, -1:]
     written = (jnp.arange(37) < 20).astype(jnp.int32)[None].repeat(2, 0)
     got = attention(
         q[:, 19:20],
@@ -103,6 +118,7 @@ def test_one_query_against_a_cache_equals_the_last_row():
         q_segments=jnp.ones((2, 1), jnp.int32),
         kv_segments=written,
         window=7,
+        soft_cap=soft_cap,
     )
     np.testing.assert_allclose(got, want, atol=1e-6)
 
@@ -158,6 +174,11 @@ def test_the_reference_is_jaxs_own_attention():
         ({"q_segments": jnp.ones((2, 37), jnp.int32)}, False),
         ({"q_positions": jnp.arange(37)[None]}, False),
         ({"causal": False}, True),
+        ({"soft_cap": 50.0}, False),
+        (
+            {"soft_cap": 50.0, "q_segments": jnp.ones((2, 37), jnp.int32), "segments_in_row": 2},
+            False,
+        ),
     ],
 )
 def test_on_a_gpu_the_mask_decides_between_cudnn_and_blocks(more, flash, monkeypatch):
@@ -199,6 +220,18 @@ def test_each_device_has_its_kernel_and_an_override(platform, kernel, monkeypatc
         monkeypatch.setenv(OVERRIDE, "flash3")
         with pytest.raises(UserError, match="is not one of auto, cudnn, splash, blockwise"):
             choose(q)
+
+
+def test_cudnn_is_refused_for_a_soft_cap_and_splash_has_it(monkeypatch):
+    q = jax.ShapeDtypeStruct((2, 8, 2, 64), jnp.bfloat16)
+    with traced_for("gpu"):
+        assert (choose(q), choose(q, 50.0)) == ("cudnn", "blockwise")
+        monkeypatch.setenv(OVERRIDE, "cudnn")
+        with pytest.raises(UserError, match=r"cannot run: it has no soft-cap of scores.*one of 50"):
+            choose(q, 50.0)
+    monkeypatch.delenv(OVERRIDE)
+    with traced_for("tpu"):
+        assert choose(q, 50.0) == "splash"
 
 
 def test_a_mesh_that_does_not_divide_the_rows_has_no_splash():

@@ -23,8 +23,9 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 jit = partial(jax.jit, compiler_options=QUICK)
 
 
-def dense(hidden, head, targets, weights, *, vocab_first, z_loss=0.0):
+def dense(hidden, head, targets, weights, *, vocab_first, z_loss=0.0, soft_cap=None):
     logits = hidden @ (head.T if vocab_first else head)
+    logits = soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
     lse = jax.nn.logsumexp(logits, -1)
     picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     hits = (weights * (logits.argmax(-1) == targets)).sum()
@@ -46,12 +47,14 @@ def relative(got, want):
     return float(np.abs(np.asarray(got) - want).max() / np.abs(want).max())
 
 
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
 @pytest.mark.parametrize(("chunk", "z_loss"), [(None, 0.0), (1, 1e-2), (5, 0.0), (13, 1e-2)])
 @pytest.mark.parametrize("vocab_first", [True, False])
-def test_t12_equals_the_dense_formula(vocab_first, z_loss, chunk):
+def test_t12_equals_the_dense_formula(vocab_first, z_loss, chunk, soft_cap):
     hidden, head, targets, weights = data(vocab_first)
-    ours = partial(linear_cross_entropy, vocab_first=vocab_first, chunk=chunk, z_loss=z_loss)
-    theirs = partial(dense, vocab_first=vocab_first, z_loss=z_loss)
+    how = {"vocab_first": vocab_first, "z_loss": z_loss, "soft_cap": soft_cap}
+    ours = partial(linear_cross_entropy, chunk=chunk, **how)
+    theirs = partial(dense, **how)
     grad = partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     (total, metrics), grads = jit(grad(ours))(hidden, head, targets, weights)
     (want, hits), wanted = jit(grad(theirs))(hidden, head, targets, weights)
@@ -59,16 +62,18 @@ def test_t12_equals_the_dense_formula(vocab_first, z_loss, chunk):
     assert metrics["correct"] == pytest.approx(float(hits), rel=1e-6) and hits > 0
     assert metrics["weight"] == pytest.approx(float(weights.sum()), rel=1e-6)
     assert max(map(relative, grads, wanted)) < 1e-5
-    lse = jax.nn.logsumexp(hidden @ (head.T if vocab_first else head), -1)
+    logits = hidden @ (head.T if vocab_first else head)
+    lse = jax.nn.logsumexp(soft_cap * np.tanh(logits / soft_cap) if soft_cap else logits, -1)
     if z_loss:
         assert metrics["z"] == pytest.approx(float((z_loss * weights * lse**2).sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
-@pytest.mark.parametrize("vocab_first", [True, False])
-def test_t9_meshes_agree_with_one_device(vocab_first, shape):
+@pytest.mark.parametrize(("vocab_first", "soft_cap"), [(True, None), (False, None), (True, 3.0)])
+def test_t9_meshes_agree_with_one_device(vocab_first, soft_cap, shape):
     arrays = data(vocab_first)
-    loss = partial(linear_cross_entropy, vocab_first=vocab_first, chunk=4, z_loss=1e-2)
+    how = {"vocab_first": vocab_first, "soft_cap": soft_cap}
+    loss = partial(linear_cross_entropy, chunk=4, z_loss=1e-2, **how)
     grad = jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (want, wanted_metrics), wanted = grad(*arrays)
     mesh = make_mesh(*shape)

@@ -15,8 +15,9 @@ from tests.kernels.test_cross_entropy import B, D, T, V, data, jit, relative
 SEGMENTS = 3
 
 
-def dense(hidden, head, targets, *, vocab_first):
+def dense(hidden, head, targets, *, vocab_first, soft_cap=None):
     logits = hidden.astype(jnp.float32) @ (head.T if vocab_first else head)
+    logits = soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
     return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
 
 
@@ -32,15 +33,16 @@ def segment_ids():
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 5])
-@pytest.mark.parametrize("vocab_first", [True, False])
+@pytest.mark.parametrize(("vocab_first", "soft_cap"), [(True, None), (False, None), (True, 3.0)])
 @pytest.mark.parametrize("argnums", [0, (0, 1)])
 def test_b6_sums_of_segments_and_their_gradients_equal_the_dense_formula(
-    vocab_first, chunk, argnums
+    vocab_first, soft_cap, chunk, argnums
 ):
     """Also with a frozen head, whose gradients the forward pass computes."""
-    arrays = (*data(vocab_first), segment_ids())
-    ours = partial(by_segment, partial(linear_log_probs, vocab_first=vocab_first, chunk=chunk))
-    theirs = partial(by_segment, partial(dense, vocab_first=vocab_first))
+    arrays, how = (*data(vocab_first), segment_ids()), {"vocab_first": vocab_first}
+    how["soft_cap"] = soft_cap
+    ours = partial(by_segment, partial(linear_log_probs, chunk=chunk, **how))
+    theirs = partial(by_segment, partial(dense, **how))
     total, grads = jit(jax.value_and_grad(ours, argnums))(*arrays)
     want, wanted = jit(jax.value_and_grad(theirs, argnums))(*arrays)
     assert abs(total / want - 1) < 1e-6

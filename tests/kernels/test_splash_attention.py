@@ -30,15 +30,18 @@ def both(fn, args):
 
 
 @pytest.mark.parametrize(
-    ("causal", "window", "segments", "keys", "dim"),
+    ("causal", "window", "segments", "keys", "dim", "soft_cap"),
     [
-        (True, None, None, LENGTH, 64),
-        (True, None, SEGMENTS, LENGTH, 64),
-        (True, 7, SEGMENTS, LENGTH, 128),
-        (False, None, None, 77, 40),
+        (True, None, None, LENGTH, 64, None),
+        (True, None, SEGMENTS, LENGTH, 64, None),
+        (True, 7, SEGMENTS, LENGTH, 128, None),
+        (False, None, None, 77, 40, None),
+        (True, 7, SEGMENTS, LENGTH, 64, 0.7),
     ],
 )
-def test_every_mask_gives_the_formula_with_its_gradients(causal, window, segments, keys, dim):
+def test_every_mask_gives_the_formula_with_its_gradients(
+    causal, window, segments, keys, dim, soft_cap
+):
     args, scale = data(keys=keys, dim=dim), dim**-0.5
     mask = None
     if causal:
@@ -48,9 +51,9 @@ def test_every_mask_gives_the_formula_with_its_gradients(causal, window, segment
         mask = mask & (segments[:, :, None] == segments[:, None])
     ours = partial(
         splash_attention, segments=segments, causal=causal, window=window, scale=scale,
-        interpret=True,
+        soft_cap=soft_cap, interpret=True,
     )  # fmt: skip
-    want = both(partial(reference, mask=mask), args)
+    want = both(partial(reference, mask=mask, soft_cap=soft_cap), args)
     for a, b in zip(jax.tree.leaves(both(ours, args)), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-5)
 

@@ -9,11 +9,15 @@ CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "ministral": "MinistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "mistral3": "Mistral3ForConditionalGeneration",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "granite": "GraniteForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
     "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
     "janus": "JanusForConditionalGeneration",
@@ -53,10 +57,10 @@ def test_an_unknown_type_names_at_most_ten_and_the_nearest_first(monkeypatch):
     more = {f"other{i}": "x:Y" for i in range(30)} | {"gemma2": "x:Y", "gemma3_text": "x:Y"}
     table = {**registry.MODEL_TYPES, "decoder": registry.MODEL_TYPES["decoder"] | more}
     monkeypatch.setattr(registry, "MODEL_TYPES", table)
-    with pytest.raises(UserError, match=r"^here: model_type='gemma3' is not supported") as caught:
-        registry.find({"model_type": "gemma3"}, "decoder", "here")
+    with pytest.raises(UserError, match=r"^here: model_type='gemma3_' is not supported") as caught:
+        registry.find({"model_type": "gemma3_"}, "decoder", "here")
     shown = str(caught.value).partition("supported are ")[2].partition(":")[0].split(", ")
-    assert len(shown) == 10 and set(shown[:2]) == {"gemma2", "gemma3_text"}
+    assert len(shown) == 10 and set(shown[:3]) == {"gemma2", "gemma3", "gemma3_text"}
     assert "give a model of one of these" in str(caught.value)
 
 
@@ -73,8 +77,8 @@ def test_a_package_adds_a_decoder_but_replaces_none(tmp_path, monkeypatch):
 
     assert registry.find({"model_type": "mine"}, "decoder") is qwen.ARCHITECTURE
     assert registry.find({"model_type": "llama"}, "decoder") is llama.ARCHITECTURE
-    with pytest.raises(UserError, match=r"model_type='yours'.* mine, "):
-        registry.find({"model_type": "yours"}, "decoder")
+    with pytest.raises(UserError, match=r"model_type='mines'.* mine, "):
+        registry.find({"model_type": "mines"}, "decoder")
 
 
 def test_a_type_that_is_no_name_is_refused_too():

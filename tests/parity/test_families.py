@@ -1,11 +1,8 @@
 """Families of decoders against transformers, fp32 on CPU: what a short prompt does not show too.
 
-Numbers such as R1 name the traps of the families. A config has two periods of its layers and one
-more, and rows go beyond each window and each rope's original length.
+Numbers such as R1 name the traps of the families. Rows go beyond each window and each rope's
+original length.
 """
-
-import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from jaxft.core import optim, sharding
+from jaxft.core import optim
 from jaxft.core import params as P
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
@@ -24,164 +20,11 @@ from jaxft.models import registry
 from jaxft.models.decoders.classifier import class_name, open_classifier
 from jaxft.models.decoders.generate import generate
 from jaxft.models.decoders.sampling import Sampling
-from jaxft.nn import lora
+from jaxft.objectives.distillation import Outputs, linear_divergence
 from jaxft.weights import rules, transfer
 from jaxft.weights.adapters import peft as adapters
 from jaxft.weights.adapters import peft_folder
-from jaxft.weights.folders.transformers import open_source
-
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = partial(jax.jit, compiler_options=QUICK)
-TINY = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 8192,
-    "initializer_range": 0.2,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
-GRANITE = {
-    "embedding_multiplier": 3.0,
-    "attention_multiplier": 0.3,
-    "residual_multiplier": 0.4,
-    "logits_scaling": 0.7,
-}
-GEMMA = {"sliding_window": 5, "head_dim": 12, "query_pre_attn_scalar": 20, "rms_norm_eps": 1e-5}
-CASES = {
-    "granite": ("granite", {**GRANITE, "rope_theta": 1e5}),
-    "granite tied": (
-        "granite",
-        {
-            **GRANITE,
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "head_dim": 6,
-            "rope_parameters": {**YARN, "rope_theta": 1e5},
-        },
-    ),
-    "granite without multipliers": ("granite", {"num_key_value_heads": None, "rope_scaling": YARN}),
-    # C1, G2, G5: two ropes, a window of 5, scores by their own scale. Layers are 2 periods and 1.
-    "gemma3": (
-        "gemma3_text",
-        {
-            **GEMMA,
-            "num_hidden_layers": 5,
-            "sliding_window_pattern": 2,
-            "rope_theta": 1e5,
-            "rope_local_base_freq": 1e3,
-            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        },
-    ),
-    # C4: 5 sliding layers to 1 full one. C5: attn_logit_softcapping has no effect.
-    "gemma3 untied": (
-        "gemma3_text",
-        {
-            **GEMMA,
-            "num_hidden_layers": 13,
-            "tie_word_embeddings": False,
-            "attention_bias": True,
-            "attn_logit_softcapping": 0.5,
-            "rope_parameters": {
-                "full_attention": {**YARN, "rope_theta": 1e5, "truncate": False},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
-            },
-        },
-    ),
-    # C1: a `type` of transformers 4 is not read, and a missing dict has the class's theta.
-    "gemma3 old type": (
-        "gemma3_text",
-        {
-            **GEMMA,
-            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-            "rope_scaling": {"type": "linear", "factor": 8.0},
-        },
-    ),
-    # O1, O2: post norms alone, q and k normed over all heads.
-    "olmo2": ("olmo2", {"rope_theta": 5e5, "rms_norm_eps": 1e-6}),
-    "olmo2 tied": (
-        "olmo2",
-        {
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "head_dim": 6,
-            "rope_parameters": {**YARN, "rope_theta": 1e5},
-        },
-    ),
-    # O4, C1, C2: YaRN on full layers alone, without its `truncate`. The theta is theirs, too.
-    "olmo3": (
-        "olmo3",
-        {
-            "num_hidden_layers": 9,
-            "sliding_window": 5,
-            "rope_theta": 1e4,
-            "rope_scaling": {**YARN, "truncate": False},
-        },
-    ),
-    "olmo3 new": (
-        "olmo3",
-        {
-            "num_hidden_layers": 5,
-            "num_key_value_heads": None,
-            "sliding_window": 5,
-            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
-            "rope_parameters": {
-                "full_attention": {**YARN, "truncate": False},
-                "sliding_attention": {"rope_theta": 1e3},
-            },
-        },
-    ),
-}
-ONE_EACH = ("granite", "gemma3 untied", "olmo2", "olmo3")
-
-
-class Pair:
-    """The same random weights as a folder, as AutoModelForCausalLM reads it, and as ours."""
-
-    def __init__(self, case, folder, dtype=torch.float32):
-        kind, changes = CASES[case]
-        self.config = {"model_type": kind, **TINY, **changes}
-        self.folder = str(folder)
-        (folder / "config.json").write_text(json.dumps(self.config))
-        torch.manual_seed(0)
-        read = AutoConfig.from_pretrained(folder)
-        made = AutoModelForCausalLM.from_config(read, attn_implementation="eager").to(dtype)
-        with torch.no_grad():
-            for key, tensor in made.named_parameters():
-                if key.endswith(("bias", "norm.weight")):
-                    tensor.add_(0.2 * torch.randn_like(tensor))
-        made.save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(self.config))
-        self.theirs = made.eval()
-        self.architecture = registry.find(self.config, "decoder")
-        self.cfg = registry.read_decoder(self.config)
-        self.template = jax.eval_shape(self.build)
-        self.leaves = P.describe(self.template)
-        source = self.architecture.opened(open_source(self.folder))
-        self.part = self.architecture.part(source, self.cfg)
-        where = sharding.shardings(self.leaves, sharding.one_device_mesh())
-        self.params = transfer.load(self.part, self.leaves, where, jnp.float32, set(self.leaves))
-        self.ours = P.bind(self.template, self.params)
-
-    def build(self):
-        return self.architecture.module(self.cfg, key=jax.random.key(0))
-
-    def adapted(self, cfg):
-        """Template and leaves of our model with adapters."""
-
-        def build():
-            model = self.build()
-            lora.add(model, cfg, jax.random.key(1))
-            return model
-
-        template = jax.eval_shape(build)
-        return template, P.describe(template)
+from tests.families import CASES, ONE_EACH, WRAPPED, YARN, Pair, jit, logits, tokens
 
 
 @pytest.fixture(scope="module")
@@ -195,15 +38,6 @@ def pairs(tmp_path_factory, one_thread):
         return made[case]
 
     return get
-
-
-def tokens(rows, length, seed=0):
-    return np.random.default_rng(seed).integers(3, TINY["vocab_size"], (rows, length), np.int32)
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(torch.tensor(ids).long(), use_cache=False).logits.float().numpy()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -232,35 +66,44 @@ def test_logits_and_gradients(case, pairs):
     grads, got = jit(jax.grad(loss, has_aux=True))(pair.ours)
     scale = max(1.0, np.abs(want).max())
     np.testing.assert_allclose(np.asarray(got)[mask > 0], want[mask > 0], atol=2e-5 * scale)
-    state = {key: one.grad.numpy() for key, one in pair.theirs.named_parameters()}
+    state = {key: one.grad for key, one in pair.theirs.named_parameters()}
     flat = P.flatten(grads)
-    for entry in pair.part.entries(pair.leaves):
+    for entry in pair.part.class_entries(pair.leaves):
         parts = flat[entry.path] if entry.stacked else [flat[entry.path]]
         for key, part in zip(entry.keys, parts, strict=True):
             mine = rules.to_torch(np.asarray(part), entry.layout, pair.part.sizes)
-            apart = np.linalg.norm(mine - state[key]) / np.linalg.norm(state[key])
+            theirs = state[key].numpy()
+            apart = np.linalg.norm(mine - theirs) / np.linalg.norm(theirs)
             assert apart < 1e-3, f"{key}: {apart}"
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_loss_has_the_scaled_logits(case, pairs):
-    """R1, G4: the chunked losses and generation take the same logits as a call of the model."""
-    pair, ids = pairs(case), tokens(2, 12)
+    """R1, G4: the chunked losses and generation take the same logits as a call of the model.
+
+    The teacher of the divergence is the same model on other tokens.
+    """
+    pair, ids, others = pairs(case), tokens(2, 12), tokens(2, 12, seed=1)
     targets, ones = np.roll(ids, -1, 1), np.ones(ids.shape, np.float32)
-    want = torch.log_softmax(torch.tensor(logits(pair.theirs, ids)), -1)
-    want = np.take_along_axis(want.numpy(), targets[..., None], -1)[..., 0]
+    both = [torch.log_softmax(torch.tensor(logits(pair.theirs, x)), -1) for x in (ids, others)]
+    want = np.take_along_axis(both[0].numpy(), targets[..., None], -1)[..., 0]
+    apart = (both[1].exp() * (both[1] - both[0])).sum().item()
 
     @jit
     def run(model):
-        hidden, _ = model.hidden(ids, unroll=1)
-        (head, first), features = model.head(), model.features(hidden)
-        each = linear_log_probs(features, head, targets, vocab_first=first, chunk=5)
-        total, _ = linear_cross_entropy(features, head, targets, ones, vocab_first=first, chunk=5)
-        return each, total
+        (head, first, cap), features = model.head(), model.features(model.hidden(ids, unroll=1)[0])
+        how = {"vocab_first": first, "soft_cap": cap, "chunk": 5}
+        each = linear_log_probs(features, head, targets, **how)
+        total, _ = linear_cross_entropy(features, head, targets, ones, **how)
+        taught = model.features(model.hidden(others, unroll=1)[0])
+        table = head if first else head.T
+        pair = Outputs(features, table, cap), Outputs(taught, table, cap)
+        return each, total, linear_divergence(*pair, ones)
 
-    each, total = run(pair.ours)
+    each, total, divergence = run(pair.ours)
     np.testing.assert_allclose(each, want, atol=5e-5)
     np.testing.assert_allclose(total, -want.sum(), rtol=1e-5)
+    np.testing.assert_allclose(divergence, apart, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", ONE_EACH)
@@ -291,12 +134,14 @@ def test_greedy_decoding_of_32_tokens(case, pairs):
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_export_has_every_tensor_bit_for_bit(case, pairs):
-    pair = pairs(case)
-    seen = set()
+    """W2: also those of the pictures, which no parameter has, under the names of the file."""
+    pair, seen = pairs(case), []
     for key, made in transfer.export(pair.part, pair.leaves, pair.params, {}, None).tensors:
-        np.testing.assert_array_equal(made, pair.theirs.state_dict()[key].numpy())
-        seen.add(key)
-    assert seen == pair.theirs.state_dict().keys() - set(pair.part.drop)
+        np.testing.assert_array_equal(made, pair.theirs.state_dict()[pair.part.named(key)].numpy())
+        seen.append(key)
+    assert seen == pair.part.tensors.keys()
+    stale = {key for key in pair.theirs.state_dict() if pair.cfg.tied and key == "lm_head.weight"}
+    assert set(map(pair.part.named, seen)) == pair.theirs.state_dict().keys() - stale
 
 
 @pytest.mark.parametrize("case", ONE_EACH)
@@ -310,7 +155,7 @@ def test_adapters_both_ways(case, pairs, tmp_path):
         return np.asarray(model.logits(call({**pair.params, **arrays})))
 
     def load():
-        return AutoModelForCausalLM.from_pretrained(
+        return pair.auto.from_pretrained(
             pair.folder, attn_implementation="eager", dtype=torch.float32
         ).eval()
 
@@ -328,11 +173,16 @@ def test_adapters_both_ways(case, pairs, tmp_path):
     np.testing.assert_allclose(adapted(template, arrays), theirs, atol=1e-4)
 
     torch.manual_seed(0)
+    targets = ["v_proj", "down_proj"]
+    if case in WRAPPED:  # the modules of pictures have such names, too
+        targets = r".*language_model.*\.(v_proj|down_proj)"
     theirs = get_peft_model(
-        load(), LoraConfig(r=3, target_modules=["v_proj", "down_proj"], init_lora_weights=False)
+        load(), LoraConfig(r=3, target_modules=targets, init_lora_weights=False)
     )
     theirs.save_pretrained(tmp_path / "theirs")
-    adapter = peft_folder.fit(peft_folder.read(tmp_path / "theirs"), pair.part.entries(pair.leaves))
+    adapter = peft_folder.fit(
+        peft_folder.read(tmp_path / "theirs"), pair.part.class_entries(pair.leaves)
+    )
     template, leaves = pair.adapted(adapter.lora)
     got = adapted(template, adapters.load(adapter, pair.part, leaves))
     np.testing.assert_allclose(got, logits(theirs, ids), atol=1e-4)
@@ -376,16 +226,41 @@ def test_g1_weight_decay_leaves_norms_alone(case, pairs):
     assert {path for path, x in steps.items() if not np.asarray(x).any()} >= set(norms)
 
 
-def test_what_gemma3_does_not_compute_is_refused():
-    for key, value in (("final_logit_softcapping", 30.0), ("use_bidirectional_attention", True)):
-        with pytest.raises(UserError, match=f"{key}={value} is not supported"):
-            registry.read_decoder({"model_type": "gemma3_text", key: value})
+@pytest.mark.parametrize("case", ["gemma2", "gemma3 untied"])
+def test_c5_the_caps_of_these_cases_change_the_logits(case, pairs, monkeypatch):
+    pair, ids = pairs(case), tokens(2, 40)
+    theirs, want = pair.theirs, logits(pair.theirs, ids)
+    if case == "gemma2":
+        for layer in theirs.model.layers:
+            monkeypatch.setattr(layer.self_attn, "attn_logit_softcapping", None)
+        assert np.abs(logits(theirs, ids) - want).max() > 0.05
+        monkeypatch.undo()
+    monkeypatch.setattr(theirs.config, "final_logit_softcapping", None)
+    assert np.abs(logits(theirs, ids) - want).max() > 0.5
+
+
+def test_what_gemma_does_not_compute_is_refused():
+    for kind in ("gemma2", "gemma3_text"):
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            with pytest.raises(UserError, match=f"{key}=0 divides by 0"):
+                registry.read_decoder({"model_type": kind, key: 0})
+        with pytest.raises(UserError, match="use_bidirectional_attention=true is not supported"):
+            registry.read_decoder({"model_type": kind, "use_bidirectional_attention": True})
     for kind in ("gemma3_text", "olmo3"):
         with pytest.raises(UserError, match="for full_attention and one for sliding"):
             registry.read_decoder({"model_type": kind, "rope_parameters": YARN})
 
 
+def test_n2_ministral3_needs_the_growth_of_its_queries():
+    for rope in (YARN, {**YARN, "llama_4_scaling_beta": "0.1"}):
+        with pytest.raises(UserError, match="expected numbers llama_4_scaling_beta"):
+            registry.read_decoder({"model_type": "ministral3", "rope_parameters": rope})
+    cfg = registry.read_decoder({"model_type": "ministral3"})
+    assert cfg.query_scaling == (0.1, 16384) and cfg.ropes[0].scale == 1.0
+
+
 def test_gemma3s_classifier_is_the_one_for_texts(pairs):
+    assert class_name(pairs("gemma2").config) == "Gemma2ForSequenceClassification"
     assert class_name(pairs("gemma3").config) == "Gemma3TextForSequenceClassification"
     source = open_classifier(pairs("gemma3").folder, labels=("a", "b"))
     assert "score.weight" in source.tensors.keys()  # noqa: SIM118

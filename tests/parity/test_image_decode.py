@@ -13,6 +13,8 @@ from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcess
 from jaxft import load
 from jaxft.core.sharding import one_device_mesh
 from jaxft.kernels import loops
+from jaxft.models import registry
+from jaxft.models.decoders.decoder import Decoder
 from jaxft.models.decoders.sampling import Sampling, pick
 from jaxft.models.pipelines import image_decode
 from jaxft.models.pipelines.image_decode import Unified, generate_codes
@@ -143,3 +145,20 @@ def test_draws_depend_on_the_row_alone(folder):
     np.testing.assert_array_equal(ours(folder, 2.0, how, prompts=PROMPTS[:2]), all_rows[:2])
     assert (ours(folder, 2.0, how, seed=1) != all_rows).mean() > 0.3
     assert all_rows.min() >= 0 and all_rows.max() < CODES
+
+
+def test_codes_in_a_gemma_have_its_scaled_embeddings_and_capped_logits():
+    config = {"model_type": "gemma2", "vocab_size": 60, "hidden_size": 16, "head_dim": 4}
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    cfg = registry.read_decoder({**config, **sizes, "initializer_range": 1.0})
+    decoder = Decoder(cfg, key=jax.random.key(0))
+    unified, ids = Unified(decoder, 36, CODES), np.arange(36, 56)[None]
+    want, _ = decoder.hidden(ids)
+    embeds = unified.embed(ids, ids > 0, jnp.float32)
+    np.testing.assert_allclose(decoder.hidden(embeds=embeds)[0], want, atol=1e-6)
+    np.testing.assert_array_equal(unified.embed_codes(ids - 36, jnp.float32), embeds)
+    logits = decoder.logits(want)[0, :, 36:]
+    np.testing.assert_allclose(unified.scorer()(want[0]), logits, atol=1e-5)
+    loss, _ = unified.cross_entropy(want, ids, np.ones(ids.shape, np.float32), 0.0)
+    each = -jax.nn.log_softmax(decoder.logits(want))[0, np.arange(20), ids[0]]
+    np.testing.assert_allclose(loss, each.sum(), rtol=1e-5)

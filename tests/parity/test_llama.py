@@ -286,8 +286,9 @@ def test_t31_rules_give_every_tensor_back_bitwise():
 def test_tied_head_follows_the_config(tied):
     cfg = registry.read_decoder({**TINY, "model_type": "llama", "tie_word_embeddings": tied})
     model = jax.jit(lambda: Decoder(cfg, key=jax.random.key(0)), compiler_options=QUICK)()
-    matrix, vocab_first = model.head()
-    assert vocab_first == tied and ("lm_head.kernel" in P.describe(model)) == (not tied)
+    matrix, vocab_first, soft_cap = model.head()
+    assert (vocab_first, soft_cap) == (tied, None)
+    assert ("lm_head.kernel" in P.describe(model)) == (not tied)
     assert matrix.shape == ((96, 32) if tied else (32, 96))
     names = {key for e in rules.expected(llama.RULES, P.describe(model)) for key in e.keys}
     assert ("lm_head.weight" in names) == (not tied)

@@ -200,6 +200,7 @@ def load_text(
     template: str | None = None,
     chat: ChatFormat | None = None,
     vocab_size: int | None = None,
+    image_ids: tuple[int, ...] = (),
     cache: Path | str = "",
     columns: str = "",
 ) -> TextDataset:
@@ -213,7 +214,8 @@ def load_text(
     `chat` is given, and lose whole rounds (see `chat_rows`). The arrays of more than IN_MEMORY
     bytes of text are files in the folder `cache`, which later runs reuse. With `cache` "" all
     arrays stay in memory. `columns` renames fields. Raises UserError for bad records, for tokens
-    beyond `vocab_size` (the rows of the model's embedding table), and if no trained token remains.
+    beyond `vocab_size` (the rows of the model's embedding table), for `image_ids`, which stand for
+    pictures, and if no trained token remains.
     """
     if seq_len < 1:
         raise UserError(f"seq_len={seq_len} must be at least 1 token")
@@ -233,12 +235,13 @@ def load_text(
                 counts["split" if kind == ("text",) else "truncated"] += 1
                 row = row if kind == ("text",) else _truncate(row, seq_len + 1, encoder)
             if vocab_size is not None:
-                check_ids(row.tokens, vocab_size, tokenizer, records.where(index))
+                check_ids(row.tokens, vocab_size, tokenizer, records.where(index), image_ids)
             yield _part(index, row, seq_len)
         facts |= {"counts": dict(counts), "labels": sorted(labels)}
 
     options = kind, seq_len, template, vocab_size, encoder.bos, encoder.eos
     options = (*options, chat.sha256) if chat else options
+    options = (*options, image_ids) if image_ids else options
     texts = partial(_texts, records, None if chat else kind, template)
     size, digest = _fingerprint(texts, len(records), tokenizer, options) if cache else (0, "")
     facts: dict = {}

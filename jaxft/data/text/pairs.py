@@ -113,6 +113,7 @@ def load_pairs(
     labelled: bool = False,
     chat: ChatFormat | None = None,
     vocab_size: int | None = None,
+    image_ids: tuple[int, ...] = (),
     cache: Path | str = "",
     columns: str = "",
     pad_id: int | None = None,
@@ -125,7 +126,8 @@ def load_pairs(
     trained token in a side after that are dropped and counted. Sets above IN_MEMORY bytes are files
     in `cache`, as in `load_text`. `columns` renames fields. With `pad_id` a side is for a reward
     model: it keeps seq_len tokens, and is weighted where the reward is read (`read_at_end`). Raises
-    UserError for bad records, equal sides, tokens beyond `vocab_size`, and if no pair remains.
+    UserError for bad records, equal sides, tokens beyond `vocab_size` or in `image_ids`, and if no
+    pair remains.
     """
     records, encoder = open_records(spec, columns), make_encoder(tokenizer)
     kind = pair_kind(records[0], records.where(0), labelled)
@@ -139,13 +141,15 @@ def load_pairs(
             limit = seq_len + (pad_id is None)
             if kept := _cut(sides, limit, counts, labelled, pad_id):
                 if vocab_size is not None:
-                    check_ids(kept.tokens, vocab_size, tokenizer, records.where(index))
+                    where = records.where(index)
+                    check_ids(kept.tokens, vocab_size, tokenizer, where, image_ids)
                 facts["desirable"].append(int(texts.desirable))
                 yield kept._replace(record_id=index)
         facts |= {"counts": dict(counts)}
 
     options = kind, seq_len, vocab_size, encoder.bos, encoder.eos, chat and chat.sha256
     options = options if pad_id is None else (*options, pad_id)
+    options = (*options, image_ids) if image_ids else options
     size, digest = _fingerprint(records, kind, tokenizer, options) if cache else (0, "")
     facts: dict = {}
     if size <= store.IN_MEMORY:

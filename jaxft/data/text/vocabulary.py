@@ -10,14 +10,25 @@ from jaxft.core.errors import UserError
 
 
 def check_ids(
-    ids: Int[np.ndarray, "..."] | Iterable[int], rows: int, tokenizer: Any, where: str
+    ids: Int[np.ndarray, "..."] | Iterable[int],
+    rows: int,
+    tokenizer: Any,
+    where: str,
+    image_ids: tuple[int, ...] = (),
 ) -> None:
     """Raise UserError for the first id that has no row in an embedding table of `rows` rows.
 
     PyTorch raises an IndexError there. JAX reads the last row instead and trains on it.
     A tokenizer may have more tokens than the table has rows: only the ids in use are checked.
+    image_ids: ids that stand for pictures, which are refused too.
     """
     used = np.asarray(ids)
+    if image_ids and np.isin(used, image_ids).any():
+        names = [tokenizer.convert_ids_to_tokens(one) for one in image_ids]
+        raise UserError(
+            f"{where}: it holds {' or '.join(map(repr, names))}, which stands for a picture, but"
+            " only the text model is trained; remove it from the text"
+        )
     if not used.size or used.max() < rows:
         return
     first = int(used[used >= rows][0])

@@ -30,7 +30,8 @@ Memory = tuple[Array, Array]  # keys and values of the cache, as `Cache` holds t
 class Context(NamedTuple):
     """The inputs that all layers of one call share.
 
-    angles: cos and sin of every rope. segments_in_row: as in `kernels.attention`.
+    angles: cos and sin of every rope. segments_in_row: as in `kernels.attention`. growth: the
+    factor of queries by position, None for 1.
     """
 
     angles: tuple[tuple[Float[Array, "B T half"], Float[Array, "B T half"]], ...]
@@ -38,6 +39,7 @@ class Context(NamedTuple):
     kv_segments: Int[Array, "B S"] | None
     index: Int[Array, ""]
     segments_in_row: int = 0
+    growth: Float[Array, "B T"] | None = None
 
 
 class Attention(nnx.Module):
@@ -73,6 +75,8 @@ class Attention(nnx.Module):
         if spec.rope is not None:
             cos, sin = context.angles[spec.rope]
             q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        if context.growth is not None:
+            q = q * context.growth[..., None, None].astype(q.dtype)  # [B, T, N, H]
         slots = None
         if memory is not None:
             memory, k, v = append(memory, k, v, layer, context.index)  # [B, S, K, H]
@@ -87,6 +91,7 @@ class Attention(nnx.Module):
             kv_segments=context.kv_segments,
             window=spec.window,
             scale=spec.attention_scale,
+            soft_cap=spec.soft_cap,
             segments_in_row=context.segments_in_row,
         )  # [B, T, N, H]
         return self.o_proj(out, keys), memory

@@ -78,13 +78,13 @@ def stated_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
 def class_name(config: Mapping[str, Any]) -> str:
     """Return the class that transformers builds for a sequence classifier of this decoder.
 
-    Raises: UserError for a family for which transformers has no such class.
+    Raises: UserError for a family without such a class.
     """
     architecture = registry.find(config, "decoder")
     causal = architecture.class_name(config)
     if not architecture.classifier:
         raise UserError(
-            f"config.json: transformers has no sequence classifier for {causal}; use"
+            f"config.json: there is no sequence classifier for {causal} here; use"
             " --config.objective=sft, or give a model of another family"
         )
     return causal.removesuffix(CAUSAL) + architecture.classifier

@@ -29,6 +29,7 @@ class LayerSpec:
     norms: "pre" is x + f(norm(x)), "post" is x + norm(f(x)), "sandwich" is x + norm(f(norm(x))).
     activation: a key of `block.ACTIVATIONS`. qk_norm: an RMSNorm of q and k, of each head or of all
     heads of a token together. attention_scale: the factor of scores, None for 1 / sqrt(head_dim).
+    soft_cap: scores s become soft_cap * tanh(s / soft_cap), None for no change.
     residual_scale: the factor of both branches of a layer before they are added.
     """
 
@@ -38,7 +39,15 @@ class LayerSpec:
     activation: str = "silu"
     qk_norm: Literal["head", "width"] | None = None
     attention_scale: float | None = None
+    soft_cap: float | None = None
     residual_scale: float = 1.0
+
+
+class QueryScaling(NamedTuple):
+    """The factor 1 + beta * ln(1 + floor(position / original)) of rotated queries."""
+
+    beta: float
+    original: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,8 @@ class DecoderConfig:
 
     norm: the kind of every RMSNorm. embedding_scale: the factor of the embeddings of tokens,
     rounded to their dtype. logits_divisor: the logits of the vocabulary are divided by it, and
-    scores of `num_labels` are not.
+    scores of `num_labels` are not. logits_soft_cap: as `LayerSpec.soft_cap`, for these logits.
+    image_ids: tokens that stand for pictures, which no text may hold.
     Raises: ValueError for layers whose parameters differ, because layers are stacked in one array.
     """
 
@@ -69,9 +79,12 @@ class DecoderConfig:
     norm: RMSKind = "cast_first"
     embedding_scale: float = 1.0
     logits_divisor: float = 1.0
+    logits_soft_cap: float | None = None
+    query_scaling: QueryScaling | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    image_ids: tuple[int, ...] = ()
     num_labels: int = 0  # outputs of a head of scores, which replaces that of the vocabulary
 
     def __post_init__(self) -> None:

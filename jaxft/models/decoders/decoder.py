@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import saves_attention
+from jaxft.kernels.elementwise import soft_capped
 from jaxft.kernels.loops import unrolls, unstacks
 from jaxft.models.decoders.block import Block, Context, Memory, scaled
 from jaxft.models.decoders.cache import Cache, default_positions, place
@@ -85,7 +86,11 @@ class Decoder(nnx.Module):
             for one in self.cfg.ropes
         )
         others = None if cache is None else kv_segments  # None: keys have the queries' own segments
-        context = Context(angles, q_segments, others, index, segments_in_row)
+        scaling, growth = self.cfg.query_scaling, None
+        if scaling is not None:
+            spans = (positions // scaling.original).astype(jnp.float32)  # [B, T]
+            growth = 1.0 + scaling.beta * jnp.log1p(spans)
+        context = Context(angles, q_segments, others, index, segments_in_row, growth)
         if blocks and cache is not None:
             x, cache = self._one_by_one(x, context, cache, blocks)
             return self.norm(x), cache
@@ -98,6 +103,11 @@ class Decoder(nnx.Module):
         if cache is not None and memory is not None:
             cache = cache._replace(k=memory[0], v=memory[1], index=cache.index + x.shape[1])
         return self.norm(x), cache
+
+    def scaled_embeddings(self, rows: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Return rows of the table times `embedding_scale`, the input of the first layer."""
+        scale = self.cfg.embedding_scale
+        return rows if scale == 1.0 else rows * jnp.asarray(scale, rows.dtype)
 
     def unstacked(self) -> tuple[Block, ...]:
         """Return the layers one by one, for a loop over tokens, or () where they stay stacked.
@@ -122,9 +132,7 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: Array | None, embeds: Array | None, dtype: Any) -> Array:
         if tokens is not None and embeds is None:
-            embeds = self.embed_tokens(tokens, dtype)
-            if self.cfg.embedding_scale != 1.0:
-                embeds = embeds * jnp.asarray(self.cfg.embedding_scale, embeds.dtype)
+            embeds = self.scaled_embeddings(self.embed_tokens(tokens, dtype))
         elif tokens is not None or embeds is None:
             raise ValueError("hidden() takes either tokens or embeds")
         x = embeds if dtype is None else embeds.astype(dtype)
@@ -163,14 +171,16 @@ class Decoder(nnx.Module):
         carry, _ = jax.lax.scan(body, carry, inputs, unroll=unroll)
         return carry
 
-    def head(self) -> tuple[Array, bool]:
+    def head(self) -> tuple[Array, bool, float | None]:
         """Return the output matrix for `features`, and True if the vocabulary is its first dim.
 
-        It is a tied table [V, D], or a kernel [D, V]. With an adapter it is [D + r, V].
+        It is a tied table [V, D], or a kernel [D, V]. With an adapter it is [D + r, V]. Third is
+        the soft-cap of its logits, or None.
         """
+        soft_cap = self.cfg.logits_soft_cap
         if self.lm_head is None:
-            return self.embed_tokens.table(), True  # [V, D]
-        return self.lm_head.wide_kernel(), False  # [D, V] or [D + r, V]
+            return self.embed_tokens.table(), True, soft_cap  # [V, D]
+        return self.lm_head.wide_kernel(), False, soft_cap  # [D, V] or [D + r, V]
 
     def features(
         self, hidden: Float[Array, "... D"], keys: PRNGKeyArray | None = None
@@ -185,11 +195,12 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Return fp32 logits. The inputs of the product are in hidden's dtype, its sums in fp32."""
-        matrix, vocab_first = self.head()
+        matrix, vocab_first, soft_cap = self.head()
         spec = "btd,vd->btv" if vocab_first else "btd,dv->btv"
         matrix = matrix.astype(hidden.dtype)
         features = self.features(hidden)
-        return jnp.einsum(spec, features, matrix, preferred_element_type=jnp.float32)  # [B, T, V]
+        logits = jnp.einsum(spec, features, matrix, preferred_element_type=jnp.float32)
+        return soft_capped(logits, soft_cap)[0]  # [B, T, V]
 
     def scores(self, hidden: Float[Array, "... D"]) -> Float[Array, "... C"]:
         """Return the fp32 output of the head of scores, which a model with `num_labels` has."""

@@ -46,7 +46,8 @@ def check_causal(config: Mapping[str, Any]) -> None:
 
 def open_decoder(spec: str, weights: bool = True) -> Source:
     """Open the causal language model that transformers loads from `spec`."""
-    return as_decoder(open_source(spec, weights))
+    source = open_source(spec, weights)
+    return registry.find(source.config, "decoder").opened(source)
 
 
 def as_decoder(source: Source) -> Source:
@@ -71,7 +72,7 @@ def as_decoder(source: Source) -> Source:
         if cfg.tied and HEAD in keys and TABLE not in keys:
             places = {TABLE if key == HEAD else key: Place(key) for key in tensors.keys()}  # noqa: SIM118
             tensors = Relaid(tensors, places)
-        elif cfg.tied and HEAD in keys and not _equal(tensors):
+        elif cfg.tied and HEAD in keys and not equal_tensors(tensors, HEAD, TABLE):
             config["tie_word_embeddings"] = False
         elif not cfg.tied and HEAD not in keys and TABLE in keys:
             raise UserError(
@@ -79,11 +80,16 @@ def as_decoder(source: Source) -> Source:
                 " config.json does not tie a head to its embedding; give the causal language"
                 " model, or set tie_word_embeddings to true if its head is its embedding"
             )
-    files = dict(source.side_files)
-    if config != source.config:
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        files["config.json"] = text.encode()
-    return replace(source, config=config, tensors=tensors, side_files=files)
+    return with_config(replace(source, tensors=tensors), config)
+
+
+def with_config(source: Source, config: dict[str, Any]) -> Source:
+    """Return the source with another config.json."""
+    if config == source.config:
+        return source
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    files = {**source.side_files, "config.json": text.encode()}
+    return replace(source, config=config, side_files=files)
 
 
 def with_prefix(tensors: Tensors, known: Callable[[str], bool], where: str) -> Tensors:
@@ -102,11 +108,11 @@ def with_prefix(tensors: Tensors, known: Callable[[str], bool], where: str) -> T
     return tensors if all(p.key == name for name, p in places.items()) else Relaid(tensors, places)
 
 
-def _equal(tensors: Tensors) -> bool:
-    """Return True if head and embedding have equal values, whatever their dtypes."""
-    if tensors.info(HEAD)[0] != tensors.info(TABLE)[0]:
+def equal_tensors(tensors: Tensors, first: str, second: str) -> bool:
+    """Return True if two matrices have equal values, whatever their dtypes."""
+    if tensors.info(first)[0] != tensors.info(second)[0]:
         return False
-    head, table = tensors.read(HEAD), tensors.read(TABLE)
+    head, table = tensors.read(first), tensors.read(second)
     blocks = (slice(i, i + 4096) for i in range(0, len(head), 4096))  # fp32 copies of all are GBs
     return all(
         np.array_equal(head[rows].astype(np.float32), table[rows].astype(np.float32))

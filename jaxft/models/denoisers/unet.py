@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import attention
-from jaxft.kernels.recompute import recomputed
+from jaxft.kernels.elementwise import recomputed
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.registry import Architecture
 from jaxft.nn.conv import (

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxft.kernels.cross_entropy import linear_cross_entropy
+from jaxft.kernels.elementwise import soft_capped
 from jaxft.kernels.loops import cache_growth
 from jaxft.models.decoders.cache import Cache, init_cache, lengthened
 from jaxft.models.decoders.decoder import Decoder
@@ -80,13 +81,13 @@ class Unified(NamedTuple):
         keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
         del images, keys  # a code is a token like any other, and a table has no adapter
-        return self.decoder.embed_tokens(tokens, dtype)
+        return self.decoder.scaled_embeddings(self.decoder.embed_tokens(tokens, dtype))
 
     def embed_codes(self, codes: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
         # XLA:CPU splits the lookup in a large table over threads, which costs 40 us.
         table = self.decoder.embed_tokens.embedding[...]
         part = jax.lax.slice_in_dim(table, self.offset, self.offset + self.codes)
-        return gather_rows(part.astype(dtype), codes)
+        return self.decoder.scaled_embeddings(gather_rows(part.astype(dtype), codes))
 
     def cross_entropy(
         self,
@@ -97,17 +98,21 @@ class Unified(NamedTuple):
         keys: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Return the loss over the whole vocabulary, as in the exported model."""
-        head, first = self.decoder.head()
-        measure = partial(linear_cross_entropy, vocab_first=first, z_loss=z_loss)
+        head, first, soft_cap = self.decoder.head()
+        measure = partial(linear_cross_entropy, vocab_first=first, z_loss=z_loss, soft_cap=soft_cap)
         return measure(self.decoder.features(hidden, keys), head, targets, weights)
 
     def scorer(self) -> Callable[[Float[Array, "B D"]], Float[Array, "B K"]]:
         """Return a function from hidden states to the logits of codes alone."""
-        matrix, vocab_first = self.decoder.head()
+        matrix, vocab_first, soft_cap = self.decoder.head()
         axis = 0 if vocab_first else 1
         part = jax.lax.slice_in_dim(matrix, self.offset, self.offset + self.codes, axis=axis)
         kernel = part.T if vocab_first else part  # [D, K] or [D + r, K]
-        return lambda hidden: score(self.decoder.features(hidden), kernel)
+
+        def logits(hidden: Float[Array, "B D"]) -> Float[Array, "B K"]:
+            return soft_capped(score(self.decoder.features(hidden), kernel), soft_cap)[0]
+
+        return logits
 
 
 def score(

@@ -108,6 +108,11 @@ def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) 
     source = open_source(spec, weights)
     if is_janus(source):
         return open_janus(spec, source, options)
+    if "text_config" in source.config:
+        raise UserError(
+            f"{spec}/config.json: model_type={source.config.get('model_type')!r} has its own part"
+            " for pictures, which image tokens do not replace; give a model of texts alone"
+        )
     source = as_decoder(source)
     found = source.side_files.get(LAYOUT_JSON)
     _check_keys(spec, options, found is not None)

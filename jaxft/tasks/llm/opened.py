@@ -79,7 +79,7 @@ class OpenedDecoder:
         if self.adapter:
             module = partial(self.architecture.module, self.model_cfg)
             plain = jax.eval_shape(lambda key: module(key=key), jax.random.key(0))
-            self.adapter = fit(self.adapter, part.entries(describe(plain)))
+            self.adapter = fit(self.adapter, part.class_entries(describe(plain)))
             asked, own = cfg.lora, self.adapter.lora
             own = lora.continued(asked, own, lora.projections(plain)) if asked.from_ else own
             saved = peft.saved_paths(self.adapter, part, describe(plain))

@@ -46,6 +46,7 @@ class PairRows:
             labelled=self.options.objective == "kto",
             chat=opened.chat,
             vocab_size=opened.model_cfg.vocab_size,
+            image_ids=opened.model_cfg.image_ids,
             cache=self.options.cache,
             columns=self.options.columns,
             pad_id=opened.pad_id if self.options.scored else None,

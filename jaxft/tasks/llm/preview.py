@@ -161,9 +161,9 @@ class DecoderPreview:
         """
         chat = None if request.raw or CHAT_FACT not in self.data.facts else self.opened.chat
         ids = [self._prompt_ids(prompt, chat) for prompt in prompts]
-        vocabulary = self.opened.model_cfg.vocab_size
+        size, images = self.opened.model_cfg.vocab_size, self.opened.model_cfg.image_ids
         for prompt, row in zip(prompts, ids, strict=True):
-            check_ids(row, vocabulary, self.tokenizer, f"prompt {prompt[:60]!r}")
+            check_ids(row, size, self.tokenizer, f"prompt {prompt[:60]!r}", images)
         top_p = 1.0 if request.top_p is None else request.top_p
         how = Sampling(request.temperature or 0.0, request.top_k or 0, top_p)
         stops = self.opened.stop_ids(chat)

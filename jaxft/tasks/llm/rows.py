@@ -55,6 +55,7 @@ class TokenRows:
                 template=self.options.template,
                 chat=opened.chat,
                 vocab_size=opened.model_cfg.vocab_size,
+                image_ids=opened.model_cfg.image_ids,
                 cache=self.options.cache,
                 columns=self.options.columns,
             )

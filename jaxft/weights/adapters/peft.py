@@ -25,10 +25,11 @@ from jaxft.weights.adapters.peft_folder import (
 )
 from jaxft.weights.adapters.ranks import AdapterSize, parse_layers, sizes
 from jaxft.weights.files.tensor_files import write_sharded
-from jaxft.weights.folders.transformers import HEAD, TABLE
+from jaxft.weights.folders.transformers import HEAD
 from jaxft.weights.rules import Entry, to_jax, to_torch
 from jaxft.weights.transfer import Part
 
+TABLE_KEY = ".embed_tokens.weight"  # end of the key of an input table
 TABLE_END, TOKENS = ".embedding", ".tokens.embedding"  # ends of paths: a table, its trained rows
 LAYER_NUMBER = re.compile(
     r".*?\.[^.]*\.(\d+)\."
@@ -65,7 +66,7 @@ def slots(part: Part, leaves: Mapping[str, Leaf]) -> list[Slot]:
         for i, key in enumerate(entry.keys):
             layer = i if entry.stacked else None
             layers = len(entry.keys) if entry.stacked else 0
-            module = key.removesuffix(".weight")
+            module = part.named(key).removesuffix(".weight")
             found.append(Slot(module, linear, layer, layout_a, layout_b, layout_m, layers))
     return found
 
@@ -99,18 +100,18 @@ def write(
         tensors[PEFT_PREFIX + saved] = tensor
     inner = dict.fromkeys(adapted, "base_layer.")
     for entry, path in token_rows(part, leaves):
-        module = entry.keys[0].removesuffix(".weight")
+        module = part.named(entry.keys[0]).removesuffix(".weight")
         tensors[f"{PEFT_PREFIX}{module}{TOKEN_DELTA}"] = np.asarray(arrays[path], np.float32)
         inner[module] = "token_adapter.base_layer."
     for key in part.kept:
         assert part.tensors is not None
-        module, _, name = key.rpartition(".")
-        if f"{PEFT_PREFIX}{key}" not in tensors:  # it may have been trained since
+        module, _, name = part.named(key).rpartition(".")
+        if f"{PEFT_PREFIX}{module}.{name}" not in tensors:  # it may have been trained since
             tensors[f"{PEFT_PREFIX}{module}.{inner.get(module, '')}{name}"] = part.tensors.read(key)
     modules = _modules(part, leaves, arrays)
-    tied = "embed_tokens" in modules and _tied(leaves)
-    if tied:  # PEFT requires the copy
-        tensors[PEFT_PREFIX + HEAD] = tensors[PEFT_PREFIX + TABLE]
+    if tied := "embed_tokens" in modules and _tied(leaves):  # PEFT requires the copy
+        table = next(key for key in tensors if key.endswith(TABLE_KEY))
+        tensors[PEFT_PREFIX + HEAD] = tensors[table]
     infos = {key: (array.shape, array.dtype) for key, array in tensors.items()}
     write_sharded(folder, tensors.items(), infos, stem=ADAPTER_STEM)
     config = {
@@ -185,14 +186,19 @@ def _saved(
         for i, key in enumerate(entry.keys if entry.path in arrays else ()):
             array = np.asarray(arrays[entry.path], np.float32)
             one = array[i] if entry.stacked else array
-            tensors[f"{PEFT_PREFIX}{key}"] = to_torch(one, entry.layout, part.sizes)
+            tensors[f"{PEFT_PREFIX}{part.named(key)}"] = to_torch(one, entry.layout, part.sizes)
     return tensors
 
 
 def _modules(part: Part, leaves: Mapping[str, Leaf], arrays: Mapping[str, Any]) -> list[str]:
     """Return PEFT's modules_to_save: names that end those of the trained modules and no others."""
     modules: dict[bool, set[str]] = {True: set(), False: set()}
-    for entry in part.entries(leaves):
+    if part.class_names and part.tensors is not None:  # modules of pictures have the same names
+        modules[False] = {part.named(key).rpartition(".")[0] for key in part.tensors.keys()}  # noqa: SIM118
+        modules[False] -= {
+            key.rpartition(".")[0] for entry in part.class_entries(leaves) for key in entry.keys
+        }
+    for entry in part.class_entries(leaves):
         modules[entry.path in arrays] |= {key.rpartition(".")[0] for key in entry.keys}
     found = set()
     for module in modules[True]:
@@ -216,7 +222,7 @@ def saved_paths(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) ->
 
     Raises: UserError for modules without a place, some layers of a stack, and half of a tied pair.
     """
-    entries, found = part.entries(leaves), []
+    entries, found = part.class_entries(leaves), []
     hits = {
         name: {
             entry.path: [_hits(name, key.rpartition(".")[0]) for key in entry.keys]
@@ -259,7 +265,7 @@ def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[s
     }
     have = set(adapter.tensors.keys())
     for entry, path in token_rows(part, leaves):
-        key = entry.keys[0].removesuffix(".weight") + TOKEN_DELTA
+        key = part.named(entry.keys[0]).removesuffix(".weight") + TOKEN_DELTA
         if key not in have or tuple(adapter.tensors.info(key)[0]) != leaves[path].shape:
             raise UserError(
                 f"{adapter.name}: tensor {key} is missing or not of the shape {leaves[path].shape}"
@@ -302,7 +308,7 @@ def load_whole(
     """
     keys = {key for key in adapter.tensors.keys() if not FACTOR.fullmatch(key)}  # noqa: SIM118
     arrays: dict[str, np.ndarray] = {}
-    for entry in part.entries(leaves):
+    for entry in part.class_entries(leaves):
         if keys.issuperset(entry.keys) and entry.path.startswith(
             tuple(f"{w}." for w in part.whole)
         ):
@@ -369,7 +375,7 @@ def _targets(
     """
     keys = [key for entry in part.entries(leaves) for key in entry.keys]
     keys += [] if part.tensors is None else list(part.tensors.keys())
-    others = {key.removesuffix(".weight") for key in keys} - modules
+    others = {part.named(key).removesuffix(".weight") for key in keys} - modules
     if layers:
         numbers = {name: LAYER_NUMBER.match(name) for name in others}
         others = {name for name, found in numbers.items() if found and int(found[1]) in layers}

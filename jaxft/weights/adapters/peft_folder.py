@@ -16,7 +16,7 @@ from jaxft.core.guards.inside import refuse_outside
 from jaxft.weights.adapters.ranks import AdapterSize, described
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
 from jaxft.weights.folders.transformers import HEAD, TABLE, TOKENIZER_FILES, Source, open_source
-from jaxft.weights.rules import Entry
+from jaxft.weights.rules import Entry, in_class
 from jaxft.weights.views import Overlaid, Renamed
 
 CONFIG = "adapter_config.json"
@@ -116,7 +116,10 @@ def open_adapted(
     if base and is_adapter(base):
         raise UserError(f"model={base!r} is an adapter too; give the model below it to lora.from")
     found = read(Path(folder).expanduser(), base, whole)
-    source, kept = _laid_over(found, _open_base(found, weights, opener))
+    base_source = _open_base(found, weights, opener)
+    names = {in_class(key, base_source.class_names): key for key in found.tensors.keys()}  # noqa: SIM118
+    found = found._replace(tensors=Renamed(found.tensors, names))
+    source, kept = _laid_over(found, base_source)
     return AdaptedSource(_with_tokenizer(source, Path(folder).expanduser()), found, kept)
 
 
@@ -301,19 +304,21 @@ def _laid_over(adapter: PeftAdapter, source: Source) -> tuple[Source, tuple[str,
     if source.tensors is None:
         return source, ()
     tensors, theirs = source.tensors, adapter.tensors
-    known, table = set(tensors.keys()), {}
+    known = {in_class(key, source.class_names): key for key in tensors.keys()}  # noqa: SIM118
+    table: dict[str, str] = {}
     tied = bool(source.config.get("tie_word_embeddings")) or HEAD not in known
     for key in theirs.keys():  # noqa: SIM118
         if FACTOR.fullmatch(key) or key.endswith(TOKEN_DELTA):
             continue
-        name = _aligned(key, known)
+        name = known.get(_aligned(key, known) or "")
         if tied and key == HEAD:
             continue
         if name is None:
             raise UserError(f"{adapter.name}: tensor {key} has no place in {adapter.base}; {MERGE}")
         if not _same(tensors, name, theirs, key):
             table[name] = key
-    embedding = next((name for name in known if name.endswith("embed_tokens.weight")), TABLE)
+    ends = (name for name in known.values() if name.endswith("embed_tokens.weight"))
+    embedding = next(ends, TABLE)
     made = Overlaid(tensors, Renamed(theirs, table))
     if tied and HEAD in theirs.keys() and not _same(made, embedding, theirs, HEAD):  # noqa: SIM118
         raise UserError(

@@ -43,6 +43,7 @@ class Source:
     side_files: Mapping[str, Path | bytes]
     folder: Path | None = None
     tokenizer: Path | None = None  # the folder of a tokenizer that replaces the model's
+    class_names: tuple[tuple[str, str], ...] = ()  # as in `Part`
 
     @property
     def dtype(self) -> str:
@@ -109,6 +110,9 @@ def export_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any
         out["rope_parameters"] = {"rope_type": kind or "default", "rope_theta": theta, **scaling}
     if dtype or config_dtype(config):
         out["dtype"] = out["torch_dtype"] = dtype or config_dtype(config)
+    for key, inner in out.items():  # text_config and vision_config may state a dtype too
+        if dtype and isinstance(inner, dict) and config_dtype(inner):
+            out[key] = {**inner, "dtype": dtype, "torch_dtype": dtype}
     return out
 
 

@@ -132,3 +132,10 @@ def test_case_llm_01_verify_refuses_special_tokens_beyond_the_table(larger, tmp_
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{key}: token '<|new|>' has the id 320" in error
     assert not (folder / "parity.json").exists()
+
+
+def test_w3_an_id_of_a_picture_is_refused_by_the_name_of_its_token(tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    check_ids([5, 6], 320, tokenizer, "x", (7,))
+    with pytest.raises(UserError, match=r"x: it holds .*, which stands for a picture"):
+        check_ids([5, 7], 320, tokenizer, "x", (7,))

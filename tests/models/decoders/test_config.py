@@ -84,8 +84,8 @@ def test_nope_layers_and_several_eos_ids():
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({}, "model_type=None.*llama, mistral, ministral, qwen2, qwen3, smollm3"),
-        ({"model_type": "gemma2"}, "model_type='gemma2'.*gemma3_text"),
+        ({}, "model_type=None.*llama, mistral, ministral, ministral3, mistral3, qwen2"),
+        ({"model_type": "gemma4_text"}, "model_type='gemma4_text'.*gemma3_text"),
         (
             {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
             "LlamaForSequenceClassification.*supported are LlamaForCausalLM",

@@ -1,6 +1,8 @@
-"""Llama, Mistral, Ministral and SmolLM 3: config.json, weight table, registration."""
+"""Llama, Mistral, Ministral (3) and SmolLM 3: config.json, weight table, registration."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jaxft.core.errors import UserError
@@ -10,11 +12,13 @@ from jaxft.models.decoders.config import (
     FLAG,
     FLAGS,
     IDS,
+    NUMBER,
     OLD_NAMES,
     SIZE,
     DecoderConfig,
     Key,
     LayerSpec,
+    QueryScaling,
     activation,
     decoder_config,
     layer_windows,
@@ -23,6 +27,7 @@ from jaxft.models.decoders.config import (
 from jaxft.models.decoders.decoder import Decoder, flops_per_token
 from jaxft.models.decoders.files import as_decoder, check_causal
 from jaxft.models.registry import Architecture
+from jaxft.nn.rope import ORIGINAL
 from jaxft.weights.rules import Rule
 
 _BOS_EOS = {"bos_token_id": Key(1, IDS, null=True), "eos_token_id": Key(2, IDS, null=True)}
@@ -50,6 +55,16 @@ KEYS: dict[str, dict[str, Key]] = {
     },
     "mistral": _MISTRAL,
     "ministral": {**_MISTRAL, "head_dim": Key(None, SIZE)},
+    "ministral3": {
+        **_MISTRAL,
+        "vocab_size": Key(131072, SIZE),
+        "num_hidden_layers": Key(34, SIZE),
+        "head_dim": Key(128, SIZE),
+        "max_position_embeddings": Key(262144, SIZE),
+        "rms_norm_eps": Key(1e-5, NUMBER),
+        "pad_token_id": Key(11, IDS, null=True),
+        "sliding_window": Key(None, COUNT, null=True),
+    },
     "smollm3": {
         **COMMON,
         "vocab_size": Key(128256, SIZE),
@@ -72,10 +87,21 @@ KEYS: dict[str, dict[str, Key]] = {
         "no_rope_layer_interval": Key(4, SIZE),
     },
 }
+# The rope of a Ministral 3 whose config.json has none. `type` is the old name of `rope_type`.
+MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    ORIGINAL: 16384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 CLASSES = {
     "llama": "Llama",
     "mistral": "Mistral",
     "ministral": "Ministral",
+    "ministral3": "Ministral3",
     "smollm3": "SmolLM3",
 }
 
@@ -95,6 +121,16 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
             "config.json: layer_types asks for sliding_attention, which transformers' llama trains"
             " without and decodes with; set model_type to mistral, or all layers to full_attention"
         )
+    ropes, scaling = (), None
+    if kind == "ministral3":
+        if ORIGINAL in config:
+            raise UserError(
+                f"config.json: {ORIGINAL}={json.dumps(config[ORIGINAL])} beside rope_parameters is"
+                " not supported in Ministral 3; put it into rope_parameters alone"
+            )
+        c["layer_types"] = None  # transformers does not use it
+        given = config.get("rope_scaling") or config.get("rope_parameters") or MINISTRAL3_ROPE
+        ropes, scaling = ({"rope_scaling": given},), _query_scaling(given)
     act, rotary = activation(c), _rotary(c)
     # By default all layers of Mistral and Ministral slide. In SmolLM 3 the layers without rope do,
     # if use_sliding_window is set.
@@ -107,7 +143,23 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
         for window, rotates in zip(windows, rotary, strict=True)
     )
     theta, biased = 2e6 if kind == "smollm3" else 1e4, bool(c.get("attention_bias"))
-    return decoder_config(config, c, layers, qkv_bias=biased, default_theta=theta)
+    made = decoder_config(config, c, layers, qkv_bias=biased, default_theta=theta, ropes=ropes)
+    return replace(made, query_scaling=scaling)
+
+
+def _query_scaling(given: Any) -> QueryScaling | None:
+    """Return the growth of Ministral 3's queries by its rope dict.
+
+    Raises: UserError for a dict without it, which transformers cannot compute either.
+    """
+    values = given if isinstance(given, dict) else {}
+    beta, original = values.get("llama_4_scaling_beta"), values.get(ORIGINAL)
+    if not isinstance(beta, int | float) or not isinstance(original, int) or original < 1:
+        raise UserError(
+            f"config.json: rope_parameters={given}: expected numbers llama_4_scaling_beta and"
+            f" {ORIGINAL}, as in Ministral 3's own file"
+        )
+    return QueryScaling(float(beta), original)
 
 
 def _kind(config: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.kernels.recompute import recomputed
+from jaxft.kernels.elementwise import recomputed, soft_capped
 from tests.devices import traced_for
 
 X = jnp.linspace(-2, 2, 64, dtype=jnp.bfloat16)
@@ -32,3 +32,12 @@ def test_the_gradient_is_the_same():
         traced = jax.make_jaxpr(gradient)(X)
     got = jax.core.eval_jaxpr(traced.jaxpr, traced.consts, X)[0]
     np.testing.assert_array_equal(got, want)
+
+
+def test_a_soft_cap_and_its_derivative():
+    x = jnp.array([-1e4, -3.0, 0.0, 1e-3, 2.0, 1e4])
+    capped, slope = soft_capped(x, 2.0)
+    np.testing.assert_allclose(capped, 2 * np.tanh(np.asarray(x) / 2), rtol=1e-6)
+    want = jax.vmap(jax.grad(lambda x: soft_capped(x, 2.0)[0]))(x)
+    np.testing.assert_allclose(slope, want, atol=1e-7)
+    assert soft_capped(x, None) == (x, None)

@@ -1,0 +1,277 @@
+"""The decoder families of the parity tests: a config for each trap, and a model of both sides.
+
+A config has two periods of its layers and one more. Numbers such as R1 name the traps.
+"""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from jaxft.core import params as P
+from jaxft.core import sharding
+from jaxft.models import registry
+from jaxft.nn import lora
+from jaxft.weights import transfer
+from jaxft.weights.folders.transformers import open_source
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = partial(jax.jit, compiler_options=QUICK)
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 0.7,
+}
+GEMMA = {"sliding_window": 5, "head_dim": 12, "query_pre_attn_scalar": 20, "rms_norm_eps": 1e-5}
+MINISTRAL3 = {
+    "factor": 16.0,
+    "original_max_position_embeddings": 12,
+    "max_position_embeddings": 8192,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
+# Models of pictures and text: the keys of config.json around text_config.
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+OUTER = {
+    "gemma3": {
+        "vision_config": {"model_type": "siglip_vision_model", **VISION},
+        "mm_tokens_per_image": 4,
+        "image_token_index": 2,
+    },
+    "mistral3": {
+        "vision_config": {"model_type": "pixtral", "head_dim": 8, **VISION},
+        "image_token_index": 2,
+        "tie_word_embeddings": False,
+    },
+}
+CASES = {
+    "granite": ("granite", {**GRANITE, "rope_theta": 1e5}),
+    "granite tied": (
+        "granite",
+        {
+            **GRANITE,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_dim": 6,
+            "rope_parameters": {**YARN, "rope_theta": 1e5},
+        },
+    ),
+    "granite without multipliers": ("granite", {"num_key_value_heads": None, "rope_scaling": YARN}),
+    # G1 to G4, C4: a full layer after each sliding one, caps that most scores and logits feel.
+    "gemma2": (
+        "gemma2",
+        {
+            **GEMMA,
+            "num_hidden_layers": 5,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 4.0,
+            "rope_theta": 1e5,
+        },
+    ),
+    "gemma2 untied": (
+        "gemma2",
+        {
+            **GEMMA,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "attn_logit_softcapping": None,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {**YARN, "rope_theta": 1e5},
+        },
+    ),
+    # N1 to N3: yarn whose attention factor is 1, queries that grow beyond `original` positions.
+    "ministral3": (
+        "ministral3",
+        {"head_dim": 12, "rope_parameters": {**MINISTRAL3, "type": "yarn", "rope_theta": 1e5}},
+    ),
+    "ministral3 tied": (
+        "ministral3",
+        {
+            "head_dim": 6,
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            "rope_theta": 1e5,
+            "rope_scaling": {**MINISTRAL3, "type": "yarn"},
+        },
+    ),
+    # C1, G2, G5: two ropes, a window of 5, scores by their own scale. Layers are 2 periods and 1.
+    "gemma3": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "num_hidden_layers": 5,
+            "sliding_window_pattern": 2,
+            "rope_theta": 1e5,
+            "rope_local_base_freq": 1e3,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
+    # C4: 5 sliding layers to 1 full one. C5: attn_logit_softcapping has no effect.
+    "gemma3 untied": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "num_hidden_layers": 13,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "attn_logit_softcapping": 0.5,
+            "final_logit_softcapping": 4.0,
+            "rope_parameters": {
+                "full_attention": {**YARN, "rope_theta": 1e5, "truncate": False},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    # C1: a `type` of transformers 4 is not read, and a missing dict has the class's theta.
+    "gemma3 old type": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_scaling": {"type": "linear", "factor": 8.0},
+        },
+    ),
+    # O1, O2: post norms alone, q and k normed over all heads.
+    "olmo2": ("olmo2", {"rope_theta": 5e5, "rms_norm_eps": 1e-6}),
+    "olmo2 tied": (
+        "olmo2",
+        {
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "head_dim": 6,
+            "rope_parameters": {**YARN, "rope_theta": 1e5},
+        },
+    ),
+    # O4, C1, C2: YaRN on full layers alone, without its `truncate`. The theta is theirs, too.
+    "olmo3": (
+        "olmo3",
+        {
+            "num_hidden_layers": 9,
+            "sliding_window": 5,
+            "rope_theta": 1e4,
+            "rope_scaling": {**YARN, "truncate": False},
+        },
+    ),
+    "olmo3 new": (
+        "olmo3",
+        {
+            "num_hidden_layers": 5,
+            "num_key_value_heads": None,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {**YARN, "truncate": False},
+                "sliding_attention": {"rope_theta": 1e3},
+            },
+        },
+    ),
+    # W1: the outer class ties, whatever text_config says. It has no soft-cap of logits.
+    "gemma3 wrapped": (
+        "gemma3",
+        {
+            **GEMMA,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 5,
+            "sliding_window_pattern": 2,
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+    "mistral3 wrapped": (
+        "mistral3",
+        {
+            "model_type": "ministral3",
+            "head_dim": 12,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**MINISTRAL3, "rope_type": "yarn", "rope_theta": 1e5},
+        },
+    ),
+}
+WRAPPED = ("gemma3 wrapped", "mistral3 wrapped")
+ONE_EACH = (*WRAPPED, "ministral3", "granite", "gemma2", "gemma3 untied", "olmo2", "olmo3")
+
+
+class Pair:
+    """The same random weights as a folder, as transformers reads it, and as ours."""
+
+    def __init__(self, case, folder, dtype=torch.float32):
+        kind, changes = CASES[case]
+        self.config = {"model_type": kind, **TINY, **changes}
+        self.auto = AutoModelForCausalLM
+        if case in WRAPPED:
+            self.config = {"model_type": kind, **OUTER[kind], "text_config": {**TINY, **changes}}
+            self.auto = AutoModelForImageTextToText
+        self.folder = str(folder)
+        (folder / "config.json").write_text(json.dumps(self.config))
+        torch.manual_seed(0)
+        read = AutoConfig.from_pretrained(folder)
+        made = self.auto.from_config(read, attn_implementation="eager").to(dtype)
+        with torch.no_grad():
+            for key, tensor in made.named_parameters():
+                if key.endswith(("bias", "norm.weight")):
+                    tensor.add_(0.2 * torch.randn_like(tensor))
+        made.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(self.config))
+        self.theirs = made.eval()
+        self.architecture = registry.find(self.config, "decoder")
+        self.cfg = registry.read_decoder(self.config)
+        self.template = jax.eval_shape(self.build)
+        self.leaves = P.describe(self.template)
+        source = self.architecture.opened(open_source(self.folder))
+        self.part = self.architecture.part(source, self.cfg)
+        where = sharding.shardings(self.leaves, sharding.one_device_mesh())
+        self.params = transfer.load(self.part, self.leaves, where, jnp.float32, set(self.leaves))
+        self.ours = P.bind(self.template, self.params)
+
+    def build(self):
+        return self.architecture.module(self.cfg, key=jax.random.key(0))
+
+    def adapted(self, cfg):
+        """Template and leaves of our model with adapters."""
+
+        def build():
+            model = self.build()
+            lora.add(model, cfg, jax.random.key(1))
+            return model
+
+        template = jax.eval_shape(build)
+        return template, P.describe(template)
+
+
+def tokens(rows, length, seed=0):
+    return np.random.default_rng(seed).integers(3, TINY["vocab_size"], (rows, length), np.int32)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor(ids).long(), use_cache=False).logits.float().numpy()
