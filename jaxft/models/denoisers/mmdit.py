@@ -17,8 +17,8 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import CONSTANT_ROLE
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import attention
-from jaxft.kernels.loops import unrolls
 from jaxft.kernels.elementwise import recomputed
+from jaxft.kernels.loops import unrolls
 from jaxft.models.denoisers.mmdit_config import BlockRun, MMDiTConfig
 from jaxft.models.registry import Architecture
 from jaxft.nn.conv import REPLICATED_KERNEL, Conv, dense, runner, spread

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import constrain
-from jaxft.kernels.loops import unrolls
 from jaxft.kernels.elementwise import recomputed
+from jaxft.kernels.loops import unrolls
 from jaxft.models.registry import Architecture
 from jaxft.nn.linear import Embedding, Linear, gather_rows
 from jaxft.nn.norm import RMSNorm
