@@ -9,6 +9,7 @@ text if the name starts with p, else digits. The layout is written torch -> jaxf
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from math import prod
 from typing import NamedTuple
 
@@ -184,6 +185,7 @@ def _target(rule: Rule, key: str) -> tuple[str, int, str] | None:
     return rule.path.format(**names), layer, rule.layout
 
 
+@cache  # a plan asks for each rule once a tensor
 def _pattern(template: str) -> str:
     """Return a template as a regex. The second use of a name is a back-reference."""
     seen: set[str] = set()

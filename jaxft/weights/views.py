@@ -126,11 +126,13 @@ class Place(NamedTuple):
     """A tensor's key on the other side, its layout, and its index in a fused tensor of q, k and v.
 
     `layout` is an arrow as in `rules`, "" for none. `third` is None for a tensor that is not fused.
+    The two halves of a `swapped` tensor are in the other order there.
     """
 
     key: str
     layout: str = ""
     third: int | None = None
+    swapped: bool = False
 
 
 class Relaid:
@@ -156,7 +158,7 @@ class Relaid:
         array = self._tensors.read(place.key)
         if place.third is not None:
             return np.split(array, 3)[place.third].copy()
-        return _moved(array, place.layout)
+        return _moved(array, place)
 
 
 def as_matrices(tensors: Tensors) -> Tensors:
@@ -223,7 +225,7 @@ def relaid(made: Export, places: Mapping[str, Place]) -> Export:
             if (place := places.get(key)) is None:
                 continue
             if place.third is None:
-                yield place.key, _moved(array, place.layout)
+                yield place.key, _moved(array, place)
                 continue
             thirds = waiting.setdefault(place.key, {})
             thirds[place.third] = array
@@ -234,5 +236,7 @@ def relaid(made: Export, places: Mapping[str, Place]) -> Export:
     return Export(infos, tensors())
 
 
-def _moved(array: np.ndarray, layout: str) -> np.ndarray:
-    return np.ascontiguousarray(rearrange(array, layout, {})) if layout else array
+def _moved(array: np.ndarray, place: Place) -> np.ndarray:
+    if place.swapped:
+        return np.roll(array, len(array) // 2, axis=0)
+    return np.ascontiguousarray(rearrange(array, place.layout, {})) if place.layout else array

@@ -124,9 +124,8 @@ class GeluMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], keys: PRNGKeyArray | None
     ) -> Float[Array, "B T D"]:
-        return self.out(
-            recomputed(partial(jax.nn.gelu, approximate=True))(self.proj(x, keys)), keys
-        )
+        gelu = recomputed(partial(jax.nn.gelu, approximate=True))
+        return self.out(gelu(self.proj(x, keys)), keys)
 
 
 class JointBlock(nnx.Module):

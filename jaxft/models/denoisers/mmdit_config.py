@@ -28,8 +28,8 @@ DEFAULTS: dict[str, Any] = {
     "qk_norm": None,
 }
 NO_OUT_CHANNELS = 0  # the meaning of out_channels=null: those of the input
-# Keys that are widths and counts, of which none may be 0.
-INTEGERS = tuple(key for key, value in DEFAULTS.items() if type(value) is int)
+# Keys that are widths and counts. None may be 0.
+POSITIVE_KEYS = tuple(key for key, value in DEFAULTS.items() if type(value) is int)
 QK_NORMS = (None, "rms_norm")
 
 
@@ -112,7 +112,7 @@ class MMDiTConfig:
 def _check(c: Mapping[str, Any], where: str) -> None:
     if c["_class_name"] != DEFAULTS["_class_name"]:
         raise _refused(where, "_class_name", c["_class_name"], DEFAULTS["_class_name"])
-    for key in INTEGERS:
+    for key in POSITIVE_KEYS:
         if type(c[key]) is not int or c[key] < 1:
             raise _refused(where, key, c[key], "an integer above 0")
     if c["qk_norm"] not in QK_NORMS:

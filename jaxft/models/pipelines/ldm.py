@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from jaxft.core.errors import UserError
 from jaxft.models.autoencoders.vae_config import VAEConfig
+from jaxft.models.denoisers.mmdit_config import MMDiTConfig
+from jaxft.models.denoisers.mmdit_single_file import mmdit_layout
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.text_encoders import clip
 from jaxft.models.text_encoders.clip import VISION, CLIPTextConfig
@@ -76,7 +77,9 @@ def open_model(spec: str, weights: bool = True, prediction: str | None = None) -
 
 
 def kind(pipeline: Pipeline) -> str:
-    """Return the LDM layout of a pipeline's single file: "sd1", "sd2" or "sdxl"."""
+    """Return the LDM layout of a pipeline's single file: "sd1", "sd2", "sdxl" or "sd3"."""
+    if "transformer" in pipeline.components:
+        return "sd3"
     if "text_encoder_2" in pipeline.components:
         return "sdxl"
     act = pipeline.components["text_encoder"].config.get("hidden_act", "quick_gelu")
@@ -84,16 +87,14 @@ def kind(pipeline: Pipeline) -> str:
 
 
 def layouts(pipeline: Pipeline) -> dict[str, LDMLayout]:
-    """Return the single-file layout of every component, by its config.
+    """Return the single-file layout of every component of the file, by its config.
 
-    Raises UserError for Stable Diffusion 3, whose single file has another layout.
+    A file of Stable Diffusion 3 holds no text encoders, as those of Stability AI.
     """
-    if pipeline.family == "sd3":
-        raise UserError(
-            f"{pipeline.name} is a Stable Diffusion 3 model, of which no single file is written"
-            " yet; use export.kind='folder' or 'lora'"
-        )
     configs = {name: source.config for name, source in pipeline.components.items()}
+    if "transformer" in configs:
+        denoiser = mmdit_layout(MMDiTConfig.from_hf(configs["transformer"]))
+        return {"transformer": denoiser, "vae": vae_layout(VAEConfig.from_hf(configs["vae"]))}
     made = {
         "unet": unet_layout(UNetConfig.from_hf(configs["unet"])),
         "vae": vae_layout(VAEConfig.from_hf(configs["vae"])),

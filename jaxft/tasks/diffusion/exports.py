@@ -44,7 +44,8 @@ def _write_single_file(job: Job) -> None:
 def _write_ldm(job: Job) -> None:
     layouts, parts = ldm.layouts(job.opened.pipeline), {}
     for part in writers.parts(job):
-        parts[part.folder] = writers.merged(job, part), layouts[part.folder]
+        if part.folder in layouts:
+            parts[part.folder] = writers.merged(job, part), layouts[part.folder]
     markers = single_file.markers(_scheduler(job.opened))
     single_file.write(job.folder / f"{job.name}.safetensors", parts, markers, _modelspec(job))
 

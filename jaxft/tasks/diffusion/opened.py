@@ -55,8 +55,6 @@ class OpenedPipeline:
         self.template = jax.eval_shape(self.build, jax.random.key(0))
         if cfg.export.kind == "lora" or (cfg.export.kind == "all" and cfg.lora.rank):
             pipeline_lora.check(self.parts, describe(self.template))
-        if cfg.export.kind in ("single_file", "all"):
-            ldm.layouts(self.pipeline)  # raises
 
     @cached_property
     def captions(self) -> Captions:

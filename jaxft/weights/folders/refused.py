@@ -26,8 +26,8 @@ REFUSED_KEYS = {
     r"(.*\.)?distilled_guidance_layer\..*": "Chroma, a diffusion transformer that is not supported"
     f" yet; {GIVE}",
     r"(.*\.)?double_blocks\..*": f"FLUX, a diffusion transformer that is not supported yet; {GIVE}",
-    r"(.*\.)?joint_blocks\..*": "Stable Diffusion 3, a diffusion transformer that is not supported"
-    f" yet; {GIVE}",
+    r"(.*\.)?joint_blocks\..*": "Stable Diffusion 3, whose single files are not read yet; give its"
+    " diffusers folder",
     r"edm_(mean|std)": "playground-v2.5, whose EDM noise is not supported; " + GIVE,
     r"edm_vpred\..*": "a CosXL model, whose EDM noise is not supported; " + GIVE,
     r"control_model\..*": "a ControlNet; give the Stable Diffusion model that it steers",

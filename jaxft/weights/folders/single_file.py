@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -40,7 +40,9 @@ class LDMLayout(NamedTuple):
     prefix: the beginning of its keys. names: diffusers' names of modules or tensors to LDM's. The
     longest name that begins a key counts. arrows: diffusers' names of tensors to their layouts,
     LDM -> diffusers. fused: q, k and v are one in_proj. ignore: a regex of keys, on either side,
-    that fill no parameter.
+    that fill no parameter. thirds: diffusers' modules that are a third of one module of LDM, with
+    its name and their index in it. swapped: diffusers' modules whose halves LDM has in the other
+    order.
     """
 
     prefix: str
@@ -48,15 +50,25 @@ class LDMLayout(NamedTuple):
     arrows: Mapping[str, str] = {}
     fused: bool = False
     ignore: str = r"(?!)"
+    thirds: Mapping[str, tuple[str, int]] = {}
+    swapped: Collection[str] = ()
 
 
 def as_diffusers(tensors: Tensors, layout: LDMLayout) -> Relaid:
     """Return one component of a single file under diffusers' keys and shapes."""
     back = {ldm: name for name, ldm in layout.names.items()}
+    modules: dict[str, list[str]] = {}  # of diffusers, by the module of LDM that holds their thirds
+    for name, (ldm, _) in sorted(layout.thirds.items(), key=lambda item: item[1]):
+        modules.setdefault(ldm, []).append(name)
     places: dict[str, Place] = {}
     for key in tensors.keys():  # noqa: SIM118 (a Tensors is no dict)
         inner = key.removeprefix(layout.prefix)
         if inner == key or re.fullmatch(layout.ignore, inner):
+            continue
+        stem, _, leaf = inner.rpartition(".")
+        if stem in modules:
+            for third, module in enumerate(modules[stem]):
+                places[f"{module}.{leaf}"] = Place(key, third=third)
             continue
         name = renamed(inner, back)
         match = re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name) if layout.fused else None
@@ -64,7 +76,8 @@ def as_diffusers(tensors: Tensors, layout: LDMLayout) -> Relaid:
             arrow, shape = layout.arrows.get(name, ""), tensors.info(key)[0]
             # Some tools store attention as matrices already.
             is_matrix = arrow.startswith("o i 1 1") and len(shape) == 2
-            places[name] = Place(key, "" if is_matrix else arrow)
+            swapped = name.rpartition(".")[0] in layout.swapped
+            places[name] = Place(key, "" if is_matrix else arrow, swapped=swapped)
             continue
         for third, letter in enumerate("qkv"):
             places[f"{match[1]}.{letter}_proj.{match[2]}"] = Place(key, third=third)
@@ -242,6 +255,10 @@ def to_ldm(export: Export, layout: LDMLayout) -> Export:
 
 
 def _to_ldm(key: str, layout: LDMLayout) -> Place:
+    module, _, leaf = key.rpartition(".")
+    if module in layout.thirds:
+        name, third = layout.thirds[module]
+        return Place(f"{layout.prefix}{name}.{leaf}", third=third)
     name = renamed(key, layout.names)
     left, right = (layout.arrows.get(key) or "->").split("->")
     arrow = f"{right} -> {left}" if key in layout.arrows else ""
@@ -249,7 +266,7 @@ def _to_ldm(key: str, layout: LDMLayout) -> Place:
     if match:
         key = f"{layout.prefix}{match[1]}.in_proj_{match[3]}"
         return Place(key, third="qkv".index(match[2]))
-    return Place(layout.prefix + name, arrow)
+    return Place(layout.prefix + name, arrow, swapped=module in layout.swapped)
 
 
 def markers(scheduler: Mapping[str, Any]) -> tuple[str, ...]:
@@ -265,6 +282,7 @@ ARCHITECTURES = {
     "sd1": "stable-diffusion-v1",
     "sd2": "stable-diffusion-v2",
     "sdxl": "stable-diffusion-xl-v1-base",
+    "sd3": "stable-diffusion-v3",
 }
 
 
@@ -276,14 +294,21 @@ def modelspec(
     name = ARCHITECTURES[kind]
     if kind == "sd2":
         name += "-768-v" if v else "-512"
-    return {
+    stated = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{name}/{adapter}" if adapter else name,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.prediction_type": "v" if v else "epsilon",
     }
+    return (
+        stated
+        if kind == "sd3"
+        else {
+            **stated,
+            "modelspec.prediction_type": "v" if v else "epsilon",
+        }
+    )
 
 
 def _dump(config: Mapping[str, Any]) -> bytes:

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from flax import nnx
 
 from jaxft.core import params as P
+from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.models import flops
 from jaxft.models.denoisers import mmdit
 from jaxft.models.denoisers.mmdit import MMDiT
 from jaxft.models.denoisers.mmdit_config import MMDiTConfig
+from jaxft.nn import lora
 from jaxft.nn.conv import runner
-from jaxft.nn.linear import Adapter
-from jaxft.weights import rules
+from jaxft.weights import rules, transfer
+from jaxft.weights.adapters import peft
 
 # The compiler's own optimisations are most of the time of these tests.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -109,15 +110,12 @@ def test_flops_of_sd35_medium_are_as_published_at_512_px():
 
 
 def test_adapter_dropout_is_keyed_by_row_and_by_block():
-    cfg = MMDiTConfig.from_hf({**TINY, "num_layers": 3})
+    cfg, draw = MMDiTConfig.from_hf(TINY), np.random.default_rng(0).standard_normal
 
-    @partial(jax.jit, compiler_options=QUICK)
-    def with_adapter():
+    def build():
         model = MMDiT(cfg, key=jax.random.key(0))
-        to_q = model.runs[0].attn.to_q
-        to_q.lora_a = nnx.data(nnx.Param(jnp.ones((2, 16, 2)), axes=("embed", "lora")))
-        to_q.lora_b = nnx.data(nnx.Param(jnp.ones((2, 2, 16)), axes=("lora", "heads")))
-        to_q.adapter = Adapter(1.0, 0.5, 7)
+        targets = Lora(rank=2, alpha=2.0, dropout=0.5, targets=r"runs\.0\.attn\.to_q")
+        lora.add(model, targets, jax.random.key(1))
         return model
 
     @partial(jax.jit, compiler_options=QUICK)
@@ -127,12 +125,11 @@ def test_adapter_dropout_is_keyed_by_row_and_by_block():
             tokens = block(tokens, time, jnp.stack([jax.random.fold_in(key, i) for key in keys]))
         return jax.tree.map(itemgetter(0), model.runs[1])(tokens, time, None)[0]
 
-    random = np.random.default_rng(0)
-    x, text, time = (
-        np.repeat(random.standard_normal(shape, np.float32), 2, 0)
-        for shape in ((1, 5, 16), (1, 7, 16), (1, 16))
-    )
-    model, keys = with_adapter(), jax.random.split(jax.random.key(1), 2)
+    shapes = (1, 5, 16), (1, 7, 16), (1, 16)
+    x, text, time = (np.repeat(draw(shape, np.float32), 2, 0) for shape in shapes)
+    leaves = P.describe(blank := jax.eval_shape(build)).items()
+    model = P.bind(blank, {path: 0.1 * draw(leaf.shape, np.float32) for path, leaf in leaves})
+    keys = jax.random.split(jax.random.key(1), 2)
 
     @partial(jax.jit, compiler_options=QUICK)
     def run(keys):
@@ -142,3 +139,25 @@ def test_adapter_dropout_is_keyed_by_row_and_by_block():
     assert np.abs(first - second).max() > 1e-3
     np.testing.assert_allclose(run(keys), block_by_block(model, (x, text), time, keys), atol=1e-5)
     np.testing.assert_allclose(run(keys[::-1])[1], first, atol=1e-6)
+
+
+def test_adapters_of_all_projections_have_the_names_and_shapes_of_diffusers_modules():
+    config = {**TINY, "dual_attention_layers": (0,), "qk_norm": "rms_norm"}
+    cfg = MMDiTConfig.from_hf(config)
+
+    def build():
+        model = MMDiT(cfg, key=jax.random.key(0))
+        lora.add(model, Lora(rank=2, targets=".*"), jax.random.key(1))
+        return model
+
+    leaves = P.describe(jax.eval_shape(build))
+    part = transfer.Part("", "here", None, mmdit.rules(cfg), mmdit.sizes(cfg))
+    found = {slot.module: slot for slot in peft.slots(part, leaves)}
+    with torch.device("meta"):
+        theirs = dict(SD3Transformer2DModel(**config).named_modules())
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    assert found.keys() == {name for name, module in theirs.items() if isinstance(module, kinds)}
+    for name, slot in found.items():
+        low, up = (leaves[f"{slot.path}.lora_{side}"].shape for side in "ab")
+        outputs, inputs = theirs[name].weight.shape[:2]
+        assert low[-2:] == (inputs, 2) and up[-2:] == (2, outputs), name

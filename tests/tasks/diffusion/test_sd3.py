@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from jaxft import export, sample, train
@@ -65,10 +66,24 @@ def test_a_run_exports_a_folder_that_diffusers_draws_with(folders, tmp_path, cap
             assert (work / "export" / other / file.name).read_bytes() == file.read_bytes()
     assert np.abs(drawn(source) - drawn(work / "export")).max() > 1e-3
     assert sample.main(["--workdir", str(work), "--prompt", "a fish"]) == 0
-    for kind in ("single_file", "all"):
-        arguments = ["--workdir", str(work), "--out", str(tmp_path / "x"), "--kind", kind]
-        assert export.main(arguments) == 2
-        assert "use export.kind='folder' or 'lora'" in capsys.readouterr().err
+    out = tmp_path / "single"
+    arguments = ["--workdir", str(work), "--out", str(out), "--kind", "single_file"]
+    assert export.main(arguments) == 0
+    (file,) = out.glob("*.safetensors")
+    denoiser, decoder = (
+        cls.from_single_file(str(file), config=str(source), subfolder=name, local_files_only=True)
+        for cls, name in ((SD3Transformer2DModel, "transformer"), (AutoencoderKL, "vae"))
+    )
+    made = {key: tensor.numpy() for key, tensor in denoiser.state_dict().items()}
+    assert all(made[key].tobytes() == x.tobytes() for key, x in exported.items())
+    vae = load_file(source / "vae" / NAME)
+    made = {key: tensor.numpy() for key, tensor in decoder.state_dict().items()}
+    assert all(made[key].tobytes() == x.tobytes() for key, x in vae.items())
+    with safe_open(file, "np") as opened:
+        about = opened.metadata()
+    assert about["modelspec.architecture"] == "stable-diffusion-v3"
+    assert train.main([*flags_of(file, data), "--workdir", str(tmp_path / "y")]) == 2
+    assert "give its diffusers folder" in capsys.readouterr().err
 
 
 def test_zero_steps_give_the_source_bitwise(folders, tmp_path):
@@ -116,7 +131,6 @@ def damaged(file, **changes):
         ({"min_snr_gamma": 5.0}, ["min_snr_gamma=5.0", "set it to 0"]),
         ({"sample.sampler": "ddim"}, ["sample.sampler='ddim' is not one of euler, dpm++"]),
         ({"inversion.token": "<toy>", "inversion.init": "toy"}, ["inversion.token is not there"]),
-        ({"export.kind": "single_file"}, ["no single file is written yet"]),
         ({"resolution": 18}, ["resolution", "multiple"]),
         ({"resolution": 64}, ["larger than 16", "choose a smaller resolution"]),
     ],
