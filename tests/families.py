@@ -52,6 +52,10 @@ MINISTRAL3 = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.3,
 }
+LONG = {
+    "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
+    "long_factor": [1.0, 1.5, 2.5, 4.0, 8.0, 12.0],
+}
 # Models of pictures and text: the keys of config.json around text_config.
 VISION = {
     "hidden_size": 16,
@@ -124,6 +128,32 @@ CASES = {
             "rope_scaling": {**MINISTRAL3, "type": "yarn"},
         },
     ),
+    # P1, P2, P4: fused projections, `su` is longrope, 3/4 of each head rotate. P3: rows of 64 are
+    # beyond `original`.
+    "phi3": (
+        "phi3",
+        {
+            "hidden_size": 64,
+            "initializer_range": 0.15,
+            "original_max_position_embeddings": 32,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {"type": "su", "original_max_position_embeddings": 32, **LONG},
+            "sliding_window": 7,
+        },
+    ),
+    # P3: all rows are within `original`, and have the short factors. P5: a window without effect.
+    "phi3 tied": (
+        "phi3",
+        {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": None,
+            "hidden_size": 48,
+            "original_max_position_embeddings": 6000,
+            "sliding_window": 262144,
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e5, **LONG},
+        },
+    ),
+    "phi3 default": ("phi3", {"rope_theta": 1e5}),
     # C1, G2, G5: two ropes, a window of 5, scores by their own scale. Layers are 2 periods and 1.
     "gemma3": (
         "gemma3_text",
@@ -218,7 +248,7 @@ CASES = {
     ),
 }
 WRAPPED = ("gemma3 wrapped", "mistral3 wrapped")
-ONE_EACH = (*WRAPPED, "ministral3", "granite", "gemma2", "gemma3 untied", "olmo2", "olmo3")
+ONE_EACH = (*WRAPPED, "phi3", "ministral3", "granite", "gemma2", "gemma3 untied", "olmo2", "olmo3")
 
 
 class Pair:

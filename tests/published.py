@@ -21,6 +21,7 @@ RUN = {
     "Qwen2.5-0.5B-Instruct": 1,
     "Qwen3-4B": 3,
     "gemma2_2b_it": 2,
+    "phi3.5-mini-instruct": 2,
     "SmolLM2-135M": 1,
     "SmolLM3-3B": 2,
 }

@@ -45,25 +45,30 @@ def theirs(config):
     granite = c.model_type == "granite"  # other classes ignore its keys
     gemma = c.model_type in ("gemma2", "gemma3_text")  # likewise
     scale = getattr(model.model.embed_tokens, "scalar_embed_scale", 1.0)
-    head_dim, eos = layer.self_attn.head_dim, c.eos_token_id
+    attention, head_dim, eos = layer.self_attn, layer.self_attn.head_dim, c.eos_token_id
+    fused = hasattr(attention, "qkv_proj")
+    q, k = (attention.qkv_proj,) * 2 if fused else (attention.q_proj, attention.k_proj)
+    heads = attention.o_proj.weight.shape[1] // head_dim
+    kv_heads = (k.weight.shape[0] // head_dim - heads * fused) // (1 + fused)
     return {
         "vocab_size": model.lm_head.weight.shape[0],
         "hidden_size": model.lm_head.weight.shape[1],
         "intermediate_size": layer.mlp.down_proj.weight.shape[1],
         "num_layers": len(model.model.layers),
-        "num_heads": layer.self_attn.q_proj.weight.shape[0] // head_dim,
-        "num_kv_heads": layer.self_attn.k_proj.weight.shape[0] // head_dim,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "fused": fused,
         "head_dim": head_dim,
         "max_positions": c.max_position_embeddings,
         "rms_norm_eps": _eps(layer.post_attention_layernorm),
         "initializer_range": c.initializer_range,
         "tied": bool(model.all_tied_weights_keys),
-        "qkv_bias": layer.self_attn.q_proj.bias is not None,
+        "qkv_bias": q.bias is not None,
         "o_bias": layer.self_attn.o_proj.bias is not None,
-        "mlp_bias": layer.mlp.up_proj.bias is not None,
+        "mlp_bias": layer.mlp.down_proj.bias is not None,
         "norms": tuple(sorted(name for name, _ in layer.named_children() if "norm" in name)),
         "qk_norm": _qk_norm(layer.self_attn),
-        "activation": type(layer.mlp.act_fn).__name__,
+        "activation": type(getattr(layer.mlp, "activation_fn", None) or layer.mlp.act_fn).__name__,
         "attention_scale": layer.self_attn.scaling,
         # C5: Gemma 3's code does not use its attn_logit_softcapping.
         "soft_cap": c.attn_logit_softcapping if c.model_type == "gemma2" else None,
@@ -118,8 +123,9 @@ def fits(config):
         model = AutoModelForCausalLM.from_config(_class(config))
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     leaves = describe(jax.eval_shape(lambda: Decoder(cfg, key=jax.random.key(0))))
-    skipped = llama.ignore(cfg)
-    entries = rules.plan(llama.RULES, leaves, shapes, llama.sizes(cfg), skipped)
+    architecture, skipped = registry.find(config, "decoder"), llama.ignore(cfg)
+    table, sizes = architecture.rules(cfg), architecture.sizes(cfg)
+    entries = rules.plan(table, leaves, shapes, sizes, skipped)
     covered = {key for entry in entries for key in entry.keys}
     assert shapes.keys() - covered == ({"lm_head.weight"} if cfg.tied else set())
     return len(shapes)

@@ -301,6 +301,7 @@ TESTED_WITH = {
     "data/text/templates.py": "data/text/test_dataset.py",
     "models/decoders/block.py": "models/decoders/test_decoder.py",
     "models/decoders/families/gemma.py": "parity/test_families.py",
+    "models/decoders/families/phi.py": "parity/test_families.py",
     "models/decoders/families/wrapped.py": "parity/test_wrapped.py",
     "models/decoders/families/granite.py": "parity/test_families.py",
     "models/decoders/families/olmo.py": "parity/test_families.py",

@@ -15,7 +15,7 @@ from jaxft.models import registry
 from tests.published import FOLDER, RUN, language_model_configs, language_models
 
 CONFIGS = language_model_configs()
-REFUSED = {"gemma3_1b_it", "phi-4-mini-reasoning", "phi3.5-mini-instruct"}
+REFUSED = {"gemma3_1b_it", "phi-4-mini-reasoning"}
 # Keys of the hub's own config.json that the copies lack.
 LACKING = {
     "Llama-3.2-1B-Instruct": {
@@ -66,6 +66,9 @@ def narrow(name):
     }
     for key, value in small.items():
         config[key] = value if key in config and config[key] is not None else config.get(key)
+    rope = config.get("rope_scaling") or {}
+    if factors := {key: rope[key][:4] for key in ("short_factor", "long_factor") if key in rope}:
+        config["rope_scaling"] = {**rope, **factors}  # one for each pair of a head
     for key in ("layer_types", "no_rope_layers"):
         if config.get(key):
             config[key] = config[key][:layers]

@@ -58,6 +58,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "tie_word_embeddings": True,
     },
+    "phi3, longrope beyond 2048 on 3/4 of a head": {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 2048,
+        "partial_rotary_factor": 0.75,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
+            "long_factor": [1.0, 1.5, 2.5, 4.0, 8.0, 12.0],
+        },
+    },
     "granite, four multipliers": {
         "model_type": "granite",
         "embedding_multiplier": 12.0,

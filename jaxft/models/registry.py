@@ -30,6 +30,7 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
         "qwen2": "jaxft.models.decoders.families.qwen:ARCHITECTURE",
         "qwen3": "jaxft.models.decoders.families.qwen:ARCHITECTURE",
         "smollm3": "jaxft.models.decoders.families.llama:ARCHITECTURE",
+        "phi3": "jaxft.models.decoders.families.phi:ARCHITECTURE",
         "granite": "jaxft.models.decoders.families.granite:ARCHITECTURE",
         "gemma2": "jaxft.models.decoders.families.gemma:ARCHITECTURE",
         "gemma3_text": "jaxft.models.decoders.families.gemma:GEMMA3",

@@ -89,16 +89,21 @@ def _check_numbers(kind: str, rope: Mapping[str, Any]) -> None:
             )
 
 
-def frequencies(rope: Rope, positions: Int[Array, "B T"]) -> Float[Array, " half"]:
+def frequencies(
+    rope: Rope, positions: Int[Array, "B T"], longest: int = 0
+) -> Float[Array, " half"]:
     """Return the frequencies of a batch. For some kinds they depend on its largest position.
 
-    The positions of padding count too, as in transformers.
+    The positions of padding count too, as in transformers. longest: the positions that its rows
+    will have at their end, for `longrope`, whose keys in a cache would otherwise be rotated by
+    others.
     """
     inv_freq = jnp.array(rope.inv_freq)
     if rope.beyond is None:
         return inv_freq
     length = jnp.max(positions) + 1
     if isinstance(rope.beyond, Long):
+        length = jnp.maximum(length, longest) if longest else length
         return jnp.where(length > rope.beyond.limit, jnp.array(rope.beyond.inv_freq), inv_freq)
     # transformers multiplies the base by ratio^(d / (d - 2)), so frequency i is multiplied by
     # ratio^(-2i / (d - 2)).
@@ -120,11 +125,15 @@ def cos_sin(
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T N H"]:
-    """Rotate dims (i, i + H/2) of each head together, in fp32.
+    """Rotate dims (i, i + half) of each head together, in fp32. Dims from 2 half on stay.
 
     Hugging Face files pair dims in this way. Meta's files pair (2i, 2i + 1).
     Source: Su et al. 2021, arXiv:2104.09864.
     """
+    width = 2 * cos.shape[-1]
+    if width < x.shape[-1]:
+        turned = rotate(x[..., :width], cos, sin)
+        return jnp.concatenate([turned, x[..., width:]], axis=-1)  # [B, T, N, H]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, T, N, half]
     cos, sin = cos[..., None, :], sin[..., None, :]  # [B, T, 1, half]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -176,6 +176,8 @@ def test_adapters_both_ways(case, pairs, tmp_path):
     targets = ["v_proj", "down_proj"]
     if case in WRAPPED:  # the modules of pictures have such names, too
         targets = r".*language_model.*\.(v_proj|down_proj)"
+    elif case == "phi3":
+        targets = ["qkv_proj", "gate_up_proj"]
     theirs = get_peft_model(
         load(), LoraConfig(r=3, target_modules=targets, init_lora_weights=False)
     )
@@ -249,6 +251,37 @@ def test_what_gemma_does_not_compute_is_refused():
     for kind in ("gemma3_text", "olmo3"):
         with pytest.raises(UserError, match="for full_attention and one for sliding"):
             registry.read_decoder({"model_type": kind, "rope_parameters": YARN})
+
+
+@pytest.mark.parametrize("length", [40, 20])
+def test_p3_the_whole_row_decides_between_short_and_long_factors(length, pairs):
+    """A continuation beyond `original` (32) has the long ones from its start, as its keys stay."""
+    ours, ids = pairs("phi3").ours, tokens(2, length)
+    made, _ = generate(
+        ours, ids, np.ones_like(ids), jax.random.split(jax.random.key(0), 2), max_new=16,
+        stop_ids=(), how=Sampling(), dtype=jnp.float32,
+    )  # fmt: skip
+    whole = np.concatenate([ids, made], axis=1)
+    best = jit(lambda m: m.logits(m.hidden(whole, unroll=1)[0]))(ours).argmax(-1)
+    np.testing.assert_array_equal(best[:, length - 1 : -1], made)
+
+
+def test_p3_the_first_positions_of_a_row_change_beyond_original(pairs):
+    pair, ids = pairs("phi3"), tokens(1, 40)
+    short, long = logits(pair.theirs, ids[:, :32]), logits(pair.theirs, ids)[:, :32]
+    assert np.abs(short - long).max() > 1e-2
+    call = jit(lambda m, ids: m.logits(m.hidden(ids, unroll=1)[0]))
+    np.testing.assert_allclose(call(pair.ours, ids[:, :32]), short, atol=5e-5)
+
+
+def test_p4_other_ropes_and_fractions_are_refused():
+    for changes, text in (
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "only default and longrope"),
+        ({"partial_rotary_factor": 1.5}, "expected a number above 0 and up to 1"),
+        ({"partial_rotary_factor": 0.3, "hidden_size": 320}, r"head_dim=10 times .*=0.3 is odd"),
+    ):
+        with pytest.raises(UserError, match=text):
+            registry.read_decoder({"model_type": "phi3", **changes})
 
 
 def test_n2_ministral3_needs_the_growth_of_its_queries():

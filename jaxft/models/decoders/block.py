@@ -50,9 +50,13 @@ class Attention(nnx.Module):
         keys = jax.random.split(key, 4)
         q_shape, kv_shape = (cfg.num_heads, h), (cfg.num_kv_heads, h)
         axes, bias = ("embed", "heads", "head_dim"), cfg.qkv_bias
-        self.q_proj = Linear(d, q_shape, axes, key=keys[0], bias=bias, std=std)
-        self.k_proj = Linear(d, kv_shape, axes, key=keys[1], bias=bias, std=std)
-        self.v_proj = Linear(d, kv_shape, axes, key=keys[2], bias=bias, std=std)
+        linear = partial(Linear, d, axes=axes, bias=bias, std=std)
+        self.heads, self.kv_heads = cfg.num_heads, cfg.num_kv_heads
+        fused = (self.heads + 2 * self.kv_heads, h)  # the heads of q, k and v
+        self.qkv_proj = nnx.data(linear(fused, key=keys[0]) if cfg.fused else None)
+        self.q_proj = nnx.data(None if cfg.fused else linear(q_shape, key=keys[0]))
+        self.k_proj = nnx.data(None if cfg.fused else linear(kv_shape, key=keys[1]))
+        self.v_proj = nnx.data(None if cfg.fused else linear(kv_shape, key=keys[2]))
         axes = ("heads", "head_dim", "embed")
         self.o_proj = Linear(q_shape, d, axes, key=keys[3], bias=cfg.o_bias, std=std)
         normed, norm = cfg.layers[0].qk_norm, _norms(cfg)
@@ -69,7 +73,7 @@ class Attention(nnx.Module):
         memory: Memory | None,
         keys: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "B T D"], Memory | None]:
-        q, k, v = self.q_proj(x, keys), self.k_proj(x, keys), self.v_proj(x, keys)  # [B, T, N|K, H]
+        q, k, v = self._projected(x, keys)  # [B, T, N|K, H]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _normed_heads(self.q_norm, q, spec), _normed_heads(self.k_norm, k, spec)
         if spec.rope is not None:
@@ -96,6 +100,13 @@ class Attention(nnx.Module):
         )  # [B, T, N, H]
         return self.o_proj(out, keys), memory
 
+    def _projected(self, x: Array, keys: PRNGKeyArray | None) -> tuple[Array, ...]:
+        if self.qkv_proj is not None:
+            every = self.qkv_proj(x, keys)  # [B, T, N + 2 K, H]
+            return tuple(jnp.split(every, (self.heads, self.heads + self.kv_heads), axis=2))
+        assert self.q_proj is not None and self.k_proj is not None and self.v_proj is not None
+        return self.q_proj(x, keys), self.k_proj(x, keys), self.v_proj(x, keys)
+
 
 class MLP(nnx.Module):
     """down(act(gate x) * up x), SwiGLU for SiLU: Shazeer 2020, arXiv:2002.05202."""
@@ -104,14 +115,24 @@ class MLP(nnx.Module):
         d, f = (cfg.hidden_size,), (cfg.intermediate_size,)
         gate, up, down = jax.random.split(key, 3)
         bias, std = cfg.mlp_bias, cfg.initializer_range
-        self.gate_proj = Linear(d, f, ("embed", "mlp"), key=gate, bias=bias, std=std)
-        self.up_proj = Linear(d, f, ("embed", "mlp"), key=up, bias=bias, std=std)
+        linear = partial(Linear, d, bias=bias, std=std)
+        # gate and up are a dim of their own, so that each device has its part of both.
+        both, axes = (2, cfg.intermediate_size), ("embed", None, "mlp")
+        self.gate_up_proj = nnx.data(linear(both, axes, key=gate) if cfg.fused else None)
+        axes = ("embed", "mlp")
+        self.gate_proj = nnx.data(None if cfg.fused else linear(f, axes, key=gate))
+        self.up_proj = nnx.data(None if cfg.fused else linear(f, axes, key=up))
         self.down_proj = Linear(f, d, ("mlp", "embed"), key=down, bias=bias, std=std)
 
     def __call__(
         self, x: Float[Array, "B T D"], activation: str, keys: PRNGKeyArray | None
     ) -> Float[Array, "B T D"]:
-        gate, up = self.gate_proj(x, keys), self.up_proj(x, keys)  # [B, T, F]
+        if self.gate_up_proj is not None:
+            both = self.gate_up_proj(x, keys)  # [B, T, 2, F]
+            gate, up = both[..., 0, :], both[..., 1, :]  # [B, T, F]
+        else:
+            assert self.gate_proj is not None and self.up_proj is not None
+            gate, up = self.gate_proj(x, keys), self.up_proj(x, keys)  # [B, T, F]
         return self.down_proj(_gated(gate, up, activation), keys)
 
 

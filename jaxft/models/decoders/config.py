@@ -57,7 +57,8 @@ class DecoderConfig:
     norm: the kind of every RMSNorm. embedding_scale: the factor of the embeddings of tokens,
     rounded to their dtype. logits_divisor: the logits of the vocabulary are divided by it, and
     scores of `num_labels` are not. logits_soft_cap: as `LayerSpec.soft_cap`, for these logits.
-    image_ids: tokens that stand for pictures, which no text may hold.
+    image_ids: tokens that stand for pictures, which no text may hold. fused: q, k and v are one
+    projection, and so are gate and up.
     Raises: ValueError for layers whose parameters differ, because layers are stacked in one array.
     """
 
@@ -76,6 +77,7 @@ class DecoderConfig:
     mlp_bias: bool
     ropes: tuple[rope.Rope, ...]
     layers: tuple[LayerSpec, ...]
+    fused: bool = False
     norm: RMSKind = "cast_first"
     embedding_scale: float = 1.0
     logits_divisor: float = 1.0
@@ -198,11 +200,13 @@ def decoder_config(
     qkv_bias: bool,
     default_theta: float = 1e4,
     ropes: tuple[Mapping[str, Any], ...] = (),
+    rotary: float = 1.0,
 ) -> DecoderConfig:
     """Return the configuration of a decoder with LLaMA's key names.
 
     config: config.json. c: its keys as `read_keys` returns them. layers: one spec a layer. ropes:
     the settings of each rope in keys of config.json, by default one rope by config.json itself.
+    rotary: the fraction of each head that rotates.
     Raises: UserError for shapes that do not fit each other, and for a rope that is not supported.
     """
     heads = c["num_attention_heads"]
@@ -218,8 +222,10 @@ def decoder_config(
             f"config.json: num_attention_heads={heads} is not a multiple of"
             f" num_key_value_heads={kv_heads}"
         )
-    if head_dim % 2:
-        raise UserError(f"config.json: head_dim={head_dim} is odd, but rope rotates pairs")
+    rotated = int(head_dim * rotary)
+    if head_dim % 2 or rotated % 2 or not rotated:
+        part = "" if rotary == 1.0 else f" times partial_rotary_factor={rotary}"
+        raise UserError(f"config.json: head_dim={head_dim}{part} is odd, but rope rotates pairs")
     eos = c["eos_token_id"]  # one id, a list of them, or null
     return DecoderConfig(
         vocab_size=c["vocab_size"],
@@ -236,7 +242,7 @@ def decoder_config(
         o_bias=bool(c.get("attention_bias")),
         mlp_bias=bool(c.get("mlp_bias")),
         ropes=tuple(
-            rope.from_hf({**config, **one, **c}, head_dim, default_theta) for one in ropes or ({},)
+            rope.from_hf({**config, **one, **c}, rotated, default_theta) for one in ropes or ({},)
         ),
         layers=layers,
         bos_id=c["bos_token_id"],

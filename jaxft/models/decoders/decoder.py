@@ -64,6 +64,7 @@ class Decoder(nnx.Module):
         dtype: Any = None,
         blocks: tuple[Block, ...] = (),
         segments_in_row: int = 0,
+        longest: int = 0,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Return the final norm's output in `dtype`, and the cache with these tokens in it.
 
@@ -73,6 +74,7 @@ class Decoder(nnx.Module):
         remat: "none" or a key of REMAT. unroll: periods of layers in one iteration of the scan,
         0 for all. blocks: the layers from `unstacked`, for a cache of the same kind, without
         dropout and remat. segments_in_row: the most segments of a row, as in `kernels.attention`.
+        longest: as in `rope.frequencies`.
         Raises: ValueError for another remat, and for both or none of tokens and embeds.
         """
         x = self._embed(tokens, embeds, dtype)  # [B, T, D]
@@ -82,7 +84,7 @@ class Decoder(nnx.Module):
         index = jnp.int32(0) if cache is None else cache.index
         # The angles of all kinds of rope are computed once, and every layer picks its own.
         angles = tuple(
-            rope.cos_sin(positions, rope.frequencies(one, positions), one.scale)
+            rope.cos_sin(positions, rope.frequencies(one, positions, longest), one.scale)
             for one in self.cfg.ropes
         )
         others = None if cache is None else kv_segments  # None: keys have the queries' own segments

@@ -8,9 +8,9 @@ from transformers import AutoConfig
 from jaxft.core.errors import UserError
 from jaxft.models import registry
 from jaxft.models.decoders.config import LayerSpec, layer_scans
-from jaxft.models.decoders.families import gemma, granite, llama, olmo, qwen
+from jaxft.models.decoders.families import gemma, granite, llama, olmo, phi, qwen
 
-KEYS = {**llama.KEYS, **qwen.KEYS, **granite.KEYS, **gemma.KEYS, **olmo.KEYS}
+KEYS = {**llama.KEYS, **qwen.KEYS, **granite.KEYS, **gemma.KEYS, **olmo.KEYS, **phi.KEYS}
 F, S = LayerSpec(), LayerSpec(window=4)
 
 

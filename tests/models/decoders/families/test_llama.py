@@ -8,10 +8,10 @@ import pytest
 from jaxft.core.errors import UserError
 from jaxft.models import registry
 from jaxft.models.decoders.config import COMMON
-from jaxft.models.decoders.families import gemma, granite, llama, olmo, qwen, wrapped
+from jaxft.models.decoders.families import gemma, granite, llama, olmo, phi, qwen, wrapped
 from tests.stock_llama import ours, theirs
 
-KEYS = {**llama.KEYS, **qwen.KEYS, **granite.KEYS, **gemma.KEYS, **olmo.KEYS}
+KEYS = {**llama.KEYS, **qwen.KEYS, **granite.KEYS, **gemma.KEYS, **olmo.KEYS, **phi.KEYS}
 ROPE = (
     "rope_theta",
     "rope_scaling",
