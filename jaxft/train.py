@@ -2,13 +2,15 @@
 
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from jaxft.core import config as configs
 from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
-from jaxft.runs.workdir import claim_workdir, differing_keys, read_config_file
+from jaxft.core.guards.lock import locked
+from jaxft.runs.workdir import claim_workdir, differing_keys, make_workdir, read_config_file
 from jaxft.tasks import OPTIONS, check_task
 
 
@@ -25,14 +27,17 @@ def _main(argv: list[str]) -> None:
     check_task(config.get("task"))
     configs.read_config(config, OPTIONS[config["task"]])
     workdir = Path(options.get("workdir", f"runs/{Path(options['config']).stem}"))
-    _claim(workdir, config)
-    # Mistakes in the config or the folder have failed by now, before jax and the weights load.
-    train(config, workdir)
+    with ExitStack() as held:
+        _claim(workdir, config, held)
+        # Mistakes in config or folder have failed by now, before jax and the weights load.
+        train(config, workdir)
 
 
-def _claim(workdir: Path, config: dict[str, Any]) -> None:
-    """Make the run folder in the first process, and check it in the others."""
+def _claim(workdir: Path, config: dict[str, Any], held: ExitStack) -> None:
+    """Make and lock the run folder in the first process, and check it in the others."""
     if not processes.launcher():
+        make_workdir(workdir)
+        held.enter_context(locked(workdir))
         claim_workdir(workdir, config, OPTIONS)
         return
     processes.join()
@@ -42,6 +47,8 @@ def _claim(workdir: Path, config: dict[str, Any]) -> None:
 
     with agreement():
         if jax.process_index() == 0:
+            make_workdir(workdir)
+            held.enter_context(locked(workdir))
             claim_workdir(workdir, config, OPTIONS)
     with agreement():
         if not (workdir / "config.json").exists():

@@ -8,6 +8,20 @@ from typing import Any
 
 from jaxft.core.config import MAPPING, flatten_config, resolve_config
 from jaxft.core.errors import UserError
+from jaxft.core.guards.lock import LOCK
+
+
+def make_workdir(workdir: Path) -> None:
+    """Make the folder of a run. Raises UserError if it cannot be written."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"workdir {workdir} cannot be written ({error}); choose another --workdir"
+        ) from None
 
 
 def claim_workdir(
@@ -19,18 +33,11 @@ def claim_workdir(
     that cannot be written, or that belongs to another config. A folder with nothing but a
     config.json (its run failed early, such as by a wrong model path) belongs to none.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"workdir {workdir} cannot be written ({error}); choose another --workdir"
-        ) from None
+    make_workdir(workdir)
     file = workdir / "config.json"
     _refuse_foreign(file)
-    if file.exists() and any(entry != file for entry in workdir.iterdir()):
+    others = {entry.name for entry in workdir.iterdir()} - {file.name, LOCK}
+    if file.exists() and others:
         old = read_config_file(workdir, options)
         if differing := differing_keys(old, config):
             raise UserError(
