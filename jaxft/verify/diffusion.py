@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from jaxft.core.errors import UserError
 from jaxft.core.params import bind, describe
 from jaxft.models.denoisers.unet import Added, UNet
+from jaxft.models.pipelines import families
 from jaxft.models.pipelines.ldm import open_model
 from jaxft.models.pipelines.stable_diffusion import (
     Guidance,
@@ -109,7 +110,12 @@ def certify(spec: str) -> tuple[dict[str, Any], list[Check]]:
 def open_pipeline(spec: str) -> PipelineSubject:
     """Open a pipeline. Every tensor is accounted for before one is read."""
     pipeline = open_model(spec)
-    cfg = PipelineConfig.of(pipeline)
+    cfg = families.read_config(pipeline)
+    if not isinstance(cfg, PipelineConfig):
+        raise UserError(
+            f"{spec}: verify compares Stable Diffusion 1, 2 and XL, and this is {cfg.describe()};"
+            " draw with its pipeline in diffusers and with sample, and compare the pictures"
+        )
     unet, autoencoder, *texts = parts(pipeline, cfg)
     ids, size = _tokens(pipeline, cfg), _size(pipeline, cfg)
     subjects = []

@@ -13,6 +13,7 @@ from jaxft import export, sample, train
 from jaxft.core.errors import UserError
 from jaxft.models.pipelines import families
 from jaxft.models.pipelines.ldm import open_model
+from jaxft.verify import main as verify
 from tests.tiny_diffusion import flags_of, make_pictures
 from tests.tiny_sd3 import NO_T5, make_sd3
 
@@ -141,6 +142,11 @@ def test_what_flow_matching_has_not_is_told_in_one_line(folders, tmp_path, capsy
     assert train.main([*flags, "--workdir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and all(word in error[0] for word in words), error
+
+
+def test_verify_says_that_it_does_not_compare_it(folders, capsys):
+    assert verify([str(folders["t5"])]) == 2
+    assert "verify compares Stable Diffusion 1, 2 and XL" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
