@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from jaxft.core import optim
+from jaxft.core import optim, sharding
 from jaxft.core import params as P
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
@@ -251,6 +251,31 @@ def test_what_gemma_does_not_compute_is_refused():
     for kind in ("gemma3_text", "olmo3"):
         with pytest.raises(UserError, match="for full_attention and one for sliding"):
             registry.read_decoder({"model_type": kind, "rope_parameters": YARN})
+
+
+@pytest.mark.parametrize("case", ["phi3", "gemma2"])
+def test_a_mesh_gives_the_same_loss_and_gradients(case, pairs, capfd):
+    """Fused projections are split over heads, and the vocabulary's slices have their soft-cap."""
+    pair, ids = pairs(case), tokens(8, 16)
+    targets, ones = np.roll(ids, -1, 1), np.ones(ids.shape, np.float32)
+
+    def loss(params, ids):
+        model = P.bind(pair.template, params)
+        (head, first, cap), (hidden, _) = model.head(), model.hidden(ids, unroll=1)
+        how = {"vocab_first": first, "soft_cap": cap}
+        return linear_cross_entropy(model.features(hidden), head, targets, ones, **how)[0]
+
+    step = jit(jax.value_and_grad(loss))
+    want, wanted = step(pair.params, ids)
+    mesh = sharding.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(pair.params, sharding.shardings(pair.leaves, mesh))
+        got, grads = step(placed, jax.device_put(ids, sharding.batch_sharding(mesh)))
+    assert abs(float(got) / float(want) - 1) < 1e-5
+    for path, grad in jax.device_get(grads).items():
+        worst = np.abs(grad - wanted[path]).max() / np.abs(wanted[path]).max()
+        assert worst < 1e-5, f"{path}: {worst}"
+    assert "Involuntary" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("length", [40, 20])
