@@ -4,6 +4,8 @@ Numbers such as R1 name the traps of the families. Rows go beyond each window an
 original length.
 """
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,7 @@ from jaxft.objectives.distillation import Outputs, linear_divergence
 from jaxft.weights import rules, transfer
 from jaxft.weights.adapters import peft as adapters
 from jaxft.weights.adapters import peft_folder
+from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
 from tests.families import CASES, ONE_EACH, WRAPPED, YARN, Pair, jit, logits, tokens
 
 
@@ -142,6 +145,20 @@ def test_an_export_has_every_tensor_bit_for_bit(case, pairs):
     assert seen == pair.part.tensors.keys()
     stale = {key for key in pair.theirs.state_dict() if pair.cfg.tied and key == "lm_head.weight"}
     assert set(map(pair.part.named, seen)) == pair.theirs.state_dict().keys() - stale
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_shards_in_and_shards_out_have_the_same_tensors(case, pairs, tmp_path):
+    pair = pairs(case)
+    assert len(list(Path(pair.folder).glob("model-*.safetensors"))) > 1
+    made = transfer.export(pair.part, pair.leaves, pair.params, {}, None)
+    write_sharded(tmp_path, made.tensors, made.infos, 15000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    there, source = TensorFiles.open(tmp_path), pair.part.tensors
+    assert sorted(there.keys()) == sorted(source.keys())
+    for key in there.keys():  # noqa: SIM118
+        assert there.info(key) == source.info(key)
+        assert there.read(key).tobytes() == source.read(key).tobytes()
 
 
 @pytest.mark.parametrize("case", ONE_EACH)
