@@ -270,7 +270,7 @@ class Pair:
             for key, tensor in made.named_parameters():
                 if key.endswith(("bias", "norm.weight")):
                     tensor.add_(0.2 * torch.randn_like(tensor))
-        made.save_pretrained(folder)
+        made.save_pretrained(folder, max_shard_size=20000)
         (folder / "config.json").write_text(json.dumps(self.config))
         self.theirs = made.eval()
         self.architecture = registry.find(self.config, "decoder")

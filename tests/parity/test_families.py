@@ -4,6 +4,8 @@ Numbers such as R1 name the traps of the families. Rows go beyond each window an
 original length.
 """
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from jaxft.core import optim
+from jaxft.core import optim, sharding
 from jaxft.core import params as P
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
@@ -24,6 +26,7 @@ from jaxft.objectives.distillation import Outputs, linear_divergence
 from jaxft.weights import rules, transfer
 from jaxft.weights.adapters import peft as adapters
 from jaxft.weights.adapters import peft_folder
+from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
 from tests.families import CASES, ONE_EACH, WRAPPED, YARN, Pair, jit, logits, tokens
 
 
@@ -145,6 +148,20 @@ def test_an_export_has_every_tensor_bit_for_bit(case, pairs):
 
 
 @pytest.mark.parametrize("case", ONE_EACH)
+def test_shards_in_and_shards_out_have_the_same_tensors(case, pairs, tmp_path):
+    pair = pairs(case)
+    assert len(list(Path(pair.folder).glob("model-*.safetensors"))) > 1
+    made = transfer.export(pair.part, pair.leaves, pair.params, {}, None)
+    write_sharded(tmp_path, made.tensors, made.infos, 15000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    there, source = TensorFiles.open(tmp_path), pair.part.tensors
+    assert sorted(there.keys()) == sorted(source.keys())
+    for key in there.keys():  # noqa: SIM118
+        assert there.info(key) == source.info(key)
+        assert there.read(key).tobytes() == source.read(key).tobytes()
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
 def test_adapters_both_ways(case, pairs, tmp_path):
     pair, ids = pairs(case), tokens(2, 12)
     base = logits(pair.theirs, ids)
@@ -251,6 +268,31 @@ def test_what_gemma_does_not_compute_is_refused():
     for kind in ("gemma3_text", "olmo3"):
         with pytest.raises(UserError, match="for full_attention and one for sliding"):
             registry.read_decoder({"model_type": kind, "rope_parameters": YARN})
+
+
+@pytest.mark.parametrize("case", ["phi3", "gemma2"])
+def test_a_mesh_gives_the_same_loss_and_gradients(case, pairs, capfd):
+    """Fused projections are split over heads, and the vocabulary's slices have their soft-cap."""
+    pair, ids = pairs(case), tokens(8, 16)
+    targets, ones = np.roll(ids, -1, 1), np.ones(ids.shape, np.float32)
+
+    def loss(params, ids):
+        model = P.bind(pair.template, params)
+        (head, first, cap), (hidden, _) = model.head(), model.hidden(ids, unroll=1)
+        how = {"vocab_first": first, "soft_cap": cap}
+        return linear_cross_entropy(model.features(hidden), head, targets, ones, **how)[0]
+
+    step = jit(jax.value_and_grad(loss))
+    want, wanted = step(pair.params, ids)
+    mesh = sharding.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(pair.params, sharding.shardings(pair.leaves, mesh))
+        got, grads = step(placed, jax.device_put(ids, sharding.batch_sharding(mesh)))
+    assert abs(float(got) / float(want) - 1) < 1e-5
+    for path, grad in jax.device_get(grads).items():
+        worst = np.abs(grad - wanted[path]).max() / np.abs(wanted[path]).max()
+        assert worst < 1e-5, f"{path}: {worst}"
+    assert "Involuntary" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("length", [40, 20])

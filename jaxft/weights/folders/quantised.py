@@ -15,7 +15,7 @@ MARKS = (
     (r".*experts\.\w+_(blocks|scales)", "mxfp4"),
     (r".*\.weight(:|_)(qdata|int_data|scale_and_zero)", "torchao"),
 )
-QUANTISED_KEYS = ("quantization_config", "compression_config")
+QUANTISED_KEYS = ("quantization", "quantization_config", "compression_config")  # MLX has the first
 
 
 def refuse_config(config: Mapping[str, Any], where: str) -> None:
@@ -24,7 +24,8 @@ def refuse_config(config: Mapping[str, Any], where: str) -> None:
     for one in (config, *inner):
         for key in QUANTISED_KEYS:
             if stated := one.get(key):
-                raise _error(where, f"{key}: quant_method={_method(stated)!r}")
+                method = "mlx" if key == "quantization" else _method(stated)
+                raise _error(where, f"{key}: quant_method={method!r}")
 
 
 def refuse_tensors(names: Iterable[str], where: str) -> None:
@@ -47,5 +48,5 @@ def _error(where: str, found: str) -> UserError:
     return UserError(
         f"{where}: the weights are quantised ({found}), and only weights of 16 or 32 bits are read;"
         " give the model that it was made from, mostly the name without -bnb-4bit, -GPTQ, -AWQ,"
-        " -FP8 or the like"
+        " -FP8, -MLX or the like"
     )

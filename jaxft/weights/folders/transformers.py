@@ -168,6 +168,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError as error:
+        if (path.parent / "params.json").is_file():
+            raise UserError(
+                f"{path}: missing beside params.json, which is a file of Mistral's own format;"
+                " download config.json and the files of the same model that begin with model"
+            ) from error
         raise UserError(f"{path}: missing; give a folder saved by save_pretrained") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error

@@ -21,6 +21,7 @@ METHODS = {
     "mxfp4": {"modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4"},
     "torchao": {"quant_type": {"default": {}}, "quant_method": "torchao"},
 }
+MLX = {"group_size": 64, "bits": 4}
 TENSORS = {
     "bitsandbytes": ("self_attn.q_proj.weight.absmax", "self_attn.q_proj.SCB"),
     "gptq or awq": ("self_attn.q_proj.qweight", "self_attn.q_proj.qzeros"),
@@ -61,6 +62,7 @@ def test_sub_configs_old_spellings_and_no_name():
         ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes"),
         ({"quantization_config": {"bits": 4}}, "unknown"),
         ({"quantization_config": "int8"}, "int8"),
+        ({"quantization_config": MLX, "quantization": MLX}, "mlx"),  # as mlx_lm writes it
     ]:
         with pytest.raises(UserError, match=f"quant_method='{method}'"):
             refuse_config(config, "x")

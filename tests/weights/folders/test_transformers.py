@@ -200,3 +200,10 @@ def test_unreachable_hub_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     monkeypatch.chdir(make_folder(tmp_path / "org" / "name").parents[1])
     assert open_source("org/name").config == CONFIG  # a folder that exists wins
+
+
+def test_n3_a_folder_in_mistrals_own_format_is_refused_by_name(tmp_path):
+    (tmp_path / "params.json").write_text("{}")
+    (tmp_path / "consolidated.safetensors").write_bytes(b"not looked at")
+    with pytest.raises(UserError, match=r"config\.json: missing beside params\.json.*Mistral's"):
+        open_source(str(tmp_path))
