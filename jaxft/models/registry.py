@@ -105,12 +105,12 @@ def find(config: Mapping[str, Any], family: str, where: str = "config.json") -> 
     if name not in tuple(known) and family == "decoder":
         known = known | {one.name: one.value for one in entry_points(group=GROUP)}
     if name not in tuple(known):  # a tuple, because a name in JSON may be a list, which has no hash
-        near = list(known)
+        near, which = list(known), ""
         if len(near) > NEAREST and isinstance(name, str):
-            near = difflib.get_close_matches(name, near, NEAREST, 0.0)
+            near, which = difflib.get_close_matches(name, near, NEAREST, 0.0), "among those "
         raise UserError(
-            f"{where}: {key}={name!r} is not supported; supported are {', '.join(near)}: give a"
-            " model of one of these"
+            f"{where}: {key}={name!r} is not supported; {which}supported are {', '.join(near)}:"
+            " give a model of one of these"
         )
     module, _, attribute = known[name].partition(":")
     return getattr(import_module(module), attribute)

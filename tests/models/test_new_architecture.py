@@ -163,7 +163,9 @@ def folder(tokenizer_folder, tmp_path_factory):
 
 
 def test_without_its_package_the_type_is_unknown(folder):  # before `installed`
-    with pytest.raises(UserError, match=r"model_type='toy' is not supported.*llama.*give a model"):
+    with pytest.raises(
+        UserError, match=r"model_type='toy' is not supported; .*olmo2.*give a model"
+    ):
         jaxft.load(str(folder))
 
 
