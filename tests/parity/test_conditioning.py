@@ -31,7 +31,6 @@ from jaxft.noise.samplers import ddim
 from jaxft.objectives import denoising as diffusion
 from jaxft.tasks import Request
 from jaxft.tasks.diffusion import conditioning
-from jaxft.tasks.diffusion import opened as opening
 from tests import whole as runs
 from tests.tiny_diffusion import flags_of, make_config, make_pictures
 from tests.tiny_pipelines import make_pipeline
@@ -265,7 +264,7 @@ def test_a_run_gives_back_its_pipeline(pipelines, pictures, files, tmp_path, kin
     assert train.main([*flags_of(folder, pictures, changes), "--workdir", str(work)]) == 0
     shown = capsys.readouterr().out
     assert "moments are not cached" in shown and "cached embeddings of" in shown
-    assert opening.KINDS[kind] in shown
+    assert stable_diffusion.KINDS[kind] in shown
     again = DiffusionPipeline.from_pretrained(work / "export")
     assert type(again) is type(pipe) and again.unet.config.in_channels == KINDS[kind][0]
     moved = (again.unet.conv_in.weight - pipe.unet.conv_in.weight).abs().amax(dim=(0, 2, 3))
