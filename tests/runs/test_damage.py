@@ -182,7 +182,8 @@ def test_s4_a_run_goes_on_from_the_step_before(make_folder, make_flags, tmp_path
     for name in ("straight", "broken"):
         assert train.main([*config, "--workdir", str(tmp_path / name), *flags]) == 0
     work = tmp_path / "broken"
-    flip(arrays(work / "checkpoints" / "6")[0], np.random.default_rng(0))
+    file = arrays(work / "checkpoints" / "6")[0]  # a flipped bit may lie where nothing is read
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     capsys.readouterr()
     assert evaluate.main(["--workdir", str(work)]) == 0
     shown = capsys.readouterr().out
