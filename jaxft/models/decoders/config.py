@@ -58,7 +58,8 @@ class DecoderConfig:
     rounded to their dtype. logits_divisor: the logits of the vocabulary are divided by it, and
     scores of `num_labels` are not. logits_soft_cap: as `LayerSpec.soft_cap`, for these logits.
     image_ids: tokens that stand for pictures, which no text may hold. fused: q, k and v are one
-    projection, and so are gate and up.
+    projection, and so are gate and up. rope_by_end: a continuation has the longrope frequencies of
+    its last possible token from its start.
     Raises: ValueError for layers whose parameters differ, because layers are stacked in one array.
     """
 
@@ -78,6 +79,7 @@ class DecoderConfig:
     ropes: tuple[rope.Rope, ...]
     layers: tuple[LayerSpec, ...]
     fused: bool = False
+    rope_by_end: bool = False
     norm: RMSKind = "cast_first"
     embedding_scale: float = 1.0
     logits_divisor: float = 1.0

@@ -42,7 +42,8 @@ def generate(
     rows, prompt = tokens.shape
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)  # [B, T], 0 on the padding
     blocks = model.unstacked()
-    step = partial(model.hidden, blocks=blocks, dtype=dtype, longest=prompt + max_new)
+    longest = prompt + max_new if model.cfg.rope_by_end else 0
+    step = partial(model.hidden, blocks=blocks, dtype=dtype, longest=longest)
     cache = init_cache(model.cfg, rows, prompt + max_new, dtype, bool(blocks))
     hidden, cache = step(tokens, positions, segment_ids, cache=cache)
     stops = jnp.asarray(stop_ids or (-1,), jnp.int32)  # -1 is the id of no token

@@ -61,7 +61,8 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
     layers = (LayerSpec(window=window if slides else None, activation=activation(c)),) * count
     rope, rotary = _rope(config)
     made = decoder_config(config, c, layers, qkv_bias=False, ropes=(rope,), rotary=rotary)
-    return replace(made, fused=True)
+    # transformers computes the cache of a Phi again where a row crosses the original length.
+    return replace(made, fused=True, rope_by_end=True)
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
