@@ -23,6 +23,7 @@ from jaxft.core.params import bind
 from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.stable_diffusion import Guidance
 from jaxft.noise.samplers import SAMPLERS
+from jaxft.runs.outputs import MARK
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders.diffusers import legacy_part, open_pipeline, part
 from tests import whole as runs
@@ -171,7 +172,8 @@ def state(pipe):
 
 
 def files(folder):
-    return {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK)
+    return {str(path.relative_to(folder)): path for path in found}
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)

@@ -17,6 +17,7 @@ from jaxft.core.params import NEW_TOKEN_ROLE, Leaf, bind
 from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.stable_diffusion import Guidance
 from jaxft.noise.samplers import SAMPLERS
+from jaxft.runs.outputs import MARK
 from jaxft.tasks.diffusion import inversion
 from tests import whole as runs
 from tests.tiny_diffusion import flags_of, make_pictures
@@ -80,7 +81,8 @@ def done(request, tmp_path_factory):
 
 
 def files(folder):
-    return {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK)
+    return {str(path.relative_to(folder)): path for path in found}
 
 
 def draw_jax(work, noise):
