@@ -58,6 +58,7 @@ def theirs(config):
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "fused": fused,
+        "rope_by_end": fused,
         "head_dim": head_dim,
         "max_positions": c.max_position_embeddings,
         "rms_norm_eps": _eps(layer.post_attention_layernorm),
