@@ -10,7 +10,7 @@ from jaxft.core import config as configs
 from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
 from jaxft.core.guards.lock import locked
-from jaxft.core.guards.stopping import FLAG, Stopped, StopRequests
+from jaxft.core.guards.stopping import STOP_FLAG, Stopped, StopRequests
 from jaxft.runs.workdir import claim_workdir, differing_keys, make_workdir, read_config_file
 from jaxft.tasks import OPTIONS, check_task
 
@@ -128,7 +128,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
             waited = time.perf_counter() - asked
             placed = stop.mark(place_batch(batch, mesh), mesh)
             state, sums = step_fn(state, frozen, placed)
-            flag, done = sums.pop(FLAG, None), step + 1
+            flag, done = sums.pop(STOP_FLAG, None), step + 1
             # The numbers are fetched one step late, so that the device never waits for the host.
             watch.train(done, sums, batch, waited, _due(done, every.log))
             if stopping := stop.agreed(flag):

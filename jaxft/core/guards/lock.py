@@ -16,7 +16,7 @@ from jaxft.core.errors import UserError
 
 LOCK = ".run.lock"  # holds its owner: host, process, start and a counter that moves
 BEAT = 5.0  # seconds between two changes of the counter
-PATIENCE = 20.0  # seconds after which an owner on another host counts as gone
+OWNER_PATIENCE = 20.0  # seconds after which an owner on another host counts as gone
 # Errors of file systems that have no locks. There only the counter tells.
 _WITHOUT = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -70,8 +70,10 @@ def _wait_for_others(path: Path) -> None:
     owner = _read(path)
     if owner.get("host") in (None, socket.gethostname()):
         return  # the kernel's lock of this host is free
-    until = time.monotonic() + PATIENCE
-    print(f"waiting {PATIENCE:g} s for {_name(owner)}, which may hold {path.parent}", flush=True)
+    until = time.monotonic() + OWNER_PATIENCE
+    print(
+        f"waiting {OWNER_PATIENCE:g} s for {_name(owner)}, which may hold {path.parent}", flush=True
+    )
     while time.monotonic() < until:
         time.sleep(BEAT / 10)
         if _read(path) != owner:

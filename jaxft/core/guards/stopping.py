@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 PREEMPTED = 75  # exit status: the state is saved, so start the same command again
-FLAG = "_stop"  # in a batch and in the metrics of a step: 1 if any process is asked to stop
+STOP_FLAG = "_stop"  # in a batch and in the metrics of a step: 1 if any process is asked to stop
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -68,7 +68,7 @@ class StopRequests:
         print(f"jaxft: {name}: a save follows this step", file=sys.stderr, flush=True)
 
     def mark(self, batch: dict[str, Any], mesh: Any) -> dict[str, Any]:
-        """Return the batch, with one FLAG for each device if there are other processes.
+        """Return the batch, with one STOP_FLAG for each device if there are other processes.
 
         The arrays of the batch may be shapes without values.
         """
@@ -80,12 +80,12 @@ class StopRequests:
         asked = np.full(mesh.size, bool(self.asked), np.int32)
         place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         flag = jax.make_array_from_callback(asked.shape, place, asked.__getitem__)
-        return {**batch, FLAG: flag}
+        return {**batch, STOP_FLAG: flag}
 
     def agreed(self, flag: Any) -> bool:
         """Return True in all processes at the same step, if one of them is asked to stop.
 
-        flag: FLAG of the step that was just dispatched, None for a process that is alone. The
+        flag: STOP_FLAG of the step that was just dispatched, None for a process that is alone. The
         answer is that of the step before, so that the device never waits for the host.
         """
         if flag is None:

@@ -57,7 +57,7 @@ def test_s6_a_killed_owner_gives_the_lock_back(tmp_path):
 
 def test_s6_an_owner_on_another_host_is_told_by_its_counter(tmp_path, monkeypatch):
     """As on a network disk that passes no locks on."""
-    monkeypatch.setattr(lock, "PATIENCE", 0.6)
+    monkeypatch.setattr(lock, "OWNER_PATIENCE", 0.6)
     monkeypatch.setattr(lock, "BEAT", 0.1)
     owner = {"host": "elsewhere", "process": 7, "since": "today", "beat": 3}
     file = tmp_path / LOCK
