@@ -10,6 +10,7 @@ from jaxft.core import config as configs
 from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
 from jaxft.core.guards.lock import locked
+from jaxft.core.guards.stopping import STOP_FLAG, Stopped, StopRequests
 from jaxft.runs.workdir import claim_workdir, differing_keys, make_workdir, read_config_file
 from jaxft.tasks import OPTIONS, check_task
 
@@ -30,7 +31,8 @@ def _main(argv: list[str]) -> None:
     with ExitStack() as held:
         _claim(workdir, config, held)
         # Mistakes in config or folder have failed by now, before jax and the weights load.
-        train(config, workdir)
+        stop = held.enter_context(StopRequests(alone=not processes.joined()))
+        train(config, workdir, stop)
 
 
 def _claim(workdir: Path, config: dict[str, Any], held: ExitStack) -> None:
@@ -63,9 +65,10 @@ def _claim(workdir: Path, config: dict[str, Any], held: ExitStack) -> None:
             )
 
 
-def train(config: dict[str, Any], workdir: Path) -> None:
+def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
     """Run the training that a config describes in a claimed `workdir`, then export.
 
+    If `stop` is asked, the step under way is finished and its state saved. Raises: Stopped then.
     Resume is exact by the order of the loop: evaluate, sample, save, next batch, step, log. Step k
     does the same work on the same state, whether the run began before step k or at it.
     """
@@ -108,9 +111,10 @@ def train(config: dict[str, Any], workdir: Path) -> None:
         batches = data.train.batches(start, rows)
         watch = Watch(run, data, objective, preview, workdir, total=plan.total, start=start)
         for batch in data.train.spec(rows) if start < plan.total else ():
-            step_fn.prepare(state, frozen, abstract_batch(batch, mesh))
+            step_fn.prepare(state, frozen, stop.mark(abstract_batch(batch, mesh), mesh))
         if start == 0:
             watch.keep_before(watch.evaluate(0, states.model_params(frozen, state)))
+        stop.busy, done, stopping = True, start, False
         for step in range(start, plan.total):
             if step > start and _due(step, every.eval):
                 watch.evaluate(step, states.model_params(frozen, state))
@@ -122,14 +126,25 @@ def train(config: dict[str, Any], workdir: Path) -> None:
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
-            placed = place_batch(batch, mesh)
+            placed = stop.mark(place_batch(batch, mesh), mesh)
             state, sums = step_fn(state, frozen, placed)
+            flag, done = sums.pop(STOP_FLAG, None), step + 1
             # The numbers are fetched one step late, so that the device never waits for the host.
-            watch.train(step + 1, sums, batch, waited, _due(step + 1, every.log))
+            watch.train(done, sums, batch, waited, _due(done, every.log))
+            if stopping := stop.agreed(flag):
+                break
         watch.flush()
-        if plan.total > start:
-            saved.save(plan.total, state, config, {"next_step": plan.total})
+        if done > start:
+            saved.save(done, state, config, {"next_step": done})
         saved.close()
+        if stopping or (stop.alone and stop.asked):
+            # A resumed run neither evaluates nor samples at its first step.
+            if done < plan.total and _due(done, every.eval):
+                watch.evaluate(done, states.model_params(frozen, state))
+            if done < plan.total and _due(done, every.sample):
+                watch.look(done, states.model_params(frozen, state))
+            raise Stopped(f"stopped at step {done} of {plan.total}; the same command resumes")
+        stop.busy = False
         params = states.model_params(frozen, state)
         after = watch.evaluate(plan.total, params) if plan.total else None
         if cfg.export.kind != "none":

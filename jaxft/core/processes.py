@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from jaxft.core.errors import UserError
+from jaxft.core.guards.stopping import PREEMPTED, Stopped
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -36,8 +37,9 @@ def restart_with_huge_pages() -> None:
 def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a command and return its exit status: 0 for success.
 
-    A UserError is printed as one line on stderr and returns 2. Ctrl-C returns 130. A process of
-    several that fails ends here at once, because jax would make it wait for the others.
+    A UserError is printed as one line on stderr and returns 2. Ctrl-C returns 130, and a training
+    that a signal stopped returns 75. A process of several that fails ends here at once, because jax
+    would make it wait for the others.
     """
     code = 1
     try:
@@ -66,6 +68,9 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except UserError as error:
         print(f"jaxft: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"jaxft: {stopped}", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
         print("jaxft: interrupted; the same command resumes", file=sys.stderr)
         return 130

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxft.core import optim
+from jaxft.core.guards.stopping import STOP_FLAG
 from jaxft.core.params import Leaf, Params, bind
 from jaxft.core.runtime import compiler_options
 from jaxft.core.sharding import constrain, replicated
@@ -93,7 +94,8 @@ def make_step(
     """Return `step(state, frozen, batch) -> state, metrics`, jitted. It donates `state`.
 
     Metrics are fp32 scalars: `loss` (sum / weight over the whole global batch), `grad_norm`
-    (before clipping), `lr`, `weight`, and the task's sums divided by the weight.
+    (before clipping), `lr`, `weight`, and the task's sums divided by the weight. If the batch has
+    STOP_FLAG, its maximum over the rows of all processes is among them, as int32.
     """
 
     def gradients(state: State, frozen: Params, batch: Batch, keys: jax.Array) -> tuple:
@@ -109,7 +111,8 @@ def make_step(
     def train_step(state: State, frozen: Params, batch: Batch) -> tuple[State, Metrics]:
         keys = sample_keys(spec.seed, state.step, batch["sample_ids"])
         run = partial(gradients, state, frozen)
-        sums = _accumulate(run, batch, keys, spec.micro_batches)
+        plain = {name: x for name, x in batch.items() if name != STOP_FLAG}
+        sums = _accumulate(run, plain, keys, spec.micro_batches)
         grads, total, weight, metrics = sums
         divisor = jnp.maximum(weight, 1e-8)
         grads = jax.tree.map(lambda g: g / divisor, grads)
@@ -124,6 +127,8 @@ def make_step(
             "weight": weight,
             **{name: value / divisor for name, value in metrics.items()},
         }
+        if STOP_FLAG in batch:
+            report[STOP_FLAG] = jnp.max(batch[STOP_FLAG])
         return State(state.step + 1, params, opt, ema), report
 
     # Inputs keep their shardings. Without named outputs the second step would compile again.

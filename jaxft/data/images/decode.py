@@ -8,12 +8,13 @@ from PIL import Image
 from jaxft.core.errors import UserError
 from jaxft.data.images.headers import ANIMATED_FORMATS, upright
 from jaxft.data.images.png import correct_transparency, without_texts
+from jaxft.data.sources.images.records import FORMATS
 
 # First bytes of formats that Pillow does not open: (place, bytes, name).
 _FOREIGN_FORMATS = (
     (4, b"ftyphei", "HEIC"), (4, b"ftyphev", "HEIC"), (4, b"ftypmif1", "HEIC"),
     (4, b"ftypmsf1", "HEIC"), (0, b"\xff\x0a", "JPEG XL"), (4, b"JXL ", "JPEG XL"),
-    (0, b"<svg", "SVG"), (0, b"<?xml", "SVG"),
+    (0, b"<svg", "SVG"), (0, b"<?xml", "SVG"), (0, b"%!PS", "EPS"), (0, b"\xc5\xd0\xd3\xc6", "EPS"),
 )  # fmt: skip
 
 
@@ -27,7 +28,7 @@ def decode(content: bytes, name: str) -> Image.Image:
     """
     try:
         content = without_texts(content)
-        with Image.open(BytesIO(content)) as image:
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
             if image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False):
                 raise UserError(f"{name}: the image is animated: expected a still picture")
             image.load()

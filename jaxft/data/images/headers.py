@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 
 from jaxft.data.images.buckets import Size
 from jaxft.data.images.png import SIGNATURE, without_pixels
+from jaxft.data.sources.images.records import FORMATS
 
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")  # MPO and TIFF hold further pictures, no frames
 _RANGES = ("F", "I")  # float and 32-bit pixels, of which `decode` refuses some values
@@ -21,7 +22,7 @@ def header_size(content: bytes) -> Size | None:
     """
     try:
         head = without_pixels(content) if content.startswith(SIGNATURE) else content
-        with Image.open(BytesIO(head)) as image:
+        with Image.open(BytesIO(head), formats=FORMATS) as image:
             animated = image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False)
             if animated or image.mode in _RANGES or not _is_whole(str(image.format), content):
                 return None

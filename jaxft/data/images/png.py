@@ -99,7 +99,9 @@ def correct_transparency(image: Image.Image, content: bytes) -> None:
     elif image.mode == "RGB" and bits == 8:
         image.info["transparency"] = tuple(value & 255 for value in colour)
     elif image.mode == "RGB":
-        with Image.open(BytesIO(content)) as low:  # the same file, its lower bytes
+        with Image.open(
+            BytesIO(content), formats=("PNG",)
+        ) as low:  # the same file, its lower bytes
             tiles: Any = [(*tile[:3], "RGB;16L") for tile in low.tile]
             low.tile = tiles
             values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)

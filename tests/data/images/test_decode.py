@@ -1,15 +1,19 @@
 """Decoding: upright and whole pictures in RGB, or one line that names the picture."""
 
+import ast
 import struct
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import jaxft
 from jaxft.core.errors import UserError
 from jaxft.data.images.decode import decode
+from jaxft.data.images.headers import header_size
 
 
 def encoded(image, format="PNG", **options):
@@ -161,3 +165,31 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded():
 def test_case_img_11_formats_are_named_by_their_content(content, name):
     with pytest.raises(UserError, match=rf"^a\.jpg: {name} pictures are not read: convert it"):
         decode(content, "a.jpg")
+
+
+def saved(kind):
+    stream = BytesIO()
+    Image.new("RGB", (4, 4), "red").save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "SGI", "ICO", "IM", "DDS"])
+def test_d4_fault_9_the_contents_of_a_file_open_no_rare_format(kind, monkeypatch):
+    """EPS bytes under a name of another format would start Ghostscript."""
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program started"))
+    content = saved(kind)
+    assert header_size(content) is None
+    with pytest.raises(UserError, match=r"a\.png: .*(EPS pictures are not read|cannot decode)"):
+        decode(content, "a.png")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA"])
+def test_d4_fault_9_the_usual_formats_open_under_any_name(kind):
+    assert decode(saved(kind), "a.dat").size == (4, 4)
+
+
+def test_d4_fault_9_every_call_names_the_formats():
+    for path in Path(jaxft.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
+                assert "formats" in {keyword.arg for keyword in node.keywords}, path

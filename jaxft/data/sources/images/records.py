@@ -18,6 +18,11 @@ SUFFIXES = (
     ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf",
     ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi",
 )  # fmt: skip
+# What Pillow may open, by the contents of a file and whatever its name is. Its other formats are
+# rare, and one of them (EPS) starts a program.
+FORMATS = (
+    "PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI",
+)  # fmt: skip
 # Formats that Pillow does not open, or opens as another picture than a viewer shows.
 UNREADABLE = (
     ".heic", ".heics", ".heif", ".heifs", ".hif", ".jxl", ".jxr", ".wdp", ".hdp", ".bpg", ".flif",

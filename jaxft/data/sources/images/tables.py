@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from jaxft.core.errors import UserError
+from jaxft.data.sources.images.records import FORMATS
 from jaxft.data.sources.table_files import TableFile, open_table_files
 
 # Columns that are tried first, with the most common name in front.
@@ -146,7 +147,7 @@ def _holds_image(part: TableFile, name: str) -> bool:
         if content is None and not (isinstance(cell, dict) and cell.get("path")):
             continue
         try:
-            Image.open(BytesIO(content)) if content is not None else None
+            Image.open(BytesIO(content), formats=FORMATS) if content is not None else None
         except Exception:  # Pillow raises many kinds
             return False
         return True
