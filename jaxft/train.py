@@ -105,6 +105,8 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
     with jax.set_mesh(mesh):
         state, frozen = states.start_state(run, plan, saved, start)
         start = int(state.step)  # earlier, if the newest checkpoint is damaged
+        remaining = plan.total - start
+        saved.check_room(state, remaining and 1 + (remaining // every.save if every.save else 0))
         preview = opening.preview(run, data, states.model_params(frozen, state), start)
         objective = task.objective(run.opened, data.train)
         step_fn = Compiled(make_steps(run, plan, objective), runtime.memory_limit(mesh))
@@ -121,8 +123,9 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
             if step > start and _due(step, every.sample):
                 watch.look(step, states.model_params(frozen, state))
             if step > start and _due(step, every.save):
-                watch.flush()  # raises if the loss is not finite, before the state is saved
-                saved.save(step, state, config, {"next_step": step})
+                watch.flush()  # counts the step before too
+                if not watch.skipped_in_row:  # no sound checkpoint makes room for a doubtful one
+                    saved.save(step, state, config, {"next_step": step})
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked

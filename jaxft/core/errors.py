@@ -5,7 +5,15 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in a file, key or value. Commands print it as one line and exit non-zero."""
+    """A mistake in a file, key or value. Commands print it as one line and exit with `status`."""
+
+    status = 2
+
+
+class Diverged(UserError):
+    """A training whose steps are no longer finite. The newest checkpoint is from before."""
+
+    status = 77
 
 
 def near(name: str, known: Iterable[str], intro: str) -> str:

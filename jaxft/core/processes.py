@@ -1,6 +1,7 @@
 """The processes of a run: their start, their meeting, and the end of a command."""
 
 import importlib.util
+import logging
 import os
 import platform
 import socket
@@ -13,12 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from jaxft.core.errors import UserError
+from jaxft.core.guards.room import DiskFull, is_full
 from jaxft.core.guards.stopping import PREEMPTED, Stopped
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 JOIN_TIMEOUT = "JAXFT_JOIN_TIMEOUT"  # seconds that a process waits for the others at its start
 JOIN_SECONDS = 120.0  # its default
+PEER_LOST = 76  # exit status: another process of the run ended, so start all of them again
 LAST_WORDS = 3.0  # seconds in which the others can print their errors before the first one leaves
 
 
@@ -37,9 +40,9 @@ def restart_with_huge_pages() -> None:
 def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a command and return its exit status: 0 for success.
 
-    A UserError is printed as one line on stderr and returns 2. Ctrl-C returns 130, and a training
-    that a signal stopped returns 75. A process of several that fails ends here at once, because jax
-    would make it wait for the others.
+    A UserError is printed as one line on stderr and returns its status. Ctrl-C returns 130, and a
+    training that a signal stopped returns 75. A process of several that fails ends here at once,
+    because jax would make it wait for the others.
     """
     code = 1
     try:
@@ -56,6 +59,7 @@ def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
             " the same command on all hosts resumes",
             file=sys.stderr,
         )
+        code = PEER_LOST
     finally:
         if code and joined():
             _leave(code)
@@ -67,10 +71,20 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         main(argv)
     except UserError as error:
         print(f"jaxft: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except Stopped as stopped:
         print(f"jaxft: {stopped}", file=sys.stderr)
         return PREEMPTED
+    except OSError as error:
+        if not is_full(error):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(
+            f"jaxft: the disk is full{where}; free space, the same command goes on from"
+            " what is saved",
+            file=sys.stderr,
+        )
+        return DiskFull.status
     except KeyboardInterrupt:
         print("jaxft: interrupted; the same command resumes", file=sys.stderr)
         return 130
@@ -244,6 +258,8 @@ def start() -> None:
     import jax
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Orbax logs tracebacks of what it raises later, and the commands print that as one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxft" / "xla"
     chosen = jax.config.values["jax_compilation_cache_dir"]
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())

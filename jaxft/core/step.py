@@ -96,6 +96,9 @@ def make_step(
     Metrics are fp32 scalars: `loss` (sum / weight over the whole global batch), `grad_norm`
     (before clipping), `lr`, `weight`, and the task's sums divided by the weight. If the batch has
     STOP_FLAG, its maximum over the rows of all processes is among them, as int32.
+
+    If the loss or the norm of the gradients is not finite, parameters, moments and averages stay as
+    they were. Only the counters go on, so that the data and the schedule end where they should.
     """
 
     def gradients(state: State, frozen: Params, batch: Batch, keys: jax.Array) -> tuple:
@@ -120,21 +123,31 @@ def make_step(
             updates, opt = tx.update(grads, state.opt, state.params)
             params: Any = optax.apply_updates(state.params, updates)
             ema = optim.ema_update(state.ema, params, state.step, spec.ema) if spec.ema else {}
+        mean, norm = total / divisor, optax.tree.norm(grads)
+        fine = jnp.isfinite(mean) & jnp.isfinite(norm)
+        after = State(state.step + 1, params, opt, ema)
+        after = jax.tree.map(partial(_unless_skipped, fine), after, state)
         report = {
-            "loss": total / divisor,
-            "grad_norm": optax.tree.norm(grads),
+            "loss": mean,
+            "grad_norm": norm,
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "weight": weight,
             **{name: value / divisor for name, value in metrics.items()},
         }
         if STOP_FLAG in batch:
             report[STOP_FLAG] = jnp.max(batch[STOP_FLAG])
-        return State(state.step + 1, params, opt, ema), report
+        return after, report
 
     # Inputs keep their shardings. Without named outputs the second step would compile again.
     places = (shardings, replicated(mesh))
     options = compiler_options(mesh)
     return jax.jit(train_step, out_shardings=places, donate_argnums=0, compiler_options=options)
+
+
+def _unless_skipped(fine: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Return `new`, or `old` if the step is not `fine`. Counters go on."""
+    counter = new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer)  # 8-bit moments are none
+    return new if counter else jnp.where(fine, new, old)
 
 
 def sample_keys(seed: int, step: jax.Array | int, sample_ids: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ def agreement() -> Iterator[None]:
         yield
     except UserError as error:
         mine = str(error)
-    for place, text in enumerate(_gather(mine)):
+    for place, text in enumerate(gather(mine)):
         if text:
             raise UserError(f"process {place}: {text}")
 
@@ -39,7 +39,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
     """
     if not processes.joined():
         return
-    first, *rest = (text.split("\n") for text in _gather("\n".join(map(str, facts.values()))))
+    first, *rest = (text.split("\n") for text in gather("\n".join(map(str, facts.values()))))
     for place, other in enumerate(rest, 1):
         pairs = zip(facts, first, other, strict=True)
         if differing := [f"{name}: {a} -> {b}" for name, a, b in pairs if a != b]:
@@ -49,8 +49,10 @@ def check_same(facts: Mapping[str, Any]) -> None:
             )
 
 
-def _gather(text: str) -> list[str]:
+def gather(text: str) -> list[str]:
     """Return the text of every process, in their order."""
+    if not processes.joined():
+        return [text]
     encoded = np.frombuffer(text.encode(), np.uint8)
     sizes = process_allgather(np.asarray([len(encoded)], np.int32)).ravel()
     padded = np.zeros(max(sizes.max(), 1), np.uint8)

@@ -14,8 +14,11 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 from jaxft.core.errors import UserError
 from jaxft.core.guards.fingerprint import fingerprints, named_leaves, not_finite
+from jaxft.core.guards.room import DiskFull, is_full, lack_of_room, nbytes
+from jaxft.runs.agreement import gather
 
 KEEP = 3
+FAILURES = 3  # saves in a row without room on the disk, after which a run ends
 CHECK = "prints"  # the item with the fingerprints, and the key of its digest beside the position
 Found = TypeVar("Found")
 
@@ -29,18 +32,46 @@ class Checkpoints:
 
     def __init__(self, workdir: Path):
         self.folder = Path(workdir).resolve() / "checkpoints"
+        self.failures, self._saving = 0, 0
+        self._open()
+
+    def _open(self) -> None:
+        """Open the folder, and remove what saves have left that did not end."""
         options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
 
+    def check_room(self, state: Any, saves: int) -> None:
+        """Raise DiskFull in all processes if a run of `saves` more saves would fill the disk.
+
+        An old checkpoint goes after a new one has come, so KEEP + 1 of them need room.
+        """
+        have = len(self.manager.all_steps())
+        count = min(KEEP + 1 - min(have, KEEP), saves)
+        if lack := self._lack(count * nbytes(state)):
+            raise DiskFull(
+                f"a run that keeps {KEEP} checkpoints {lack}; free space, choose a --workdir on"
+                " another disk, or train less: trainable, lora.rank"
+            )
+
+    def _lack(self, needed: int) -> str:
+        """Return why a save has no room, the same in all processes, or ""."""
+        return next(filter(None, gather(lack_of_room(self.folder, needed))), "")
+
     def save(self, step: int, state: Any, config: dict, position: dict) -> None:
         """Start an asynchronous save. A step that is already saved is not written again.
 
-        Raises: UserError for a state that is not finite, from which no run could go on.
+        Without room on the disk, nothing is written and the run goes on, but not after FAILURES
+        saves in a row. Raises: UserError for a state that is not finite, from which no run could
+        go on. DiskFull.
         """
+        self._settle()
         if step in self.manager.all_steps():
+            return
+        if lack := self._lack(nbytes(state)):
+            self._fail(f"step {step} is not saved: it {lack}")
             return
         if bad := not_finite(state):
             raise UserError(
@@ -57,7 +88,35 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
             **{name: ocp.args.JsonSave(item) for name, item in items.items()},  # type: ignore[call-arg]
         )
+        self._saving = step
         self.manager.save(step, args=args)
+
+    def _settle(self) -> None:
+        """Wait for the save under way, and count it."""
+        if not self._saving:
+            return
+        step, self._saving = self._saving, 0
+        try:
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+        except Exception as error:  # Orbax and its libraries raise nearly every kind
+            if not is_full(error):
+                reason = next(iter(str(error).strip().splitlines()), "")[:160]
+                raise DiskFull(
+                    f"step {step} could not be saved in {self.folder} ({type(error).__name__}:"
+                    f" {reason}); make that folder writable, and start the same command again"
+                ) from None
+            self._open()
+            self._fail(f"the disk was full before step {step} was saved in {self.folder}")
+        else:
+            self.failures = 0
+
+    def _fail(self, what: str) -> None:
+        self.failures += 1
+        newest = f"the newest checkpoint is that of step {self.latest() or 0}; free space"
+        if self.failures >= FAILURES:
+            raise DiskFull(f"{what}, as {FAILURES - 1} saves before; {newest}")
+        print(f"{what}; {newest}, the run goes on", flush=True)
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict]:
         """Return (state, data position), as they were saved.
@@ -156,9 +215,13 @@ class Checkpoints:
                 )
 
     def wait(self) -> None:
-        """Block until every save is on disk. Raises errors of the saves in the background."""
-        self.manager.wait_until_finished()
-        self.manager.check_for_errors()
+        """Block until every save is on disk. Raises: DiskFull if the last one is not."""
+        self._settle()
+        if self.failures:
+            raise DiskFull(
+                f"the last step is not saved, because {self.folder} has no room; free space, and"
+                f" start the same command again: it goes on from step {self.latest() or 0}"
+            )
 
     def close(self) -> None:
         self.wait()

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from jaxft.core import runtime
-from jaxft.core.errors import UserError
+from jaxft.core.errors import Diverged, UserError
 from jaxft.core.metrics import MetricWriter, Throughput, table
 from jaxft.core.params import Params
 from jaxft.core.sharding import local_rows
@@ -21,6 +21,7 @@ from jaxft.tasks import Data, Objective, Preview, Report
 
 MANIFEST = "manifest.json"  # environment, mesh and data of a run
 BAD_SAMPLES = "bad_samples.jsonl"  # the samples left out, one a line with its error
+SKIPS_IN_ROW, SKIPS = 10, 50  # steps that are not finite, after which a start of a run ends
 BEFORE = "before.json"  # the evaluation before step 0, for the final table of a resumed run too
 
 
@@ -34,7 +35,10 @@ class _Pending(NamedTuple):
 
 
 class Watch:
-    """Writer of a run's records, evaluations and samples. It holds no part of the state."""
+    """Writer of a run's records, evaluations and samples. It holds no part of the state.
+
+    skipped_in_row: steps since the last one that was finite.
+    """
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class Watch:
         self.flops_per_unit = objective.flops(run.trained_leaves)
         self.pending: _Pending | None = None
         self._before = "the first step of this start, from finite weights"
+        self.skipped_in_row = self._skipped = 0
         self.last = time.perf_counter()
         self.data, self._bad = data, -1
         self._describe_data()
@@ -92,8 +97,8 @@ class Watch:
     def flush(self, waited: float = 0.0) -> None:
         """Write the numbers of the held step. Waits until the device has finished it.
 
-        `waited` is the time since the last flush that the next step's batch took. Raises UserError
-        for a loss or gradient norm that is not finite.
+        `waited` is the time since the last flush that the next step's batch took.
+        Raises: Diverged if too many steps were skipped, because they were not finite.
         """
         self._describe_data()
         if self.pending is None:
@@ -104,15 +109,30 @@ class Watch:
         flops = self.flops_per_unit * pending.units
         rates = self.throughput.rates(pending.units, now - self.last, waited, flops)
         self.last = now
-        # A finite loss may have gradients that are not, and those have spoilt the weights already.
+        # A finite loss may have gradients that are not.
         if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(sums[name])]:
-            raise UserError(
-                f"{bad[0]} is {sums[bad[0]]} at step {pending.step}; nothing after the last"
-                f" checkpoint is kept ({self._before}): lower optim.lr or lengthen optim.warmup, in"
-                " another --workdir, or look for odd records in the batch of that step"
-            )
-        self._before = f"loss {sums['loss']:.4g}, grad_norm {sums['grad_norm']:.4g} one step before"
+            self._skip(pending.step, f"{bad[0]} is {sums[bad[0]]}")
+        else:
+            self.skipped_in_row = 0
+            self._before = f"loss {sums['loss']:.4g}, grad_norm {sums['grad_norm']:.4g} before them"
         self.writer.write(pending.step, sums | rates, shown=pending.shown)
+
+    def _skip(self, step: int, reason: str) -> None:
+        """Count a step that changed no parameter. Raises: Diverged if there are too many."""
+        self.skipped_in_row, self._skipped = self.skipped_in_row + 1, self._skipped + 1
+        if self.skipped_in_row < SKIPS_IN_ROW and self._skipped < SKIPS:
+            self.note(f"step {step} is skipped, because its {reason}")
+            return
+        many = (
+            f"{self.skipped_in_row} steps in a row"
+            if self.skipped_in_row > 1
+            else f"{self._skipped} steps"
+        )
+        raise Diverged(
+            f"{reason} at step {step}, and {many} were skipped for such numbers; the newest"
+            f" checkpoint is from before ({self._before}): lower optim.lr or lengthen"
+            " optim.warmup, in another --workdir, or look for odd records in those batches"
+        )
 
     def evaluate(self, step: int, params: Params) -> Report:
         """Return the evaluation of the model before `step`'s update, and write it.

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from jaxft.core import optim, sharding
+from jaxft.core.optimizers import adam
 from jaxft.core.params import bind, describe, flatten
 from jaxft.core.step import StepSpec, cast, init_state, make_step, sample_keys, state_shardings
 from jaxft.nn.linear import Linear, dropout
@@ -176,6 +177,26 @@ def test_a_batch_without_weight_moves_nothing():
     assert report["loss"] == 0 and report["grad_norm"] == 0
     for path, after in rig.params().items():
         np.testing.assert_array_equal(after, before[path])
+
+
+@pytest.mark.parametrize("direction", [adam.adam, adam.adam_8bit])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_d9_a_step_that_is_not_finite_changes_counters_alone(direction, value, monkeypatch):
+    """A loss of NaN, and a finite loss whose gradients are not: tanh of infinity has an end."""
+    monkeypatch.setattr(adam, "SMALLEST", 1)
+    rig = Rig(None, ema=0.9, tx=optax.chain(direction(0.9, 0.99), optax.scale(-0.1)))
+    rig.run()
+    before = jax.tree.map(np.asarray, rig.state)
+    assert (direction is adam.adam) or any(x.dtype == np.int8 for x in jax.tree.leaves(before))
+    bad = host_batch()
+    bad["x"][3, 2] = value
+    report = rig.run(bad)
+    assert np.isfinite(report["loss"]) == np.isinf(value) and np.isnan(report["grad_norm"])
+    after = jax.tree.map(np.asarray, rig.state)
+    assert after.step == 2
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        counter = old.ndim == 0 and old.dtype == np.int32
+        np.testing.assert_array_equal(new, old + 1 if counter else old)
 
 
 def test_t16_frozen_parameters_have_no_moments_and_do_not_move():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jaxft.core import processes
 from jaxft.core.errors import UserError
 from jaxft.runs import agreement
 
@@ -13,7 +14,7 @@ def others(monkeypatch):
 
     def make(*texts):
         monkeypatch.setattr(agreement.processes, "joined", lambda: True)
-        monkeypatch.setattr(agreement, "_gather", lambda mine: [mine, *texts])
+        monkeypatch.setattr(agreement, "gather", lambda mine: [mine, *texts])
 
     return make
 
@@ -66,5 +67,7 @@ def test_texts_of_any_length_are_gathered(monkeypatch):
 
     monkeypatch.setattr(agreement, "process_allgather", allgather)
     monkeypatch.setattr(agreement.jax, "process_count", lambda: 2)
-    assert agreement._gather("") == ["", "é, a longer text"]
-    assert agreement._gather("short") == ["short", "é, a longer text"]
+    assert agreement.gather("alone") == ["alone"]
+    monkeypatch.setattr(processes, "joined", lambda: True)
+    assert agreement.gather("") == ["", "é, a longer text"]
+    assert agreement.gather("short") == ["short", "é, a longer text"]

@@ -141,13 +141,16 @@ def test_random_init_trains_and_exports_every_tensor(flags, model, tmp_path):
     assert torch.isfinite(loaded(torch.arange(8)[None]).logits).all()
 
 
-def test_a_step_that_is_not_finite_is_never_saved(flags, tmp_path, capsys):
+def test_d9_steps_that_are_not_finite_are_skipped_and_end_a_run(flags, tmp_path, capsys):
     """The numbers of a step come one step late, but never later than its checkpoint."""
     changes = {"lora.rank": 0, "optim.lr": 1e30, "optim.warmup": "0_steps", "every.save": "1_steps"}
-    arguments = [*CONFIG, "--workdir", str(tmp_path / "run"), *flags(changes)]
-    assert train.main(arguments) == 2
-    assert "grad_norm is nan at step 2; nothing after" in capsys.readouterr().err
-    assert Checkpoints(tmp_path / "run").latest() in (None, 1), "step 1 may still be on its way"
+    arguments = [*CONFIG, "--workdir", str(tmp_path / "run")]
+    assert train.main([*arguments, *flags({**changes, "total": "20_steps"})]) == 77
+    out, err = capsys.readouterr()
+    assert "step 2 is skipped, because its grad_norm is nan" in out and "step 10 is skipped" in out
+    assert err.count("\n") == 1 and "nan at step 11, and 10 steps in a row were skipped" in err
+    assert "before them" in err
+    assert Checkpoints(tmp_path / "run").latest() == 1
 
 
 def test_classification_reports_accuracy_and_rows(flags, tmp_path, capsys):
