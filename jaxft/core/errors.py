@@ -3,17 +3,16 @@
 import difflib
 from collections.abc import Iterable
 
+DISK_FULL = 74  # exit statuses: a run that cannot write, and one whose steps are not finite
+DIVERGED = 77
+
 
 class UserError(ValueError):
     """A mistake in a file, key or value. Commands print it as one line and exit with `status`."""
 
-    status = 2
-
-
-class Diverged(UserError):
-    """A training whose steps are no longer finite. The newest checkpoint is from before."""
-
-    status = 77
+    def __init__(self, text: str, status: int = 2):
+        super().__init__(text)
+        self.status = status
 
 
 def near(name: str, known: Iterable[str], intro: str) -> str:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from jaxft.core.errors import UserError
-from jaxft.core.guards.room import DiskFull, is_full
+from jaxft.core.errors import DISK_FULL, UserError
+from jaxft.core.guards.room import is_full
 from jaxft.core.guards.stopping import PREEMPTED, Stopped
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -84,7 +84,7 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
             " what is saved",
             file=sys.stderr,
         )
-        return DiskFull.status
+        return DISK_FULL
     except KeyboardInterrupt:
         print("jaxft: interrupted; the same command resumes", file=sys.stderr)
         return 130

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,9 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
 
-from jaxft.core.errors import UserError
+from jaxft.core.errors import DISK_FULL, UserError
 from jaxft.core.guards.fingerprint import fingerprints, named_leaves, not_finite
-from jaxft.core.guards.room import DiskFull, is_full, lack_of_room, nbytes
+from jaxft.core.guards.room import is_full, lack_of_room, nbytes
 from jaxft.runs.agreement import gather
 
 KEEP = 3
@@ -44,16 +45,17 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def check_room(self, state: Any, saves: int) -> None:
-        """Raise DiskFull in all processes if a run of `saves` more saves would fill the disk.
+        """Raise UserError in all processes if a run of `saves` more saves would fill the disk.
 
         An old checkpoint goes after a new one has come, so KEEP + 1 of them need room.
         """
         have = len(self.manager.all_steps())
         count = min(KEEP + 1 - min(have, KEEP), saves)
         if lack := self._lack(count * nbytes(state)):
-            raise DiskFull(
+            raise UserError(
                 f"a run that keeps {KEEP} checkpoints {lack}; free space, choose a --workdir on"
-                " another disk, or train less: trainable, lora.rank"
+                " another disk, or train less: trainable, lora.rank",
+                DISK_FULL,
             )
 
     def _lack(self, needed: int) -> str:
@@ -65,7 +67,7 @@ class Checkpoints:
 
         Without room on the disk, nothing is written and the run goes on, but not after FAILURES
         saves in a row. Raises: UserError for a state that is not finite, from which no run could
-        go on. DiskFull.
+        go on, or after too many saves without room.
         """
         self._settle()
         if step in self.manager.all_steps():
@@ -102,10 +104,14 @@ class Checkpoints:
         except Exception as error:  # Orbax and its libraries raise nearly every kind
             if not is_full(error):
                 reason = next(iter(str(error).strip().splitlines()), "")[:160]
-                raise DiskFull(
+                raise UserError(
                     f"step {step} could not be saved in {self.folder} ({type(error).__name__}:"
-                    f" {reason}); make that folder writable, and start the same command again"
+                    f" {reason}); make that folder writable, and start the same command again",
+                    DISK_FULL,
                 ) from None
+            if jax.process_index() == 0:
+                for leftover in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
             self._open()
             self._fail(f"the disk was full before step {step} was saved in {self.folder}")
         else:
@@ -115,7 +121,7 @@ class Checkpoints:
         self.failures += 1
         newest = f"the newest checkpoint is that of step {self.latest() or 0}; free space"
         if self.failures >= FAILURES:
-            raise DiskFull(f"{what}, as {FAILURES - 1} saves before; {newest}")
+            raise UserError(f"{what}, as {FAILURES - 1} saves before; {newest}", DISK_FULL)
         print(f"{what}; {newest}, the run goes on", flush=True)
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict]:
@@ -215,12 +221,13 @@ class Checkpoints:
                 )
 
     def wait(self) -> None:
-        """Block until every save is on disk. Raises: DiskFull if the last one is not."""
+        """Block until every save is on disk. Raises: UserError if the last one is not."""
         self._settle()
         if self.failures:
-            raise DiskFull(
+            raise UserError(
                 f"the last step is not saved, because {self.folder} has no room; free space, and"
-                f" start the same command again: it goes on from step {self.latest() or 0}"
+                f" start the same command again: it goes on from step {self.latest() or 0}",
+                DISK_FULL,
             )
 
     def close(self) -> None:

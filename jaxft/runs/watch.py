@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from jaxft.core import runtime
-from jaxft.core.errors import Diverged, UserError
+from jaxft.core.errors import DIVERGED, UserError
 from jaxft.core.metrics import MetricWriter, Throughput, table
 from jaxft.core.params import Params
 from jaxft.core.sharding import local_rows
@@ -98,7 +98,7 @@ class Watch:
         """Write the numbers of the held step. Waits until the device has finished it.
 
         `waited` is the time since the last flush that the next step's batch took.
-        Raises: Diverged if too many steps were skipped, because they were not finite.
+        Raises: UserError if too many steps were skipped, because they were not finite.
         """
         self._describe_data()
         if self.pending is None:
@@ -118,7 +118,7 @@ class Watch:
         self.writer.write(pending.step, sums | rates, shown=pending.shown)
 
     def _skip(self, step: int, reason: str) -> None:
-        """Count a step that changed no parameter. Raises: Diverged if there are too many."""
+        """Count a step that changed no parameter. Raises: UserError if there are too many."""
         self.skipped_in_row, self._skipped = self.skipped_in_row + 1, self._skipped + 1
         if self.skipped_in_row < SKIPS_IN_ROW and self._skipped < SKIPS:
             self.note(f"step {step} is skipped, because its {reason}")
@@ -128,10 +128,11 @@ class Watch:
             if self.skipped_in_row > 1
             else f"{self._skipped} steps"
         )
-        raise Diverged(
+        raise UserError(
             f"{reason} at step {step}, and {many} were skipped for such numbers; the newest"
             f" checkpoint is from before ({self._before}): lower optim.lr or lengthen"
-            " optim.warmup, in another --workdir, or look for odd records in those batches"
+            " optim.warmup, in another --workdir, or look for odd records in those batches",
+            DIVERGED,
         )
 
     def evaluate(self, step: int, params: Params) -> Report:

@@ -5,16 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jaxft.core.errors import UserError
-
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _WORDS = ("No space left on device", "Disk quota exceeded")  # in the errors of C++ libraries
-
-
-class DiskFull(UserError):
-    """A run that cannot write. What it saved before is intact."""
-
-    status = 74
 
 
 def is_full(error: BaseException) -> bool:
