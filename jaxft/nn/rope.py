@@ -55,9 +55,10 @@ def from_hf(config: Mapping[str, Any], head_dim: int, default_theta: float = 100
         raise UserError(f"config.json: rope_scaling={given!r} is no object of rope parameters")
     rope = {"rope_theta": config.get("rope_theta", default_theta), **given}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    shown = {key: value for key, value in rope.items() if not isinstance(value, list)}
     if kind not in SUPPORTED or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(
-            f"config.json: rope type {kind!r} in {rope} is not supported; supported are"
+            f"config.json: rope type {kind!r} in {shown} is not supported; supported are"
             f" {', '.join(SUPPORTED)} with one setting for all layers"
         )
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
@@ -71,9 +72,9 @@ def from_hf(config: Mapping[str, Any], head_dim: int, default_theta: float = 100
     try:
         return _scaled(kind, rope, head_dim)
     except KeyError as error:
-        raise UserError(f"config.json: rope type {kind!r} needs the key {error}: {rope}") from None
+        raise UserError(f"config.json: rope type {kind!r} needs the key {error}: {shown}") from None
     except ArithmeticError as error:
-        raise UserError(f"config.json: rope type {kind!r}: {error} in {rope}") from None
+        raise UserError(f"config.json: rope type {kind!r}: {error} in {shown}") from None
 
 
 def _check_numbers(kind: str, rope: Mapping[str, Any]) -> None:

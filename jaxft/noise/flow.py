@@ -67,7 +67,7 @@ class FlowSchedule:
                 f"{where}: {name} does not go with a flow matching model; expected {CLASS}, as in"
                 " the original folder"
             )
-        get = fields(config, DEFAULTS, NULLS, where)
+        get = fields(config, DEFAULTS, NULLS, where, {"shift_terminal": (0.1,)})
         if on := [key for key in OFF if config.get(key)]:
             raise UserError(f"{where}: {on[0]}={config[on[0]]!r} is not supported; set it to false")
         if get["time_shift_type"] not in ("exponential", "linear"):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.core.errors import UserError
-from jaxft.weights.fields import fields
+from jaxft.weights.fields import ANY, fields
 
 FILE = "scheduler_config.json"
 
@@ -183,8 +183,9 @@ def _read(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     given = config.get("trained_betas") is not None
     unused = ("beta_start", "beta_end", "beta_schedule") if given else ()
     unused += () if config.get("clip_sample", True) else ("clip_sample_range",)
+    also = dict.fromkeys((*SCHEDULE_CHOICES, *unused), ANY)
     nulls = {**NULLS, **{key: defaults[key] for key in unused}}
-    get = fields(config, defaults, nulls, where)
+    get = fields(config, defaults, nulls, where, {**also, "trained_betas": ((0.1,),)})
     for key, allowed in SCHEDULE_CHOICES.items():
         value = get.get(key, config.get(key, False))
         if value in allowed and (value is not None or key not in config or key == "thresholding"):

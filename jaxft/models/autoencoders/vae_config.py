@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.core.errors import UserError
-from jaxft.weights.fields import fields
+from jaxft.weights.fields import ANY, fields
 
 FILE = "vae/config.json"
 
@@ -40,6 +40,15 @@ NULLS: dict[str, Any] = dict.fromkeys(
 )
 
 
+_NUMBERS = ((0.0,),)
+ALSO = {
+    "shift_factor": (0.0,),
+    "latents_mean": _NUMBERS,
+    "latents_std": _NUMBERS,
+    "sample_size": ANY,  # not used here, and a list in some files
+}
+
+
 @dataclass(frozen=True)
 class VAEConfig:
     """The configuration of one autoencoder, with the scaling of its latents for diffusion."""
@@ -61,7 +70,7 @@ class VAEConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str = FILE) -> "VAEConfig":
         """Read a config.json. Raises: UserError for values that are not supported."""
-        get = fields(config, DEFAULTS, NULLS, where)
+        get = fields(config, DEFAULTS, NULLS, where, ALSO)
         _check(get, where)
         mean, channels = get["latents_mean"], get["latent_channels"]
         if mean is None:

@@ -171,7 +171,7 @@ def _from_janus(config: Mapping[str, Any], where: str) -> VQConfig:
 
 
 def _from_diffusers(config: Mapping[str, Any], where: str) -> VQConfig:
-    get = fields(config, DIFFUSERS_DEFAULTS, NULLS, where)
+    get = fields(config, DIFFUSERS_DEFAULTS, NULLS, where, {"vq_embed_dim": (1,)})
     for key, allowed in (("act_fn", ("silu", "swish")), ("norm_type", ("group",)), (L2, (False,))):
         if get[key] not in allowed:
             raise UserError(

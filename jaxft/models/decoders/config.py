@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from jaxft.core.errors import UserError
 from jaxft.nn import rope
 from jaxft.nn.norm import RMSKind
+from jaxft.weights.fields import MOST, MOST_LAYERS
 
 LONGEST_PERIOD = 8  # layers that are compiled apart in one scan
 ACTIVATION_NAMES = {"silu": "silu", "swish": "silu"}  # two names of one function
@@ -128,6 +129,7 @@ def layer_scans(layers: tuple[LayerSpec, ...], start: int = 0) -> tuple[LayerSca
 # ---- the keys of config.json ------------------------------------------------------------------
 
 SIZE, COUNT = "a whole number above 0", "a whole number from 0 on"
+LAYERS = f"a whole number from 1 to {MOST_LAYERS}"
 NUMBER, FLAG, NAME = "a number from 0 on", "true or false", "a name"
 IDS, NAMES, FLAGS = "a token id or a list of them", "a list of names", "a list of 0 and 1"
 
@@ -142,7 +144,7 @@ class Key(NamedTuple):
 
 COMMON = {
     "hidden_size": Key(4096, SIZE),
-    "num_hidden_layers": Key(32, SIZE),
+    "num_hidden_layers": Key(32, LAYERS),
     "num_attention_heads": Key(32, SIZE),
     "hidden_act": Key("silu", NAME),
     "initializer_range": Key(0.02, NUMBER),
@@ -179,8 +181,9 @@ def _check(name: str, value: Any, key: Key) -> None:
 
 def _fits(value: Any, values: str) -> bool:
     # type() and not isinstance, because True is an int in Python.
-    if values in (SIZE, COUNT):
-        return type(value) is int and value >= (1 if values == SIZE else 0)
+    if values in (SIZE, COUNT, LAYERS):
+        most = MOST_LAYERS if values == LAYERS else MOST
+        return type(value) is int and (values == COUNT or value > 0) and 0 <= value <= most
     if values == NUMBER:
         return type(value) in (int, float) and 0 <= value < math.inf
     if values == FLAG:

@@ -24,7 +24,7 @@ def check_causal(config: Mapping[str, Any]) -> None:
     sizes.
     """
     stated, causal = config.get("architectures") or [], registry.class_names("decoder")
-    stated = stated if isinstance(stated, list) else [stated]
+    stated = [str(one) for one in stated] if isinstance(stated, list) else [str(stated)]
     # LlamaModel is LlamaForCausalLM without its head, which may be tied.
     known = {*causal, *(name.replace("ForCausalLM", "Model") for name in causal)}
     if stated and known.isdisjoint(stated):

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from jaxft.core.errors import UserError
-from jaxft.weights.fields import fields
+from jaxft.weights.fields import ANY, fields
 
 FILE = "transformer/config.json"
 
@@ -28,8 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "qk_norm": None,
 }
 NO_OUT_CHANNELS = 0  # the meaning of out_channels=null: those of the input
-# Keys that are widths and counts. None may be 0.
-POSITIVE_KEYS = tuple(key for key, value in DEFAULTS.items() if type(value) is int)
+ALSO = dict.fromkeys(("_class_name", "dual_attention_layers", "qk_norm"), ANY)
 QK_NORMS = (None, "rms_norm")
 
 
@@ -72,7 +71,7 @@ class MMDiTConfig:
 
         Raises: UserError for values that no layer here computes.
         """
-        c = fields(config, DEFAULTS, {"out_channels": NO_OUT_CHANNELS}, where)
+        c = fields(config, DEFAULTS, {"out_channels": NO_OUT_CHANNELS}, where, ALSO)
         c["out_channels"] = c["out_channels"] or c["in_channels"]
         _check(c, where)
         return cls(
@@ -112,9 +111,6 @@ class MMDiTConfig:
 def _check(c: Mapping[str, Any], where: str) -> None:
     if c["_class_name"] != DEFAULTS["_class_name"]:
         raise _refused(where, "_class_name", c["_class_name"], DEFAULTS["_class_name"])
-    for key in POSITIVE_KEYS:
-        if type(c[key]) is not int or c[key] < 1:
-            raise _refused(where, key, c[key], "an integer above 0")
     if c["qk_norm"] not in QK_NORMS:
         raise _refused(where, "qk_norm", c["qk_norm"], "null or 'rms_norm'")
     dim = c["num_attention_heads"] * c["attention_head_dim"]

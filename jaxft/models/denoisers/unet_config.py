@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.core.errors import UserError
-from jaxft.weights.fields import fields
+from jaxft.weights.fields import ANY, fields
 
 FILE = "unet/config.json"
 
@@ -84,6 +84,20 @@ BELONGS = {
     "num_class_embeds": "an upscaler, whose noise level is an input; not supported yet",
     "class_embed_type": "unCLIP, whose picture embedding is an input; not supported yet",
 }
+# Keys whose default does not show all kinds of values that they have.
+ALSO: dict[str, tuple] = {
+    **dict.fromkeys(ONLY, ANY),
+    **dict.fromkeys(
+        ("layers_per_block", "attention_head_dim", "transformer_layers_per_block"), ((1,),)
+    ),
+    **dict.fromkeys(
+        ("addition_time_embed_dim", "projection_class_embeddings_input_dim", "time_embedding_dim"),
+        (1,),
+    ),
+    "cross_attention_dim": ((1,),),
+    "sample_size": (1, (1, 1)),
+    "freq_shift": (0.0,),
+}
 _DEFAULTS = {**{key: values[0] for key, values in ONLY.items()}, **DEFAULTS}
 
 
@@ -122,7 +136,7 @@ class UNetConfig:
         A null has the meaning of None in that class.
         Raises: UserError for values that no layer here computes, and for widths that do not divide.
         """
-        c = fields(config, _DEFAULTS, NULLS, where)
+        c = fields(config, _DEFAULTS, NULLS, where, ALSO)
         if isinstance(c["only_cross_attention"], list | tuple):
             c["only_cross_attention"] = any(c["only_cross_attention"])  # one entry a level
         for key, values in ONLY.items():

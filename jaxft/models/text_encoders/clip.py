@@ -16,7 +16,7 @@ from jaxft.kernels.attention import attention
 from jaxft.models.registry import Architecture
 from jaxft.nn.linear import Embedding, Linear, gather_rows
 from jaxft.nn.norm import LayerNorm
-from jaxft.weights.fields import fields
+from jaxft.weights.fields import ANY, fields
 from jaxft.weights.rules import Rule
 
 FILE = "text_encoder/config.json"
@@ -76,12 +76,14 @@ class CLIPTextConfig:
                 " clip_text_model, a CLIP text encoder"
             )
         if projects is None:
-            projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+            projects = "CLIPTextModelWithProjection" in str(config.get("architectures"))
         if config.get("model_type") == "clip":  # a whole CLIPModel: text and vision
             config = config.get("text_config") or {}
+            if not isinstance(config, dict):
+                raise UserError(f"{where}: text_config={config!r} has to be an object")
         # Without a projection its dim may be null.
         nulls: dict[str, Any] = {} if projects else {"projection_dim": None}
-        get = fields(config, DEFAULTS, nulls, where)
+        get = fields(config, DEFAULTS, nulls, where, {"eos_token_id": ANY})
         if get["hidden_act"] not in CLIP_ACTIVATIONS:
             raise UserError(
                 f"{where}: hidden_act={get['hidden_act']!r} is not one of"

@@ -80,10 +80,6 @@ class T5EncoderConfig:
         if c["feed_forward_proj"] != "gated-gelu":
             expected = "'gated-gelu', that of T5 v1.1"
             raise _refused(where, "feed_forward_proj", c["feed_forward_proj"], expected)
-        for key, default in DEFAULTS.items():
-            least = 0 if key.endswith("_token_id") else 1
-            if type(default) is int and (type(c[key]) is not int or c[key] < least):
-                raise _refused(where, key, c[key], f"an integer of at least {least}")
         buckets, most = c["relative_attention_num_buckets"], c["relative_attention_max_distance"]
         # A quarter of the buckets are exact. Logarithms need one of these, and some distance.
         if buckets % 4 or most <= buckets // 4:

@@ -64,7 +64,7 @@ def test_alike_blocks_that_follow_each_other_are_one_run(dual, runs):
         ({"dual_attention_layers": [4]}, "dual_attention_layers.*below num_layers=4"),
         ({"dual_attention_layers": 2}, "dual_attention_layers=2.*a list"),
         ({"dual_attention_layers": None}, "dual_attention_layers=null"),
-        ({"num_layers": 0}, "num_layers=0.*above 0"),
+        ({"num_layers": 0}, "num_layers=0.*from 1 to"),
         ({"pos_embed_max_size": None}, "pos_embed_max_size=null"),
         ({"attention_head_dim": "64"}, "attention_head_dim='64'"),
     ],
