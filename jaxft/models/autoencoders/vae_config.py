@@ -41,7 +41,7 @@ NULLS: dict[str, Any] = dict.fromkeys(
 
 
 _NUMBERS = ((0.0,),)
-ALSO = {
+_ALSO: dict[str, tuple] = {
     "shift_factor": (0.0,),
     "latents_mean": _NUMBERS,
     "latents_std": _NUMBERS,
@@ -70,7 +70,7 @@ class VAEConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str = FILE) -> "VAEConfig":
         """Read a config.json. Raises: UserError for values that are not supported."""
-        get = fields(config, DEFAULTS, NULLS, where, ALSO)
+        get = fields(config, DEFAULTS, NULLS, where, _ALSO)
         _check(get, where)
         mean, channels = get["latents_mean"], get["latent_channels"]
         if mean is None:

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "qk_norm": None,
 }
 NO_OUT_CHANNELS = 0  # the meaning of out_channels=null: those of the input
-ALSO = dict.fromkeys(("_class_name", "dual_attention_layers", "qk_norm"), ANY)
+_ALSO: dict[str, tuple] = dict.fromkeys(("_class_name", "dual_attention_layers", "qk_norm"), ANY)
 QK_NORMS = (None, "rms_norm")
 
 
@@ -71,7 +71,7 @@ class MMDiTConfig:
 
         Raises: UserError for values that no layer here computes.
         """
-        c = fields(config, DEFAULTS, {"out_channels": NO_OUT_CHANNELS}, where, ALSO)
+        c = fields(config, DEFAULTS, {"out_channels": NO_OUT_CHANNELS}, where, _ALSO)
         c["out_channels"] = c["out_channels"] or c["in_channels"]
         _check(c, where)
         return cls(

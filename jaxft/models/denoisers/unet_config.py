@@ -85,7 +85,7 @@ BELONGS = {
     "class_embed_type": "unCLIP, whose picture embedding is an input; not supported yet",
 }
 # Keys whose default does not show all kinds of values that they have.
-ALSO: dict[str, tuple] = {
+_ALSO: dict[str, tuple] = {
     **dict.fromkeys(ONLY, ANY),
     **dict.fromkeys(
         ("layers_per_block", "attention_head_dim", "transformer_layers_per_block"), ((1,),)
@@ -136,7 +136,7 @@ class UNetConfig:
         A null has the meaning of None in that class.
         Raises: UserError for values that no layer here computes, and for widths that do not divide.
         """
-        c = fields(config, _DEFAULTS, NULLS, where, ALSO)
+        c = fields(config, _DEFAULTS, NULLS, where, _ALSO)
         if isinstance(c["only_cross_attention"], list | tuple):
             c["only_cross_attention"] = any(c["only_cross_attention"])  # one entry a level
         for key, values in ONLY.items():
