@@ -81,6 +81,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
     from jaxft.runs.agreement import agreement, check_same
     from jaxft.runs.checkpoint import Checkpoints
     from jaxft.runs.compiling import Compiled, make_steps
+    from jaxft.runs.inputs import check_inputs, record_inputs
     from jaxft.runs.outputs import check_output
     from jaxft.runs.watch import Watch
 
@@ -101,6 +102,9 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
     if start >= plan.total > 0 and exported:
         print(f"{workdir} is finished: {start} of {plan.total} steps; nothing to do")
         return
+    with agreement():
+        if jax.process_index() == 0:
+            check_inputs(workdir, config) if start else record_inputs(workdir, config)
     print(states.summary(run, plan, data.train), flush=True)
     with jax.set_mesh(mesh):
         state, frozen = states.start_state(run, plan, saved, start)

@@ -14,6 +14,7 @@ from jaxft.core.params import Params
 from jaxft.core.step import State
 from jaxft.runs.agreement import agreement, check_same
 from jaxft.runs.checkpoint import Checkpoints, Damage
+from jaxft.runs.inputs import MODEL_KEYS, check_inputs
 from jaxft.runs.opening import Run, load_params, open_run
 from jaxft.runs.state import abstract_state, model_params
 from jaxft.runs.watch import MANIFEST
@@ -41,6 +42,7 @@ def restore_run(
     def read(step: int) -> tuple[Run, State]:
         config = saved.config(step)
         with agreement():
+            check_inputs(workdir, config, MODEL_KEYS)
             run = open_run(configs.resolve_config(config, overrides, OPTIONS))
         with jax.set_mesh(run.mesh):
             return run, saved.restore(step, abstract_state(run))[0]
