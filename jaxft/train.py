@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxft.core import config as configs
 from jaxft.core import processes, runtime
+from jaxft.core.cli.arguments import parse
 from jaxft.core.errors import UserError
 from jaxft.core.guards.lock import locked
 from jaxft.core.guards.stopping import STOP_FLAG, Stopped, StopRequests
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    options, overrides = runtime.parse_arguments(argv, ("config", "workdir"))
+    options, overrides = parse("train", argv, OPTIONS)
     if "config" not in options:
         raise UserError("--config is missing: python -m jaxft.train --config configs/llm.py")
     config = configs.load_config(options["config"], overrides, OPTIONS)

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """A mistake in a file, key or value. Commands print it as one line and exit non-zero."""
 
 
+class Answer(ValueError):
+    """A text that a command prints in place of its work, such as its help."""
+
+
 def near(name: str, known: Iterable[str], intro: str) -> str:
     """Return a "did you mean" for an unknown name, or `intro` and all known names if none is near.
 
