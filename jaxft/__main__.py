@@ -9,7 +9,7 @@ from jaxft.core.cli.arguments import parse
 from jaxft.core.cli.commands import COMMANDS
 from jaxft.core.cli.completion import SHELLS, completion
 from jaxft.core.cli.helping import overview
-from jaxft.core.errors import Answer, UserError, near
+from jaxft.core.errors import Printed, UserError, near
 from jaxft.tasks import OPTIONS
 
 
@@ -28,18 +28,18 @@ def run(argv: list[str]) -> int:
 
 
 def _answer(argv: list[str]) -> None:
-    """Raise Answer with a help, the version or a completion, and UserError for other words."""
+    """Raise Printed with a help, the version or a completion, and UserError for other words."""
     name, *words = argv
     if "--version" in argv:
-        raise Answer(f"jaxft {__version__}")
+        raise Printed(f"jaxft {__version__}")
     if name in COMMANDS:
         parse(name, words, OPTIONS)
     if name in ("--help", "-h", "help"):
-        raise Answer(overview())
+        raise Printed(overview())
     if name == "completion":
         if len(words) != 1 or words[0] not in SHELLS:
             raise UserError(f"name a shell: jaxft completion {'|'.join(SHELLS)}")
-        raise Answer(completion(words[0], OPTIONS))
+        raise Printed(completion(words[0], OPTIONS))
     hint = near(name, [*COMMANDS, "completion"], "commands are")
     raise UserError(f"unknown command {name!r}; {hint}")
 

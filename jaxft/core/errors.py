@@ -8,7 +8,7 @@ class UserError(ValueError):
     """A mistake in a file, key or value. Commands print it as one line and exit non-zero."""
 
 
-class Answer(ValueError):
+class Printed(ValueError):
     """A text that a command prints in place of its work, such as its help."""
 
 

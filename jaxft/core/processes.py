@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from jaxft.core.errors import Answer, UserError
+from jaxft.core.errors import Printed, UserError
 from jaxft.core.guards.stopping import PREEMPTED, Stopped
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -65,7 +65,7 @@ def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
 def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
     try:
         main(argv)
-    except Answer as answer:
+    except Printed as answer:
         print(answer)
     except UserError as error:
         print(f"jaxft: {error}", file=sys.stderr)

@@ -7,18 +7,18 @@ from jaxft.core.cli.commands import COMMANDS
 from jaxft.core.cli.helping import command_help
 from jaxft.core.cli.keys import keys_of_task
 from jaxft.core.cli.synonyms import advice, quoted
-from jaxft.core.errors import Answer, UserError
+from jaxft.core.errors import Printed, UserError
 from jaxft.core.runtime import Arguments, parse_arguments
 
 
 def parse(name: str, argv: Sequence[str], tasks: Mapping[str, type]) -> Arguments:
     """Return the options and overrides of a command. A switch that is given is "True".
 
-    tasks: the dataclass of each task's own keys. Raises: Answer for --help. UserError
+    tasks: the dataclass of each task's own keys. Raises: Printed for --help. UserError
     for a word that the command does not know, with the option or key that does its work.
     """
     if "--help" in argv or "-h" in argv:
-        raise Answer(command_help(name, argv, tasks))
+        raise Printed(command_help(name, argv, tasks))
     options = COMMANDS[name].options
     switches = {f"--{one.name}" for one in options if not one.value}
     allowed = [one.name for one in options if one.value]

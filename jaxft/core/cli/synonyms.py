@@ -66,7 +66,7 @@ _RESUME = Synonym("--workdir", note="the same command resumes a run, and so does
 _CHOSEN = Synonym("", note="the kernel is chosen by the device")
 
 # By trainer, as docs/coming-from.md shows them. A name of several stands where it is most common.
-TRL = {
+TRL_NAMES = {
     "model_name_or_path": Synonym("model"),
     "dataset_name": Synonym("data.train", "hf:{}"),
     "learning_rate": Synonym("optim.lr"),
@@ -127,7 +127,7 @@ TRL = {
     "fsdp": Synonym("mesh.fsdp", "-1"),
     "deepspeed": Synonym("mesh.fsdp", "-1", "parameters are shared as in ZeRO 3"),
 }
-AXOLOTL = {
+AXOLOTL_NAMES = {
     "base_model": Synonym("model"),
     "datasets": Synonym("data.train", "PATH", "a mixture is 0.7*a.jsonl + 0.3*b.jsonl"),
     "test_datasets": Synonym("data.eval", "PATH"),
@@ -155,7 +155,7 @@ AXOLOTL = {
     "dataset_prepared_path": Synonym("cache"),
     "rl": Synonym("objective"),
 }
-DIFFUSERS = {
+DIFFUSERS_NAMES = {
     "pretrained_model_name_or_path": Synonym("model"),
     "train_data_dir": _FOLDER,
     "instance_data_dir": _FOLDER,
@@ -194,7 +194,7 @@ DIFFUSERS = {
     "enable_xformers_memory_efficient_attention": _CHOSEN,
     "variant": Synonym("", note="the variant is found in the folder"),
 }
-KOHYA = {
+KOHYA_NAMES = {
     "network_dim": Synonym("lora.rank"),
     "network_alpha": Synonym("lora.alpha"),
     "network_dropout": Synonym("lora.dropout"),
@@ -224,7 +224,7 @@ KOHYA = {
     "xformers": _CHOSEN,
     "sdpa": _CHOSEN,
 }
-SYNONYMS: Mapping[str, Synonym] = {**KOHYA, **DIFFUSERS, **AXOLOTL, **TRL}
+SYNONYMS: Mapping[str, Synonym] = {**KOHYA_NAMES, **DIFFUSERS_NAMES, **AXOLOTL_NAMES, **TRL_NAMES}
 
 
 def advice(name: str, value: str | None = None) -> str:

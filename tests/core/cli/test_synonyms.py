@@ -6,7 +6,14 @@ import pytest
 
 from jaxft.core.cli.arguments import parse
 from jaxft.core.cli.keys import keys_of_task
-from jaxft.core.cli.synonyms import AXOLOTL, DIFFUSERS, KOHYA, SYNONYMS, TRL, advice
+from jaxft.core.cli.synonyms import (
+    AXOLOTL_NAMES,
+    DIFFUSERS_NAMES,
+    KOHYA_NAMES,
+    SYNONYMS,
+    TRL_NAMES,
+    advice,
+)
 from jaxft.core.config import load_config
 from jaxft.core.errors import UserError
 from jaxft.tasks import OPTIONS
@@ -36,7 +43,7 @@ def test_a_name_leads_to_a_key_that_takes_its_value(name):
 def test_no_name_is_a_key_of_every_task():
     """It would be accepted, and no line would translate it."""
     assert not set(SYNONYMS) & set.intersection(*KEYS.values())
-    for table in (TRL, AXOLOTL, DIFFUSERS, KOHYA):
+    for table in (TRL_NAMES, AXOLOTL_NAMES, DIFFUSERS_NAMES, KOHYA_NAMES):
         assert set(table) <= set(SYNONYMS)
 
 
