@@ -1,7 +1,11 @@
-"""Train: `python -m jaxft.train --config configs/llm.py [--workdir DIR] [--config.KEY=…]`."""
+"""Train: `python -m jaxft.train --config configs/llm.py [--workdir DIR] [--config.KEY=…]`.
+
+`--workdir DIR` alone resumes the run of a folder.
+"""
 
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,17 +27,36 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> None:
     options, overrides = parse("train", argv, OPTIONS)
-    if "config" not in options:
-        raise UserError("--config is missing: python -m jaxft.train --config configs/llm.py")
-    config = configs.load_config(options["config"], overrides, OPTIONS)
+    file, workdir = _places(options)
+    config = configs.load_config(file, overrides, OPTIONS)
     check_task(config.get("task"))
     configs.read_config(config, OPTIONS[config["task"]])
-    workdir = Path(options.get("workdir", f"runs/{Path(options['config']).stem}"))
     with ExitStack() as held:
         _claim(workdir, config, held)
         # Mistakes in config or folder have failed by now, before jax and the weights load.
         stop = held.enter_context(StopRequests(alone=not processes.joined()))
         train(config, workdir, stop)
+
+
+def _places(options: Mapping[str, str]) -> tuple[str, Path]:
+    """Return (config file, run folder) of a command line. A run folder has a config of its own.
+
+    Raises UserError for a command line that names neither.
+    """
+    file, folder = options.get("config", ""), options.get("workdir", "")
+    if file.endswith("config.json") and not folder:
+        raise UserError(
+            f"--workdir is missing: --workdir={Path(file).parent} resumes that run, another folder"
+            " starts a new one with the same config"
+        )
+    workdir = Path(folder or f"runs/{Path(file).stem}")
+    if file:
+        return file, workdir
+    own = workdir / "config.json"
+    if not folder or not own.is_file():
+        reason = f", and {own} does not exist" if folder else ""
+        raise UserError(f"--config is missing{reason}: jaxft train --config configs/llm.py")
+    return str(own), workdir
 
 
 def _claim(workdir: Path, config: dict[str, Any], held: ExitStack) -> None:

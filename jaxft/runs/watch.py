@@ -61,6 +61,7 @@ class Watch:
         self._before = "the first step of this start, from finite weights"
         self.last = time.perf_counter()
         self.data, self._bad = data, -1
+        self._totals = _totals(workdir / MANIFEST, run.cfg.total, start)
         self._describe_data()
 
     def _describe_data(self) -> None:
@@ -71,7 +72,9 @@ class Watch:
             return
         self._bad, cfg = len(bad), self.run.cfg
         named = {"train": cfg.data.train, "eval": cfg.data.eval, **self.data.train.report()}
-        self._keep(MANIFEST, runtime.manifest(self.run.mesh, named))
+        shapes = {path: list(self.run.leaves[path].shape) for path in sorted(self.run.chosen)}
+        facts = runtime.manifest(self.run.mesh, named)
+        self._keep(MANIFEST, {**facts, "totals": self._totals, "trained": shapes})
         if bad and self.primary:
             lines = [json.dumps(one._asdict()) + "\n" for one in bad]
             (self.workdir / BAD_SAMPLES).write_text("".join(lines))
@@ -169,6 +172,14 @@ class Watch:
             self.note(f"export ({self.run.cfg.export.kind}): {self.workdir / 'export'}")
         self.note(f"done in {seconds / 60:.1f} minutes")
         self.writer.close()
+
+
+def _totals(file: Path, total: str, start: int) -> list[dict[str, Any]]:
+    """Return the lengths that a run had, each with the step from which it held."""
+    former = json.loads(file.read_text()).get("totals", []) if start and file.is_file() else []
+    if former and former[-1]["total"] == total:
+        return former
+    return [*former, {"total": total, "from_step": start}]
 
 
 def check_losses(report: Report, where: str) -> None:

@@ -12,7 +12,7 @@ from jaxft.core.config import CHOICES, MAPPING, Config, flatten_config
 
 KEY_ENTRY = re.compile(r" {4}(\w+): (.+(?:\n {8,}.+)*)")
 DURATION = re.compile(r"\d+_(steps|epochs|examples)")
-_KINDS = {str: "text", int: "whole", float: "number", bool: "switch"}
+_KINDS = {str: "text", int: "integer", float: "number", bool: "switch"}
 
 
 class ConfigKey(NamedTuple):

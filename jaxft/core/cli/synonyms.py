@@ -73,7 +73,7 @@ TRL_NAMES = {
     "num_train_epochs": _EPOCHS,
     "max_steps": _STEPS,
     "per_device_train_batch_size": _ONE_DEVICE,
-    "per_device_eval_batch_size": Synonym("", note="an evaluation takes batch_size"),
+    "per_device_eval_batch_size": Synonym("", note="an evaluation follows batch_size"),
     "gradient_accumulation_steps": Synonym("micro_batches", note=_WHOLE_BATCH),
     "max_length": _LENGTH,
     "max_seq_length": _LENGTH,
