@@ -18,6 +18,7 @@ from jaxft.core.guards.lock import locked
 from jaxft.core.guards.stopping import STOP_FLAG, Stopped, StopRequests
 from jaxft.runs.workdir import claim_workdir, differing_keys, make_workdir, read_config_file
 from jaxft.tasks import OPTIONS, check_task
+from jaxft.tasks.checking import check_early
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +32,8 @@ def _main(argv: list[str]) -> None:
     config = configs.load_config(file, overrides, OPTIONS)
     check_task(config.get("task"))
     configs.read_config(config, OPTIONS[config["task"]])
+    if not processes.launcher():  # of several processes, all have to fail together
+        check_early(config)
     with ExitStack() as held:
         _claim(workdir, config, held)
         # Mistakes in config or folder have failed by now, before jax and the weights load.
