@@ -109,6 +109,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
     from jaxft.runs.checkpoint import Checkpoints
     from jaxft.runs.compiling import Compiled, make_steps
     from jaxft.runs.outputs import check_output
+    from jaxft.runs.planning.fitting import room_for
     from jaxft.runs.watch import Watch
 
     began = time.perf_counter()
@@ -129,7 +130,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
         print(f"{workdir} is finished: {start} of {plan.total} steps; nothing to do")
         return
     print(states.summary(run, plan, data.train), flush=True)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), room_for(run, config) as room:
         state, frozen = states.start_state(run, plan, saved, start)
         start = int(state.step)  # earlier, if the newest checkpoint is damaged
         preview = opening.preview(run, data, states.model_params(frozen, state), start)
@@ -139,6 +140,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
         watch = Watch(run, data, objective, preview, workdir, total=plan.total, start=start)
         for batch in data.train.spec(rows) if start < plan.total else ():
             step_fn.prepare(state, frozen, stop.mark(abstract_batch(batch, mesh), mesh))
+        room.check(step_fn)
         if start == 0:
             watch.keep_before(watch.evaluate(0, states.model_params(frozen, state)))
         stop.busy, done, stopping = True, start, False

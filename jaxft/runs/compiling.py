@@ -10,6 +10,7 @@ import jax
 from jaxft.core import runtime, step
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params
+from jaxft.core.processes import EXHAUSTED
 from jaxft.core.step import State, StepSpec
 from jaxft.kernels.attention import used
 from jaxft.runs.opening import Run
@@ -19,7 +20,6 @@ from jaxft.tasks import Objective
 # Policies of remat=auto, from the fastest to the one with the least memory. On an accelerator
 # "none" is slower than "dots": it reads and writes more than "dots" computes again.
 CPU_REMATS, ACCELERATOR_REMATS = ("none",), ("dots", "full")
-TOO_LARGE = "RESOURCE_EXHAUSTED"  # in XLA's error for a program that does not fit
 
 
 def make_step(run: Run, plan: Plan, objective: Objective) -> Any:
@@ -54,6 +54,7 @@ class Compiled:
     def __init__(self, steps: Mapping[str, Any], limit: int = 0):
         self.steps, self.limit = dict(steps), limit
         self.by_shape: dict[Any, Any] = {}
+        self.needed = 0.0  # bytes of a device, of the largest shape
 
     @property
     def remat(self) -> str:
@@ -79,6 +80,7 @@ class Compiled:
             if compiled is not None and (fits or len(self.steps) == 1):
                 break
             self._next(needed)
+        self.needed = max(self.needed, needed)
         memory = compiled.memory_analysis()
         if memory is not None:
             held, more = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -114,7 +116,7 @@ def _compile(lowered: Any) -> tuple[Any, float]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if TOO_LARGE not in str(error):
+        if EXHAUSTED not in str(error):
             raise
         return None, 0.0
     memory = compiled.memory_analysis()
