@@ -8,6 +8,7 @@ from PIL import Image
 
 from jaxft.core import processes
 from jaxft.core.cli.arguments import parse
+from jaxft.core.cli.live import status
 from jaxft.core.errors import UserError
 from jaxft.tasks import OPTIONS, Data, Report
 
@@ -19,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> None:
     arguments = parse("evaluate", argv, OPTIONS)
+    status("loading jax")
     import jax
 
     from jaxft.core.metrics import table

@@ -8,6 +8,7 @@ from PIL import Image
 
 from jaxft.core import processes
 from jaxft.core.cli.arguments import parse
+from jaxft.core.cli.live import status
 from jaxft.core.errors import UserError
 from jaxft.tasks import OPTIONS
 from jaxft.tasks.common.pictures import grid
@@ -39,6 +40,7 @@ def _main(argv: list[str]) -> None:
     copies = int(asked.pop("copies", [1])[0])
     prompts = [prompt for prompt in _prompts(options) for _ in range(copies)]
     down, across = _sides(asked)
+    status("loading jax")
     import jax
 
     from jaxft.runs.restoring import facts, open_any

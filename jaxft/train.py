@@ -13,6 +13,7 @@ from typing import Any
 from jaxft.core import config as configs
 from jaxft.core import processes, runtime
 from jaxft.core.cli.arguments import parse
+from jaxft.core.cli.live import status
 from jaxft.core.errors import UserError
 from jaxft.core.guards.lock import locked
 from jaxft.core.guards.stopping import STOP_FLAG, Stopped, StopRequests
@@ -99,6 +100,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
     Resume is exact by the order of the loop: evaluate, sample, save, next batch, step, log. Step k
     does the same work on the same state, whether the run began before step k or at it.
     """
+    status("loading jax")
     import jax
 
     from jaxft.core.sharding import abstract_batch, local_rows, place_batch
@@ -138,8 +140,9 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
         step_fn = Compiled(make_steps(run, plan, objective), runtime.memory_limit(mesh))
         batches = data.train.batches(start, rows)
         watch = Watch(run, data, objective, preview, workdir, total=plan.total, start=start)
-        for batch in data.train.spec(rows) if start < plan.total else ():
-            step_fn.prepare(state, frozen, stop.mark(abstract_batch(batch, mesh), mesh))
+        shapes = data.train.spec(rows) if start < plan.total else ()
+        specs = (stop.mark(abstract_batch(shape, mesh), mesh) for shape in shapes)
+        step_fn.prepare(state, frozen, *specs)
         room.check(step_fn)
         if start == 0:
             watch.keep_before(watch.evaluate(0, states.model_params(frozen, state)))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from jaxft.core.cli.live import live_output
 from jaxft.core.errors import Printed, UserError
 from jaxft.core.guards.stopping import PREEMPTED, Stopped
 
@@ -46,7 +47,8 @@ def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """
     code, debug = 1, "--debug" in argv
     try:
-        code = _run(main, [word for word in argv if word != "--debug"])
+        with live_output():
+            code = _run(main, [word for word in argv if word != "--debug"])
     except Exception as error:
         if debug:
             raise

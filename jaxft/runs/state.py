@@ -10,7 +10,7 @@ import optax
 from jaxft.core import config as configs
 from jaxft.core import optim, runtime
 from jaxft.core.optimizers.schedule_free import average
-from jaxft.core.params import Params, trainable_table
+from jaxft.core.params import Params, describe_trained
 from jaxft.core.step import State, init_state, state_shardings
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.opening import Run, load_params
@@ -124,7 +124,7 @@ def _continued(run: Run, plan: Plan, saved: Checkpoints, start: int) -> str:
     former, now = saved.config(start)["total"], run.cfg.total
     if former == now:
         return ""
-    rate = float(plan.schedule(start))
+    rate = float(np.asarray(plan.schedule(start)))
     return (
         f"; total {former} -> {now}: the steps that remain have the learning rates of a run of"
         f" {plan.total} steps ({run.cfg.optim.schedule}: {rate:.3g} at step {start})"
@@ -142,6 +142,6 @@ def summary(run: Run, plan: Plan, rows: Rows) -> str:
         f" remat {cfg.remat}",
         f"{plan.total} steps of {cfg.batch_size} examples{micro}, {cfg.optim.name} at"
         f" {cfg.optim.lr:g} ({cfg.optim.schedule})",
-        trainable_table(run.leaves, run.chosen),
+        describe_trained(run.leaves, run.chosen),
     ]
     return "\n".join(lines)

@@ -123,7 +123,9 @@ class Watch:
         Raises UserError as `check_losses`.
         """
         self.flush()
+        self.writer.busy("evaluating")
         report = self.preview.evaluate(params, self.run.mesh)
+        self.writer.busy("")
         check_losses(report, f"step {step} of {self.workdir}")
         if report.metrics:
             self.writer.write_eval(step, report.metrics)
@@ -142,7 +144,9 @@ class Watch:
     def look(self, step: int, params: Params) -> None:
         """Print and write samples of the model before `step`'s update."""
         self.flush()
+        self.writer.busy("sampling")
         sampled = self.preview.sample(params)
+        self.writer.busy("")
         self.note(sampled.text)
         self.pictures(step, sampled.pictures)
         self.last = time.perf_counter()
