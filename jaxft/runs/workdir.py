@@ -31,14 +31,13 @@ def claim_workdir(
 
     `options` maps a task's name to the dataclass of its own keys. A longer `total` continues the
     run of the folder. Raises UserError for a folder that cannot be written, or that belongs to
-    another config. A folder with nothing but a config.json (its run failed early, such as by a
-    wrong model path) belongs to none.
+    another config. A folder with nothing but a config.json and no checkpoint (its run failed
+    early, such as by a wrong model path) belongs to none.
     """
     make_workdir(workdir)
     file = workdir / "config.json"
     _refuse_foreign(file)
-    others = {entry.name for entry in workdir.iterdir()} - {file.name, LOCK}
-    if file.exists() and others:
+    if file.exists() and any(map(_is_of_a_run, workdir.iterdir())):
         old = read_config_file(workdir, options)
         _check_differing(workdir, old, config)
         if old == config:
@@ -46,6 +45,13 @@ def claim_workdir(
     aside = file.with_name(f"{file.name}.tmp")  # a killed write must not cut the config of a run
     aside.write_text(json.dumps(config, indent=2) + "\n")
     os.replace(aside, file)
+
+
+def _is_of_a_run(entry: Path) -> bool:
+    """Return True for an entry of a run folder that a run leaves which got as far as its data."""
+    if entry.name == "checkpoints" and entry.is_dir():
+        return any(entry.iterdir())
+    return entry.name not in ("config.json", LOCK)
 
 
 def _check_differing(workdir: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -153,6 +153,16 @@ def test_a_first_try_that_never_trained_does_not_hold_the_folder(tmp_path, confi
     assert read_config_file(tmp_path) == config
 
 
+def test_a_folder_for_checkpoints_without_one_does_not_hold_it(tmp_path, config):
+    """The data were smaller than a batch: the folder was made, and nothing saved."""
+    claim_workdir(tmp_path, config, OPTIONS)
+    (tmp_path / "checkpoints").mkdir()
+    claim_workdir(tmp_path, changed(config, [("batch_size", "4")]), OPTIONS)
+    (tmp_path / "checkpoints" / "2").mkdir()
+    with pytest.raises(UserError, match="batch_size: 4 -> 8"):
+        claim_workdir(tmp_path, config, OPTIONS)
+
+
 def test_differing_keys_see_types_and_absent_leaves():
     old, new = {"a": 1, "b": {"c": True}}, {"a": 1.0, "b": {"d": 2}}
     assert differing_keys(old, new) == [

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from jaxft.core.cli.live import progress
 from jaxft.core.params import Params
 from jaxft.data.cache import ArrayCache
 from jaxft.data.images.dataset import ImageSet
