@@ -1,13 +1,15 @@
 """Runs that do not fit in memory: one line with the keys that need less, and what each needs."""
 
+import io
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxft.core import runtime, sharding
+from jaxft.core.cli.live import status
 from jaxft.core.errors import UserError
 from jaxft.core.processes import EXHAUSTED
 from jaxft.runs.compiling import Compiled
@@ -78,12 +80,19 @@ def remedies(room: Room) -> str:
             run = open_run({**room.config, **knob.changed, "init": "random"})
             size = held(run) + beside * knob.share
             if room.needed and not knob.share:
-                size = estimate(run).memory.total if jax.process_count() == 1 else 0
+                size = _compiled_bytes(run) if jax.process_count() == 1 else 0
         except UserError:  # the model does not take the key
             continue
         if room.needed or size < state:
             shown.append(f"{knob.flag} ({_gib(size)})" if size else knob.flag)
     return f"give {', '.join(shown) or 'a smaller model'} or more devices"
+
+
+def _compiled_bytes(run: Run) -> float:
+    """Return the memory of a compiled step, without the line that a compilation prints."""
+    status("compiling a smaller step")
+    with redirect_stdout(io.StringIO()):
+        return estimate(run).memory.total
 
 
 def _knobs(run: Run, config: Mapping[str, Any]) -> list[Knob]:
