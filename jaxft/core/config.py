@@ -226,8 +226,20 @@ def resolve_config(
     for schema in filter(None, schemas):
         kinds |= _complete(resolved, schema, "")
     for key, text in overrides:
+        if key not in kinds:
+            _refuse_others(key, str(config.get("task")), options)
         override(resolved, key, text, kinds)
     return resolved
+
+
+def _refuse_others(key: str, task: str, options: Mapping[str, type]) -> None:
+    """Raise UserError for a key of another task."""
+    owners = [name for name, schema in options.items() if key in _complete({}, schema, "")]
+    if owners and task in options:
+        raise UserError(
+            f"config key {key} belongs to task={' or '.join(owners)}, not to task={task}; give"
+            f" --config=configs/{owners[0]}.py, or leave the key out"
+        )
 
 
 def read_config(config: Mapping[str, Any], own: type | None = None) -> Config:

@@ -52,6 +52,8 @@ def test_a_complete_yaml_and_a_runs_json_stand_alone(tmp_path):
         ("a.yaml", "config: configs/lm.py\n", "configs/llm.py"),
         ("a.yaml", "config: configs/llm.py\nnum_epochs: 3\n", "give --config.total=3_epochs"),
         ("a.yaml", "config: configs/llm.py\noptim:\n  learning_rate: 3\n", "--config.optim.lr=3"),
+        ("a.yaml", "config: configs/llm.py\nresolution: 64\n", "task=autoencoder or diffusion"),
+        ("a.yaml", "config: configs/diffusion.py\nseq_len: 64\n", "belongs to task=llm, not to"),
         ("a.yaml", "config: configs/llm.py\nseed: abc\n", "config key seed='abc' must be int"),
         ("a.yaml", "config: configs/llm.py\nseed: [1]\n", "config key seed=['1'] must be int"),
         ("a.yaml", "task: llm\nmodel: x\n", "begin a YAML file with `config: configs/llm.py`"),
