@@ -34,6 +34,10 @@ def left_by(work):
 def test_a_longer_total_equals_the_longer_run_bitwise(model, make_flags, tmp_path, capsys):
     flags = make_flags(model, {**CHANGES, "lora.rank": 0, "total": "7_steps"})
     assert command(tmp_path / "whole", *CONFIG, *flags) == 0
+    opening = capsys.readouterr().out.partition("eval at step 0")[0]
+    assert 3 < len(opening.splitlines()) <= 12, "parameter paths are in the manifest"
+    manifest = json.loads((tmp_path / "whole" / "manifest.json").read_text())
+    assert manifest["trained"]["layers.self_attn.q_proj.kernel"] == [2, 32, 4, 8]
     work = tmp_path / "run"
     assert command(work, *CONFIG, *flags[:-1], "--config.total=4_steps") == 0
     assert left_by(work) != left_by(tmp_path / "whole")
