@@ -33,7 +33,8 @@ def _main(argv: list[str]) -> None:
     config = configs.load_config(file, overrides, OPTIONS)
     check_task(config.get("task"))
     configs.read_config(config, OPTIONS[config["task"]])
-    if not processes.launcher():  # of several processes, all have to fail together
+    # Of several processes, all have to fail together. A run that has begun was checked then.
+    if not processes.launcher() and not (workdir / "checkpoints").exists():
         check_early(config)
     with ExitStack() as held:
         _claim(workdir, config, held)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from jaxft.core.errors import UserError
 from jaxft.data.sources.mixtures import read_mixture
 from jaxft.data.sources.schemes import check_place, open_records
@@ -20,8 +22,8 @@ FIRST_RECORDS = 1000
 def check_early(config: Mapping[str, Any]) -> None:
     """Raise UserError for a model or data of a config that are not there.
 
-    Also for a `seq_len` beyond the positions of a local model, and for a record of a small local
-    file whose label is not one of `labels`. The rest is checked when the model is opened.
+    Also for a `seq_len` beyond the positions of a model on this disk, and for a record of a small
+    local file whose label is not one of `labels`. The rest is checked when the model is opened.
     """
     _check_model(str(config["model"]), config)
     texts = config["task"] == "llm"
@@ -89,6 +91,9 @@ def _check_model(spec: str, config: Mapping[str, Any]) -> None:
             " org/name, pip:PACKAGE or demo:NAME"
         )
     file = path / "config.json"
+    if not path.exists():  # an earlier run may have fetched it
+        cached = try_to_load_from_cache("/".join(spec.split("/")[:2]), "config.json")
+        file = Path(cached) if isinstance(cached, str) else file
     if config["task"] == "llm" and file.is_file():
         try:
             content = json.loads(file.read_bytes())

@@ -23,7 +23,6 @@ from jaxft.models.decoders.config import DecoderConfig
 from jaxft.models.decoders.files import open_decoder
 from jaxft.models.registry import Architecture
 from jaxft.nn import lora
-from jaxft.tasks.checking import check_length
 from jaxft.tasks.common.tokenizers import load_tokenizer, token_ids
 from jaxft.tasks.llm.options import LLMOptions, check_preference
 from jaxft.weights.adapters import peft
@@ -66,7 +65,6 @@ class OpenedDecoder:
             whole=None,
         )
         self.source, self.adapter, self.kept = opened
-        check_length(self.source.config, self.options.seq_len, f"{self.source.name}/config.json")
         self.architecture = registry.find(self.source.config, "decoder")
         self.model_cfg = self.architecture.config(self.source.config, "config.json")
         self.labels: tuple[str, ...] = ()
