@@ -6,9 +6,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from jaxft.core import processes, runtime
+from jaxft.core import processes
+from jaxft.core.cli.arguments import parse
+from jaxft.core.cli.live import status
 from jaxft.core.errors import UserError
-from jaxft.tasks import Data, Report
+from jaxft.tasks import OPTIONS, Data, Report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +19,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    arguments = runtime.parse_arguments(argv, ("config", "workdir", "step"))
+    arguments = parse("evaluate", argv, OPTIONS)
+    status("loading jax")
     import jax
 
     from jaxft.core.metrics import table

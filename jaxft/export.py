@@ -10,14 +10,15 @@ import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
 from jaxft.core import config as configs
-from jaxft.core import processes, runtime
+from jaxft.core import processes
+from jaxft.core.cli.arguments import parse
 from jaxft.core.errors import UserError
 from jaxft.core.guards.fingerprint import not_finite
 from jaxft.runs.opening import Run
 from jaxft.runs.outputs import begin_output, check_output, finish_output
 from jaxft.runs.restoring import restore_run, step_option
 from jaxft.runs.workdir import read_config_file
-from jaxft.tasks import Job
+from jaxft.tasks import OPTIONS, Job
 from jaxft.weights.views import Grafted
 
 
@@ -31,9 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    overwrite = "--overwrite" in argv
-    argv = [word for word in argv if word != "--overwrite"]
-    parsed = runtime.parse_arguments(argv, ("workdir", "step", "out", "kind", "dtype"))
+    parsed = parse("export", argv, OPTIONS)
     options = parsed.options
     if "workdir" not in options:
         raise UserError("--workdir is missing: python -m jaxft.export --workdir DIR")
@@ -42,7 +41,7 @@ def _main(argv: list[str]) -> None:
         raise UserError(f"--dtype={options['dtype']!r} is not one of {', '.join(dtypes)}")
     workdir = Path(options["workdir"])
     out = Path(options.get("out", workdir / "export"))
-    check_output(out, workdir, read_config_file(workdir), overwrite)
+    check_output(out, workdir, read_config_file(workdir), "overwrite" in options)
     run, params, step = restore_run(workdir, step_option(options), parsed.overrides)
     kind = options.get("kind", run.cfg.export.kind)
     if kind not in run.task.writers:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxft.core import config as configs
-from jaxft.core import processes, runtime
+from jaxft.core import processes
+from jaxft.core.cli.arguments import parse
 from jaxft.core.errors import UserError
 from jaxft.core.metrics import table
 from jaxft.tasks import OPTIONS, check_task
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    options, overrides = runtime.parse_arguments(argv, ("config", "rows", "html"))
+    options, overrides = parse("inspect-data", argv, OPTIONS)
     if "config" not in options:
         raise UserError("--config is missing: python -m jaxft.inspect_data --config configs/llm.py")
     shown = options.get("rows", str(SHOWN_EXAMPLES))

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxft.core import config as configs
 from jaxft.core import processes, runtime
+from jaxft.core.cli.arguments import parse
 from jaxft.core.errors import UserError
 from jaxft.core.metrics import table
 from jaxft.tasks import OPTIONS, check_task
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    options, overrides = runtime.parse_arguments(argv, ("config", "topology", "json", "search"))
+    options, overrides = parse("plan", argv, OPTIONS)
     if "config" not in options:
         raise UserError("--config is missing: python -m jaxft.plan --config configs/llm.py")
     config = configs.load_config(options["config"], overrides, OPTIONS)

@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jaxft.core import processes, runtime
+from jaxft.core import processes
+from jaxft.core.cli.arguments import parse
+from jaxft.core.cli.live import status
 from jaxft.core.errors import UserError
+from jaxft.tasks import OPTIONS
 from jaxft.tasks.common.pictures import grid
 
 NUMBERS = {"temperature": float, "top_p": float, "guidance": float, "image_guidance": float}
@@ -30,16 +33,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> None:
     texts = ("sampler", "image", "mask")
-    plain = ("config", "workdir", "step", "prompt", "prompts", "out")
-    raw = "--raw" in argv
-    argv = [word for word in argv if word != "--raw"]
-    arguments = runtime.parse_arguments(argv, (*plain, *texts, *NUMBERS, *COUNTS))
+    arguments = parse("sample", argv, OPTIONS)
     options = arguments.options
     kinds = {**NUMBERS, **COUNTS}
     asked = {n: _numbers(options, n, kind) for n, kind in kinds.items() if n in options}
     copies = int(asked.pop("copies", [1])[0])
     prompts = [prompt for prompt in _prompts(options) for _ in range(copies)]
     down, across = _sides(asked)
+    status("loading jax")
     import jax
 
     from jaxft.runs.restoring import facts, open_any
@@ -47,7 +48,7 @@ def _main(argv: list[str]) -> None:
 
     fixed: dict = {name: values[0] for name, values in asked.items()}
     fixed |= {name: options[name] for name in texts if name in options}
-    request = Request(raw=raw)._replace(**fixed)
+    request = Request(raw="raw" in options)._replace(**fixed)
     run, params, _ = open_any(arguments)
     out = Path(options.get("out", Path(options.get("workdir", ".")) / "samples"))
     rows: list[list[list[np.ndarray]]] = []  # by row and column, the pictures of all prompts

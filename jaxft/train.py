@@ -1,18 +1,25 @@
-"""Train: `python -m jaxft.train --config configs/llm.py [--workdir DIR] [--config.KEY=…]`."""
+"""Train: `python -m jaxft.train --config configs/llm.py [--workdir DIR] [--config.KEY=…]`.
+
+`--workdir DIR` alone resumes the run of a folder.
+"""
 
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from jaxft.core import config as configs
 from jaxft.core import processes, runtime
+from jaxft.core.cli.arguments import parse
+from jaxft.core.cli.live import status
 from jaxft.core.errors import UserError
 from jaxft.core.guards.lock import locked
 from jaxft.core.guards.stopping import STOP_FLAG, Stopped, StopRequests
 from jaxft.runs.workdir import claim_workdir, differing_keys, make_workdir, read_config_file
 from jaxft.tasks import OPTIONS, check_task
+from jaxft.tasks.checking import check_early
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,18 +28,40 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    options, overrides = runtime.parse_arguments(argv, ("config", "workdir"))
-    if "config" not in options:
-        raise UserError("--config is missing: python -m jaxft.train --config configs/llm.py")
-    config = configs.load_config(options["config"], overrides, OPTIONS)
+    options, overrides = parse("train", argv, OPTIONS)
+    file, workdir = _places(options)
+    config = configs.load_config(file, overrides, OPTIONS)
     check_task(config.get("task"))
     configs.read_config(config, OPTIONS[config["task"]])
-    workdir = Path(options.get("workdir", f"runs/{Path(options['config']).stem}"))
+    # Of several processes, all have to fail together. A run that has begun was checked then.
+    if not processes.launcher() and not (workdir / "checkpoints").exists():
+        check_early(config)
     with ExitStack() as held:
         _claim(workdir, config, held)
         # Mistakes in config or folder have failed by now, before jax and the weights load.
         stop = held.enter_context(StopRequests(alone=not processes.joined()))
         train(config, workdir, stop)
+
+
+def _places(options: Mapping[str, str]) -> tuple[str, Path]:
+    """Return (config file, run folder) of a command line. A run folder has a config of its own.
+
+    Raises UserError for a command line that names neither.
+    """
+    file, folder = options.get("config", ""), options.get("workdir", "")
+    if file.endswith("config.json") and not folder:
+        raise UserError(
+            f"--workdir is missing: --workdir={Path(file).parent} resumes that run, another folder"
+            " starts a new one with the same config"
+        )
+    workdir = Path(folder or f"runs/{Path(file).stem}")
+    if file:
+        return file, workdir
+    own = workdir / "config.json"
+    if not folder or not own.is_file():
+        reason = f", and {own} does not exist" if folder else ""
+        raise UserError(f"--config is missing{reason}: jaxft train --config configs/llm.py")
+    return str(own), workdir
 
 
 def _claim(workdir: Path, config: dict[str, Any], held: ExitStack) -> None:
@@ -72,6 +101,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
     Resume is exact by the order of the loop: evaluate, sample, save, next batch, step, log. Step k
     does the same work on the same state, whether the run began before step k or at it.
     """
+    status("loading jax")
     import jax
 
     from jaxft.core.sharding import abstract_batch, local_rows, place_batch
@@ -83,6 +113,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
     from jaxft.runs.compiling import Compiled, make_steps
     from jaxft.runs.inputs import check_inputs, record_inputs
     from jaxft.runs.outputs import check_output
+    from jaxft.runs.planning.fitting import room_for
     from jaxft.runs.watch import Watch
 
     began = time.perf_counter()
@@ -106,7 +137,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
         if jax.process_index() == 0:
             check_inputs(workdir, config) if start else record_inputs(workdir, config)
     print(states.summary(run, plan, data.train), flush=True)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), room_for(run, config) as room:
         state, frozen = states.start_state(run, plan, saved, start)
         start = int(state.step)  # earlier, if the newest checkpoint is damaged
         remaining = plan.total - start
@@ -116,8 +147,10 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
         step_fn = Compiled(make_steps(run, plan, objective), runtime.memory_limit(mesh))
         batches = data.train.batches(start, rows)
         watch = Watch(run, data, objective, preview, workdir, total=plan.total, start=start)
-        for batch in data.train.spec(rows) if start < plan.total else ():
-            step_fn.prepare(state, frozen, stop.mark(abstract_batch(batch, mesh), mesh))
+        shapes = data.train.spec(rows) if start < plan.total else ()
+        specs = (stop.mark(abstract_batch(shape, mesh), mesh) for shape in shapes)
+        step_fn.prepare(state, frozen, *specs)
+        room.check(step_fn)
         if start == 0:
             watch.keep_before(watch.evaluate(0, states.model_params(frozen, state)))
         stop.busy, done, stopping = True, start, False

@@ -20,6 +20,7 @@ from PIL import Image
 
 from jaxft import train
 from jaxft.core import runtime
+from jaxft.core.cli.commands import COMMANDS
 from jaxft.core.config import load_config, read_config
 from jaxft.demo import demo_path
 from jaxft.tasks import OPTIONS
@@ -35,8 +36,11 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "configs").glob("*.py")),
 ]
-COMMAND = r"python3?\s+(?:-m\s+jaxft|tools/)\S*"
-COUNT = 68  # of all pages; a new line is run without being listed here, but counted
+COMMAND = (
+    r"(?:python3?\s+(?:-m\s+jaxft|tools/)\S*"
+    rf"|(?<![\w/.-])jaxft\s+(?:{'|'.join(COMMANDS)})\b)"
+)
+COUNT = 73  # of all pages; a new line is run without being listed here, but counted
 # What stands in a line for something that only its user knows: found among PLACES, or replaced.
 WORDS = {"--step 50": "--step 2", "--topology h200:8": "--topology cpu:8"}
 TINY = {"every.save": "1_steps", "total": "2_steps", "batch_size": 8, "eval_examples": 8}
@@ -86,10 +90,24 @@ def printed(page: Path) -> list[Line]:
     found = [re.sub(r"[][]", "", part) for part in parts if re.match(COMMAND, part)]
     for old, new in WORDS.items():
         found = [line.replace(old, new) for line in found]
-    return [Line(page.name, shlex.split(line, comments=True)) for line in found]
+    return [Line(page.name, as_module(shlex.split(line, comments=True))) for line in found]
+
+
+def as_module(words: list[str]) -> list[str]:
+    """`jaxft train …` as `python -m jaxft.train …`."""
+    if words[0] != "jaxft":
+        return words
+    return ["python", "-m", COMMANDS[words[1]].module, *words[2:]]
 
 
 LINES = [line for page in PAGES for line in printed(page)]
+
+
+TRAINED = [one for one in LINES if one.module == "jaxft.train" and "--help" not in one.words]
+
+
+def option(line: Line, name: str) -> str:
+    return runtime.parse_arguments(line.arguments, ("config", "workdir")).options.get(name, "")
 
 
 def test_the_count_of_printed_commands():
@@ -101,16 +119,12 @@ def test_the_count_of_printed_commands():
 
 def test_every_shipped_config_is_among_them():
     shipped = {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
-    assert shipped == {option(line, "config") for line in LINES if line.module == "jaxft.train"}
-
-
-def option(line: Line, name: str) -> str:
-    return runtime.parse_arguments(line.arguments, ("config", "workdir")).options.get(name, "")
+    assert shipped == {option(line, "config") for line in TRAINED if option(line, "config")}
 
 
 @pytest.mark.parametrize(
     "line",
-    [one for one in LINES if one.module == "jaxft.train"],
+    [one for one in TRAINED if option(one, "config")],
     ids=lambda line: f"{line.page}-{line.arguments[-1]}",
 )
 def test_a_printed_config_is_read_as_it_stands(line):
@@ -245,11 +259,14 @@ def test_every_printed_command_runs(page, shelf, trained, tmp_path, monkeypatch,
 
 def run(line: Line, place: Path, trained: dict[str, Path]) -> int:
     """Run a line; what another page has trained with the same keys is copied, not trained again."""
-    words, main = [*line.arguments, *shortened(line)], importlib.import_module(line.module).main
-    if line.module != "jaxft.train":
+    shorter = [] if "--help" in line.words else shortened(line)
+    words, main = [*line.arguments, *shorter], importlib.import_module(line.module).main
+    if line.module != "jaxft.train" or "--help" in words:
         return main(words)
     work = place / (option(line, "workdir") or f"runs/{Path(option(line, 'config')).stem}")
     keys = " ".join(sorted(word for word in words if "config" in word))
+    if not option(line, "config"):  # the run folder has its own
+        return main(words)
     if keys in trained:
         shutil.copytree(trained[keys], work)
     trained[keys] = work
@@ -262,7 +279,7 @@ def shortened(line: Line) -> list[str]:
         return ["--steps=2"]
     if line.module in ("jaxft.plan", "jaxft.inspect_data"):
         return ["--config.model=path/to/folder", "--config.seq_len=48"]
-    if line.module != "jaxft.train":
+    if line.module != "jaxft.train" or not option(line, "config"):
         return []
     name = Path(option(line, "config")).stem
     keys = dict(SHORT[name])
@@ -283,6 +300,8 @@ def check(line: Line, shown: str) -> None:
     default = f"runs/{Path(flags.get('--config', '')).stem}"
     work = Path(flags.get("--workdir", default))
     match line.module:
+        case _ if "--help" in line.arguments:
+            assert "keys, with their values" in shown
         case "jaxft.train":
             assert (work / "export").is_dir() and re.search("done in|is finished", shown)
             steps = [json.loads(one) for one in (work / "metrics.jsonl").read_text().splitlines()]

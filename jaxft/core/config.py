@@ -3,24 +3,26 @@
 Nothing heavy is imported here. A mistyped key thus fails before jax starts or weights are read.
 """
 
-import ast
 import dataclasses
-import importlib.util
-import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_origin
 
+from jaxft.core.cli.config_files import read_config_of
+from jaxft.core.cli.synonyms import advice
+from jaxft.core.cli.values import convert, plain, typed
 from jaxft.core.errors import UserError, near
 
 Schema = TypeVar("Schema")
-PACKAGE = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
 class DataKeys:
-    """Training and evaluation records, each as a path, a `scheme:place` or a sum of those."""
+    """Training and evaluation records.
+
+    train: records to train on: a path, SCHEME:PLACE, or a mixture of them.
+    eval: held-out records. Empty skips the evaluation.
+    """
 
     train: str
     eval: str
@@ -28,12 +30,17 @@ class DataKeys:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters, off at rank 0. `targets` is a regex over the paths of projections.
+    """Low-rank adapters. Names with an underscore, `from_`, are the keys without it.
 
-    `from_` is the key `lora.from`: a LoRA file or a PEFT folder from which training continues.
-    Its rank, alpha and targets hold where the config has the values 0, 0.0 and "".
-    ranks: ranks of some projections, "REGEX=RANK, REGEX=RANK/ALPHA". layers: the layers that get an
-    adapter, such as "0-3,7", "" for all. dora: also train the norm of each row (DoRA).
+    rank: rank of the adapters. 0 is off.
+    alpha: scale of the adapters, which is divided by the rank.
+    targets: regex over projections, or all-linear. Empty is the attention.
+    rslora: divide alpha by the square root of the rank.
+    dropout: dropout of the inputs of the adapters.
+    from: a LoRA file or PEFT folder to continue from, with its ranks and targets.
+    ranks: ranks of some projections, "REGEX=RANK, REGEX=RANK/ALPHA".
+    layers: layers that get adapters, such as "0-3,7". Empty is all.
+    dora: also train the norm of each row of the weights (DoRA).
     tokens: tokens whose rows of the embedding train too, divided by commas.
     """
 
@@ -51,9 +58,18 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """Optimiser keys. lr is the peak. clip 0, ema 0 and a warm-up of 0 steps are off.
+    """Optimiser and learning rate.
 
-    `lr_by` multiplies lr for some parameters: "REGEX=0.1, REGEX=2".
+    name: the optimiser.
+    lr: peak of the learning rate.
+    schedule: course of the learning rate after the warm-up.
+    warmup: linear rise of the learning rate at the start.
+    weight_decay: decoupled weight decay, for matrices only.
+    clip: largest global norm of the gradient. 0 is off.
+    ema: decay of the moving average that is evaluated and exported. 0 is off.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    lr_by: factors of lr for some parameters, "REGEX=0.1, REGEX=2".
     """
 
     name: str
@@ -70,7 +86,12 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Number of devices along each mesh axis. -1 takes the devices that remain."""
+    """Number of devices along each mesh axis. -1 takes the devices that remain.
+
+    data: devices that each hold all parameters.
+    fsdp: devices that share the parameters.
+    tensor: devices that share each matrix product.
+    """
 
     data: int
     fsdp: int
@@ -79,7 +100,13 @@ class MeshShape:
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """Periods as durations ("50_steps", "1_epochs"). "0_steps" is never."""
+    """Periods. "0_steps" is never.
+
+    log: between two printed lines. metrics.jsonl has every step.
+    eval: between two evaluations. The first and the last are always made.
+    save: between two checkpoints. The last is always written.
+    sample: between two samples. The last is always made.
+    """
 
     log: str
     eval: str
@@ -89,13 +116,32 @@ class Every:
 
 @dataclasses.dataclass(frozen=True)
 class ExportKeys:
+    """The export at the end of a run.
+
+    kind: what is written, by task. none is nothing.
+    dtype: dtype of the files. source keeps that of each tensor.
+    """
+
     kind: str
     dtype: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Keys that all tasks share. `own` holds the keys of the task alone."""
+    """Keys that all tasks share. `own` holds the keys of the task alone.
+
+    task: llm, diffusion, autoencoder or image_tokens.
+    model: a Hugging Face or diffusers folder, a hub id, pip:PACKAGE or demo:NAME.
+    init: pretrained weights, or random ones for the configs of the folder.
+    seed: seed of data order, random weights, dropout and noise.
+    total: length of the run. 0_steps imports, evaluates and exports.
+    batch_size: examples per step over all devices, the same on every mesh.
+    micro_batches: number of parts in which a batch is processed. The loss stays the same.
+    trainable: regex over parameter paths. Empty is the adapters, or everything without them.
+    compute_dtype: dtype of the computation. auto is bfloat16, on a CPU float32.
+    param_dtype: dtype of the imported parameters. Adapters and moments are float32.
+    remat: recomputation in the backward pass, which saves memory.
+    """
 
     task: str
     model: str
@@ -147,24 +193,12 @@ def load_config(
 ) -> dict[str, Any]:
     """Return the resolved config of a file's `get_config()` with overrides applied.
 
-    A path that does not exist is looked up in the installed package, so that `configs/llm.py`
-    works from a wheel too. An override of `lora.from` drops the file's `trainable` and `lora`.
-    Raises UserError for a file that is absent, is not Python or has no get_config().
+    The file is Python with get_config(), YAML that changes another config, or a run's config.json.
+    An override of `lora.from` drops the file's `trainable` and `lora`. Raises UserError for a file
+    that is absent or is no config.
     """
-    file = Path(path)
-    if not file.is_file():
-        file = PACKAGE / path
-    if not file.is_file():
-        here = sorted(f"configs/{p.name}" for p in (PACKAGE / "configs").glob("*.py"))
-        raise UserError(f"config file {path} does not exist; shipped: {', '.join(here) or 'none'}")
-    module_spec = importlib.util.spec_from_file_location("jaxft_config", file)
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f"config file {file} is not Python; it must be a .py with get_config()")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"config file {file} defines no get_config(); copy one from configs/")
-    config, overrides = module.get_config().to_dict(), list(overrides)
+    config, changes = read_config_of(path)
+    overrides = [*changes, *overrides]
     if dict(overrides).get("lora.from"):  # the file's own are for new adapters
         config |= {"lora": {"alpha": 0.0}, "trainable": ""}
     return resolve_config(config, overrides, options)
@@ -172,7 +206,7 @@ def load_config(
 
 def resolve_config(
     config: Mapping[str, Any],
-    overrides: Iterable[tuple[str, str]] = (),
+    overrides: Iterable[tuple[str, Any]] = (),
     options: Mapping[str, type] = MAPPING,
 ) -> dict[str, Any]:
     """Return a config with its defaults and the overrides, as nested dicts of JSON values.
@@ -182,7 +216,7 @@ def resolve_config(
     folders and processes can therefore be compared with `==`. A value of the wrong type is kept,
     so that `read_config` can name its key. Raises UserError for a value that JSON cannot hold.
     """
-    resolved = _plain(config, "")
+    resolved = plain(config, "")
     for key in RENAMED:  # run folders of former versions hold empty ones, without effect
         section, _, leaf = key.rpartition(".")
         if isinstance(node := resolved.get(section), dict) and node.get(leaf) == "":
@@ -192,8 +226,20 @@ def resolve_config(
     for schema in filter(None, schemas):
         kinds |= _complete(resolved, schema, "")
     for key, text in overrides:
+        if key not in kinds:
+            _refuse_others(key, str(config.get("task")), options)
         override(resolved, key, text, kinds)
     return resolved
+
+
+def _refuse_others(key: str, task: str, options: Mapping[str, type]) -> None:
+    """Raise UserError for a key of another task."""
+    owners = [name for name, schema in options.items() if key in _complete({}, schema, "")]
+    if owners and task in options:
+        raise UserError(
+            f"config key {key} belongs to task={' or '.join(owners)}, not to task={task}; give"
+            f" --config=configs/{owners[0]}.py, or leave the key out"
+        )
 
 
 def read_config(config: Mapping[str, Any], own: type | None = None) -> Config:
@@ -205,7 +251,7 @@ def read_config(config: Mapping[str, Any], own: type | None = None) -> Config:
     shared = {f.name for f in dataclasses.fields(Config)} - {"own"}
     ours = {f.name for f in dataclasses.fields(own)} if own else set(config) - shared
     needed = (_needed(Config) - {"own"}) | (_needed(own) if own else set())
-    _check_keys(set(config), shared | ours, needed, "")
+    _check_keys(config, shared | ours, needed, "")
     values: dict[str, Any] = {k: v for k, v in config.items() if k in ours}
     if own:
         values = vars(_build(own, values, ""))
@@ -240,9 +286,9 @@ def steps(duration: str, batch_size: int, examples: int, key: str) -> int:
 
 
 def override(
-    config: dict[str, Any], key: str, text: str, kinds: Mapping[str, Any] = MAPPING
+    config: dict[str, Any], key: str, text: Any, kinds: Mapping[str, Any] = MAPPING
 ) -> None:
-    """Set one leaf of a config to a text from the command line.
+    """Set one leaf of a config to a text from the command line, or a list of texts.
 
     `kinds` maps the schemas' dotted keys to types. These keys may be absent from the config. Any
     other key has to be there and keeps the type of its value. Raises UserError for an unknown key.
@@ -255,56 +301,10 @@ def override(
         node = node.get(section) if isinstance(node, dict) else None
     known = isinstance(node, dict) and (key in kinds or leaf in node)
     if not known or isinstance(node.get(leaf), dict):
-        _refuse_renamed(key)
+        _refuse_renamed(key, text)
         hint = near(key, {**flatten_config(config), **kinds}, "keys are")
         raise UserError(f"unknown config key {key!r}; {hint}")
-    node[leaf] = _plain(_convert(key, text, kinds.get(key) or type(node[leaf])), key)
-
-
-def _convert(key: str, text: str, kind: Any) -> Any:
-    if kind is str:
-        return text
-    if kind is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    return _typed(key, value, kind)
-
-
-def _typed(key: str, value: Any, kind: Any) -> Any:
-    """Return a value as `kind`, which is a class, list or tuple[class, ...]."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if (get_origin(kind) or kind) in (tuple, list):
-        if not isinstance(value, list | tuple):
-            raise UserError(f"config key {key}={value!r} must be a list, such as ['a', 'b']")
-        inner, *_ = get_args(kind) or (None,)
-        whole: Any = get_origin(kind) or kind
-        return whole(
-            _typed(f"{key}[{i}]", one, inner) if inner else one for i, one in enumerate(value)
-        )
-    if type(value) is not kind:
-        raise UserError(f"config key {key}={value!r} must be {kind.__name__}")
-    return value
-
-
-def _plain(value: Any, key: str) -> Any:
-    """Return a copy of a config's value as JSON would return it."""
-    if isinstance(value, Mapping):
-        prefix = f"{key}." if key else ""
-        return {str(name): _plain(one, f"{prefix}{name}") for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one, f"{key}[{i}]") for i, one in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"config key {key}={value} must be a finite number")
-    if value is not None and type(value) not in (bool, int, float, str):
-        raise UserError(
-            f"config key {key}={value!r} is a {type(value).__name__}; write a number, a text,"
-            " True, False or a list of them"
-        )
-    return value
+    node[leaf] = plain(convert(key, text, kinds.get(key) or type(node[leaf])), key)
 
 
 def _complete(config: dict[str, Any], schema: type, prefix: str) -> dict[str, Any]:
@@ -323,7 +323,7 @@ def _complete(config: dict[str, Any], schema: type, prefix: str) -> dict[str, An
         elif isinstance(kind, type) or get_origin(kind) is tuple:
             kinds[prefix + name] = kind
             if f.default is not dataclasses.MISSING:
-                config.setdefault(name, _plain(f.default, prefix + name))
+                config.setdefault(name, plain(f.default, prefix + name))
             if kind is float and type(config.get(name)) is int:
                 config[name] = float(config[name])
     return kinds
@@ -345,7 +345,7 @@ def _needed(schema: type) -> set[str]:
 
 def _build(schema: type[Schema], values: Mapping[str, Any], prefix: str) -> Schema:
     fields = {_key(f): f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
-    _check_keys(set(values), set(fields), _needed(schema), prefix)
+    _check_keys(values, set(fields), _needed(schema), prefix)
     built: dict[str, Any] = {}
     for name, value in values.items():
         kind: Any = fields[name].type
@@ -354,23 +354,29 @@ def _build(schema: type[Schema], values: Mapping[str, Any], prefix: str) -> Sche
                 raise UserError(f"config key {prefix}{name}={value!r} must be a section of keys")
             value = _build(kind, value, f"{prefix}{name}.")  # type: ignore[arg-type]
         elif isinstance(kind, type) or get_origin(kind) is tuple:
-            value = _typed(prefix + name, value, kind)
+            value = typed(prefix + name, value, kind)
         built[fields[name].name] = value
     return schema(**built)
 
 
-def _check_keys(got: set[str], known: set[str], needed: set[str], prefix: str) -> None:
-    for name in sorted(got - known):
-        _refuse_renamed(prefix + name)
+def _check_keys(values: Mapping[str, Any], known: set[str], needed: set[str], prefix: str) -> None:
+    for name in sorted(values.keys() - known):
+        _refuse_renamed(prefix + name, values[name])
         raise UserError(f"unknown config key {prefix}{name!r}; {near(name, known, 'keys are')}")
-    missing = sorted(prefix + name for name in needed - got)
+    missing = sorted(prefix + name for name in needed - values.keys())
     if missing:
-        raise UserError(f"config is missing {', '.join(missing)}; add them to the config file")
+        raise UserError(
+            f"config is missing {', '.join(missing)}; add them to the config file, or"
+            " begin a YAML file with `config: configs/llm.py`"
+        )
 
 
-def _refuse_renamed(key: str) -> None:
+def _refuse_renamed(key: str, value: Any) -> None:
+    """Raise UserError for a key of a former version, or the name of another trainer."""
     if key in RENAMED:
         raise UserError(f"config key {key} is gone: {RENAMED[key]}")
+    if line := advice(key, str(value)):
+        raise UserError(f"config key {line}")
 
 
 def _check_choices(cfg: Config) -> None:

@@ -15,6 +15,10 @@ class UserError(ValueError):
         self.status = status
 
 
+class Printed(ValueError):
+    """A text that a command prints in place of its work, such as its help."""
+
+
 def near(name: str, known: Iterable[str], intro: str) -> str:
     """Return a "did you mean" for an unknown name, or `intro` and all known names if none is near.
 

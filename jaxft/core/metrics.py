@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from tensorboardX import SummaryWriter
 
+from jaxft.core.cli.live import live_line
 from jaxft.core.runtime import find_chip
 
 
@@ -95,6 +95,11 @@ class MetricWriter:
         if self._primary:
             self._progress.note(text)
 
+    def busy(self, text: str) -> None:
+        """Show on the live line of a terminal what runs beside the steps. "" shows the steps."""
+        if self._primary:
+            self._progress.busy(text)
+
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W C"]) -> None:
         """Write a picture [H, W, C] to TensorBoard."""
         if self._primary:
@@ -125,40 +130,37 @@ class MetricWriter:
 
 
 class _Progress:
-    """A live line on a terminal, redrawn with a carriage return. Elsewhere, one line a record."""
+    """A live line on a terminal. Elsewhere, one line a record."""
 
     def __init__(self, total_steps: int, live: bool) -> None:
-        self._total, self._live, self._drawn = total_steps, live, ""
+        self._total, self._bar = total_steps, ""
+        self._line = live_line(sys.stdout) if live else None
         self._first: tuple[int, float] | None = None
 
     def train(self, step: int, record: Mapping[str, Any], shown: bool) -> None:
         line = " | ".join([f"step {step}/{self._total}", *_headline(record), *self._eta(step)])
-        if not self._live:
+        if self._line is None:
             if shown:
                 print(line, flush=True)
             return
         done = round(20 * min(1.0, step / max(1, self._total)))
-        self._draw(f"[{'#' * done}{'.' * (20 - done)}] {line}")
+        self._bar = f"[{'#' * done}{'.' * (20 - done)}] {line}"
+        self._line.show(self._bar)
+
+    def busy(self, text: str) -> None:
+        if self._line is not None:
+            bar = self._bar.partition(" | ")[0]
+            self._line.show(" | ".join(filter(None, (bar, text))) if text else self._bar)
 
     def note(self, text: str) -> None:
-        drawn = self._drawn
-        if drawn:
-            self._draw("")
-            sys.stdout.write("\r")
-        print(text, flush=True)
-        if drawn:
-            self._draw(drawn)
+        if self._line is None:
+            print(text, flush=True)
+        else:
+            self._line.above(text + "\n", self._line.stream)
 
     def end(self) -> None:
-        if self._drawn:
-            print(flush=True)
-            self._drawn = ""
-
-    def _draw(self, line: str) -> None:
-        line = line[: shutil.get_terminal_size().columns - 1]
-        sys.stdout.write("\r" + line.ljust(len(self._drawn)))
-        sys.stdout.flush()
-        self._drawn = line
+        if self._line is not None:
+            self._line.end()
 
     def _eta(self, step: int) -> list[str]:
         """Return the time left, as a list of one text, or of none at the first record.

@@ -98,19 +98,14 @@ def select(pattern: str, paths: Mapping[str, Any], key: str = "trainable") -> se
     return chosen
 
 
-def trainable_table(leaves: Mapping[str, Leaf], chosen: set[str]) -> str:
-    """Return a text table of the trained parameters, headed by their share of all parameters."""
+def describe_trained(leaves: Mapping[str, Leaf], chosen: set[str]) -> str:
+    """Return a line with the number of trained parameters and their share of all."""
     total = sum(_size(leaf) for leaf in leaves.values())
     trained = sum(_size(leaves[path]) for path in chosen)
-    lines = [
+    return (
         f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)"
-        f" in {len(chosen)} of {len(leaves)} arrays"
-    ]
-    shown = sorted(chosen)[:12]
-    lines += [f"  {path:<48} {'x'.join(map(str, leaves[path].shape))}" for path in shown]
-    if len(chosen) > len(shown):
-        lines.append(f"  … and {len(chosen) - len(shown)} more")
-    return "\n".join(lines)
+        f" in {len(chosen)} of {len(leaves)} arrays, such as {min(chosen, default='none')}"
+    )
 
 
 def _size(leaf: Leaf) -> int:

@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -13,7 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from jaxft.core.errors import DISK_FULL, UserError
+from jaxft.core.cli.live import live_output
+from jaxft.core.errors import DISK_FULL, Printed, UserError
 from jaxft.core.guards.room import is_full
 from jaxft.core.guards.stopping import PREEMPTED, Stopped
 
@@ -22,6 +24,7 @@ CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 JOIN_TIMEOUT = "JAXFT_JOIN_TIMEOUT"  # seconds that a process waits for the others at its start
 JOIN_SECONDS = 120.0  # its default
 PEER_LOST = 76  # exit status: another process of the run ended, so start all of them again
+EXHAUSTED = "RESOURCE_EXHAUSTED"  # in XLA's errors for a memory that is full
 LAST_WORDS = 3.0  # seconds in which the others can print their errors before the first one leaves
 
 
@@ -40,16 +43,21 @@ def restart_with_huge_pages() -> None:
 def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a command and return its exit status: 0 for success.
 
-    A UserError is printed as one line on stderr and returns its status. Ctrl-C returns 130, and a
-    training that a signal stopped returns 75. A process of several that fails ends here at once,
-    because jax would make it wait for the others.
+    A UserError is printed as one line on stderr and returns its status. Another error is one line
+    too, with the file of its traceback, and returns 1. `--debug` raises it instead. Ctrl-C returns
+    130, and a training that a signal stopped returns 75. A process of several that fails ends here
+    at once, because jax would make it wait for the others.
     """
-    code = 1
+    code, debug = 1, "--debug" in argv
     try:
-        code = _run(main, argv)
+        with live_output():
+            code = _run(main, [word for word in argv if word != "--debug"])
     except Exception as error:
-        if not joined():
+        if debug:
             raise
+        if not joined():
+            _tell(error)
+            return code
         if "Gloo" not in str(error):  # the transport between CPU processes
             traceback.print_exc()
             return code
@@ -69,6 +77,8 @@ def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
 def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
     try:
         main(argv)
+    except Printed as answer:
+        print(answer)
     except UserError as error:
         print(f"jaxft: {error}", file=sys.stderr)
         return error.status
@@ -89,6 +99,18 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         print("jaxft: interrupted; the same command resumes", file=sys.stderr)
         return 130
     return 0
+
+
+def _tell(error: Exception) -> None:
+    """Print one line for an error that no command expects, and keep its traceback in a file."""
+    first = next(iter(str(error).strip().splitlines()), "")[:200]
+    if EXHAUSTED in str(error):
+        line = f"memory is exhausted ({first}); give smaller samples or a smaller batch_size"
+    else:
+        line = f"unexpected {type(error).__name__}: {first}"
+    with tempfile.NamedTemporaryFile("w", prefix="jaxft-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    print(f"jaxft: {line}; the traceback is in {file.name}, and --debug prints it", file=sys.stderr)
 
 
 def joined() -> bool:

@@ -20,6 +20,9 @@ CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDU
 CPU_LOOP_OPTIONS = {**CPU_OPTIONS, "xla_disable_hlo_passes": "tree_reduction_rewriter"}
 
 
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of Linux, in bytes, or "max"
+
+
 class Arguments(NamedTuple):
     """A command line: its plain options and its `--config.…` overrides, in order."""
 
@@ -144,16 +147,29 @@ def resolve_dtype(name: str, mesh: Any = None) -> Any:
 def memory_limit(mesh: Any) -> int:
     """Return the bytes that a program may use on one device of `mesh`, 0 if there is no figure.
 
-    Devices of this process report their own limit. Others have that of their kind.
+    Devices of this process report their own limit. Others have that of their kind. The CPU devices
+    of a process share the memory of the machine, or of its container.
     """
     import jax
 
+    if device(mesh).platform == "cpu":
+        return host_memory() // max(1, mesh.size // jax.process_count())
     one, chip = mesh.devices.flat[0], find_chip(device(mesh).kind)
     try:
         stats = one.memory_stats() or {}
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError):  # of another machine
         stats = {}
     return int(stats.get("bytes_limit", chip.memory if chip else 0))
+
+
+def host_memory() -> int:
+    """Return the bytes of memory of this machine or container, 0 if there is no figure."""
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.is_file() else "max"
+    except (OSError, ValueError):
+        return 0
+    return min(size, int(limit)) if limit.isdigit() else size
 
 
 def describe_devices(mesh: Any = None) -> str:

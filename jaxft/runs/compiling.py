@@ -1,15 +1,17 @@
 """The step of a run: jitted, and compiled ahead for each shape of batch."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
 
 from jaxft.core import runtime, step
+from jaxft.core.cli.live import status
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params
+from jaxft.core.processes import EXHAUSTED
 from jaxft.core.step import State, StepSpec
 from jaxft.kernels.attention import used
 from jaxft.runs.opening import Run
@@ -19,7 +21,6 @@ from jaxft.tasks import Objective
 # Policies of remat=auto, from the fastest to the one with the least memory. On an accelerator
 # "none" is slower than "dots": it reads and writes more than "dots" computes again.
 CPU_REMATS, ACCELERATOR_REMATS = ("none",), ("dots", "full")
-TOO_LARGE = "RESOURCE_EXHAUSTED"  # in XLA's error for a program that does not fit
 
 
 def make_step(run: Run, plan: Plan, objective: Objective) -> Any:
@@ -54,6 +55,7 @@ class Compiled:
     def __init__(self, steps: Mapping[str, Any], limit: int = 0):
         self.steps, self.limit = dict(steps), limit
         self.by_shape: dict[Any, Any] = {}
+        self.needed = 0.0  # bytes of a device, of the largest shape
 
     @property
     def remat(self) -> str:
@@ -64,34 +66,50 @@ class Compiled:
         self.prepare(state, frozen, batch)
         return self.by_shape[_shape(batch)](state, frozen, batch)
 
-    def prepare(self, state: State, frozen: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
-        """Compile for a new shape, and print the seconds and the memory that it needs.
+    def prepare(
+        self, state: State, frozen: Mapping[str, Any], *batches: Mapping[str, Any]
+    ) -> list[Any]:
+        """Compile for new shapes, and print the seconds and the memory that they need, in one line.
 
-        `batch` may hold shapes without values. Returns the compiled step. Raises UserError if the
-        compiler refuses a step that does not fit.
+        The batches may hold shapes without values. Returns the compiled steps. Raises UserError if
+        the compiler refuses a step that does not fit.
         """
-        if found := self.by_shape.get(_shape(batch)):
-            return found
+        new = {_shape(batch): batch for batch in batches if _shape(batch) not in self.by_shape}
+        began = time.perf_counter()
+        for shape, batch in new.items():
+            status(f"compiling the step for a batch of {shape[0]}")
+            self.by_shape[shape] = self._compiled(state, frozen, batch)
+        status("")
+        self._report(new, time.perf_counter() - began)
+        return [self.by_shape[_shape(batch)] for batch in batches]
+
+    def _compiled(self, state: State, frozen: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
+        """Return the step compiled for a batch, by the first policy that fits, or by the last."""
         while True:
-            began = time.perf_counter()
             compiled, needed = _compile(self.steps[self.remat].lower(state, frozen, batch))
             fits = not self.limit or needed <= self.limit
             if compiled is not None and (fits or len(self.steps) == 1):
-                break
+                self.needed = max(self.needed, needed)
+                return compiled
             self._next(needed)
-        memory = compiled.memory_analysis()
-        if memory is not None:
-            held, more = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-            program = "" if runtime.device().platform == "cpu" else compiled.as_text()
-            print(
-                f"compiled the step for {_shape(batch)[0]} in {time.perf_counter() - began:.1f} s"
-                f" (remat {self.remat}, attention {used(program)}); a device holds"
-                f" {held / 2**30:.2f} GiB of parameters, state and batch, and a step needs"
-                f" {more / 2**30:.2f} GiB more",
-                flush=True,
-            )
-        self.by_shape[_shape(batch)] = compiled
-        return compiled
+
+    def _report(self, shapes: Collection[tuple], seconds: float) -> None:
+        """Print a line on newly compiled shapes: the memory is that of the largest."""
+        made = [self.by_shape[shape] for shape in shapes]
+        memories = [one.memory_analysis() for one in made]
+        if not made or None in memories:
+            return
+        held = max(one.argument_size_in_bytes for one in memories)
+        more = max(one.temp_size_in_bytes for one in memories)
+        program = "" if runtime.device().platform == "cpu" else made[-1].as_text()
+        first = next(iter(shapes))[0]
+        what = first if len(made) == 1 else f"{len(made)} shapes of batch"
+        print(
+            f"compiled the step for {what} in {seconds:.1f} s (remat {self.remat}, attention"
+            f" {used(program)}); a device holds {held / 2**30:.2f} GiB of parameters, state and"
+            f" batch, and a step needs {more / 2**30:.2f} GiB more",
+            flush=True,
+        )
 
     def _next(self, needed: float) -> None:
         """Drop the policy whose step does not fit."""
@@ -114,7 +132,7 @@ def _compile(lowered: Any) -> tuple[Any, float]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if TOO_LARGE not in str(error):
+        if EXHAUSTED not in str(error):
             raise
         return None, 0.0
     memory = compiled.memory_analysis()

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxft.core import config as configs
 from jaxft.core import optim, processes, runtime, sharding
+from jaxft.core.cli.live import status
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import CONSTANT_ROLE, Leaf, Params, describe, flatten, select
@@ -49,6 +50,7 @@ def open_run(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
     optim.check_optimizer(cfg.optim, cfg.param_dtype)
     if cfg.export.kind not in (kinds := (*task.writers, "none")):
         raise UserError(f"export.kind={cfg.export.kind!r} is not one of {', '.join(kinds)}")
+    status(f"opening {cfg.model}")
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # "auto" depends on the devices
         opened = task.open(cfg)
     leaves = describe(opened.template)
@@ -69,6 +71,7 @@ def open_run(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
 def read_data(run: Run) -> Data:
     """Read the training rows, and the evaluation rows if the config names them."""
     cfg = run.cfg
+    status(f"reading {cfg.data.train}")
     train = run.task.read(run.opened, cfg.data.train, True)
     held_out = run.task.read(run.opened, cfg.data.eval, False) if cfg.data.eval else None
     return Data(train, held_out)
@@ -83,9 +86,11 @@ def preview(run: Run, data: Data, params: Params, step: int) -> Preview:
     def initial() -> Params:
         return {**params, **load_params(run, run.chosen)} if step else params
 
+    status("encoding the data")
     sets = [rows for rows in (data.train, data.held_out) if rows is not None]
     run.task.encode(run.opened, params, run.chosen, sets, initial)
     facts = data.facts if data.train is None else data.train.report()
+    status("")
     return run.task.preview(run.opened, data._replace(facts=facts))
 
 
@@ -97,6 +102,7 @@ def load_params(run: Run, wanted: set[str] | None = None) -> Params:
     dtype = runtime.resolve_dtype(run.cfg.param_dtype)
     wanted = set(run.leaves) if wanted is None else wanted
     params: Params = {}
+    status(f"loading the weights of {run.cfg.model}")
     for part in run.opened.parts:
         if part.aid or run.cfg.init == "pretrained":
             params |= transfer.load(part, run.leaves, run.shardings, dtype, wanted)
@@ -112,6 +118,7 @@ def load_params(run: Run, wanted: set[str] | None = None) -> Params:
             )
         place = partial(lambda host, index: host[index], array)
         params[path] = jax.make_array_from_callback(array.shape, run.shardings[path], place)
+    status("")
     return {path: params[path] for path in run.leaves if path in wanted}
 
 

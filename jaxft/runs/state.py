@@ -10,7 +10,7 @@ import optax
 from jaxft.core import config as configs
 from jaxft.core import optim, runtime
 from jaxft.core.optimizers.schedule_free import average
-from jaxft.core.params import Params, trainable_table
+from jaxft.core.params import Params, describe_trained
 from jaxft.core.step import State, init_state, state_shardings
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.opening import Run, load_params
@@ -115,8 +115,20 @@ def start_state(run: Run, plan: Plan, saved: Checkpoints, start: int) -> tuple[S
     abstract = abstract_state(run, plan.tx)
     start, (state, _), damaged = saved.newest(lambda step: saved.restore(step, abstract))
     saved.set_aside(damaged, start)
-    print(f"resumed from step {start}", flush=True)
+    print(f"resumed from step {start}{_continued(run, plan, saved, start)}", flush=True)
     return state, load_params(run, set(run.leaves) - run.chosen)
+
+
+def _continued(run: Run, plan: Plan, saved: Checkpoints, start: int) -> str:
+    """Return the change of `total` since a checkpoint, with the rule of the schedule, or ""."""
+    former, now = saved.config(start)["total"], run.cfg.total
+    if former == now:
+        return ""
+    rate = float(np.asarray(plan.schedule(start)))
+    return (
+        f"; total {former} -> {now}: the steps that remain have the learning rates of a run of"
+        f" {plan.total} steps ({run.cfg.optim.schedule}: {rate:.3g} at step {start})"
+    )
 
 
 def summary(run: Run, plan: Plan, rows: Rows) -> str:
@@ -130,6 +142,6 @@ def summary(run: Run, plan: Plan, rows: Rows) -> str:
         f" remat {cfg.remat}",
         f"{plan.total} steps of {cfg.batch_size} examples{micro}, {cfg.optim.name} at"
         f" {cfg.optim.lr:g} ({cfg.optim.schedule})",
-        trainable_table(run.leaves, run.chosen),
+        describe_trained(run.leaves, run.chosen),
     ]
     return "\n".join(lines)

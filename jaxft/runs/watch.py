@@ -66,6 +66,7 @@ class Watch:
         self.skipped_in_row = self._skipped = 0
         self.last = time.perf_counter()
         self.data, self._bad = data, -1
+        self._totals = _totals(workdir / MANIFEST, run.cfg.total, start)
         self._describe_data()
 
     def _describe_data(self) -> None:
@@ -76,7 +77,9 @@ class Watch:
             return
         self._bad, cfg = len(bad), self.run.cfg
         named = {"train": cfg.data.train, "eval": cfg.data.eval, **self.data.train.report()}
-        self._keep(MANIFEST, runtime.manifest(self.run.mesh, named))
+        shapes = {path: list(self.run.leaves[path].shape) for path in sorted(self.run.chosen)}
+        facts = runtime.manifest(self.run.mesh, named)
+        self._keep(MANIFEST, {**facts, "totals": self._totals, "trained": shapes})
         if bad and self.primary:
             lines = [json.dumps(one._asdict()) + "\n" for one in bad]
             (self.workdir / BAD_SAMPLES).write_text("".join(lines))
@@ -141,7 +144,9 @@ class Watch:
         Raises UserError as `check_losses`.
         """
         self.flush()
+        self.writer.busy("evaluating")
         report = self.preview.evaluate(params, self.run.mesh)
+        self.writer.busy("")
         check_losses(report, f"step {step} of {self.workdir}")
         if report.metrics:
             self.writer.write_eval(step, report.metrics)
@@ -160,7 +165,9 @@ class Watch:
     def look(self, step: int, params: Params) -> None:
         """Print and write samples of the model before `step`'s update."""
         self.flush()
+        self.writer.busy("sampling")
         sampled = self.preview.sample(params)
+        self.writer.busy("")
         self.note(sampled.text)
         self.pictures(step, sampled.pictures)
         self.last = time.perf_counter()
@@ -190,6 +197,14 @@ class Watch:
             self.note(f"export ({self.run.cfg.export.kind}): {self.workdir / 'export'}")
         self.note(f"done in {seconds / 60:.1f} minutes")
         self.writer.close()
+
+
+def _totals(file: Path, total: str, start: int) -> list[dict[str, Any]]:
+    """Return the lengths that a run had, each with the step from which it held."""
+    former = json.loads(file.read_text()).get("totals", []) if start and file.is_file() else []
+    if former and former[-1]["total"] == total:
+        return former
+    return [*former, {"total": total, "from_step": start}]
 
 
 def check_losses(report: Report, where: str) -> None:

@@ -29,23 +29,52 @@ def claim_workdir(
 ) -> None:
     """Make the folder, refuse one where another config ran, and write this config to it.
 
-    `options` maps a task's name to the dataclass of its own keys. Raises UserError for a folder
-    that cannot be written, or that belongs to another config. A folder with nothing but a
-    config.json (its run failed early, such as by a wrong model path) belongs to none.
+    `options` maps a task's name to the dataclass of its own keys. A longer `total` continues the
+    run of the folder. Raises UserError for a folder that cannot be written, or that belongs to
+    another config. A folder with nothing but a config.json and no checkpoint (its run failed
+    early, such as by a wrong model path) belongs to none.
     """
     make_workdir(workdir)
     file = workdir / "config.json"
     _refuse_foreign(file)
-    others = {entry.name for entry in workdir.iterdir()} - {file.name, LOCK}
-    if file.exists() and others:
+    if file.exists() and any(map(_is_of_a_run, workdir.iterdir())):
         old = read_config_file(workdir, options)
-        if differing := differing_keys(old, config):
-            raise UserError(
-                f"workdir {workdir} belongs to another config ({'; '.join(differing)});"
-                " choose another --workdir, or give the same keys to resume"
-            )
+        _check_differing(workdir, old, config)
+        if old == config:
+            return
+    aside = file.with_name(f"{file.name}.tmp")  # a killed write must not cut the config of a run
+    aside.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(aside, file)
+
+
+def _is_of_a_run(entry: Path) -> bool:
+    """Return True for an entry of a run folder that a run leaves which got as far as its data."""
+    if entry.name == "checkpoints" and entry.is_dir():
+        return any(entry.iterdir())
+    return entry.name not in ("config.json", LOCK)
+
+
+def _check_differing(workdir: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise UserError for a config that differs from that of its folder, but by a longer total.
+
+    The lengths are compared before data are read, so both have to be in the same unit.
+    """
+    differing = differing_keys(old, new)
+    if not differing:
         return
-    file.write_text(json.dumps(config, indent=2) + "\n")
+    (count, unit), (more, other) = (
+        str(config["total"]).partition("_")[::2] for config in (old, new)
+    )
+    if differing[1:] or old["total"] == new["total"]:
+        raise UserError(
+            f"workdir {workdir} belongs to another config ({'; '.join(differing)});"
+            " choose another --workdir, or give the same keys to resume"
+        )
+    if unit != other or int(more) < int(count):
+        raise UserError(
+            f"workdir {workdir} has total={old['total']}, and total={new['total']} is not longer"
+            f" in {unit}; give --config.total=N_{unit} with N above {count}, or another --workdir"
+        )
 
 
 def _refuse_foreign(file: Path) -> None:

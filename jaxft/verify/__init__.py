@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.core import processes
+from jaxft.core.cli.arguments import parse
 from jaxft.core.errors import UserError
-from jaxft.core.runtime import parse_arguments
 from jaxft.loading import family_of
+from jaxft.tasks import OPTIONS
 from jaxft.verify import autoencoder, diffusion, image_tokens, llm
 from jaxft.verify.llm import hf_folder
 from jaxft.verify.report import Check, show, write
@@ -26,16 +27,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> bool:
-    if not argv or argv[0].startswith("--"):
+    first = argv[0] if argv and not argv[0].startswith("-") else ""
+    options, overrides = parse("verify", argv[1:] if first else argv, OPTIONS)
+    if not first:
         raise UserError("name a model folder first: python -m jaxft.verify DIR [--out FILE]")
-    spec, (options, overrides) = argv[0], parse_arguments(argv[1:], ("out", "long"))
     if overrides:
         raise UserError(f"--config.{overrides[0][0]} has no use here: verify reads a model folder")
     if not (far := options.get("long", "4096")).isdigit():
         raise UserError(f"--long={far!r} must be a position, such as 4096")
-    folder = Path(spec) if Path(spec).is_dir() else Path.cwd()
+    folder = Path(first) if Path(first).is_dir() else Path.cwd()
     out = Path(options.get("out", folder / "parity.json"))
-    certificate, checks = certify(spec, int(far))
+    certificate, checks = certify(first, int(far))
     write(out, certificate)
     show(checks, out)
     return all(check.passed for check in checks)

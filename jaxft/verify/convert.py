@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from jaxft.core import processes
+from jaxft.core.cli.arguments import parse
 from jaxft.core.errors import UserError
 from jaxft.core.guards.inside import is_inside
+from jaxft.tasks import OPTIONS
 from jaxft.weights.files.tensor_files import DTYPE_NAMES, PICKLES, STEMS, write_sharded
 from jaxft.weights.locate import INDEX
 
@@ -123,6 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     """Convert the weights that the command line names. Returns 0, or 2 for a user's mistake."""
 
     def run(words: list[str]) -> None:
+        if any(word.startswith("-") for word in words):
+            parse("convert", words, OPTIONS)
         if not 1 <= len(words) <= 2:
             raise UserError("name the pickle or its folder: python -m jaxft.verify.convert PATH")
         convert(*words)

@@ -29,3 +29,21 @@ def test_no_text_has_a_line_break_or_is_empty(path):
             constants = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
             texts = [text for text in constants if isinstance(text, str)]
             assert not any("\n" in text for text in texts), f"{path}:{node.lineno}"
+
+
+def fails(argv):
+    raise ZeroDivisionError("a fault\nof jaxft")
+
+
+def test_an_unexpected_error_is_one_line_with_the_file_of_its_traceback(capsys):
+    assert processes.command(fails, []) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("jaxft: unexpected ZeroDivisionError: a fault; the traceback is in ")
+    file = Path(line.split(" is in ")[1].partition(",")[0])
+    assert "in fails" in file.read_text() and "--debug" in line
+    file.unlink()
+
+
+def test_debug_raises_it(capsys):
+    with pytest.raises(ZeroDivisionError):
+        processes.command(fails, ["--debug"])

@@ -101,11 +101,6 @@ def test_a_command_ends_with_a_code_and_a_line(capsys, error, code, line):
     assert capsys.readouterr() == ("", line)
 
 
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        processes.command(lambda argv: 1 / 0, [])
-
-
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

@@ -153,6 +153,16 @@ def test_a_first_try_that_never_trained_does_not_hold_the_folder(tmp_path, confi
     assert read_config_file(tmp_path) == config
 
 
+def test_a_folder_for_checkpoints_without_one_does_not_hold_it(tmp_path, config):
+    """The data were smaller than a batch: the folder was made, and nothing saved."""
+    claim_workdir(tmp_path, config, OPTIONS)
+    (tmp_path / "checkpoints").mkdir()
+    claim_workdir(tmp_path, changed(config, [("batch_size", "4")]), OPTIONS)
+    (tmp_path / "checkpoints" / "2").mkdir()
+    with pytest.raises(UserError, match="batch_size: 4 -> 8"):
+        claim_workdir(tmp_path, config, OPTIONS)
+
+
 def test_differing_keys_see_types_and_absent_leaves():
     old, new = {"a": 1, "b": {"c": True}}, {"a": 1.0, "b": {"d": 2}}
     assert differing_keys(old, new) == [
@@ -195,3 +205,32 @@ def test_fault_1_the_config_of_a_model_is_not_replaced(config, tmp_path, others)
     with pytest.raises(UserError, match=r"config.json is not the config of a run"):
         claim_workdir(tmp_path, config)
     assert (tmp_path / "config.json").read_text() == text
+
+
+# ---- a longer total ---------------------------------------------------------------------------
+
+
+def claimed(tmp_path, config, total):
+    claim_workdir(tmp_path, changed(config, [("total", total)]), OPTIONS)
+    (tmp_path / "metrics.jsonl").touch()
+    return read_config_file(tmp_path, OPTIONS)
+
+
+def test_a_longer_total_continues_the_run_of_a_folder(tmp_path, config):
+    claimed(tmp_path, config, "10_steps")
+    assert claimed(tmp_path, config, "25_steps")["total"] == "25_steps"
+    assert [entry.name for entry in tmp_path.iterdir() if ".tmp" in entry.name] == []
+
+
+@pytest.mark.parametrize("total", ["9_steps", "3_epochs", "900_examples"])
+def test_a_total_that_is_not_longer_is_refused(tmp_path, config, total):
+    claimed(tmp_path, config, "10_steps")
+    with pytest.raises(UserError, match=r"--config.total=N_steps with N above 10"):
+        claimed(tmp_path, config, total)
+    assert read_config_file(tmp_path, OPTIONS)["total"] == "10_steps"
+
+
+def test_a_longer_total_changes_no_other_key(tmp_path, config):
+    claimed(tmp_path, config, "10_steps")
+    with pytest.raises(UserError, match="seed: 0 -> 1; total: '10_steps' -> '20_steps'"):
+        claimed(tmp_path, changed(config, [("seed", "1")]), "20_steps")

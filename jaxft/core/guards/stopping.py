@@ -7,8 +7,6 @@ import threading
 from types import FrameType
 from typing import Any
 
-import numpy as np
-
 PREEMPTED = 75  # exit status: the state is saved, so start the same command again
 STOP_FLAG = "_stop"  # in a batch and in the metrics of a step: 1 if any process is asked to stop
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -75,6 +73,7 @@ class StopRequests:
         if self.alone:
             return batch
         import jax  # not needed by the commands that import this module
+        import numpy as np
         from jax.sharding import NamedSharding, PartitionSpec
 
         asked = np.full(mesh.size, bool(self.asked), np.int32)

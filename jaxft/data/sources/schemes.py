@@ -68,6 +68,9 @@ SCHEMES = {
 }
 
 
+LOCAL = ("jsonl", "text", "folder", "wds")  # schemes of files of this machine
+
+
 def open_records(spec: str, columns: str = "") -> TextRecords:
     """Open the texts that `spec` names: a path, or a scheme of SCHEMES and a place.
 
@@ -81,11 +84,38 @@ def open_records(spec: str, columns: str = "") -> TextRecords:
         return rename(scheme.texts(spec, rest), columns)
     if scheme is None and spec and _is_there(spec):
         return rename(open_path(spec, spec), columns)
+    raise _unknown_texts(spec)
+
+
+def _unknown_texts(spec: str) -> UserError:
+    """Return the error for a spec that names no texts."""
+    name, colon, rest = spec.partition(":")
     forms = _forms([PATH_FORM, *(one.form for one in SCHEMES.values() if one.texts)])
     if not colon and spec:
-        raise UserError(f"no file, folder or glob {spec!r}: expected {forms}")
-    hint = f"; did you mean {rest}?" if scheme is None and rest and _is_there(rest) else ""
-    raise UserError(f"unknown data source {spec!r}: expected {forms}{hint}")
+        return UserError(f"no file, folder or glob {spec!r}: expected {forms}")
+    there = name not in SCHEMES and rest and _is_there(rest)
+    hint = f"; did you mean {rest}?" if there else ""
+    return UserError(f"unknown data source {spec!r}: expected {forms}{hint}")
+
+
+def check_place(spec: str, images: bool) -> None:
+    """Raise UserError for a spec of no known scheme, or of files that are not there.
+
+    It opens no file, so that it can come before the start of jax. images: a set of pictures.
+    """
+    name, colon, rest = spec.partition(":")
+    scheme = SCHEMES.get(name) if colon else None
+    opener = scheme and (scheme.images if images else scheme.texts)
+    if opener is None or not rest:
+        if images:
+            raise _unknown_images(spec)
+        if scheme is not None or not _is_there(spec):
+            raise _unknown_texts(spec)
+        return
+    if name == "demo":
+        demo_path(spec, "images" if images else "texts")
+    elif name in LOCAL and not _is_there(rest):
+        raise UserError(f"no file, folder or glob {rest} ({spec}): give one that is there")
 
 
 def _is_there(pattern: str) -> bool:
@@ -104,9 +134,7 @@ def open_images(spec: str, captions: bool = True, edited: bool = False) -> Recor
     name, _, rest = spec.partition(":")
     scheme = SCHEMES.get(name)
     if scheme is None or scheme.images is None or not rest:
-        forms = _forms([one.form for one in SCHEMES.values() if one.images])
-        hint = f"; did you mean folder:{spec}?" if Path(spec).expanduser().is_dir() else ""
-        raise UserError(f"unknown image source {spec!r}: expected {forms}{hint}")
+        raise _unknown_images(spec)
     source, left_out = scheme.images(spec, rest, captions)
     if not len(source):
         found = f", but {count_unreadable(left_out)}" if left_out else ""
@@ -115,6 +143,13 @@ def open_images(spec: str, captions: bool = True, edited: bool = False) -> Recor
         print(f"left out images of {spec}: {count_unreadable(left_out)}", flush=True)
     before = open_edited(spec, Path(rest).expanduser()) if edited else None
     return Records(spec, source, before, tuple(left_out))
+
+
+def _unknown_images(spec: str) -> UserError:
+    """Return the error for a spec that names no pictures."""
+    forms = _forms([one.form for one in SCHEMES.values() if one.images])
+    hint = f"; did you mean folder:{spec}?" if Path(spec).expanduser().is_dir() else ""
+    return UserError(f"unknown image source {spec!r}: expected {forms}{hint}")
 
 
 def _forms(forms: list[str]) -> str:

@@ -98,7 +98,7 @@ def estimate(run: Run) -> Estimate:
         objective = run.task.objective(run.opened, rows)
         limit = runtime.memory_limit(run.mesh)
         step = Compiled(make_steps(run, plan, objective), limit)
-        compiled = step.prepare(state, frozen, batch)
+        (compiled,) = step.prepare(state, frozen, batch)
     chip = find_chip(runtime.device(run.mesh).kind)
     memory = DeviceMemory(
         device_bytes((state.params, frozen)),

@@ -7,11 +7,14 @@ import dataclasses
 class Losses:
     """Weights of the loss terms.
 
-    l1, l2: means over pixels of |x - y| and (x - y)^2. perceptual: the perceptual distance. kl: the
-    sum over the latents of a VAE, as in diffusers' training. commitment: LlamaGen's beta, for a VQ
-    tokenizer, which also adds the codebook's loss with weight 1. revive: for a VQ tokenizer, pulls
-    the codes that a batch leaves unused towards its latents. adversarial: a factor of the adaptive
-    weight, from `adversarial_start` on.
+    l1: weight of the mean of |x - y| over pixels.
+    l2: weight of the mean of (x - y)^2 over pixels.
+    perceptual: weight of the perceptual distance.
+    kl: of a VAE, weight of the sum over the latents.
+    adversarial: factor of the adaptive weight of the discriminator. 0 is off.
+    adversarial_start: the step where the discriminator starts.
+    commitment: of a VQ tokenizer, the beta of LlamaGen.
+    revive: of a VQ tokenizer, weight that pulls unused codes to the latents.
     """
 
     l1: float
@@ -37,7 +40,9 @@ class Losses:
 class AutoencoderOptions:
     """Options of the autoencoder task.
 
-    resolution: pixels a side. perceptual: the network of the perceptual distance.
+    resolution: pixels per side.
+    eval_examples: number of rows of data.eval. 0 is all.
+    perceptual: network of the perceptual distance: demo:efficientnet-lite0 or a file.
     """
 
     resolution: int

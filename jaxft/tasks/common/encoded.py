@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxft.core.cli.live import progress, status
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params
 from jaxft.data.cache import ArrayCache, fill, missing
@@ -154,6 +155,7 @@ def tell(what: str, made: Iterator[tuple[int, int]]) -> None:
     done = total = 0
     for done, total in made:
         if done % TOLD == 0:
-            print(f"caching {what}: {done} of {total}", flush=True)
+            progress(f"caching {what}: {done} of {total}")
+    status("")
     if total:
         print(f"cached {what} of {done}", flush=True)

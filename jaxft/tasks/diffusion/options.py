@@ -5,7 +5,11 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Prior:
-    """Prior preservation (DreamBooth): pictures of the class, and the weight of their loss."""
+    """Prior preservation (DreamBooth).
+
+    data: pictures of the class. Empty is off.
+    weight: weight of their loss.
+    """
 
     data: str = ""
     weight: float = 1.0
@@ -15,7 +19,8 @@ class Prior:
 class Inversion:
     """Textual inversion.
 
-    token: the new word in the captions ("" is none). init: the known word that it starts from.
+    token: the new word in the captions. Empty is off.
+    init: the known word that initialises it.
     vectors: its number of embedding rows.
     """
 
@@ -26,10 +31,14 @@ class Inversion:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Settings of the sampled previews.
+    """Sampled previews.
 
-    prompts: without any, held-out captions are used. image_guidance: the guidance by the source
-    picture of an InstructPix2Pix model.
+    prompts: prompts of the previews. Without any, held-out captions are used.
+    steps: steps of the sampler.
+    guidance: guidance scale. 1.0 is off.
+    sampler: dpm++, euler or ddim.
+    rescale: share of the guidance rescaled to the deviation of the conditional prediction.
+    image_guidance: guidance scale of the source picture, of InstructPix2Pix.
     """
 
     prompts: tuple[str, ...]
@@ -44,8 +53,17 @@ class Sample:
 class DiffusionOptions:
     """Options of the diffusion task.
 
-    cache: folder for moments and embeddings ("" is none). buckets: keep aspect ratios. prediction:
-    "" is the folder's own. eval_generated: number of pictures sampled for kid-lite0.
+    resolution: pixels per side. Buckets have at most the area of this square.
+    buckets: keep aspect ratios instead of cropping to squares.
+    cache: folder for moments and embeddings. Empty computes them every step.
+    caption_dropout: share of rows whose caption becomes the null caption.
+    min_snr_gamma: gamma of the min-SNR loss weights. 0 is off, 5 is usual.
+    flip: add mirrored pictures as further examples.
+    prediction: epsilon or v_prediction. Empty is that of the folder.
+    zero_snr: zero terminal SNR.
+    noise_offset: scale of a constant per channel that is added to the noise.
+    eval_examples: number of rows of data.eval for the validation loss. 0 is all.
+    eval_generated: number of captions to sample for kid-lite0. 0 is none.
     """
 
     resolution: int

@@ -7,8 +7,9 @@ import dataclasses
 class TokenLoss:
     """Weights of the loss terms.
 
-    image_weight, text_weight: of the mean cross-entropy over a row's codes and over its prompt
-    (DALL-E: 7/8 and 1/8). z: of the z-loss in both.
+    image_weight: weight of the mean cross-entropy over the codes of a row (DALL-E: 7/8).
+    text_weight: weight of the mean cross-entropy over its prompt (DALL-E: 1/8).
+    z: weight of the z-loss in both.
     """
 
     image_weight: float = 1.0
@@ -18,7 +19,14 @@ class TokenLoss:
 
 @dataclasses.dataclass(frozen=True)
 class TokenSample:
-    """Settings of the sampled previews. Without prompts, held-out captions are used."""
+    """Sampled previews.
+
+    prompts: prompts of the previews. Without any, held-out captions are used.
+    guidance: guidance scale s in u + s(c - u). 1.0 is off.
+    temperature: temperature of the codes. 0 is greedy.
+    top_k: sample from the k likeliest codes. 0 is off.
+    top_p: sample from the likeliest codes of this total probability. 1.0 is off.
+    """
 
     prompts: tuple[str, ...]
     guidance: float
@@ -31,9 +39,17 @@ class TokenSample:
 class ImageTokenOptions:
     """Options of the image-token task.
 
-    resolution, prompt, max_caption_tokens: 0 or "" is the folder's own. tokenizer: another VQ
-    folder than the model's own. graft: the VQ folder whose codes a text model is to learn. crops: 1
-    is the centre alone, and more add corners of a slightly larger picture.
+    resolution: pixels per side. 0 is the size of the folder.
+    cache: folder for the codes of the pictures.
+    caption_dropout: share of rows that train without their caption.
+    tokenizer: a VQ folder with a decoder that replaces that of the model.
+    graft: a VQ folder whose codes a text model learns.
+    prompt: template of the prompt with {caption}. Empty is that of the folder.
+    max_caption_tokens: length of the prompt. 0 is that of the folder.
+    flip: also train on every picture mirrored.
+    crops: crops of each picture. 1 is the centre, up to 5 add corners.
+    eval_examples: number of rows of data.eval. 0 is all.
+    eval_generated: number of pictures to sample and measure. 0 is none.
     """
 
     resolution: int

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from jaxft.core.cli.live import progress
 from jaxft.core.params import Params
 from jaxft.data.cache import ArrayCache
 from jaxft.data.images.dataset import ImageSet
@@ -112,7 +113,7 @@ class CodeRows:
         done = total = 0
         for done, total in store_pictures(store, self.images, encode, CODED_TOGETHER, among_worst):
             if done % (64 * CODED_TOGETHER) == 0:
-                print(f"encoding pictures: {done} of {total}", flush=True)
+                progress(f"encoding pictures: {done} of {total}")
         if total:
             print(f"encoded {done} pictures of {self.images.records.spec}", flush=True)
         self.store, self._keys = store, self.images.keys

@@ -21,10 +21,11 @@ BETA, SIMPO_BETA, SIMPO_MARGIN = 0.1, 2.0, 0.5  # the values of 0
 class PreferenceKeys:
     """Numbers of a preference objective. 0 is the default of the objective.
 
-    beta: scale of the rewards (0.1, SimPO 2.0), for ORPO the weight of the odds term (0.1).
-    margin: SimPO's gamma / beta (0.5). smoothing: share of swapped labels, of dpo, robust and
-    sigmoid_norm. sft: weight of the chosen answer's mean loss, in the DPO family. center: weight of
-    the squared sum of both rewards, of a reward model.
+    beta: scale of the rewards (0.1, SimPO 2.0), or the weight of ORPO's odds term (0.1).
+    margin: gamma / beta of SimPO (0.5).
+    smoothing: share of swapped labels, of dpo, robust and sigmoid_norm.
+    sft: weight of the mean loss of the chosen answer, in the DPO family.
+    center: weight of the squared sum of both rewards, of a reward model.
     """
 
     beta: float = 0.0
@@ -36,10 +37,11 @@ class PreferenceKeys:
 
 @dataclasses.dataclass(frozen=True)
 class DistillKeys:
-    """Keys of a distillation. teacher: a model with the same tokenizer.
+    """Distillation from a teacher, for objective=distill.
 
-    weight: the share of the divergence from the teacher in the loss. The rest is the cross-entropy
-    of the data. temperature: of both models' distributions.
+    teacher: a larger model with the same tokenizer.
+    weight: share of the divergence from the teacher in the loss.
+    temperature: temperature of the distributions of both models.
     """
 
     teacher: str = ""
@@ -51,15 +53,16 @@ class DistillKeys:
 class LLMOptions:
     """Options of the language-model task.
 
-    seq_len: in tokens, with a preference objective of one side of a pair. pack: short examples of a
-    batch share rows, and the sums stay the same. template: turns {"text", "label"} records into
-    prompt and completion. chat: "auto" renders conversations, and prompts with their completions,
-    by the chat template of the checkpoint, if it has one. "on" requires one, "off" uses none, and a
-    file FILE.jinja replaces it. cache: folder for the token ids of large sets ("" keeps all in
-    memory), and for reference log-probabilities. columns: fields of the records to rename, such as
-    "prompt=question,completion=answer". objective: one of OBJECTIVES. labels: the names of the
-    classes, or of the numbers of a regression, separated by commas, in the order of their ids. A
-    sequence classifier has its own. problem_type: one of PROBLEMS.
+    seq_len: tokens of a row, or of one side of a pair.
+    pack: short examples of a batch share rows. The loss stays the same.
+    template: turns {"text", "label"} into prompt and completion.
+    eval_examples: number of random rows of data.eval. 0 is all.
+    chat: chat template of conversations: auto, on, off or a file FILE.jinja.
+    cache: folder for the token ids of large data sets. Empty keeps them in memory.
+    columns: fields to rename, such as prompt=question,completion=answer.
+    objective: sft, classify, reward, distill, dpo or another preference objective.
+    labels: names of the classes in the order of their ids, divided by commas.
+    problem_type: single_label_classification, multi_label_classification or regression.
     """
 
     seq_len: int

