@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from jaxft.core.errors import UserError, near
+from jaxft.core.guards.best import Keep, Stop
 
 Schema = TypeVar("Schema")
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -113,6 +114,8 @@ class Config:
     optim: Optim
     mesh: MeshShape
     every: Every
+    keep: Keep = Keep()
+    stop: Stop = Stop()
     export: ExportKeys
     own: Mapping[str, Any]
 
@@ -130,6 +133,7 @@ AT_LEAST = {
     "batch_size": 1,
     "micro_batches": 1,
     "lora.rank": 0,
+    "stop.patience": 0,
     "optim.lr": 0,
     "optim.clip": 0,
     "optim.weight_decay": 0,

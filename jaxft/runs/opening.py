@@ -12,6 +12,7 @@ from jaxft.core import config as configs
 from jaxft.core import optim, processes, runtime, sharding
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
+from jaxft.core.guards.best import check_best
 from jaxft.core.params import CONSTANT_ROLE, Leaf, Params, describe, flatten, select
 from jaxft.tasks import OPTIONS, Data, Opened, Preview, Task, check_task, get_task
 from jaxft.weights import transfer
@@ -47,6 +48,7 @@ def open_run(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, devices)
     _check_batch(cfg, mesh)
     optim.check_optimizer(cfg.optim, cfg.param_dtype)
+    check_best(cfg.keep, cfg.stop, cfg.data.eval, cfg.every.eval)
     if cfg.export.kind not in (kinds := (*task.writers, "none")):
         raise UserError(f"export.kind={cfg.export.kind!r} is not one of {', '.join(kinds)}")
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # "auto" depends on the devices

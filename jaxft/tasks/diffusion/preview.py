@@ -19,11 +19,10 @@ from jaxft.models.pipelines.conditioning import condition
 from jaxft.models.pipelines.stable_diffusion import NOTHING, Guidance
 from jaxft.nn.pixels import to_pixels
 from jaxft.objectives.denoising import Denoising, normal
-from jaxft.tasks import Data, Look, Report, Request
+from jaxft.tasks import NOW, Data, Look, Report, Request, Sheet
 from jaxft.tasks.common.encoded import collate
 from jaxft.tasks.common.kid_lite0 import KidLite0
-from jaxft.tasks.common.pictures import grid
-from jaxft.tasks.common.sheets import CELL, SHOWN, Compared, portions
+from jaxft.tasks.common.sheets import SHOWN, portions, shown_sheet
 from jaxft.tasks.diffusion import conditioning
 from jaxft.tasks.diffusion.opened import OpenedPipeline, check_sampler
 
@@ -40,7 +39,6 @@ class DiffusionPreview:
             opened.model_cfg, opened.process, self.dtype, opened.captions("")
         )
         self.kid = KidLite0() if opened.options.eval_generated and self.rows else None
-        self.compared = Compared()
 
     def evaluate(self, params: Params, mesh: Mesh) -> Report:
         """Return errors at fixed timesteps and noise, and pictures of held-out captions."""
@@ -64,8 +62,8 @@ class DiffusionPreview:
         made = self._sample(params, captions, Request(), given)
         if self.kid:
             metrics["kid-lite0"] = self.kid(wanted, made)
-        columns = {"given": conditioning.shown(given), "target": wanted}
-        return Report(metrics, pictures={"held-out": self.compared.sheet(captions, columns, made)})
+        columns = {"given": conditioning.shown(given), "target": wanted, NOW: made}
+        return Report(metrics, sheets={"held-out": shown_sheet(captions, columns)})
 
     @partial(jax.jit, static_argnums=0)
     def _bins(self, params: Params, batch: Batch) -> jax.Array:
@@ -98,9 +96,9 @@ class DiffusionPreview:
         prompts = prompts[: 2 * SHOWN]
         given = conditioning.held_out(self.opened.model_cfg, self.rows, range(len(prompts)))
         made = self._sample(params, prompts, Request(), given)
-        inputs = conditioning.shown(given)
-        rows = made[:, None] if inputs is None else np.stack([inputs, made], axis=1)
-        return Look(pictures={"prompts": grid(list(rows), prompts, (), CELL)})
+        columns = {"given": conditioning.shown(given), NOW: made}
+        kept = {name: pictures for name, pictures in columns.items() if pictures is not None}
+        return Look(sheets={"prompts": Sheet(tuple(prompts), kept)})
 
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
         cfg, side = self.opened.model_cfg, self.opened.options.resolution

@@ -1,8 +1,9 @@
 """Evaluation and samples of a language model: loss, label accuracy, continuations."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -25,8 +26,8 @@ from jaxft.tasks.llm.opened import OpenedDecoder
 from jaxft.tasks.llm.rows import CHAT_FACT
 
 SHOWN_PREDICTIONS = 5  # rows of predictions in a report
+SEARCHED = 200  # rows among which different prompts are looked for
 SAMPLE_TOKENS = 48  # new tokens of a sample during training
-PROMPT_END = 80  # characters of the prompt of a conversation that a sample shows
 EMPTY_ANSWER = "(empty: the first token ends the text)"
 
 
@@ -135,24 +136,29 @@ class DecoderPreview:
         rows = (self.data.held_out or self.data.train).data
         if rows.labels:
             return Look()
-        shown = [rows[i] for i in range(min(SHOWN_PREDICTIONS, len(rows)))]
-        return self.continue_examples(params, shown, rows.chat)
+        return self.continue_examples(params, (rows[i] for i in range(len(rows))), rows.chat)
 
     def continue_examples(
-        self, params: Params, examples: Sequence[text.Example], chat: ChatFormat | None
+        self, params: Params, examples: Iterable[text.Example], chat: ChatFormat | None
     ) -> Look:
-        """Return the likeliest continuations of the examples' prompts.
+        """Return the likeliest continuations of the first few different prompts of the examples.
 
         chat: the format of the examples, None for plain texts.
         """
-        prompts = [_prompt(example) for example in examples]
+        found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+        for example in islice(examples, SEARCHED):
+            prompt, reference = _split(example)
+            found.setdefault(prompt.tobytes(), (prompt, reference))
+            if len(found) == SHOWN_PREDICTIONS:
+                break
+        prompts = [prompt for prompt, _ in found.values()]
         stops = self.opened.stop_ids(chat)
         texts = self._continue(params, prompts, SAMPLE_TOKENS, Sampling(), 0, stops)
         shown = [self.tokenizer.decode(ids) for ids in prompts]
-        if chat:
-            shown = [f"…{one[-PROMPT_END:]}" if len(one) > PROMPT_END else one for one in shown]
-        pairs = zip(shown, texts, strict=True)
-        return Look("\n".join(f"{prompt!r} -> {made!r}" for prompt, made in pairs))
+        pairs = found.values()
+        wanted = [self.tokenizer.decode(ids, skip_special_tokens=True) for _, ids in pairs]
+        rows = zip(shown, wanted, texts, strict=True)
+        return Look(headers=("prompt", "reference", "answer"), rows=tuple(rows))
 
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
         """Continue all prompts in one batch, each to an end-of-sequence id or `max_new` tokens.
@@ -219,10 +225,17 @@ class DecoderPreview:
         return constrain(made, None, None), constrain(lengths, None)
 
 
-def _prompt(example: text.Example) -> np.ndarray:
-    """Return the tokens before a row's first trained one, or its first 32 if it trains all."""
-    first = int(np.argmax(example.weights > 0))
-    return example.tokens[: first if first > 1 else min(32, len(example.tokens) - 1)]
+def _split(example: text.Example) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens before a row's first trained one, and the trained ones from there on.
+
+    If the row trains all its tokens, its first 32 are the prompt.
+    """
+    tokens, weights = example.tokens, example.weights
+    first = int(np.argmax(weights > 0))
+    first = first if first > 1 else min(32, len(tokens) - 1)
+    untrained = np.flatnonzero(weights[first:] == 0)
+    end = first + int(untrained[0]) if len(untrained) else len(tokens)
+    return tokens[:first], tokens[first : min(end, first + SAMPLE_TOKENS)]
 
 
 def _language_metrics(sums: dict[str, float], n_bytes: int) -> dict[str, float]:
