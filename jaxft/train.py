@@ -144,7 +144,6 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
             if stopping := stop.agreed(flag):
                 break
         watch.flush()
-        stopping = stopping or (stop.alone and bool(stop.asked))
         # A resumed run neither evaluates nor samples at its first step.
         left = stopping and done < total and _due(done, every.eval)
         if left and best.measure:  # the checkpoint holds the best step, this one included
@@ -153,7 +152,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
         if done > start:
             saved.save(done, state, config, {"next_step": done, **best.state()})
         saved.close()
-        if stopping:
+        if stopping or (stop.alone and stop.asked):
             if left:
                 watch.evaluate(done, states.model_params(frozen, state))
             if done < total and _due(done, every.sample):
