@@ -169,7 +169,8 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
             kept = states.best_params(run, plan, workdir, best.step, frozen)
             params, shown = (kept, best.step) if kept else (params, total)
         if cfg.export.kind != "none":
-            export_folder(run, params, workdir / "export", cfg.export.kind, cfg.export.dtype)
+            out, kind, dtype = workdir / "export", cfg.export.kind, cfg.export.dtype
+            export_folder(run, params, out, kind, dtype, workdir, shown)
         watch.close(shown, after, params, time.perf_counter() - began)
 
 

@@ -310,6 +310,7 @@ TESTED_WITH = {
     "objectives/denoising.py": "parity/test_diffusion_training.py",
     "objectives/codes.py": "parity/test_image_tokens_training.py",
     "objectives/reconstruction.py": "parity/test_autoencoder_training.py",
+    "predict.py": "tasks/llm/heads/test_task.py",
     "report.py": "runs/pages/test_report.py",
     "runs/pages/gallery.py": "runs/pages/test_report.py",
     "runs/pages/records.py": "runs/pages/test_report.py",

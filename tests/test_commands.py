@@ -80,7 +80,7 @@ def test_t27_sample_equals_generate_for_a_batch_of_unequal_prompts(finished, tmp
     prompts = ["a small", "water", "the act of giving something away to"]
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(prompts) + "\n")
-    assert sample.main(["--workdir", str(work), f"--prompts={file}", "--max_new=12"]) == 0
+    assert sample.main(["--workdir", str(work), f"--prompts={file}", "--raw", "--max_new=12"]) == 0
     shown = capsys.readouterr().out
     tokenizer = AutoTokenizer.from_pretrained(work / "export", padding_side="left")
     model = LlamaForCausalLM.from_pretrained(work / "export", dtype=torch.float32)
@@ -88,6 +88,25 @@ def test_t27_sample_equals_generate_for_a_batch_of_unequal_prompts(finished, tmp
     made = model.generate(**batch, max_new_tokens=12, do_sample=False)
     for prompt, ids in zip(prompts, made[:, batch["input_ids"].shape[1] :], strict=True):
         assert prompt + tokenizer.decode(ids, skip_special_tokens=True) in shown
+
+
+def test_a_prompt_gets_the_template_of_the_run(finished, capsys):
+    """The demo's records have a text and a label, which the config's template joins."""
+    work, _ = finished
+    arguments = ["--workdir", str(work), "--max_new=6"]
+    assert sample.main([*arguments, "--prompt=a small bird"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Definition: a small bird\nCategory:")
+    assert sample.main([*arguments, "--raw", "--prompt=Definition: a small bird\nCategory:"]) == 0
+    assert capsys.readouterr().out == shown, "the same tokens"
+    manifest = work / "manifest.json"
+    kept = manifest.read_text()
+    old = json.loads(kept)
+    del old["data"]["record_fields"]
+    manifest.write_text(json.dumps(old))
+    assert sample.main([*arguments, "--prompt=a small bird"]) == 0
+    manifest.write_text(kept)
+    assert capsys.readouterr().out.startswith("a small bird"), "a run of an earlier version"
 
 
 def test_sampling_is_repeatable_by_its_seed(finished, capsys):

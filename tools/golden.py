@@ -84,7 +84,7 @@ def _text(model: str, changes: Mapping[str, Any] = {}, **settings: Any) -> Case:
     return Case("llm", {"model": f"{{folder}}/{model}", **TEXTS, **changes}, **settings)
 
 
-WRITE = ("--prompt=stone river", "--max_new=12")
+WRITE = ("--prompt=stone river", "--raw", "--max_new=12")
 DRAW = ("--prompt=stone river", "--seed=1")
 CASES: dict[str, Case] = {
     "llm-full": _text("llama", {"pack": False}, sample=WRITE),

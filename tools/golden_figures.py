@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from jaxft.runs.outputs import MARK
+from jaxft.runs.pages.card import CARD
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-4  # relative, on another kind of machine
@@ -25,9 +26,13 @@ def losses(file: Path) -> list[str]:
 
 
 def folder_figures(out: Path, folder: Path) -> dict[str, Any]:
-    """Return figures of each file below `out`; paths of this machine do not count in texts."""
+    """Return figures of each file below `out`; paths of this machine do not count in texts.
+
+    The card of an export is left out, as it names versions and measures.
+    """
     figures: dict[str, Any] = {}
-    for file in sorted(path for path in out.rglob("*") if path.is_file() and path.name != MARK):
+    files = (path for path in out.rglob("*") if path.is_file())
+    for file in sorted(path for path in files if path.name not in (MARK, CARD)):
         name = file.relative_to(out).as_posix()
         if file.suffix == ".safetensors":
             figures[name] = tensor_figures(file)

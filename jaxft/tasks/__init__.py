@@ -208,8 +208,9 @@ class Look(NamedTuple):
 class Request(NamedTuple):
     """Settings of `Preview.complete`.
 
-    None stands for the value in the config. raw: continue the prompt as it is, even if the run
-    trained conversations. A model ignores the settings that it does not use.
+    None stands for the value in the config. size: height and width of pictures. raw: continue the
+    prompt as it is, without the template or the chat format of the run. A model ignores the
+    settings that it does not use.
     """
 
     seed: int = 0
@@ -223,6 +224,8 @@ class Request(NamedTuple):
     image: str | None = None
     mask: str | None = None
     image_guidance: float | None = None
+    negative: str | None = None
+    size: tuple[int, int] | None = None
     raw: bool = False
 
 

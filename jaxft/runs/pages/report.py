@@ -123,7 +123,7 @@ def _curves(history: History) -> str:
     main.insert(1, held_out)  # the second colour of the page
     made = [chart("Loss", main)]
     names = [n for n in history.measures() if direction(n) and f"eval_{n}" != evaluated]
-    drawn = [n for n in names if not n.startswith("loss_t") and n not in OF_LOSS]
+    drawn = [n for n in names if not n.startswith(("loss_t", "f1/")) and n not in OF_LOSS]
     for name in drawn[:CURVES]:
         made.append(chart(name, [Series("held out", *history.curve(f"eval_{name}", True), "dots")]))
     for title, key in (("Learning rate", "lr"), ("Gradient norm", "grad_norm")):
@@ -171,8 +171,7 @@ def _change(name: str, before: Any, now: Any) -> str:
     if not isinstance(before, int | float) or not isinstance(now, int | float) or before == now:
         return ""
     difference = now - before
-    share = f" ({difference / abs(before):+.1%})" if before else ""
-    text = f"{difference:+.3g}{share}"
+    text = f"{difference / abs(before):+.1%}" if before else f"{difference:+.3g}"
     if not (way := direction(name)):
         return text
     good = difference * way > 0

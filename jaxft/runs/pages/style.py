@@ -51,8 +51,8 @@ th:first-child,td:first-child,.texts td,.texts th,.facts td{text-align:left}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:14px}
 .cards.wide{grid-template-columns:1fr}
 .card{padding:12px 14px}
-.card .shots{display:flex;flex-wrap:wrap;gap:10px}
-.shots figure{margin:0;width:96px;flex:1 1 88px;max-width:160px}
+.shots{display:grid;grid-template-columns:repeat(auto-fill,minmax(120px,1fr));gap:10px}
+.shots figure{margin:0}
 .shots img{display:block;width:100%;border-radius:6px;background:var(--line)}
 .shots img.small{image-rendering:pixelated}
 .shots figcaption{font-size:12px;color:var(--soft);margin-top:3px}
@@ -70,5 +70,6 @@ details{margin-top:12px}
 summary{cursor:pointer;color:var(--soft)}
 footer{margin-top:40px;color:var(--soft);font-size:13px}
 @media(max-width:520px){main{padding:20px 14px 40px}h1{font-size:22px}.tile b{font-size:17px}
-.tiles{grid-template-columns:1fr 1fr;gap:8px}th,td{padding:6px 8px}.key{margin-left:8px}}
+.tiles{grid-template-columns:1fr 1fr;gap:8px}th,td{padding:6px 8px}.key{margin-left:8px}
+.shots{grid-template-columns:repeat(auto-fill,minmax(90px,1fr))}}
 """

@@ -24,7 +24,7 @@ from jaxft.tasks.common.encoded import collate
 from jaxft.tasks.common.kid_lite0 import KidLite0
 from jaxft.tasks.common.sheets import SHOWN, portions, shown_sheet
 from jaxft.tasks.diffusion import conditioning
-from jaxft.tasks.diffusion.opened import OpenedPipeline, check_sampler
+from jaxft.tasks.diffusion.opened import OpenedPipeline, check_sampler, check_size
 
 BINS = 8  # timesteps of the validation loss, equally far apart
 
@@ -104,6 +104,8 @@ class DiffusionPreview:
         cfg, side = self.opened.model_cfg, self.opened.options.resolution
         sizes = make_buckets(side, cfg.multiple) if self.opened.options.buckets else ((side, side),)
         given = conditioning.asked(cfg, request, sizes, len(prompts))
+        if request.size:
+            check_size(cfg, request.size)
         request = request._replace(image=None, mask=None)  # now in `given`
         made = self._sample(params, prompts, request, given)
         return [Look(pictures={"made": one}) for one in made]
@@ -122,23 +124,30 @@ class DiffusionPreview:
             check_sampler("--sampler", request.sampler, self.opened.model_cfg)
         size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches
         ids = np.stack([self.opened.captions(prompt) for prompt in prompts])
+        avoided = None if request.negative is None else self.opened.captions(request.negative)
+        request = request._replace(negative=None)  # now in `avoided`
         made = [
-            np.asarray(self._generate(params, rows, places, request, inputs))
+            np.asarray(self._generate(params, rows, places, request, inputs, avoided))
             for places, (rows, inputs) in portions((ids, given), len(ids), size)
         ]
         return np.concatenate(made)[: len(ids)]
 
     @partial(jax.jit, static_argnums=(0, 4))
     def _generate(
-        self, params: Params, ids: Any, places: Any, request: Request, given: Batch
+        self, params: Params, ids: Any, places: Any, request: Request, given: Batch, avoided: Any
     ) -> jax.Array:
+        """Return pictures [B, Y, X, 3]. `avoided` holds the ids of the negative prompt, or None."""
         cfg, options = self.opened.model_cfg, self.opened.options.sample
         model = bind(self.opened.template, cast(params, self.dtype))
         text = model.encode_text(ids, dtype=self.dtype)
-        null = jax.tree.map(lambda x: jnp.repeat(x, len(ids), axis=0), self.objective.null(model))
+        if avoided is None:
+            null = self.objective.null(model)
+        else:
+            null = model.encode_text(jnp.asarray(avoided)[None], dtype=self.dtype)
+        null = jax.tree.map(lambda x: jnp.repeat(x, len(ids), axis=0), null)
         concat = condition(model, cfg, given, None, self.dtype)
-        side = self.opened.options.resolution // cfg.vae.factor
-        size = (side, side) if concat is None else concat.shape[1:3]
+        y, x = request.size or (self.opened.options.resolution,) * 2
+        size = (y // cfg.vae.factor, x // cfg.vae.factor) if concat is None else concat.shape[1:3]
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(request.seed)))(places)
         noise = normal(keys, (*size, cfg.vae.latent_channels))
         name, steps = request.sampler or options.sampler, request.steps or options.steps

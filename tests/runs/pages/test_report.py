@@ -97,7 +97,7 @@ def test_the_page_holds_what_a_person_looks_for(finished):
     words = Page(write_report(finished).read_text()).words
     for part in (
         "60 of 60 steps, finished", "3 → 2", "0.25 → 0.55", "1 h 2 min", "1.00 GiB",
-        "peak memory of a device", "-1 (-33.3%) better", "+0.3 (+120.0%) better", "step 20",
+        "peak memory of a device", "-33.3% better", "+120.0% better", "step 20",
         "answer 0 <b>", "answer 40 <b>", "before it", "y40", "b" * 300, "python -m jaxft.train",
         "3 texts were longer than seq_len", "empty", "jaxft 9.9", "confusion, step 40",
     ):  # fmt: skip
