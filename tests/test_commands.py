@@ -90,23 +90,31 @@ def test_t27_sample_equals_generate_for_a_batch_of_unequal_prompts(finished, tmp
         assert prompt + tokenizer.decode(ids, skip_special_tokens=True) in shown
 
 
-def test_a_prompt_gets_the_template_of_the_run(finished, capsys):
-    """The demo's records have a text and a label, which the config's template joins."""
+def test_a_prompt_gets_the_form_of_the_records(finished, capsys):
+    """The manifest of a run names the fields of its records."""
     work, _ = finished
-    arguments = ["--workdir", str(work), "--max_new=6"]
-    assert sample.main([*arguments, "--prompt=a small bird"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith("Definition: a small bird\nCategory:")
-    assert sample.main([*arguments, "--raw", "--prompt=Definition: a small bird\nCategory:"]) == 0
-    assert capsys.readouterr().out == shown, "the same tokens"
     manifest = work / "manifest.json"
     kept = manifest.read_text()
-    old = json.loads(kept)
-    del old["data"]["record_fields"]
-    manifest.write_text(json.dumps(old))
-    assert sample.main([*arguments, "--prompt=a small bird"]) == 0
-    manifest.write_text(kept)
-    assert capsys.readouterr().out.startswith("a small bird"), "a run of an earlier version"
+    facts = json.loads(kept)
+    assert facts["data"]["record_fields"] == ["text"]
+
+    def printed(fields, *more):
+        facts["data"]["record_fields"] = fields
+        manifest.write_text(json.dumps(facts))
+        words = ["--workdir", str(work), "--max_new=6", *more]
+        assert sample.main(words) == 0
+        manifest.write_text(kept)
+        return capsys.readouterr().out
+
+    labelled = ["text", "label"]
+    shown = printed(labelled, "--prompt=a small bird")
+    assert shown.startswith("Definition: a small bird\nCategory:")
+    whole = "--prompt=Definition: a small bird\nCategory:"
+    assert printed(labelled, whole, "--raw") == shown, "the same tokens"
+    alpaca = printed(["instruction", "output"], "--prompt=Name a bird.")
+    assert "### Instruction:\nName a bird.\n\n### Response:" in alpaca
+    for fields in (["text"], ["prompt", "completion"], []):
+        assert printed(fields, "--prompt=a small bird").startswith("a small bird")
 
 
 def test_sampling_is_repeatable_by_its_seed(finished, capsys):

@@ -14,7 +14,7 @@ BEST = "best.json"  # of a run folder: the best step so far, for the commands on
 _LARGER_IS_BETTER = ("accurac", "f1", "exact_match", "r2", "psnr", "ssim", "margins", "caption_use")
 _SMALLER_IS_BETTER = (
     *("loss", "perplexity", "bits_per_byte", "kid", "mae", "lpips", "lite0", "dead_codes"),
-    *("l1", "ce", "ce_null", "text_ce"),
+    *("l1", "ce", "text_ce"),
 )
 _FACTS = ("tokenizer_", "codebook_", "train_distance")  # of the data, or with no best value
 

