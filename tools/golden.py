@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from golden_figures import differences, folder_figures, losses, picture_figures
+from golden_figures import differences, folder_figures, losses, sample_figures
 from golden_material import write_material
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,7 +176,7 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
     if case.sample:
         text = _command(jaxft.sample.main, ["--workdir", str(run), *case.sample])
         samples["printed"] = text.replace(str(folder), "FOLDER")
-    samples |= {file.name: picture_figures(file) for file in sorted(run.glob("samples/*.png"))}
+    samples |= sample_figures(run / "samples")
     return {"losses": losses(run / "metrics.jsonl"), "exports": exports, "samples": samples}
 
 

@@ -72,6 +72,7 @@ footer{margin-top:40px;color:var(--soft);font-size:13px}
 @media(max-width:520px){main{padding:20px 14px 40px}h1{font-size:22px}.tile b{font-size:17px}
 .tiles{grid-template-columns:1fr 1fr;gap:8px}th,td{padding:6px 7px}
 .scroll table:not(.texts,.facts){font-size:12.5px}
-.scroll table:not(.texts,.facts) td:first-child{white-space:normal;overflow-wrap:anywhere}.key{margin-left:8px}
+.scroll table:not(.texts,.facts) td:first-child{white-space:normal;overflow-wrap:anywhere}
+.key{margin-left:8px}
 .shots{grid-template-columns:repeat(auto-fill,minmax(90px,1fr))}}
 """
