@@ -141,10 +141,14 @@ class Watch:
 
     def _refresh(self) -> None:
         """Write the report of the run as it is now."""
-        if self.primary:
-            self.manifest |= runtime.peak_memory(self.run.mesh)
-            self._keep(MANIFEST, self.manifest)
+        if not self.primary:
+            return
+        self.manifest |= runtime.peak_memory(self.run.mesh)
+        self._keep(MANIFEST, self.manifest)
+        try:
             write_report(self.workdir)
+        except Exception as error:  # no page is worth the training that it is about
+            self.note(f"{REPORT} is not written: {type(error).__name__}: {error}")
 
     def begin(self, params: Params) -> Report:
         """Evaluate and sample the model before step 0, and keep the numbers for the last table."""
@@ -183,6 +187,7 @@ class Watch:
         if sampled.rows and self.primary:
             self.samples.write_rows(step, "texts", sampled.headers, sampled.rows)
         self._show(step, sampled.pictures, sampled.sheets)
+        self._refresh()
         self.last = time.perf_counter()
 
     def _show(

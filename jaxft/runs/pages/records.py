@@ -21,11 +21,14 @@ class History(NamedTuple):
         return [step for step, _ in pairs], [value for _, value in pairs]
 
     def measures(self, at: int | None = None) -> dict[str, float]:
-        """Return the measures of the evaluation at a step, by default the last, without `eval_`."""
+        """Return the measures of the evaluation at a step, by default the last, without `eval_`.
+
+        Those that were not finite are left out.
+        """
         found = [one for one in self.evals if at is None or one["step"] == at]
         record = found[-1] if found else {}
-        names = (key for key in record if key.startswith("eval_"))
-        return {key.removeprefix("eval_"): record[key] for key in names}
+        named = ((k.removeprefix("eval_"), v) for k, v in record.items() if k.startswith("eval_"))
+        return {name: value for name, value in named if isinstance(value, int | float)}
 
     @property
     def last(self) -> int:

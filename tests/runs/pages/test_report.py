@@ -136,10 +136,12 @@ def test_a_long_run_is_written_in_a_tenth_of_a_second(tmp_path):
 
 
 def test_an_evaluation_that_was_written_twice_counts_once(tmp_path):
-    lines = [{"step": 4, "eval_loss": 2.0}, {"step": 4, "eval_loss": 1.0}, {"step": "x"}, 3]
+    last = {"step": 4, "eval_loss": 1.0, "eval_kid-lite0": None}
+    lines = [{"step": 4, "eval_loss": 2.0}, last, {"step": "x"}, 3]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    assert read_history(tmp_path).evals == [{"step": 4, "eval_loss": 1.0}]
-    assert read_history(tmp_path).measures() == {"loss": 1.0}
+    assert read_history(tmp_path).evals == [last]
+    assert read_history(tmp_path).measures() == {"loss": 1.0}, "nothing that is not finite"
+    Page(write_report(tmp_path).read_text())
 
 
 def test_leaves_are_short_texts():
