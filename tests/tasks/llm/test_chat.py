@@ -53,7 +53,8 @@ def test_a5_samples_answer_in_the_format_of_training(finished, capsys):
     assert capsys.readouterr().out == "hi\n-> it is\n"
     assert sample.main([*arguments, "--raw"]) == 0
     assert "->" not in capsys.readouterr().out
-    shown = "'<|im_start|>user\\nhi<|im_end|>\\n<|im_start|>assistant\\n' -> 'it is' (reference 'it is')"
+    turn = "'<|im_start|>user\\nhi<|im_end|>\\n<|im_start|>assistant\\n'"
+    shown = f"{turn} -> 'it is' (reference 'it is')"
     assert printed.count(shown) == 1, "two records have this prompt"
     first, last = (json.loads(x.read_text()) for x in sorted((work / "samples").glob("texts-*")))
     assert (first["step"], last["step"]) == (0, 60) and len(first["rows"]) == 1
