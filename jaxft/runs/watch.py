@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxft.core import runtime
 from jaxft.core.errors import UserError
-from jaxft.core.guards.best import BEST, Best
+from jaxft.core.guards.best import BEST_FILE, Best
 from jaxft.core.metrics import MetricWriter, Throughput, table
 from jaxft.core.params import Params
 from jaxft.core.sharding import local_rows
@@ -166,7 +166,7 @@ class Watch:
         saved.kept.best = best.step
         if best.step is not None:
             named = {"measure": best.measure, "step": best.step, "value": best.value}
-            self._keep(BEST, {**named, "waited": best.waited, "ended": ended})
+            self._keep(BEST_FILE, {**named, "waited": best.waited, "ended": ended})
         return best
 
     def _keep(self, name: str, record: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from jaxft import export, train
 from jaxft.core import sharding
-from jaxft.core.guards.best import BEST
+from jaxft.core.guards.best import BEST_FILE
 from jaxft.tasks import Report
 from jaxft.tasks.llm.preview import DecoderPreview
 from tests.interrupted import timeless
@@ -73,7 +73,7 @@ def test_the_best_step_stays_and_is_exported(run, tmp_path, capsys):
     losses = evaluations(work)
     best = min((step for step in losses if step), key=losses.get)
     assert 2 < best < 10, "neither the first nor among the newest three"
-    kept = json.loads((work / BEST).read_text())
+    kept = json.loads((work / BEST_FILE).read_text())
     assert (kept["step"], kept["value"], kept["ended"]) == (best, losses[best], None)
     steps = sorted(int(x.name) for x in (work / "checkpoints").iterdir() if x.name.isdigit())
     assert steps == [best, 12, 13, 14]
@@ -97,7 +97,7 @@ def test_a_run_without_progress_stops_and_a_stopped_one_resumes_to_the_same(
 ):
     changes = {"stop.patience": 2}
     assert run(tmp_path / "whole", changes) == 0
-    best = json.loads((tmp_path / "whole" / BEST).read_text())
+    best = json.loads((tmp_path / "whole" / BEST_FILE).read_text())
     assert best["ended"] == best["step"] + 4 < 14
     assert list(evaluations(tmp_path / "whole"))[-1] == best["ended"]
     assert run(tmp_path / "whole", changes) == 0
@@ -117,18 +117,18 @@ def test_a_run_without_progress_stops_and_a_stopped_one_resumes_to_the_same(
     assert f"stopped at step {best['step']} of 14" in capsys.readouterr().err
     assert run(tmp_path / "broken", changes) == 0
     assert timeless(tmp_path / "broken") == timeless(tmp_path / "whole")
-    assert json.loads((tmp_path / "broken" / BEST).read_text()) == best
+    assert json.loads((tmp_path / "broken" / BEST_FILE).read_text()) == best
     assert equal(tensors(tmp_path / "broken" / "export"), tensors(tmp_path / "whole" / "export"))
 
 
 def test_a_lost_export_of_a_run_that_stopped_early_is_made_again(run, tmp_path):
     work = tmp_path / "run"
     assert run(work, {"stop.patience": 1}) == 0
-    made, best = tensors(work / "export"), (work / BEST).read_text()
+    made, best = tensors(work / "export"), (work / BEST_FILE).read_text()
     shutil.rmtree(work / "export")
     lines = evaluations(work)
     assert run(work, {"stop.patience": 1}) == 0
-    assert equal(tensors(work / "export"), made) and (work / BEST).read_text() == best
+    assert equal(tensors(work / "export"), made) and (work / BEST_FILE).read_text() == best
     assert evaluations(work) == lines
 
 

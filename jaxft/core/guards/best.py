@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxft.core.errors import UserError, near
 
-BEST = "best.json"  # of a run folder: the best step so far, for the commands on it
+BEST_FILE = "best.json"  # of a run folder: the best step so far, for the commands on it
 # Words in the names of measures. A name with none of them is neither better nor worse.
 _LARGER_IS_BETTER = ("accurac", "f1", "exact_match", "r2", "psnr", "ssim", "margins", "caption_use")
 _SMALLER_IS_BETTER = (
@@ -120,7 +120,7 @@ def make_best(keep: Keep, stop: Stop) -> Best:
 def read_best(workdir: Path) -> dict[str, Any]:
     """Return the best step of a run folder, {} if it keeps none."""
     try:
-        found = json.loads((workdir / BEST).read_text())
+        found = json.loads((workdir / BEST_FILE).read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("step"), int) else {}

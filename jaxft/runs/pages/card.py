@@ -16,7 +16,7 @@ from jaxft.runs.pages.records import read_history, read_json
 from jaxft.weights.locate import locate
 
 CARD, BASE_CARD = "README.md", "BASE_README.md"
-FOLDER = "path/of/this/folder"
+EXPORT_FOLDER = "path/of/this/folder"
 _KEYS = (  # of the table of settings, where the task has them
     *("seed", "batch_size", "micro_batches", "seq_len", "resolution", "objective", "optim.name"),
     *("optim.lr", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.clip"),
@@ -152,29 +152,29 @@ def loading(folder: Path, run: Run) -> tuple[str, str]:
         return "diffusers", _pipeline_lines(folder, index)
     pipeline = _lines("diffusers", "DiffusionPipeline", "pipeline", base)
     if "pytorch_lora_weights.safetensors" in names:
-        call = f'"{FOLDER}", weight_name="pytorch_lora_weights.safetensors"'
+        call = f'"{EXPORT_FOLDER}", weight_name="pytorch_lora_weights.safetensors"'
         return "diffusers", f"{pipeline}\npipeline.load_lora_weights({call})"
     if "learned_embeds.safetensors" in names:
-        return "diffusers", f'{pipeline}\npipeline.load_textual_inversion("{FOLDER}")'
+        return "diffusers", f'{pipeline}\npipeline.load_textual_inversion("{EXPORT_FOLDER}")'
     if run.cfg.task == "image_tokens" and "adapter_config.json" in names:
-        flags = f"--config.model={base} --config.lora.from={FOLDER}"
+        flags = f"--config.model={base} --config.lora.from={EXPORT_FOLDER}"
         return "jaxft", f"# python -m jaxft.train --config configs/image_tokens.py {flags}"
     if "adapter_config.json" in names:
         return "peft", _adapter_lines(folder, run, base)
     if run.cfg.task == "autoencoder":
         kind = run.opened.codec.kind  # type: ignore[attr-defined]
         library = "transformers" if kind.startswith("Janus") else "diffusers"
-        return library, _lines(library, kind, "vae", FOLDER)
+        return library, _lines(library, kind, "vae", EXPORT_FOLDER)
     if "imagetoken.json" in names or architecture == "MultiModalityCausalLM":
         sample = 'pictures = model.sample(["a red apple"])'
-        return "jaxft", f'import jaxft\n\nmodel = jaxft.load("{FOLDER}")\n{sample}'
+        return "jaxft", f'import jaxft\n\nmodel = jaxft.load("{EXPORT_FOLDER}")\n{sample}'
     if architecture.endswith("ForSequenceClassification"):
-        call = f'classify = pipeline("text-classification", "{FOLDER}")'
+        call = f'classify = pipeline("text-classification", "{EXPORT_FOLDER}")'
         return "transformers", f"from transformers import pipeline\n\n{call}"
-    lines = _lines("transformers", architecture or "AutoModelForCausalLM", "model", FOLDER)
+    lines = _lines("transformers", architecture or "AutoModelForCausalLM", "model", EXPORT_FOLDER)
     if "tokenizer_config.json" in names:
         lines = lines.replace("import ", "import AutoTokenizer, ", 1)
-        lines += f'\ntokenizer = AutoTokenizer.from_pretrained("{FOLDER}")'
+        lines += f'\ntokenizer = AutoTokenizer.from_pretrained("{EXPORT_FOLDER}")'
     return "transformers", lines
 
 
@@ -187,8 +187,8 @@ def _pipeline_lines(folder: Path, index: Mapping[str, Any]) -> str:
     name = index.get("_class_name", "DiffusionPipeline")
     single = [x.name for x in sorted(folder.glob("*.safetensors")) if "embeds" not in x.name]
     if not single or any(folder.glob("*/diffusion_pytorch_model*.safetensors")):
-        return _lines("diffusers", name, "pipeline", FOLDER)
-    call = f'{name}.from_single_file("{FOLDER}/{single[0]}", config="{FOLDER}")'
+        return _lines("diffusers", name, "pipeline", EXPORT_FOLDER)
+    call = f'{name}.from_single_file("{EXPORT_FOLDER}/{single[0]}", config="{EXPORT_FOLDER}")'
     return f"from diffusers import {name}\n\npipeline = {call}"
 
 
@@ -202,5 +202,5 @@ def _adapter_lines(folder: Path, run: Run, base: str) -> str:
     return (
         f"from peft import PeftModel\nfrom transformers import {name}\n\n"
         f'base = {name}.from_pretrained("{base}"{more})\n'
-        f'model = PeftModel.from_pretrained(base, "{FOLDER}")'
+        f'model = PeftModel.from_pretrained(base, "{EXPORT_FOLDER}")'
     )

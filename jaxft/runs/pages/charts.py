@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 360, 200  # of the drawing, which the page scales
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24  # margins around the curves
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 24  # margins around the curves
 POINTS = 300  # of a curve, at most
 SMOOTH = 0.05  # share of a curve that the moving average spans
 
@@ -36,15 +36,15 @@ def chart(title: str, series: Sequence[Series]) -> str:
     last = max(max(one.steps[-1] for one in series), first + 1)
 
     def place(step: float, value: float) -> tuple[float, float]:
-        x = LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT)
-        y = HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-        return round(x, 1), round(min(max(y, TOP), HEIGHT - BOTTOM), 1)
+        x = _LEFT + (step - first) / (last - first) * (WIDTH - _LEFT - _RIGHT)
+        y = HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
+        return round(x, 1), round(min(max(y, _TOP), HEIGHT - _BOTTOM), 1)
 
     parts = []
     for tick in ticks:
         _, y = place(first, tick)
-        parts.append(f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 5}" y="{y + 3.5}" text-anchor="end">{short(tick)}</text>')
+        parts.append(f'<path class="grid" d="M{_LEFT} {y}H{WIDTH - _RIGHT}"/>')
+        parts.append(f'<text x="{_LEFT - 5}" y="{y + 3.5}" text-anchor="end">{short(tick)}</text>')
     for tick in _ticks(first, last, 4):
         if first <= tick <= last:
             x, _ = place(tick, low)

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jaxft.runs.pages.samples import BEFORE_COLUMN, Kept, kept_samples
+from jaxft.runs.pages.samples import BEFORE_COLUMN, SampleFile, kept_samples
 from jaxft.tasks import NOW
 
 SHOWN_STEPS = 5  # of one picture, the first and the last among them
@@ -15,7 +15,7 @@ SMALL_BYTES = 40_000  # a PNG in a record is a picture of few pixels, shown with
 
 def gallery(workdir: Path, before: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (title, content) for the sheets and tables in `samples/` of a run."""
-    by_name: dict[str, list[Kept]] = {}
+    by_name: dict[str, list[SampleFile]] = {}
     for one in kept_samples(workdir):
         by_name.setdefault(one.name, []).append(one)
     for name, kept in by_name.items():
@@ -39,7 +39,7 @@ def _read(file: Path) -> dict[str, Any]:
     return record if "captions" in record or "rows" in record else {}
 
 
-def _spread(kept: Sequence[Kept]) -> list[Kept]:
+def _spread(kept: Sequence[SampleFile]) -> list[SampleFile]:
     """Return SHOWN_STEPS of the records, equally far apart."""
     last = len(kept) - 1
     count = min(SHOWN_STEPS, len(kept))

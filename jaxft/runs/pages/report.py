@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jaxft.core.guards.best import BEST, direction
+from jaxft.core.guards.best import BEST_FILE, direction
 from jaxft.runs.pages.advice import advice
 from jaxft.runs.pages.charts import Series, chart, short, smoothed
 from jaxft.runs.pages.gallery import gallery
@@ -25,7 +25,7 @@ def write_report(workdir: Path) -> Path:
     """Write the report of a run folder, which may be running or finished. Return its path."""
     config, manifest = read_json(workdir / "config.json"), read_json(workdir / "manifest.json")
     before, history = read_json(workdir / "before.json"), read_history(workdir)
-    best = read_json(workdir / BEST)
+    best = read_json(workdir / BEST_FILE)
     first = before.get("metrics") or history.measures(0)
     tips = advice(config, manifest, first, history)
     parts = [

@@ -87,7 +87,7 @@ class Samples:
         replace_text(file, json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
 
 
-class Kept(NamedTuple):
+class SampleFile(NamedTuple):
     """A sheet or a table on disk: its name, its step and its file."""
 
     name: str
@@ -95,10 +95,10 @@ class Kept(NamedTuple):
     file: Path
 
 
-def kept_samples(workdir: Path) -> Iterator[Kept]:
+def kept_samples(workdir: Path) -> Iterator[SampleFile]:
     """Yield the records in `samples/` of a run in the order of their steps."""
     found = ((_FILE.fullmatch(file.name), file) for file in (workdir / "samples").glob("*.json"))
-    kept = [Kept(match["name"], int(match["step"]), file) for match, file in found if match]
+    kept = [SampleFile(match["name"], int(match["step"]), file) for match, file in found if match]
     yield from sorted(kept, key=lambda one: (one.step, one.name))
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from jaxft.core.errors import UserError
 from jaxft.core.guards.best import (
-    BEST,
+    BEST_FILE,
     Best,
     Keep,
     Stop,
@@ -95,5 +95,5 @@ def test_keys_that_need_others_are_refused(keep, stop, held_out, period, words):
 def test_a_torn_file_is_none(tmp_path):
     assert read_best(tmp_path) == {}
     for text in ("", "[1]", '{"step": null}'):
-        (tmp_path / BEST).write_text(text)
+        (tmp_path / BEST_FILE).write_text(text)
         assert read_best(tmp_path) == {}

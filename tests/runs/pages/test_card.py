@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jaxft import export, train
-from jaxft.runs.pages.card import BASE_CARD, CARD, FOLDER, _public, find_licence, loading
+from jaxft.runs.pages.card import BASE_CARD, CARD, EXPORT_FOLDER, _public, find_licence, loading
 from tests.tiny_diffusion import flags_of, make_pictures
 from tests.tiny_pipelines import make_pipeline
 
@@ -24,7 +24,7 @@ def run_lines(folder, base=None):
     """The names that the code of a card defines. The folders stand where they really are."""
     text = (folder / CARD).read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    code = code.replace(FOLDER, str(folder))
+    code = code.replace(EXPORT_FOLDER, str(folder))
     code = re.sub(r"path/of/the/base/[^\"]+", str(base), code)
     found = {}
     exec(code, found)  # the lines that a reader copies

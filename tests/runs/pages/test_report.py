@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxft import report
-from jaxft.core.guards.best import BEST
+from jaxft.core.guards.best import BEST_FILE
 from jaxft.runs.pages.records import MANY, leaves, read_history
 from jaxft.runs.pages.report import REPORT, write_report
 from jaxft.runs.pages.samples import Samples
@@ -106,9 +106,11 @@ def test_the_page_holds_what_a_person_looks_for(finished):
 
 
 def test_the_best_step_has_its_column(finished):
-    (finished / BEST).write_text(json.dumps({"measure": "accuracy", "step": 40, "value": 0.45}))
+    (finished / BEST_FILE).write_text(
+        json.dumps({"measure": "accuracy", "step": 40, "value": 0.45})
+    )
     words = Page(write_report(finished).read_text()).words
-    (finished / BEST).unlink()
+    (finished / BEST_FILE).unlink()
     assert "step 40 (best)" in words and "best accuracy, exported" in words
 
 
