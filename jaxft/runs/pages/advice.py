@@ -1,4 +1,4 @@
-"""What to try next, by plain rules from the numbers of a run."""
+"""Advice on what to try next, by plain rules from the numbers of a run."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -8,7 +8,6 @@ from typing import Any
 
 import huggingface_hub
 
-from jaxft import __version__
 from jaxft.core.config import Config, flatten_config
 from jaxft.core.errors import UserError
 from jaxft.runs.opening import Run
@@ -45,7 +44,7 @@ def write_card(folder: Path, run: Run, name: str, workdir: Path | None, step: in
     parts = [
         "\n".join(["---", *head, "---"]),
         f"# {name}",
-        f"Fine-tuned with jaxft {__version__} from `{_public(run.cfg.model)}`.",
+        f"Fine-tuned with jaxft{_version(workdir)} from `{_public(run.cfg.model)}`.",
         _table(("", ""), _facts(folder, run, licence, step)),
         "## How to load it",
         f"```python\n{lines}\n```",
@@ -67,6 +66,11 @@ def _facts(folder: Path, run: Run, licence: str, step: int) -> Iterator[tuple[st
     yield "training data", f"`{_public(cfg.data.train)}`"
     yield "steps", f"{step:,}"
     yield "trained parameters", f"{count:,} of {whole:,}"
+
+
+def _version(workdir: Path | None) -> str:
+    versions = read_json(workdir / "manifest.json").get("versions") if workdir else None
+    return f" {versions['jaxft']}" if versions and versions.get("jaxft") else ""
 
 
 def _measured(cfg: Config, workdir: Path | None, step: int) -> str:
