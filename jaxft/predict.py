@@ -45,8 +45,9 @@ def _main(argv: list[str]) -> None:
             f"{options['workdir']} is no classifier, but a run of task={run.cfg.task}; for texts or"
             " pictures use python -m jaxft.sample"
         )
-    renamed = dict(pair.split("=", 1) for pair in run.opened.options.columns.split(",") if pair)
-    field = renamed.get("text", "text").strip()
+    columns = str(run.cfg.own["columns"]).replace(" ", "")
+    renamed = dict(pair.split("=", 1) for pair in columns.split(",") if pair)
+    field = renamed.get("text", "text")
     places = [records.where(i) for i in range(len(records))]
     rows = [records[i] for i in range(len(records))]
     texts = [text_field(row, field, where) for row, where in zip(rows, places, strict=True)]

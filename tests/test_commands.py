@@ -96,7 +96,7 @@ def test_a_prompt_gets_the_form_of_the_records(finished, capsys):
     manifest = work / "manifest.json"
     kept = manifest.read_text()
     facts = json.loads(kept)
-    assert facts["data"]["record_fields"] == ["text"]
+    assert facts["data"]["record_fields"] == ["prompt", "completion"]
 
     def printed(fields, *more):
         facts["data"]["record_fields"] = fields
