@@ -30,5 +30,6 @@ def shown_sheet(
 ) -> Sheet:
     """Return SHOWN examples, equally far apart, with the columns that are not None."""
     kept = {name: pictures for name, pictures in columns.items() if pictures is not None}
-    shown = np.linspace(0, len(captions) - 1, min(SHOWN, len(captions))).astype(int).tolist()
+    places = np.linspace(0, len(captions) - 1, min(SHOWN, len(captions)))
+    shown = [int(place) for place in places]
     return Sheet(tuple(captions[i] for i in shown), {name: x[shown] for name, x in kept.items()})
