@@ -16,6 +16,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.guards.fingerprint import not_finite
 from jaxft.runs.opening import Run
 from jaxft.runs.outputs import begin_output, check_output, finish_output
+from jaxft.runs.pages.card import write_card
 from jaxft.runs.restoring import restore_run, step_option
 from jaxft.runs.workdir import read_config_file
 from jaxft.tasks import OPTIONS, Job
@@ -47,20 +48,28 @@ def _main(argv: list[str]) -> None:
     if kind not in run.task.writers:
         raise UserError(f"--kind={kind!r} is not one of {', '.join(run.task.writers)}")
     with jax.set_mesh(run.mesh):
-        export_folder(run, params, out, kind, options.get("dtype", run.cfg.export.dtype))
+        dtype = options.get("dtype", run.cfg.export.dtype)
+        export_folder(run, params, out, kind, dtype, workdir, step)
     print(f"step {step} of {workdir} exported to {out}")
 
 
 def export_folder(
-    run: Run, params: Mapping[str, jax.Array], out: Path, kind: str, dtype: str
+    run: Run,
+    params: Mapping[str, jax.Array],
+    out: Path,
+    kind: str,
+    dtype: str,
+    workdir: Path | None = None,
+    step: int = 0,
 ) -> None:
     """Write an export of `kind` under a temporary name, and rename it to `out`.
 
     The keys of `run.task.writers` are the kinds, and exports.py of each task describes them.
-    `params` holds at least the trained parameters. All processes have to call this function,
-    because parameters are gathered from all. The first process writes. Each process returns when
-    the folder is complete. `check_output` has to allow `out`. Raises UserError where `check_kind`
-    does, and for trained parameters that are not finite.
+    `params` holds at least the trained parameters, those of `step`. The card of the export has the
+    measures of this step in `workdir`, the folder of the run. All processes have to call this
+    function, because parameters are gathered from all. The first process writes. Each process
+    returns when the folder is complete. `check_output` has to allow `out`. Raises UserError where
+    `check_kind` does, and for trained parameters that are not finite.
     """
     check_kind(run, kind)
     if bad := not_finite({path: params[path] for path in run.chosen}):
@@ -79,6 +88,7 @@ def export_folder(
     if jax.process_index() == 0:
         made = begin_output(out)
         write(made)
+        write_card(made, run, name, workdir, step)
         finish_output(made, out)
     else:
         with tempfile.TemporaryDirectory() as aside:

@@ -1,5 +1,6 @@
 """Sample texts or pictures: `python -m jaxft.sample --workdir DIR --prompt TEXT [--seed 1 …]`."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jaxft.tasks.common.pictures import grid
 NUMBERS = {"temperature": float, "top_p": float, "guidance": float, "image_guidance": float}
 COUNTS = {"max_new": int, "top_k": int, "steps": int, "seed": int, "copies": int}
 ACROSS = 8  # pictures in a row of the grid
+MOST_SEEDS = 100  # of --seeds
 SWEEP_CELL = 96  # least pixels a side of a picture in a sweep's grid
 
 
@@ -25,17 +27,21 @@ def main(argv: list[str] | None = None) -> int:
     Texts are printed. Pictures are written to the folder `--out` (by default samples/ of the run),
     each by itself and all in a grid. `--guidance=1,3,5 --temperature=0.7,1` samples every pair of
     values, as rows and columns of the grid. An inpainting model fills the white area of `--mask`
-    in `--image`. InstructPix2Pix edits `--image`. A language model that trained conversations
-    answers the prompt. `--raw` continues the prompt instead.
+    in `--image`. InstructPix2Pix edits `--image`. `--negative` is what a picture should not show,
+    `--size` is its WIDTHxHEIGHT, and `--seeds 0-3` draws four of each prompt. Files of earlier
+    calls stay, as new ones get the next numbers. A language model gets the prompt in the chat
+    format or template of its training, so that it answers. `--raw` continues the prompt instead.
     """
     return processes.command(_main, sys.argv[1:] if argv is None else argv)
 
 
 def _main(argv: list[str]) -> None:
-    texts = ("sampler", "image", "mask")
+    texts = ("sampler", "image", "mask", "negative")
     arguments = parse("sample", argv, OPTIONS)
     options = arguments.options
     kinds = {**NUMBERS, **COUNTS}
+    if "seeds" in options:
+        options["seed"] = _seeds(options["seeds"])
     asked = {n: _numbers(options, n, kind) for n, kind in kinds.items() if n in options}
     copies = int(asked.pop("copies", [1])[0])
     prompts = [prompt for prompt in _prompts(options) for _ in range(copies)]
@@ -48,7 +54,7 @@ def _main(argv: list[str]) -> None:
 
     fixed: dict = {name: values[0] for name, values in asked.items()}
     fixed |= {name: options[name] for name in texts if name in options}
-    request = Request(raw="raw" in options)._replace(**fixed)
+    request = Request(raw="raw" in options, size=_size(options.get("size")))._replace(**fixed)
     run, params, _ = open_any(arguments)
     out = Path(options.get("out", Path(options.get("workdir", ".")) / "samples"))
     rows: list[list[list[np.ndarray]]] = []  # by row and column, the pictures of all prompts
@@ -97,7 +103,8 @@ def _save(
     if not pictures:
         return
     out.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(pictures):
+    first, last = _next(out), len(pictures) - 1
+    for i, picture in enumerate(pictures, first):
         Image.fromarray(picture).save(out / f"sample-{i:03}.png")
     if len(down) * len(across) == 1:
         wide = min(len(pictures), ACROSS)
@@ -106,8 +113,37 @@ def _save(
         lines = [[cell[i] for cell in row] for i in range(len(prompts)) for row in rows]
         captions = [", ".join((prompt, _label(row))) for prompt in prompts for row in down]
         sheet = grid(lines, captions, [_label(column) for column in across], SWEEP_CELL)
-    Image.fromarray(sheet).save(out / "grid.png")
-    print(f"{len(pictures)} pictures and grid.png in {out}")
+    name = f"grid-{first:03}.png" if first else "grid.png"  # named after its first picture
+    Image.fromarray(sheet).save(out / name)
+    numbers = f" (sample-{first:03} to {first + last:03})" if first else ""
+    print(f"{len(pictures)} pictures{numbers} and {name} in {out}")
+
+
+def _next(out: Path) -> int:
+    """Return the number after those of sample-NUMBER.png in a folder, so that none is replaced."""
+    found = (re.fullmatch(r"sample-(\d+)\.png", file.name) for file in out.iterdir())
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def _seeds(text: str) -> str:
+    """Return "0-3" as "0,1,2,3". Other texts stay as they are."""
+    match = re.fullmatch(r"(\d+)-(\d+)", text)
+    if not match:
+        return text
+    first, last = int(match[1]), int(match[2])
+    if not first <= last < first + MOST_SEEDS:
+        raise UserError(f"--seeds={text!r} must be at most {MOST_SEEDS} seeds, such as 0-3 or 1,5")
+    return ",".join(map(str, range(first, last + 1)))
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """Return (height, width) of WIDTHxHEIGHT or of one number."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d*)(?:[x×]([1-9]\d*))?", text)
+    if not match:
+        raise UserError(f"--size={text!r} must be WIDTHxHEIGHT in pixels, such as 512x768")
+    return int(match[2] or match[1]), int(match[1])
 
 
 def _prompts(options: dict[str, str]) -> list[str]:

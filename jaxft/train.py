@@ -104,6 +104,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
     status("loading jax")
     import jax
 
+    from jaxft.core.guards.best import make_best, read_best
     from jaxft.core.sharding import abstract_batch, local_rows, place_batch
     from jaxft.export import check_kind, export_folder
     from jaxft.runs import opening
@@ -126,43 +127,52 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
     cfg, task, mesh = run.cfg, run.task, run.mesh
     examples, rows = len(data.train), local_rows(mesh, cfg.batch_size)
     plan, every = states.make_plan(run, examples), states.periods(run, examples)
-    saved = Checkpoints(workdir)
+    saved, best, total = Checkpoints(workdir), make_best(cfg.keep, cfg.stop), plan.total
     start = saved.latest() or 0
     exported = cfg.export.kind == "none" or (workdir / "export").exists()
     check_same({"examples": examples, "latest checkpoint": start, "exported": exported})
-    if start >= plan.total > 0 and exported:
-        print(f"{workdir} is finished: {start} of {plan.total} steps; nothing to do")
+    ended = start > 0 and read_best(workdir).get("ended") == start
+    if (start >= total > 0 or ended) and exported:
+        early = ", stopped early" if ended else ""
+        print(f"{workdir} is finished: {start} of {total} steps{early}; nothing to do")
         return
     with agreement():
         if jax.process_index() == 0:
             check_inputs(workdir, config) if start else record_inputs(workdir, config)
     print(states.summary(run, plan, data.train), flush=True)
     with jax.set_mesh(mesh), room_for(run, config) as room:
-        state, frozen = states.start_state(run, plan, saved, start)
+        state, frozen, position = states.start_state(run, plan, saved, start)
         start = int(state.step)  # earlier, if the newest checkpoint is damaged
-        remaining = plan.total - start
+        best = best.resumed(position)
+        saved.kept.best, total = best.step, start if best.over else total
+        remaining = total - start
         saved.check_room(state, remaining and 1 + (remaining // every.save if every.save else 0))
         preview = opening.preview(run, data, states.model_params(frozen, state), start)
         objective = task.objective(run.opened, data.train)
         step_fn = Compiled(make_steps(run, plan, objective), runtime.memory_limit(mesh))
         batches = data.train.batches(start, rows)
-        watch = Watch(run, data, objective, preview, workdir, total=plan.total, start=start)
-        shapes = data.train.spec(rows) if start < plan.total else ()
+        watch = Watch(run, data, objective, preview, workdir, total=total, start=start)
+        shapes = data.train.spec(rows) if start < total else ()
         specs = (stop.mark(abstract_batch(shape, mesh), mesh) for shape in shapes)
         step_fn.prepare(state, frozen, *specs)
         room.check(step_fn)
         if start == 0:
-            watch.keep_before(watch.evaluate(0, states.model_params(frozen, state)))
+            best.after(0, watch.begin(states.model_params(frozen, state)).metrics)  # raises
         stop.busy, done, stopping = True, start, False
-        for step in range(start, plan.total):
+        after, ended = None, best.over
+        for step in range(start, total):
             if step > start and _due(step, every.eval):
-                watch.evaluate(step, states.model_params(frozen, state))
+                after = watch.evaluate(step, states.model_params(frozen, state))
+                best = watch.keep_best(best.after(step, after.metrics), saved)
+                if ended := best.over:
+                    total = step
+                    break
             if step > start and _due(step, every.sample):
                 watch.look(step, states.model_params(frozen, state))
-            if step > start and _due(step, every.save):
+            if step > start and (_due(step, every.save) or step == best.step):
                 watch.flush()  # counts the step before too
                 if not watch.skipped_in_row:  # no sound checkpoint makes room for a doubtful one
-                    saved.save(step, state, config, {"next_step": step})
+                    saved.save(step, state, config, {"next_step": step, **best.state()})
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
@@ -174,22 +184,34 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
             if stopping := stop.agreed(flag):
                 break
         watch.flush()
+        # A resumed run neither evaluates nor samples at its first step.
+        left = stopping and done < total and _due(done, every.eval)
+        if left and best.measure:  # the checkpoint holds the best step, this one included
+            after = watch.evaluate(done, states.model_params(frozen, state))
+            best, left = watch.keep_best(best.after(done, after.metrics), saved), False
         if done > start:
-            saved.save(done, state, config, {"next_step": done})
+            saved.save(done, state, config, {"next_step": done, **best.state()})
         saved.close()
         if stopping or (stop.alone and stop.asked):
-            # A resumed run neither evaluates nor samples at its first step.
-            if done < plan.total and _due(done, every.eval):
+            if left:
                 watch.evaluate(done, states.model_params(frozen, state))
-            if done < plan.total and _due(done, every.sample):
+            if done < total and _due(done, every.sample):
                 watch.look(done, states.model_params(frozen, state))
-            raise Stopped(f"stopped at step {done} of {plan.total}; the same command resumes")
+            raise Stopped(f"stopped at step {done} of {total}; the same command resumes")
         stop.busy = False
         params = states.model_params(frozen, state)
-        after = watch.evaluate(plan.total, params) if plan.total else None
+        if total and (after is None or not ended):
+            after = watch.evaluate(total, params)
+            best = best if ended else best.after(total, after.metrics)
+        watch.keep_best(best, saved, ended=total if ended else None)
+        shown = total
+        if best.step not in (None, total):
+            kept = states.best_params(run, plan, workdir, best.step, frozen)
+            params, shown = (kept, best.step) if kept else (params, total)
         if cfg.export.kind != "none":
-            export_folder(run, params, workdir / "export", cfg.export.kind, cfg.export.dtype)
-        watch.close(plan.total, after, params, time.perf_counter() - began)
+            out, kind, dtype = workdir / "export", cfg.export.kind, cfg.export.dtype
+            export_folder(run, params, out, kind, dtype, workdir, shown)
+        watch.close(shown, after, params, time.perf_counter() - began)
 
 
 def _due(step: int, period: int) -> bool:

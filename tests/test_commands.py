@@ -80,7 +80,7 @@ def test_t27_sample_equals_generate_for_a_batch_of_unequal_prompts(finished, tmp
     prompts = ["a small", "water", "the act of giving something away to"]
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(prompts) + "\n")
-    assert sample.main(["--workdir", str(work), f"--prompts={file}", "--max_new=12"]) == 0
+    assert sample.main(["--workdir", str(work), f"--prompts={file}", "--raw", "--max_new=12"]) == 0
     shown = capsys.readouterr().out
     tokenizer = AutoTokenizer.from_pretrained(work / "export", padding_side="left")
     model = LlamaForCausalLM.from_pretrained(work / "export", dtype=torch.float32)
@@ -88,6 +88,33 @@ def test_t27_sample_equals_generate_for_a_batch_of_unequal_prompts(finished, tmp
     made = model.generate(**batch, max_new_tokens=12, do_sample=False)
     for prompt, ids in zip(prompts, made[:, batch["input_ids"].shape[1] :], strict=True):
         assert prompt + tokenizer.decode(ids, skip_special_tokens=True) in shown
+
+
+def test_a_prompt_gets_the_form_of_the_records(finished, capsys):
+    """The manifest of a run names the fields of its records."""
+    work, _ = finished
+    manifest = work / "manifest.json"
+    kept = manifest.read_text()
+    facts = json.loads(kept)
+    assert facts["data"]["record_fields"] == ["prompt", "completion"]
+
+    def printed(fields, *more):
+        facts["data"]["record_fields"] = fields
+        manifest.write_text(json.dumps(facts))
+        words = ["--workdir", str(work), "--max_new=6", *more]
+        assert sample.main(words) == 0
+        manifest.write_text(kept)
+        return capsys.readouterr().out
+
+    labelled = ["text", "label"]
+    shown = printed(labelled, "--prompt=a small bird")
+    assert shown.startswith("Definition: a small bird\nCategory:")
+    whole = "--prompt=Definition: a small bird\nCategory:"
+    assert printed(labelled, whole, "--raw") == shown, "the same tokens"
+    alpaca = printed(["instruction", "output"], "--prompt=Name a bird.")
+    assert "### Instruction:\nName a bird.\n\n### Response:" in alpaca
+    for fields in (["text"], ["prompt", "completion"], []):
+        assert printed(fields, "--prompt=a small bird").startswith("a small bird")
 
 
 def test_sampling_is_repeatable_by_its_seed(finished, capsys):

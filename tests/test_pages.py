@@ -42,7 +42,11 @@ COMMAND = (
 )
 COUNT = 73  # of all pages; a new line is run without being listed here, but counted
 # What stands in a line for something that only its user knows: found among PLACES, or replaced.
-WORDS = {"--step 50": "--step 2", "--topology h200:8": "--topology cpu:8"}
+WORDS = {
+    "--step 50": "--step 2",
+    "--topology h200:8": "--topology cpu:8",
+    "--size 512x768": "--size 24x32",
+}
 TINY = {"every.save": "1_steps", "total": "2_steps", "batch_size": 8, "eval_examples": 8}
 DRAWN = {**TINY, "eval_generated": 0}
 SHORT = {
@@ -211,6 +215,7 @@ PLACES = {
     "held.jsonl": "pairs.jsonl",
     "labelled.jsonl": "labelled.jsonl",
     "stars.jsonl": "stars.jsonl",
+    "new.jsonl": "stars.jsonl",
     "reviews.csv": "reviews.csv",
     "images": "images",
     "held": "images",
@@ -317,6 +322,11 @@ def check(line: Line, shown: str) -> None:
             drawn = sorted((work / "samples").glob("sample-*.png"))
             assert drawn or flags["--prompt"] in shown
             shutil.rmtree(work / "samples", ignore_errors=True)
+        case "jaxft.predict":
+            lines = Path(flags["--out"]).read_text().splitlines()
+            assert len(lines) == 16 and json.loads(lines[0])["scores"]
+        case "jaxft.report":
+            assert "Before and after" in (work / "report.html").read_text()
         case "jaxft.export":
             assert any(Path(flags.get("--out", work / "export")).glob("*.safetensors"))
         case "jaxft.verify":

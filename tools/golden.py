@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from golden_figures import differences, folder_figures, losses, picture_figures
+from golden_figures import differences, folder_figures, losses, sample_figures
 from golden_material import write_material
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +84,7 @@ def _text(model: str, changes: Mapping[str, Any] = {}, **settings: Any) -> Case:
     return Case("llm", {"model": f"{{folder}}/{model}", **TEXTS, **changes}, **settings)
 
 
-WRITE = ("--prompt=stone river", "--max_new=12")
+WRITE = ("--prompt=stone river", "--raw", "--max_new=12")
 DRAW = ("--prompt=stone river", "--seed=1")
 CASES: dict[str, Case] = {
     "llm-full": _text("llama", {"pack": False}, sample=WRITE),
@@ -176,7 +176,7 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
     if case.sample:
         text = _command(jaxft.sample.main, ["--workdir", str(run), *case.sample])
         samples["printed"] = text.replace(str(folder), "FOLDER")
-    samples |= {file.name: picture_figures(file) for file in sorted(run.glob("samples/*.png"))}
+    samples |= sample_figures(run / "samples")
     return {"losses": losses(run / "metrics.jsonl"), "exports": exports, "samples": samples}
 
 

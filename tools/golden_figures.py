@@ -1,8 +1,11 @@
 """Figures of a run, read from its files, and how they differ from stored ones."""
 
+import base64
 import hashlib
+import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from jaxft.runs.outputs import MARK
+from jaxft.runs.pages.card import CARD
+from jaxft.tasks import NOW
+from jaxft.tasks.common.pictures import CELL, grid
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-4  # relative, on another kind of machine
@@ -25,9 +31,13 @@ def losses(file: Path) -> list[str]:
 
 
 def folder_figures(out: Path, folder: Path) -> dict[str, Any]:
-    """Return figures of each file below `out`; paths of this machine do not count in texts."""
+    """Return figures of each file below `out`; paths of this machine do not count in texts.
+
+    The card of an export is left out, as it names versions and measures.
+    """
     figures: dict[str, Any] = {}
-    for file in sorted(path for path in out.rglob("*") if path.is_file() and path.name != MARK):
+    files = (path for path in out.rglob("*") if path.is_file())
+    for file in sorted(path for path in files if path.name not in (MARK, CARD)):
         name = file.relative_to(out).as_posix()
         if file.suffix == ".safetensors":
             figures[name] = tensor_figures(file)
@@ -59,10 +69,43 @@ def tensor_figures(file: Path) -> dict[str, Any]:
     return {"tensors": len(names), "norm": norm.hex(), "sha256": digest.hexdigest()}
 
 
-def picture_figures(file: Path) -> dict[str, Any]:
-    """Return the shape and a checksum of a picture's pixels."""
+def sample_figures(folder: Path) -> dict[str, Any]:
+    """Return figures of the pictures that `sample` wrote, and of those on the sheets of a run.
+
+    A sheet is laid out as sheets were when the figures were stored, with the column of the model
+    alone, so that its layout may change. The pictures come from the record of the sheet.
+    """
+    drawn = (file for file in folder.glob("*.png") if not file.with_suffix(".json").exists())
+    figures = {file.name: _picture_figures(_pixels(file)) for file in drawn}
+    for file in folder.glob("*.json"):
+        record = json.loads(file.read_text())
+        columns, captions = record.get("columns", {}), record.get("captions", ())
+        if NOW in columns:
+            columns = {"": columns[NOW]}
+        elif "reconstruction" in columns:
+            pairs = (re.fullmatch(r"(.*) \((.*)\)", caption, re.DOTALL) for caption in captions)
+            captions = [f"{pair[2]} {pair[1]}" for pair in pairs if pair]
+        else:
+            continue  # a sheet of before
+        pictures = [[_pixels(_decoded(x)) for x in column] for column in columns.values()]
+        sheet = grid(list(zip(*pictures, strict=True)), captions, list(filter(None, columns)), CELL)
+        figures[file.with_suffix(".png").name] = _picture_figures(sheet)
+    return dict(sorted(figures.items()))
+
+
+def _decoded(uri: str) -> io.BytesIO:
+    head, _, data = uri.partition(",")
+    assert head == "data:image/png;base64", "a record of small pictures is lossless"
+    return io.BytesIO(base64.b64decode(data))
+
+
+def _pixels(file: Any) -> np.ndarray:
     with Image.open(file) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
+        return np.asarray(picture.convert("RGB"))
+
+
+def _picture_figures(pixels: np.ndarray) -> dict[str, Any]:
+    """Return the shape and a checksum of pixels."""
     checksum = hashlib.sha256(pixels.tobytes()).hexdigest()
     return {"shape": list(pixels.shape), "sha256": checksum}
 

@@ -12,6 +12,7 @@ from jaxft.core.cli.config_files import read_config_of
 from jaxft.core.cli.synonyms import advice
 from jaxft.core.cli.values import convert, plain, typed
 from jaxft.core.errors import UserError, near
+from jaxft.core.guards.best import Keep, Stop
 
 Schema = TypeVar("Schema")
 
@@ -159,6 +160,8 @@ class Config:
     optim: Optim
     mesh: MeshShape
     every: Every
+    keep: Keep = Keep()
+    stop: Stop = Stop()
     export: ExportKeys
     own: Mapping[str, Any]
 
@@ -176,6 +179,7 @@ AT_LEAST = {
     "batch_size": 1,
     "micro_batches": 1,
     "lora.rank": 0,
+    "stop.patience": 0,
     "optim.lr": 0,
     "optim.clip": 0,
     "optim.weight_decay": 0,

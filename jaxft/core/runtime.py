@@ -5,7 +5,10 @@ import importlib.util
 import os
 import platform
 import re
+import resource
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,6 +202,28 @@ def manifest(mesh: Any, data: dict) -> dict:
         "data": data,
         "revision": _revision(),
     }
+
+
+def command_line() -> str:
+    """Return the command that started this process, or "" in a notebook or another program."""
+    program, *words = sys.argv
+    if Path(program).parent == Path(__file__).resolve().parent.parent:
+        program = f"python -m jaxft.{Path(program).stem}"
+    elif Path(program).name == "jaxft":
+        program = "jaxft"
+    else:
+        return ""
+    return " ".join([program, *map(shlex.quote, words)])
+
+
+def peak_memory(mesh: Any) -> dict[str, Any]:
+    """Return the largest memory so far, of a device of `mesh` or of a process on a CPU."""
+    if device(mesh).platform == "cpu":
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"peak_memory_bytes": kib * 1024, "memory_of": "the process"}
+    stats = mesh.local_devices[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    return {"peak_memory_bytes": int(peak), "memory_of": "a device"} if peak else {}
 
 
 def _version(name: str) -> str | None:

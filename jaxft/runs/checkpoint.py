@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,17 +28,33 @@ class Damage(ValueError):
     """A checkpoint that is not as it was saved. The text is the reason."""
 
 
+class Kept:
+    """Choice of the checkpoints that stay: the newest `KEEP`, and the best one if there is one.
+
+    Implements Orbax's PreservationPolicy.
+    """
+
+    def __init__(self) -> None:
+        self.best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        newest = len(checkpoints) - KEEP
+        return [i >= newest or one.step == self.best for i, one in enumerate(checkpoints)]
+
+
 class Checkpoints:
-    """The checkpoints of one run folder. The newest `KEEP` are kept."""
+    """The checkpoints of one run folder: the newest ones, and `kept.best`."""
 
     def __init__(self, workdir: Path):
-        self.folder = Path(workdir).resolve() / "checkpoints"
+        self.folder, self.kept = Path(workdir).resolve() / "checkpoints", Kept()
         self.failures, self._saving = 0, 0
         self._open()
 
     def _open(self) -> None:
         """Open the folder, and remove what saves have left that did not end."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self.kept, cleanup_tmp_directories=True
+        )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
@@ -152,13 +168,17 @@ class Checkpoints:
         """Return the resolved config that was saved with a step. Raises as `restore`."""
         return self._items(step)["config"]
 
-    def newest(self, read: Callable[[int], Found]) -> tuple[int, Found, dict[int, str]]:
+    def newest(
+        self, read: Callable[[int], Found], first: int | None = None
+    ) -> tuple[int, Found, dict[int, str]]:
         """Return (step, result, damaged) of `read` for the newest step where it does not fail.
 
-        `damaged` are the newer steps, and the reason of each. Raises: UserError if no step is left.
+        first: a step to try before the newest. `damaged` are the steps that failed, and the reason
+        of each. Raises: UserError if no step is left.
         """
         damaged: dict[int, str] = {}
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        for step in sorted(steps, key=lambda one: one != first):
             try:
                 return step, read(step), damaged
             except Damage as damage:

@@ -13,6 +13,7 @@ from jaxft.core import optim, processes, runtime, sharding
 from jaxft.core.cli.live import status
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
+from jaxft.core.guards.best import check_best
 from jaxft.core.params import CONSTANT_ROLE, Leaf, Params, describe, flatten, select
 from jaxft.tasks import OPTIONS, Data, Opened, Preview, Task, check_task, get_task
 from jaxft.weights import transfer
@@ -48,6 +49,7 @@ def open_run(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, devices)
     _check_batch(cfg, mesh)
     optim.check_optimizer(cfg.optim, cfg.param_dtype)
+    check_best(cfg.keep, cfg.stop, cfg.data.eval, cfg.every.eval)
     if cfg.export.kind not in (kinds := (*task.writers, "none")):
         raise UserError(f"export.kind={cfg.export.kind!r} is not one of {', '.join(kinds)}")
     status(f"opening {cfg.model}")

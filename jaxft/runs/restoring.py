@@ -10,6 +10,7 @@ import jax
 from jaxft.core import config as configs
 from jaxft.core import processes, runtime
 from jaxft.core.errors import UserError
+from jaxft.core.guards.best import read_best
 from jaxft.core.params import Params
 from jaxft.core.step import State
 from jaxft.runs.agreement import agreement, check_same
@@ -25,7 +26,9 @@ from jaxft.tasks import OPTIONS
 def restore_run(
     workdir: Path, at: int | None, overrides: Iterable[tuple[str, str]] = ()
 ) -> tuple[Run, Params, int]:
-    """Return (run, all parameters, step) of a run folder at a step, by default the latest.
+    """Return (run, all parameters, step) of a run folder at a step.
+
+    By default it is the best step if the run keeps one, else the latest.
 
     No data are read. Overrides are for the measurement of the model (`data.eval`). Raises
     UserError for a folder without a run or a checkpoint.
@@ -33,8 +36,10 @@ def restore_run(
     read_config_file(workdir)  # raises where this is no run folder
     processes.join()
     saved = Checkpoints(workdir)
+    best = read_best(workdir) if at is None else {}
+    first = best["step"] if best.get("step") in saved.manager.all_steps() else None
     newest = saved.latest() if at is None else at
-    check_same({"checkpoint": newest})
+    check_same({"checkpoint": newest, "best": first})
     if newest is None:
         raise UserError(f"{workdir} has no checkpoint yet; train first")
     overrides = tuple(overrides)
@@ -48,9 +53,11 @@ def restore_run(
             return run, saved.restore(step, abstract_state(run))[0]
 
     if at is None:
-        at, (run, state), damaged = saved.newest(read)
+        at, (run, state), damaged = saved.newest(read, first)
         for step, reason in damaged.items():
             print(f"the checkpoint of step {step} is damaged ({reason}): step {at} is used")
+        if at == first and jax.process_index() == 0:
+            print(f"step {at} is the best by {best['measure']} ({best['value']:.4g})")
     else:
         try:
             run, state = read(at)

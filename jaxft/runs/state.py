@@ -1,6 +1,7 @@
 """State of a run before a step: durations, optimiser, parameters and moments."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jaxft.core import optim, runtime
 from jaxft.core.optimizers.schedule_free import average
 from jaxft.core.params import Params, describe_trained
 from jaxft.core.step import State, init_state, state_shardings
-from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.checkpoint import Checkpoints, Damage
 from jaxft.runs.opening import Run, load_params
 from jaxft.tasks import Rows
 
@@ -102,8 +103,10 @@ def model_params(frozen: Params, state: State) -> Params:
     return {**frozen, **(state.ema or average(state.opt, state.params) or state.params)}
 
 
-def start_state(run: Run, plan: Plan, saved: Checkpoints, start: int) -> tuple[State, Params]:
-    """Return (state, frozen parameters): new ones before step 0, or those of a checkpoint.
+def start_state(
+    run: Run, plan: Plan, saved: Checkpoints, start: int
+) -> tuple[State, Params, dict[str, Any]]:
+    """Return (state, frozen parameters, data position): new ones, or those of a checkpoint.
 
     `start` is the newest step. If its checkpoint is damaged, an earlier one is restored:
     `state.step` is the step from which to go on.
@@ -111,12 +114,24 @@ def start_state(run: Run, plan: Plan, saved: Checkpoints, start: int) -> tuple[S
     if not start:
         params = load_params(run)
         frozen = {path: x for path, x in params.items() if path not in run.chosen}
-        return fresh_state(run, plan.tx, {path: params[path] for path in run.chosen}), frozen
+        return fresh_state(run, plan.tx, {path: params[path] for path in run.chosen}), frozen, {}
     abstract = abstract_state(run, plan.tx)
-    start, (state, _), damaged = saved.newest(lambda step: saved.restore(step, abstract))
+    start, (state, position), damaged = saved.newest(lambda step: saved.restore(step, abstract))
     saved.set_aside(damaged, start)
     print(f"resumed from step {start}{_continued(run, plan, saved, start)}", flush=True)
-    return state, load_params(run, set(run.leaves) - run.chosen)
+    return state, load_params(run, set(run.leaves) - run.chosen), position
+
+
+def best_params(run: Run, plan: Plan, workdir: Path, step: int, frozen: Params) -> Params | None:
+    """Return all parameters of a kept checkpoint. If it is damaged, say so and return None."""
+    saved = Checkpoints(workdir)
+    try:
+        return model_params(frozen, saved.restore(step, abstract_state(run, plan.tx))[0])
+    except Damage as damage:
+        print(f"the checkpoint of step {step} is damaged ({damage}): the last step is exported")
+        return None
+    finally:
+        saved.close()
 
 
 def _continued(run: Run, plan: Plan, saved: Checkpoints, start: int) -> str:

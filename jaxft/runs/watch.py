@@ -9,19 +9,24 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image
 
 from jaxft.core import runtime
 from jaxft.core.errors import DIVERGED, UserError
+from jaxft.core.guards.best import BEST_FILE, Best
 from jaxft.core.metrics import MetricWriter, Throughput, table
 from jaxft.core.params import Params
 from jaxft.core.sharding import local_rows
+from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.opening import Run
-from jaxft.tasks import Data, Objective, Preview, Report
+from jaxft.runs.pages.records import read_history
+from jaxft.runs.pages.report import REPORT, write_report
+from jaxft.runs.pages.samples import Samples
+from jaxft.tasks import Data, Objective, Preview, Report, Sheet
 
 MANIFEST = "manifest.json"  # environment, mesh and data of a run
 BAD_SAMPLES = "bad_samples.jsonl"  # the samples left out, one a line with its error
 SKIPS_IN_ROW, SKIPS = 10, 50  # steps that are not finite, after which a start of a run ends
+PROMPT_END = 80  # characters of the prompt of a sample that a line shows
 BEFORE = "before.json"  # the evaluation before step 0, for the final table of a resumed run too
 
 
@@ -51,7 +56,7 @@ class Watch:
         total: int,
         start: int,
     ):
-        self.run, self.workdir = run, workdir
+        self.run, self.workdir, self.total = run, workdir, total
         self.objective, self.preview = objective, preview
         self.primary = jax.process_index() == 0
         self.writer = MetricWriter(workdir, total, start, primary=self.primary)
@@ -65,6 +70,8 @@ class Watch:
         self._before = "the first step of this start, from finite weights"
         self.skipped_in_row = self._skipped = 0
         self.last = time.perf_counter()
+        self.samples = Samples(workdir)
+        self.manifest = {"command": runtime.command_line(), "total_steps": total}
         self.data, self._bad = data, -1
         self._totals = _totals(workdir / MANIFEST, run.cfg.total, start)
         self._describe_data()
@@ -78,8 +85,9 @@ class Watch:
         self._bad, cfg = len(bad), self.run.cfg
         named = {"train": cfg.data.train, "eval": cfg.data.eval, **self.data.train.report()}
         shapes = {path: list(self.run.leaves[path].shape) for path in sorted(self.run.chosen)}
-        facts = runtime.manifest(self.run.mesh, named)
-        self._keep(MANIFEST, {**facts, "totals": self._totals, "trained": shapes})
+        self.manifest |= {"totals": self._totals, "trained": shapes}
+        self.manifest |= runtime.manifest(self.run.mesh, named)
+        self._keep(MANIFEST, self.manifest)
         if bad and self.primary:
             lines = [json.dumps(one._asdict()) + "\n" for one in bad]
             (self.workdir / BAD_SAMPLES).write_text("".join(lines))
@@ -150,13 +158,42 @@ class Watch:
         check_losses(report, f"step {step} of {self.workdir}")
         if report.metrics:
             self.writer.write_eval(step, report.metrics)
-        self.pictures(step, report.pictures)
+        self._show(step, report.pictures, report.sheets)
+        if report.rows and self.primary:
+            self.samples.write_rows(step, "predictions", report.headers, report.rows)
+        self._refresh()
         self.last = time.perf_counter()
         return report
 
-    def keep_before(self, report: Report) -> None:
-        """Keep the evaluation before training, for the table at the end."""
-        self._keep(BEFORE, report._replace(pictures={}, predictions=())._asdict())
+    def _refresh(self) -> None:
+        """Write the report of the run as it is now."""
+        if not self.primary:
+            return
+        self.manifest |= runtime.peak_memory(self.run.mesh)
+        self._keep(MANIFEST, self.manifest)
+        try:
+            write_report(self.workdir)
+        except Exception as error:  # no page is worth the training that it is about
+            self.note(f"{REPORT} is not written: {type(error).__name__}: {error}")
+
+    def begin(self, params: Params) -> Report:
+        """Evaluate and sample the model before step 0, and keep the numbers for the last table."""
+        report = self.evaluate(0, params)
+        record = {"metrics": report.metrics, "headers": report.headers, "rows": report.rows}
+        self._keep(BEFORE, record)
+        self.look(0, params)
+        return report
+
+    def keep_best(self, best: Best, saved: Checkpoints, ended: int | None = None) -> Best:
+        """Keep the checkpoint of the best step, and write the step to best.json. Return `best`.
+
+        ended: the step at which the run stopped early.
+        """
+        saved.kept.best = best.step
+        if best.step is not None:
+            named = {"measure": best.measure, "step": best.step, "value": best.value}
+            self._keep(BEST_FILE, {**named, "waited": best.waited, "ended": ended})
+        return best
 
     def _keep(self, name: str, record: dict[str, Any]) -> None:
         if self.primary:
@@ -169,25 +206,43 @@ class Watch:
         sampled = self.preview.sample(params)
         self.writer.busy("")
         self.note(sampled.text)
-        self.pictures(step, sampled.pictures)
+        for *given, made in sampled.rows:
+            named = zip(sampled.headers[1:], given[1:], strict=False)
+            beside = "".join(f" ({name} {text!r})" for name, text in named)
+            prompt = given[0]
+            prompt = prompt if len(prompt) <= PROMPT_END else f"…{prompt[-PROMPT_END:]}"
+            self.note(f"{prompt!r} -> {made!r}{beside}")
+        if sampled.rows and self.primary:
+            self.samples.write_rows(step, "texts", sampled.headers, sampled.rows)
+        self._show(step, sampled.pictures, sampled.sheets)
+        self._refresh()
         self.last = time.perf_counter()
 
-    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Write pictures to samples/NAME-STEP.png and to TensorBoard."""
-        if pictures and self.primary:
-            (self.workdir / "samples").mkdir(exist_ok=True)
-        for name, picture in pictures.items() if self.primary else ():
-            file = self.workdir / "samples" / f"{name}-{step:06}.png"
-            Image.fromarray(picture).save(file)
+    def _show(
+        self, step: int, pictures: Mapping[str, np.ndarray], sheets: Mapping[str, Sheet]
+    ) -> None:
+        """Write pictures and sheets to samples/NAME-STEP.png and to TensorBoard."""
+        if not self.primary:
+            return
+        shown = {name: self.samples.write_sheet(step, name, x) for name, x in sheets.items()}
+        for name, picture in pictures.items():
+            self.samples.write_picture(step, name, picture)
+        for name, picture in {**shown, **pictures}.items():
             self.writer.image(step, name, picture)
-            self.note(f"{name}: {file}")
+            self.note(f"{name}: {self.samples.path(step, name)}")
 
     def note(self, text: str) -> None:
         if text:
             self.writer.note(text)
 
     def close(self, step: int, after: Report | None, params: Params, seconds: float) -> None:
-        """Write the last lines: metrics before and after, samples, the export's path, the time."""
+        """Write the last lines: metrics before and after, samples, the export's path, the time.
+
+        step: that of `params`, which is earlier than the last one where the best step is kept.
+        """
+        if step < self.total:
+            after = Report(read_history(self.workdir).measures(step))
+            self.note(f"step {step} is the best of {self.total}, and the one that is exported")
         file = self.workdir / BEFORE
         before = Report(**json.loads(file.read_text())) if file.exists() else Report({})
         self.note(_comparison(before, after or before))
@@ -195,6 +250,9 @@ class Watch:
             self.look(step, params)
         if self.run.cfg.export.kind != "none":
             self.note(f"export ({self.run.cfg.export.kind}): {self.workdir / 'export'}")
+        self.manifest |= {"finished": True, "seconds": round(seconds, 1)}
+        self._refresh()
+        self.note(f"report: {self.workdir / REPORT}")
         self.note(f"done in {seconds / 60:.1f} minutes")
         self.writer.close()
 

@@ -38,6 +38,8 @@ TASKS = {
     "image_tokens": "jaxft.tasks.image_tokens.task:IMAGE_TOKENS",
 }
 
+NOW = "now"  # the column of a sheet with what the model makes
+
 OPTIONS = {  # the dataclass of the keys that only one task has
     "llm": LLMOptions,
     "autoencoder": AutoencoderOptions,
@@ -166,8 +168,18 @@ class Data(NamedTuple):
     facts: Mapping[str, Any] = {}
 
 
+class Sheet(NamedTuple):
+    """A few examples: a caption for each, and pictures uint8 (n, Y, X, 3) by column.
+
+    The column NOW holds what the model makes. A run adds a column of what it made before step 0.
+    """
+
+    captions: tuple[str, ...]
+    columns: Mapping[str, np.ndarray]
+
+
 class Report(NamedTuple):
-    """An evaluation: named numbers, a few rows of text under headers, and pictures.
+    """An evaluation: named numbers, a few rows of text under headers, pictures and sheets.
 
     predictions: a record for each example, for a file.
     """
@@ -177,20 +189,28 @@ class Report(NamedTuple):
     rows: tuple[tuple[str, ...], ...] = ()
     pictures: Mapping[str, np.ndarray] = {}
     predictions: tuple[Mapping[str, Any], ...] = ()
+    sheets: Mapping[str, Sheet] = {}
 
 
 class Look(NamedTuple):
-    """A sample: a text, and pictures uint8 (Y, X, 3) by name."""
+    """A sample: a text, pictures uint8 (Y, X, 3) and sheets by name, and rows under headers.
+
+    The last column of `rows` is what the model makes.
+    """
 
     text: str = ""
     pictures: Mapping[str, np.ndarray] = {}
+    sheets: Mapping[str, Sheet] = {}
+    headers: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
 
 
 class Request(NamedTuple):
     """Settings of `Preview.complete`.
 
-    None stands for the value in the config. raw: continue the prompt as it is, even if the run
-    trained conversations. A model ignores the settings that it does not use.
+    None stands for the value in the config. size: height and width of pictures. raw: continue the
+    prompt as it is, without the template or the chat format of the run. A model ignores the
+    settings that it does not use.
     """
 
     seed: int = 0
@@ -204,6 +224,8 @@ class Request(NamedTuple):
     image: str | None = None
     mask: str | None = None
     image_guidance: float | None = None
+    negative: str | None = None
+    size: tuple[int, int] | None = None
     raw: bool = False
 
 

@@ -214,7 +214,7 @@ def test_an_adapter_of_peft_is_read_trained_merged_and_written(case):
         model.zero_grad()
         # Three steps of AdamW.
         saver = Checkpoints(case.work / "run")
-        state, frozen = runs.start_state(run, plan, saver, 0)
+        state, frozen, _ = runs.start_state(run, plan, saver, 0)
         step = runs.make_step(run, plan)
         losses = []
         for batch in case.batches:

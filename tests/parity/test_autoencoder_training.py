@@ -64,7 +64,7 @@ def jax_steps(config, work):
     run = runs.open_run(config)
     plan = runs.make_plan(run)
     with jax.set_mesh(run.mesh):
-        state, frozen = runs.start_state(run, plan, Checkpoints(work / "run"), 0)
+        state, frozen, _ = runs.start_state(run, plan, Checkpoints(work / "run"), 0)
         before = weights(run, {**frozen, **state.params})
         stream = run.train.batches(0, local_rows(run.mesh, run.cfg.batch_size))
         batches, reports = [next(stream) for _ in range(STEPS)], []

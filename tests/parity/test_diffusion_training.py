@@ -87,7 +87,7 @@ def jax_steps(config, work):
     run = runs.open_run(config)
     plan, saved = runs.make_plan(run), Checkpoints(work / "run")
     with jax.set_mesh(run.mesh):
-        state, frozen = runs.start_state(run, plan, saved, 0)
+        state, frozen, _ = runs.start_state(run, plan, saved, 0)
         before = {path: np.array(x) for path, x in {**frozen, **state.params}.items()}
         stream = run.train.batches(0, local_rows(run.mesh, run.cfg.batch_size))
         batches, losses = [next(stream) for _ in range(STEPS)], []

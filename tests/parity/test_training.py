@@ -35,7 +35,7 @@ def jax_steps(config, tmp_path, steps=STEPS):
     plan = runs.make_plan(run)
     saved = Checkpoints(tmp_path / "run")
     with jax.set_mesh(run.mesh):
-        state, frozen = runs.start_state(run, plan, saved, 0)
+        state, frozen, _ = runs.start_state(run, plan, saved, 0)
         run.encode(state.params, run.chosen)
         before = exported(run, {**frozen, **state.params})
         step_fn = runs.make_step(run, plan)

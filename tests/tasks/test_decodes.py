@@ -25,7 +25,7 @@ IMAGES = 192 + 64
 def counts(monkeypatch):
     """Counters of decodes and of pixels loaded by Pillow, by file; "before step 0" is a copy."""
     found = {"decodes": Counter(), "loads": Counter(), "before": None, "stops": False}
-    decode, load, keep_before = dataset.decode, ImageFile.ImageFile.load, Watch.keep_before
+    decode, load, look = dataset.decode, ImageFile.ImageFile.load, Watch.look
 
     def counted_decode(content, name):
         found["decodes"][name] += 1
@@ -35,16 +35,18 @@ def counts(monkeypatch):
         found["loads"]["all"] += bool(self.tile)
         return load(self)
 
-    def counted_keep(self, report):
+    def counted_look(self, step, params):
+        if step:
+            return look(self, step, params)
         found["before"] = Counter(found["decodes"])
         if found["stops"]:
             raise KeyboardInterrupt
         assert found["loads"]["all"] == sum(found["decodes"].values()), "a decode behind `decode`"
-        return keep_before(self, report)
+        return look(self, step, params)
 
     monkeypatch.setattr(dataset, "decode", counted_decode)
     monkeypatch.setattr(ImageFile.ImageFile, "load", counted_load)
-    monkeypatch.setattr(Watch, "keep_before", counted_keep)
+    monkeypatch.setattr(Watch, "look", counted_look)
     step = lambda self, state, frozen, batch: (state, {"loss": 0.0, "grad_norm": 0.0})  # noqa: E731
     monkeypatch.setattr(Compiled, "__call__", step)  # whose compilation is most of a short run
     monkeypatch.setattr(Compiled, "prepare", lambda *_: None)

@@ -17,12 +17,11 @@ from jaxft.data.loader import eval_batches, subset
 from jaxft.models.autoencoders.vqgan import codebook_usage
 from jaxft.models.critics import perceptual
 from jaxft.nn.pixels import to_float, to_pixels
-from jaxft.tasks import Data, Look, Report, Request
+from jaxft.tasks import NOW, Data, Look, Report, Request, Sheet
 from jaxft.tasks.autoencoder.opened import OpenedAutoencoder
 from jaxft.tasks.common.image_metrics import psnr, ssim
 from jaxft.tasks.common.kid_lite0 import KidLite0
-from jaxft.tasks.common.pictures import grid
-from jaxft.tasks.common.sheets import CELL, SHOWN
+from jaxft.tasks.common.sheets import SHOWN
 
 
 class AutoencoderPreview:
@@ -31,6 +30,7 @@ class AutoencoderPreview:
     def __init__(self, opened: OpenedAutoencoder, data: Data):
         self.opened, self.rows = opened, data.held_out
         self.kid = KidLite0() if self.rows else None
+        self._worst = np.zeros(0, int)  # indices of the images on the sheet
 
     def evaluate(self, params: Params, mesh: Mesh) -> Report:
         if self.rows is None or self.kid is None or self.opened.measure is None:
@@ -48,9 +48,19 @@ class AutoencoderPreview:
         metrics["kid-lite0"] = self.kid(whole["target"], whole["made"])
         if self.opened.codec.codes:
             metrics |= self._usage(whole["codes"])
-        return Report(
-            metrics, pictures={"reconstructions": _worst_first(whole, self.opened.measure.name)}
-        )
+        sheet = self._worst_first(whole, self.opened.measure.name)
+        return Report(metrics, sheets={"reconstructions": sheet})
+
+    def _worst_first(self, whole: Mapping[str, np.ndarray], name: str) -> Sheet:
+        """Return the images that had the largest distance in the first evaluation."""
+        if not len(self._worst):
+            self._worst = np.argsort(-whole[name])[:SHOWN]
+        shown = {key: value[self._worst] for key, value in whole.items()}
+        difference = np.abs(shown["target"].astype(np.int16) - shown["made"]).astype(np.uint8)
+        measures = zip(shown[name], shown["psnr"], strict=True)
+        captions = tuple(f"{name} {far:.3f}, {near:.1f} dB" for far, near in measures)
+        columns = {"target": shown["target"], NOW: shown["made"], "difference": 255 - difference}
+        return Sheet(captions, columns)
 
     def _usage(self, codes: np.ndarray) -> dict[str, float]:
         """Return codebook usage over the images. Prints a line if some codes are dead."""
@@ -101,15 +111,3 @@ class AutoencoderPreview:
             f"{self.opened.cfg.model} is an autoencoder, which takes no prompt; look at"
             " samples/ of its run, or run python -m jaxft.evaluate"
         )
-
-
-def _worst_first(whole: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """Return target | reconstruction | difference of the images with the largest distance."""
-    worst = np.argsort(-whole[name])[:SHOWN]
-    rows, captions = [], []
-    for i in worst:
-        x, y = whole["target"][i], whole["made"][i]
-        difference = np.abs(x.astype(np.int16) - y).astype(np.uint8)
-        rows.append([x, y, 255 - difference])
-        captions.append(f"{name} {whole[name][i]:.3f}, {whole['psnr'][i]:.1f} dB")
-    return grid(rows, captions, ("target", "made", "difference"), CELL)

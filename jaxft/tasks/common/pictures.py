@@ -9,6 +9,7 @@ from PIL import Image
 from jaxft.tasks.common.lettering import LINE, draw_lines, wrap
 
 GAP = 4
+CELL = 96  # least size of an image in a sheet, in pixels
 
 
 def grid(

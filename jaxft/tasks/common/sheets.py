@@ -1,16 +1,15 @@
-"""Portions of rows for one compiled function, and sheets of sampled pictures."""
+"""Portions of rows for one compiled function, and the choice of sampled pictures to show."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from jaxft.tasks.common.pictures import grid
+from jaxft.tasks import Sheet
 
-SHOWN = 8  # rows of a picture grid
-CELL = 96  # least size of an image in it, in pixels
+SHOWN = 8  # rows of a sheet
 
 
 def portions(arrays: Any, count: int, size: int) -> Iterator[tuple[Int[np.ndarray, " size"], Any]]:
@@ -26,23 +25,11 @@ def portions(arrays: Any, count: int, size: int) -> Iterator[tuple[Int[np.ndarra
         yield np.arange(first, first + size), jax.tree.map(rows, arrays)
 
 
-class Compared:
-    """Sheets of the same pictures at every evaluation, beside those of the first evaluation."""
-
-    def __init__(self) -> None:
-        self._before: np.ndarray | None = None
-
-    def sheet(
-        self,
-        captions: list[str],
-        columns: Mapping[str, UInt8[np.ndarray, "B Y X 3"] | None],
-        made: UInt8[np.ndarray, "B Y X 3"],
-    ) -> UInt8[np.ndarray, "H W 3"]:
-        """Return SHOWN rows: caption, the columns that are not None, before, now."""
-        if self._before is None:
-            self._before = made
-        every = {**columns, "before": self._before, "now": made}
-        kept = {name: pictures for name, pictures in every.items() if pictures is not None}
-        shown = np.linspace(0, len(made) - 1, min(SHOWN, len(made))).astype(int)
-        rows = [[pictures[i] for pictures in kept.values()] for i in shown]
-        return grid(rows, [captions[i] for i in shown], list(kept), CELL)
+def shown_sheet(
+    captions: Sequence[str], columns: Mapping[str, UInt8[np.ndarray, "B Y X 3"] | None]
+) -> Sheet:
+    """Return SHOWN examples, equally far apart, with the columns that are not None."""
+    kept = {name: pictures for name, pictures in columns.items() if pictures is not None}
+    places = np.linspace(0, len(captions) - 1, min(SHOWN, len(captions)))
+    shown = [int(place) for place in places]
+    return Sheet(tuple(captions[i] for i in shown), {name: x[shown] for name, x in kept.items()})

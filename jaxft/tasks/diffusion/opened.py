@@ -126,6 +126,20 @@ def check_sampler(key: str, name: str, cfg: AnyConfig) -> None:
         raise UserError(f"{key}={name!r} is not one of {', '.join(cfg.samplers)}")
 
 
+def check_size(cfg: AnyConfig, size: tuple[int, int]) -> None:
+    """Raise UserError for a size (height, width) that the model cannot sample."""
+    height, width = size
+    if cfg.conditioning != stable_diffusion.NOTHING:
+        raise UserError(f"--size={width}x{height}: this model takes the size of --image")
+    if height % cfg.multiple or width % cfg.multiple:
+        sides = (max(1, round(side / cfg.multiple)) * cfg.multiple for side in (width, height))
+        near = "x".join(map(str, sides))
+        raise UserError(
+            f"--size={width}x{height}: both sides have to be multiples of {cfg.multiple}, such as"
+            f" {near}"
+        )
+
+
 def check(share: float, cfg: AnyConfig) -> None:
     """Raise UserError for a UNet of an unknown kind, and an invalid `share` of dropped captions.
 

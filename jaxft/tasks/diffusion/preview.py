@@ -19,13 +19,12 @@ from jaxft.models.pipelines.conditioning import condition
 from jaxft.models.pipelines.stable_diffusion import NOTHING, Guidance
 from jaxft.nn.pixels import to_pixels
 from jaxft.objectives.denoising import Denoising, normal
-from jaxft.tasks import Data, Look, Report, Request
+from jaxft.tasks import NOW, Data, Look, Report, Request, Sheet
 from jaxft.tasks.common.encoded import collate
 from jaxft.tasks.common.kid_lite0 import KidLite0
-from jaxft.tasks.common.pictures import grid
-from jaxft.tasks.common.sheets import CELL, SHOWN, Compared, portions
+from jaxft.tasks.common.sheets import SHOWN, portions, shown_sheet
 from jaxft.tasks.diffusion import conditioning
-from jaxft.tasks.diffusion.opened import OpenedPipeline, check_sampler
+from jaxft.tasks.diffusion.opened import OpenedPipeline, check_sampler, check_size
 
 BINS = 8  # timesteps of the validation loss, equally far apart
 
@@ -40,7 +39,6 @@ class DiffusionPreview:
             opened.model_cfg, opened.process, self.dtype, opened.captions("")
         )
         self.kid = KidLite0() if opened.options.eval_generated and self.rows else None
-        self.compared = Compared()
 
     def evaluate(self, params: Params, mesh: Mesh) -> Report:
         """Return errors at fixed timesteps and noise, and pictures of held-out captions."""
@@ -64,8 +62,8 @@ class DiffusionPreview:
         made = self._sample(params, captions, Request(), given)
         if self.kid:
             metrics["kid-lite0"] = self.kid(wanted, made)
-        columns = {"given": conditioning.shown(given), "target": wanted}
-        return Report(metrics, pictures={"held-out": self.compared.sheet(captions, columns, made)})
+        columns = {"given": conditioning.shown(given), "target": wanted, NOW: made}
+        return Report(metrics, sheets={"held-out": shown_sheet(captions, columns)})
 
     @partial(jax.jit, static_argnums=0)
     def _bins(self, params: Params, batch: Batch) -> jax.Array:
@@ -98,14 +96,16 @@ class DiffusionPreview:
         prompts = prompts[: 2 * SHOWN]
         given = conditioning.held_out(self.opened.model_cfg, self.rows, range(len(prompts)))
         made = self._sample(params, prompts, Request(), given)
-        inputs = conditioning.shown(given)
-        rows = made[:, None] if inputs is None else np.stack([inputs, made], axis=1)
-        return Look(pictures={"prompts": grid(list(rows), prompts, (), CELL)})
+        columns = {"given": conditioning.shown(given), NOW: made}
+        kept = {name: pictures for name, pictures in columns.items() if pictures is not None}
+        return Look(sheets={"prompts": Sheet(tuple(prompts), kept)})
 
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
         cfg, side = self.opened.model_cfg, self.opened.options.resolution
         sizes = make_buckets(side, cfg.multiple) if self.opened.options.buckets else ((side, side),)
         given = conditioning.asked(cfg, request, sizes, len(prompts))
+        if request.size:
+            check_size(cfg, request.size)
         request = request._replace(image=None, mask=None)  # now in `given`
         made = self._sample(params, prompts, request, given)
         return [Look(pictures={"made": one}) for one in made]
@@ -124,24 +124,36 @@ class DiffusionPreview:
             check_sampler("--sampler", request.sampler, self.opened.model_cfg)
         size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches
         ids = np.stack([self.opened.captions(prompt) for prompt in prompts])
+        avoided = None if request.negative is None else self.opened.captions(request.negative)
+        key = jax.random.key(request.seed)
+        request = request._replace(negative=None, seed=0)  # one program for all of these
         made = [
-            np.asarray(self._generate(params, rows, places, request, inputs))
+            np.asarray(self._generate(params, rows, (key, places), request, inputs, avoided))
             for places, (rows, inputs) in portions((ids, given), len(ids), size)
         ]
         return np.concatenate(made)[: len(ids)]
 
     @partial(jax.jit, static_argnums=(0, 4))
     def _generate(
-        self, params: Params, ids: Any, places: Any, request: Request, given: Batch
+        self, params: Params, ids: Any, draws: tuple, request: Request, given: Batch, avoided: Any
     ) -> jax.Array:
+        """Return pictures [B, Y, X, 3].
+
+        `draws` holds the key of the seed, and the place of each row. `avoided` holds the ids of the
+        negative prompt, or None.
+        """
         cfg, options = self.opened.model_cfg, self.opened.options.sample
         model = bind(self.opened.template, cast(params, self.dtype))
         text = model.encode_text(ids, dtype=self.dtype)
-        null = jax.tree.map(lambda x: jnp.repeat(x, len(ids), axis=0), self.objective.null(model))
+        if avoided is None:
+            null = self.objective.null(model)
+        else:
+            null = model.encode_text(jnp.asarray(avoided)[None], dtype=self.dtype)
+        null = jax.tree.map(lambda x: jnp.repeat(x, len(ids), axis=0), null)
         concat = condition(model, cfg, given, None, self.dtype)
-        side = self.opened.options.resolution // cfg.vae.factor
-        size = (side, side) if concat is None else concat.shape[1:3]
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(request.seed)))(places)
+        y, x = request.size or (self.opened.options.resolution,) * 2
+        size = (y // cfg.vae.factor, x // cfg.vae.factor) if concat is None else concat.shape[1:3]
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(*draws)
         noise = normal(keys, (*size, cfg.vae.latent_channels))
         name, steps = request.sampler or options.sampler, request.steps or options.steps
         scale = options.guidance if request.guidance is None else request.guidance

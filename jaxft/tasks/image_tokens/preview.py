@@ -19,11 +19,10 @@ from jaxft.models.autoencoders.vqgan import codebook_usage
 from jaxft.models.decoders.sampling import Sampling
 from jaxft.models.pipelines.image_decode import generate_codes
 from jaxft.objectives.codes import CodePrediction
-from jaxft.tasks import Data, Look, Report, Request
+from jaxft.tasks import NOW, Data, Look, Report, Request, Sheet
 from jaxft.tasks.common.encoded import collate
 from jaxft.tasks.common.kid_lite0 import KidLite0
-from jaxft.tasks.common.pictures import grid
-from jaxft.tasks.common.sheets import CELL, SHOWN
+from jaxft.tasks.common.sheets import SHOWN, shown_sheet
 from jaxft.tasks.image_tokens.layout import encode_prompt, left_padded, null_prompt
 from jaxft.tasks.image_tokens.opened import OpenedImageModel
 from jaxft.tasks.image_tokens.rows import nearest, worst_pictures
@@ -49,12 +48,12 @@ class ImageTokenPreview:
     def evaluate(self, params: Params, mesh: Mesh) -> Report:
         """Return losses on held-out pictures with and without captions, and generated pictures."""
         rows = self.rows
-        pictures: dict[str, np.ndarray] = {}
+        sheets: dict[str, Sheet] = {}
         if not self._shown and self.data.train is not None:
-            pictures["tokenizer"] = worst_pictures(self.data.train, self.opened.model.vq, CELL)
+            sheets["tokenizer"] = worst_pictures(self.data.train, self.opened.model.vq)
         self._shown = True
         if rows is None:
-            return Report({}, pictures=pictures)
+            return Report({}, sheets=sheets)
         data = subset(rows, self.opened.options.eval_examples, self.opened.cfg.seed)
         size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches
         padded, sums = partial(collate, filler=data[0]), {}
@@ -65,9 +64,9 @@ class ImageTokenPreview:
         metrics["caption_use"] = metrics["ce_null"] - metrics["ce"]
         metrics |= self._baselines(data)
         if not rows.shown:
-            return Report(metrics, pictures=pictures)
+            return Report(metrics, sheets=sheets)
         measured, shown = self._generated(params)
-        return Report(metrics | measured, pictures={**pictures, "held-out": shown})
+        return Report(metrics | measured, sheets={**sheets, "held-out": shown})
 
     def _baselines(self, data: Any) -> dict[str, float]:
         """Return bounds of the cross-entropy, and the quality of the tokenizer alone."""
@@ -94,7 +93,7 @@ class ImageTokenPreview:
         }
         return {**found, **rest}
 
-    def _generated(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
+    def _generated(self, params: Params) -> tuple[dict[str, float], Sheet]:
         """Return metrics and a sheet of pictures generated for held-out captions."""
         rows, vq = self.rows, self.opened.model.vq
         assert rows is not None and self.kid is not None
@@ -117,10 +116,7 @@ class ImageTokenPreview:
             metrics["train_distance_least"] = float(far.min())
             metrics["train_distance_mean"] = float(far.mean())
         metrics["sampled_images_per_s"] = rate
-        shown = np.linspace(0, len(chosen) - 1, min(SHOWN, len(chosen))).astype(int)
-        cells = [(wanted[i], back[i], made[i]) for i in shown]
-        headers = ("target", "tokenizer", "generated")
-        return metrics, grid(cells, [captions[i] for i in shown], headers, CELL)
+        return metrics, shown_sheet(captions, {"target": wanted, "tokenizer": back, NOW: made})
 
     def sample(self, params: Params) -> Look:
         prompts = list(self.opened.options.sample.prompts)
@@ -130,7 +126,7 @@ class ImageTokenPreview:
         if not prompts:
             return Look()  # an evaluation shows held-out captions
         made = self.opened.model.vq.decode(self._sample(params, prompts, Request())[0])
-        return Look(pictures={"prompts": grid([[one] for one in made], prompts, (), CELL)})
+        return Look(sheets={"prompts": Sheet(tuple(prompts), {NOW: made})})
 
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
         made = self.opened.model.vq.decode(self._sample(params, prompts, request)[0])

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
 from jaxft.core.cli.live import progress
 from jaxft.core.params import Params
@@ -17,9 +17,8 @@ from jaxft.data.loader import subset, train_loader
 from jaxft.data.sources.images.records import Bad
 from jaxft.data.sources.schemes import open_images
 from jaxft.models.autoencoders.vq_config import check_codes
-from jaxft.tasks import Planned
+from jaxft.tasks import Planned, Sheet
 from jaxft.tasks.common.encoded import Row, collate, keep_pixels, store_pictures
-from jaxft.tasks.common.pictures import grid
 from jaxft.tasks.image_tokens.layout import encode_prompt
 from jaxft.tasks.image_tokens.opened import OpenedImageModel
 from jaxft.tasks.image_tokens.tokenizer import CODED_TOGETHER, ImageTokenizer
@@ -235,16 +234,16 @@ def ceiling(rows: CodeRows) -> str:
     )
 
 
-def worst_pictures(rows: CodeRows, vq: ImageTokenizer, cell: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Return a sheet of the pictures with the lowest PSNR: target, reconstruction."""
+def worst_pictures(rows: CodeRows, vq: ImageTokenizer) -> Sheet:
+    """Return the pictures with the lowest PSNR: target, reconstruction."""
     found = np.array([rows.stored(i)["psnr"] for i in range(len(rows))])
     order = np.argsort(found, kind="stable")[:WORST]
     if rows.images.kept is not None:
         keep_pixels(rows.images.kept, rows.images, order)
     made = vq.decode(np.stack([rows.stored(int(i))["codes"] for i in order]))
-    pairs = [(rows.images[int(i)].pixels, one) for i, one in zip(order, made, strict=True)]
-    captions = [f"{found[i]:.1f} dB {rows.caption(int(i))}" for i in order]
-    return grid(pairs, captions, ("target", "reconstruction"), cell)
+    targets = np.stack([rows.images[int(i)].pixels for i in order])
+    captions = tuple(f"{rows.caption(int(i))} ({found[i]:.1f} dB)" for i in order)
+    return Sheet(captions, {"target": targets, "reconstruction": made})
 
 
 def entropy(counts: Int[np.ndarray, " K"]) -> float:

@@ -171,12 +171,13 @@ class PairPreview:
 
     def sample(self, params: Params) -> Look:
         rows = (self.data.held_out or self.data.train).data
-        pairs = [rows[i].sides for i in range(min(SHOWN_PREDICTIONS, len(rows)))]
         if self.scorer:
+            pairs = [rows[i].sides for i in range(min(SHOWN_PREDICTIONS, len(rows)))]
             both = [side for sides in pairs for side in sides]
             return Look("\n".join(self.scorer.describe_examples(params, both)))
         assert self.decoder is not None
-        return self.decoder.continue_examples(params, [sides[0] for sides in pairs], rows.chat)
+        chosen = (rows[i].sides[0] for i in range(len(rows)))
+        return self.decoder.continue_examples(params, chosen, rows.chat)
 
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
         own = self.scorer or self.decoder

@@ -1,8 +1,9 @@
 """Evaluation and samples of a language model: loss, label accuracy, continuations."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -15,19 +16,20 @@ from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
 from jaxft.core.step import Batch, Metrics, cast
 from jaxft.data.loader import Subset, eval_batches, subset
 from jaxft.data.text import dataset as text
+from jaxft.data.text.alpaca import alpaca_prompt
 from jaxft.data.text.chat.format import ChatFormat
+from jaxft.data.text.templates import ALPACA, split_template
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.models.decoders.generate import generate
 from jaxft.models.decoders.sampling import Sampling
 from jaxft.objectives.next_token import NextToken
 from jaxft.tasks import Data, Look, Report, Request
 from jaxft.tasks.llm.opened import OpenedDecoder
-from jaxft.tasks.llm.rows import CHAT_FACT
+from jaxft.tasks.llm.rows import CHAT_FACT, KIND_FACT
 
 SHOWN_PREDICTIONS = 5  # rows of predictions in a report
+SEARCHED = 200  # rows among which different prompts are looked for
 SAMPLE_TOKENS = 48  # new tokens of a sample during training
-PROMPT_END = 80  # characters of the prompt of a conversation that a sample shows
-EMPTY_ANSWER = "(empty: the first token ends the text)"
 
 
 class DecoderPreview:
@@ -135,31 +137,39 @@ class DecoderPreview:
         rows = (self.data.held_out or self.data.train).data
         if rows.labels:
             return Look()
-        shown = [rows[i] for i in range(min(SHOWN_PREDICTIONS, len(rows)))]
-        return self.continue_examples(params, shown, rows.chat)
+        return self.continue_examples(params, (rows[i] for i in range(len(rows))), rows.chat)
 
     def continue_examples(
-        self, params: Params, examples: Sequence[text.Example], chat: ChatFormat | None
+        self, params: Params, examples: Iterable[text.Example], chat: ChatFormat | None
     ) -> Look:
-        """Return the likeliest continuations of the examples' prompts.
+        """Return the likeliest continuations of the first few different prompts of the examples.
 
         chat: the format of the examples, None for plain texts.
         """
-        prompts = [_prompt(example) for example in examples]
+        found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+        for example in islice(examples, SEARCHED):
+            prompt, reference = _split(example)
+            found.setdefault(prompt.tobytes(), (prompt, reference))
+            if len(found) == SHOWN_PREDICTIONS:
+                break
+        prompts = [prompt for prompt, _ in found.values()]
         stops = self.opened.stop_ids(chat)
         texts = self._continue(params, prompts, SAMPLE_TOKENS, Sampling(), 0, stops)
         shown = [self.tokenizer.decode(ids) for ids in prompts]
-        if chat:
-            shown = [f"…{one[-PROMPT_END:]}" if len(one) > PROMPT_END else one for one in shown]
-        pairs = zip(shown, texts, strict=True)
-        return Look("\n".join(f"{prompt!r} -> {made!r}" for prompt, made in pairs))
+        pairs = found.values()
+        wanted = [self.tokenizer.decode(ids, skip_special_tokens=True) for _, ids in pairs]
+        rows = zip(shown, wanted, (text for text, _ in texts), strict=True)
+        return Look(headers=("prompt", "reference", "answer"), rows=tuple(rows))
 
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
         """Continue all prompts in one batch, each to an end-of-sequence id or `max_new` tokens.
 
-        If the run trained conversations, each prompt becomes a user turn, unless `request.raw`.
+        A prompt is what a record of the run was: a user turn of a conversation, an instruction, or
+        the text of the template. With `request.raw` it is continued as it is.
         """
         chat = None if request.raw or CHAT_FACT not in self.data.facts else self.opened.chat
+        if chat is None and not request.raw:
+            prompts = [self._as_trained(prompt) for prompt in prompts]
         ids = [self._prompt_ids(prompt, chat) for prompt in prompts]
         size, images = self.opened.model_cfg.vocab_size, self.opened.model_cfg.image_ids
         for prompt, row in zip(prompts, ids, strict=True):
@@ -168,9 +178,18 @@ class DecoderPreview:
         how = Sampling(request.temperature or 0.0, request.top_k or 0, top_p)
         stops = self.opened.stop_ids(chat)
         made = self._continue(params, ids, request.max_new, how, request.seed, stops)
-        made = [one or EMPTY_ANSWER for one in made]
+        made = [text or end for text, end in made]
         between = "" if chat is None else "\n-> "
         return [Look(prompt + between + text) for prompt, text in zip(prompts, made, strict=True)]
+
+    def _as_trained(self, prompt: str) -> str:
+        """Return the prompt of a record with this text, in the form that the run trained."""
+        kind = tuple(self.data.facts.get(KIND_FACT, ()))
+        if kind == ALPACA:
+            return alpaca_prompt(prompt, "")
+        if kind == ("text", "label"):
+            return split_template(self.options.template)[0].replace("{text}", prompt)
+        return prompt
 
     def _prompt_ids(self, prompt: str, chat: ChatFormat | None) -> np.ndarray:
         if chat is None:
@@ -187,7 +206,8 @@ class DecoderPreview:
         how: Sampling,
         seed: int,
         stop_ids: tuple[int, ...],
-    ) -> list[str]:
+    ) -> list[tuple[str, str]]:
+        """Return the continuation of each prompt, and the reason for one without text."""
         width = max(len(ids) for ids in prompts)
         tokens = np.zeros((len(prompts), width), np.int32)
         segments = np.zeros_like(tokens)
@@ -198,7 +218,18 @@ class DecoderPreview:
         pairs = zip(np.asarray(made), np.asarray(lengths), strict=True)
         rows = [row[:n].tolist() for row, n in pairs]
         kept = [ids[:-1] if ids and ids[-1] in stop_ids else ids for ids in rows]
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in kept]
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in kept]
+        whys = map(self._why_empty, texts, rows, kept)
+        return list(zip(texts, whys, strict=True))
+
+    def _why_empty(self, made: str, ids: list[int], kept: list[int]) -> str:
+        """Return the reason of an answer without text, "" for one with text."""
+        if made:
+            return ""
+        names = [str(name) for name in self.tokenizer.convert_ids_to_tokens(ids)]
+        if not kept and names:
+            return f"(empty: it ended at once, as {names[0]!r} followed the prompt)"
+        return f"(empty: only special tokens: {' '.join(names[:5])})"
 
     @partial(jax.jit, static_argnums=(0, 5, 6, 7))
     def _generate(
@@ -219,10 +250,17 @@ class DecoderPreview:
         return constrain(made, None, None), constrain(lengths, None)
 
 
-def _prompt(example: text.Example) -> np.ndarray:
-    """Return the tokens before a row's first trained one, or its first 32 if it trains all."""
-    first = int(np.argmax(example.weights > 0))
-    return example.tokens[: first if first > 1 else min(32, len(example.tokens) - 1)]
+def _split(example: text.Example) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens before a row's first trained one, and the trained ones from there on.
+
+    If the row trains all its tokens, its first 32 are the prompt.
+    """
+    tokens, weights = example.tokens, example.weights
+    first = int(np.argmax(weights > 0))
+    first = first if first > 1 else min(32, len(tokens) - 1)
+    untrained = np.flatnonzero(weights[first:] == 0)
+    end = first + int(untrained[0]) if len(untrained) else len(tokens)
+    return tokens[:first], tokens[first : min(end, first + SAMPLE_TOKENS)]
 
 
 def _language_metrics(sums: dict[str, float], n_bytes: int) -> dict[str, float]:

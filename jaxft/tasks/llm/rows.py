@@ -21,6 +21,7 @@ from jaxft.tasks import Planned
 from jaxft.tasks.llm.opened import OpenedDecoder
 
 CHAT_FACT = "chat_template_sha256"  # key of a report on conversations
+KIND_FACT = "record_fields"  # key of a report: the fields of its records
 PER_ROW = 8  # examples that share a row of a plan
 
 
@@ -103,7 +104,8 @@ class TokenRows:
     def report(self) -> dict[str, Any]:
         labels = {"labels": list(self.data.labels)} if self.data.labels else {}
         chat = {CHAT_FACT: self.data.chat.sha256} if self.data.chat else {}
-        return {**self.data.report, **labels, **chat}
+        kind = record_kind(self.data.records[0], self.data.records.where(0))
+        return {**self.data.report, **labels, **chat, KIND_FACT: list(kind)}
 
     def describe(self) -> str:
         report = self.data.report

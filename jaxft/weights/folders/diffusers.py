@@ -316,7 +316,6 @@ def pipeline_files(pipeline: Pipeline, changes: Changes = UNCHANGED) -> Files:
             length = pipeline.components[encoder].config.get("max_position_embeddings", 77)
             config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
             files.setdefault(f"{name}/tokenizer_config.json", _dump(config))
-    files.setdefault("README.md", _card(pipeline).encode())
     return files | dict(changes.files)
 
 
@@ -356,17 +355,6 @@ def _legacy_tokenizer(files: Mapping[str, Path | bytes], name: str) -> Files:
     vocab = json.dumps(model["vocab"], ensure_ascii=False)
     made: Files = {f"{name}/vocab.json": vocab.encode(), f"{name}/merges.txt": merges.encode()}
     return made
-
-
-def _card(pipeline: Pipeline) -> str:
-    kind = pipeline.index.get("_class_name", "StableDiffusionPipeline")
-    return (
-        f"---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n\n# {kind}\n\n"
-        f"Fine-tuned with jaxft from `{Path(pipeline.name).name}`. Load it with diffusers:\n\n"
-        f"```python\nfrom diffusers import {kind}\n\n"
-        f'pipeline = {kind}.from_pretrained("path/of/this/folder")\n```\n\n'
-        "The licence of the original weights applies to these as well.\n"
-    )
 
 
 def _dump(content: Mapping[str, Any]) -> bytes:

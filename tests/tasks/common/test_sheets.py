@@ -1,8 +1,8 @@
-"""Portions of one size, and sheets that keep the first evaluation beside the last."""
+"""Portions of one size, and the examples of a sheet."""
 
 import numpy as np
 
-from jaxft.tasks.common.sheets import CELL, Compared, portions
+from jaxft.tasks.common.sheets import SHOWN, portions, shown_sheet
 
 
 def test_portions_have_one_size_and_repeat_at_the_end():
@@ -14,11 +14,10 @@ def test_portions_have_one_size_and_repeat_at_the_end():
     assert [rows for _, rows in portions({}, 3, 2)] == [{}, {}], "nothing is given"
 
 
-def test_sheets_show_the_first_beside_the_last():
-    pictures = [np.full((3, CELL, CELL, 3), level, np.uint8) for level in (10, 60, 200)]
-    compared, captions = Compared(), ["a", "b", "c"]
-    for now in pictures[1:]:
-        sheet = compared.sheet(captions, {"given": None, "target": pictures[0]}, now)
-    levels = [sheet[CELL // 2 + 30, CELL // 2 + i * (CELL + 4), 0] for i in range(3)]
-    assert levels == [10, 60, 200], "target, before, now"
-    assert sheet.shape[1] == 3 * (CELL + 4) + 4
+def test_a_sheet_shows_examples_equally_far_apart():
+    pictures = np.arange(20)[:, None, None, None].repeat(3, axis=3)
+    sheet = shown_sheet([str(i) for i in range(20)], {"given": None, "target": pictures})
+    assert list(sheet.columns) == ["target"] and len(sheet.captions) == SHOWN
+    assert [int(one) for one in sheet.captions] == sheet.columns["target"][:, 0, 0, 0].tolist()
+    assert sheet.captions[0] == "0" and sheet.captions[-1] == "19"
+    assert len(shown_sheet(["a", "b"], {"now": pictures[:2]}).captions) == 2

@@ -24,6 +24,7 @@ from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.stable_diffusion import Guidance
 from jaxft.noise.samplers import SAMPLERS
 from jaxft.runs.outputs import MARK
+from jaxft.runs.pages.card import CARD
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders.diffusers import legacy_part, open_pipeline, part
 from tests import whole as runs
@@ -172,7 +173,9 @@ def state(pipe):
 
 
 def files(folder):
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK)
+    """Every file by its relative path, but the mark and the card of an export."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    found = (path for path in found if path.name not in (MARK, CARD))
     return {str(path.relative_to(folder)): path for path in found}
 
 
@@ -243,7 +246,7 @@ def test_only_what_changed_is_written_anew(done):
         "timestep_spacing": "trailing",
     }
     assert after == (before if lora else {**before, **zero})
-    assert "tokenizer/vocab.json" in out and "README.md" in out
+    assert "tokenizer/vocab.json" in out and (done.out / CARD).is_file()
 
 
 def test_export_writes_any_kind_of_a_finished_run(done, tmp_path):
@@ -251,7 +254,7 @@ def test_export_writes_any_kind_of_a_finished_run(done, tmp_path):
     command = ["--workdir", str(done.work), "--kind", "single_file", "--out", str(out)]
     assert export.main(command) == 0
     weights = [name for name in files(out) if name.endswith(".safetensors")]
-    assert weights == ["mine.safetensors"] and "README.md" not in files(out)
+    assert weights == ["mine.safetensors"] and "from_single_file" in (out / CARD).read_text()
     ours, theirs = (
         TensorFiles.open(file)
         for file in (out / "mine.safetensors", done.out / f"{done.work.name}.safetensors")

@@ -18,6 +18,7 @@ from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.stable_diffusion import Guidance
 from jaxft.noise.samplers import SAMPLERS
 from jaxft.runs.outputs import MARK
+from jaxft.runs.pages.card import CARD
 from jaxft.tasks.diffusion import inversion
 from tests import whole as runs
 from tests.tiny_diffusion import flags_of, make_pictures
@@ -81,7 +82,9 @@ def done(request, tmp_path_factory):
 
 
 def files(folder):
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK)
+    """Every file by its relative path, but the mark and the card of an export."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    found = (path for path in found if path.name not in (MARK, CARD))
     return {str(path.relative_to(folder)): path for path in found}
 
 

@@ -4,11 +4,14 @@ import contextlib
 import io
 import json
 import shutil
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from jaxft import evaluate, sample, train
+from jaxft.tasks.llm.preview import DecoderPreview
 from tests.conftest import CHATML
 
 CONFIG = ["--config", "configs/llm.py"]
@@ -50,7 +53,21 @@ def test_a5_samples_answer_in_the_format_of_training(finished, capsys):
     assert capsys.readouterr().out == "hi\n-> it is\n"
     assert sample.main([*arguments, "--raw"]) == 0
     assert "->" not in capsys.readouterr().out
-    assert "'<|im_start|>user\\nhi<|im_end|>\\n<|im_start|>assistant\\n' -> 'it is'" in printed
+    turn = "'<|im_start|>user\\nhi<|im_end|>\\n<|im_start|>assistant\\n'"
+    shown = f"{turn} -> 'it is' (reference 'it is')"
+    assert printed.count(shown) == 1, "two records have this prompt"
+    first, last = (json.loads(x.read_text()) for x in sorted((work / "samples").glob("texts-*")))
+    assert (first["step"], last["step"]) == (0, 60) and len(first["rows"]) == 1
+    assert last["rows"][0][1:] == ["it is", "it is"] != first["rows"][0][1:]
+
+
+def test_an_answer_without_text_has_a_reason(chat_folder):
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    why = partial(DecoderPreview._why_empty, SimpleNamespace(tokenizer=tokenizer))
+    assert why("", [end], []) == "(empty: it ended at once, as '<|im_end|>' followed the prompt)"
+    assert why("", [end, end], [end]) == "(empty: only special tokens: <|im_end|> <|im_end|>)"
+    assert why("a", [end], []) == ""
 
 
 def test_evaluation_uses_the_format(finished, capsys):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw
 
 from jaxft.tasks.common.lettering import LINE, draw_lines, wrap
@@ -14,15 +14,23 @@ EDGE = 4
 DARK = np.array([8, 64, 129])  # colour of a cell that holds all texts of its class
 
 
-def macro_f1(truth: Bool[np.ndarray, "n C"], guessed: Bool[np.ndarray, "n C"]) -> float:
-    """Return the mean over classes of 2 TP / (2 TP + FP + FN).
+def class_f1(
+    truth: Bool[np.ndarray, "n C"], guessed: Bool[np.ndarray, "n C"]
+) -> Float[np.ndarray, " C"]:
+    """Return 2 TP / (2 TP + FP + FN) of each class.
 
-    A class that is neither true nor guessed for any text is left out.
+    It is NaN for a class that is neither true nor guessed for any text.
     """
     right = (truth & guessed).sum(axis=0)
     both = truth.sum(axis=0) + guessed.sum(axis=0)  # 2 TP + FP + FN
-    occurs = both > 0
-    return float(np.mean(2 * right[occurs] / both[occurs])) if occurs.any() else 0.0
+    return np.where(both > 0, 2 * right / np.maximum(both, 1), np.nan)
+
+
+def macro_f1(truth: Bool[np.ndarray, "n C"], guessed: Bool[np.ndarray, "n C"]) -> float:
+    """Return the mean of `class_f1` over the classes that occur."""
+    each = class_f1(truth, guessed)
+    occurs = ~np.isnan(each)
+    return float(np.mean(each[occurs])) if occurs.any() else 0.0
 
 
 def confusion(

@@ -15,19 +15,20 @@ from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
 from jaxft.core.step import Batch, cast
 from jaxft.data.loader import Subset, eval_batches, subset
 from jaxft.data.text.dataset import Example, make_encoder
-from jaxft.data.text.labelled import read_at_end
+from jaxft.data.text.labelled import LabelRule, read_at_end
 from jaxft.data.text.packing import collate
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.objectives.classification import head_scores, label_losses
 from jaxft.objectives.next_token import NextToken
 from jaxft.tasks import Data, Look, Report, Request
-from jaxft.tasks.llm.heads.measures import confusion, confusion_picture, macro_f1
+from jaxft.tasks.llm.heads.measures import class_f1, confusion, confusion_picture, macro_f1
 from jaxft.tasks.llm.opened import OpenedDecoder
 from jaxft.tasks.llm.options import MULTI_LABEL, SINGLE_LABEL
 from jaxft.tasks.llm.rows import CHAT_FACT
 
 SHOWN_TEXTS = 5  # texts of a report or a sample
 NAMED = 3  # likeliest labels of a sample
+NAMED_F1 = 20  # classes whose F1 are measures of their own, at most
 TEXT_END = 80  # of a text in a sample
 
 
@@ -47,7 +48,10 @@ class ScorePreview:
         labels = rows.data.labels[view.ids]
         problem = self.options.problem_type
         losses = label_losses(problem, jnp.asarray(scores)[:, None], jnp.asarray(labels)[:, None])
-        metrics = {"loss": float(jnp.mean(losses)), **_measures(problem, scores, labels)}
+        metrics = {
+            "loss": float(jnp.mean(losses)),
+            **_measures(problem, scores, labels, self.opened.labels),
+        }
         records = [rows.data.records[int(rows.data.record_ids[i])] for i in view.ids]
         truths = [rows.rule.name(label) for label in labels]
         named = [rows.rule.name(self._label(row)) for row in scores]
@@ -69,16 +73,39 @@ class ScorePreview:
         return Look("\n".join(self.describe_examples(params, examples)))
 
     def complete(self, params: Params, prompts: list[str], request: Request) -> list[Look]:
-        """Return the labels of each prompt, or its reward. A prompt is read as it is.
-
-        It gets the special tokens that texts of the training set got.
-        """
-        examples = []
-        for prompt in prompts:
-            ids = self._ids(prompt)
-            check_ids(ids, self.opened.model_cfg.vocab_size, self.opened.tokenizer, repr(prompt))
-            examples.append(read_at_end(np.asarray(ids, np.int32), self.opened.pad_id))
+        """Return the labels of each prompt, or its reward. A prompt is read as it is."""
+        examples = [self._example(prompt, repr(prompt)) for prompt in prompts]
         return [Look(line) for line in self.describe_examples(params, examples)]
+
+    def predict(
+        self, params: Params, texts: Sequence[str], places: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Return the predicted label of each text, and the score of every label by name.
+
+        Scores are probabilities, or numbers of a regression or a reward. `places` name the texts in
+        errors.
+        """
+        examples = [self._example(one, where) for one, where in zip(texts, places, strict=True)]
+        size = 4 * self.opened.cfg.batch_size // self.opened.cfg.micro_batches
+        names = ("reward",) if self.options.pairs else self.opened.labels
+        found: list[dict[str, Any]] = []
+        for first in range(0, len(examples), size):
+            some = examples[first : first + size]
+            filled = [*some, *[some[0]] * (size - len(some))]  # one shape for all batches
+            for row in self.score(params, filled)[: len(some)]:
+                scores = dict(zip(names, map(float, self._shares(row)), strict=True))
+                label = {} if self.options.pairs else {"label": self._label_name(row)}
+                found.append({**label, "scores": scores})
+        return found
+
+    def _example(self, prompt: str, where: str) -> Example:
+        """Return a text with the special tokens that texts of the training set got."""
+        ids = self._ids(prompt)
+        check_ids(ids, self.opened.model_cfg.vocab_size, self.opened.tokenizer, where)
+        return read_at_end(np.asarray(ids, np.int32), self.opened.pad_id)
+
+    def _label_name(self, row: Float[np.ndarray, " C"]) -> str:
+        return LabelRule(self.opened.labels, self.options.problem_type).name(self._label(row))
 
     def describe_examples(self, params: Params, examples: Sequence[Example]) -> list[str]:
         """Return a line for each example: its text, and its likeliest labels or its numbers."""
@@ -126,22 +153,32 @@ class ScorePreview:
             return np.asarray(row.argmax())
         return row > 0 if self.options.problem_type == MULTI_LABEL else row
 
+    def _shares(self, row: Float[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
+        """Return the probability of each label, or the numbers as they are."""
+        if self.options.pairs or self.options.problem_type == "regression":
+            return row
+        if self.options.problem_type == MULTI_LABEL:
+            return 1 / (1 + np.exp(-row))
+        shares = np.exp(row - row.max())
+        return shares / shares.sum()
+
     def _named(self, row: Float[np.ndarray, " C"]) -> str:
-        names, problem = self.opened.labels, self.options.problem_type
+        names, problem, shares = self.opened.labels, self.options.problem_type, self._shares(row)
         if self.options.pairs:
             return f"reward {row[0]:.4f}"
         if problem == "regression":
             return ", ".join(f"{name} {one:.4f}" for name, one in zip(names, row, strict=True))
-        shares = 1 / (1 + np.exp(-row)) if problem == MULTI_LABEL else np.exp(row - row.max())
-        shares = shares if problem == MULTI_LABEL else shares / shares.sum()
         best = np.argsort(-shares, kind="stable")[:NAMED]
         return ", ".join(f"{names[i]} {shares[i]:.4f}" for i in best)
 
 
 def _measures(
-    problem: str, scores: Float[np.ndarray, "n C"], labels: np.ndarray
+    problem: str, scores: Float[np.ndarray, "n C"], labels: np.ndarray, names: Sequence[str]
 ) -> dict[str, float]:
-    """Return accuracy and macro F1, or for a regression the mean absolute error and R^2."""
+    """Return accuracy, macro F1 and the F1 of each of a few classes.
+
+    For a regression, return the mean absolute error and R^2.
+    """
     if problem == "regression":
         spread = np.square(labels - labels.mean(axis=0)).sum()
         missed = np.square(scores - labels).sum()
@@ -150,8 +187,11 @@ def _measures(
     if problem == MULTI_LABEL:
         truth, guessed = labels > 0.5, scores > 0
         exact = float((truth == guessed).all(axis=-1).mean())
-        accuracy = float((truth == guessed).mean())
-        return {"accuracy": accuracy, "exact_match": exact, "macro_f1": macro_f1(truth, guessed)}
-    each, best = np.eye(scores.shape[-1], dtype=bool), scores.argmax(axis=-1)
-    accuracy = float((best == labels).mean())
-    return {"accuracy": accuracy, "macro_f1": macro_f1(each[labels], each[best])}
+        found = {"accuracy": float((truth == guessed).mean()), "exact_match": exact}
+    else:
+        each, best = np.eye(scores.shape[-1], dtype=bool), scores.argmax(axis=-1)
+        truth, guessed = each[labels], each[best]
+        found = {"accuracy": float((best == labels).mean())}
+    found["macro_f1"] = macro_f1(truth, guessed)
+    by_class = zip(names, class_f1(truth, guessed), strict=True) if len(names) <= NAMED_F1 else ()
+    return found | {f"f1/{name}": float(f1) for name, f1 in by_class if not np.isnan(f1)}

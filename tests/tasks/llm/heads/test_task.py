@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxft import evaluate, inspect_data, plan, sample, train
+from jaxft import evaluate, inspect_data, plan, predict, sample, train
 from tests.conftest import LINES
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -78,6 +78,7 @@ def test_a_classifier_learns_and_its_evaluation_writes_predictions_and_a_picture
     assert evaluate.main(["--workdir", str(tmp_path / "run")]) == 0
     metrics = json.loads((tmp_path / "run" / "evaluation-30.json").read_text())
     assert metrics["accuracy"] == metrics["macro_f1"] == 1.0 and metrics["loss"] < 0.1
+    assert [metrics[f"f1/{name}"] for name in NAMES] == [1.0] * 3
     lines = (tmp_path / "run" / "predictions-30.jsonl").read_text().splitlines()
     assert len(lines) == 24
     first = json.loads(lines[0])
@@ -89,6 +90,35 @@ def test_a_classifier_learns_and_its_evaluation_writes_predictions_and_a_picture
     words = ["--workdir", str(tmp_path / "run"), "--prompt", f"{LINES[1]} 4"]
     assert sample.main(words) == 0, "needs no data"
     assert f"{LINES[1]} 4' -> loud 0.9" in capsys.readouterr().out
+
+
+def test_predictions_of_texts_without_labels(flags, tmp_path, capsys):
+    words = flags(tmp_path / "run", "classify", total="30_steps", **{"every.save": "0_steps"})
+    assert train.main(words) == 0
+    rows = [{"text": f"{LINES[i % 3]} {i}", "id": f"n{i}"} for i in range(37)]
+    rows[0]["label"] = "calm"
+    del rows[5]["id"]
+    data, run = write(tmp_path / "new.jsonl", rows), ["--workdir", str(tmp_path / "run")]
+    capsys.readouterr()
+    assert predict.main([*run, "--data", data]) == 0
+    assert "37 texts by step 30: calm 13, loud 12, wet 12" in capsys.readouterr().out
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [one["id"] for one in found] == [row.get("id", 5) for row in rows]
+    assert [one["label"] for one in found] == [NAMES[i % 3] for i in range(37)]
+    assert found[0]["true_label"] == "calm" and "true_label" not in found[1]
+    for one in found:
+        assert sum(one["scores"].values()) == pytest.approx(1, abs=1e-5)
+        assert max(one["scores"], key=one["scores"].get) == one["label"]
+    assert evaluate.main(run) == 0  # the same scores, there before the softmax
+    logits = json.loads((tmp_path / "run" / "predictions-30.jsonl").read_text().splitlines()[1])
+    shares = np.exp(logits["scores"]) / np.exp(logits["scores"]).sum()
+    assert [*found[1]["scores"].values()] == pytest.approx(shares.tolist(), rel=1e-5)
+    bad = write(tmp_path / "bad.jsonl", [*rows, {"text": " "}])
+    capsys.readouterr()
+    assert predict.main([*run, "--data", bad]) == 2 and predict.main(run) == 2
+    error = capsys.readouterr().err
+    assert "bad.jsonl:38 has an empty text" in error and "--data is missing" in error
 
 
 def test_a_reward_model_learns_and_scores_a_prompt(flags, tmp_path, capsys):

@@ -1,0 +1,1 @@
+"""Pages that a person reads: samples, the report of a run, the card of an export."""
