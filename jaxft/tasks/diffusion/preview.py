@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxft.core.params import Params, bind
 from jaxft.core.sharding import constrain, local_rows, place_batch
-from jaxft.core.step import Batch, cast, stream
+from jaxft.core.step import Batch, stream
 from jaxft.data.images.buckets import make_buckets
 from jaxft.data.loader import eval_batches, subset
 from jaxft.models.pipelines import stable_diffusion
@@ -73,7 +73,7 @@ class DiffusionPreview:
 
         A row has the same noise in every run.
         """
-        model = bind(self.opened.template, cast(params, self.dtype))
+        model = bind(self.opened.template, params, self.dtype)
         latents = self.objective.latents(model, batch, None)
         text, rows = self.objective.text(model, batch, None), batch["weights"]
         concat = condition(model, self.opened.model_cfg, batch, None, self.dtype)
@@ -135,7 +135,7 @@ class DiffusionPreview:
         self, params: Params, ids: Any, places: Any, request: Request, given: Batch
     ) -> jax.Array:
         cfg, options = self.opened.model_cfg, self.opened.options.sample
-        model = bind(self.opened.template, cast(params, self.dtype))
+        model = bind(self.opened.template, params, self.dtype)
         text = model.encode_text(ids, dtype=self.dtype)
         null = jax.tree.map(lambda x: jnp.repeat(x, len(ids), axis=0), self.objective.null(model))
         concat = condition(model, cfg, given, None, self.dtype)
