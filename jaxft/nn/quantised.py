@@ -12,7 +12,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf, Packed
 from jaxft.kernels.quantised import int8, nf4
 from jaxft.kernels.quantised.int8 import Int8
-from jaxft.kernels.quantised.nf4 import BLOCK, NF4
+from jaxft.kernels.quantised.nf4 import NF4, NF4_BLOCK
 from jaxft.nn.linear import Linear
 from jaxft.nn.lora import NO_HEAD, layer_count, projections
 
@@ -62,9 +62,9 @@ def quantise(model: nnx.Module, base: str, double: bool = True) -> None:
             continue
         first = 1 if layer_count(linear) else 0
         width = prod(linear.kernel.shape[first : first + linear.inputs])
-        if base == NF4_BASE and width % BLOCK:
+        if base == NF4_BASE and width % NF4_BLOCK:
             raise UserError(
-                f"base={base}: {path} has {width} inputs, which is no multiple of {BLOCK}; set"
+                f"base={base}: {path} has {width} inputs, which is no multiple of {NF4_BLOCK}; set"
                 f" base={INT8_BASE} or base=none"
             )
         if base == NF4_BASE:

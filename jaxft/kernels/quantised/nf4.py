@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-BLOCK, NESTED_BLOCK = 64, 256
+NF4_BLOCK, NESTED_BLOCK = 64, 256
 # Quantiles of a normal distribution with 0 among them, scaled to [-1, 1].
 NF4_VALUES = np.array(
     (
@@ -98,12 +98,12 @@ def encode_once(kernel: Float[Array, "..."], inputs: int) -> NF4:
     """Return a kernel as `encode` does, but with fp32 scales."""
     outs = kernel.shape[inputs:]
     kernel = jnp.moveaxis(kernel, range(inputs), range(-inputs, 0))  # [*outs, *ins]
-    blocks = kernel.astype(jnp.float32).reshape(*outs, -1, BLOCK)  # [*outs, blocks, 64]
+    blocks = kernel.astype(jnp.float32).reshape(*outs, -1, NF4_BLOCK)  # [*outs, blocks, 64]
     scales = jnp.abs(blocks).max(-1)
     scaled = blocks * (1.0 / jnp.where(scales == 0, 1, scales))[..., None]
     bounds = (NF4_VALUES[:-1] + NF4_VALUES[1:]) / 2
     found = sum((scaled > bound).astype(jnp.uint8) for bound in bounds)
-    pairs = jnp.asarray(found).reshape(*outs, -1, BLOCK // 2, 2)  # [*outs, blocks, 32, 2]
+    pairs = jnp.asarray(found).reshape(*outs, -1, NF4_BLOCK // 2, 2)  # [*outs, blocks, 32, 2]
     return NF4(pairs[..., 0] << 4 | pairs[..., 1], scales)
 
 
@@ -112,7 +112,7 @@ def decode(kernel: NF4, ins: tuple[int, ...], dtype: Any) -> Float[Array, "..."]
     outs = kernel.scales.shape[:-1]
     shifts = jnp.array([4, 0], jnp.uint8)
     codes = kernel.codes[..., None] >> shifts & 15  # [*outs, blocks, 32, 2]
-    codes = codes.reshape(*outs, -1, BLOCK)  # [*outs, blocks, 64]
+    codes = codes.reshape(*outs, -1, NF4_BLOCK)  # [*outs, blocks, 64]
     values = [jnp.float32(value) for value in NF4_VALUES]
     for bit in range(4):  # a table would be read element by element, which is slow on a TPU
         on = (codes >> bit & 1).astype(bool)
