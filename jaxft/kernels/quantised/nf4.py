@@ -6,6 +6,7 @@ arXiv:2305.14314, section 3.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -113,13 +114,15 @@ def decode(kernel: NF4, ins: tuple[int, ...], dtype: Any) -> Float[Array, "..."]
     shifts = jnp.array([4, 0], jnp.uint8)
     codes = kernel.codes[..., None] >> shifts & 15  # [*outs, blocks, 32, 2]
     codes = codes.reshape(*outs, -1, NF4_BLOCK)  # [*outs, blocks, 64]
-    values = [jnp.float32(value) for value in NF4_VALUES]
-    for bit in range(4):  # a table would be read element by element, which is slow on a TPU
-        on = (codes >> bit & 1).astype(bool)
-        values = [
-            jnp.where(on, odd, even) for even, odd in zip(values[::2], values[1::2], strict=True)
-        ]
-    made = values[0] * _scales(kernel)[..., None]  # [*outs, blocks, 64]
+    # A choice by the bits of each code, because a TPU reads a table element by element. It is made
+    # of integers: the constants of `jnp.where` are arrays, which a scan over layers would hold.
+    values: list[Any] = NF4_VALUES.view(np.int32).tolist()
+    for bit in range(4):
+        mask = -(codes.astype(jnp.int32) >> bit & 1)  # all bits are those of the code's bit
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [even ^ (mask & (even ^ odd)) for even, odd in pairs]
+    number = jax.lax.bitcast_convert_type(values[0], jnp.float32)
+    made = number * _scales(kernel)[..., None]  # [*outs, blocks, 64]
     return made.astype(dtype).reshape(*outs, *ins)
 
 
