@@ -36,7 +36,7 @@ PAGES = [
     *sorted((ROOT / "configs").glob("*.py")),
 ]
 COMMAND = r"python3?\s+(?:-m\s+jaxft|tools/)\S*"
-COUNT = 68  # of all pages; a new line is run without being listed here, but counted
+COUNT = 69  # of all pages; a new line is run without being listed here, but counted
 # What stands in a line for something that only its user knows: found among PLACES, or replaced.
 WORDS = {"--step 50": "--step 2", "--topology h200:8": "--topology cpu:8"}
 TINY = {"every.save": "1_steps", "total": "2_steps", "batch_size": 8, "eval_examples": 8}
@@ -144,7 +144,7 @@ def shelf(tmp_path_factory, make_folder):
     make_janus_model(place / "janus")
     (place / "pickles").mkdir()
     torch.save({"weight": torch.ones(2)}, place / "pickles" / "pytorch_model.bin")
-    (place / "text").symlink_to(make_folder(tied=True))
+    (place / "text").symlink_to(make_folder(tied=True, hidden_size=64, intermediate_size=128))
     make_pictures(place / "images", sizes=((32, 32),))
     add_sources(place / "images")
     texts = [{"prompt": f"{i}: a bird", "completion": " that sings"} for i in range(16)]
