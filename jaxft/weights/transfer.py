@@ -138,9 +138,9 @@ def _load_entry(
         buffers = dict(zip(leaves, _zeros(shapes, tuple(targets.values())), strict=True))
     for i, key in enumerate(entry.keys):
         if packed and isinstance(part.tensors, PackedTensors):
-            found = part.tensors.packed(key)
             shapes = {x: y.shape[1:] if entry.stacked else y.shape for x, y in leaves.items()}
-            pieces = {x: _placed(found[x].reshape(shapes[x]), ones[x]) for x in shapes}
+            found = part.tensors.packed(key, shapes)
+            pieces = {name: _placed(found[name], ones[name]) for name in shapes}
         else:
             host = to_jax(part.tensors.read(key), entry.layout, part.sizes)
             pieces = {"": _placed(host, _whole(packed, ones, host.shape))}

@@ -47,14 +47,14 @@ def folders(make_folder, tmp_path_factory):
     return {"double": double, "single": single}
 
 
-def open_nf4(make_config, folder, changes=None):
-    config = make_config(folder, {"export.kind": "adapter", "mesh.fsdp": 1, **(changes or {})})
+def open_nf4(make_config, folder):
+    config = make_config(folder, {"export.kind": "adapter", "mesh.fsdp": -1})
     return opening.open_run(load_config(CONFIG[1]) | config | {"base": "nf4"})
 
 
 @pytest.mark.parametrize("scales", ["double", "single"])
 def test_codes_are_the_files_and_logits_are_transformers(scales, folders, make_config):
-    run = open_nf4(make_config, folders[scales], {"mesh.data": 8})
+    run = open_nf4(make_config, folders[scales])
     params = opening.load_params(run)
     held = load_file(folders[scales] / "model.safetensors")
     codes = np.asarray(params["layers.self_attn.q_proj.kernel.codes"][0])
@@ -112,4 +112,10 @@ def test_what_is_not_read_is_named(folders, make_config, make_folder, tmp_path):
         (other / beside.name).write_bytes(beside.read_bytes())
     save_file({**held, f"{WEIGHT}.quant_map": np.zeros(16, np.float32)}, other / file.name)
     with pytest.raises(UserError, match=rf"{WEIGHT}\.quant_map is not bitsandbytes' own"):
+        opening.load_params(open_nf4(make_config, other))
+    config = json.loads((folders["double"] / "config.json").read_text())
+    config["quantization_config"]["bnb_4bit_use_double_quant"] = False
+    save_file(held, other / file.name)
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"their scales are not \(bnb_4bit_use_double_quant\)"):
         opening.load_params(open_nf4(make_config, other))

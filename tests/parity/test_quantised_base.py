@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from jaxft import evaluate, export, sample, train
@@ -170,7 +171,7 @@ def test_a_run_resumes_exactly_evaluates_and_samples(finished, tmp_path, capsys)
     assert sample.main(["--workdir", str(work), "--prompt=a small", "--max_new=4"]) == 0
 
 
-def test_exports_lie_on_the_weights_before_quantisation(finished, folder, tmp_path):
+def test_exports_lie_on_the_weights_before_quantisation(finished, folder, tmp_path, make_config):
     work, _ = finished
     out = tmp_path / "adapter"
     assert export.main(["--workdir", str(work), "--kind=adapter", "--out", str(out)]) == 0
@@ -185,6 +186,12 @@ def test_exports_lie_on_the_weights_before_quantisation(finished, folder, tmp_pa
     theirs = adapted.state_dict()
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(tensor, theirs[name].half().float(), rtol=1e-3, atol=1e-6)
+    config = make_config(folder, {"mesh.fsdp": 1, "mesh.data": 8, "lora.rank": 0})
+    config["lora"] = {"from": str(out), "alpha": 0.0}
+    run = opening.open_run(load_config(CONFIG[1]) | config | {"base": "nf4"})
+    again = opening.load_params(run, run.chosen)["layers.mlp.up_proj.lora_b"]
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    np.testing.assert_array_equal(again[1].T, load_file(out / "adapter_model.safetensors")[key])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -63,10 +64,11 @@ class PackedTensors:
             raise UserError(f"{self._where}: {key} is in NF4; {GIVE_WHOLE}")
         return self._tensors.read(key)
 
-    def packed(self, key: str) -> dict[str, np.ndarray]:
-        """Return the arrays of a weight by the names of `kernels.quantised.nf4.NF4`, all flat.
+    def packed(self, key: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        """Return the arrays of a weight, which have the names of `kernels.quantised.nf4.NF4`.
 
-        Raises: UserError for a weight that is not in NF4, and for other tables of values.
+        Raises: UserError for a weight that is not in NF4, for other tables of values, and for
+        arrays that do not fit `shapes`.
         """
         state = self._states.get(key)
         if state is None:
@@ -87,7 +89,12 @@ class PackedTensors:
         if "nested_absmax" in found:
             made["nested"] = found["nested_absmax"]
             made["offset"] = np.array(state["nested_offset"], np.float32)
-        return made
+        if {name: x.size for name, x in made.items()} != {x: prod(y) for x, y in shapes.items()}:
+            raise UserError(
+                f"{self._where}: the sizes of {key} and {key}.* are not those of config.json, or"
+                " their scales are not (bnb_4bit_use_double_quant); get the folder again"
+            )
+        return {name: array.reshape(shapes[name]) for name, array in made.items()}
 
     def _state(self, key: str) -> dict[str, Any]:
         """Return the settings of a weight. Raises UserError for blocks of another size."""
