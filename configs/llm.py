@@ -8,6 +8,8 @@ Fine-tune all parameters of your own folder on your own records:
     python -m jaxft.train --config configs/llm.py --workdir runs/mine --config.model=PATH \
         --config.lora.rank=0 --config.optim.lr=2e-5 --config.data.train=jsonl:train.jsonl \
         --config.data.eval=jsonl:valid.jsonl --config.seq_len=512
+
+`--config.base=nf4` (or int8) holds the frozen weights below a LoRA in 4 (or 8) bits.
 """
 
 from ml_collections import ConfigDict

@@ -14,12 +14,14 @@ from jaxft.core import processes
 from jaxft.core.cli.arguments import parse
 from jaxft.core.errors import UserError
 from jaxft.core.guards.fingerprint import not_finite
+from jaxft.core.params import unpacked
 from jaxft.runs.opening import Run
 from jaxft.runs.outputs import begin_output, check_output, finish_output
 from jaxft.runs.pages.card import write_card
 from jaxft.runs.restoring import restore_run, step_option
 from jaxft.runs.workdir import read_config_file
 from jaxft.tasks import OPTIONS, Job
+from jaxft.weights.folders.quantised import PackedTensors
 from jaxft.weights.views import Grafted
 
 
@@ -82,7 +84,7 @@ def export_folder(
     name = place.parent.name if place.name == "export" else place.name
 
     def write(folder: Path) -> None:
-        job = Job(run.opened, run.leaves, run.chosen, params, name, dtype, folder)
+        job = Job(run.opened, unpacked(run.leaves), run.chosen, params, name, dtype, folder)
         run.task.writers[kind].write(job)
 
     if jax.process_index() == 0:
@@ -97,8 +99,20 @@ def export_folder(
 
 
 def check_kind(run: Run, kind: str) -> None:
-    """Raise UserError if an export of `kind` would omit trained parameters, or would be empty."""
+    """Raise UserError if an export of `kind` would omit trained parameters, or would be empty.
+
+    A whole model is made of the weights before quantisation.
+    """
     writer = run.task.writers.get(kind)
+    if (
+        writer
+        and not writer.needs
+        and any(isinstance(part.tensors, PackedTensors) for part in run.opened.parts)
+    ):
+        raise UserError(
+            f"export.kind={kind!r} needs the weights before quantisation, but {run.cfg.model} holds"
+            " them in NF4; use export.kind='adapter'"
+        )
     if writer is None or not writer.needs:  # no export, or an export of the whole model
         return
     instead = next(iter(run.task.writers))

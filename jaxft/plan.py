@@ -93,9 +93,11 @@ def search(config: dict[str, Any], devices: Any, most: int) -> list[tuple[Any, A
 
 def describe(run: Any, found: Any) -> str:
     """Return the lines that a plan prints."""
+    from jaxft.core.params import unpacked
+
     cfg, memory = run.cfg, found.memory
     lines = [
-        f"model {cfg.model}, {run.opened.describe()}: {_count(run.leaves)} parameters,"
+        f"model {cfg.model}, {run.opened.describe()}: {_count(unpacked(run.leaves))} parameters,"
         f" {_count(run.trained_leaves)} train",
         f"devices {runtime.describe_devices(run.mesh)}, mesh {dict(run.mesh.shape)}; batch_size"
         f" {cfg.batch_size}, micro_batches {cfg.micro_batches}, remat {found.remat}",

@@ -5,6 +5,7 @@ slow"` is in the gate. It runs where `pip install '.[cuda-aot,tpu]'` brought the
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -110,6 +111,19 @@ def test_collectives_of_fsdp_are_three_times_the_parameters(tmp_path_factory):
     moved = sum(size for _, size in found["collectives"].values())
     print({name: size / bf16 for name, (_, size) in found["collectives"].items()})
     assert moved < 1.1 * 3 * bf16
+
+
+def test_a_lora_on_llama_8b_in_nf4_fits_into_12_gb():
+    """A step decodes one layer at a time: no array of floats holds the weights of several."""
+    keys = {"model": PUBLISHED / "Llama-3.1-8B-Instruct", "data.train": "", "data.eval": ""}
+    keys |= {"base": "nf4", "param_dtype": "bfloat16", "lora.targets": "all-linear"}
+    keys |= {"lora.rank": 16, "seq_len": 2048, "batch_size": 1, "remat": "full"}
+    found = compiled(H200, "llm", tuple(f"{k}={v}" for k, v in keys.items()))
+    print(f"parameters {found['parameters'] / 1e9:.2f} GB, in all {found['total'] / 1e9:.2f} GB")
+    assert found["total"] < 12e9
+    table = 128256 * 4096  # the embedding and the head, which stay in 16 bits
+    sizes = [(x, math.prod(map(int, re.findall(r"\d+", dims)))) for x, dims in found["shapes"]]
+    assert max(size for kind, size in sizes if kind in ("f32", "bf16")) <= table
 
 
 def pipeline(tmp_path_factory) -> Path:

@@ -162,7 +162,7 @@ def shelf(tmp_path_factory, make_folder):
     make_janus_model(place / "janus")
     (place / "pickles").mkdir()
     torch.save({"weight": torch.ones(2)}, place / "pickles" / "pytorch_model.bin")
-    (place / "text").symlink_to(make_folder(tied=True))
+    (place / "text").symlink_to(make_folder(tied=True, hidden_size=64, intermediate_size=128))
     make_pictures(place / "images", sizes=((32, 32),))
     add_sources(place / "images")
     texts = [{"prompt": f"{i}: a bird", "completion": " that sings"} for i in range(16)]

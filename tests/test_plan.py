@@ -16,6 +16,7 @@ from jaxft.runs.planning.hlo import Cost, Op
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 PUBLISHED = ROOT / "tests" / "published"
+SMOLLM2_PROJECTIONS = (576 * 576,) * 2 + (192 * 576,) * 2 + (1536 * 576,) * 3  # q, o, k, v, MLP
 CHIP = Chip(flops=100e12, bandwidth=1e12, memory=2**30, link=1e11)
 
 
@@ -39,6 +40,17 @@ def test_a_config_json_is_enough_for_a_language_model(tmp_path, capsys):
     assert gathered >= 2 * 4 * parameters * 0.9, "each layer is gathered forward and backward"
     said = capsys.readouterr().out
     assert "134.5 M parameters, 134.5 M train" in said and "memory of a device" in said
+
+
+def test_a_quantised_base_counts_its_bits(tmp_path, capsys):
+    words = {"model": PUBLISHED / "SmolLM2-135M", "data.train": "jsonl:absent", "data.eval": ""}
+    words |= {"seq_len": 64, "base": "nf4", "mesh.data": 8, "lora.targets": r".*q_proj"}
+    found = planned(tmp_path, "llm", *(f"--config.{k}={v}" for k, v in words.items()))
+    table, norms, packed, lora = 49152 * 576, 61 * 576, 30 * 3538944, 30 * 8 * 2 * 576
+    nested = 30 * 4 * sum(-(-size // 64 // 256) + 1 for size in SMOLLM2_PROJECTIONS)
+    size = 4 * (table + norms + lora) + packed // 2 + packed // 64 + nested
+    assert found["memory"]["parameters"] == size
+    assert "134.8 M parameters" in capsys.readouterr().out
 
 
 def test_a_pipelines_configs_are_enough_for_diffusion(tmp_path):

@@ -1,7 +1,9 @@
 """Parameters as one flat dict by dotted path. NNX modules only describe structure."""
 
+from __future__ import annotations  # Leaf and Packed name each other
+
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -25,7 +27,8 @@ class Leaf(NamedTuple):
 
     `axes` are logical names, one a dim ("layers" first on a stacked leaf). `inputs` counts the
     contracting dims of a kernel, which come after "layers". It is 0 for any other parameter.
-    `role` is "" for a parameter of the model itself.
+    `role` is "" for a parameter of the model itself. `packed` is set on the arrays that hold a
+    frozen parameter in fewer bits.
     """
 
     shape: tuple[int, ...]
@@ -33,6 +36,7 @@ class Leaf(NamedTuple):
     axes: tuple[str | None, ...]
     inputs: int = 0
     role: str = ""
+    packed: Packed | None = None
 
     @property
     def stacked(self) -> bool:
@@ -42,6 +46,30 @@ class Leaf(NamedTuple):
     def added(self) -> bool:
         """True for a parameter that a run adds to a model: fp32, and in no checkpoint of it."""
         return self.role in (ADAPTER_ROLE, NEW_TOKEN_ROLE)
+
+    def held_in(self, dtype: Any) -> Any:
+        """Return the dtype of the array in a run whose parameters are of `dtype`."""
+        return self.dtype if self.added or self.packed else dtype
+
+
+class Packed(NamedTuple):
+    """A parameter that several arrays hold in fewer bits. Their paths are its own and their names.
+
+    whole: the description of the parameter. encode: returns the arrays in a NamedTuple, whose
+    fields are their names, from an array of the parameter's shape without "layers" and the number
+    of its inputs.
+    """
+
+    whole: Leaf
+    encode: Callable[[jax.Array, int], Any]
+
+
+def unpacked(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """Return the parameters of the model, with one leaf for the arrays that hold one parameter."""
+    return {
+        path.rpartition(".")[0] if leaf.packed else path: leaf.packed.whole if leaf.packed else leaf
+        for path, leaf in leaves.items()
+    }
 
 
 def mark(module: nnx.Module, role: str) -> None:
@@ -63,8 +91,8 @@ def describe(module: nnx.Module) -> dict[str, Leaf]:
         axes, shape = tuple(param.get_metadata()["axes"]), tuple(param.shape)
         axes = ("layers",) * (len(shape) - len(axes)) + axes
         about = param.get_metadata()
-        inputs, role = about.get("inputs", 0), about.get("role", "")
-        described[".".join(map(str, names))] = Leaf(shape, param.dtype, axes, inputs, role)
+        about = about.get("inputs", 0), about.get("role", ""), about.get("packed")
+        described[".".join(map(str, names))] = Leaf(shape, param.dtype, axes, *about)
     return described
 
 
@@ -74,13 +102,20 @@ def flatten(module: nnx.Module) -> Params:
     return {dotted(path): leaf for path, leaf in leaves}
 
 
-def bind(template: Module, params: Mapping[str, Any]) -> Module:
+def bind(template: Module, params: Mapping[str, Any], dtype: Any = None) -> Module:
     """Return a module with the structure of `template` that holds `params`.
 
-    It is plain Python, so that it can be called inside a traced function.
+    It is plain Python, so that it can be called inside a traced function. dtype: the dtype of the
+    parameters in the module, None for that of each. Arrays that hold one in fewer bits keep theirs.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
-    return treedef.unflatten([params[dotted(path)] for path, _ in leaves])
+    if dtype is not None:
+        leaves = describe(template)
+        params = {
+            path: params[path] if leaf.packed else params[path].astype(dtype)
+            for path, leaf in leaves.items()
+        }
+    places, treedef = jax.tree_util.tree_flatten_with_path(template)
+    return treedef.unflatten([params[dotted(path)] for path, _ in places])
 
 
 def select(pattern: str, paths: Mapping[str, Any], key: str = "trainable") -> set[str]:
@@ -100,11 +135,12 @@ def select(pattern: str, paths: Mapping[str, Any], key: str = "trainable") -> se
 
 def describe_trained(leaves: Mapping[str, Leaf], chosen: set[str]) -> str:
     """Return a line with the number of trained parameters and their share of all."""
-    total = sum(_size(leaf) for leaf in leaves.values())
+    every = unpacked(leaves)
+    total = sum(_size(leaf) for leaf in every.values())
     trained = sum(_size(leaves[path]) for path in chosen)
     return (
         f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)"
-        f" in {len(chosen)} of {len(leaves)} arrays, such as {min(chosen, default='none')}"
+        f" in {len(chosen)} of {len(every)} arrays, such as {min(chosen, default='none')}"
     )
 
 

@@ -90,12 +90,18 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def shardings(leaves: Mapping[str, Leaf], mesh: Mesh) -> dict[str, NamedSharding]:
     """Return a sharding for every parameter.
 
-    Raises: UserError that lists every dim which the mesh does not divide.
+    A dim of a packed parameter that the mesh does not divide, such as its blocks, stays whole.
+    Raises: UserError that lists every dim of the others which the mesh does not divide.
     """
-    bad = [line for path, leaf in leaves.items() for line in _indivisible(path, leaf, mesh)]
+    plain = {path: leaf for path, leaf in leaves.items() if not leaf.packed}
+    bad = [line for path, leaf in plain.items() for line in _indivisible(path, leaf, mesh)]
     if bad:
         raise UserError(f"mesh {dict(mesh.shape)} does not fit this model: " + "; ".join(bad))
-    return {path: NamedSharding(mesh, spec(leaf.axes)) for path, leaf in leaves.items()}
+    places = {path: NamedSharding(mesh, spec(leaf.axes)) for path, leaf in leaves.items()}
+    return {
+        path: place if path in plain else fitted(place, leaves[path].shape)
+        for path, place in places.items()
+    }
 
 
 def fitted(given: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:

@@ -103,7 +103,7 @@ def make_step(
 
     def gradients(state: State, frozen: Params, batch: Batch, keys: jax.Array) -> tuple:
         def objective(trained: Params) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-            model = bind(template, cast({**frozen, **trained}, spec.compute_dtype))
+            model = bind(template, {**frozen, **trained}, spec.compute_dtype)
             (total, weight), metrics = loss(model, batch, keys, state.step)
             return total, (weight, metrics)
 

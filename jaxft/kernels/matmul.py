@@ -1,6 +1,6 @@
 """The product of activations and a kernel, for all projections.
 
-A kernel in another format (quantised, fp8) would be one more branch in this file alone.
+A kernel in another format (quantised, fp8) is one more branch in this file alone.
 """
 
 from functools import partial
@@ -12,13 +12,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.core.runtime import device
+from jaxft.kernels.quantised import int8, nf4
+from jaxft.kernels.quantised.int8 import Int8
+from jaxft.kernels.quantised.nf4 import NF4
+
+Kernel = Array | NF4 | Int8
+
+
+def matmul(x: Float[Array, "..."], kernel: Kernel, inputs: int = 1) -> Any:
+    """Return x [*rows, *ins] times kernel [*ins, *outs]: [*rows, *outs], in x's dtype.
+
+    inputs: the number of dims of *ins. A quantised kernel is frozen: it has no gradient.
+    """
+    if isinstance(kernel, NF4 | Int8):
+        return _quantised(x, kernel, x.shape[x.ndim - inputs :])
+    return _plain(x, kernel.astype(x.dtype), inputs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: Float[Array, "..."], kernel: Float[Array, "..."], inputs: int = 1) -> Any:
-    """Return x [*rows, *ins] times kernel [*ins, *outs]: [*rows, *outs].
-
-    inputs: the number of dims of *ins.
+def _plain(x: Array, kernel: Array, inputs: int) -> Any:
+    """Return the product with an array.
 
     Value and gradients are those of `reference` on every device. On XLA:CPU a barrier keeps the
     operands of the gradients whole. Without it, XLA:CPU fuses the derivative of the activation into
@@ -51,4 +64,38 @@ def _backward(inputs: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array
     return dx, dkernel.reshape(kernel.shape)  # [*ins, *outs]
 
 
-matmul.defvjp(_forward, _backward)
+_plain.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _quantised(x: Array, kernel: NF4 | Int8, ins: tuple[int, ...]) -> Any:
+    """Return the product with a quantised kernel, which is decoded to x's dtype.
+
+    The backward pass decodes it again. It thus keeps the codes alone, and no copy of the weights.
+    """
+    decoded = _decoded(kernel, ins, x.dtype)  # [*outs, *ins]
+    dims = (
+        tuple(range(x.ndim - len(ins), x.ndim)),
+        tuple(range(decoded.ndim - len(ins), decoded.ndim)),
+    )
+    return jax.lax.dot_general(x, decoded, (dims, ((), ())))  # [*rows, *outs]
+
+
+def _quantised_forward(x: Array, kernel: NF4 | Int8, ins: tuple[int, ...]) -> tuple[Any, Any]:
+    return _quantised(x, kernel, ins), kernel
+
+
+def _quantised_backward(ins: tuple[int, ...], kernel: NF4 | Int8, dy: Array) -> tuple[Array, None]:
+    decoded = _decoded(kernel, ins, dy.dtype)  # [*outs, *ins]
+    outs = decoded.ndim - len(ins)
+    dims = tuple(range(dy.ndim - outs, dy.ndim)), tuple(range(outs))
+    return jax.lax.dot_general(dy, decoded, (dims, ((), ()))), None  # [*rows, *ins]
+
+
+_quantised.defvjp(_quantised_forward, _quantised_backward)
+
+
+def _decoded(kernel: NF4 | Int8, ins: tuple[int, ...], dtype: Any) -> Array:
+    if isinstance(kernel, NF4):
+        return nf4.decode(kernel, ins, dtype)
+    return int8.decode(kernel, ins, dtype)

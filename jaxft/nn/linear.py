@@ -1,6 +1,6 @@
 """The projection of all models, with the slot of a LoRA adapter, and the embedding."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class Linear(nnx.Module):
         std: float = 0.02,
     ):
         shape = (*in_shape, *out_shape)
-        self.kernel = nnx.Param(
+        self.kernel: Any = nnx.Param(  # or a quantised kernel, which is read in the same way
             std * jax.random.normal(key, shape), axes=axes, inputs=len(in_shape)
         )
         out_axes = axes[len(in_shape) :]
@@ -64,7 +64,7 @@ class Linear(nnx.Module):
 
         keys: one PRNG key for each row of x, for the dropout of the adapter. None: no dropout.
         """
-        y: Array = matmul(x, self.kernel[...].astype(x.dtype), self.inputs)
+        y: Array = matmul(x, self.kernel[...], self.inputs)
         if self.lora_a is not None and self.lora_b is not None:
             inner = self._dropped(x, keys)
             low = jnp.tensordot(inner, self.lora_a[...].astype(x.dtype), self.inputs)  # [..., r]
@@ -72,10 +72,7 @@ class Linear(nnx.Module):
             update = self.adapter.scale * update
             if self.lora_m is not None:
                 gain = self._gain(self.lora_m[...], self.lora_a[...], self.lora_b[...])
-                kernel: Array = self.kernel[...]
-                whole: Array = (
-                    y if inner is x else matmul(inner, kernel.astype(x.dtype), self.inputs)
-                )
+                whole: Array = y if inner is x else matmul(inner, self.kernel[...], self.inputs)
                 update = (gain - 1).astype(x.dtype) * whole + gain.astype(x.dtype) * update
             y = y + update
         if self.bias is not None:

@@ -14,7 +14,7 @@ from jaxft.core.cli.live import status
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
 from jaxft.core.guards.best import check_best
-from jaxft.core.params import CONSTANT_ROLE, Leaf, Params, describe, flatten, select
+from jaxft.core.params import CONSTANT_ROLE, Leaf, Params, describe, flatten, select, unpacked
 from jaxft.tasks import OPTIONS, Data, Opened, Preview, Task, check_task, get_task
 from jaxft.weights import transfer
 
@@ -60,12 +60,17 @@ def open_run(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
     auxiliary = tuple(part.prefix for part in opened.parts if part.aid)
     can_train = {
         path: leaf
-        for path, leaf in leaves.items()
+        for path, leaf in unpacked(leaves).items()
         if not path.startswith(auxiliary) and leaf.role != CONSTANT_ROLE
     }
     added = {path for path, leaf in can_train.items() if leaf.added}
     pattern = opened.cfg.trainable
     chosen = select(pattern, can_train) if pattern else added or set(can_train)
+    if packed := sorted(chosen - leaves.keys()):
+        raise UserError(
+            f"trainable={pattern!r} matches {packed[0]}, which is quantised and thus frozen; leave"
+            " trainable empty, or name other parameters"
+        )
     optim.lr_factors(cfg.optim.lr_by, {path: leaves[path] for path in chosen})  # raises
     return Run(opened.cfg, task, opened, mesh, leaves, places, chosen)
 
@@ -128,7 +133,7 @@ def _draw(run: Run, paths: set[str], dtype: Any) -> Params:
     def build() -> Params:
         drawn = flatten(run.opened.build(jax.random.key(run.cfg.seed)))
         kept = {path: drawn[path] for path in sorted(paths)}  # one program on every host
-        return {p: x if run.leaves[p].added else x.astype(dtype) for p, x in kept.items()}
+        return {p: x.astype(run.leaves[p].held_in(dtype)) for p, x in kept.items()}
 
     return jax.jit(build, out_shardings={path: run.shardings[path] for path in paths})()
 

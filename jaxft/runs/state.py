@@ -87,7 +87,7 @@ def abstract_state(run: Run, tx: optax.GradientTransformation | None = None) -> 
     tx = _optimizer(run, optax.constant_schedule(0.0)) if tx is None else tx
     dtype = runtime.resolve_dtype(run.cfg.param_dtype)
     params: Any = {
-        path: jax.ShapeDtypeStruct(leaf.shape, np.float32 if leaf.added else dtype)
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.held_in(dtype))
         for path, leaf in run.trained_leaves.items()
     }
     shapes = jax.eval_shape(partial(init_state, tx, ema=run.cfg.optim.ema), params)

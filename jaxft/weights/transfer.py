@@ -13,8 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.core.errors import UserError
 from jaxft.core.guards.fingerprint import is_finite
-from jaxft.core.params import TEACHER_ROLE, Leaf, Params
+from jaxft.core.params import TEACHER_ROLE, Leaf, Packed, Params, unpacked
+from jaxft.core.sharding import fitted, spec
 from jaxft.weights.files.tensor_files import Tensors
+from jaxft.weights.folders.quantised import PackedTensors
 from jaxft.weights.rules import Entry, Rule, Sizes, expected, in_class, plan, to_jax, to_torch
 
 
@@ -52,7 +54,7 @@ class Part(NamedTuple):
         """
         own = {
             path.removeprefix(self.prefix): leaf
-            for path, leaf in leaves.items()
+            for path, leaf in unpacked(leaves).items()
             if path.startswith(self.prefix)
             and not leaf.added
             and (self.aid or leaf.role != TEACHER_ROLE)
@@ -85,18 +87,24 @@ def load(
     """Import the `wanted` parameters of a part, sharded, in `dtype`.
 
     The host holds one tensor at a time beside the parameters. A stacked parameter is filled layer
-    by layer in a donated buffer. XLA owns this memory, so the step can donate the arrays too.
+    by layer in a donated buffer. XLA owns this memory, so the step can donate the arrays too. A
+    packed parameter is encoded tensor by tensor, so that the devices hold one in full at a time.
     Raises: UserError that names the tensors with numbers that are not finite in `dtype`.
     """
     assert part.tensors is not None
     params: Params = {}
     bad: list[str] = []
+    held: dict[str, dict[str, Leaf]] = {}  # the arrays of each parameter, by the ends of paths
+    for path, leaf in leaves.items():
+        whole, _, name = path.rpartition(".") if leaf.packed else (path, "", "")
+        held.setdefault(whole, {})[name] = leaf
     for entry in part.entries(leaves):
-        if entry.path not in wanted:
+        paths = {name: f"{entry.path}.{name}" if name else entry.path for name in held[entry.path]}
+        if wanted.isdisjoint(paths.values()):
             continue
-        target = shardings[entry.path]
-        shape = leaves[entry.path].shape
-        params[entry.path], found = _load_entry(entry, part, shape, dtype, target)
+        places = {name: shardings[path] for name, path in paths.items()}
+        made, found = _load_entry(entry, part, held[entry.path], dtype, places)
+        params |= {path: made[name] for name, path in paths.items()}
         bad += found
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
@@ -109,45 +117,99 @@ def load(
 
 
 def _load_entry(
-    entry: Entry, part: Part, shape: tuple[int, ...], dtype: Any, target: NamedSharding
-) -> tuple[jax.Array, list[str]]:
-    """Return the parameter, and the keys of its tensors that are not finite."""
+    entry: Entry,
+    part: Part,
+    leaves: Mapping[str, Leaf],
+    dtype: Any,
+    targets: Mapping[str, NamedSharding],
+) -> tuple[Params, list[str]]:
+    """Return the arrays of a parameter by name, and the keys of its tensors that are not finite.
+
+    A parameter that is not packed is one array, named "".
+    """
     assert part.tensors is not None
     bad: list[str] = []
-    one = NamedSharding(target.mesh, PartitionSpec(*target.spec[1:])) if entry.stacked else target
-    buffer = _zeros(shape, dtype, target) if entry.stacked else None
+    packed = next(iter(leaves.values())).packed
+    named = tuple(targets.items())
+    ones, buffers = targets, None
+    if entry.stacked:
+        ones = {x: NamedSharding(y.mesh, PartitionSpec(*y.spec[1:])) for x, y in named}
+        shapes = tuple((leaf.shape, leaf.held_in(dtype)) for leaf in leaves.values())
+        buffers = dict(zip(leaves, _zeros(shapes, tuple(targets.values())), strict=True))
     for i, key in enumerate(entry.keys):
-        host = to_jax(part.tensors.read(key), entry.layout, part.sizes)
-        piece = jax.make_array_from_callback(host.shape, one, host.__getitem__)
-        if buffer is None:
-            buffer, finite = _place(piece, dtype, one)
+        if packed and isinstance(part.tensors, PackedTensors):
+            shapes = {x: y.shape[1:] if entry.stacked else y.shape for x, y in leaves.items()}
+            found = part.tensors.packed(key, shapes)
+            pieces = {name: _placed(found[name], ones[name]) for name in shapes}
         else:
-            buffer, finite = _fill(buffer, piece, i, target)
+            host = to_jax(part.tensors.read(key), entry.layout, part.sizes)
+            pieces = {"": _placed(host, _whole(packed, ones, host.shape))}
+        if buffers is None:
+            buffers, finite = _place(pieces, packed, dtype, named)
+        else:
+            buffers, finite = _fill(buffers, pieces, i, packed, named)
         if not finite:  # waits until the piece is in its place
             bad.append(key)
-    assert buffer is not None
-    return buffer, bad
+    assert buffers is not None
+    return buffers, bad
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+def _placed(host: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
 
-@partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _whole(
+    packed: Packed | None, ones: Mapping[str, NamedSharding], shape: tuple[int, ...]
+) -> NamedSharding:
+    """Return the sharding of one tensor before it is encoded."""
+    one = next(iter(ones.values()))
+    if packed is None:
+        return one
+    axes = packed.whole.axes[1:] if packed.whole.stacked else packed.whole.axes
+    return fitted(NamedSharding(one.mesh, spec(axes)), shape)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _zeros(shapes: tuple, targets: tuple[NamedSharding, ...]) -> list[jax.Array]:
+    made = [jnp.zeros(*one) for one in shapes]
+    return jax.lax.with_sharding_constraint(made, list(targets))
+
+
+Targets = tuple[tuple[str, NamedSharding], ...]  # names and shardings, hashable
+
+
+@partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
 def _fill(
-    buffer: jax.Array, piece: jax.Array, i: int, sharding: NamedSharding
-) -> tuple[jax.Array, jax.Array]:
-    made = piece.astype(buffer.dtype)
-    filled = buffer.at[i].set(made)
-    return jax.lax.with_sharding_constraint(filled, sharding), is_finite(made)
+    buffers: Params, pieces: Params, i: int, packed: Packed | None, targets: Targets
+) -> tuple[Params, jax.Array]:
+    made = _encoded(pieces, packed, buffers[""].dtype if "" in buffers else None)
+    filled = {name: buffers[name].at[i].set(made[name]) for name in buffers}
+    return jax.lax.with_sharding_constraint(filled, dict(targets)), _all_finite(made)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _place(piece: jax.Array, dtype: Any, sharding: NamedSharding) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _place(
+    pieces: Params, packed: Packed | None, dtype: Any, targets: Targets
+) -> tuple[Params, jax.Array]:
     # A piece may share memory with its host array. The copy gives the parameter its own buffer.
-    made = jnp.copy(piece.astype(dtype))
-    return jax.lax.with_sharding_constraint(made, sharding), is_finite(made)
+    made = jax.tree.map(jnp.copy, _encoded(pieces, packed, dtype))
+    return jax.lax.with_sharding_constraint(made, dict(targets)), _all_finite(made)
+
+
+def _encoded(pieces: Params, packed: Packed | None, dtype: Any) -> Params:
+    """Return the arrays that hold one tensor, by name. `pieces` holds the tensor, or them."""
+    if "" not in pieces:
+        return pieces
+    if packed is None:
+        return {"": pieces[""].astype(dtype)}
+    made = packed.encode(pieces[""], packed.whole.inputs)._asdict()
+    return {name: array for name, array in made.items() if array is not None}
+
+
+def _all_finite(arrays: Params) -> jax.Array:
+    """Return True if no number is NaN or infinite. A scale is finite only if its weights are."""
+    floats = [x for x in arrays.values() if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([is_finite(x) for x in floats]).all()
 
 
 class Export(NamedTuple):

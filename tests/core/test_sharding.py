@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.core import sharding
 from jaxft.core.errors import UserError
-from jaxft.core.params import Leaf
+from jaxft.core.params import Leaf, Packed
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2)]
 
@@ -127,6 +127,16 @@ def test_rows_of_a_process_that_holds_the_second_half(monkeypatch):
 
     monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Half())
     assert sharding.local_rows(mesh, 16) == slice(8, 16)
+
+
+def test_blocks_that_a_mesh_does_not_divide_stay_whole():
+    """Only where an array holds a packed parameter. Any other is an error."""
+    mesh, whole = sharding.make_mesh(2, 2, 2), leaf((64, 6), ("embed", "heads"))
+    codes = leaf((6, 1, 32), ("heads", "embed", None))
+    packed = codes._replace(packed=Packed(whole, lambda kernel, inputs: kernel))
+    assert sharding.shardings({"a.codes": packed}, mesh)["a.codes"].spec == P("tensor", None, None)
+    with pytest.raises(UserError, match="not divisible by fsdp=2"):
+        sharding.shardings({"a.codes": codes}, mesh)
 
 
 def test_replicated_is_whole_everywhere():

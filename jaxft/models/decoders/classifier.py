@@ -24,15 +24,17 @@ def open_classifier(
     labels: tuple[str, ...] = (),
     seed: int = 0,
     known: Callable[[], list[str]] = list,
+    nf4: bool = False,
 ) -> Source:
     """Open a sequence classifier, or a causal language model to which a new head is added.
 
     The config keeps the class name of the language model, and the new head is drawn from
-    N(0, initializer_range) in fp32 by `seed`. `known()` returns label names for an error.
+    N(0, initializer_range) in fp32 by `seed`. `known()` returns label names for an error. `nf4` is
+    that of `open_source`.
     Raises: UserError for a language model without `labels`, for labels that the classifier does not
     have, and as `as_decoder`. A single number may have any name.
     """
-    source = open_source(spec, weights)
+    source = open_source(spec, weights, nf4)
     own = is_classifier(source.config)
     class_name(source.config)  # refuses a family without a classifier
     if not own and not labels:

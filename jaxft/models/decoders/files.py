@@ -44,9 +44,9 @@ def check_causal(config: Mapping[str, Any]) -> None:
         )
 
 
-def open_decoder(spec: str, weights: bool = True) -> Source:
-    """Open the causal language model that transformers loads from `spec`."""
-    source = open_source(spec, weights)
+def open_decoder(spec: str, weights: bool = True, nf4: bool = False) -> Source:
+    """Open the causal language model that transformers loads from `spec`. nf4: as there."""
+    source = open_source(spec, weights, nf4)
     return registry.find(source.config, "decoder").opened(source)
 
 

@@ -115,9 +115,7 @@ def estimate(run: Run) -> Estimate:
 def _frozen(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     dtype = runtime.resolve_dtype(run.cfg.param_dtype)
     return {
-        path: jax.ShapeDtypeStruct(
-            leaf.shape, np.float32 if leaf.added else dtype, sharding=run.shardings[path]
-        )
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.held_in(dtype), sharding=run.shardings[path])
         for path, leaf in run.leaves.items()
         if path not in run.chosen
     }

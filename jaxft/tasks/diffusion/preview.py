@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxft.core.params import Params, bind
 from jaxft.core.sharding import constrain, local_rows, place_batch
-from jaxft.core.step import Batch, cast, stream
+from jaxft.core.step import Batch, stream
 from jaxft.data.images.buckets import make_buckets
 from jaxft.data.loader import eval_batches, subset
 from jaxft.models.pipelines import stable_diffusion
@@ -71,7 +71,7 @@ class DiffusionPreview:
 
         A row has the same noise in every run.
         """
-        model = bind(self.opened.template, cast(params, self.dtype))
+        model = bind(self.opened.template, params, self.dtype)
         latents = self.objective.latents(model, batch, None)
         text, rows = self.objective.text(model, batch, None), batch["weights"]
         concat = condition(model, self.opened.model_cfg, batch, None, self.dtype)
@@ -143,7 +143,7 @@ class DiffusionPreview:
         negative prompt, or None.
         """
         cfg, options = self.opened.model_cfg, self.opened.options.sample
-        model = bind(self.opened.template, cast(params, self.dtype))
+        model = bind(self.opened.template, params, self.dtype)
         text = model.encode_text(ids, dtype=self.dtype)
         if avoided is None:
             null = self.objective.null(model)

@@ -13,7 +13,6 @@ import numpy as np
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params, bind, describe, select
 from jaxft.core.sharding import one_device_mesh
-from jaxft.core.step import cast
 from jaxft.data.cache import ArrayCache, fill
 from jaxft.data.images.buckets import BucketBatches, Size, bucket_loader
 from jaxft.data.images.dataset import ImageSet
@@ -313,7 +312,7 @@ class Encoders:
     def _bound(self, params: Params) -> Any:
         """Return the whole model. Its unused parts cost nothing in a compiled function."""
         unused = {path: jnp.zeros(shape, self.dtype) for path, shape in self.rest.items()}
-        return bind(self.template, {**unused, **cast(params, self.dtype)})
+        return bind(self.template, {**unused, **params}, self.dtype)
 
     @partial(jax.jit, static_argnums=0)
     def _moments(self, params: Params, pixels: Any) -> Any:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxft.core import runtime
 from jaxft.core.params import Params, bind
 from jaxft.core.sharding import constrain, local_rows, place_batch
-from jaxft.core.step import Batch, Metrics, cast
+from jaxft.core.step import Batch, Metrics
 from jaxft.data.loader import eval_batches, subset
 from jaxft.models.autoencoders.vqgan import codebook_usage
 from jaxft.models.decoders.sampling import Sampling
@@ -83,7 +83,7 @@ class ImageTokenPreview:
     @partial(jax.jit, static_argnums=0)
     def _score(self, params: Params, batch: Batch) -> Metrics:
         """Return sums over rows of their mean cross-entropy, with caption and without."""
-        model = bind(self.opened.template, cast(params, self.dtype))
+        model = bind(self.opened.template, params, self.dtype)
         never = jnp.zeros(len(batch["weights"]), bool)
         _, with_caption = self.objective.cross_entropy(model, batch, never, None)
         _, without = self.objective.cross_entropy(model, batch, ~never, None)
@@ -165,7 +165,7 @@ class ImageTokenPreview:
     def _codes(
         self, params: Params, tokens: Any, mask: Any, draws: tuple, guidance: Any, how: Sampling
     ) -> jax.Array:
-        layout, model = self.opened.layout, bind(self.opened.template, cast(params, self.dtype))
+        layout, model = self.opened.layout, bind(self.opened.template, params, self.dtype)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(*draws)
         codes = generate_codes(
             self.opened.model.code_model(model), tokens, mask, keys,

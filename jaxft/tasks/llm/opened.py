@@ -13,20 +13,23 @@ from flax import nnx
 from jaxft.core import runtime
 from jaxft.core.config import Config
 from jaxft.core.errors import UserError
-from jaxft.core.params import TEACHER_ROLE, describe, mark
+from jaxft.core.params import TEACHER_ROLE, describe, mark, unpacked
 from jaxft.data.text.chat.format import ChatFormat, open_chat
 from jaxft.data.text.labelled import labels_in
 from jaxft.data.text.vocabulary import check_ids
+from jaxft.kernels.quantised.nf4 import DYNAMIC_VALUES, NF4_VALUES
 from jaxft.models import registry
 from jaxft.models.decoders.classifier import SCORE_RULE, open_classifier, stated_labels
 from jaxft.models.decoders.config import DecoderConfig
 from jaxft.models.decoders.files import open_decoder
 from jaxft.models.registry import Architecture
 from jaxft.nn import lora
+from jaxft.nn.quantised import NF4_BASE, quantise
 from jaxft.tasks.common.tokenizers import load_tokenizer, token_ids
-from jaxft.tasks.llm.options import LLMOptions, check_preference
+from jaxft.tasks.llm.options import LLMOptions, check_base, check_preference
 from jaxft.weights.adapters import peft
 from jaxft.weights.adapters.peft_folder import GIVE_BASE, fit, open_adapted
+from jaxft.weights.folders.quantised import PackedTensors, nf4_scales
 from jaxft.weights.transfer import Part
 from jaxft.weights.views import Drawn, Overlaid
 
@@ -52,11 +55,12 @@ class OpenedDecoder:
     def __init__(self, cfg: Config):
         self.options = LLMOptions(**cfg.own)
         check_preference(cfg, self.options)
-        opener: Any = open_decoder
+        nf4 = self.options.base == NF4_BASE
+        opener: Any = partial(open_decoder, nf4=nf4)
         if self.options.scored:
             known = partial(labels_in, cfg.data.train, self.options.columns)
             names = self.options.label_names
-            opener = partial(open_classifier, labels=names, seed=cfg.seed, known=known)
+            opener = partial(open_classifier, labels=names, seed=cfg.seed, known=known, nf4=nf4)
         opened = open_adapted(
             cfg.model,
             cfg.lora.from_,
@@ -74,6 +78,11 @@ class OpenedDecoder:
             self.model_cfg = dataclasses.replace(self.model_cfg, num_labels=size, tied=True)
         part = self.architecture.part(self.source, self.model_cfg)
         part = part._replace(kept=self.kept, rows=self._rows(cfg), whole=WHOLE)
+        self.scales = nf4_scales(self.source.config)
+        if self.scales and part.tensors is not None:
+            tables = {"quant_map": NF4_VALUES, "nested_quant_map": DYNAMIC_VALUES}
+            packed = PackedTensors(part.tensors, self.source.name, tables)
+            part = part._replace(tensors=packed)
         if self.labels:
             part = part._replace(rules=(*part.rules, SCORE_RULE))
         if self.adapter:
@@ -93,6 +102,7 @@ class OpenedDecoder:
         if self.labels and cfg.lora.rank and not cfg.trainable:
             cfg = dataclasses.replace(cfg, trainable=rf"{lora.PATHS}|score\..*")
         self._check_head(cfg)
+        check_base(cfg, self.options)
         self.cfg = cfg
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.teacher, self.lost_teacher = self._open_teacher()
@@ -135,6 +145,7 @@ class OpenedDecoder:
         model = self.architecture.module(self.model_cfg, key=key)
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
         lora.add_rows(model.embed_tokens, self.parts[0].rows)
+        quantise(model, self.options.base, double=self.scales != "single")
         if self.teacher:
             model.teacher = self.teacher.build(key)  # after the adapters, which it does not get
         return model
@@ -161,7 +172,7 @@ class OpenedDecoder:
         return Teacher(architecture, cfg, part), None
 
     def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
-        leaves, part = describe(self.template), self.parts[0]
+        leaves, part = unpacked(describe(self.template)), self.parts[0]
         if not self.adapter:
             return peft.start(part, leaves, self.cfg.lora, wanted)
         return peft.load(self.adapter, part, leaves)

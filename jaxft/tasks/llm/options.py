@@ -13,6 +13,7 @@ OBJECTIVES = (*ONE_TEXT, *PREFERENCES, *SCORED)
 WITHOUT_REFERENCE = (*ONE_TEXT, "orpo", "simpo", *SCORED)
 SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 PROBLEMS = (SINGLE_LABEL, MULTI_LABEL, "regression")  # transformers' names
+BASES = ("none", "nf4", "int8")  # of bitsandbytes
 SMOOTHED = ("dpo", "robust", "sigmoid_norm")
 BETA, SIMPO_BETA, SIMPO_MARGIN = 0.1, 2.0, 0.5  # the values of 0
 
@@ -63,6 +64,7 @@ class LLMOptions:
     objective: sft, classify, reward, distill, dpo or another preference objective.
     labels: names of the classes in the order of their ids, divided by commas.
     problem_type: single_label_classification, multi_label_classification or regression.
+    base: layout of the frozen projections below a LoRA: none, nf4 or int8.
     """
 
     seq_len: int
@@ -77,6 +79,7 @@ class LLMOptions:
     labels: str = ""
     problem_type: str = SINGLE_LABEL
     distill: DistillKeys = DistillKeys()
+    base: str = "none"
 
     def __post_init__(self) -> None:
         """Raise UserError for an unknown objective, or a key that it does not use."""
@@ -102,6 +105,9 @@ class LLMOptions:
                 raise UserError(f"config key preference.{key}={value} must be {limit}")
         if name == "robust" and not keys.smoothing:
             raise UserError("objective=robust needs preference.smoothing, such as 0.1")
+        if self.base not in BASES:
+            hint = near(self.base, BASES, "it is one of")
+            raise UserError(f"config key base={self.base!r} is not known; {hint}")
         self._check_labels()
         self._check_distill()
 
@@ -161,6 +167,19 @@ class LLMOptions:
     def stores_reference(self) -> bool:
         """True if the objective compares the model with itself at step 0."""
         return self.objective not in WITHOUT_REFERENCE
+
+
+def check_base(cfg: Config, options: LLMOptions) -> None:
+    """Raise UserError for a quantised base without a LoRA, or with one that changes its norms."""
+    if options.base != "none" and not cfg.lora.rank:
+        raise UserError(
+            f"base={options.base} is frozen, so it needs adapters; set lora.rank, such as 16"
+        )
+    if options.base != "none" and cfg.lora.dora:
+        raise UserError(
+            f"lora.dora=True does not go with base={options.base}: DoRA measures the weights in"
+            " every step; set base=none"
+        )
 
 
 def check_preference(cfg: Config, options: LLMOptions) -> None:

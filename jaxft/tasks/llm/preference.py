@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxft.core.params import Params, bind, describe
 from jaxft.core.sharding import constrain, local_rows, place_batch
-from jaxft.core.step import Batch, cast
+from jaxft.core.step import Batch
 from jaxft.data.cache import ArrayCache
 from jaxft.data.loader import subset
 from jaxft.data.text.packing import Groups, first_fit
@@ -46,7 +46,7 @@ def make_preference(opened: OpenedDecoder, width: int, per_row: int) -> Preferen
 @partial(jax.jit, static_argnums=(0, 1))
 def _score(opened: OpenedDecoder, objective: Preference, params: Params, batch: Batch) -> jax.Array:
     """Return the log-probabilities of both sides of the pairs of a batch, [B, K, 2]."""
-    sums, _ = objective.score(bind(opened.template, cast(params, opened.dtype)), batch)
+    sums, _ = objective.score(bind(opened.template, params, opened.dtype), batch)
     return constrain(sums, None, None, None)
 
 

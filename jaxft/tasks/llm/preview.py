@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxft.core.params import Params, bind
 from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
-from jaxft.core.step import Batch, Metrics, cast
+from jaxft.core.step import Batch, Metrics
 from jaxft.data.loader import Subset, eval_batches, subset
 from jaxft.data.text import dataset as text
 from jaxft.data.text.alpaca import alpaca_prompt
@@ -93,7 +93,7 @@ class DecoderPreview:
 
         A label is scored at the row's first trained target.
         """
-        model = bind(self.opened.template, cast(params, self.dtype))
+        model = bind(self.opened.template, params, self.dtype)
         hidden = self.objective.hidden(model, batch, None)
         total, sums = self.objective.cross_entropy(model, hidden, batch, None)
         first = jnp.argmax(batch["weights"] > 0, axis=1)
@@ -124,7 +124,7 @@ class DecoderPreview:
     @partial(jax.jit, static_argnums=(0, 3))
     def _row_loss(self, params: Params, batch: Batch, width: int) -> jax.Array:
         """Return the summed loss of each row [B]. At most `width` positions of a row train."""
-        model = bind(self.opened.template, cast(params, self.dtype))
+        model = bind(self.opened.template, params, self.dtype)
         hidden = self.objective.hidden(model, batch, None)
         hidden, targets, weights = self.objective.trained_only(hidden, batch, width)
         nll = -jax.nn.log_softmax(model.logits(hidden))
@@ -242,7 +242,7 @@ class DecoderPreview:
         how: Sampling,
         stop_ids: tuple[int, ...],
     ) -> tuple[jax.Array, jax.Array]:
-        model = bind(self.opened.template, cast(params, self.dtype))
+        model = bind(self.opened.template, params, self.dtype)
         made, lengths = generate(
             model, tokens, segments, keys,
             max_new=max_new, stop_ids=stop_ids, how=how, dtype=self.dtype,

@@ -1,10 +1,15 @@
-"""Refusal of checkpoints whose weights are quantised. The error names the method."""
+"""Quantised checkpoints: NF4 of bitsandbytes is read, the other methods are refused by name."""
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
+import numpy as np
+
 from jaxft.core.errors import UserError
+from jaxft.weights.files.tensor_files import Info, Tensors
 
 # Names of tensors that a method saves beside its weights. Some folders have no other sign of it.
 MARKS = (
@@ -15,7 +20,94 @@ MARKS = (
     (r".*experts\.\w+_(blocks|scales)", "mxfp4"),
     (r".*\.weight(:|_)(qdata|int_data|scale_and_zero)", "torchao"),
 )
+GIVE_WHOLE = "give the model before quantisation, mostly the name without -bnb-4bit"
 QUANTISED_KEYS = ("quantization", "quantization_config", "compression_config")  # MLX has the first
+# Tensors that bitsandbytes saves beside a weight, and the settings among them, as JSON in bytes.
+STATE = "quant_state.bitsandbytes__nf4"
+BESIDE_NAMES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+BESIDE = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (*BESIDE_NAMES, STATE)))})")
+
+
+def nf4_scales(config: Mapping[str, Any]) -> str:
+    """Return "double" or "single" for a config.json of NF4 weights by their scales, else ""."""
+    stated = config.get("quantization_config")
+    if not isinstance(stated, dict) or _method(stated) != "bitsandbytes":
+        return ""
+    if not stated.get("load_in_4bit") or stated.get("bnb_4bit_quant_type") != "nf4":
+        return ""
+    return "double" if stated.get("bnb_4bit_use_double_quant") else "single"
+
+
+class PackedTensors:
+    """The checkpoint of a model in NF4, with the names and shapes of its original weights.
+
+    A weight that is in NF4 has no `read`. Its codes and scales are `packed`. tables: the values of
+    the codes that are decoded here, by the names of their tensors beside a weight.
+    """
+
+    def __init__(self, tensors: Tensors, where: str, tables: Mapping[str, np.ndarray]):
+        self._tensors, self._where, self._tables = tensors, where, tables
+        marked = [match for key in tensors.keys() if (match := BESIDE.fullmatch(key))]  # noqa: SIM118
+        self._beside = {match[0] for match in marked}
+        self._states = {match[1]: self._state(match[0]) for match in marked if match[2] == STATE}
+
+    def keys(self) -> Sequence[str]:
+        return [key for key in self._tensors.keys() if key not in self._beside]  # noqa: SIM118
+
+    def info(self, key: str) -> Info:
+        if state := self._states.get(key):
+            return tuple(state["shape"]), np.dtype(np.float32)
+        return self._tensors.info(key)
+
+    def read(self, key: str) -> np.ndarray:
+        if key in self._states:
+            raise UserError(f"{self._where}: {key} is in NF4; {GIVE_WHOLE}")
+        return self._tensors.read(key)
+
+    def packed(self, key: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        """Return the arrays of a weight, which have the names of `kernels.quantised.nf4.NF4`.
+
+        Raises: UserError for a weight that is not in NF4, for other tables of values, and for
+        arrays that do not fit `shapes`.
+        """
+        state = self._states.get(key)
+        if state is None:
+            raise UserError(
+                f"{self._where}: tensor {key} is not in NF4, as the others of this folder are; give"
+                " a folder in which all projections are (not one of a dynamic quantisation)"
+            )
+        names = [name for name in BESIDE_NAMES if f"{key}.{name}" in self._beside]
+        found = {name: self._tensors.read(f"{key}.{name}") for name in names}
+        for name, table in self._tables.items():
+            if name in found and not np.array_equal(found[name], table):
+                raise UserError(
+                    f"{self._where}: tensor {key}.{name} is not bitsandbytes' own table of values,"
+                    f" and other tables are not read; {GIVE_WHOLE}"
+                )
+        codes = self._tensors.read(key).reshape(-1).view(np.uint8)
+        made = {"codes": codes, "scales": found["absmax"]}
+        if "nested_absmax" in found:
+            made["nested"] = found["nested_absmax"]
+            made["offset"] = np.array(state["nested_offset"], np.float32)
+        if {name: x.size for name, x in made.items()} != {x: prod(y) for x, y in shapes.items()}:
+            raise UserError(
+                f"{self._where}: the sizes of {key} and {key}.* are not those of config.json, or"
+                " their scales are not (bnb_4bit_use_double_quant); get the folder again"
+            )
+        return {name: array.reshape(shapes[name]) for name, array in made.items()}
+
+    def _state(self, key: str) -> dict[str, Any]:
+        """Return the settings of a weight. Raises UserError for blocks of another size."""
+        try:
+            state = json.loads(self._tensors.read(key).tobytes())
+            sizes = state["blocksize"], state.get("nested_blocksize", 256)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self._where}: tensor {key} is not readable: {error}") from None
+        if sizes != (64, 256):
+            raise UserError(
+                f"{self._where}: tensor {key} states blocks of {sizes}, and only (64, 256) are read"
+            )
+        return state
 
 
 def refuse_config(config: Mapping[str, Any], where: str) -> None:
@@ -25,7 +117,9 @@ def refuse_config(config: Mapping[str, Any], where: str) -> None:
         for key in QUANTISED_KEYS:
             if stated := one.get(key):
                 method = "mlx" if key == "quantization" else _method(stated)
-                raise _error(where, f"{key}: quant_method={method!r}")
+                nf4 = "; a LoRA trains on this folder as it is with base=nf4"
+                hint = nf4 if nf4_scales(config) else ""
+                raise _error(where, f"{key}: quant_method={method!r}", hint)
 
 
 def refuse_tensors(names: Iterable[str], where: str) -> None:
@@ -44,9 +138,9 @@ def _method(stated: Any) -> str:
     return str(stated.get("quant_method") or ("bitsandbytes" if bits else "unknown"))
 
 
-def _error(where: str, found: str) -> UserError:
+def _error(where: str, found: str, hint: str = "") -> UserError:
     return UserError(
         f"{where}: the weights are quantised ({found}), and only weights of 16 or 32 bits are read;"
         " give the model that it was made from, mostly the name without -bnb-4bit, -GPTQ, -AWQ,"
-        " -FP8, -MLX or the like"
+        f" -FP8, -MLX or the like{hint}"
     )

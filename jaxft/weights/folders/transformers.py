@@ -116,40 +116,43 @@ def export_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any
     return out
 
 
-def open_source(spec: str, weights: bool = True) -> Source:
+def open_source(spec: str, weights: bool = True, nf4: bool = False) -> Source:
     """Open a model.
 
     `spec` is a folder, a .safetensors beside config.json, a .gguf, `pip:PACKAGE`, `demo:NAME` or a
     hub id `org/name`. A path that exists needs no network. With `weights=False` no weights are read
-    or downloaded.
+    or downloaded. With `nf4` a folder in NF4 opens too, and its tensors are those of the file.
     Raises: UserError for a model that is absent, unreachable or damaged.
     """
     if spec.startswith("pip:"):
-        return _open_path(spec, _in_package(spec.removeprefix("pip:")), weights)
+        return _open_path(spec, _in_package(spec.removeprefix("pip:")), weights, nf4)
     spec = str(demo_path(spec, "model") or spec)
     path = Path(spec).expanduser()
     if path.exists():
-        return _open_path(spec, path, weights)
+        return _open_path(spec, path, weights, nf4)
     like_path = spec.startswith((".", "/", "~")) or path.suffix in (".gguf", ".safetensors")
     if like_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
         raise UserError(
             f"model {spec!r}: no such file or folder; expected a path, pip:PACKAGE or a hub "
             "id org/name"
         )
-    return _open_path(spec, _from_hub(spec, weights), weights)
+    return _open_path(spec, _from_hub(spec, weights), weights, nf4)
 
 
-def _open_path(name: str, path: Path, weights: bool) -> Source:
+def _open_path(name: str, path: Path, weights: bool, nf4: bool) -> Source:
     if path.suffix == ".gguf":
         gguf = GgufFile(path)
         return Source(name, gguf.config(), gguf if weights else None, gguf.side_files())
     folder = path if path.is_dir() else path.parent
     config = _read_config(folder / "config.json")
-    quantised.refuse_config(config, f"{folder / 'config.json'}")
+    nf4 = nf4 and bool(quantised.nf4_scales(config))
+    if not nf4:
+        quantised.refuse_config(config, f"{folder / 'config.json'}")
     tensors = None
     if weights:
         tensors = TensorFiles.open(path if path.is_file() else folder / _stated_file(config))
-        quantised.refuse_tensors(tensors.keys(), str(path))
+        if not nf4:
+            quantised.refuse_tensors(tensors.keys(), str(path))
     return Source(name, config, tensors, side_files(folder), folder)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from jaxft.core.params import Params, bind
 from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
-from jaxft.core.step import Batch, cast
+from jaxft.core.step import Batch
 from jaxft.data.loader import Subset, eval_batches, subset
 from jaxft.data.text.dataset import Example, make_encoder
 from jaxft.data.text.labelled import LabelRule, read_at_end
@@ -132,7 +132,7 @@ class ScorePreview:
     @partial(jax.jit, static_argnums=0)
     def _score(self, params: Params, batch: Batch) -> jax.Array:
         """Return the scores of each row [B, C]."""
-        model = bind(self.opened.template, cast(params, self.opened.dtype))
+        model = bind(self.opened.template, params, self.opened.dtype)
         scores, weights, _ = head_scores(self.tokens, model, batch)
         return constrain(jnp.sum(scores * weights[..., None], axis=1), None, None)  # [B, C]
 

@@ -1,0 +1,1 @@
+"""Kernels of projections in fewer bits: layouts, encoders and decoders of bitsandbytes."""

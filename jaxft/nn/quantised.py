@@ -1,0 +1,93 @@
+"""Frozen kernels of projections in fewer bits: the base of a LoRA."""
+
+import re
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxft.core.errors import UserError
+from jaxft.core.params import Leaf, Packed
+from jaxft.kernels.quantised import int8, nf4
+from jaxft.kernels.quantised.int8 import Int8
+from jaxft.kernels.quantised.nf4 import NF4, NF4_BLOCK
+from jaxft.nn.linear import Linear
+from jaxft.nn.lora import NO_HEAD, layer_count, projections
+
+NF4_BASE, INT8_BASE = "nf4", "int8"  # values of the key `base`
+
+
+class NF4Kernel(nnx.Module):
+    """The kernel of a projection in NF4. It is read like a parameter.
+
+    double: the scales have codes too.
+    """
+
+    def __init__(self, kernel: nnx.Param, inputs: int, double: bool):
+        encode = nf4.encode if double else nf4.encode_once
+        made = _params(kernel, inputs, encode, nf4.axes)
+        self.codes, self.scales = made["codes"], made["scales"]
+        self.nested, self.offset = nnx.data(made.get("nested")), nnx.data(made.get("offset"))
+
+    def __getitem__(self, index: Any) -> NF4:
+        held = NF4(self.codes[index], self.scales[index])
+        if self.nested is None or self.offset is None:
+            return held
+        return held._replace(nested=self.nested[index], offset=self.offset[index])
+
+
+class Int8Kernel(nnx.Module):
+    """The kernel of a projection in int8. It is read like a parameter."""
+
+    def __init__(self, kernel: nnx.Param, inputs: int):
+        made = _params(kernel, inputs, int8.encode, int8.axes)
+        self.codes, self.scales = made["codes"], made["scales"]
+
+    def __getitem__(self, index: Any) -> Int8:
+        return Int8(self.codes[index], self.scales[index])
+
+
+def quantise(model: nnx.Module, base: str, double: bool = True) -> None:
+    """Quantise the kernel of every projection but the output head, as transformers does.
+
+    base: "nf4", "int8", or "none". double: as in `NF4Kernel`. Embeddings, norms and biases stay.
+    Raises: UserError for a projection whose inputs are no whole number of blocks.
+    """
+    if base == "none":
+        return
+    for path, linear in projections(model).items():
+        if not isinstance(linear, Linear) or not re.fullmatch(NO_HEAD, path):
+            continue
+        first = 1 if layer_count(linear) else 0
+        width = prod(linear.kernel.shape[first : first + linear.inputs])
+        if base == NF4_BASE and width % NF4_BLOCK:
+            raise UserError(
+                f"base={base}: {path} has {width} inputs, which is no multiple of {NF4_BLOCK}; set"
+                f" base={INT8_BASE} or base=none"
+            )
+        if base == NF4_BASE:
+            linear.kernel = nnx.data(NF4Kernel(linear.kernel, linear.inputs, double))
+        else:
+            linear.kernel = nnx.data(Int8Kernel(linear.kernel, linear.inputs))
+
+
+def _params(
+    kernel: nnx.Param,
+    inputs: int,
+    encode: Callable[[jax.Array, int], Any],
+    axes: Callable[[tuple[str | None, ...], int], Any],
+) -> dict[str, nnx.Param]:
+    """Return the arrays of a kernel as parameters by name, each with what it is a part of."""
+    own, shape = kernel.get_metadata()["axes"], tuple(kernel.shape)
+    lead = ("layers",) if (stacked := len(shape) > len(own)) else ()
+    whole = Leaf(shape, kernel.dtype, (*lead, *own), inputs)
+    one = lambda array: encode(array, inputs)  # noqa: E731
+    made = (jax.vmap(one) if stacked else one)(kernel[...])
+    named = axes(own, inputs)._asdict()
+    return {
+        name: nnx.Param(array, axes=named[name], packed=Packed(whole, encode))
+        for name, array in made._asdict().items()
+        if array is not None
+    }
