@@ -77,9 +77,9 @@ def open_model(spec: str, weights: bool = True, prediction: str | None = None) -
 
 
 def kind(pipeline: Pipeline) -> str:
-    """Return the LDM layout of a pipeline's single file: "sd1", "sd2", "sdxl" or "sd3"."""
+    """Return the LDM layout of a pipeline's single file: "sd1", "sd2", "sdxl", "sd3" or "flux"."""
     if "transformer" in pipeline.components:
-        return "sd3"
+        return pipeline.family
     if "text_encoder_2" in pipeline.components:
         return "sdxl"
     act = pipeline.components["text_encoder"].config.get("hidden_act", "quick_gelu")
