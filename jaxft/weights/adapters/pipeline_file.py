@@ -15,7 +15,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE, Leaf
 from jaxft.weights.adapters.pipeline import KOHYA, LORA_STEM, Site, sites
 from jaxft.weights.files.tensor_files import TensorFiles
-from jaxft.weights.folders.diffusers import LEGACY
+from jaxft.weights.folders.diffusers import COMPONENTS, LEGACY
 from jaxft.weights.folders.single_file import LDMLayout, renamed
 from jaxft.weights.rules import to_jax, to_torch
 from jaxft.weights.transfer import Part
@@ -171,7 +171,7 @@ def _stated_scales(file: Path) -> dict[str, float]:
     with safe_open(file, "np") as opened:
         text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
     stated, scales = json.loads(text), {}
-    for component in KOHYA:
+    for component in COMPONENTS:
         rank, alpha = (stated.get(f"{component}.{key}") for key in ("r", "lora_alpha"))
         if any(stated.get(f"{component}.{key}") for key in ("alpha_pattern", "rank_pattern")):
             raise UserError(f"{file}: {component} has ranks or alphas of several sizes; give one")
