@@ -5,12 +5,24 @@ import numpy as np
 
 from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.transfer import Export
-from jaxft.weights.views import Grafted, Mapped, Overlaid, Place, Relaid, Renamed, relaid
+from jaxft.weights.views import (
+    THIRDS,
+    Grafted,
+    Mapped,
+    Overlaid,
+    Place,
+    Relaid,
+    Renamed,
+    Rows,
+    relaid,
+)
 
 THERE = {
-    "a.v.weight": Place("b.qkv.weight", third=2),
-    "a.q.weight": Place("b.qkv.weight", third=0),
-    "a.k.weight": Place("b.qkv.weight", third=1),
+    "a.v.weight": Place("b.qkv.weight", rows=THIRDS[2]),
+    "a.q.weight": Place("b.qkv.weight", rows=THIRDS[0]),
+    "a.k.weight": Place("b.qkv.weight", rows=THIRDS[1]),
+    "a.wide": Place("b.both", rows=Rows(1, 3, 3)),
+    "a.narrow": Place("b.both", rows=Rows(0, 1, 3)),
     "a.table": Place("b.table", "p d -> 1 p d"),
     "a.plain": Place("b.plain"),
     "a.halves": Place("b.halves", swapped=True),
@@ -36,12 +48,15 @@ class Held:
 def test_an_export_moves_there_and_reads_back_bit_for_bit():
     rng = np.random.default_rng(0)
     arrays = {key: rng.standard_normal((4, 6), np.float32) for key in (*THERE, "a.left.out")}
+    arrays["a.wide"] = rng.standard_normal((8, 6), np.float32)
     infos = {key: (array.shape, array.dtype) for key, array in arrays.items()}
     made = relaid(Export(infos, iter(arrays.items())), THERE)
     moved = dict(made.tensors)
     assert {key: (x.shape, x.dtype) for key, x in moved.items()} == made.infos
     thirds = [arrays[f"a.{letter}.weight"] for letter in "qkv"]
     np.testing.assert_array_equal(moved["b.qkv.weight"], np.concatenate(thirds))
+    both = arrays["a.narrow"], arrays["a.wide"]
+    np.testing.assert_array_equal(moved["b.both"], np.concatenate(both))
     halves = arrays["a.halves"][2:], arrays["a.halves"][:2]
     np.testing.assert_array_equal(moved["b.halves"], np.concatenate(halves))
     back = {**THERE, "a.table": Place("b.table", "1 p d -> p d")}

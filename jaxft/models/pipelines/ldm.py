@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from jaxft.models.autoencoders.vae_config import VAEConfig
+from jaxft.models.denoisers.flux_config import FluxConfig
+from jaxft.models.denoisers.flux_single_file import flux_layout
 from jaxft.models.denoisers.mmdit_config import MMDiTConfig
 from jaxft.models.denoisers.mmdit_single_file import mmdit_layout
 from jaxft.models.denoisers.unet_config import UNetConfig
@@ -19,6 +21,7 @@ from jaxft.weights.folders.single_file import (
 )
 from jaxft.weights.folders.single_file import VAE_PREFIX as FIRST_STAGE
 
+FLUX_VAE = "vae."  # ComfyUI expects it in a file of FLUX.1
 SINGLE = (".safetensors", ".ckpt", ".pt", ".bin")
 RESNET = {
     "norm1": "in_layers.0",
@@ -89,12 +92,16 @@ def kind(pipeline: Pipeline) -> str:
 def layouts(pipeline: Pipeline) -> dict[str, LDMLayout]:
     """Return the single-file layout of every component of the file, by its config.
 
-    A file of Stable Diffusion 3 holds no text encoders, as those of Stability AI.
+    A file of Stable Diffusion 3 or FLUX.1 holds no text encoders, as those of Stability AI.
     """
     configs = {name: source.config for name, source in pipeline.components.items()}
     if "transformer" in configs:
+        decoder = vae_layout(VAEConfig.from_hf(configs["vae"]))
+        if pipeline.family == "flux":
+            denoiser = flux_layout(FluxConfig.from_hf(configs["transformer"]))
+            return {"transformer": denoiser, "vae": decoder._replace(prefix=FLUX_VAE)}
         denoiser = mmdit_layout(MMDiTConfig.from_hf(configs["transformer"]))
-        return {"transformer": denoiser, "vae": vae_layout(VAEConfig.from_hf(configs["vae"]))}
+        return {"transformer": denoiser, "vae": decoder}
     made = {
         "unet": unet_layout(UNetConfig.from_hf(configs["unet"])),
         "vae": vae_layout(VAEConfig.from_hf(configs["vae"])),

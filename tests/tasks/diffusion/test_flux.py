@@ -5,16 +5,19 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as torch_file
 
 from jaxft import export, sample, train
 from jaxft.core.errors import UserError
 from jaxft.models.pipelines import families
 from jaxft.models.pipelines.ldm import open_model
 from jaxft.verify import main as verify
+from tests.models.denoisers.test_flux_single_file import converter
 from tests.tiny_diffusion import flags_of, make_pictures
 from tests.tiny_flux import LENGTHS, make_flux
 
@@ -76,6 +79,22 @@ def test_a_run_exports_a_folder_that_diffusers_draws_with(folders, tmp_path, cap
     assert np.abs(drawn(source) - drawn(work / "export")).max() > 1e-3
     arguments = ["--workdir", str(work), "--prompt", "a fish", "--guidance", "3.5"]
     assert sample.main(arguments) == 0
+    out = tmp_path / "single"
+    arguments = ["--workdir", str(work), "--out", str(out), "--kind", "single_file"]
+    assert export.main(arguments) == 0
+    (file,) = out.glob("*.safetensors")
+    made = converter(16)({k: x for k, x in torch_file(file).items() if not k.startswith("vae.")})
+    assert made.keys() == exported.keys()
+    assert all(made[key].numpy().tobytes() == x.tobytes() for key, x in exported.items())
+    decoder = AutoencoderKL.from_single_file(
+        str(file), config=str(source), subfolder="vae", local_files_only=True
+    ).state_dict()
+    vae = load_file(source / "vae" / NAME)
+    assert all(decoder[key].numpy().tobytes() == x.tobytes() for key, x in vae.items())
+    with safe_open(file, "np") as opened:
+        assert opened.metadata()["modelspec.architecture"] == "flux-1"
+    assert train.main([*flags_of(file, data), "--workdir", str(tmp_path / "y")]) == 2
+    assert "give its diffusers folder" in capsys.readouterr().err
 
 
 def test_zero_steps_give_the_source_bitwise_and_schnell_is_called_distilled(
