@@ -25,6 +25,7 @@ from jaxft.demo import demo_path
 from jaxft.tasks import OPTIONS
 from tests.tiny_autoencoders import make_vae, make_vqmodel
 from tests.tiny_diffusion import flags_of, make_pictures
+from tests.tiny_flux import make_flux
 from tests.tiny_janus import make_janus_model
 from tests.tiny_pipelines import make_pipeline
 from tests.tiny_sd3 import make_sd3
@@ -36,7 +37,7 @@ PAGES = [
     *sorted((ROOT / "configs").glob("*.py")),
 ]
 COMMAND = r"python3?\s+(?:-m\s+jaxft|tools/)\S*"
-COUNT = 68  # of all pages; a new line is run without being listed here, but counted
+COUNT = 69  # of all pages; a new line is run without being listed here, but counted
 # What stands in a line for something that only its user knows: found among PLACES, or replaced.
 WORDS = {"--step 50": "--step 2", "--topology h200:8": "--topology cpu:8"}
 TINY = {"every.save": "1_steps", "total": "2_steps", "batch_size": 8, "eval_examples": 8}
@@ -139,6 +140,7 @@ def shelf(tmp_path_factory, make_folder):
         pipe = make_pipeline(place / "tokens", in_channels=channels)
         pipe.save_pretrained(place / name)
     make_sd3(place / "tokens", t5=False).save_pretrained(place / "sd3")
+    make_flux(place / "tokens").save_pretrained(place / "flux")
     make_vae(place / "vae")
     make_vqmodel(place / "vq")
     make_janus_model(place / "janus")
@@ -185,6 +187,7 @@ PLACES = {
     "path/to/folder": "text",
     "path/to/stable-diffusion": "pipeline",
     "path/to/stable-diffusion-3": "sd3",
+    "path/to/flux": "flux",
     "path/to/pickles": "pickles",
     "VQ_FOLDER": "vq",
     "FOLDER": "janus",
