@@ -51,6 +51,21 @@ class Overlaid(NamedTuple):
         return self.over if key in set(self.over.keys()) else self.base
 
 
+class InMemory(NamedTuple):
+    """Tensors that are computed already."""
+
+    arrays: Mapping[str, np.ndarray]
+
+    def keys(self) -> Sequence[str]:
+        return list(self.arrays)
+
+    def info(self, key: str) -> Info:
+        return self.arrays[key].shape, self.arrays[key].dtype
+
+    def read(self, key: str) -> np.ndarray:
+        return self.arrays[key]
+
+
 class Mapped(NamedTuple):
     """The tensors of `base`, some of them passed through a function: fp32, of the same shape."""
 

@@ -8,6 +8,7 @@ from jaxft.weights.transfer import Export
 from jaxft.weights.views import (
     THIRDS,
     Grafted,
+    InMemory,
     Mapped,
     Overlaid,
     Place,
@@ -29,22 +30,6 @@ THERE = {
 }
 
 
-class Held:
-    """Tensors in memory."""
-
-    def __init__(self, arrays):
-        self.arrays = arrays
-
-    def keys(self):
-        return list(self.arrays)
-
-    def info(self, key):
-        return self.arrays[key].shape, self.arrays[key].dtype
-
-    def read(self, key):
-        return self.arrays[key]
-
-
 def test_an_export_moves_there_and_reads_back_bit_for_bit():
     rng = np.random.default_rng(0)
     arrays = {key: rng.standard_normal((4, 6), np.float32) for key in (*THERE, "a.left.out")}
@@ -60,14 +45,14 @@ def test_an_export_moves_there_and_reads_back_bit_for_bit():
     halves = arrays["a.halves"][2:], arrays["a.halves"][:2]
     np.testing.assert_array_equal(moved["b.halves"], np.concatenate(halves))
     back = {**THERE, "a.table": Place("b.table", "1 p d -> p d")}
-    view = Relaid(Held(moved), back)
+    view = Relaid(InMemory(moved), back)
     assert set(view.keys()) == set(THERE)
     for key in THERE:
         assert view.info(key) == infos[key] and view.read(key).tobytes() == arrays[key].tobytes()
 
 
 def test_a_shape_that_fits_no_layout_is_shown_as_it_is():
-    view = Relaid(Held({"b.table": np.zeros((4, 6))}), {"a": Place("b.table", "1 p d -> p d")})
+    view = Relaid(InMemory({"b.table": np.zeros((4, 6))}), {"a": Place("b.table", "1 p d -> p d")})
     assert view.info("a")[0] == (4, 6)
 
 

@@ -113,6 +113,12 @@ def layouts(pipeline: Pipeline) -> dict[str, LDMLayout]:
     return made
 
 
+def transformer_layouts(pipeline: Pipeline) -> dict[str, LDMLayout]:
+    """Return the layout of a transformer, by its component. {} for a pipeline with a UNet."""
+    found = layouts(pipeline) if "transformer" in pipeline.components else {}
+    return {name: layout for name, layout in found.items() if name == "transformer"}
+
+
 def unet_layout(cfg: UNetConfig) -> LDMLayout:
     """Return the UNet's layout: input_blocks and output_blocks are numbered through all levels."""
     names = dict(UNET_ENDS)

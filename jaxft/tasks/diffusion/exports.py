@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxft.core import runtime
 from jaxft.core.params import NEW_TOKEN_ROLE
-from jaxft.models.pipelines import families, ldm
+from jaxft.models.pipelines import ldm
 from jaxft.tasks import Job, Writer
 from jaxft.tasks.common import writers
 from jaxft.tasks.diffusion import inversion
@@ -53,20 +53,20 @@ def _write_ldm(job: Job) -> None:
 def _write_lora(job: Job) -> None:
     """Write the adapters in diffusers' format and in kohya's.
 
-    For Stable Diffusion 3 and FLUX.1 it is diffusers' alone. diffusers does not read kohya's of the
-    first.
+    For Stable Diffusion 3 it is diffusers' alone, because diffusers does not read kohya's.
     """
     leaves, cfg, parts = job.leaves, job.opened.cfg, writers.parts(job)
     pipeline_lora.check(parts, leaves)
     arrays, scale = writers.adapters(job), ranks.scale(cfg.lora)
     pipeline_lora.write_peft(job.folder, parts, leaves, arrays, scale)
-    if job.opened.pipeline.family in families.FLOW:
+    if job.opened.pipeline.family == "sd3":
         return
+    layouts = ldm.transformer_layouts(job.opened.pipeline)
     kind = ldm.kind(job.opened.pipeline)
     rank, alpha = cfg.lora.rank, scale * cfg.lora.rank
     stated = pipeline_lora.metadata(kind, job.name, cfg.model, rank, alpha)
     stated |= _modelspec(job, "lora")
-    pipeline_lora.write_kohya(job.folder, job.name, parts, leaves, arrays, scale, stated)
+    pipeline_lora.write_kohya(job.folder, job.name, parts, leaves, arrays, scale, stated, layouts)
 
 
 def _write_inversion(job: Job) -> None:

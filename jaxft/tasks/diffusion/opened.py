@@ -97,7 +97,7 @@ class OpenedPipeline:
             return model
 
         model = jax.eval_shape(build, jax.random.key(0))
-        layouts = {} if self.pipeline.family in families.FLOW else ldm.layouts(self.pipeline)
+        layouts = {} if self.pipeline.family == "sd3" else ldm.layouts(self.pipeline)
         found = open_lora(asked.from_, self.parts, describe(model), layouts)
         return found, lora.continued(asked, found.lora, lora.projections(model))
 

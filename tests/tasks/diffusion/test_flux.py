@@ -129,9 +129,16 @@ def test_t33_a_lora_has_the_same_effect_in_diffusers_and_goes_on(folders, tmp_pa
     found = drawn(source, work / "export")
     np.testing.assert_allclose(found, drawn(merged), atol=1e-5)
     assert np.abs(found - drawn(source)).max() > 1e-3
-    again = {"lora.from": work / "export", "total": "1_steps"}
-    assert train.main([*flags_of(source, data, again), "--workdir", str(tmp_path / "on")]) == 0
-    np.testing.assert_allclose(losses(tmp_path / "on")[0], losses(work)[-1], rtol=1e-5)
+    (kohya,) = (work / "export").glob("*.kohya.safetensors")
+    with safe_open(kohya, "np") as opened:
+        about = opened.metadata()
+    assert about["ss_base_model_version"] == "flux1"
+    assert about["modelspec.architecture"] == "flux-1/lora"
+    peft = work / "export" / "pytorch_lora_weights.safetensors"
+    for name, file in {"on": peft, "kohya": kohya}.items():
+        again = {"lora.from": file, "total": "1_steps"}
+        assert train.main([*flags_of(source, data, again), "--workdir", str(tmp_path / name)]) == 0
+        np.testing.assert_allclose(losses(tmp_path / name)[0], losses(work)[-1], rtol=1e-5)
 
 
 def test_a_lora_of_diffusers_own_script_keeps_its_strength(folders, tmp_path):
@@ -172,6 +179,10 @@ def damaged(file, **changes):
         ({"sample.rescale": 0.7}, ["sample.rescale=0.7", "classifier-free guidance", "to 0"]),
         ({"inversion.token": "<toy>", "inversion.init": "toy"}, ["inversion.token is not there"]),
         ({"resolution": 18}, ["resolution", "multiple"]),
+        (
+            {**LORA, "lora.targets": r"text_encoder_2\..*"},
+            ["text_encoder_2.encoder.block.0", "diffusers does not read from LoRA files"],
+        ),
     ],
 )
 def test_what_flux_has_not_is_told_in_one_line(folders, tmp_path, capsys, changes, words):
