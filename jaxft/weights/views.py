@@ -137,7 +137,7 @@ class Drawn(NamedTuple):
         return np.float32(self.std) * drawn
 
 
-class Rows(NamedTuple):
+class RowSpan(NamedTuple):
     """The rows of one tensor in a fused tensor: the parts start ... stop of `of` equal parts."""
 
     start: int
@@ -145,7 +145,7 @@ class Rows(NamedTuple):
     of: int
 
 
-THIRDS = tuple(Rows(i, i + 1, 3) for i in range(3))  # of q, k and v in a fused tensor
+THIRDS = tuple(RowSpan(i, i + 1, 3) for i in range(3))  # of q, k and v in a fused tensor
 
 
 class Place(NamedTuple):
@@ -157,7 +157,7 @@ class Place(NamedTuple):
 
     key: str
     layout: str = ""
-    rows: Rows | None = None
+    rows: RowSpan | None = None
     swapped: bool = False
 
 
@@ -248,7 +248,7 @@ def relaid(made: Export, places: Mapping[str, Place]) -> Export:
             infos[place.key] = (rearranged_shape(shape, place.layout, {}), dtype)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        waiting: dict[str, dict[Rows, np.ndarray]] = {}
+        waiting: dict[str, dict[RowSpan, np.ndarray]] = {}
         for key, array in made.tensors:
             if (place := places.get(key)) is None:
                 continue

@@ -14,7 +14,7 @@ from jaxft.weights.views import (
     Place,
     Relaid,
     Renamed,
-    Rows,
+    RowSpan,
     relaid,
 )
 
@@ -22,8 +22,8 @@ THERE = {
     "a.v.weight": Place("b.qkv.weight", rows=THIRDS[2]),
     "a.q.weight": Place("b.qkv.weight", rows=THIRDS[0]),
     "a.k.weight": Place("b.qkv.weight", rows=THIRDS[1]),
-    "a.wide": Place("b.both", rows=Rows(1, 3, 3)),
-    "a.narrow": Place("b.both", rows=Rows(0, 1, 3)),
+    "a.wide": Place("b.both", rows=RowSpan(1, 3, 3)),
+    "a.narrow": Place("b.both", rows=RowSpan(0, 1, 3)),
     "a.table": Place("b.table", "p d -> 1 p d"),
     "a.plain": Place("b.plain"),
     "a.halves": Place("b.halves", swapped=True),

@@ -38,7 +38,7 @@ from jaxft.nn.rope import grid_cos_sin
 from jaxft.weights.rules import Rule
 
 TIMES = 1000.0  # of sigma and guidance, before their sinusoids
-THETA = 10000.0  # of the rotation. No config.json has it
+FLUX_THETA = 10000.0  # of the rotation. No config.json has it
 
 
 class SingleBlock(nnx.Module):
@@ -179,7 +179,7 @@ def rotation(
 ) -> tuple[Float[np.ndarray, "T half"], Float[np.ndarray, "T half"]]:
     """Return cos and sin of the places of an image's tokens: 0, row, column."""
     grid = np.indices((1, rows, columns)).reshape(3, -1).T  # [T, 3]
-    return grid_cos_sin(grid, cfg.axes, THETA)
+    return grid_cos_sin(grid, cfg.axes, FLUX_THETA)
 
 
 def rules(cfg: FluxConfig) -> tuple[Rule, ...]:

@@ -2,7 +2,7 @@
 
 from jaxft.models.denoisers.flux_config import FluxConfig
 from jaxft.weights.folders.single_file import UNET_PREFIX, LDMLayout
-from jaxft.weights.views import THIRDS, Rows
+from jaxft.weights.views import THIRDS, RowSpan
 
 FLUX_ENDS = {
     "x_embedder": "img_in",
@@ -45,10 +45,10 @@ FLUX_DOUBLE_ROWS = {
 }
 FLUX_SINGLE_ROWS = {  # the MLP is four times as wide as q, k and v
     "linear1": {
-        "attn.to_q": Rows(0, 1, 7),
-        "attn.to_k": Rows(1, 2, 7),
-        "attn.to_v": Rows(2, 3, 7),
-        "proj_mlp": Rows(3, 7, 7),
+        "attn.to_q": RowSpan(0, 1, 7),
+        "attn.to_k": RowSpan(1, 2, 7),
+        "attn.to_v": RowSpan(2, 3, 7),
+        "proj_mlp": RowSpan(3, 7, 7),
     }
 }
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.folders.single_file import LDMLayout
-from jaxft.weights.views import InMemory, Overlaid, Renamed, Rows
+from jaxft.weights.views import InMemory, Overlaid, Renamed, RowSpan
 
 Factors = tuple[np.ndarray, np.ndarray]  # A [r, in] and B [out, r]
-WHOLE_MODULE = Rows(0, 1, 1)
+WHOLE_MODULE = RowSpan(0, 1, 1)
 SIDES = {
     "lora_a": (".lora_A.weight", ".lora_down.weight"),
     "lora_b": (".lora_B.weight", ".lora_up.weight"),
@@ -30,7 +30,7 @@ def side_of(key: str) -> tuple[str, str]:
     return "", key
 
 
-def _modules(layout: LDMLayout) -> dict[str, dict[str, Rows]]:
+def _modules(layout: LDMLayout) -> dict[str, dict[str, RowSpan]]:
     """Return diffusers' modules, with their rows, by the module of a single file with them."""
     found = {theirs: {name: WHOLE_MODULE} for name, theirs in layout.names.items()}
     for name, (theirs, rows) in layout.rows.items():

@@ -20,7 +20,7 @@ from jaxft.weights.folders.refused import check_keys
 from jaxft.weights.folders.transformers import Source
 from jaxft.weights.locate import INDEX
 from jaxft.weights.transfer import Export
-from jaxft.weights.views import THIRDS, Place, Relaid, Rows, relaid, widened
+from jaxft.weights.views import THIRDS, Place, Relaid, RowSpan, relaid, widened
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 TEXT_PREFIXES = {  # each family has its own
@@ -49,14 +49,16 @@ class LDMLayout(NamedTuple):
     arrows: Mapping[str, str] = {}
     fused: bool = False
     ignore: str = r"(?!)"
-    rows: Mapping[str, tuple[str, Rows]] = {}
+    rows: Mapping[str, tuple[str, RowSpan]] = {}
     swapped: Collection[str] = ()
 
 
 def as_diffusers(tensors: Tensors, layout: LDMLayout) -> Relaid:
     """Return one component of a single file under diffusers' keys and shapes."""
     back = {ldm: name for name, ldm in layout.names.items()}
-    modules: dict[str, list[tuple[str, Rows]]] = {}  # of diffusers, by the module of LDM with them
+    modules: dict[
+        str, list[tuple[str, RowSpan]]
+    ] = {}  # of diffusers, by the module of LDM with them
     for name, (ldm, rows) in layout.rows.items():
         modules.setdefault(ldm, []).append((name, rows))
     places: dict[str, Place] = {}
