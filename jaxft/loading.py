@@ -213,7 +213,7 @@ class LoadedPipeline:
     ) -> Float[Array, "B Y X C"]:
         """Return the denoiser's prediction for noisy, scaled latents of uncropped pictures.
 
-        timesteps: those of DDPM's noise, or the sigmas of Stable Diffusion 3 in [0, 1].
+        timesteps: those of DDPM's noise, or the sigmas in [0, 1] of Stable Diffusion 3 and FLUX.1.
         """
         text = self.model.encode_text(self._ids(captions), dtype=latents.dtype)
         y, x = (side * self.config.vae.factor for side in latents.shape[1:3])
@@ -225,15 +225,16 @@ class LoadedPipeline:
         prompts: str | Sequence[str],
         *,
         size: int | None = None,
-        steps: int = 30,
-        guidance: float = 7.5,
+        steps: int | None = None,
+        guidance: float | None = None,
         sampler: str = "dpm++",
         seed: int = 0,
     ) -> UInt8[np.ndarray, "N Y X 3"]:
         """Return a picture of each prompt. The noise of a row depends on `seed` and on its index.
 
-        size: pixels a side, by default the size in the denoiser's config.json. sampler: ddim (for
-        DDPM's noise), euler or dpm++. Raises UserError for an unknown sampler, for no size at all,
+        size: pixels a side, by default the size in the denoiser's config.json. steps, guidance: 30
+        and 7.5 by default, those of its publisher for FLUX.1. sampler: ddim (for DDPM's noise),
+        euler or dpm++. Raises UserError for an unknown sampler, for no size at all,
         and for a UNet with a picture as input (`python -m jaxft.sample` has the option --image).
         """
         cfg, texts = self.config, [prompts] if isinstance(prompts, str) else list(prompts)
@@ -246,6 +247,8 @@ class LoadedPipeline:
         if size is None and cfg.sample_size is None:
             raise UserError("unet/config.json has no sample_size; give size=512, in pixels a side")
         side = (cfg.sample_size or 0) if size is None else size // cfg.vae.factor
+        steps = cfg.drawing.steps if steps is None else steps
+        how = Guidance(cfg.drawing.guidance if guidance is None else guidance)
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(texts)))
         shape, dtype = (side, side, cfg.vae.latent_channels), jax.tree.leaves(self.params)[0].dtype
 
@@ -258,7 +261,7 @@ class LoadedPipeline:
             noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
             images = stable_diffusion.generate(
                 model, cfg, text, null, noise, cfg.process().sampler(sampler, steps, (side, side)),
-                Guidance(guidance), dtype,
+                how, dtype,
             )  # fmt: skip
             return to_pixels(images)
 

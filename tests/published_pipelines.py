@@ -31,8 +31,8 @@ FOLDERS = {
     "LCM_Dreamshaper_v7": "latent consistency",
     "stable-diffusion-x4-upscaler": "upscaler",
     "stable-diffusion-3-medium-diffusers": "Stable Diffusion 3",
-    "FLUX.1-dev": "FLUX",
-    "FLUX.1-schnell": "FLUX",
+    "FLUX.1-dev": "FLUX.1",
+    "FLUX.1-schnell": "FLUX.1",
     "Chroma": "Chroma",
 }
 # Folders that a test trains and exports with narrow widths, and the widths that they take.

@@ -306,6 +306,7 @@ TESTED_WITH = {
     "data/sources/table_files.py": "data/sources/images/test_tables.py",
     "data/text/templates.py": "data/text/test_dataset.py",
     "models/decoders/block.py": "models/decoders/test_decoder.py",
+    "models/denoisers/joint.py": "parity/test_mmdit.py",
     "models/decoders/families/gemma.py": "parity/test_families.py",
     "models/decoders/families/phi.py": "parity/test_families.py",
     "models/decoders/families/wrapped.py": "parity/test_wrapped.py",

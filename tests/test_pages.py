@@ -26,6 +26,7 @@ from jaxft.demo import demo_path
 from jaxft.tasks import OPTIONS
 from tests.tiny_autoencoders import make_vae, make_vqmodel
 from tests.tiny_diffusion import flags_of, make_pictures
+from tests.tiny_flux import make_flux
 from tests.tiny_janus import make_janus_model
 from tests.tiny_pipelines import make_pipeline
 from tests.tiny_sd3 import make_sd3
@@ -40,7 +41,7 @@ COMMAND = (
     r"(?:python3?\s+(?:-m\s+jaxft|tools/)\S*"
     rf"|(?<![\w/.-])jaxft\s+(?:{'|'.join(COMMANDS)})\b)"
 )
-COUNT = 73  # of all pages; a new line is run without being listed here, but counted
+COUNT = 80  # of all pages; a new line is run without being listed here, but counted
 # What stands in a line for something that only its user knows: found among PLACES, or replaced.
 WORDS = {
     "--step 50": "--step 2",
@@ -157,6 +158,7 @@ def shelf(tmp_path_factory, make_folder):
         pipe = make_pipeline(place / "tokens", in_channels=channels)
         pipe.save_pretrained(place / name)
     make_sd3(place / "tokens", t5=False).save_pretrained(place / "sd3")
+    make_flux(place / "tokens").save_pretrained(place / "flux")
     make_vae(place / "vae")
     make_vqmodel(place / "vq")
     make_janus_model(place / "janus")
@@ -203,6 +205,7 @@ PLACES = {
     "path/to/folder": "text",
     "path/to/stable-diffusion": "pipeline",
     "path/to/stable-diffusion-3": "sd3",
+    "path/to/flux": "flux",
     "path/to/pickles": "pickles",
     "VQ_FOLDER": "vq",
     "FOLDER": "janus",

@@ -15,9 +15,11 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from transformers import CLIPTextConfig as HFText
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -36,13 +38,13 @@ REFUSED = {
     "playground-v2.5-1024px-aesthetic": r"EDMDPM\w+ has no DDPM betas .*playground.* give",
     "Kolors": r"this is Kolors, whose text_encoder is a ChatGLMModel; .* give",
     "stable-diffusion-x4-upscaler": r"Upscale\w+ is an upscaler, .* give",
-    "FLUX.1-dev": r"this is FLUX \(FluxPipeline with a Flux\w+\), a diffusion transformer.* give",
-    "FLUX.1-schnell": r"this is FLUX \(.* give",
     "Chroma": r"this is Chroma \(FluxPipeline with a Chroma\w+\).* give",
 }
 ALONE = ("LCM_Dreamshaper_v7",)  # of which only the UNet's config was collected
 SD3 = "stable-diffusion-3-medium-diffusers"
-SUPPORTED = [name for name in FOLDERS if name not in (*REFUSED, *ALONE, SD3)]  # with DDPM's noise
+FLUX = ("FLUX.1-dev", "FLUX.1-schnell")
+FLOW = (SD3, *FLUX)
+SUPPORTED = [name for name in FOLDERS if name not in (*REFUSED, *ALONE, *FLOW)]  # DDPM's noise
 
 
 class Meta:
@@ -76,8 +78,9 @@ def stock(name, component):
         if component == "vae":
             return AutoencoderKL.from_config(config)
         if component == "transformer":
-            return SD3Transformer2DModel.from_config(config)
-        if component == "text_encoder_3":
+            cls = FluxTransformer2DModel if name in FLUX else SD3Transformer2DModel
+            return cls.from_config(config)
+        if config.get("model_type") == "t5":
             return T5EncoderModel(T5Config.from_dict(config))
         projects = published(name, "model_index.json")[component][1].endswith("Projection")
         cls = CLIPTextModelWithProjection if projects else CLIPTextModel
@@ -92,7 +95,7 @@ def stock(name, component):
         "stable-diffusion-inpainting",
         "stable-diffusion-2-1",
         "stable-diffusion-xl-base-1.0",
-        SD3,
+        *FLOW,
     ],
 )
 def test_full_shapes_are_those_of_the_pytorch_classes(name):
@@ -171,6 +174,24 @@ def test_sd3_is_read_as_diffusers_reads_it():
     assert [text.max_positions for text in cfg.texts] == [77, 77, 256]
     first, second, _ = cfg.texts
     assert (first.projection_dim, second.projection_dim) == (768, 1280)
+
+
+@pytest.mark.parametrize("name", FLUX)
+def test_flux_is_read_as_diffusers_reads_it(name):
+    cfg, dev = open_published(name), name == "FLUX.1-dev"
+    vae = AutoencoderKL.from_config({**published(name, "vae/config.json"), **TINY_VAE}).config
+    assert (cfg.vae.scaling_factor, cfg.vae.mean) == (vae.scaling_factor, (vae.shift_factor,))
+    assert (cfg.vae.quant_conv, cfg.vae.post_quant_conv) == (False, False)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        published(name, "scheduler/scheduler_config.json")
+    )
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 4, 4), mu=calculate_shift(64 * 64))
+    ours = cfg.process().sampler("euler", 4, (128, 128)).steps.timestep
+    np.testing.assert_allclose(ours, scheduler.sigmas[:-1], atol=1e-6)
+    assert [text.max_positions for text in cfg.texts] == [77, 512 if dev else 256]
+    assert cfg.clip.projection_dim is None and cfg.transformer.guidance is dev
+    assert cfg.distilled is not dev and cfg.drawing == ((28, 3.5) if dev else (4, 0.0))
+    assert cfg.multiple == 16
 
 
 def extras(index):

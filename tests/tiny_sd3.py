@@ -52,44 +52,60 @@ def make_t5_tokenizer():
     return fast, len(pieces)
 
 
-def make_sd3(work, t5=True, shift=3.0, **transformer):
-    """A StableDiffusion3Pipeline; saves nothing but a tokenizer's files."""
-    torch.manual_seed(0)
-    tokenizer, vocab = make_tokenizer(work / "tokens")
+def make_t5(words):
+    """A random encoder of T5 v1.1, width 48."""
+    config = T5Config(
+        vocab_size=words,
+        d_model=48,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    return shaken(T5EncoderModel(config))
+
+
+def make_flow_vae(scale, shift):
+    """A random VAE of 4 channels with a shift and no quant convolutions."""
     vae = AutoencoderKL(
         block_out_channels=(8, 16),
         norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         sample_size=16,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
+        scaling_factor=scale,
+        shift_factor=shift,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+    return shaken(vae)
+
+
+def sharpened(denoiser):
+    """Attention to hundreds of tokens of text would hardly depend on the queries."""
+    with torch.no_grad():
+        for name, tensor in denoiser.named_parameters():
+            tensor.mul_(4.0 if ".norm_q" in name or ".norm_added_q" in name else 1.0)
+    return denoiser
+
+
+def make_sd3(work, t5=True, shift=3.0, **transformer):
+    """A StableDiffusion3Pipeline; saves nothing but a tokenizer's files."""
+    torch.manual_seed(0)
+    tokenizer, vocab = make_tokenizer(work / "tokens")
+    vae = make_flow_vae(1.5305, 0.0609)
     wider = {"hidden_act": "gelu", "hidden_size": 24, "projection_dim": 24}
     third = third_tokenizer = None
     if t5:
         third_tokenizer, words = make_t5_tokenizer()
-        config = T5Config(
-            vocab_size=words,
-            d_model=48,
-            d_kv=8,
-            d_ff=64,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-        )
-        third = shaken(T5EncoderModel(config))
-    denoiser = shaken(SD3Transformer2DModel(**{**TRANSFORMER, **transformer}))
-    with torch.no_grad():  # attention to 333 tokens of text would hardly depend on the queries
-        for name, tensor in denoiser.named_parameters():
-            tensor.mul_(4.0 if ".norm_q" in name or ".norm_added_q" in name else 1.0)
+        third = make_t5(words)
+    denoiser = sharpened(shaken(SD3Transformer2DModel(**{**TRANSFORMER, **transformer})))
     return StableDiffusion3Pipeline(
         transformer=denoiser,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-        vae=shaken(vae),
+        vae=vae,
         text_encoder=text_encoder(vocab, CLIPTextModelWithProjection),
         tokenizer=tokenizer,
         text_encoder_2=text_encoder(vocab, CLIPTextModelWithProjection, **wider),

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -139,6 +139,30 @@ def rotate(
     cos, sin = cos[..., None, :], sin[..., None, :]  # [B, T, 1, half]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)  # [B, T, N, H]
+
+
+def rotate_neighbours(
+    x: Float[Array, "B T N H"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]
+) -> Float[Array, "B T N H"]:
+    """Rotate dims (2i, 2i + 1) of each head together, in fp32, as FLUX and Meta's files do."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)  # [B, T, N, half, 2]
+    first, second = pairs[..., 0], pairs[..., 1]  # [B, T, N, half]
+    cos, sin = cos[:, None], sin[:, None]  # [T, 1, half]
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)  # [B, T, N, H]
+
+
+def grid_cos_sin(
+    places: Int[np.ndarray, "T A"], dims: Sequence[int], theta: float
+) -> tuple[Float[np.ndarray, "T half"], Float[np.ndarray, "T half"]]:
+    """Return cos and sin of the angles at places on A axes, computed in fp64 and rounded once.
+
+    dims: the dims of a head that rotate by each axis, together those of the head.
+    """
+    frequencies = [theta ** (-np.arange(0, dim, 2) / dim) for dim in dims]
+    angles = [np.outer(column, one) for column, one in zip(places.T, frequencies, strict=True)]
+    whole = np.concatenate(angles, axis=1)  # [T, half]
+    return np.cos(whole).astype(np.float32), np.sin(whole).astype(np.float32)
 
 
 def _scaled(kind: str, rope: Mapping[str, Any], head_dim: int) -> Rope:

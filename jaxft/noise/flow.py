@@ -1,4 +1,4 @@
-"""Flow matching: the noise process of Stable Diffusion 3 and 3.5, with its Euler and DPM++ tables.
+"""Flow matching: the noise process of Stable Diffusion 3 and FLUX.1, with Euler and DPM++ tables.
 
 All tables are computed in fp64 on the host and used as fp32.
 """
@@ -104,11 +104,14 @@ class FlowMatching:
 
     Times are sigmas in (0, 1), the share of noise: z = (1 - sigma) x0 + sigma noise. Training draws
     shift(sigmoid(n)) for a normal n, with the model's own shift, which diffusers' trainers have in
-    their table of sigmas. patch: the side of a token in latents.
+    their table of sigmas. patch: the side of a token in latents. even: before the shift, the sigmas
+    of N steps of Euler's method are 1 ... 1 / N, as in FLUX's pipeline. Otherwise their ends are
+    those of the training table, as in that of SD 3.
     """
 
     schedule: FlowSchedule
     patch: int = 2
+    even: bool = False
 
     def _shift(self, size: tuple[int, ...]) -> float:
         return self.schedule.shift_for((size[0] // self.patch) * (size[1] // self.patch))
@@ -150,21 +153,38 @@ class FlowMatching:
                 f"sample.steps={steps} is not between 1 and {self.schedule.train_steps}, the"
                 " training's steps"
             )
-        table = _euler if name == "euler" else _dpm_solver
-        columns = table(self.schedule, self._shift(size), steps)
+        shift = self._shift(size)
+        if name == "euler":
+            columns = _euler(self.schedule, shift, self._unshifted(steps))
+        else:
+            columns = _dpm_solver(self.schedule, shift, steps)
         arrays = Step(*(jnp.asarray(column, jnp.float32) for column in columns))
         return Sampler(arrays, jnp.float32(1.0), jnp.float32(inf))
 
+    def _unshifted(self, steps: int) -> Float[np.ndarray, "steps"]:
+        """Return the sigmas that diffusers' pipeline passes to its scheduler, which shifts them.
 
-def _euler(schedule: FlowSchedule, shift: float, steps: int) -> Step:
-    """Return Euler's method on the sigmas of diffusers' pipeline of SD 3.
+        A static shift is in SD 3's already, which are shifted twice.
+        """
+        if self.even:
+            return np.linspace(1.0, 1.0 / steps, steps)
+        ends = np.array([1.0, 1.0 / self.schedule.train_steps])
+        first, last = shifted(ends, self.schedule.shift) if self.schedule.shift else ends
+        return np.linspace(first, last, steps)
 
-    Its first and last sigma are those of the training table. A static shift is in them, and they
-    are shifted again.
-    """
-    ends = np.array([1.0, 1.0 / schedule.train_steps])
-    first, last = shifted(ends, shift) if schedule.shift else ends
-    sigma = shifted(np.linspace(first, last, steps), shift)
+
+def check_snr(min_snr_gamma: float) -> None:
+    """Raise UserError for weights by SNR, which are those of DDPM noise."""
+    if min_snr_gamma:
+        raise UserError(
+            f"min_snr_gamma={min_snr_gamma} weights the rows of DDPM noise, but this model is"
+            " trained by flow matching; set it to 0"
+        )
+
+
+def _euler(schedule: FlowSchedule, shift: float, unshifted: Float[np.ndarray, "steps"]) -> Step:
+    """Return Euler's method on sigmas, which are shifted first."""
+    steps, sigma = len(unshifted), shifted(unshifted, shift)
     if schedule.terminal:
         sigma = 1.0 - (1.0 - sigma) * (1.0 - schedule.terminal) / (1.0 - sigma[-1])
     zero, one = np.zeros(steps), np.ones(steps)

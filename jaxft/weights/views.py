@@ -51,6 +51,21 @@ class Overlaid(NamedTuple):
         return self.over if key in set(self.over.keys()) else self.base
 
 
+class InMemory(NamedTuple):
+    """Tensors that are computed already."""
+
+    arrays: Mapping[str, np.ndarray]
+
+    def keys(self) -> Sequence[str]:
+        return list(self.arrays)
+
+    def info(self, key: str) -> Info:
+        return self.arrays[key].shape, self.arrays[key].dtype
+
+    def read(self, key: str) -> np.ndarray:
+        return self.arrays[key]
+
+
 class Mapped(NamedTuple):
     """The tensors of `base`, some of them passed through a function: fp32, of the same shape."""
 
@@ -122,16 +137,27 @@ class Drawn(NamedTuple):
         return np.float32(self.std) * drawn
 
 
-class Place(NamedTuple):
-    """A tensor's key on the other side, its layout, and its index in a fused tensor of q, k and v.
+class RowSpan(NamedTuple):
+    """The rows of one tensor in a fused tensor: the parts start ... stop of `of` equal parts."""
 
-    `layout` is an arrow as in `rules`, "" for none. `third` is None for a tensor that is not fused.
+    start: int
+    stop: int
+    of: int
+
+
+THIRDS = tuple(RowSpan(i, i + 1, 3) for i in range(3))  # of q, k and v in a fused tensor
+
+
+class Place(NamedTuple):
+    """A tensor's key on the other side, its layout, and its rows in a fused tensor.
+
+    `layout` is an arrow as in `rules`, "" for none. `rows` is None for a tensor that is not fused.
     The two halves of a `swapped` tensor are in the other order there.
     """
 
     key: str
     layout: str = ""
-    third: int | None = None
+    rows: RowSpan | None = None
     swapped: bool = False
 
 
@@ -147,8 +173,8 @@ class Relaid:
     def info(self, key: str) -> Info:
         place = self._places[key]
         shape, dtype = self._tensors.info(place.key)
-        if place.third is not None:
-            return (shape[0] // 3, *shape[1:]), dtype
+        if rows := place.rows:
+            return (shape[0] // rows.of * (rows.stop - rows.start), *shape[1:]), dtype
         # A shape that does not fit its layout is returned unchanged: `rules.plan` reports it.
         fits = place.layout and len(shape) == len(place.layout.split("->")[0].split())
         return rearranged_shape(shape, place.layout, {}) if fits else shape, dtype
@@ -156,8 +182,9 @@ class Relaid:
     def read(self, key: str) -> np.ndarray:
         place = self._places[key]
         array = self._tensors.read(place.key)
-        if place.third is not None:
-            return np.split(array, 3)[place.third].copy()
+        if rows := place.rows:
+            part = len(array) // rows.of
+            return array[rows.start * part : rows.stop * part].copy()
         return _moved(array, place)
 
 
@@ -209,28 +236,29 @@ def widened(tensors: Tensors) -> Tensors:
 def relaid(made: Export, places: Mapping[str, Place]) -> Export:
     """Return an export under the keys and layouts of `places`, by the export's own keys.
 
-    A tensor without a place is left out. Tensors that share a key (q, k and v) become one tensor.
+    A tensor without a place is left out. Tensors that share a key (as q, k and v) become one.
     """
     infos: dict[str, Info] = {}
     for key, place in places.items():
         shape, dtype = made.infos[key]
-        if place.third is None:
-            infos[place.key] = (rearranged_shape(shape, place.layout, {}), dtype)
+        if rows := place.rows:
+            whole = shape[0] // (rows.stop - rows.start) * rows.of
+            infos[place.key] = ((whole, *shape[1:]), dtype)
         else:
-            infos[place.key] = ((3 * shape[0], *shape[1:]), dtype)
+            infos[place.key] = (rearranged_shape(shape, place.layout, {}), dtype)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        waiting: dict[str, dict[int, np.ndarray]] = {}
+        waiting: dict[str, dict[RowSpan, np.ndarray]] = {}
         for key, array in made.tensors:
             if (place := places.get(key)) is None:
                 continue
-            if place.third is None:
+            if not (rows := place.rows):
                 yield place.key, _moved(array, place)
                 continue
-            thirds = waiting.setdefault(place.key, {})
-            thirds[place.third] = array
-            if len(thirds) == 3:
-                yield place.key, np.concatenate([thirds[i] for i in range(3)])
+            pieces = waiting.setdefault(place.key, {})
+            pieces[rows] = array
+            if sum(one.stop - one.start for one in pieces) == rows.of:
+                yield place.key, np.concatenate([pieces[one] for one in sorted(pieces)])
                 del waiting[place.key]
 
     return Export(infos, tensors())

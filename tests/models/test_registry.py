@@ -28,6 +28,7 @@ CLASSES = {
     "janus_vqgan": "JanusVQVAE",
     "UNet2DConditionModel": "UNet2DConditionModel",
     "SD3Transformer2DModel": "SD3Transformer2DModel",
+    "FluxTransformer2DModel": "FluxTransformer2DModel",
     "clip_text_model": "CLIPTextModel",
     "clip": "CLIPTextModel",
     "t5": "T5EncoderModel",

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -150,3 +152,13 @@ def test_t3_bf16_activations_get_fp32_angles():
 
 def _copy(config):
     return {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
+
+
+def test_t16_neighbours_are_rotated_by_places_on_three_axes_as_in_diffusers():
+    dims, places = (4, 6, 6), np.array([[0, 0, 0], [0, 63, 2], [0, 5, 127], [7, 1, 1]])
+    table = FluxPosEmbed(10000, dims)(torch.tensor(places))
+    x = np.random.default_rng(0).standard_normal((2, 4, 3, 16)).astype(np.float32)
+    wanted = apply_rotary_emb(torch.from_numpy(x), table, sequence_dim=1)
+    cos, sin = map(jnp.asarray, rope.grid_cos_sin(places, dims, 10000.0))
+    np.testing.assert_allclose(rope.rotate_neighbours(jnp.asarray(x), cos, sin), wanted, atol=1e-6)
+    assert rope.rotate_neighbours(jnp.asarray(x, jnp.bfloat16), cos, sin).dtype == jnp.bfloat16

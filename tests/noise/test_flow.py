@@ -79,6 +79,25 @@ def test_t5_t6_the_table_of_euler_is_the_pipelines(config, steps):
     np.testing.assert_allclose(scheduler.timesteps, sigmas[:-1] * train, rtol=1e-6)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 28])
+@pytest.mark.parametrize("config", [{}, STATIC, DYNAMIC, {**DYNAMIC, "time_shift_type": "linear"}])
+def test_t6_the_even_table_of_euler_is_that_of_flux(config, steps):
+    own = FlowMatching(FlowSchedule.from_hf(config), even=True)
+    table = own.sampler("euler", steps, SIZE).steps
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(
+        sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(SIZE[0] * SIZE[1] // 4)
+    )
+    np.testing.assert_allclose(table.timestep, scheduler.sigmas[:-1], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(table.x_out, np.diff(scheduler.sigmas), rtol=0, atol=1e-6)
+
+
+def test_t6_four_steps_at_1024_pixels():
+    own = FlowMatching(FlowSchedule.from_hf(DYNAMIC), even=True)
+    sigmas = own.sampler("euler", 4, (128, 128)).steps.timestep
+    np.testing.assert_allclose(sigmas, [1, 0.90453, 0.75951, 0.51284], atol=5e-6)
+
+
 def test_t5_a_static_shift_is_shifted_twice_at_its_end():
     sigmas = process(STATIC).sampler("euler", 4, SIZE).steps.timestep
     np.testing.assert_allclose(sigmas, [1, 0.85769, 0.60215, 0.00893], atol=5e-6)

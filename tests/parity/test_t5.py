@@ -273,6 +273,8 @@ def test_sharded_rows_equal_one_device():
     [
         ({"model_type": "umt5"}, "model_type='umt5'.*expected t5"),
         ({"feed_forward_proj": "relu"}, "feed_forward_proj='relu'.*gated-gelu"),
+        ({"dense_act_fn": "gelu"}, "dense_act_fn='gelu'.*gelu_new"),
+        ({"is_gated_act": False}, "is_gated_act=False.*True"),
         ({"num_heads": 0}, "num_heads=0.*from 1 to"),
         ({"d_kv": None}, "d_kv=null"),
         ({"relative_attention_num_buckets": 6}, "num_buckets=6.*multiple of 4"),
@@ -284,6 +286,13 @@ def test_other_values_are_refused_by_key_and_file(change, words):
     with pytest.raises(UserError, match=words) as caught:
         T5EncoderConfig.from_hf({**TINY, **change}, "sd3/text_encoder_3/config.json")
     assert "sd3/text_encoder_3/config.json" in str(caught.value)
+
+
+def test_the_keys_of_an_mlp_have_priority_over_its_name_as_in_transformers():
+    split = {"feed_forward_proj": "relu", "is_gated_act": True, "dense_act_fn": "gelu_pytorch_tanh"}
+    theirs = HFConfig.from_dict({**TINY, **split})
+    assert theirs.is_gated_act and theirs.dense_act_fn == "gelu_pytorch_tanh"
+    assert T5EncoderConfig.from_hf({**TINY, **split}) == T5EncoderConfig.from_hf(TINY)
 
 
 def test_absent_keys_take_the_class_defaults():

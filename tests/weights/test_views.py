@@ -5,54 +5,54 @@ import numpy as np
 
 from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.transfer import Export
-from jaxft.weights.views import Grafted, Mapped, Overlaid, Place, Relaid, Renamed, relaid
+from jaxft.weights.views import (
+    THIRDS,
+    Grafted,
+    InMemory,
+    Mapped,
+    Overlaid,
+    Place,
+    Relaid,
+    Renamed,
+    RowSpan,
+    relaid,
+)
 
 THERE = {
-    "a.v.weight": Place("b.qkv.weight", third=2),
-    "a.q.weight": Place("b.qkv.weight", third=0),
-    "a.k.weight": Place("b.qkv.weight", third=1),
+    "a.v.weight": Place("b.qkv.weight", rows=THIRDS[2]),
+    "a.q.weight": Place("b.qkv.weight", rows=THIRDS[0]),
+    "a.k.weight": Place("b.qkv.weight", rows=THIRDS[1]),
+    "a.wide": Place("b.both", rows=RowSpan(1, 3, 3)),
+    "a.narrow": Place("b.both", rows=RowSpan(0, 1, 3)),
     "a.table": Place("b.table", "p d -> 1 p d"),
     "a.plain": Place("b.plain"),
     "a.halves": Place("b.halves", swapped=True),
 }
 
 
-class Held:
-    """Tensors in memory."""
-
-    def __init__(self, arrays):
-        self.arrays = arrays
-
-    def keys(self):
-        return list(self.arrays)
-
-    def info(self, key):
-        return self.arrays[key].shape, self.arrays[key].dtype
-
-    def read(self, key):
-        return self.arrays[key]
-
-
 def test_an_export_moves_there_and_reads_back_bit_for_bit():
     rng = np.random.default_rng(0)
     arrays = {key: rng.standard_normal((4, 6), np.float32) for key in (*THERE, "a.left.out")}
+    arrays["a.wide"] = rng.standard_normal((8, 6), np.float32)
     infos = {key: (array.shape, array.dtype) for key, array in arrays.items()}
     made = relaid(Export(infos, iter(arrays.items())), THERE)
     moved = dict(made.tensors)
     assert {key: (x.shape, x.dtype) for key, x in moved.items()} == made.infos
     thirds = [arrays[f"a.{letter}.weight"] for letter in "qkv"]
     np.testing.assert_array_equal(moved["b.qkv.weight"], np.concatenate(thirds))
+    both = arrays["a.narrow"], arrays["a.wide"]
+    np.testing.assert_array_equal(moved["b.both"], np.concatenate(both))
     halves = arrays["a.halves"][2:], arrays["a.halves"][:2]
     np.testing.assert_array_equal(moved["b.halves"], np.concatenate(halves))
     back = {**THERE, "a.table": Place("b.table", "1 p d -> p d")}
-    view = Relaid(Held(moved), back)
+    view = Relaid(InMemory(moved), back)
     assert set(view.keys()) == set(THERE)
     for key in THERE:
         assert view.info(key) == infos[key] and view.read(key).tobytes() == arrays[key].tobytes()
 
 
 def test_a_shape_that_fits_no_layout_is_shown_as_it_is():
-    view = Relaid(Held({"b.table": np.zeros((4, 6))}), {"a": Place("b.table", "1 p d -> p d")})
+    view = Relaid(InMemory({"b.table": np.zeros((4, 6))}), {"a": Place("b.table", "1 p d -> p d")})
     assert view.info("a")[0] == (4, 6)
 
 

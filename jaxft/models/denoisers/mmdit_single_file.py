@@ -2,6 +2,7 @@
 
 from jaxft.models.denoisers.mmdit_config import MMDiTConfig
 from jaxft.weights.folders.single_file import UNET_PREFIX, LDMLayout
+from jaxft.weights.views import THIRDS
 
 MMDIT_ENDS = {
     "pos_embed.pos_embed": "pos_embed",
@@ -43,11 +44,12 @@ def mmdit_layout(cfg: MMDiTConfig) -> LDMLayout:
 
     Modulations of two chunks are (shift, scale) in the file, and (scale, shift) in diffusers.
     """
-    names, thirds = dict(MMDIT_ENDS), {}
+    names, rows = dict(MMDIT_ENDS), {}
     for i in range(cfg.num_layers):
         ours, theirs = f"transformer_blocks.{i}.", f"joint_blocks.{i}."
         names |= {ours + one: theirs + other for one, other in MMDIT_BLOCK.items()}
         for fused, modules in MMDIT_QKV.items():
-            thirds |= {ours + one: (theirs + fused, n) for n, one in enumerate(modules)}
+            pairs = zip(modules, THIRDS, strict=True)
+            rows |= {ours + one: (theirs + fused, third) for one, third in pairs}
     last = f"transformer_blocks.{cfg.num_layers - 1}.norm1_context.linear"
-    return LDMLayout(UNET_PREFIX, names, thirds=thirds, swapped=("norm_out.linear", last))
+    return LDMLayout(UNET_PREFIX, names, rows=rows, swapped=("norm_out.linear", last))

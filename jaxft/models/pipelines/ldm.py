@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from jaxft.models.autoencoders.vae_config import VAEConfig
+from jaxft.models.denoisers.flux_config import FluxConfig
+from jaxft.models.denoisers.flux_single_file import flux_layout
 from jaxft.models.denoisers.mmdit_config import MMDiTConfig
 from jaxft.models.denoisers.mmdit_single_file import mmdit_layout
 from jaxft.models.denoisers.unet_config import UNetConfig
@@ -19,6 +21,7 @@ from jaxft.weights.folders.single_file import (
 )
 from jaxft.weights.folders.single_file import VAE_PREFIX as FIRST_STAGE
 
+FLUX_VAE = "vae."  # ComfyUI expects it in a file of FLUX.1
 SINGLE = (".safetensors", ".ckpt", ".pt", ".bin")
 RESNET = {
     "norm1": "in_layers.0",
@@ -77,9 +80,9 @@ def open_model(spec: str, weights: bool = True, prediction: str | None = None) -
 
 
 def kind(pipeline: Pipeline) -> str:
-    """Return the LDM layout of a pipeline's single file: "sd1", "sd2", "sdxl" or "sd3"."""
+    """Return the LDM layout of a pipeline's single file: "sd1", "sd2", "sdxl", "sd3" or "flux"."""
     if "transformer" in pipeline.components:
-        return "sd3"
+        return pipeline.family
     if "text_encoder_2" in pipeline.components:
         return "sdxl"
     act = pipeline.components["text_encoder"].config.get("hidden_act", "quick_gelu")
@@ -89,12 +92,16 @@ def kind(pipeline: Pipeline) -> str:
 def layouts(pipeline: Pipeline) -> dict[str, LDMLayout]:
     """Return the single-file layout of every component of the file, by its config.
 
-    A file of Stable Diffusion 3 holds no text encoders, as those of Stability AI.
+    A file of Stable Diffusion 3 or FLUX.1 holds no text encoders, as those of Stability AI.
     """
     configs = {name: source.config for name, source in pipeline.components.items()}
     if "transformer" in configs:
+        decoder = vae_layout(VAEConfig.from_hf(configs["vae"]))
+        if pipeline.family == "flux":
+            denoiser = flux_layout(FluxConfig.from_hf(configs["transformer"]))
+            return {"transformer": denoiser, "vae": decoder._replace(prefix=FLUX_VAE)}
         denoiser = mmdit_layout(MMDiTConfig.from_hf(configs["transformer"]))
-        return {"transformer": denoiser, "vae": vae_layout(VAEConfig.from_hf(configs["vae"]))}
+        return {"transformer": denoiser, "vae": decoder}
     made = {
         "unet": unet_layout(UNetConfig.from_hf(configs["unet"])),
         "vae": vae_layout(VAEConfig.from_hf(configs["vae"])),
@@ -104,6 +111,12 @@ def layouts(pipeline: Pipeline) -> dict[str, LDMLayout]:
         cfg = CLIPTextConfig.from_hf(configs[name], projects, f"{name}/config.json")
         made[name] = clip_layout(cfg, prefix)
     return made
+
+
+def transformer_layouts(pipeline: Pipeline) -> dict[str, LDMLayout]:
+    """Return the layout of a transformer, by its component. {} for a pipeline with a UNet."""
+    found = layouts(pipeline) if "transformer" in pipeline.components else {}
+    return {name: layout for name, layout in found.items() if name == "transformer"}
 
 
 def unet_layout(cfg: UNetConfig) -> LDMLayout:

@@ -30,12 +30,20 @@ NOTHING, HOLE, SOURCE = "nothing", "hole", "source"
 KINDS = {NOTHING: "", HOLE: " inpainting", SOURCE: " InstructPix2Pix"}
 
 
+class Drawing(NamedTuple):
+    """Steps and guidance of a picture, where the caller names none."""
+
+    steps: int = 30
+    guidance: float = 7.5
+
+
 @dataclass(frozen=True)
 class PipelineConfig:
     """The configs of a pipeline's networks, its noise schedule, and its kind of null caption.
 
     `denoiser` is the folder of the network that denoises, and `lora` a regex over the projections
-    that a LoRA adapts by default.
+    that a LoRA adapts by default. `free_guidance`: each step of a sampler predicts from the null
+    caption too (classifier-free guidance).
 
     `zero_null`: a null caption is zeros (SDXL's pipeline), and not the embedding of "". `scheduler`
     holds the keys of scheduler_config.json that differ from those of the folder.
@@ -48,6 +56,8 @@ class PipelineConfig:
     sdxl: bool
     zero_null: bool
     scheduler: tuple[tuple[str, Any], ...] = ()
+    free_guidance: ClassVar[bool] = True
+    drawing: ClassVar[Drawing] = Drawing()
     denoiser: ClassVar[str] = "unet"
     lora: ClassVar[str] = r"unet\..*\.attn[12]\.to_(q|k|v|out)"
 
@@ -218,14 +228,16 @@ class StableDiffusion(nnx.Module):
         *,
         dtype: Any,
         concat: Float[Array, "B Y X K"] | None = None,
+        guidance: Any = None,
         keys: PRNGKeyArray | None = None,
         remat: str = "none",
     ) -> Float[Array, "B Y X C"]:
         """Return the UNet's prediction for noisy, scaled latents.
 
-        concat: further input channels (see `conditioning`). time_ids: for SDXL. Other arguments are
-        as in `UNet`.
+        concat: further input channels (see `conditioning`). time_ids: for SDXL. guidance is for
+        other pipelines. Other arguments are as in `UNet`.
         """
+        del guidance
         if concat is not None:
             joined = [latents, concat.astype(latents.dtype)]
             latents = jnp.concatenate(joined, axis=-1)  # [B, Y, X, C + K]
@@ -252,10 +264,10 @@ def zeroed(text: Text) -> Text:
 
 
 class Guidance(NamedTuple):
-    """Settings of classifier-free guidance, as in `samplers.guide` and `guide_edit`.
+    """Settings of guidance, as in `samplers.guide` and `guide_edit`.
 
-    scale: of the caption. rescale: the share whose contrast is corrected. image: the scale of a
-    source picture.
+    scale: of the caption. A model without free guidance may take it as an input. rescale: the share
+    whose contrast is corrected. image: the scale of a source picture.
     """
 
     scale: Any
@@ -277,14 +289,15 @@ def generate(
     """Return pictures in [-1, 1] from unit noise [B, Y, X, C].
 
     model: a pipeline of any family, with `cfg`, its config.
-    Each step calls the UNet once, with the rows of null and caption together. With a source
-    picture there are rows of the null caption without the picture too (`concat` of zeros).
+    Each step calls the denoiser once, with the rows of null and caption together. With a source
+    picture there are rows of the null caption without the picture too (`concat` of zeros). Without
+    free guidance there are the rows of the caption alone.
     """
     rows, y, x, _ = noise.shape
     factor = cfg.vae.factor
     # SDXL's time ids: original size, crop, target size, for a picture that was not cropped.
     size = jnp.array([y * factor, x * factor, 0, 0, y * factor, x * factor], jnp.float32)
-    texts, concats = (null, text), (concat, concat)
+    texts, concats = ((null, text), (concat, concat)) if cfg.free_guidance else ((text,), (concat,))
     if cfg.conditioning == SOURCE:
         texts, concats = (null, *texts), (jax.tree.map(jnp.zeros_like, concat), *concats)
     every, inputs = _stacked(*texts), _stacked(*concats)
@@ -294,8 +307,13 @@ def generate(
     def predict(latents: Array, t: Array) -> Array:
         copies = jnp.concatenate([latents] * len(texts))  # [R, Y, X, C]
         times = jnp.broadcast_to(t, (times_rows,))  # [R]
-        out = model.predict(copies, times, every, ids, dtype=dtype, concat=inputs)
-        *first, image, cond = jnp.split(out, len(texts))  # [B, Y, X, C] each
+        out = model.predict(
+            copies, times, every, ids, dtype=dtype, concat=inputs, guidance=guidance.scale
+        )
+        *nulls, cond = jnp.split(out, len(texts))  # [B, Y, X, C] each
+        if not nulls:
+            return cond
+        *first, image = nulls
         if not first:
             return guide(image, cond, guidance.scale, guidance.rescale)
         return guide_edit(first[0], image, cond, guidance.scale, guidance.image, guidance.rescale)

@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5 as a whole: embeddings of captions, and velocities of latents."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,12 +17,12 @@ from jaxft.models.autoencoders.vae_config import VAEConfig
 from jaxft.models.denoisers import mmdit
 from jaxft.models.denoisers.mmdit import MMDiT
 from jaxft.models.denoisers.mmdit_config import MMDiTConfig
-from jaxft.models.pipelines.stable_diffusion import NOTHING, Text
+from jaxft.models.pipelines.stable_diffusion import NOTHING, Drawing, Text
 from jaxft.models.text_encoders import clip, t5
 from jaxft.models.text_encoders.clip import CLIPText, CLIPTextConfig
 from jaxft.models.text_encoders.t5 import T5Encoder, T5EncoderConfig
-from jaxft.noise.flow import FLOW_SAMPLERS, FlowMatching, FlowSchedule
-from jaxft.weights.folders.diffusers import SCHEDULER, Pipeline, legacy_part, part
+from jaxft.noise.flow import FLOW_SAMPLERS, FlowMatching, FlowSchedule, check_snr
+from jaxft.weights.folders.diffusers import SCHEDULER, TEXT_ENCODERS, Pipeline, legacy_part, part
 from jaxft.weights.transfer import Part
 
 T5_TOKENS = 256  # of a caption: the default of the pipeline in diffusers
@@ -40,6 +41,8 @@ class SD3Config:
     conditioning: ClassVar[str] = NOTHING
     zero_null: ClassVar[bool] = False
     scheduler: ClassVar[tuple] = ()
+    free_guidance: ClassVar[bool] = True
+    drawing: ClassVar[Drawing] = Drawing()
     denoiser: ClassVar[str] = "transformer"
     lora: ClassVar[str] = r"transformer\..*\.attn.*\.to_(q|k|v|out)"
 
@@ -93,11 +96,7 @@ class SD3Config:
 
     def process(self, min_snr_gamma: float = 0.0) -> FlowMatching:
         """Return the noise process. Raises: UserError for weights by SNR, which are DDPM's."""
-        if min_snr_gamma:
-            raise UserError(
-                f"min_snr_gamma={min_snr_gamma} weights the rows of DDPM noise, but this model is"
-                " trained by flow matching; set it to 0"
-            )
+        check_snr(min_snr_gamma)
         return FlowMatching(self.schedule, self.transformer.patch_size)
 
     def describe(self) -> str:
@@ -177,15 +176,16 @@ class StableDiffusion3(nnx.Module):
         *,
         dtype: Any,
         concat: Float[Array, "B Y X K"] | None = None,
+        guidance: Any = None,
         keys: PRNGKeyArray | None = None,
         remat: str = "none",
     ) -> Float[Array, "B Y X C"]:
         """Return the velocity of noisy, scaled latents.
 
-        timesteps: sigmas in [0, 1]. time_ids and concat are for other pipelines. Other arguments
-        are as in `MMDiT`.
+        timesteps: sigmas in [0, 1]. time_ids, concat and guidance are for other pipelines. Other
+        arguments are as in `MMDiT`.
         """
-        del time_ids, concat
+        del time_ids, concat, guidance
         assert text.pooled is not None
         times = timesteps * self.train_steps  # [B]
         return self.transformer(
@@ -200,12 +200,20 @@ def parts(pipeline: Pipeline, cfg: SD3Config) -> tuple[Part, ...]:
         "vae": (vae.RULES, vae.sizes(cfg.vae)),
     }
     found = [part(pipeline, name, table) for name, table in tables.items()]
-    for name, text in zip(("text_encoder", "text_encoder_2"), cfg.clips, strict=True):
-        table = (clip.RULES, clip.sizes(text))
-        found.append(legacy_part(part(pipeline, name, table, clip.ignore(text))))
-    if cfg.t5:
-        source = t5.without_copy(pipeline.components["text_encoder_3"])
-        table = (t5.RULES, t5.sizes(cfg.t5))
-        last = part(pipeline, "text_encoder_3", table, t5.IGNORE)
-        found.append(last._replace(tensors=source.tensors))
+    return (*found, *text_parts(pipeline, cfg.texts))
+
+
+def text_parts(
+    pipeline: Pipeline, texts: Sequence[CLIPTextConfig | T5EncoderConfig]
+) -> tuple[Part, ...]:
+    """Return the parts of CLIP and T5 encoders, in the order of their folders."""
+    found = []
+    for name, text in zip(TEXT_ENCODERS, texts, strict=False):
+        if isinstance(text, CLIPTextConfig):
+            table = (clip.RULES, clip.sizes(text))
+            found.append(legacy_part(part(pipeline, name, table, clip.ignore(text))))
+        else:
+            source = t5.without_copy(pipeline.components[name])
+            made = part(pipeline, name, (t5.RULES, t5.sizes(text)), t5.IGNORE)
+            found.append(made._replace(tensors=source.tensors))
     return tuple(found)

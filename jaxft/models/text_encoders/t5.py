@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # transformers' names of one function
 SHARED, TIED_COPY = "shared.weight", "encoder.embed_tokens.weight"  # names of one table
 
 
@@ -77,9 +78,7 @@ class T5EncoderConfig:
         if config.get("model_type", "t5") != "t5":
             raise _refused(where, "model_type", config["model_type"], "t5")
         c = fields(config, DEFAULTS, {}, where)
-        if c["feed_forward_proj"] != "gated-gelu":
-            expected = "'gated-gelu', that of T5 v1.1"
-            raise _refused(where, "feed_forward_proj", c["feed_forward_proj"], expected)
+        _check_mlp(config, c["feed_forward_proj"], where)
         buckets, most = c["relative_attention_num_buckets"], c["relative_attention_max_distance"]
         # A quarter of the buckets are exact. Logarithms need one of these, and some distance.
         if buckets % 4 or most <= buckets // 4:
@@ -98,6 +97,22 @@ class T5EncoderConfig:
             pad_token_id=c["pad_token_id"],
             eos_token_id=c["eos_token_id"],
         )
+
+
+def _check_mlp(config: Mapping[str, Any], name: str, where: str) -> None:
+    """Raise UserError for another MLP than that of T5 v1.1. name: feed_forward_proj.
+
+    In transformers, the keys is_gated_act and dense_act_fn have priority over it.
+    """
+    own = {
+        "is_gated_act": name.startswith("gated-"),
+        "dense_act_fn": TANH_GELU[0] if name == "gated-gelu" else name.rpartition("-")[2],
+    }
+    for key, values in (("is_gated_act", (True,)), ("dense_act_fn", TANH_GELU)):
+        if key in config and config[key] not in values:
+            raise _refused(where, key, config[key], f"{values[0]!r}, that of T5 v1.1")
+        if key not in config and own[key] not in values:
+            raise _refused(where, "feed_forward_proj", name, "'gated-gelu', that of T5 v1.1")
 
 
 def _refused(where: str, key: str, value: Any, expected: str) -> UserError:

@@ -61,11 +61,12 @@ def _write_lora(job: Job) -> None:
     pipeline_lora.write_peft(job.folder, parts, leaves, arrays, scale)
     if job.opened.pipeline.family == "sd3":
         return
+    layouts = ldm.transformer_layouts(job.opened.pipeline)
     kind = ldm.kind(job.opened.pipeline)
     rank, alpha = cfg.lora.rank, scale * cfg.lora.rank
     stated = pipeline_lora.metadata(kind, job.name, cfg.model, rank, alpha)
     stated |= _modelspec(job, "lora")
-    pipeline_lora.write_kohya(job.folder, job.name, parts, leaves, arrays, scale, stated)
+    pipeline_lora.write_kohya(job.folder, job.name, parts, leaves, arrays, scale, stated, layouts)
 
 
 def _write_inversion(job: Job) -> None:

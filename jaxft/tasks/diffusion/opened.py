@@ -38,6 +38,11 @@ class OpenedPipeline:
         self.model_cfg = families.read_config(self.pipeline, options.prediction, options.zero_snr)
         check_sampler("sample.sampler", options.sample.sampler, self.model_cfg)
         check(options.caption_dropout, self.model_cfg)
+        if options.sample.rescale and not self.model_cfg.free_guidance:
+            raise UserError(
+                f"sample.rescale={options.sample.rescale} corrects classifier-free guidance, which"
+                f" {self.model_cfg.describe()}, does not have; set it to 0"
+            )
         self.model_cfg = inversion.extended(self.model_cfg, len(inversion.names(options.inversion)))
         self.process: NoiseProcess = self.model_cfg.process(options.min_snr_gamma)
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)

@@ -9,9 +9,11 @@ import numpy as np
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf
+from jaxft.weights.adapters.original_names import Factors, fused
 from jaxft.weights.adapters.peft import Slot, slots
 from jaxft.weights.files.tensor_files import write_sharded
 from jaxft.weights.folders.diffusers import legacy_part
+from jaxft.weights.folders.single_file import LDMLayout
 from jaxft.weights.rules import to_torch
 from jaxft.weights.transfer import Part
 
@@ -24,7 +26,8 @@ KOHYA = {
 # diffusers 0.42 does not load adapters of these modules from one format or both.
 UNREAD = ("unet.add_embedding.linear_1", "unet.add_embedding.linear_2")
 UNREAD += ("text_encoder.text_projection", "text_encoder_2.text_projection")
-VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+T5_BLOCKS = "encoder.block."  # modules of a T5 encoder
+VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
 
 
 class Site(NamedTuple):
@@ -65,7 +68,8 @@ def check(parts: Sequence[Part], leaves: Mapping[str, Leaf]) -> None:
         raise UserError(
             "export.kind='lora' needs lora.rank > 0; use export.kind='folder' or 'single_file'"
         )
-    if odd := sorted(site.name for site in found if site.name in UNREAD):
+    unread = (one for one in found if one.name in UNREAD or one.slot.module.startswith(T5_BLOCKS))
+    if odd := sorted(site.name for site in unread):
         raise UserError(
             f"lora.targets matches {', '.join(odd)}, which diffusers does not read from LoRA files;"
             " leave them out, as (?!.*(add_embedding|text_projection)).* does"
@@ -102,31 +106,42 @@ def write_kohya(
     arrays: Mapping[str, Any],
     scale: float,
     metadata: Mapping[str, str],
+    layouts: Mapping[str, LDMLayout],
 ) -> Path:
     """Write `NAME.kohya.safetensors` under diffusers' block names, which all programs read.
 
+    A component of `layouts` has the names of single files instead, and the scale in its weights.
     `metadata`: see `metadata` and `single_file.modelspec`. A layer whose A is zero is left out.
     """
-    sdxl = any(part.prefix == "text_encoder_2." for part in parts)
-    tensors = {}
+    second = any(part.prefix == "text_encoder_2." for part in parts)
+    tensors: dict[str, np.ndarray] = {}
+    renamed: dict[str, dict[str, Factors]] = {component: {} for component in layouts}
     for site in sites(parts, leaves):
         a, b = site.factors(arrays)
         if not a.any():
             continue
-        prefix = KOHYA[site.component][-1 if sdxl else 0]
+        if site.component in layouts:
+            renamed[site.component][site.slot.module] = a, scale * b
+            continue
+        prefix = KOHYA[site.component][-1 if second else 0]
         stem = prefix + site.slot.module.replace(".", "_")
         tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = a, b
         tensors[f"{stem}.alpha"] = np.array(scale * len(a), np.float32)
+    for component, factors in renamed.items():
+        for module, (a, b) in fused(layouts[component], factors).items():
+            stem = f"lora_unet_{module.replace('.', '_')}"
+            tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = a, b
+            tensors[f"{stem}.alpha"] = np.array(len(a), np.float32)
     return _write(folder, f"{name}.kohya", tensors, metadata)
 
 
 def metadata(kind: str, name: str, base: str, rank: int, alpha: float) -> dict[str, str]:
     """Return the ss_* keys by which UIs sort and describe a LoRA.
 
-    `kind` is "sd1", "sd2" or "sdxl".
+    `kind` is a key of VERSIONS.
     """
     return {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora_flux" if kind == "flux" else "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(alpha),
         "ss_network_args": json.dumps({"conv_dim": str(rank), "conv_alpha": str(alpha)}),

@@ -13,18 +13,14 @@ from safetensors import safe_open
 from jaxft.core.config import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE, Leaf
+from jaxft.weights.adapters.original_names import side_of, under_diffusers_names
 from jaxft.weights.adapters.pipeline import KOHYA, LORA_STEM, Site, sites
-from jaxft.weights.files.tensor_files import TensorFiles
-from jaxft.weights.folders.diffusers import LEGACY
+from jaxft.weights.files.tensor_files import TensorFiles, Tensors
+from jaxft.weights.folders.diffusers import COMPONENTS, LEGACY
 from jaxft.weights.folders.single_file import LDMLayout, renamed
 from jaxft.weights.rules import to_jax, to_torch
 from jaxft.weights.transfer import Part
 
-SIDES = {
-    "lora_a": (".lora_A.weight", ".lora_down.weight"),
-    "lora_b": (".lora_B.weight", ".lora_up.weight"),
-    "alpha": (".alpha",),
-}
 OTHER_METHODS = {  # a piece of a key, and the method that it belongs to
     ".lora_mid.": "LoCon with a core tensor (Tucker)",
     ".hada_": "LoHa",
@@ -52,7 +48,7 @@ class PipelineLora(NamedTuple):
     """A LoRA file. `lora` has its largest rank, its most common scale, and its targets."""
 
     lora: Lora
-    tensors: TensorFiles
+    tensors: Tensors
     adapted: tuple[AdaptedSite, ...]
 
 
@@ -62,11 +58,12 @@ def open_lora(
     """Open a LoRA file, or a folder with one, for the pipeline that it was trained on.
 
     `leaves` describes a model in which every projection has an adapter, of any rank. `layouts` are
-    LDM's, by component, because kohya's files name the blocks of an SDXL UNet as LDM does.
+    LDM's, by component, because kohya's files name the blocks of an SDXL UNet as LDM does, and
+    those of FLUX.1 as Black Forest Labs.
     Raises: UserError for tensors without a place, of another shape, or of another method than LoRA.
     """
     file = _file(spec)
-    tensors = TensorFiles.open(file)
+    tensors: Tensors = TensorFiles.open(file)
     keys = list(tensors.keys())
     for piece, method in OTHER_METHODS.items():
         if found := sorted(key for key in keys if piece in f"{key}."):
@@ -74,7 +71,9 @@ def open_lora(
                 f"{file}: {found[0]} is of {method}, and plain LoRA alone is supported; merge the"
                 " file into its base with the program that made it, and give that model"
             )
-    matched, odd = _match(keys, sites(parts, leaves), layouts)
+    if "transformer" in layouts:
+        tensors = under_diffusers_names(tensors, layouts["transformer"], "transformer")
+    matched, odd = _match(tensors.keys(), sites(parts, leaves), layouts)
     stated = _stated_scales(file)
     adapted = tuple(_adapted(file, tensors, one, leaves, stated) for one in matched)
     if odd:
@@ -136,22 +135,13 @@ def _match(
     matched: dict[str, tuple[Site, dict[str, str]]] = {}
     odd = []
     for key in sorted(keys):
-        side, stem = _side(key)
+        side, stem = side_of(key)
         site = known.get(stem)
         if site is None or side in matched.setdefault(site.name, (site, {}))[1]:
             odd.append(key)
         else:
             matched[site.name][1][side] = key
     return list(matched.values()), odd
-
-
-def _side(key: str) -> tuple[str, str]:
-    """Return the factor that a key holds, and the module's name before it."""
-    for side, ends in SIDES.items():
-        for end in ends:
-            if key.endswith(end):
-                return side, key.removesuffix(end)
-    return "", key
 
 
 def _names(site: Site, layouts: Mapping[str, LDMLayout]) -> Iterator[str]:
@@ -171,7 +161,7 @@ def _stated_scales(file: Path) -> dict[str, float]:
     with safe_open(file, "np") as opened:
         text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
     stated, scales = json.loads(text), {}
-    for component in KOHYA:
+    for component in COMPONENTS:
         rank, alpha = (stated.get(f"{component}.{key}") for key in ("r", "lora_alpha"))
         if any(stated.get(f"{component}.{key}") for key in ("alpha_pattern", "rank_pattern")):
             raise UserError(f"{file}: {component} has ranks or alphas of several sizes; give one")
@@ -183,7 +173,7 @@ def _stated_scales(file: Path) -> dict[str, float]:
 
 def _adapted(
     file: Path,
-    tensors: TensorFiles,
+    tensors: Tensors,
     matched: tuple[Site, Mapping[str, str]],
     leaves: Mapping[str, Leaf],
     stated: Mapping[str, float],

@@ -21,6 +21,7 @@ from jaxft.weights.views import Relaid, Renamed, as_matrices, widened
 SCHEDULER = "scheduler/scheduler_config.json"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 COMPONENTS = ("unet", "transformer", "vae", *TEXT_ENCODERS)
+FAMILIES = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 LEGACY = "text_model."  # transformers 4 cannot read a CLIPTextModel without this prefix in its keys
 BULKY = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5", ".safetensors")
@@ -47,9 +48,9 @@ class Pipeline:
 
     @property
     def family(self) -> str:
-        """The family by the index: "sd3", "sdxl" for an SDXL pipeline, else "sd"."""
+        """The family by the index: one of FAMILIES, "sdxl" for an SDXL pipeline, else "sd"."""
         if "transformer" in self.components:
-            return "sd3"
+            return FAMILIES[self.index["transformer"][1]]
         return "sdxl" if "XL" in self.index.get("_class_name", "") else "sd"
 
     def tokenizer_dir(self, name: str = "tokenizer") -> Path:
@@ -308,7 +309,9 @@ def pipeline_files(pipeline: Pipeline, changes: Changes = UNCHANGED) -> Files:
             elif name in rewritten:
                 continue
             files[f"{name}/{file}"] = content
-    for encoder in TEXT_ENCODERS[:2]:  # the third is T5's
+    for encoder in TEXT_ENCODERS:
+        if encoder in pipeline.components and _is_t5(pipeline.components[encoder]):
+            continue  # all versions of transformers read T5's tokenizer.json
         name = encoder.replace("text_encoder", "tokenizer")
         files |= _legacy_tokenizer(files, name)
         if f"{name}/vocab.json" in files:
@@ -337,6 +340,10 @@ def _index_bytes(pipeline: Pipeline, files: Mapping[str, Path | bytes]) -> Path 
     if not _names(index, "safety_checker") and pipeline.family == "sd":
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
     return files.get(INDEX, _dump(index)) if index == pipeline.index else _dump(index)
+
+
+def _is_t5(source: Source) -> bool:
+    return source.config.get("model_type") == "t5"
 
 
 def _legacy_tokenizer(files: Mapping[str, Path | bytes], name: str) -> Files:

@@ -15,7 +15,7 @@ from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.folders.transformers import Source
 from jaxft.weights.rules import Rule, renamed
 from jaxft.weights.transfer import Export
-from jaxft.weights.views import Place, Relaid, relaid
+from jaxft.weights.views import THIRDS, Place, Relaid, relaid
 
 ORIGINAL_TYPE, ORIGINAL_CLASS = "multi_modality", "MultiModalityCausalLM"
 _VQ, _GEN = "model.vqmodel.", "gen_vision_model."
@@ -70,8 +70,8 @@ def transformers_keyed(tensors: Tensors, where: str) -> Relaid:
             continue
         if match := FUSED_QKV.fullmatch(key):
             stem = f"{_LAYER.format(m=match[1])}self_attn."
-            for third, letter in enumerate("qkv"):
-                places[f"{stem}{letter}_proj.{match[2]}"] = Place(key, third=third)
+            for letter, rows in zip("qkv", THIRDS, strict=True):
+                places[f"{stem}{letter}_proj.{match[2]}"] = Place(key, rows=rows)
         elif found := renamed(BACK, key):
             places[found[0]] = Place(key, found[1])
         else:
@@ -85,7 +85,7 @@ def original(made: Export) -> Export:
     for key in made.infos:
         if match := FUSED.fullmatch(key):
             name = f"{_BLOCK.format(m=match[1])}attn.qkv.{match[3]}"
-            places[key] = Place(name, third="qkv".index(match[2]))
+            places[key] = Place(name, rows=THIRDS["qkv".index(match[2])])
         else:
             name, layout = renamed(ORIGINAL_NAMES, key) or (key, "")
             places[key] = Place(name, layout)

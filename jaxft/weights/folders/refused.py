@@ -7,9 +7,9 @@ from typing import Any
 
 from jaxft.core.errors import UserError
 
-GIVE = "give a Stable Diffusion 1.x, 2.x, XL or 3.x model"
+GIVE = "give a Stable Diffusion 1.x, 2.x, XL or 3.x model, or FLUX.1"
 # Models by the start of the class name of their transformer.
-TRANSFORMERS = {"Flux": "FLUX", "Chroma": "Chroma"}
+TRANSFORMERS = {"Flux2": "FLUX.2", "Chroma": "Chroma"}
 # Pipelines with a UNet of another kind, by a part of their class name.
 UNETS = {
     "Upscale": "an upscaler, whose UNet takes a low-resolution picture and its noise level",
@@ -18,6 +18,13 @@ UNETS = {
     "ImageVariation": "an image-variation model, which has no text encoder",
     "GLIGEN": "a GLIGEN model, whose UNet takes boxes",
 }
+# Text encoders of transformer pipelines, by their folders.
+SD3_TEXTS = {
+    "text_encoder": "CLIPTextModelWithProjection",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+    "text_encoder_3": "T5EncoderModel",
+}
+FLUX_TEXTS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
 # Single files of other kinds, by a key that only they have. The first match counts.
 REFUSED_KEYS = {
     r".*(lora_(up|down|[AB])\b|lora_unet_|lora_te).*": "a LoRA; give the model that it lies on",
@@ -25,7 +32,8 @@ REFUSED_KEYS = {
     " quantised weights; give its fp16 or plain fp8 version",
     r"(.*\.)?distilled_guidance_layer\..*": "Chroma, a diffusion transformer that is not supported"
     f" yet; {GIVE}",
-    r"(.*\.)?double_blocks\..*": f"FLUX, a diffusion transformer that is not supported yet; {GIVE}",
+    r"(.*\.)?double_blocks\..*": "FLUX.1, whose single files are not read yet; give its"
+    " diffusers folder",
     r"(.*\.)?joint_blocks\..*": "Stable Diffusion 3, whose single files are not read yet; give its"
     " diffusers folder",
     r"edm_(mean|std)": "playground-v2.5, whose EDM noise is not supported; " + GIVE,
@@ -47,7 +55,15 @@ def check_index(index: Mapping[str, Any], where: Path) -> None:
     pairs = {key: e for key, e in index.items() if isinstance(e, list) and len(e) == 2}
     classes = {key: cls for key, (_, cls) in pairs.items() if isinstance(cls, str)}
     if classes.get("transformer") == "SD3Transformer2DModel":
-        _check_sd3(classes, name, where)
+        _check_parts(classes, SD3_TEXTS, "text_encoder_3", name, where)
+        return
+    if classes.get("transformer") == "FluxTransformer2DModel":
+        if name != "FluxPipeline":
+            raise UserError(
+                f"{where}: {name} is a FLUX.1 pipeline with other inputs than a caption, which is"
+                " not supported; give a FluxPipeline, as FLUX.1-dev and FLUX.1-schnell are"
+            )
+        _check_parts(classes, FLUX_TEXTS, "", name, where)
         return
     if "unet" not in classes and (found := classes.get("transformer")):
         model = next((m for start, m in TRANSFORMERS.items() if found.startswith(start)), found)
@@ -77,20 +93,17 @@ def check_index(index: Mapping[str, Any], where: Path) -> None:
         )
 
 
-def _check_sd3(classes: Mapping[str, str], name: str, where: Path) -> None:
-    """Raise UserError for an SD 3 pipeline without its parts. Only T5 may be absent."""
-    wanted = {
-        "text_encoder": "CLIPTextModelWithProjection",
-        "text_encoder_2": "CLIPTextModelWithProjection",
-        "text_encoder_3": "T5EncoderModel",
-    }
-    for key, one in wanted.items():
+def _check_parts(
+    classes: Mapping[str, str], texts: Mapping[str, str], free: str, name: str, where: Path
+) -> None:
+    """Raise UserError for a pipeline without its VAE and `texts`, of which `free` may be absent."""
+    for key, one in texts.items():
         if (found := classes.get(key, one)) != one:
             raise UserError(f"{where}: {key} is a {found}; {name} has a {one} there")
-    if missing := sorted({"vae", "text_encoder", "text_encoder_2"} - classes.keys()):
+    if missing := sorted({"vae", *texts} - classes.keys() - {free}):
+        rest = f"; only {free} may be null" if free else "; give a folder with all of them"
         raise UserError(
-            f"{where}: {name} names no {', '.join(missing)} (null counts as none); only"
-            " text_encoder_3 may be null"
+            f"{where}: {name} names no {', '.join(missing)} (null counts as none){rest}"
         )
 
 

@@ -15,12 +15,12 @@ from jaxft.core.errors import UserError
 from jaxft.core.guards.inside import refuse_outside
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors, write_sharded
 from jaxft.weights.folders import known_configs as known
-from jaxft.weights.folders.diffusers import SCHEDULER, Pipeline, open_pipeline
+from jaxft.weights.folders.diffusers import FAMILIES, SCHEDULER, Pipeline, open_pipeline
 from jaxft.weights.folders.refused import check_keys
 from jaxft.weights.folders.transformers import Source
 from jaxft.weights.locate import INDEX
 from jaxft.weights.transfer import Export
-from jaxft.weights.views import Place, Relaid, relaid, widened
+from jaxft.weights.views import THIRDS, Place, Relaid, RowSpan, relaid, widened
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 TEXT_PREFIXES = {  # each family has its own
@@ -40,9 +40,8 @@ class LDMLayout(NamedTuple):
     prefix: the beginning of its keys. names: diffusers' names of modules or tensors to LDM's. The
     longest name that begins a key counts. arrows: diffusers' names of tensors to their layouts,
     LDM -> diffusers. fused: q, k and v are one in_proj. ignore: a regex of keys, on either side,
-    that fill no parameter. thirds: diffusers' modules that are a third of one module of LDM, with
-    its name and their index in it. swapped: diffusers' modules whose halves LDM has in the other
-    order.
+    that fill no parameter. rows: diffusers' modules that are rows of one module of LDM, with its
+    name and these rows. swapped: diffusers' modules whose halves LDM has in the other order.
     """
 
     prefix: str
@@ -50,16 +49,18 @@ class LDMLayout(NamedTuple):
     arrows: Mapping[str, str] = {}
     fused: bool = False
     ignore: str = r"(?!)"
-    thirds: Mapping[str, tuple[str, int]] = {}
+    rows: Mapping[str, tuple[str, RowSpan]] = {}
     swapped: Collection[str] = ()
 
 
 def as_diffusers(tensors: Tensors, layout: LDMLayout) -> Relaid:
     """Return one component of a single file under diffusers' keys and shapes."""
     back = {ldm: name for name, ldm in layout.names.items()}
-    modules: dict[str, list[str]] = {}  # of diffusers, by the module of LDM that holds their thirds
-    for name, (ldm, _) in sorted(layout.thirds.items(), key=lambda item: item[1]):
-        modules.setdefault(ldm, []).append(name)
+    modules: dict[
+        str, list[tuple[str, RowSpan]]
+    ] = {}  # of diffusers, by the module of LDM with them
+    for name, (ldm, rows) in layout.rows.items():
+        modules.setdefault(ldm, []).append((name, rows))
     places: dict[str, Place] = {}
     for key in tensors.keys():  # noqa: SIM118 (a Tensors is no dict)
         inner = key.removeprefix(layout.prefix)
@@ -67,8 +68,8 @@ def as_diffusers(tensors: Tensors, layout: LDMLayout) -> Relaid:
             continue
         stem, _, leaf = inner.rpartition(".")
         if stem in modules:
-            for third, module in enumerate(modules[stem]):
-                places[f"{module}.{leaf}"] = Place(key, third=third)
+            for module, rows in modules[stem]:
+                places[f"{module}.{leaf}"] = Place(key, rows=rows)
             continue
         name = renamed(inner, back)
         match = re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name) if layout.fused else None
@@ -79,8 +80,8 @@ def as_diffusers(tensors: Tensors, layout: LDMLayout) -> Relaid:
             swapped = name.rpartition(".")[0] in layout.swapped
             places[name] = Place(key, "" if is_matrix else arrow, swapped=swapped)
             continue
-        for third, letter in enumerate("qkv"):
-            places[f"{match[1]}.{letter}_proj.{match[2]}"] = Place(key, third=third)
+        for letter, rows in zip("qkv", THIRDS, strict=True):
+            places[f"{match[1]}.{letter}_proj.{match[2]}"] = Place(key, rows=rows)
     return Relaid(tensors, places)
 
 
@@ -256,16 +257,16 @@ def to_ldm(export: Export, layout: LDMLayout) -> Export:
 
 def _to_ldm(key: str, layout: LDMLayout) -> Place:
     module, _, leaf = key.rpartition(".")
-    if module in layout.thirds:
-        name, third = layout.thirds[module]
-        return Place(f"{layout.prefix}{name}.{leaf}", third=third)
+    if module in layout.rows:
+        name, rows = layout.rows[module]
+        return Place(f"{layout.prefix}{name}.{leaf}", rows=rows)
     name = renamed(key, layout.names)
     left, right = (layout.arrows.get(key) or "->").split("->")
     arrow = f"{right} -> {left}" if key in layout.arrows else ""
     match = re.fullmatch(r"(.+)\.([qkv])_proj\.(weight|bias)", name) if layout.fused else None
     if match:
         key = f"{layout.prefix}{match[1]}.in_proj_{match[3]}"
-        return Place(key, third="qkv".index(match[2]))
+        return Place(key, rows=THIRDS["qkv".index(match[2])])
     return Place(layout.prefix + name, arrow, swapped=module in layout.swapped)
 
 
@@ -283,6 +284,7 @@ ARCHITECTURES = {
     "sd2": "stable-diffusion-v2",
     "sdxl": "stable-diffusion-xl-v1-base",
     "sd3": "stable-diffusion-v3",
+    "flux": "flux-1",
 }
 
 
@@ -294,21 +296,17 @@ def modelspec(
     name = ARCHITECTURES[kind]
     if kind == "sd2":
         name += "-768-v" if v else "-512"
+    author = "black-forest-labs/flux" if kind == "flux" else "Stability-AI/generative-models"
     stated = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{name}/{adapter}" if adapter else name,
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.implementation": f"https://github.com/{author}",
         "modelspec.title": title,
         "modelspec.resolution": f"{resolution}x{resolution}",
     }
-    return (
-        stated
-        if kind == "sd3"
-        else {
-            **stated,
-            "modelspec.prediction_type": "v" if v else "epsilon",
-        }
-    )
+    if kind in FAMILIES.values():
+        return stated
+    return {**stated, "modelspec.prediction_type": "v" if v else "epsilon"}
 
 
 def _dump(config: Mapping[str, Any]) -> bytes:

@@ -80,7 +80,7 @@ class Adapted:
             return out / "pytorch_lora_weights.safetensors"
         spec = pipeline_lora.metadata("sd1", "mine", str(self.folder), 4, 6.0)
         return pipeline_lora.write_kohya(
-            out, "mine", self.parts, self.leaves, self.arrays, self.scale, spec
+            out, "mine", self.parts, self.leaves, self.arrays, self.scale, spec, {}
         )
 
     def updates(self):

@@ -21,6 +21,14 @@ WHOLE = {
     "text_encoder": CLIP,
     "safety_checker": NONE,
 }
+T5 = ["transformers", "T5EncoderModel"]
+FLUX = {
+    "_class_name": "FluxPipeline",
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": VAE,
+    "text_encoder": CLIP,
+    "text_encoder_2": T5,
+}
 XL = {**WHOLE, "_class_name": "StableDiffusionXLPipeline", "text_encoder_2": PROJECTED}
 
 
@@ -36,6 +44,13 @@ XL = {**WHOLE, "_class_name": "StableDiffusionXLPipeline", "text_encoder_2": PRO
         ({**WHOLE, "_class_name": "StableUnCLIPPipeline"}, "an unCLIP model"),
         ({**WHOLE, "text_encoder": ["x", "RobertaSeriesModel"]}, "only CLIP text encoders"),
         ({"_class_name": "PixArtPipeline", "transformer": ["d", "PixArt"]}, "this is PixArt"),
+        (
+            {**FLUX, "_class_name": "FluxKontextPipeline"},
+            "other inputs than a caption",
+        ),
+        ({**FLUX, "text_encoder_2": CLIP}, "text_encoder_2 is a CLIPTextModel; .* a T5EncoderMod"),
+        ({**FLUX, "text_encoder_2": NONE}, "names no text_encoder_2 .*with all of them"),
+        ({**FLUX, "vae": NONE}, "names no vae"),
         ({}, "names no text_encoder, unet, vae"),
     ],
 )
@@ -45,7 +60,7 @@ def test_pipelines_that_cannot_be_trained(index, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("index", [WHOLE, XL])
+@pytest.mark.parametrize("index", [WHOLE, XL, FLUX])
 def test_pipelines_that_can(index):
     check_index(index, Path("a/model_index.json"))
 

@@ -1,0 +1,103 @@
+"""LoRA of a transformer under the names of single files, as kohya and ComfyUI have it.
+
+A module of a single file may hold several of diffusers', such as q, k and v. Adapters of these
+become one of their summed rank, whose B has blocks along its diagonal. All products A B are kept.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxft.weights.files.tensor_files import Tensors
+from jaxft.weights.folders.single_file import LDMLayout
+from jaxft.weights.views import InMemory, Overlaid, Renamed, RowSpan
+
+Factors = tuple[np.ndarray, np.ndarray]  # A [r, in] and B [out, r]
+WHOLE_MODULE = RowSpan(0, 1, 1)
+SIDES = {
+    "lora_a": (".lora_A.weight", ".lora_down.weight"),
+    "lora_b": (".lora_B.weight", ".lora_up.weight"),
+    "alpha": (".alpha",),
+}
+
+
+def side_of(key: str) -> tuple[str, str]:
+    """Return the factor that a key holds, and the module's name before it."""
+    for side, ends in SIDES.items():
+        for end in ends:
+            if key.endswith(end):
+                return side, key.removesuffix(end)
+    return "", key
+
+
+def _modules(layout: LDMLayout) -> dict[str, dict[str, RowSpan]]:
+    """Return diffusers' modules, with their rows, by the module of a single file with them."""
+    found = {theirs: {name: WHOLE_MODULE} for name, theirs in layout.names.items()}
+    for name, (theirs, rows) in layout.rows.items():
+        found.setdefault(theirs, {})[name] = rows
+    return found
+
+
+def fused(layout: LDMLayout, factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return the factors of each module of a single file, from those of diffusers' modules.
+
+    Rows of a module without an adapter are zeros.
+    """
+    made = {}
+    for theirs, modules in _modules(layout).items():
+        own = {name: rows for name, rows in modules.items() if name in factors}
+        if not own:
+            continue
+        low = np.concatenate([factors[name][0] for name in own])  # [sum of r, in]
+        name, rows = next(iter(own.items()))
+        unit = len(factors[name][1]) // (rows.stop - rows.start)
+        up, column = np.zeros((unit * rows.of, len(low)), np.float32), 0
+        for name, rows in own.items():
+            a, b = factors[name]
+            up[rows.start * unit : rows.stop * unit, column : column + len(a)] = b
+            column += len(a)
+        made[theirs] = low, _swapped(layout, name, up)
+    return made
+
+
+def under_diffusers_names(tensors: Tensors, layout: LDMLayout, component: str) -> Tensors:
+    """Return a LoRA file whose keys of a transformer are those of diffusers' files.
+
+    Ranks whose B is zero for a module are left out of it, and so is a module whose B is zero beside
+    others that are not. Other keys are unchanged.
+    """
+    known = _modules(layout)
+    stems = {f"diffusion_model.{theirs}": theirs for theirs in known}
+    stems |= {f"lora_unet_{theirs.replace('.', '_')}": theirs for theirs in known}
+    found: dict[str, dict[str, str]] = {}
+    rest = []
+    for key in tensors.keys():  # noqa: SIM118 (a Tensors is no dict)
+        side, stem = side_of(key)
+        if stem in stems and side not in found.get(stem, {}):
+            found.setdefault(stem, {})[side] = key
+        else:
+            rest.append(key)
+    made: dict[str, np.ndarray] = {}
+    for stem, keys in found.items():
+        if not {"lora_a", "lora_b"} <= keys.keys():
+            rest += keys.values()  # not whole: the caller names it
+            continue
+        arrays = {side: tensors.read(key).astype(np.float32) for side, key in keys.items()}
+        a, b = arrays["lora_a"], arrays["lora_b"]
+        for name, rows in known[stems[stem]].items():
+            up, unit = _swapped(layout, name, b), len(b) // rows.of
+            up = up[rows.start * unit : rows.stop * unit]
+            used = up.any(axis=0)
+            if b.any() and not used.any():
+                continue
+            used |= not used.any()
+            path = f"{component}.{name}"
+            made[f"{path}.lora_A.weight"], made[f"{path}.lora_B.weight"] = a[used], up[:, used]
+            if "alpha" in arrays:
+                made[f"{path}.alpha"] = arrays["alpha"] * np.float32(used.mean())
+    return Overlaid(Renamed(tensors, {key: key for key in rest}), InMemory(made))
+
+
+def _swapped(layout: LDMLayout, name: str, up: np.ndarray) -> np.ndarray:
+    """Return B with its halves exchanged, for a module whose halves a single file exchanges."""
+    return np.roll(up, len(up) // 2, axis=0) if name in layout.swapped else up
