@@ -17,6 +17,13 @@ from jaxft.demo import demo_path
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
 SMALL = 2**24  # bytes of a file whose first records are looked at
 FIRST_RECORDS = 1000
+# The keys of each task's writers, which take jax to import.
+EXPORT_KINDS = {
+    "llm": ("merged", "adapter", "none"),
+    "autoencoder": ("folder", "none"),
+    "diffusion": ("folder", "single_file", "lora", "inversion", "all", "none"),
+    "image_tokens": ("folder", "adapter", "original", "none"),
+}
 
 
 def check_early(config: Mapping[str, Any]) -> None:
@@ -25,6 +32,9 @@ def check_early(config: Mapping[str, Any]) -> None:
     Also for a `seq_len` beyond the positions of a model on this disk, and for a record of a small
     local file whose label is not one of `labels`. The rest is checked when the model is opened.
     """
+    kind, kinds = config["export"]["kind"], EXPORT_KINDS[config["task"]]
+    if kind not in kinds:
+        raise UserError(f"export.kind={kind!r} is not one of {', '.join(kinds)}")
     _check_model(str(config["model"]), config)
     texts = config["task"] == "llm"
     places = {"data.train": config["data"]["train"], "data.eval": config["data"]["eval"]}

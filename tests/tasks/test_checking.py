@@ -7,8 +7,8 @@ import pytest
 
 from jaxft.core.config import load_config
 from jaxft.core.errors import UserError
-from jaxft.tasks import OPTIONS
-from jaxft.tasks.checking import check_early, check_length
+from jaxft.tasks import OPTIONS, get_task
+from jaxft.tasks.checking import EXPORT_KINDS, check_early, check_length
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,6 +91,13 @@ def test_places_that_are_not_there_are_named_with_their_key(name, changes, words
     changes = {"model": model, **changes} if name == "llm" else changes
     with pytest.raises(UserError, match=words):
         check_early(config(name, **changes))
+
+
+@pytest.mark.parametrize("task", OPTIONS)
+def test_the_kinds_of_exports_are_those_of_the_writers(task, model):
+    assert set(EXPORT_KINDS[task]) == {*get_task(task).writers, "none"}
+    with pytest.raises(UserError, match=r"export\.kind='gguf' is not one of"):
+        check_early(config(task, model=model, export__kind="gguf"))
 
 
 def test_labels_of_a_small_file_are_compared(model, rows):
