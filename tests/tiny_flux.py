@@ -33,7 +33,7 @@ def make_flux(work, kind="dev", **transformer):
     return FluxPipeline(
         transformer=sharpened(shaken(FluxTransformer2DModel(**config))),
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULERS[kind]),
-        vae=make_flow_vae(0.3611, 0.1159),
+        vae=shaken(make_flow_vae(0.3611, 0.1159)),
         text_encoder=text_encoder(vocab),
         tokenizer=tokenizer,
         text_encoder_2=make_t5(words),

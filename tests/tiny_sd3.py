@@ -68,8 +68,8 @@ def make_t5(words):
 
 
 def make_flow_vae(scale, shift):
-    """A random VAE of 4 channels with a shift and no quant convolutions."""
-    vae = AutoencoderKL(
+    """A VAE of 4 channels with a shift and no quant convolutions, not `shaken` yet."""
+    return AutoencoderKL(
         block_out_channels=(8, 16),
         norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -80,7 +80,6 @@ def make_flow_vae(scale, shift):
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    return shaken(vae)
 
 
 def sharpened(denoiser):
@@ -105,7 +104,7 @@ def make_sd3(work, t5=True, shift=3.0, **transformer):
     return StableDiffusion3Pipeline(
         transformer=denoiser,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-        vae=vae,
+        vae=shaken(vae),
         text_encoder=text_encoder(vocab, CLIPTextModelWithProjection),
         tokenizer=tokenizer,
         text_encoder_2=text_encoder(vocab, CLIPTextModelWithProjection, **wider),
