@@ -15,11 +15,11 @@ from jaxft.core.cli.arguments import parse
 from jaxft.core.errors import UserError
 from jaxft.core.guards.fingerprint import not_finite
 from jaxft.core.params import unpacked
+from jaxft.runs.folders.outputs import begin_output, check_output, finish_output
+from jaxft.runs.folders.workdir import read_config_file
 from jaxft.runs.opening import Run
-from jaxft.runs.outputs import begin_output, check_output, finish_output
 from jaxft.runs.pages.card import write_card
 from jaxft.runs.restoring import restore_run, step_option
-from jaxft.runs.workdir import read_config_file
 from jaxft.tasks import OPTIONS, Job
 from jaxft.weights.folders.quantised import PackedTensors
 from jaxft.weights.views import Grafted

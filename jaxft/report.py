@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxft.core import processes
 from jaxft.core.cli.arguments import parse
 from jaxft.core.errors import UserError
-from jaxft.runs.workdir import read_config_file
+from jaxft.runs.folders.workdir import read_config_file
 from jaxft.tasks import OPTIONS
 
 

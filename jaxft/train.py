@@ -17,7 +17,7 @@ from jaxft.core.cli.live import status
 from jaxft.core.errors import UserError
 from jaxft.core.guards.lock import locked
 from jaxft.core.guards.stopping import STOP_FLAG, Stopped, StopRequests
-from jaxft.runs.workdir import claim_workdir, differing_keys, make_workdir, read_config_file
+from jaxft.runs.folders.workdir import claim_workdir, differing_keys, make_workdir, read_config_file
 from jaxft.tasks import OPTIONS, check_task
 from jaxft.tasks.checking import check_early
 
@@ -112,8 +112,8 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
     from jaxft.runs.agreement import agreement, check_same
     from jaxft.runs.checkpoint import Checkpoints
     from jaxft.runs.compiling import Compiled, make_steps
-    from jaxft.runs.inputs import check_inputs, record_inputs
-    from jaxft.runs.outputs import check_output
+    from jaxft.runs.folders.inputs import check_inputs, record_inputs
+    from jaxft.runs.folders.outputs import check_output
     from jaxft.runs.planning.fitting import room_for
     from jaxft.runs.watch import Watch
 

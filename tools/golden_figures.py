@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
-from jaxft.runs.outputs import MARK
+from jaxft.runs.folders.outputs import MARK
 from jaxft.runs.pages.card import CARD
 from jaxft.tasks import NOW
 from jaxft.tasks.common.pictures import CELL, grid

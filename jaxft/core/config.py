@@ -340,11 +340,7 @@ def _key(f: dataclasses.Field) -> str:
 
 def _needed(schema: type) -> set[str]:
     """Return the keys without a default, which a config has to hold."""
-    return {
-        _key(f)
-        for f in dataclasses.fields(schema)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
+    return {_key(f) for f in dataclasses.fields(schema) if f.default is dataclasses.MISSING}
 
 
 def _build(schema: type[Schema], values: Mapping[str, Any], prefix: str) -> Schema:

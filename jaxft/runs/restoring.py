@@ -15,11 +15,11 @@ from jaxft.core.params import Params
 from jaxft.core.step import State
 from jaxft.runs.agreement import agreement, check_same
 from jaxft.runs.checkpoint import Checkpoints, Damage
-from jaxft.runs.inputs import MODEL_KEYS, check_inputs
+from jaxft.runs.folders.inputs import MODEL_KEYS, check_inputs
+from jaxft.runs.folders.workdir import read_config_file
 from jaxft.runs.opening import Run, load_params, open_run
 from jaxft.runs.state import abstract_state, model_params
 from jaxft.runs.watch import MANIFEST
-from jaxft.runs.workdir import read_config_file
 from jaxft.tasks import OPTIONS
 
 

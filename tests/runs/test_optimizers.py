@@ -9,9 +9,9 @@ import pytest
 from jaxft import train
 from jaxft.core.optimizers.adam import Moment
 from jaxft.runs.checkpoint import Checkpoints
+from jaxft.runs.folders.workdir import read_config_file
 from jaxft.runs.opening import open_run
 from jaxft.runs.state import abstract_state
-from jaxft.runs.workdir import read_config_file
 from tests.runs.test_train import CONFIG, timeless, weights
 
 COMMON = {

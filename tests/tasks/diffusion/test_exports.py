@@ -23,7 +23,7 @@ from jaxft.core.params import bind
 from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.stable_diffusion import Guidance
 from jaxft.noise.samplers import SAMPLERS
-from jaxft.runs.outputs import MARK
+from jaxft.runs.folders.outputs import MARK
 from jaxft.runs.pages.card import CARD
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders.diffusers import legacy_part, open_pipeline, part

@@ -17,7 +17,7 @@ from jaxft.core.params import NEW_TOKEN_ROLE, Leaf, bind
 from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.stable_diffusion import Guidance
 from jaxft.noise.samplers import SAMPLERS
-from jaxft.runs.outputs import MARK
+from jaxft.runs.folders.outputs import MARK
 from jaxft.runs.pages.card import CARD
 from jaxft.tasks.diffusion import inversion
 from tests import whole as runs

@@ -10,8 +10,8 @@ import pytest
 
 from jaxft import export, train
 from jaxft.core.errors import UserError
-from jaxft.runs import inputs
-from jaxft.runs.inputs import INPUTS, check_inputs, record_inputs
+from jaxft.runs.folders import inputs
+from jaxft.runs.folders.inputs import INPUTS, check_inputs, record_inputs
 
 KEYS = (*inputs.MODEL_KEYS, "data.train", "data.eval")
 CONFIG = ["--config", "configs/llm.py"]

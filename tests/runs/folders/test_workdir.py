@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from jaxft.core.config import flatten_config, load_config, read_config, resolve_config
 from jaxft.core.errors import UserError
-from jaxft.runs.workdir import claim_workdir, differing_keys, read_config_file
+from jaxft.runs.folders.workdir import claim_workdir, differing_keys, read_config_file
 from jaxft.tasks import OPTIONS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = sorted((ROOT / "configs").glob("*.py"))
 RESOLVED = {file.stem: load_config(str(file), (), OPTIONS) for file in SHIPPED}
 

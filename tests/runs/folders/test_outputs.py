@@ -8,11 +8,11 @@ import pytest
 
 from jaxft import export, train
 from jaxft.core.config import flatten_config, load_config
-from jaxft.runs.outputs import MARK, PATH_KEYS, begin_output
+from jaxft.runs.folders.outputs import MARK, PATH_KEYS, begin_output
 from jaxft.tasks import OPTIONS
 
 pytestmark = pytest.mark.usefixtures("quick", "one_thread")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = ["--config", str(ROOT / "configs" / "llm.py")]
 
 
@@ -138,7 +138,16 @@ def test_r2_only_own_leftovers_are_removed(tmp_path):
 
 
 NO_PATHS = {  # texts of a config that name no file
-    *("columns", "compute_dtype", "export.dtype", "export.kind", "init", "inversion.init"),
+    *(
+        "base",
+        "columns",
+        "compute_dtype",
+        "keep.best",
+        "export.dtype",
+        "export.kind",
+        "init",
+        "inversion.init",
+    ),
     *("inversion.token", "labels", "lora.layers", "lora.ranks", "lora.targets", "lora.tokens"),
     *("loss.adversarial_start", "objective", "optim.lr_by", "optim.name", "optim.schedule"),
     *("optim.warmup", "param_dtype", "prediction", "problem_type", "prompt", "remat", "total"),

@@ -10,13 +10,13 @@ from typing import Any
 from jaxft.core.config import flatten_config
 from jaxft.core.errors import UserError
 from jaxft.data.sources.files import find_files, visible_files
-from jaxft.runs.outputs import PATH_KEYS
+from jaxft.runs.folders.outputs import PATH_KEYS
 
 INPUTS = "inputs.json"  # in a run folder
 MODEL_KEYS = ("model", "tokenizer")  # those that a finished run reads too
 _RUN_KEYS = tuple(key for key in PATH_KEYS if key != "cache")
 _PACKAGED = ("pip", "demo", "tfds")  # schemes whose files belong to a package or a version
-WHOLE = 2**20  # bytes of a file that is read whole
+READ_WHOLE = 2**20  # bytes of a file that is read whole
 PIECES, PIECE = 16, 2**16  # pieces that are read of a longer one, and their bytes
 MOST_FILES = 1000  # files of one key that are read. Of more, names and sizes are compared
 
@@ -92,7 +92,7 @@ def _digest(path: Path) -> str:
     size = path.stat().st_size
     made = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        if size <= WHOLE:
+        if size <= READ_WHOLE:
             made.update(file.read())
         else:
             for number in range(PIECES):

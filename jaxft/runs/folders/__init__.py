@@ -1,0 +1,1 @@
+"""Folders of a run: its own, those that it reads, and its exports."""
