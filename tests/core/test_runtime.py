@@ -105,7 +105,7 @@ def test_a_command_ends_with_a_code_and_a_line(capsys, error, code, line):
     ("error", "code", "line"),
     [
         (UserError("seed is wrong"), 2, "jaxft: seed is wrong"),
-        (RuntimeError("Gloo failed: closed\nby peer"), 1, "jaxft: another process of this run"),
+        (RuntimeError("Gloo failed: closed\nby peer"), 76, "jaxft: another process of this run"),
         (RuntimeError("a bug"), 1, "RuntimeError: a bug"),
     ],
 )
