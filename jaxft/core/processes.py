@@ -52,6 +52,8 @@ def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     try:
         with live_output():
             code = _run(main, [word for word in argv if word != "--debug"])
+    except BrokenPipeError:  # nobody reads the output any more, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if debug:
             raise

@@ -29,6 +29,17 @@ def shown(capsys):
     return show
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    command = [sys.executable, "-m", "jaxft", "train", "--config", "configs/llm.py", "--help"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.wait(60)
+    process.stderr.close()
+
+
 def test_every_key_is_described():
     def walk(schema):
         names = {f.name.removesuffix("_") for f in dataclasses.fields(schema)}
