@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -110,6 +111,7 @@ def test_a_run_without_progress_stops_and_a_stopped_one_resumes_to_the_same(
         calls.append(1)
         if len(calls) == best["step"]:
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # a thread receives it
         return inner(*given)
 
     monkeypatch.setattr(sharding, "place_batch", place)
