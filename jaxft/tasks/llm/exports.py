@@ -115,9 +115,7 @@ def _write_gguf(job: Job, quantised: bool) -> None:
     """Write the merged model as one file. Matrices are rounded once, from float32."""
     opened, (part,) = job.opened, writers.parts(job)
     cfg = opened.model_cfg
-    stated, exact = (
-        writers.merged(one, part) for one in (job, job._replace(dtype="float32"))
-    )
+    stated, exact = (writers.merged(one, part) for one in (job, job._replace(dtype="float32")))
     infos: dict[str, tuple[tuple[int, ...], str]] = {}
     for key, (shape, dtype) in stated.infos.items():
         if name := gguf_writer.gguf_name(key):  # old files hold the frequencies of rope too

@@ -9,13 +9,22 @@ from typing import Any
 import numpy as np
 
 from jaxft.core.errors import UserError
-from jaxft.weights.files.gguf_tokenizer import BYTE, CONTROL, CUTS, NORMAL, USER_DEFINED, WORDS
-from jaxft.weights.files.gguf_tokenizer import GgufTokenizer
+from jaxft.weights.files.gguf_tokenizer import (
+    BYTE,
+    CONTROL,
+    CUTS,
+    NORMAL,
+    USER_DEFINED,
+    WORDS,
+    GgufTokenizer,
+)
 
 UNKNOWN, UNUSED = 2, 5  # tokenizer.ggml.token_type
 PLACEHOLDER = "[PAD{}]"  # llama.cpp's name of a row of the embedding without a token
 # Tokens that llama.cpp's converter takes as special, whatever their file says.
-LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
+LOOKS_SPECIAL = re.compile(
+    r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL
+)
 PROBE = "Hello  World's 12345 Zürich\n\n\tx = 3.14; y += 'Don't'\r\n 你好 🙂 I'LL  we'd   "
 INSTEAD = "use export.kind='merged' and llama.cpp's own converter"
 

