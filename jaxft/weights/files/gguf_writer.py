@@ -17,9 +17,9 @@ from jaxft.weights.files.gguf import ARRAY, LAYER, STRING, TOP, TYPES
 ALIGNMENT = 32  # bytes, llama.cpp's default
 VERSION = 3
 # The number of a metadata type by a value's Python type, and by the dtype of an array's items.
-PLAIN = {bool: (7, "<?"), int: (4, "<I"), float: (6, "<f")}
+SCALAR_LAYOUTS = {bool: (7, "<?"), int: (4, "<I"), float: (6, "<f")}
 ITEMS = {"int32": 5, "float32": 6}
-NUMBERS = {row[0]: number for number, row in TYPES.items()}
+TYPE_NUMBERS = {row[0]: number for number, row in TYPES.items()}
 ARRAYS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 WRITTEN = {np.dtype(dtype): name for name, dtype in ARRAYS.items()}
 Announced = Mapping[str, tuple[tuple[int, ...], str]]  # shape and type of each tensor
@@ -48,7 +48,7 @@ def type_name(shape: tuple[int, ...], dtype: np.dtype, quantised: bool) -> str:
     if len(shape) == 1:
         return "F32"
     if quantised:
-        return "F32" if shape[-1] % TYPES[NUMBERS["Q8_0"]][1] else "Q8_0"
+        return "F32" if shape[-1] % TYPES[TYPE_NUMBERS["Q8_0"]][1] else "Q8_0"
     return WRITTEN.get(dtype, "F32")
 
 
@@ -94,8 +94,8 @@ def write_gguf(
     for name, (shape, kind) in infos.items():
         places[name] = at
         head += _text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
-        head += struct.pack("<IQ", NUMBERS[kind], at)
-        _, block, size, _ = TYPES[NUMBERS[kind]]
+        head += struct.pack("<IQ", TYPE_NUMBERS[kind], at)
+        _, block, size, _ = TYPES[TYPE_NUMBERS[kind]]
         at += _aligned(math.prod(shape) // block * size)
     start = _aligned(len(head))
     with path.open("wb") as file:
@@ -130,7 +130,7 @@ def _value(value: Any) -> bytes:
         return struct.pack("<IIQ", ARRAY, number, len(value)) + value.tobytes()
     if isinstance(value, list):
         return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_text, value))
-    number, layout = PLAIN[type(value)]
+    number, layout = SCALAR_LAYOUTS[type(value)]
     return struct.pack("<I", number) + struct.pack(layout, value)
 
 

