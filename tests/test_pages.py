@@ -331,7 +331,8 @@ def check(line: Line, shown: str) -> None:
         case "jaxft.report":
             assert "Before and after" in (work / "report.html").read_text()
         case "jaxft.export":
-            assert any(Path(flags.get("--out", work / "export")).glob("*.safetensors"))
+            made = Path(flags.get("--out", work / "export"))
+            assert [*made.glob("*.safetensors"), *made.glob("*.gguf")]
         case "jaxft.verify":
             assert "PASSED" in shown
             assert json.loads((Path(line.arguments[0]) / "parity.json").read_text())["passed"]

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import jax
 import numpy as np
 
 from jaxft.core.errors import UserError
+from jaxft.core.params import ADAPTER_ROLE
 from jaxft.models.decoders import gguf
 from jaxft.models.decoders.classifier import class_name
 from jaxft.tasks import Job, Writer
 from jaxft.tasks.common import writers
 from jaxft.tasks.llm.opened import eos_ids
+from jaxft.weights.adapters import peft
+from jaxft.weights.adapters.ranks import scale
 from jaxft.weights.files import gguf_writer
 from jaxft.weights.files.gguf_vocabulary import vocabulary
 from jaxft.weights.folders.transformers import export_config
@@ -145,9 +149,55 @@ def _write_gguf(job: Job, quantised: bool) -> None:
     writers.copy({x: y for x, y in files.items() if x.startswith(LICENCES)}, job.folder)
 
 
+def _write_gguf_adapter(job: Job) -> None:
+    """Write the low-rank factors as one file.
+
+    llama.cpp adds alpha / rank * B A of each matrix, with one alpha. Another scale is put into B.
+    Raises: UserError for parameters that such a file cannot hold.
+    """
+    opened, (part,) = job.opened, writers.parts(job)
+    lora, cfg = opened.cfg.lora, opened.model_cfg
+    name = gguf.gguf_architecture(opened.source.config, cfg)
+    sizes = {slot.module: peft.size(slot, lora) for slot in peft.slots(part, job.leaves)}
+    heads = {"attn_q": cfg.num_heads, "attn_k": cfg.num_kv_heads} if name in gguf.PERMUTED else {}
+    arrays: dict[str, np.ndarray] = {}
+    more = [path for path in job.chosen if job.leaves[path].role != ADAPTER_ROLE]
+    for key, array in peft.factors(part, job.leaves, writers.adapters(job), lora):
+        module, _, factor = key.removesuffix(".weight").rpartition(".")
+        own = gguf_writer.gguf_name(f"{module}.weight") or ""
+        if own.startswith("token_embd") or factor not in ("lora_A", "lora_B"):
+            more.append(key)
+            continue
+        if factor == "lora_B":
+            size = sizes[module]
+            one = replace(lora, rank=size.rank, alpha=size.alpha)
+            array = array * np.float32(scale(one) * size.rank / lora.alpha)
+            count = heads.get(own.split(".")[-2])
+            array = gguf_writer.permuted(array, count) if count else array
+        arrays[f"{own}.{factor.lower()}"] = array
+    if more or part.kept:
+        raise UserError(
+            f"export.kind='gguf-adapter' holds the low-rank factors of projections, not"
+            f" {next(iter([*more, *part.kept]))}; use export.kind='gguf'"
+        )
+    metadata = {
+        "general.architecture": name,
+        "general.type": "adapter",
+        "general.name": job.name,
+        "general.file_type": FILE_TYPES["F32"],
+        "general.quantization_version": 2,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(lora.alpha),
+    }
+    if not jax.process_index():
+        infos = {key: (array.shape, "F32") for key, array in arrays.items()}
+        gguf_writer.write_gguf(job.folder / f"{job.name}.gguf", metadata, infos, arrays.items())
+
+
 WRITERS = {
     "merged": Writer(lambda job: writers.write_folder(job, side_files)),
     "adapter": writers.adapter(_write_adapter),
     "gguf": Writer(lambda job: _write_gguf(job, quantised=False)),
     "gguf-q8_0": Writer(lambda job: _write_gguf(job, quantised=True)),
+    "gguf-adapter": writers.adapter(_write_gguf_adapter),
 }

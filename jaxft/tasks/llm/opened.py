@@ -108,6 +108,12 @@ class OpenedDecoder:
         if cfg.export.kind.startswith("gguf"):  # refuse before training what cannot be written
             gguf_architecture(self.source.config, self.model_cfg)
             vocabulary(self.tokenizer, self.model_cfg.vocab_size, (), self.source.name)
+        wider = {"lora.dora": cfg.lora.dora, "trainable": cfg.trainable not in ("", lora.PATHS)}
+        if cfg.export.kind == "gguf-adapter" and any(wider.values()):
+            key = next(key for key, given in wider.items() if given)
+            raise UserError(
+                f"export.kind='gguf-adapter' cannot hold {key}; use 'gguf', or unset it"
+            )
         self.cfg = cfg
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.teacher, self.lost_teacher = self._open_teacher()

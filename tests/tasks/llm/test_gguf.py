@@ -86,7 +86,7 @@ def family(make_folder, tmp_path_factory):
 
 def exported(make_config, folder, out, kind="gguf", dtype="source", **changes):
     """The GGUF of an untrained model."""
-    run = runs.opening.open_run(make_config(folder, {"lora.rank": 0, "trainable": ".*", **changes}))
+    run = runs.open_run(make_config(folder, {"lora.rank": 0, "trainable": ".*", **changes}))
     with jax.set_mesh(run.mesh):
         export_folder(run, runs.load_params(run), out, kind, dtype)
     (file,) = out.glob("*.gguf")
@@ -179,22 +179,80 @@ def test_a_half_precision_folder_stays_so(make_folder, make_config, tmp_path):
     assert GgufFile(tmp_path / "out" / "out.gguf").config()["dtype"] == "float16"
 
 
-def test_an_adapter_is_merged(make_folder, make_config, tmp_path):
-    run = runs.opening.open_run(make_config(make_folder(), {"lora.rank": 4}))
+@pytest.fixture(scope="module")
+def adapted(make_folder, make_config):
+    """A run with random adapters of unequal ranks and scales, and its parameters."""
+    keys = {"lora.rank": 4, "lora.ranks": ".*q_proj=2/3", "lora.targets": "all-linear"}
+    run = runs.open_run(make_config(make_folder(), {**keys, "lora.rslora": True}))
     with jax.set_mesh(run.mesh):
         params = dict(runs.load_params(run))
         for path in params:
             if path.endswith(".lora_b"):
-                params[path] = params[path] + 0.1
-        export_folder(run, params, tmp_path / "gguf", "gguf", "source")
-        export_folder(run, params, tmp_path / "merged", "merged", "source")
-    one, other = (
-        jaxft.load(str(tmp_path / "gguf" / "gguf.gguf")),
-        jaxft.load(str(tmp_path / "merged")),
-    )
+                noise = jax.random.normal(jax.random.key(len(path)), params[path].shape)
+                params[path] = params[path] + noise
+    return run, params
+
+
+def written(run, params, out, kind):
+    with jax.set_mesh(run.mesh):
+        export_folder(run, params, out, kind, "source")
+    return out / f"{out.name}.gguf"
+
+
+def test_an_adapter_is_merged(adapted, tmp_path):
+    file = written(*adapted, tmp_path / "gguf", "gguf")
+    written(*adapted, tmp_path / "merged", "merged")
+    one, other = jaxft.load(str(file)), jaxft.load(str(tmp_path / "merged"))
     assert all(np.array_equal(x, other.params[path]) for path, x in one.params.items())
     card = (tmp_path / "gguf" / "README.md").read_text()
     assert "library_name: gguf" in card and 'jaxft.load("path/of/this/folder/gguf.gguf")' in card
+
+
+def test_an_adapters_file_adds_up_to_the_merged_one(adapted, make_config, tmp_path):
+    run, params = adapted
+    file = written(run, params, tmp_path / "adapter", "gguf-adapter")
+    fields = {key: x.contents() for key, x in gguf.GGUFReader(file).fields.items()}
+    assert fields["general.type"] == "adapter" and fields["adapter.type"] == "lora"
+    found, merged = read(file)[0], read(written(run, params, tmp_path / "gguf", "gguf"))[0]
+    base = read(exported(make_config, run.cfg.model, tmp_path / "base"))[0]
+    names = {x.removesuffix(".lora_a") for x in found if x.endswith(".lora_a")}
+    assert len(names) == 14 and len(found) == 28
+    for name, array in base.items():
+        if name in names:  # as llama.cpp does
+            a, b = found[f"{name}.lora_a"], found[f"{name}.lora_b"]
+            assert len(a) == (2 if "attn_q" in name else 4)
+            assert np.abs(array - merged[name]).max() > 0.1
+            array = array + fields["adapter.lora.alpha"] / b.shape[1] * b @ a
+        np.testing.assert_allclose(array, merged[name], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_llama_cpp_takes_the_adapters_file(adapted, tmp_path):
+    """Names and shapes fit its model; the wheel's Python has no call that applies them."""
+    engine = Engine(written(*adapted, tmp_path / "gguf", "gguf"))
+    adapter = engine.model.lora_adapter_init(
+        str(written(*adapted, tmp_path / "adapter", "gguf-adapter"))
+    )
+    assert adapter.meta_val_str("adapter.type") == "lora"
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"lora.dora": True}, "cannot hold lora.dora"),
+        ({"trainable": ".*lora_[abm]|norm.*"}, "cannot hold trainable"),
+    ],
+)
+def test_what_an_adapters_file_cannot_hold_is_refused(
+    keys, words, make_folder, make_config, tmp_path
+):
+    config = make_config(make_folder(), {"lora.rank": 4, **keys})
+    run = runs.open_run(config)  # which exports something else
+    with pytest.raises(UserError, match="holds the low-rank factors of projections, not"):
+        written(run, runs.load_params(run), tmp_path / "out", "gguf-adapter")
+    config["export"]["kind"] = "gguf-adapter"
+    with pytest.raises(UserError, match=words):
+        runs.open_run(config)
 
 
 def test_chat_template_and_stops_are_in_the_file(chat_folder, make_config, tmp_path):
@@ -224,10 +282,10 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
 ):
     config = make_config(family(name, **changes), {"export.kind": "gguf"})
     if words is None:
-        runs.opening.open_run(config)
+        runs.open_run(config)
         return
     with pytest.raises(UserError, match=words):
-        runs.opening.open_run(config)
+        runs.open_run(config)
 
 
 def test_size_labels_are_those_of_llama_cpp():
