@@ -105,15 +105,7 @@ class OpenedDecoder:
             cfg = dataclasses.replace(cfg, trainable=rf"{lora.PATHS}|score\..*")
         self._check_head(cfg)
         check_base(cfg, self.options)
-        if cfg.export.kind.startswith("gguf"):  # refuse before training what cannot be written
-            gguf_architecture(self.source.config, self.model_cfg)
-            vocabulary(self.tokenizer, self.model_cfg.vocab_size, (), self.source.name)
-        wider = {"lora.dora": cfg.lora.dora, "trainable": cfg.trainable not in ("", lora.PATHS)}
-        if cfg.export.kind == "gguf-adapter" and any(wider.values()):
-            key = next(key for key, given in wider.items() if given)
-            raise UserError(
-                f"export.kind='gguf-adapter' cannot hold {key}; use 'gguf', or unset it"
-            )
+        self._check_gguf(cfg)
         self.cfg = cfg
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.teacher, self.lost_teacher = self._open_teacher()
@@ -151,6 +143,17 @@ class OpenedDecoder:
                 f"trainable={cfg.trainable!r} leaves the new head as it was drawn; leave it empty,"
                 r" or add |score\..* to it"
             )
+
+    def _check_gguf(self, cfg: Config) -> None:
+        """Raise UserError, before training, for a model that a GGUF file could not hold."""
+        if not cfg.export.kind.startswith("gguf"):
+            return
+        gguf_architecture(self.source.config, self.model_cfg)
+        vocabulary(self.tokenizer, self.model_cfg.vocab_size, (), self.source.name)
+        wider = {"lora.dora": cfg.lora.dora, "trainable": cfg.trainable not in ("", lora.PATHS)}
+        if cfg.export.kind == "gguf-adapter" and any(wider.values()):
+            key = next(key for key, given in wider.items() if given)
+            raise UserError(f"export.kind='gguf-adapter' cannot hold {key}; use export.kind='gguf'")
 
     def build(self, key: jax.Array) -> nnx.Module:
         model = self.architecture.module(self.model_cfg, key=key)

@@ -44,8 +44,11 @@ def sentencepiece(prefix):
     tokens += [left + right for left, right in pairs]
     vocab = {token: i for i, token in enumerate(tokens)}
     made = Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    steps = [normalizers.Prepend("▁")] if prefix else []
-    made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    if prefix == "metaspace":  # as transformers 5 builds it
+        made.pre_tokenizer = pre.Metaspace("▁", prepend_scheme="first", split=False)
+    else:
+        steps = [normalizers.Prepend("▁")] if prefix else []
+        made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     made.add_special_tokens(["<unk>", "<s>", "</s>"])
     made.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
@@ -88,12 +91,12 @@ def test_the_name_of_every_known_way_to_cut(name):
     assert vocabulary(fast(backend), SIZE, (), "here")["tokenizer.ggml.pre"] == name
 
 
-@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("prefix", [True, False, "metaspace"])
 def test_sentencepiece(prefix):
     tokenizer = fast(sentencepiece(prefix), unk_token="<unk>", pad_token="</s>")
     made = vocabulary(tokenizer, 300, (), "here")
     assert made["tokenizer.ggml.model"] == "llama" and made["tokenizer.ggml.pre"] == "default"
-    assert made["tokenizer.ggml.add_space_prefix"] is prefix
+    assert made["tokenizer.ggml.add_space_prefix"] is bool(prefix)
     assert made["tokenizer.ggml.add_bos_token"] and made["tokenizer.ggml.add_eos_token"]
     assert made["tokenizer.ggml.unknown_token_id"] == 0 and "tokenizer.ggml.merges" not in made
     kinds = made["tokenizer.ggml.token_type"]
