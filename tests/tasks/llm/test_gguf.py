@@ -26,12 +26,14 @@ from transformers import (
 )
 
 import jaxft
+from jaxft import export, train
 from jaxft.core.errors import UserError
 from jaxft.export import export_folder
 from jaxft.tasks.llm.exports import _size_label
 from jaxft.weights.files.gguf import GgufFile
 from tests import whole as runs
 
+ROOT = Path(__file__).resolve().parents[3]
 KIND = gguf.GGMLQuantizationType
 CLASSES = {
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -265,6 +267,21 @@ def test_chat_template_and_stops_are_in_the_file(chat_folder, make_config, tmp_p
     tokens, kinds = (fields[f"tokenizer.ggml.{x}"].contents() for x in ("tokens", "token_type"))
     assert tokens[end] == "<|im_end|>" and kinds[end] == gguf.TokenType.CONTROL
     assert tokens[329] == "[PAD329]" and kinds[329] == gguf.TokenType.UNUSED
+
+
+def test_a_run_ends_in_the_file_and_exports_another(make_folder, make_flags, tmp_path):
+    keys = {"total": "1_steps", "lora.rank": 2, "export.kind": "gguf", "export.dtype": "bfloat16"}
+    work = tmp_path / "mine"
+    flags = ["--config", str(ROOT / "configs" / "llm.py"), *make_flags(make_folder(), keys)]
+    assert train.main([*flags, "--workdir", str(work)]) == 0
+    names = {path.name for path in (work / "export").iterdir()}
+    assert names == {"mine.gguf", "README.md", ".jaxft-export"}
+    assert read(work / "export" / "mine.gguf")[1]["token_embd.weight"] == KIND.BF16
+    out = tmp_path / "small"
+    arguments = ["--workdir", str(work), "--out", str(out), "--kind", "gguf-adapter"]
+    assert export.main(arguments) == 0
+    assert GgufFile(work / "export" / "mine.gguf").config()["dtype"] == "bfloat16"
+    assert set(read(out / "small.gguf")[1].values()) == {KIND.F32}
 
 
 @pytest.mark.parametrize(
