@@ -13,10 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from gguf.quants import dequantize, quantize
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import jaxft
 from jaxft import export, train
