@@ -334,8 +334,8 @@ nothing to measure
     evaluate
     = data.eval is empty | --config.data.eval
 a kind that is none
-    export --kind=gguf --out=new
-    = --kind='gguf' | merged
+    export --kind=ggml --out=new
+    = --kind='ggml' | merged
 a folder that is dear
     export --out=full
     = full | --out

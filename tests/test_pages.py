@@ -41,7 +41,7 @@ COMMAND = (
     r"(?:python3?\s+(?:-m\s+jaxft|tools/)\S*"
     rf"|(?<![\w/.-])jaxft\s+(?:{'|'.join(COMMANDS)})\b)"
 )
-COUNT = 80  # of all pages; a new line is run without being listed here, but counted
+COUNT = 81  # of all pages; a new line is run without being listed here, but counted
 # What stands in a line for something that only its user knows: found among PLACES, or replaced.
 WORDS = {
     "--step 50": "--step 2",
@@ -331,7 +331,8 @@ def check(line: Line, shown: str) -> None:
         case "jaxft.report":
             assert "Before and after" in (work / "report.html").read_text()
         case "jaxft.export":
-            assert any(Path(flags.get("--out", work / "export")).glob("*.safetensors"))
+            made = Path(flags.get("--out", work / "export"))
+            assert [*made.glob("*.safetensors"), *made.glob("*.gguf")]
         case "jaxft.verify":
             assert "PASSED" in shown
             assert json.loads((Path(line.arguments[0]) / "parity.json").read_text())["passed"]

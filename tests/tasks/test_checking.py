@@ -96,8 +96,8 @@ def test_places_that_are_not_there_are_named_with_their_key(name, changes, words
 @pytest.mark.parametrize("task", OPTIONS)
 def test_the_kinds_of_exports_are_those_of_the_writers(task, model):
     assert set(EXPORT_KINDS[task]) == {*get_task(task).writers, "none"}
-    with pytest.raises(UserError, match=r"export\.kind='gguf' is not one of"):
-        check_early(config(task, model=model, export__kind="gguf"))
+    with pytest.raises(UserError, match=r"export\.kind='ggml' is not one of"):
+        check_early(config(task, model=model, export__kind="ggml"))
 
 
 def test_labels_of_a_small_file_are_compared(model, rows):

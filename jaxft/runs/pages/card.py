@@ -152,6 +152,9 @@ def loading(folder: Path, run: Run) -> tuple[str, str]:
     index, config = read_json(folder / "model_index.json"), read_json(folder / "config.json")
     architecture = next(iter(config.get("architectures") or ()), "")
     names = {file.name for file in folder.iterdir()}
+    if single := [name for name in sorted(names) if name.endswith(".gguf")]:
+        call = f'model = jaxft.load("{EXPORT_FOLDER}/{single[0]}")'
+        return "gguf", f"import jaxft\n\n{call}  # or llama.cpp, with the same file"
     if index:
         return "diffusers", _pipeline_lines(folder, index)
     pipeline = _lines("diffusers", "DiffusionPipeline", "pipeline", base)

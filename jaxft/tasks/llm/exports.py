@@ -1,14 +1,27 @@
-"""Exports of a language model: the merged folder, or its adapter."""
+"""Exports of a language model: the merged folder, its adapter, or one GGUF file."""
 
 import json
+import math
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
 
 from jaxft.core.errors import UserError
+from jaxft.core.params import ADAPTER_ROLE
+from jaxft.models.decoders import gguf
 from jaxft.models.decoders.classifier import class_name
 from jaxft.tasks import Job, Writer
 from jaxft.tasks.common import writers
 from jaxft.tasks.llm.opened import eos_ids
+from jaxft.weights.adapters import peft
+from jaxft.weights.adapters.ranks import scale
+from jaxft.weights.files import gguf_writer
+from jaxft.weights.files.gguf_vocabulary import vocabulary
 from jaxft.weights.folders.transformers import export_config
 
 
@@ -67,7 +80,124 @@ def _write_adapter(job: Job) -> None:
     writers.write_adapter(job, side_files(job, {""}), kind)
 
 
+FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type
+LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "README")
+
+
+def _metadata(job: Job, infos: gguf_writer.Announced) -> dict[str, Any]:
+    """Return the metadata of a GGUF file. `infos` are its tensors."""
+    opened, sizes = job.opened, dict.fromkeys(FILE_TYPES, 0)
+    for shape, kind in infos.values():
+        sizes[kind] += math.prod(shape)
+    chat, stops = opened.chat, opened.stop_ids()
+    with suppress(UserError):  # a template that fails has no part in a run on plain texts
+        stops = opened.stop_ids(chat)
+    made = {
+        "general.architecture": gguf.gguf_architecture(opened.source.config, opened.model_cfg),
+        "general.type": "model",
+        "general.name": job.name,
+        "general.size_label": _size_label(sum(sizes.values())),
+        "general.file_type": FILE_TYPES[max(sizes, key=lambda kind: sizes[kind])],
+        "general.quantization_version": 2,
+        **gguf.model_metadata(opened.source.config, opened.model_cfg),
+        **vocabulary(opened.tokenizer, opened.model_cfg.vocab_size, stops, opened.source.name),
+    }
+    own = chat.template if chat else opened.tokenizer.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
+    return {**made, "tokenizer.chat_template": own} if own else made
+
+
+def _size_label(count: int) -> str:
+    """Return a number of parameters as llama.cpp writes it: 135M, 1.5B."""
+    power = next((n for n in (12, 9, 6) if count > 10**n), 3)
+    scaled = count / 10**power
+    digits = max(2 - len(str(round(scaled)).lstrip("0")), 0)
+    return f"{scaled:.{digits}f}{'KMBT'[power // 3 - 1]}"
+
+
+def _write_gguf(job: Job, quantised: bool) -> None:
+    """Write the merged model as one file. Matrices are rounded once, from float32."""
+    opened, (part,) = job.opened, writers.parts(job)
+    cfg = opened.model_cfg
+    stated, exact = (writers.merged(one, part) for one in (job, job._replace(dtype="float32")))
+    infos: dict[str, tuple[tuple[int, ...], str]] = {}
+    for key, (shape, dtype) in stated.infos.items():
+        if name := gguf_writer.gguf_name(key):  # old files hold the frequencies of rope too
+            infos[name] = shape, gguf_writer.type_name(shape, np.dtype(dtype), quantised)
+    factors = gguf.rope_factors(opened.source.config, cfg)
+    if factors is not None:
+        infos["rope_freqs.weight"] = factors.shape, "F32"
+    metadata = _metadata(job, infos)
+    heads = {"attn_q": cfg.num_heads, "attn_k": cfg.num_kv_heads}
+    rotated = metadata["general.architecture"] in gguf.PERMUTED
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        if factors is not None:
+            yield "rope_freqs.weight", factors
+        for key, array in exact.tensors:
+            name = gguf_writer.gguf_name(key)
+            if name:
+                count = heads.get(name.split(".")[-2]) if rotated else None
+                yield name, gguf_writer.permuted(array, count) if count else array
+
+    if jax.process_index():  # making a tensor may gather an array from all processes
+        for _ in tensors():
+            pass
+        return
+    gguf_writer.write_gguf(job.folder / f"{job.name}.gguf", metadata, infos, tensors())
+    files = side_files(job, {""})
+    writers.copy({x: y for x, y in files.items() if x.startswith(LICENCES)}, job.folder)
+
+
+def _write_gguf_adapter(job: Job) -> None:
+    """Write the low-rank factors as one file.
+
+    llama.cpp adds alpha / rank * B A of each matrix, with one alpha. Another scale is put into B.
+    Raises: UserError for parameters that such a file cannot hold.
+    """
+    opened, (part,) = job.opened, writers.parts(job)
+    lora, cfg = opened.cfg.lora, opened.model_cfg
+    name = gguf.gguf_architecture(opened.source.config, cfg)
+    sizes = {slot.module: peft.size(slot, lora) for slot in peft.slots(part, job.leaves)}
+    heads = {"attn_q": cfg.num_heads, "attn_k": cfg.num_kv_heads} if name in gguf.PERMUTED else {}
+    arrays: dict[str, np.ndarray] = {}
+    more = [path for path in job.chosen if job.leaves[path].role != ADAPTER_ROLE]
+    for key, array in peft.factors(part, job.leaves, writers.adapters(job), lora):
+        module, _, factor = key.removesuffix(".weight").rpartition(".")
+        own = gguf_writer.gguf_name(f"{module}.weight") or ""
+        if own.startswith("token_embd") or factor not in ("lora_A", "lora_B"):
+            more.append(key)
+            continue
+        if factor == "lora_B":
+            size = sizes[module]
+            one = replace(lora, rank=size.rank, alpha=size.alpha)
+            array = array * np.float32(scale(one) * size.rank / lora.alpha)
+            count = heads.get(own.split(".")[-2])
+            array = gguf_writer.permuted(array, count) if count else array
+        arrays[f"{own}.{factor.lower()}"] = array
+    if more or part.kept:
+        raise UserError(
+            f"export.kind='gguf-adapter' holds the low-rank factors of projections, not"
+            f" {next(iter([*more, *part.kept]))}; use export.kind='gguf'"
+        )
+    metadata = {
+        "general.architecture": name,
+        "general.type": "adapter",
+        "general.name": job.name,
+        "general.file_type": FILE_TYPES["F32"],
+        "general.quantization_version": 2,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(lora.alpha),
+    }
+    if not jax.process_index():
+        infos = {key: (array.shape, "F32") for key, array in arrays.items()}
+        gguf_writer.write_gguf(job.folder / f"{job.name}.gguf", metadata, infos, arrays.items())
+
+
 WRITERS = {
     "merged": Writer(lambda job: writers.write_folder(job, side_files)),
     "adapter": writers.adapter(_write_adapter),
+    "gguf": Writer(lambda job: _write_gguf(job, quantised=False)),
+    "gguf-q8_0": Writer(lambda job: _write_gguf(job, quantised=True)),
+    "gguf-adapter": writers.adapter(_write_gguf_adapter),
 }

@@ -22,6 +22,7 @@ from jaxft.models import registry
 from jaxft.models.decoders.classifier import SCORE_RULE, open_classifier, stated_labels
 from jaxft.models.decoders.config import DecoderConfig
 from jaxft.models.decoders.files import open_decoder
+from jaxft.models.decoders.gguf import gguf_architecture
 from jaxft.models.registry import Architecture
 from jaxft.nn import lora
 from jaxft.nn.quantised import NF4_BASE, quantise
@@ -29,6 +30,7 @@ from jaxft.tasks.common.tokenizers import load_tokenizer, token_ids
 from jaxft.tasks.llm.options import LLMOptions, check_base, check_preference
 from jaxft.weights.adapters import peft
 from jaxft.weights.adapters.peft_folder import GIVE_BASE, fit, open_adapted
+from jaxft.weights.files.gguf_vocabulary import vocabulary
 from jaxft.weights.folders.quantised import PackedTensors, nf4_scales
 from jaxft.weights.transfer import Part
 from jaxft.weights.views import Drawn, Overlaid
@@ -103,6 +105,7 @@ class OpenedDecoder:
             cfg = dataclasses.replace(cfg, trainable=rf"{lora.PATHS}|score\..*")
         self._check_head(cfg)
         check_base(cfg, self.options)
+        self._check_gguf(cfg)
         self.cfg = cfg
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
         self.teacher, self.lost_teacher = self._open_teacher()
@@ -140,6 +143,17 @@ class OpenedDecoder:
                 f"trainable={cfg.trainable!r} leaves the new head as it was drawn; leave it empty,"
                 r" or add |score\..* to it"
             )
+
+    def _check_gguf(self, cfg: Config) -> None:
+        """Raise UserError, before training, for a model that a GGUF file could not hold."""
+        if not cfg.export.kind.startswith("gguf"):
+            return
+        gguf_architecture(self.source.config, self.model_cfg)
+        vocabulary(self.tokenizer, self.model_cfg.vocab_size, (), self.source.name)
+        wider = {"lora.dora": cfg.lora.dora, "trainable": cfg.trainable not in ("", lora.PATHS)}
+        if cfg.export.kind == "gguf-adapter" and any(wider.values()):
+            key = next(key for key, given in wider.items() if given)
+            raise UserError(f"export.kind='gguf-adapter' cannot hold {key}; use export.kind='gguf'")
 
     def build(self, key: jax.Array) -> nnx.Module:
         model = self.architecture.module(self.model_cfg, key=key)

@@ -1,4 +1,4 @@
-"""GGUF files of the llama architecture, read as a Hugging Face folder would be."""
+"""GGUF files of llama, Qwen 2 and Qwen 3, read as a Hugging Face folder would be."""
 
 import json
 import math
@@ -48,11 +48,14 @@ LAYER = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+READ = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # starts of class names
 
 
 class _Tensor(NamedTuple):
@@ -70,7 +73,7 @@ class _Tensor(NamedTuple):
 
 
 class GgufFile:
-    """A GGUF file of a llama model: tensors under Hugging Face keys, config and side files.
+    """A GGUF file of one of these models: tensors under Hugging Face keys, config and side files.
 
     Opening reads only the header. `read` dequantises one tensor. Quantised types are read as
     float32, and the others keep their dtype.
@@ -84,10 +87,13 @@ class GgufFile:
         except (OSError, ValueError) as error:  # ValueError: numpy cannot map an empty file
             raise UserError(f"{path}: not a readable GGUF file ({error})") from error
         self.metadata, stored = _Header(self.path, self._data.data).read()
-        architecture = self.metadata.get("general.architecture")
-        if architecture != "llama" or self.metadata.get("llama.expert_count"):
-            kind = "llama with experts" if architecture == "llama" else repr(architecture)
-            raise self._error(f"architecture {kind}; expected a dense 'llama'; use its HF folder")
+        self._kind = str(self.metadata.get("general.architecture"))
+        experts = self.metadata.get(f"{self._kind}.expert_count")
+        if self._kind not in READ or experts:
+            kind = f"{self._kind} with experts" if experts else repr(self._kind)
+            raise self._error(
+                f"architecture {kind}; expected a dense {', '.join(READ)}; use its HF folder"
+            )
         self.tokenizer = GgufTokenizer(self.path, self.metadata)
         self._heads = {"attn_q": self._integer("attention.head_count")}
         self._heads["attn_k"] = self._integer("attention.head_count_kv", self._heads["attn_q"])
@@ -110,11 +116,11 @@ class GgufFile:
             return f"model.layers.{layer[1]}.{LAYER[layer[2]]}.{layer[3]}"
         if name in TOP:
             return TOP[name]
-        raise self._error(f"tensor {name!r} is not part of a llama model; use its HF folder")
+        raise self._error(f"tensor {name!r} is not part of a {self._kind} model; use its HF folder")
 
     def _heads_of(self, tensor: _Tensor) -> int | None:
         """Return the number of heads of a tensor whose rows llama.cpp permutes, else None."""
-        return self._heads.get(tensor.name.split(".")[-2])
+        return self._heads.get(tensor.name.split(".")[-2]) if self._kind == "llama" else None
 
     def keys(self) -> Sequence[str]:
         return list(self._tensors)
@@ -143,16 +149,16 @@ class GgufFile:
         return array.reshape(tensor.shape)
 
     def _integer(self, name: str, default: int | None = None) -> int:
-        value = self.metadata.get(f"llama.{name}", default)
+        value = self.metadata.get(f"{self._kind}.{name}", default)
         if type(value) is not int or not 0 < value < 2**31:
-            raise self._error(f"llama.{name} is {value!r}; expected one positive integer")
+            raise self._error(f"{self._kind}.{name} is {value!r}; expected one positive integer")
         return value
 
     def _decimal(self, name: str, default: float) -> float:
         """Return the shortest decimal of a stored float32: 1e-05, not 9.999999747378752e-06."""
-        value = self.metadata.get(f"llama.{name}", default)
+        value = self.metadata.get(f"{self._kind}.{name}", default)
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self._error(f"llama.{name} is {value!r}; expected one positive number")
+            raise self._error(f"{self._kind}.{name} is {value!r}; expected one positive number")
         return float(str(np.float32(value)))
 
     def config(self) -> dict[str, Any]:
@@ -164,8 +170,8 @@ class GgufFile:
         theta, scaling = self._decimal("rope.freq_base", 10000.0), self._rope_scaling(head_dim)
         dtype = self._dtype().name
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [f"{READ[self._kind]}ForCausalLM"],
+            "model_type": self._kind,
             "vocab_size": self._tensors["model.embed_tokens.weight"].shape[0],
             "hidden_size": width,
             "intermediate_size": self._integer("feed_forward_length"),
@@ -203,7 +209,7 @@ class GgufFile:
     def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
         if self._rope_factors is not None:
             return self._llama3_scaling(head_dim)
-        kind = self.metadata.get("llama.rope.scaling.type", "none")
+        kind = self.metadata.get(f"{self._kind}.rope.scaling.type", "none")
         factor = self._decimal("rope.scaling.factor", 1.0)
         if kind == "none" or (kind == "linear" and factor == 1.0):
             return None

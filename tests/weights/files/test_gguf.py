@@ -193,7 +193,7 @@ def test_t04_linear_and_yarn(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arch": "qwen2"}, "architecture 'qwen2'"),
+        ({"arch": "gemma"}, "architecture 'gemma'"),
         ({"expert_count": 8}, "llama with experts"),
         ({"rope_dimension_count": 8}, "part of each head"),
     ],

@@ -1,0 +1,100 @@
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+from gguf.quants import quantize
+
+from jaxft.core.errors import UserError
+from jaxft.weights.files.gguf import TYPES
+from jaxft.weights.files.gguf_writer import (
+    gguf_name,
+    permuted,
+    quantised,
+    type_name,
+    write_gguf,
+)
+
+RNG = np.random.default_rng(0)
+KIND = gguf.GGMLQuantizationType
+METADATA = {
+    "general.architecture": "llama",
+    "a.text": "Zürich 🙂",
+    "a.flag": True,
+    "a.count": 2**32 - 1,
+    "a.number": 1e-5,
+    "a.texts": ["", "a b", "▁x"],
+    "a.kinds": np.array([1, -2, 3], np.int32),
+    "a.scores": np.array([0, -1.5], np.float32),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e4])
+def test_q8_0_is_bitwise_the_gguf_packages(scale):
+    weights = RNG.standard_normal((40, 96)).astype(np.float32) * np.float32(scale)
+    weights[0] = 0
+    weights[1] = np.arange(96) - 47.5  # halves
+    ours = quantised(weights).reshape(40, -1)
+    assert np.array_equal(ours, quantize(weights, KIND.Q8_0))
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_the_gguf_package_reads_every_value_and_tensor(tmp_path, kind):
+    arrays = {
+        "one": RNG.standard_normal((3, 64)).astype(np.float32),
+        "vector": RNG.standard_normal(5).astype(np.float32),  # the next one has to be aligned
+        "two": RNG.standard_normal((2, 3, 32)).astype(np.float32),
+    }
+    infos = {x: (y.shape, "F32" if y.ndim == 1 else kind) for x, y in arrays.items()}
+    write_gguf(tmp_path / "m.gguf", METADATA, infos, reversed(arrays.items()))
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    values = {key: field.contents() for key, field in reader.fields.items() if "GGUF." not in key}
+    assert values.keys() == METADATA.keys()
+    for key, value in METADATA.items():
+        wanted = np.float32(value) if isinstance(value, float) else value
+        assert np.array_equal(values[key], wanted), key
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    for name, array in arrays.items():
+        stored = KIND[infos[name][1]]
+        assert tensors[name].tensor_type == stored and tensors[name].data_offset % 32 == 0
+        assert tensors[name].shape.tolist() == list(array.shape[::-1])
+        assert np.asarray(tensors[name].data).tobytes() == quantize(array, stored).tobytes()
+
+
+def test_tensors_that_were_not_announced_or_do_not_fit_are_errors(tmp_path):
+    infos = {"one": ((2, 32), "F16")}
+    zeros = np.zeros((2, 32), np.float32)
+    for tensors in ([], [("one", zeros[:1])], [("one", zeros), ("one", zeros)]):
+        with pytest.raises(ValueError, match="one"):
+            write_gguf(tmp_path / "m.gguf", {}, infos, tensors)
+    with pytest.raises(UserError, match=r"one overflows float16; export with export\.dtype"):
+        write_gguf(tmp_path / "m.gguf", {}, infos, [("one", zeros + 1e6)])
+
+
+def test_types_by_shape_and_dtype():
+    half, exact = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float64)
+    assert type_name((4,), half, True) == type_name((4,), half, False) == "F32"
+    assert (type_name((4, 64), half, False), type_name((4, 64), exact, False)) == ("BF16", "F32")
+    assert (type_name((4, 64), half, True), type_name((4, 48), half, True)) == ("Q8_0", "F32")
+    assert {row[0] for row in TYPES.values()} > {"F32", "F16", "BF16", "Q8_0"}
+
+
+@pytest.mark.parametrize("arch", ["LLAMA", "QWEN3"])
+def test_names_are_those_of_the_gguf_package(arch):
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], 12)
+    layer = "model.layers.11."
+    keys = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    keys += [f"{layer}self_attn.{x}_proj.weight" for x in "qkvo"]
+    keys += [f"{layer}mlp.{x}_proj.bias" for x in ("gate", "up", "down")]
+    keys += [f"{layer}{x}_layernorm.weight" for x in ("input", "post_attention")]
+    keys += [f"{layer}self_attn.{x}_norm.weight" for x in "qk"] if arch == "QWEN3" else []
+    for key in keys:
+        assert gguf_name(key) == names.get_name(key, try_suffixes=(".weight", ".bias")), key
+    for key in (f"{layer}self_attn.rotary_emb.inv_freq", "score.weight", f"x.{keys[3]}"):
+        assert gguf_name(key) is None
+
+
+def test_permuted_is_the_converters():
+    rows = RNG.standard_normal((24, 5))
+    theirs = rows.reshape(3, 2, 4, 5).swapaxes(1, 2).reshape(24, 5)  # LlamaModel.permute
+    assert np.array_equal(permuted(rows, 3), theirs)
+    assert np.array_equal(permuted(rows[:, 0], 3), theirs[:, 0])
