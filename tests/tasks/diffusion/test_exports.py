@@ -24,7 +24,7 @@ from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.stable_diffusion import Guidance
 from jaxft.noise.samplers import SAMPLERS
 from jaxft.runs.folders.outputs import MARK
-from jaxft.runs.pages.card import CARD
+from jaxft.runs.pages.card import BASE_CARD, CARD
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders.diffusers import legacy_part, open_pipeline, part
 from tests import whole as runs
@@ -173,9 +173,9 @@ def state(pipe):
 
 
 def files(folder):
-    """Every file by its relative path, but the mark and the card of an export."""
+    """Every file by its relative path, but the mark of an export and the cards."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    found = (path for path in found if path.name not in (MARK, CARD))
+    found = (path for path in found if path.name not in (MARK, CARD, BASE_CARD))
     return {str(path.relative_to(folder)): path for path in found}
 
 
