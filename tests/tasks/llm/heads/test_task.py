@@ -157,7 +157,10 @@ def test_a_plan_needs_no_data(flags, tmp_path, capsys, changes):
             " of data.train)",
         ),
         ({"trainable": ".*lora_.*"}, "leaves the new head as it was drawn; leave it empty"),
-        ({"data.train": "a.jsonl + b.jsonl"}, "is a mixture, which objective=classify does not"),
+        (
+            {"data.train": "demo:novel/train + demo:novel/valid"},
+            "is a mixture, which objective=classify does not",
+        ),
         ({"columns": "text=txet,name=leabl"}, "renames no field; found 'text', 'label'"),
         ({"labels": "calm,loud"}, "label 'wet' is not one of labels=calm,loud; correct it"),
         ({"labels": "calm,calm"}, "labels='calm,calm' must be different names"),
