@@ -106,7 +106,7 @@ def test_what_is_missing_is_named(folder, gone, named):
 def test_other_pipelines_are_refused_by_name(folder):
     index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "Flux"]}
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"this is FLUX \(FluxPipeline with a Flux\)"):
+    with pytest.raises(UserError, match=r"this is Flux \(FluxPipeline with a Flux\)"):
         open_pipeline(str(folder))
     (folder / "model_index.json").write_text("[]")
     with pytest.raises(UserError, match="expected a JSON object, found a list"):
