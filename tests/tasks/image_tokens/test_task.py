@@ -17,8 +17,7 @@ from jaxft.core.errors import UserError
 from jaxft.data.cache import ArrayCache
 from jaxft.data.loader import subset
 from jaxft.models.decoders.sampling import Sampling
-from jaxft.tasks import Request
-from jaxft.tasks.image_tokens import preview
+from jaxft.tasks import NOW, Request
 from jaxft.tasks.image_tokens.rows import open_store
 from tests import whole as runs
 from tests.interrupted import kill_after, start, timeless
@@ -192,18 +191,16 @@ def test_a_grid_shows_target_tokenizer_and_generated(trained, work, pictures, mo
     run = runs.open_run(
         make_config(trained / "export", pictures, work / "cache", {"eval_generated": 4})
     )
-    task, seen = run, {}
+    task = run
     task.encode({}, set())
     chosen = [int(i) for i in subset(task.held_out, 4, 0).ids]
     copies = np.stack([task.held_out.stored(i)["codes"] for i in chosen])
     monkeypatch.setattr(task.preview, "_sample", lambda *_: (copies, 1.0))
     monkeypatch.setattr(task.preview, "kid", lambda *_: 0.0)
-    monkeypatch.setattr(preview, "grid", lambda *shown: seen.update(enumerate(shown[:3])))
-    metrics, _ = task.preview._generated({})
-    cells, captions, headers = seen.values()
-    assert headers == ("target", "tokenizer", "generated")
-    assert captions == [task.held_out.caption(i) for i in chosen]
-    for (target, back, made), i in zip(cells, chosen, strict=True):
+    metrics, sheet = task.preview._generated({})
+    assert tuple(sheet.columns) == ("target", "tokenizer", NOW)
+    assert list(sheet.captions) == [task.held_out.caption(i) for i in chosen]
+    for target, back, made, i in zip(*sheet.columns.values(), chosen, strict=True):
         np.testing.assert_array_equal(target, task.held_out.images[i].pixels)
         np.testing.assert_array_equal(back, made)
         assert (back != target).any()

@@ -250,11 +250,13 @@ def test_a_copy_of_a_training_picture_is_found(rows, monkeypatch):
 
 
 def test_the_ceiling_shows_the_worst_first(rows, vq):
-    text, sheet = row_module.ceiling(rows), row_module.worst_pictures(rows, vq, 24)
+    text, sheet = row_module.ceiling(rows), row_module.worst_pictures(rows, vq)
     quality = [float(rows.stored(i)["psnr"]) for i in range(len(rows))]
     assert f"{np.mean(quality):.1f} dB" in text and f"{min(quality):.1f} at worst" in text
     made = vq.reconstruct(np.stack([rows.images[i].pixels for i in range(3)]))
     error = (made.pixels.astype(float) - [rows.images[i].pixels for i in range(3)]) / 127.5
     expected = 10 * np.log10(4 / np.square(error).mean((1, 2, 3)))
     np.testing.assert_allclose(quality[:3], expected, atol=0.1)
-    assert sheet.ndim == 3 and sheet.dtype == np.uint8
+    assert sheet.captions[0].endswith(f"({min(quality):.1f} dB)")
+    assert tuple(sheet.columns) == ("target", "reconstruction")
+    assert all(one.ndim == 4 and one.dtype == np.uint8 for one in sheet.columns.values())
