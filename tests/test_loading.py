@@ -143,7 +143,7 @@ def test_a_component_by_itself(pipeline, quick):
 
 def test_what_is_no_model_says_so_in_one_line(tmp_path):
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
-    for config in ({"model_type": "gemma4"}, {"_class_name": "FluxTransformer2DModel"}, {}):
+    for config in ({"model_type": "gemma4"}, {"_class_name": "LuminaTransformer2DModel"}, {}):
         (tmp_path / "config.json").write_text(json.dumps(config))
         known = r"is not supported; (among those )?supported are"
         with pytest.raises(UserError, match=known) as caught:
