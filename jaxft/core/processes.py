@@ -49,6 +49,8 @@ def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     at once, because jax would make it wait for the others.
     """
     code, debug = 1, "--debug" in argv
+    # transformers would print that PyTorch is absent, which no command needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         with live_output():
             code = _run(main, [word for word in argv if word != "--debug"])

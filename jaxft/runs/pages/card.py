@@ -112,8 +112,20 @@ def _table(heads: tuple[str, ...], rows: Any) -> str:
 
 
 def _public(spec: str) -> str:
-    """Return a model or data spec without the folders of this machine."""
-    return re.sub(r"[^\s:+*]*/(?=[^/\s])", "", spec) if not _HUB_ID.fullmatch(spec) else spec
+    """Return a model or data spec, or a mixture, without the folders of this machine."""
+    if _HUB_ID.fullmatch(spec):
+        return spec
+    return re.sub(r"(?:([a-z]+):)?([^\s+*]*/[^\s+*]+)", _without_folders, spec)
+
+
+def _without_folders(found: re.Match[str]) -> str:
+    """Return a name that is no path, such as demo:novel/train, whole, and of a path the end."""
+    scheme, place = found[1], found[2]
+    hub = scheme == "hf" and re.match(r"[\w.-]+/[\w.-]+(?=:|@|$)", place)
+    if scheme in ("demo", "tfds") or (hub and not Path(hub[0]).is_dir()):
+        return found[0]
+    end = re.sub(r".*/(?=[^/])", "", place)
+    return f"{scheme}:{end}" if scheme else end
 
 
 def find_licence(model: str, card: Path) -> str:

