@@ -172,6 +172,8 @@ def _change(name: str, before: Any, now: Any) -> str:
         return ""
     difference = now - before
     text = f"{difference / abs(before):+.1%}" if before else f"{difference:+.3g}"
+    if before > 0 and now > 0 and not 0.001 < now / before < 10:  # no percentage tells that
+        text = f"×{now / before:.3g}" if now > before else f"÷{before / now:.3g}"
     if not (way := direction(name)):
         return text
     good = difference * way > 0
