@@ -10,9 +10,8 @@ import pytest
 
 from jaxft import report
 from jaxft.core.guards.best import BEST_FILE
-from jaxft.runs.pages import report
 from jaxft.runs.pages.records import MANY, leaves, read_history
-from jaxft.runs.pages.report import REPORT, write_report
+from jaxft.runs.pages.report import REPORT, _change, write_report
 from jaxft.runs.pages.samples import Samples
 from jaxft.tasks import NOW, Sheet
 
@@ -162,7 +161,7 @@ def test_the_command_writes_the_page_of_a_run(finished, tmp_path, capsys):
 
 
 def test_a_change_of_many_times_is_no_percentage():
-    assert "×445 better" in report._change("token_accuracy", 0.001953, 0.8691)
-    assert "÷1.05e+05 better" in report._change("perplexity", 1.775e5, 1.684)
-    assert "-95.7% better" in report._change("loss", 12.09, 0.5214)
-    assert "+0.5 better" in report._change("accuracy", 0.0, 0.5)
+    assert "×445 better" in _change("token_accuracy", 0.001953, 0.8691)
+    assert "÷1.05e+05 better" in _change("perplexity", 1.775e5, 1.684)
+    assert "-95.7% better" in _change("loss", 12.09, 0.5214)
+    assert "+0.5 better" in _change("accuracy", 0.0, 0.5)
