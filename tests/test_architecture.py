@@ -292,11 +292,12 @@ def test_importing_jaxft_and_the_config_room_is_light():
 # Modules that are tested where they are used.
 TESTED_WITH = {
     "__main__.py": "core/cli/test_helping.py",
-    "core/cli/arguments.py": "core/cli/test_synonyms.py",
+    "core/cli/arguments.py": "core/configs/test_synonyms.py",
     "core/cli/commands.py": "core/cli/test_helping.py",
     "core/cli/completion.py": "core/cli/test_helping.py",
     "core/cli/keys.py": "core/cli/test_helping.py",
-    "core/cli/values.py": "core/test_config.py",
+    "core/configs/schema.py": "core/test_config.py",
+    "core/configs/values.py": "core/test_config.py",
     "train.py": "runs/test_train.py",
     "evaluate.py": "test_commands.py",
     "sample.py": "test_commands.py",

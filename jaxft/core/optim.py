@@ -11,7 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from optax import contrib
 
-from jaxft.core.config import Optim
+from jaxft.core.configs.schema import Optim
 from jaxft.core.errors import UserError
 from jaxft.core.optimizers.adam import ADAM_EPS, adam, adam_8bit
 from jaxft.core.optimizers.prodigy import prodigy

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from jaxft.core.config import Lora
+from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE
 from jaxft.nn.conv import Conv

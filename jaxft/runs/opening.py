@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxft.core import config as configs
 from jaxft.core import optim, processes, runtime, sharding
 from jaxft.core.cli.live import status
-from jaxft.core.config import Config
+from jaxft.core.configs.schema import Config
 from jaxft.core.errors import UserError
 from jaxft.core.guards.best import check_best
 from jaxft.core.params import CONSTANT_ROLE, Leaf, Params, describe, flatten, select, unpacked

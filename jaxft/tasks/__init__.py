@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flax import nnx
     from jax.sharding import Mesh
 
-    from jaxft.core.config import Config
+    from jaxft.core.configs.schema import Config
     from jaxft.core.params import Leaf, Params
     from jaxft.core.step import Batch, Metrics
     from jaxft.data.sources.images.records import Bad

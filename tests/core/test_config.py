@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from jaxft.core import config as configs
-from jaxft.core.cli import config_files
 from jaxft.core.config import load_config, override, read_config, resolve_config
+from jaxft.core.configs import files
 from jaxft.core.errors import UserError
 from jaxft.demo import DEMOS, demo_path
 
@@ -193,7 +193,7 @@ def test_a_config_is_looked_up_beside_the_package(tmp_path, monkeypatch):
     text = (ROOT / "configs" / "llm.py").read_text()
     (tmp_path / "configs" / "mine.py").write_text(text.replace("seed=0", "seed=41"))
     monkeypatch.chdir(tmp_path / "configs")
-    monkeypatch.setattr(config_files, "PACKAGE", tmp_path / "jaxft")
+    monkeypatch.setattr(files, "PACKAGE", tmp_path / "jaxft")
     assert load_config("configs/mine.py")["seed"] == 41
     with pytest.raises(
         UserError, match=r"configs/no\.py does not exist; shipped: configs/mine\.py"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxft.core.config import Lora
+from jaxft.core.configs.schema import Lora
 from jaxft.core.params import bind, describe, flatten
 from jaxft.core.sharding import batch_sharding, make_mesh, shardings, spec
 from jaxft.kernels.cross_entropy import linear_cross_entropy

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from jaxft.core import optim, sharding
 from jaxft.core import params as P
-from jaxft.core.config import Lora
+from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.kernels.cross_entropy import linear_cross_entropy, linear_log_probs
 from jaxft.models import registry

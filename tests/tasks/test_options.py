@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.core.config import Config, flatten_config, load_config, read_config
+from jaxft.core.config import flatten_config, load_config, read_config
+from jaxft.core.configs.schema import Config
 from jaxft.core.errors import UserError
 from jaxft.tasks import OPTIONS, TASKS
 

@@ -1,1 +1,1 @@
-"""Command lines: their options, help, completion, and the names that other trainers use."""
+"""Command lines: their options, help, completion, and live line."""

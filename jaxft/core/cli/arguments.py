@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxft.core.cli.commands import COMMANDS
 from jaxft.core.cli.helping import command_help
 from jaxft.core.cli.keys import keys_of_task
-from jaxft.core.cli.synonyms import advice, quoted
+from jaxft.core.configs.synonyms import advice, quoted
 from jaxft.core.errors import Printed, UserError
 from jaxft.core.runtime import Arguments, parse_arguments
 

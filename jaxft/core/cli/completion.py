@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from jaxft.core.cli.commands import COMMANDS, DEBUG, HELP
 from jaxft.core.cli.keys import ConfigKey, keys_of_task
-from jaxft.core.config import CHOICES
+from jaxft.core.configs.schema import CHOICES
 
 SHELLS = ("bash", "zsh", "fish")
 _BASH = """\

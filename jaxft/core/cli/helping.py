@@ -10,7 +10,8 @@ from typing import Any
 
 from jaxft.core.cli.commands import COMMANDS, DEBUG, HELP, Option
 from jaxft.core.cli.keys import ConfigKey, keys_of_task
-from jaxft.core.config import CHOICES, flatten_config, load_config
+from jaxft.core.config import flatten_config, load_config
+from jaxft.core.configs.schema import CHOICES
 from jaxft.core.errors import UserError
 
 _WIDTH, _INDENT = 100, 50  # columns of a help, and those in front of what a key is

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jaxft.core.config import CHOICES, MAPPING, Config, flatten_config
+from jaxft.core.config import MAPPING, flatten_config
+from jaxft.core.configs.schema import CHOICES, Config
 
 KEY_ENTRY = re.compile(r" {4}(\w+): (.+(?:\n {8,}.+)*)")
 DURATION = re.compile(r"\d+_(steps|epochs|examples)")

@@ -8,7 +8,8 @@ from typing import Any
 
 import huggingface_hub
 
-from jaxft.core.config import Config, flatten_config
+from jaxft.core.config import flatten_config
+from jaxft.core.configs.schema import Config
 from jaxft.core.errors import UserError
 from jaxft.runs.opening import Run
 from jaxft.runs.pages.records import read_history, read_json

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft.core import runtime
-from jaxft.core.config import Config
+from jaxft.core.configs.schema import Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADVERSARY_ROLE, mark
 from jaxft.models.critics import perceptual

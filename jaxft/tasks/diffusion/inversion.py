@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.core.config import Config
+from jaxft.core.configs.schema import Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import NEW_TOKEN_ROLE, Leaf, select
 from jaxft.models.pipelines.families import AnyConfig

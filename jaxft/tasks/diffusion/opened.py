@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft.core import runtime
-from jaxft.core.config import Config, Lora
+from jaxft.core.configs.schema import Config, Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
 from jaxft.models import flops

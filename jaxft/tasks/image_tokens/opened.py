@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft.core import runtime
-from jaxft.core.config import Config
+from jaxft.core.configs.schema import Config
 from jaxft.core.errors import UserError
 from jaxft.core.guards.inside import refuse_outside
 from jaxft.core.params import describe

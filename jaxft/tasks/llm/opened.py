@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft.core import runtime
-from jaxft.core.config import Config
+from jaxft.core.configs.schema import Config
 from jaxft.core.errors import UserError
 from jaxft.core.params import TEACHER_ROLE, describe, mark, unpacked
 from jaxft.data.text.chat.format import ChatFormat, open_chat

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxft.core.config import Config
+from jaxft.core.configs.schema import Config
 from jaxft.core.errors import UserError, near
 
 DPO_FAMILY = ("dpo", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm")

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.core.config import Config
+from jaxft.core.configs.schema import Config
 from jaxft.core.errors import UserError
 from jaxft.data.loader import SourceShare, sample_order, train_loader
 from jaxft.data.sources.mixtures import Mixture, read_mixture

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-from jaxft.core.config import Lora
+from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE, Leaf
 from jaxft.weights.adapters.original_names import side_of, under_diffusers_names

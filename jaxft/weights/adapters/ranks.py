@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import sqrt
 from typing import NamedTuple
 
-from jaxft.core.config import Lora
+from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 
 ENTRY = re.compile(r"\s*(.+?)=(\d+)(?:/(\d[\d.]*(?:e[+-]?\d+)?))?\s*(?:,(?!\s*$)|$)")

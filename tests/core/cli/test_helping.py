@@ -13,7 +13,8 @@ import pytest
 from jaxft.__main__ import run
 from jaxft.core.cli.commands import COMMANDS
 from jaxft.core.cli.keys import entries, keys_of_task
-from jaxft.core.config import CHOICES, Config, flatten_config, load_config
+from jaxft.core.config import flatten_config, load_config
+from jaxft.core.configs.schema import CHOICES, Config
 from jaxft.tasks import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from jaxft.core.cli.keys import keys_of
-from jaxft.core.cli.synonyms import AXOLOTL_NAMES, DIFFUSERS_NAMES, KOHYA_NAMES, TRL_NAMES
-from jaxft.core.config import Config, load_config
+from jaxft.core.config import load_config
+from jaxft.core.configs.schema import Config
+from jaxft.core.configs.synonyms import AXOLOTL_NAMES, DIFFUSERS_NAMES, KOHYA_NAMES, TRL_NAMES
 from jaxft.tasks import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[3]

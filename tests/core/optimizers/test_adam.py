@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxft.core.cli.config_files import PACKAGE
+from jaxft.core.configs.files import PACKAGE
 from jaxft.core.optimizers import adam
 from jaxft.core.optimizers.adam import FIRST, SECOND, Moment
 from tests.core.test_optim import LEAVES, arrays, is_spec, make, run, sharded

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxft.core.cli.config_files import PACKAGE
+from jaxft.core.configs.files import PACKAGE
 from jaxft.core.errors import UserError
 from jaxft.data.sources.schemes import SCHEMES, open_images, open_records
 from jaxft.demo import DEMOS

@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from jaxft.core import params as P
-from jaxft.core.config import Lora
+from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.models import flops
 from jaxft.models.denoisers import flux

@@ -11,7 +11,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from jaxft.core import params as P
-from jaxft.core.config import Lora
+from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.models import flops
 from jaxft.models.denoisers import mmdit

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from flax import nnx
 from safetensors import safe_open
 
-from jaxft.core.config import Lora
+from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import bind, describe
 from jaxft.models.denoisers import unet

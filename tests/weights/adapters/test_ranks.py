@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxft.core import optim
-from jaxft.core.config import Lora
+from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import bind, describe, flatten
 from jaxft.nn import lora

@@ -6,7 +6,8 @@ import pytest
 
 from jaxft.core.cli.arguments import parse
 from jaxft.core.cli.keys import keys_of_task
-from jaxft.core.cli.synonyms import (
+from jaxft.core.config import load_config
+from jaxft.core.configs.synonyms import (
     AXOLOTL_NAMES,
     DIFFUSERS_NAMES,
     KOHYA_NAMES,
@@ -14,7 +15,6 @@ from jaxft.core.cli.synonyms import (
     TRL_NAMES,
     advice,
 )
-from jaxft.core.config import load_config
 from jaxft.core.errors import UserError
 from jaxft.tasks import OPTIONS
 

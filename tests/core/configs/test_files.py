@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.core.cli.config_files import find_config
 from jaxft.core.config import load_config, read_config
+from jaxft.core.configs.files import find_config
 from jaxft.core.errors import UserError
 from jaxft.tasks import OPTIONS
 
