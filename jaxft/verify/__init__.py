@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jaxft.api.loading import family_of
 from jaxft.core import processes
 from jaxft.core.cli.arguments import parse
 from jaxft.core.errors import UserError
-from jaxft.loading import family_of
 from jaxft.tasks import OPTIONS
 from jaxft.verify import autoencoder, diffusion, image_tokens, llm
 from jaxft.verify.llm import hf_folder

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from transformers import AutoTokenizer, CLIPTextModel, LlamaForCausalLM
 
 import jaxft
-from jaxft import loading
+from jaxft.api import loading
 from jaxft.core.errors import UserError
 from jaxft.demo import demo_path
 from tests.tiny_autoencoders import make_janus, make_vae

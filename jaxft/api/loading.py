@@ -235,7 +235,7 @@ class LoadedPipeline:
         size: pixels a side, by default the size in the denoiser's config.json. steps, guidance: 30
         and 7.5 by default, those of its publisher for FLUX.1. sampler: ddim (for DDPM's noise),
         euler or dpm++. Raises UserError for an unknown sampler, for no size at all,
-        and for a UNet with a picture as input (`python -m jaxft.sample` has the option --image).
+        and for a UNet with a picture as input (the command `sample` has the option --image).
         """
         cfg, texts = self.config, [prompts] if isinstance(prompts, str) else list(prompts)
         if cfg.conditioning != NOTHING:
