@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from jaxtyping import UInt8
@@ -47,6 +47,33 @@ class Throughput:
         return rates | {"mfu": flops / seconds / (chip.flops * self.devices)}
 
 
+class Tracker(Protocol):
+    """A service that keeps the numbers and the pictures of a run."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W C"]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Events below a folder. Those after `resume_step` of an earlier start are hidden."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        self._events = SummaryWriter(str(folder), purge_step=resume_step + 1, flush_secs=10)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W C"]) -> None:
+        self._events.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._events.close()
+
+
 class MetricWriter:
     """Writer of a run's records, which also prints them. Only the primary process writes.
 
@@ -54,11 +81,18 @@ class MetricWriter:
     once. A number that is not finite is written as null, because JSON has no NaN. A resumed run
     first drops the records that it will write again: records after `resume_step`, a line that was
     cut off by a kill, and the evaluation at `resume_step` if that is the run's first or last step.
-    It also hides later TensorBoard events.
+
+    tracker: gets what TensorBoard gets, too.
     """
 
     def __init__(
-        self, workdir: Path | str, total_steps: int, resume_step: int = 0, *, primary: bool = True
+        self,
+        workdir: Path | str,
+        total_steps: int,
+        resume_step: int = 0,
+        *,
+        primary: bool = True,
+        tracker: Tracker | None = None,
     ) -> None:
         self._primary = primary
         if not primary:
@@ -68,9 +102,8 @@ class MetricWriter:
         path = workdir / "metrics.jsonl"
         _truncate(path, resume_step, total_steps)
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=resume_step + 1, flush_secs=10
-        )
+        board = TensorBoard(workdir / "tensorboard", resume_step)
+        self._trackers: list[Tracker] = [board, *([tracker] if tracker else [])]
         self._progress = _Progress(total_steps, sys.stdout.isatty())
 
     def write(self, step: int, record: Mapping[str, Any], *, shown: bool = True) -> None:
@@ -101,16 +134,18 @@ class MetricWriter:
             self._progress.busy(text)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W C"]) -> None:
-        """Write a picture [H, W, C] to TensorBoard."""
+        """Write a picture [H, W, C] to the trackers."""
         if self._primary:
-            self._events.add_image(name, image, step, dataformats="HWC")
+            for tracker in self._trackers:
+                tracker.image(step, name, image)
 
     def close(self) -> None:
         """End the progress line, and flush and close the files."""
         if self._primary:
             self._progress.end()
             self._file.close()
-            self._events.close()
+            for tracker in self._trackers:
+                tracker.close()
 
     def __enter__(self) -> Self:
         return self
@@ -123,9 +158,13 @@ class MetricWriter:
         self._file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
         self._file.flush()
         group = "eval" if prefix else "train"
-        for key, value in plain.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(f"{group}/{key.removeprefix(prefix)}", value, step)
+        numbers = {
+            f"{group}/{key.removeprefix(prefix)}": value
+            for key, value in plain.items()
+            if isinstance(value, int | float)
+        }
+        for tracker in self._trackers:
+            tracker.scalars(step, numbers)
         return plain
 
 

@@ -21,6 +21,7 @@ from jaxft.runs.opening import Run
 from jaxft.runs.pages.records import read_history
 from jaxft.runs.pages.report import REPORT, write_report
 from jaxft.runs.pages.samples import Samples
+from jaxft.runs.tracking import open_tracker
 from jaxft.tasks import Data, Objective, Preview, Report, Sheet
 
 MANIFEST = "manifest.json"  # environment, mesh and data of a run
@@ -59,7 +60,9 @@ class Watch:
         self.run, self.workdir, self.total = run, workdir, total
         self.objective, self.preview = objective, preview
         self.primary = jax.process_index() == 0
-        self.writer = MetricWriter(workdir, total, start, primary=self.primary)
+        config = json.loads((workdir / "config.json").read_text())
+        tracker = open_tracker(run.cfg.track, workdir, config) if self.primary else None
+        self.writer = MetricWriter(workdir, total, start, primary=self.primary, tracker=tracker)
         self.throughput = Throughput(
             runtime.device(run.mesh).kind, jax.device_count(), objective.unit
         )
@@ -221,7 +224,7 @@ class Watch:
     def _show(
         self, step: int, pictures: Mapping[str, np.ndarray], sheets: Mapping[str, Sheet]
     ) -> None:
-        """Write pictures and sheets to samples/NAME-STEP.png and to TensorBoard."""
+        """Write pictures and sheets to samples/NAME-STEP.png and to the trackers."""
         if not self.primary:
             return
         shown = {name: self.samples.write_sheet(step, name, x) for name, x in sheets.items()}

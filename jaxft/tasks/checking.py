@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from jaxft.core.errors import UserError
+from jaxft.core.errors import UserError, near
 from jaxft.data.sources.mixtures import read_mixture
 from jaxft.data.sources.schemes import check_place, open_records
 from jaxft.demo import demo_path
@@ -24,6 +24,18 @@ EXPORT_KINDS = {
     "diffusion": ("folder", "single_file", "lora", "inversion", "all", "none"),
     "image_tokens": ("folder", "adapter", "original", "none"),
 }
+
+TRACKERS = ("wandb", "trackio", "mlflow")  # the values of `track`, which are names of packages
+
+
+def check_track(track: str) -> None:
+    """Raise UserError for an unknown service, or for one whose package is not installed."""
+    name = track.partition(":")[0]
+    if name not in ("none", *TRACKERS):
+        hint = near(name, ("none", *TRACKERS), "it is one of")
+        raise UserError(f"track={track!r} is not known; {hint}")
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(f"track={name} needs its package; run `pip install {name}`")
 
 
 def check_early(config: Mapping[str, Any]) -> None:
