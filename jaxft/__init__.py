@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxft.loading import Loaded
+    from collections.abc import Callable, Iterable, Mapping
+
+    from jaxft.api.finetuning import Finetuned
+    from jaxft.api.loading import Loaded
 
 __version__ = "0.1.0"
+
+NO_KEYS: Mapping[str, Any] = {}
+
+
+def finetune(
+    config: str,
+    workdir: str = "",
+    *,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+    eval_rows: Iterable[Mapping[str, Any]] | None = None,
+    loss: Callable[..., Any] | None = None,
+    keys: Mapping[str, Any] = NO_KEYS,
+) -> Finetuned:
+    """Train a model as the command line does, and return the run.
+
+    `config` is a file such as "configs/llm.py", and `keys` maps config keys to values, such as
+    {"optim.lr": 1e-4}. The same call resumes a run of `workdir`, which Ctrl-C stops after a save.
+
+    `rows` and `eval_rows` replace the data of the config. Each row is a dict with the fields that
+    docs/data.md names for files. For pictures, "image" holds a PIL picture, a uint8 array
+    [Y, X, 3] or a path, and "text" the caption. The rows are written to `workdir`/rows.
+
+    `loss` replaces the loss of the task in training. `loss(objective, model, batch, keys, step)`
+    returns ((sum, weight), metrics), as `objective.loss(model, batch, keys, step)` of the task's
+    own objective does. `sum` and `weight` are scalars over the batch, which has no mean yet, and
+    `metrics` holds further sums by name. `keys` holds one PRNG key a row. Evaluation stays that of
+    the task.
+
+    The result has `workdir`, `metrics`, `export` and `load()`. Raises
+    `jaxft.core.errors.UserError` for a mistake in config, rows or loss, and
+    `jaxft.core.guards.stopping.Stopped` after a stop.
+    """
+    from jaxft.api.finetuning import finetune as run
+
+    return run(config, workdir, rows, eval_rows, loss, keys)
 
 
 def load(path_or_id: str, dtype: str = "float32") -> Loaded:
@@ -22,6 +60,6 @@ def load(path_or_id: str, dtype: str = "float32") -> Loaded:
     uint8 [N, Y, X, 3]. For an autoencoder, `loaded(images)` returns the images, encoded and
     decoded. Raises `jaxft.core.errors.UserError` for a model that is absent or not supported.
     """
-    from jaxft.loading import load as load_any  # importing jaxft itself touches no device
+    from jaxft.api.loading import load as load_any  # importing jaxft itself touches no device
 
     return load_any(path_or_id, dtype)

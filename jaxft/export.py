@@ -9,13 +9,14 @@ from pathlib import Path
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
-from jaxft.core import config as configs
 from jaxft.core import processes
 from jaxft.core.cli.arguments import parse
+from jaxft.core.configs.schema import CHOICES
 from jaxft.core.errors import UserError
 from jaxft.core.guards.fingerprint import not_finite
 from jaxft.core.params import unpacked
 from jaxft.runs.folders.outputs import begin_output, check_output, finish_output
+from jaxft.runs.folders.push import check_push, push_folder
 from jaxft.runs.folders.workdir import read_config_file
 from jaxft.runs.opening import Run
 from jaxft.runs.pages.card import write_card
@@ -39,7 +40,7 @@ def _main(argv: list[str]) -> None:
     options = parsed.options
     if "workdir" not in options:
         raise UserError("--workdir is missing: python -m jaxft.export --workdir DIR")
-    dtypes = configs.CHOICES["export.dtype"]
+    dtypes = CHOICES["export.dtype"]
     if options.get("dtype", "source") not in dtypes:
         raise UserError(f"--dtype={options['dtype']!r} is not one of {', '.join(dtypes)}")
     workdir = Path(options["workdir"])
@@ -49,6 +50,7 @@ def _main(argv: list[str]) -> None:
     kind = options.get("kind", run.cfg.export.kind)
     if kind not in run.task.writers:
         raise UserError(f"--kind={kind!r} is not one of {', '.join(run.task.writers)}")
+    check_push(run.cfg.export.push, kind)
     with jax.set_mesh(run.mesh):
         dtype = options.get("dtype", run.cfg.export.dtype)
         export_folder(run, params, out, kind, dtype, workdir, step)
@@ -69,9 +71,9 @@ def export_folder(
     The keys of `run.task.writers` are the kinds, and exports.py of each task describes them.
     `params` holds at least the trained parameters, those of `step`. The card of the export has the
     measures of this step in `workdir`, the folder of the run. All processes have to call this
-    function, because parameters are gathered from all. The first process writes. Each process
-    returns when the folder is complete. `check_output` has to allow `out`. Raises UserError where
-    `check_kind` does, and for trained parameters that are not finite.
+    function, because parameters are gathered from all. The first process writes and pushes. Each
+    process returns when the folder is complete. `check_output` has to allow `out`. Raises UserError
+    where `check_kind` does, and for trained parameters that are not finite.
     """
     check_kind(run, kind)
     if bad := not_finite({path: params[path] for path in run.chosen}):
@@ -92,6 +94,8 @@ def export_folder(
         write(made)
         write_card(made, run, name, workdir, step)
         finish_output(made, out)
+        if run.cfg.export.push:
+            push_folder(out, run.cfg.export.push)
     else:
         with tempfile.TemporaryDirectory() as aside:
             write(Path(aside))

@@ -5,7 +5,7 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ from jaxft.core.cli.live import status
 from jaxft.core.errors import UserError
 from jaxft.core.guards.lock import locked
 from jaxft.core.guards.stopping import STOP_FLAG, Stopped, StopRequests
+from jaxft.runs.folders.push import check_push
 from jaxft.runs.folders.workdir import claim_workdir, differing_keys, make_workdir, read_config_file
 from jaxft.tasks import OPTIONS, check_task
-from jaxft.tasks.checking import check_early
+from jaxft.tasks.checking import check_early, check_track
+
+Wrap = Callable[[Any], Any]  # an Objective for an Objective
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,16 +34,38 @@ def _main(argv: list[str]) -> None:
     options, overrides = parse("train", argv, OPTIONS)
     file, workdir = _places(options)
     config = configs.load_config(file, overrides, OPTIONS)
+    if config.get("own_loss"):
+        raise UserError(
+            f"own_loss={config['own_loss']!r} is a function that jaxft.finetune was given; call it"
+            " again, with loss=FUNCTION and the same arguments"
+        )
+    start(config, workdir)
+
+
+def start(
+    config: dict[str, Any],
+    workdir: Path,
+    wrap: Wrap = lambda objective: objective,
+    *,
+    interactive: bool = False,
+) -> None:
+    """Check a config, claim its folder and train. The arguments are those of `train`.
+
+    interactive: Ctrl-C raises KeyboardInterrupt where there is nothing to save, as a notebook
+    needs, instead of ending the process. Raises UserError for a mistake in config or folder, before
+    jax and the weights load.
+    """
     check_task(config.get("task"))
-    configs.read_config(config, OPTIONS[config["task"]])
+    cfg = configs.read_config(config, OPTIONS[config["task"]])
+    check_track(cfg.track)
+    check_push(cfg.export.push, cfg.export.kind)
     # Of several processes, all have to fail together. A run that has begun was checked then.
     if not processes.launcher() and not (workdir / "checkpoints").exists():
         check_early(config)
     with ExitStack() as held:
         _claim(workdir, config, held)
-        # Mistakes in config or folder have failed by now, before jax and the weights load.
-        stop = held.enter_context(StopRequests(alone=not processes.joined()))
-        train(config, workdir, stop)
+        stop = held.enter_context(StopRequests(not processes.joined(), interactive))
+        train(config, workdir, stop, wrap)
 
 
 def _places(options: Mapping[str, str]) -> tuple[str, Path]:
@@ -94,10 +119,11 @@ def _claim(workdir: Path, config: dict[str, Any], held: ExitStack) -> None:
             )
 
 
-def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
+def train(config: dict[str, Any], workdir: Path, stop: StopRequests, wrap: Wrap) -> None:
     """Run the training that a config describes in a claimed `workdir`, then export.
 
-    If `stop` is asked, the step under way is finished and its state saved. Raises: Stopped then.
+    `wrap` returns the objective to train, given the task's own. If `stop` is asked, the step under
+    way is finished and its state saved. Raises: Stopped then.
     Resume is exact by the order of the loop: evaluate, sample, save, next batch, step, log. Step k
     does the same work on the same state, whether the run began before step k or at it.
     """
@@ -148,7 +174,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests) -> None:
         remaining = total - start
         saved.check_room(state, remaining and 1 + (remaining // every.save if every.save else 0))
         preview = opening.preview(run, data, states.model_params(frozen, state), start)
-        objective = task.objective(run.opened, data.train)
+        objective = wrap(task.objective(run.opened, data.train))
         step_fn = Compiled(make_steps(run, plan, objective), runtime.memory_limit(mesh))
         batches = data.train.batches(start, rows)
         watch = Watch(run, data, objective, preview, workdir, total=total, start=start)

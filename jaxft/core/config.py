@@ -21,7 +21,7 @@ MAPPING: Mapping[str, type] = {}
 
 
 def load_config(
-    path: str, overrides: Iterable[tuple[str, str]] = (), options: Mapping[str, type] = MAPPING
+    path: str, overrides: Iterable[tuple[str, Any]] = (), options: Mapping[str, type] = MAPPING
 ) -> dict[str, Any]:
     """Return the resolved config of a file's `get_config()` with overrides applied.
 

@@ -111,10 +111,12 @@ class ExportKeys:
 
     kind: what is written, by task. none is nothing.
     dtype: dtype of the files. source keeps that of each tensor.
+    push: hub repository, such as me/model, that gets the export too.
     """
 
     kind: str
     dtype: str
+    push: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,8 @@ class Config:
     compute_dtype: dtype of the computation. auto is bfloat16, on a CPU float32.
     param_dtype: dtype of the imported parameters. Adapters and moments are float32.
     remat: recomputation in the backward pass, which saves memory.
+    track: service that gets the metrics too, as NAME or NAME:PROJECT.
+    own_loss: name of the loss that `jaxft.finetune` was given. Empty is the loss of the task.
     """
 
     task: str
@@ -145,6 +149,8 @@ class Config:
     compute_dtype: str
     param_dtype: str
     remat: str
+    track: str = "none"
+    own_loss: str = ""
     data: DataKeys
     lora: Lora = Lora()
     optim: Optim

@@ -23,15 +23,22 @@ class StopRequests:
     holds. While it is False, a process that is alone ends at the first signal. The second signal
     ends any process. A thread receives the signals, because Python's own handlers wait until a
     compilation ends.
+
+    interactive: raise KeyboardInterrupt in place of ending the process. SIGTERM keeps its handler.
     """
 
-    def __init__(self, alone: bool):
+    def __init__(self, alone: bool, interactive: bool = False):
         self.alone, self.asked, self.busy = alone, "", False
+        self._interactive = interactive
         self._flag: Any = None
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequests":
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        if self._interactive:
+            self._former = {signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt)}
+        else:
             self._out, self._in = os.pipe()
             os.set_blocking(self._in, False)
             self._wakeup = signal.set_wakeup_fd(self._in, warn_on_full_buffer=False)
@@ -42,7 +49,7 @@ class StopRequests:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
-        if self._former:
+        if self._former and not self._interactive:
             signal.set_wakeup_fd(self._wakeup)
             os.write(self._in, b"\0")  # ends the thread
             os.close(self._in)
@@ -64,6 +71,12 @@ class StopRequests:
         if self.alone and not self.busy:
             _end(f"{name}: nothing to save; the same command resumes", PREEMPTED)
         print(f"jaxft: {name}: a save follows this step", file=sys.stderr, flush=True)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.asked or not self.busy:
+            raise KeyboardInterrupt
+        self.asked = "SIGINT"
+        print("jaxft: a save follows this step", file=sys.stderr, flush=True)
 
     def mark(self, batch: dict[str, Any], mesh: Any) -> dict[str, Any]:
         """Return the batch, with one STOP_FLAG for each device if there are other processes.

@@ -10,6 +10,8 @@ from jaxft.core.config import MAPPING, flatten_config, resolve_config
 from jaxft.core.errors import UserError
 from jaxft.core.guards.lock import LOCK
 
+ROWS = "rows"  # in a run folder: the examples that `jaxft.finetune` was given
+
 
 def make_workdir(workdir: Path) -> None:
     """Make the folder of a run. Raises UserError if it cannot be written."""
@@ -51,7 +53,7 @@ def _is_of_a_run(entry: Path) -> bool:
     """Return True for an entry of a run folder that a run leaves which got as far as its data."""
     if entry.name == "checkpoints" and entry.is_dir():
         return any(entry.iterdir())
-    return entry.name not in ("config.json", LOCK)
+    return entry.name not in ("config.json", LOCK, ROWS)
 
 
 def _check_differing(workdir: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

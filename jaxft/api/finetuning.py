@@ -1,0 +1,82 @@
+"""A run from Python: a config with the caller's own rows and loss."""
+
+import html
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxft.api.rows import write_rows
+from jaxft.core import config as configs
+from jaxft.core import processes
+from jaxft.core.cli.live import live_output
+from jaxft.core.errors import UserError
+from jaxft.tasks import OPTIONS
+from jaxft.train import start
+
+Dicts = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """The folder of a finished run. A notebook shows its report."""
+
+    workdir: Path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the records of all steps and evaluations. Those of an evaluation begin eval_."""
+        return [json.loads(line) for line in (self.workdir / "metrics.jsonl").open()]
+
+    @property
+    def export(self) -> Path:
+        """Return the folder that transformers, diffusers or peft load."""
+        return self.workdir / "export"
+
+    def load(self, dtype: str = "float32") -> Any:
+        """Return the exported model, as `jaxft.load` does. An adapter alone is no model."""
+        from jaxft.api.loading import load
+
+        return load(str(self.export), dtype)
+
+    def _repr_html_(self) -> str:
+        page = html.escape((self.workdir / "report.html").read_text())
+        return f'<iframe srcdoc="{page}" style="width:100%;height:640px;border:0"></iframe>'
+
+
+def finetune(
+    config: str,
+    workdir: str,
+    rows: Dicts | None,
+    eval_rows: Dicts | None,
+    loss: Callable[..., Any] | None,
+    keys: Mapping[str, Any],
+) -> Finetuned:
+    """Train as `jaxft.finetune` says, and return the run."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    folder = Path(workdir or f"runs/{Path(config).stem}")
+    texts = [(key, value if isinstance(value, list) else str(value)) for key, value in keys.items()]
+    resolved = configs.load_config(config, texts, OPTIONS)
+    begun = (folder / "checkpoints").exists()
+    for name, given in (("train", rows), ("eval", eval_rows)):
+        if given is None:
+            continue
+        if processes.launcher():
+            raise UserError(
+                f"rows of Python are for one process; give data.{name} as a place that all"
+                " processes read"
+            )
+        images = resolved.get("task") != "llm"
+        resolved["data"][name] = write_rows(given, folder, name, images, begun)
+    with live_output():
+        if loss is None:
+            start(resolved, folder, interactive=True)
+        else:
+            from jaxft.objectives.own import OwnLoss, name_of  # it takes jax to import
+
+            resolved["own_loss"] = name_of(loss)
+            start(resolved, folder, partial(OwnLoss, function=loss), interactive=True)
+    return Finetuned(folder)
