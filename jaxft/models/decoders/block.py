@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
-from jaxft.kernels.attention import attention
+from jaxft.kernels.attention.attention import attention
 from jaxft.models.decoders.cache import append
 from jaxft.models.decoders.config import DecoderConfig, LayerSpec
 from jaxft.nn import rope

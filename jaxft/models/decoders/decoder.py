@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
-from jaxft.kernels.attention import saves_attention
+from jaxft.kernels.attention.attention import saves_attention
 from jaxft.kernels.elementwise import soft_capped
 from jaxft.kernels.loops import unrolls, unstacks
 from jaxft.models.decoders.block import Block, Context, Memory, scaled
