@@ -312,7 +312,7 @@ TESTED_WITH = {
     "models/decoders/families/wrapped.py": "parity/test_wrapped.py",
     "models/decoders/families/granite.py": "parity/test_families.py",
     "models/decoders/families/olmo.py": "parity/test_families.py",
-    "models/decoders/generate.py": "test_commands.py",
+    "models/decoders/generation/generate.py": "test_commands.py",
     "objectives/next_token.py": "parity/test_training.py",
     "objectives/denoising.py": "parity/test_diffusion_training.py",
     "objectives/codes.py": "parity/test_image_tokens_training.py",

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from jaxft.core import runtime
 from jaxft.core.params import Leaf, Params, bind, describe
-from jaxft.models.decoders.sampling import Sampling
+from jaxft.models.decoders.generation.sampling import Sampling
 from jaxft.models.pipelines.image_decode import generate_codes
 from jaxft.objectives.codes import train_rows
 from jaxft.tasks.image_tokens.janus import JanusFolder

@@ -20,8 +20,8 @@ from jaxft.core.errors import UserError
 from jaxft.kernels.cross_entropy import linear_cross_entropy, linear_log_probs
 from jaxft.models import registry
 from jaxft.models.decoders.classifier import class_name, open_classifier
-from jaxft.models.decoders.generate import generate
-from jaxft.models.decoders.sampling import Sampling
+from jaxft.models.decoders.generation.generate import generate
+from jaxft.models.decoders.generation.sampling import Sampling
 from jaxft.objectives.distillation import Outputs, linear_divergence
 from jaxft.weights import rules, transfer
 from jaxft.weights.adapters import peft as adapters

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention.attention import attention
-from jaxft.models.decoders.cache import append
 from jaxft.models.decoders.config import DecoderConfig, LayerSpec
+from jaxft.models.decoders.generation.cache import append
 from jaxft.nn import rope
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import RMSNorm

@@ -13,8 +13,8 @@ from jaxft.kernels.attention.attention import saves_attention
 from jaxft.kernels.elementwise import soft_capped
 from jaxft.kernels.loops import unrolls, unstacks
 from jaxft.models.decoders.block import Block, Context, Memory, scaled
-from jaxft.models.decoders.cache import Cache, default_positions, place
 from jaxft.models.decoders.config import DecoderConfig, LayerScan, LayerSpec, layer_scans
+from jaxft.models.decoders.generation.cache import Cache, default_positions, place
 from jaxft.nn import rope
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.norm import RMSNorm
