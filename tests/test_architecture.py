@@ -311,6 +311,7 @@ TESTED_WITH = {
     "models/decoders/families/phi.py": "parity/test_families.py",
     "models/decoders/families/wrapped.py": "parity/test_wrapped.py",
     "models/decoders/families/granite.py": "parity/test_families.py",
+    "models/decoders/families/mixtral.py": "parity/test_families.py",
     "models/decoders/families/olmo.py": "parity/test_families.py",
     "models/decoders/generation/generate.py": "test_commands.py",
     "objectives/next_token.py": "parity/test_training.py",

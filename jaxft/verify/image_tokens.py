@@ -253,7 +253,7 @@ def _torch_keyed(
     for entry in part.entries(leaves):
         for i, key in enumerate(entry.keys):
             array = np.asarray(arrays[entry.path])
-            yield key, to_torch(array[i] if entry.stacked else array, entry.layout, part.sizes)
+            yield key, to_torch(array[entry.place(i)], entry.layout, part.sizes)
 
 
 # ---- both ---------------------------------------------------------------------------------

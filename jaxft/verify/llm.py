@@ -388,7 +388,9 @@ def torch_keyed(
     part, leaves = subject.part, subject.leaves
     for entry in part.entries(leaves):
         for i, key in enumerate(entry.keys if entry.path in arrays else ()):
-            array = np.asarray(arrays[entry.path][i] if entry.stacked else arrays[entry.path])
+            array = np.asarray(
+                arrays[entry.path][entry.place(i)] if entry.stacked else arrays[entry.path]
+            )
             yield part.named(key), to_torch(array, entry.layout, part.sizes)
     if subject.adapter:
         for name, tensor in adapters.factors(part, leaves, arrays, subject.adapter.lora):
