@@ -94,7 +94,8 @@ def balance_loss(routing: Routing, counted: Float[Array, ""]) -> Float[Array, ""
     Source: Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6.
     """
     layers, count = routing.tokens.shape
-    tokens, probabilities = (one.sum(0) / (layers * counted) for one in routing)  # [E]
+    rows = layers * jnp.maximum(counted, 1.0)
+    tokens, probabilities = (one.sum(0) / rows for one in routing)  # [E]
     return count * (tokens * probabilities).sum()
 
 
