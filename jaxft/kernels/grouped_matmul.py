@@ -19,7 +19,7 @@ SMALLEST_BLOCK_ROWS, LARGEST_BLOCK_ROWS = 8, 256
 BLOCKS_A_GROUP = 8  # of a group with the mean number of rows, so that padding is a small part
 
 
-class Groups(NamedTuple):
+class GroupedRows(NamedTuple):
     """Rows in the order of their groups.
 
     rows: the row at each place, and the number of rows M where a place is padding. places: the
@@ -32,7 +32,7 @@ class Groups(NamedTuple):
     owners: Int[Array, " blocks"]
 
 
-def group_rows(groups: Int[Array, " M"], count: int) -> Groups:
+def group_rows(groups: Int[Array, " M"], count: int) -> GroupedRows:
     """Return M rows in the order of their groups, 0 to count - 1. A group keeps its order."""
     total, block = len(groups), _block_rows(len(groups), count)
     # A group with rows has 1 block for its first row, and 1 for every `block` rows after it.
@@ -49,11 +49,11 @@ def group_rows(groups: Int[Array, " M"], count: int) -> Groups:
     rows = jnp.full(blocks * block, total, jnp.int32)
     rows = rows.at[places].set(jnp.arange(total, dtype=jnp.int32), unique_indices=True)
     owners = jnp.searchsorted(ends, jnp.arange(blocks) * block, side="right")
-    return Groups(rows, places, sizes, jnp.minimum(owners, count - 1))
+    return GroupedRows(rows, places, sizes, jnp.minimum(owners, count - 1))
 
 
 def grouped_matmul(
-    x: Float[Array, "R K"], kernels: Float[Array, "E K N"], groups: Groups
+    x: Float[Array, "R K"], kernels: Float[Array, "E K N"], groups: GroupedRows
 ) -> Float[Array, "R N"]:
     """Return x times the kernel of each row's group, [R, N] in x's dtype, summed in fp32.
 

@@ -77,9 +77,8 @@ def attention(
         if kernel == "cudnn" and q_segments is not None and segments_in_row and in_order:
             return cudnn_segments(q, k, v, q_segments, segments_in_row, window, scale)
         if kernel == "splash":
-            from jaxft.kernels.attention.splash_attention import (
-                splash_attention,  # Pallas takes 0.4 s
-            )
+            # Pallas takes 0.4 s to import.
+            from jaxft.kernels.attention.splash_attention import splash_attention
 
             return splash_attention(q, k, v, q_segments, causal, window, scale, soft_cap)
     positions = _count(q.shape[1]) if q_positions is None else q_positions  # [B or 1, T]

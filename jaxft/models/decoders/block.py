@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention.attention import attention
 from jaxft.models.decoders.config import DecoderConfig, LayerSpec
-from jaxft.models.decoders.experts import Mixture, Routing
+from jaxft.models.decoders.experts import ExpertMLP, Routing
 from jaxft.models.decoders.generation.cache import append
 from jaxft.nn import rope
 from jaxft.nn.gated import gated
@@ -146,7 +146,7 @@ class Block(nnx.Module):
         self.post_attention_layernorm = norm(shape)
         self.pre_feedforward_layernorm = nnx.data(norm(shape) if norms == "sandwich" else None)
         experts = cfg.layers[0].experts
-        self.mlp = MLP(cfg, key=second) if experts is None else Mixture(cfg, experts, key=second)
+        self.mlp = MLP(cfg, key=second) if experts is None else ExpertMLP(cfg, experts, key=second)
         self.post_feedforward_layernorm = nnx.data(norm(shape) if norms != "pre" else None)
 
     def __call__(
@@ -176,7 +176,7 @@ class Block(nnx.Module):
             x = x + scaled(self.post_attention_layernorm(attended), spec.residual_scale)
             normed = _normed(self.pre_feedforward_layernorm, x)
         routing = None
-        if isinstance(self.mlp, Mixture):
+        if isinstance(self.mlp, ExpertMLP):
             assert spec.experts is not None
             made, routing = self.mlp(normed, spec.experts, spec.activation, context.counted)
         else:

@@ -24,7 +24,7 @@ class Routing(NamedTuple):
     probabilities: Float[Array, "*L E"]
 
 
-class Kernel(nnx.Module):
+class Matrix(nnx.Module):
     """A matrix [in, out], or one for each expert, [E, in, out]. No adapter has a slot here."""
 
     def __init__(
@@ -39,19 +39,19 @@ class Experts(nnx.Module):
     def __init__(self, cfg: DecoderConfig, experts: ExpertSpec, *, key: PRNGKeyArray):
         count, d, f = experts.count, cfg.hidden_size, experts.width
         gate, up, down = jax.random.split(key, 3)
-        wide = partial(Kernel, (count, d, f), ("expert", None, "mlp"), std=cfg.initializer_range)
+        wide = partial(Matrix, (count, d, f), ("expert", None, "mlp"), std=cfg.initializer_range)
         self.gate_proj, self.up_proj = wide(key=gate), wide(key=up)
         axes = ("expert", "mlp", None)
-        self.down_proj = Kernel((count, f, d), axes, key=down, std=cfg.initializer_range)
+        self.down_proj = Matrix((count, f, d), axes, key=down, std=cfg.initializer_range)
 
 
-class Mixture(nnx.Module):
+class ExpertMLP(nnx.Module):
     """The weighted sum of a token's experts: Shazeer et al. 2017, arXiv:1701.06538."""
 
     def __init__(self, cfg: DecoderConfig, experts: ExpertSpec, *, key: PRNGKeyArray):
         first, second = jax.random.split(key)
         shape, std = (cfg.hidden_size, experts.count), cfg.initializer_range
-        self.router = Kernel(shape, ("embed", None), key=first, std=std)
+        self.router = Matrix(shape, ("embed", None), key=first, std=std)
         self.experts = Experts(cfg, experts, key=second)
 
     def __call__(

@@ -12,7 +12,7 @@ from jaxft.core import sharding
 from jaxft.models.decoders.config import ExpertSpec
 from jaxft.models.decoders.decoder import Decoder, flops_per_token
 from jaxft.models.decoders.experts import (
-    Mixture,
+    ExpertMLP,
     Routing,
     balance_loss,
     chosen_experts,
@@ -51,7 +51,7 @@ def every_expert(params, x, spec):
 @pytest.mark.parametrize("normalised", [True, False])
 def test_a_mixture_is_every_expert_on_every_token(normalised):
     cfg, spec = read_decoder(CONFIG), ExpertSpec(8, 3, 24, normalised)
-    model = Mixture(cfg, spec, key=jax.random.key(0))
+    model = ExpertMLP(cfg, spec, key=jax.random.key(0))
     params = P.flatten(model)
     slope = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
 
@@ -120,7 +120,7 @@ def test_a_mesh_gives_the_same_loss_gradients_and_sums(name, capfd):
 
 def test_one_prompt_on_a_mesh_is_computed_by_every_device():
     cfg, spec = read_decoder(CONFIG), ExpertSpec(8, 3, 24, True)
-    model = Mixture(cfg, spec, key=jax.random.key(0))
+    model = ExpertMLP(cfg, spec, key=jax.random.key(0))
     want, _ = model(X[:1], spec, "silu")
     with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
         got = jax.jit(lambda x: model(x, spec, "silu")[0])(X[:1])

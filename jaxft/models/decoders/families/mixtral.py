@@ -69,7 +69,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "router_aux_loss_coef": Key(0.001, NUMBER),
     },
 }
-THETA = {"mixtral": 1e6, "qwen3_moe": 1e4}
+_THETAS = {"mixtral": 1e6, "qwen3_moe": 1e4}
 
 
 def read(config: Mapping[str, Any]) -> DecoderConfig:
@@ -98,7 +98,7 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
         experts=_experts(c),
     )
     biased = bool(c.get("attention_bias"))
-    made = decoder_config(config, c, (spec,) * count, qkv_bias=biased, default_theta=THETA[kind])
+    made = decoder_config(config, c, (spec,) * count, qkv_bias=biased, default_theta=_THETAS[kind])
     return replace(made, router_loss=float(c["router_aux_loss_coef"]))
 
 
