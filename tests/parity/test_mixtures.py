@@ -1,5 +1,7 @@
 """Mixtures of experts against transformers: the loss of routers, and what is refused."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,3 +131,35 @@ def test_c3_the_number_of_experts_has_two_names():
         cfg = registry.read_decoder({"model_type": "qwen3_moe", name: 6, "num_experts_per_tok": 3})
         assert cfg.layers[0].experts.count == 6
     assert CASES["qwen3_moe"][1]["num_experts"] == 6
+
+
+PUBLISHED = {
+    "Mixtral-8x7B-v0.1": (
+        {"model_type": "mixtral", "max_position_embeddings": 32768, "router_aux_loss_coef": 0.02},
+        (46_702_792_704, 995),
+    ),
+    "Qwen3-30B-A3B": (
+        {
+            "model_type": "qwen3_moe",
+            "head_dim": 128,
+            "num_hidden_layers": 48,
+            "num_experts": 128,
+            "norm_topk_prob": True,
+            "max_window_layers": 48,
+            "mlp_only_layers": [],
+        },
+        (30_532_122_624, 18_867),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_sizes_have_their_parameters_and_tensors(name):
+    """The figures of the hub's indices. Nothing is allocated."""
+    config, want = PUBLISHED[name]
+    architecture, cfg = registry.find(config, "decoder"), registry.read_decoder(config)
+    template = jax.eval_shape(lambda key: architecture.module(cfg, key=key), jax.random.key(0))
+    leaves = P.describe(template)
+    entries = rules.expected(architecture.rules(cfg), leaves)
+    tensors = sum(len(entry.keys) for entry in entries)
+    assert (sum(math.prod(leaf.shape) for leaf in leaves.values()), tensors) == want

@@ -77,8 +77,7 @@ def attention(
         if kernel == "cudnn" and q_segments is not None and segments_in_row and in_order:
             return cudnn_segments(q, k, v, q_segments, segments_in_row, window, scale)
         if kernel == "splash":
-            # Pallas takes 0.4 s to import.
-            from jaxft.kernels.attention.splash_attention import splash_attention
+            from jaxft.kernels.attention.splash_attention import splash_attention  # takes 0.4 s
 
             return splash_attention(q, k, v, q_segments, causal, window, scale, soft_cap)
     positions = _count(q.shape[1]) if q_positions is None else q_positions  # [B or 1, T]
