@@ -247,8 +247,48 @@ CASES = {
         },
     ),
 }
+# X1, X2, X4: every layer has experts. C3: their number has two names.
+MIXTRAL = {"num_local_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
+QWEN3_MOE = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,  # torch's grouped product in bf16 takes multiples of 8
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+CASES |= {
+    "mixtral": ("mixtral", {**MIXTRAL, "rope_theta": 1e5, "sliding_window": None}),
+    "mixtral tied": (
+        "mixtral",
+        {
+            **MIXTRAL,
+            "tie_word_embeddings": True,
+            "head_dim": 6,
+            "sliding_window": 5,
+            "rope_parameters": {**YARN, "rope_theta": 1e5},
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**QWEN3_MOE, "head_dim": 12, "norm_topk_prob": True, "rope_scaling": YARN},
+    ),
+    "qwen3_moe not normalised": (
+        "qwen3_moe",
+        {
+            **QWEN3_MOE,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+        },
+    ),
+}
 WRAPPED = ("gemma3 wrapped", "mistral3 wrapped")
 ONE_EACH = (*WRAPPED, "phi3", "ministral3", "granite", "gemma2", "gemma3 untied", "olmo2", "olmo3")
+MIXTURES = ("mixtral", "qwen3_moe")
+ONE_EACH = (*MIXTURES, *ONE_EACH)
 
 
 class Pair:
@@ -282,6 +322,26 @@ class Pair:
         where = sharding.shardings(self.leaves, sharding.one_device_mesh())
         self.params = transfer.load(self.part, self.leaves, where, jnp.float32, set(self.leaves))
         self.ours = P.bind(self.template, self.params)
+
+    def in_file(self, state):
+        """Arrays by names of the class in memory under those of the file, which has each expert."""
+        made, (start, names) = {}, ("mlp.", ("gate_proj", "up_proj", "down_proj"))
+        if self.config["model_type"] == "mixtral":
+            start, names = "block_sparse_moe.", ("w1", "w3", "w2")
+        for key, array in state.items():
+            layer, _, end = key.partition("mlp.")
+            if end == "experts.gate_up_proj":
+                for half, name in zip(array.chunk(2, dim=1), names, strict=False):
+                    made |= {
+                        f"{layer}{start}experts.{i}.{name}.weight": x for i, x in enumerate(half)
+                    }
+            elif end == "experts.down_proj":
+                made |= {
+                    f"{layer}{start}experts.{i}.{names[2]}.weight": x for i, x in enumerate(array)
+                }
+            else:
+                made[f"{layer}{start}{end}" if end else key] = array
+        return made
 
     def build(self):
         return self.architecture.module(self.cfg, key=jax.random.key(0))

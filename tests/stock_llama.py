@@ -50,10 +50,14 @@ def theirs(config):
     q, k = (attention.qkv_proj,) * 2 if fused else (attention.q_proj, attention.k_proj)
     heads = attention.o_proj.weight.shape[1] // head_dim
     kv_heads = (k.weight.shape[0] // head_dim - heads * fused) // (1 + fused)
+    experts = getattr(layer.mlp, "experts", None)
+    mlp = experts or layer.mlp
     return {
         "vocab_size": model.lm_head.weight.shape[0],
         "hidden_size": model.lm_head.weight.shape[1],
-        "intermediate_size": layer.mlp.down_proj.weight.shape[1],
+        "intermediate_size": c.intermediate_size if experts else mlp.down_proj.weight.shape[1],
+        "experts": _experts(layer.mlp),
+        "router_loss": c.router_aux_loss_coef if experts else 0.0,
         "num_layers": len(model.model.layers),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
@@ -66,10 +70,10 @@ def theirs(config):
         "tied": bool(model.all_tied_weights_keys),
         "qkv_bias": q.bias is not None,
         "o_bias": layer.self_attn.o_proj.bias is not None,
-        "mlp_bias": layer.mlp.down_proj.bias is not None,
+        "mlp_bias": not experts and mlp.down_proj.bias is not None,
         "norms": tuple(sorted(name for name, _ in layer.named_children() if "norm" in name)),
         "qk_norm": _qk_norm(layer.self_attn),
-        "activation": type(getattr(layer.mlp, "activation_fn", None) or layer.mlp.act_fn).__name__,
+        "activation": type(getattr(mlp, "activation_fn", None) or mlp.act_fn).__name__,
         "attention_scale": layer.self_attn.scaling,
         # C5: Gemma 3's code does not use its attn_logit_softcapping.
         "soft_cap": c.attn_logit_softcapping if c.model_type == "gemma2" else None,
@@ -89,6 +93,15 @@ def theirs(config):
     }
 
 
+def _experts(mlp):
+    """Count, how many a token has, their width, and whether its weights sum to 1."""
+    if not hasattr(mlp, "experts"):
+        return None
+    weights = mlp.gate(torch.ones(1, mlp.gate.hidden_dim, device="meta"))[1]
+    count, width = mlp.experts.down_proj.shape[0], mlp.experts.down_proj.shape[2]
+    return count, weights.shape[1], width, getattr(mlp.gate, "norm_topk_prob", True)
+
+
 def ours(config):
     """The fields of our config by name, frequencies as a tuple that compares approximately."""
     cfg = registry.read_decoder(config)
@@ -101,6 +114,7 @@ def ours(config):
         "num_layers": len(layers),
         "norms": NORMS[same.norms],
         "qk_norm": same.qk_norm,
+        "experts": same.experts,
         "activation": ACTIVATIONS[same.activation],
         "attention_scale": pytest.approx(same.attention_scale or cfg.head_dim**-0.5),
         "soft_cap": same.soft_cap,

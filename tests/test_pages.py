@@ -332,7 +332,7 @@ def check(line: Line, shown: str) -> None:
             assert "Before and after" in (work / "report.html").read_text()
         case "jaxft.export":
             made = Path(flags.get("--out", work / "export"))
-            assert [*made.glob("*.safetensors"), *made.glob("*.gguf")]
+            assert [*made.rglob("*.safetensors"), *made.glob("*.gguf")]
         case "jaxft.verify":
             assert "PASSED" in shown
             assert json.loads((Path(line.arguments[0]) / "parity.json").read_text())["passed"]

@@ -101,6 +101,20 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "sliding_window": 512,
         },
     },
+    "mixtral, 2 of 8 experts": {
+        "model_type": "mixtral",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 512,
+    },
+    "qwen3_moe, 4 of 16 experts": {
+        "model_type": "qwen3_moe",
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "head_dim": 16,
+    },
     "olmo2": {"model_type": "olmo2"},
     "olmo3, yarn rope on full layers": {
         "model_type": "olmo3",

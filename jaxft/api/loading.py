@@ -25,8 +25,8 @@ from jaxft.models.autoencoders.vae import VAE
 from jaxft.models.autoencoders.vqgan import VQModel
 from jaxft.models.decoders.config import DecoderConfig
 from jaxft.models.decoders.decoder import Decoder
-from jaxft.models.decoders.generate import generate
-from jaxft.models.decoders.sampling import Sampling
+from jaxft.models.decoders.generation.generate import generate
+from jaxft.models.decoders.generation.sampling import Sampling
 from jaxft.models.pipelines import families, stable_diffusion
 from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
 from jaxft.models.pipelines.image_decode import generate_codes

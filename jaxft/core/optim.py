@@ -329,11 +329,11 @@ def _is_matrix(path: str, leaf: Leaf) -> bool:
 def _groups(path: str, leaf: Leaf) -> list[tuple[int, ...]]:
     """Return groups of dims, each of which is one dim in PyTorch.
 
-    The groups are layers (if stacked), then inputs and outputs of a kernel, or all dims of a
-    vector. Raises: ValueError for a kernel or embedding that has no input dim.
+    The groups are layers and experts (if stacked), then inputs and outputs of a kernel, or all dims
+    of a vector. Raises: ValueError for a kernel or embedding that has no input dim.
     """
     dims = tuple(range(len(leaf.shape)))
-    stack = leaf.axes.count("layers")
+    stack = sum(axis in ("layers", "expert") for axis in leaf.axes)
     name = _name(path)
     inputs = 1 if name == "embedding" else leaf.inputs
     if _is_matrix(path, leaf) and not inputs:

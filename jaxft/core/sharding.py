@@ -18,6 +18,7 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    "expert": "fsdp",
     "length": None,
     "layers": None,
     "head_dim": None,

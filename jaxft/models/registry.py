@@ -30,6 +30,8 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
         "qwen2": "jaxft.models.decoders.families.qwen:ARCHITECTURE",
         "qwen3": "jaxft.models.decoders.families.qwen:ARCHITECTURE",
         "smollm3": "jaxft.models.decoders.families.llama:ARCHITECTURE",
+        "mixtral": "jaxft.models.decoders.families.mixtral:ARCHITECTURE",
+        "qwen3_moe": "jaxft.models.decoders.families.mixtral:QWEN3_MOE",
         "phi3": "jaxft.models.decoders.families.phi:ARCHITECTURE",
         "granite": "jaxft.models.decoders.families.granite:ARCHITECTURE",
         "gemma2": "jaxft.models.decoders.families.gemma:ARCHITECTURE",

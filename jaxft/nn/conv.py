@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import constrain
-from jaxft.kernels.attention import saves_attention
+from jaxft.kernels.attention.attention import saves_attention
 from jaxft.kernels.conv import Padding, convolve
 from jaxft.kernels.elementwise import recomputed
 from jaxft.nn.linear import Adapter, Linear, dropout

@@ -11,6 +11,7 @@ import numpy as np
 from jaxft.core.params import Leaf
 from jaxft.core.step import Batch, Metrics
 from jaxft.kernels.cross_entropy import linear_cross_entropy
+from jaxft.models.decoders.experts import balance_loss, routing_metrics
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class NextToken:
 
     width: the largest number of trained positions in a row. per_row: the largest number of examples
     in a row, marked by segment_ids if there are several. dropout: adapters use dropout.
-    token_flops: FLOPs of a forward pass, a token.
+    token_flops: FLOPs of a forward pass, a token. router_loss: the weight of the loss that balances
+    experts, None for a model without experts.
     """
 
     dtype: Any
@@ -29,16 +31,33 @@ class NextToken:
     dropout: bool = False
     token_flops: float = 0.0
     remat: str = "none"
+    router_loss: float | None = None
     unit: ClassVar[str] = "tokens"
 
     def loss(
         self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
-        """Return the summed cross-entropy, the number of trained tokens, and the correct ones."""
+        """Return the summed cross-entropy, the number of trained tokens, and the correct ones.
+
+        With experts it also has the loss of their routers, once for each trained token, because the
+        step divides by their number. Experts are balanced over this micro-batch.
+        """
         dropout = keys if self.dropout else None
-        hidden = self.hidden(model, batch, dropout)
+        if self.router_loss is None:
+            hidden = self.hidden(model, batch, dropout)
+            total, sums = self.cross_entropy(model, hidden, batch, dropout)
+            return (total, sums["weight"]), {"token_accuracy": sums["correct"]}
+        real, (places, segments) = batch["segment_ids"] > 0, self._places(batch)
+        hidden, routing = model.routed(
+            batch["tokens"], *places, real, keys=dropout, remat=self.remat, dtype=self.dtype,
+            segments_in_row=segments,
+        )  # fmt: skip
         total, sums = self.cross_entropy(model, hidden, batch, dropout)
-        return (total, sums["weight"]), {"token_accuracy": sums["correct"]}
+        balance = balance_loss(routing, real.sum().astype(jnp.float32))
+        total += self.router_loss * sums["weight"] * balance
+        measured = {"router_loss": balance, **routing_metrics(routing)}
+        report = {name: sums["weight"] * value for name, value in measured.items()}
+        return (total, sums["weight"]), {"token_accuracy": sums["correct"], **report}
 
     def units(self, batch: Mapping[str, np.ndarray]) -> int:
         return int(np.count_nonzero(batch["segment_ids"]))  # numbered from 1 in a shared row
@@ -52,18 +71,22 @@ class NextToken:
         return passes * self.token_flops
 
     def hidden(self, model: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:
-        """Return the last hidden states [B, T, D].
-
-        A row of one example is padded on the right. Under a causal mask no real token attends to
-        the padding. The row thus needs no segments, and the fastest causal kernel can be used.
-        """
-        places, segments = (None, None), 0
-        if self.per_row > 1:
-            places, segments = (batch["positions"], batch["segment_ids"]), self.per_row + 1
+        """Return the last hidden states [B, T, D]."""
+        places, segments = self._places(batch)
         return model.hidden(
             batch["tokens"], *places, keys=keys, remat=self.remat, dtype=self.dtype,
             segments_in_row=segments,
         )[0]  # fmt: skip
+
+    def _places(self, batch: Batch) -> tuple[tuple[Any, Any], int]:
+        """Return positions and segments of the tokens, and the most segments of a row.
+
+        A row of one example is padded on the right. Under a causal mask no real token attends to
+        the padding. The row thus needs no segments, and the fastest causal kernel can be used.
+        """
+        if self.per_row == 1:
+            return (None, None), 0
+        return (batch["positions"], batch["segment_ids"]), self.per_row + 1
 
     def cross_entropy(
         self, model: Any, hidden: jax.Array, batch: Batch, keys: jax.Array | None

@@ -13,7 +13,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import Params
 from jaxft.core.processes import EXHAUSTED
 from jaxft.core.step import State, StepSpec
-from jaxft.kernels.attention import used
+from jaxft.kernels.attention.attention import used
 from jaxft.runs.opening import Run
 from jaxft.runs.state import Plan, run_state_shardings
 from jaxft.tasks import Objective

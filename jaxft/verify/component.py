@@ -252,7 +252,7 @@ def _torch_keyed(
     for entry in plan(part.rules, own, shapes, part.sizes, (), f"stock {subject.name}"):
         for i, key in enumerate(entry.keys):
             array = np.asarray(arrays[part.prefix + entry.path])
-            yield key, to_torch(array[i] if entry.stacked else array, entry.layout, part.sizes)
+            yield key, to_torch(array[entry.place(i)], entry.layout, part.sizes)
 
 
 def channels_first(x: Float[np.ndarray, "B Y X C"], model: Any) -> Any:

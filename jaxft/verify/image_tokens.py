@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from jaxft.core import runtime
 from jaxft.core.params import Leaf, Params, bind, describe
-from jaxft.models.decoders.sampling import Sampling
+from jaxft.models.decoders.generation.sampling import Sampling
 from jaxft.models.pipelines.image_decode import generate_codes
 from jaxft.objectives.codes import train_rows
 from jaxft.tasks.image_tokens.janus import JanusFolder
@@ -253,7 +253,7 @@ def _torch_keyed(
     for entry in part.entries(leaves):
         for i, key in enumerate(entry.keys):
             array = np.asarray(arrays[entry.path])
-            yield key, to_torch(array[i] if entry.stacked else array, entry.layout, part.sizes)
+            yield key, to_torch(array[entry.place(i)], entry.layout, part.sizes)
 
 
 # ---- both ---------------------------------------------------------------------------------

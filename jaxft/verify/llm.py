@@ -234,6 +234,7 @@ def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
             local_files_only=True,
             trust_remote_code=False,
             attn_implementation="eager" if capped else None,
+            experts_implementation="eager",  # the others have no float64
         )
     model, report = loaded
     if subject.adapter:
@@ -388,7 +389,8 @@ def torch_keyed(
     part, leaves = subject.part, subject.leaves
     for entry in part.entries(leaves):
         for i, key in enumerate(entry.keys if entry.path in arrays else ()):
-            array = np.asarray(arrays[entry.path][i] if entry.stacked else arrays[entry.path])
+            array = arrays[entry.path]
+            array = np.asarray(array[entry.place(i)] if entry.stacked else array)
             yield part.named(key), to_torch(array, entry.layout, part.sizes)
     if subject.adapter:
         for name, tensor in adapters.factors(part, leaves, arrays, subject.adapter.lora):

@@ -42,9 +42,40 @@ def _plain(key: str) -> str:
     return plain.replace(".base_layer.", ".")
 
 
+# Names of experts in files: the start of a mixture's, then gate, up and down.
+EXPERTS_IN_FILES = {
+    "mixtral": ("block_sparse_moe.", ("w1", "w3", "w2")),
+    "qwen3_moe": ("mlp.", ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+def in_files(model: Any, key: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """Return a parameter under the keys of its files. transformers 5 fuses experts in memory.
+
+    array: the parameter or its gradient, [E, 2 F, D] or [E, D, F] for fused experts.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    layer, _, end = key.partition("mlp.")
+    if kind not in EXPERTS_IN_FILES or not end:
+        return {key: array}
+    start, (*halves, down) = EXPERTS_IN_FILES[kind]
+    fused = {
+        "experts.gate_up_proj": lambda: zip(halves, np.split(array, 2, axis=1), strict=True),
+        "experts.down_proj": lambda: [(down, array)],
+    }
+    if end not in fused:
+        return {f"{layer}{start}{end}": array}
+    return {
+        f"{layer}{start}experts.{number}.{name}.weight": one
+        for name, every in fused[end]()
+        for number, one in enumerate(every)
+    }
+
+
 def digests(model: Any) -> dict[str, str]:
     """Return a digest of each float32 weight as the stock library loaded it."""
-    return {key: digest(one.detach().numpy()) for key, one in names_of(model).items()}
+    every = ((key, one.detach().numpy()) for key, one in names_of(model).items())
+    return {name: digest(one) for pair in every for name, one in in_files(model, *pair).items()}
 
 
 def digest(array: np.ndarray) -> str:
@@ -55,8 +86,9 @@ def digest(array: np.ndarray) -> str:
 
 def gradients_of(model: Any) -> dict[str, np.ndarray]:
     """Return the gradients by key, for the parameters that have one."""
-    parameters = names_of(model).items()
-    return {key: one.grad.numpy() for key, one in parameters if one.grad is not None}
+    every = ((key, one.grad) for key, one in names_of(model).items() if one.grad is not None)
+    pairs = ((key, grad.numpy()) for key, grad in every)
+    return {name: one for pair in pairs for name, one in in_files(model, *pair).items()}
 
 
 def variants(
@@ -113,8 +145,9 @@ def _measured(
 ) -> Iterator[None]:
     def hook(key: str) -> Callable[[Any], None]:
         def measure(parameter: Any) -> None:
-            apart = float(np.linalg.norm(parameter.grad.numpy() - gradients[key]))
-            distances[key] = max(distances.get(key, 0.0), apart)
+            for name, grad in in_files(model, key, parameter.grad.numpy()).items():
+                apart = float(np.linalg.norm(grad - gradients[name]))
+                distances[name] = max(distances.get(name, 0.0), apart)
             parameter.grad = None
 
         return measure
@@ -125,7 +158,7 @@ def _measured(
     handles = [
         one.register_post_accumulate_grad_hook(hook(key))
         for key, one in parameters.items()
-        if key in gradients and one.requires_grad
+        if one.requires_grad and next(iter(in_files(model, key, one.detach().numpy()))) in gradients
     ]
     yield
     for handle in handles:

@@ -2,16 +2,17 @@
 
 A rule is `(torch key, jaxft path, layout)`. In a key `{i}` is the index of a layer, and all layers
 are stacked on axis 0 of one parameter, whose path has no `{i}`. Where blocks of a model differ, a
-rule names the layers that it stacks. Any other `{name}` matches the same text on both sides: any
+rule names the layers that it stacks. `{e}` is the index of an expert, and the experts of a layer
+are stacked on axis 1. Any other `{name}` matches the same text on both sides: any
 text if the name starts with p, else digits. The layout is written torch -> jaxft, such as
 "(n h) d -> d n h". Export reverses the arrow. An empty layout keeps the shape.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,12 +33,26 @@ class Rule(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One parameter and the checkpoint tensors that fill it (one a layer if it is stacked)."""
+    """One parameter and the checkpoint tensors that fill it (one a layer if it is stacked).
+
+    experts: the number of tensors of each layer if they are its experts', else 0.
+    """
 
     path: str
     keys: tuple[str, ...]
     layout: str
     stacked: bool
+    experts: int = 0
+
+    def place(self, number: int) -> tuple[int, ...]:
+        """Return the indices of a tensor in the parameter, () if it is the parameter."""
+        if self.experts:
+            return divmod(number, self.experts)
+        return (number,) if self.stacked else ()
+
+    def one(self, of_dims: Sequence[Any]) -> tuple[Any, ...]:
+        """Return those of a tensor from the dims, axes or the like of the parameter."""
+        return tuple(of_dims[len(self.place(0)) :])
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -61,7 +76,7 @@ def plan(
     """
     rules = tuple(rules)
     skip = re.compile("|".join(ignore) or r"(?!)")
-    found: dict[str, dict[int, tuple[str, str]]] = {}
+    found: dict[str, dict[tuple[int, ...], tuple[str, str]]] = {}
     problems: list[str] = []
     for key in shapes:
         if skip.fullmatch(key):
@@ -171,18 +186,21 @@ def _solve(groups: list[list[str]], shape: tuple[int, ...], sizes: Sizes) -> dic
     return dims
 
 
-def _target(rule: Rule, key: str) -> tuple[str, int, str] | None:
-    """Return (path, layer, layout) if the rule matches this torch key, else None."""
+def _target(rule: Rule, key: str) -> tuple[str, tuple[int, ...], str] | None:
+    """Return (path, place, layout) if the rule matches this torch key, else None.
+
+    The place is as in `Entry.place`.
+    """
     match = re.fullmatch(_pattern(rule.key), key)
     if not match:
         return None
     names = match.groupdict()
-    layer = int(names.pop("i", 0) or 0)
+    place = tuple(int(names.pop(name)) for name in ("i", "e") if name in names)
     if rule.layers is not None:
-        if layer not in rule.layers:
+        if place[0] not in rule.layers:
             return None
-        layer = rule.layers.index(layer)
-    return rule.path.format(**names), layer, rule.layout
+        place = (rule.layers.index(place[0]), *place[1:])
+    return rule.path.format(**names), place, rule.layout
 
 
 @cache  # a plan asks for each rule once a tensor
@@ -206,10 +224,14 @@ def _generate(path: str, leaf: Leaf, rules: tuple[Rule, ...], problems: list[str
         match = re.fullmatch(_pattern(rule.path), path)
         stacked = "{i}" in rule.key
         if match and stacked == leaf.stacked:
-            count = leaf.shape[0] if stacked else 1
-            layers = rule.layers or range(count)
-            keys = tuple(rule.key.format(i=i, **match.groupdict()) for i in layers)
-            return Entry(path, keys, rule.layout, stacked)
+            layers = rule.layers or range(leaf.shape[0] if stacked else 1)
+            experts = leaf.shape[1] if "{e}" in rule.key else 0
+            keys = tuple(
+                rule.key.format(i=i, e=e, **match.groupdict())
+                for i in layers
+                for e in range(experts or 1)
+            )
+            return Entry(path, keys, rule.layout, stacked, experts)
     problems.append(f"parameter {path} has no rule")
     return None
 
@@ -217,25 +239,26 @@ def _generate(path: str, leaf: Leaf, rules: tuple[Rule, ...], problems: list[str
 def _entry(
     path: str,
     leaf: Leaf,
-    found: dict[int, tuple[str, str]],
+    found: dict[tuple[int, ...], tuple[str, str]],
     rules: tuple[Rule, ...],
     problems: list[str],
 ) -> Entry | None:
     wanted = _generate(path, leaf, rules, problems)
     if wanted is None:
         return None
-    missing = [key for i, key in enumerate(wanted.keys) if i not in found]
-    surplus = [found[i][0] for i in found if i >= len(wanted.keys)]
+    places = [wanted.place(number) for number in range(len(wanted.keys))]
+    missing = [key for place, key in zip(places, wanted.keys, strict=True) if place not in found]
+    surplus = [found[place][0] for place in sorted(found.keys() - set(places))]
     problems += [f"missing tensor {key}" for key in missing]
     problems += [f"unexpected tensor {key}" for key in surplus]
     if missing or surplus:
         return None
-    keys = tuple(found[i][0] for i in range(len(wanted.keys)))
-    return Entry(path, keys, found[0][1], wanted.stacked)
+    keys = tuple(found[place][0] for place in places)
+    return wanted._replace(keys=keys, layout=found[places[0]][1])
 
 
 def _misshaped(entry: Entry, leaf: Leaf, shapes: Shapes, sizes: Sizes) -> list[str]:
-    want = leaf.shape[1:] if entry.stacked else leaf.shape
+    want = entry.one(leaf.shape)
     lines = []
     for key in entry.keys:
         try:

@@ -133,12 +133,14 @@ def _load_entry(
     named = tuple(targets.items())
     ones, buffers = targets, None
     if entry.stacked:
-        ones = {x: NamedSharding(y.mesh, PartitionSpec(*y.spec[1:])) for x, y in named}
+        ones = {
+            x: NamedSharding(y.mesh, PartitionSpec(*entry.one(tuple(y.spec)))) for x, y in named
+        }
         shapes = tuple((leaf.shape, leaf.held_in(dtype)) for leaf in leaves.values())
         buffers = dict(zip(leaves, _zeros(shapes, tuple(targets.values())), strict=True))
     for i, key in enumerate(entry.keys):
         if packed and isinstance(part.tensors, PackedTensors):
-            shapes = {x: y.shape[1:] if entry.stacked else y.shape for x, y in leaves.items()}
+            shapes = {x: entry.one(y.shape) for x, y in leaves.items()}
             found = part.tensors.packed(key, shapes)
             pieces = {name: _placed(found[name], ones[name]) for name in shapes}
         else:
@@ -147,7 +149,7 @@ def _load_entry(
         if buffers is None:
             buffers, finite = _place(pieces, packed, dtype, named)
         else:
-            buffers, finite = _fill(buffers, pieces, i, packed, named)
+            buffers, finite = _fill(buffers, pieces, entry.place(i), packed, named)
         if not finite:  # waits until the piece is in its place
             bad.append(key)
     assert buffers is not None
@@ -180,10 +182,14 @@ Targets = tuple[tuple[str, NamedSharding], ...]  # names and shardings, hashable
 
 @partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
 def _fill(
-    buffers: Params, pieces: Params, i: int, packed: Packed | None, targets: Targets
+    buffers: Params,
+    pieces: Params,
+    place: tuple[int, ...],
+    packed: Packed | None,
+    targets: Targets,
 ) -> tuple[Params, jax.Array]:
     made = _encoded(pieces, packed, buffers[""].dtype if "" in buffers else None)
-    filled = {name: buffers[name].at[i].set(made[name]) for name in buffers}
+    filled = {name: buffers[name].at[place].set(made[name]) for name in buffers}
     return jax.lax.with_sharding_constraint(filled, dict(targets)), _all_finite(made)
 
 
@@ -261,7 +267,7 @@ def _info(
         return tuple(shape), np.dtype(given or own)
     assert owner is not None
     entry, leaf = owner[0], leaves[owner[0].path]
-    one = np.broadcast_to(np.int8(0), leaf.shape[1:] if entry.stacked else leaf.shape)
+    one = np.broadcast_to(np.int8(0), entry.one(leaf.shape))
     return to_torch(one, entry.layout, part.sizes).shape, np.dtype(dtype or np.float32)
 
 
@@ -279,7 +285,9 @@ def _tensor(
         return part.tensors.read(key)
     assert entry is not None
     if entry.path in trained:
-        array = to_host(trained[entry.path][i] if entry.stacked else trained[entry.path])
+        array = to_host(
+            trained[entry.path][entry.place(i)] if entry.stacked else trained[entry.path]
+        )
     else:
         assert part.tensors is not None
         array = to_jax(part.tensors.read(key), entry.layout, part.sizes)

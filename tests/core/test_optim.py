@@ -255,6 +255,23 @@ def test_t17_stacked_layers_train_as_separate_ones(name):
             np.testing.assert_allclose(mine, want, rtol=1e-5, atol=2e-6, err_msg=path)
 
 
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_each_expert_is_a_matrix_of_its_own(name):
+    """(L, E, in, out) moves as (L E, in, out) of so many layers does."""
+    many = Leaf((2, 3, 4, 6), jnp.float32, ("layers", "expert", None, "mlp"), 1)
+    path, leaves = "experts.gate_proj.kernel", {}
+    rng = np.random.default_rng(0)
+    value, *steps = (rng.normal(size=many.shape).astype(np.float32) for _ in range(4))
+    steps[0][1, 2] *= 1000.0
+    made = []
+    for leaf in (many, Leaf((6, 4, 6), jnp.float32, ("layers", "embed", "mlp"), 1)):
+        leaves = {path: leaf}
+        start, *grads = ({path: x.reshape(leaf.shape)} for x in (value, *steps))
+        made.append(run(make(name, leaves), start, grads)[path].reshape(many.shape))
+    assert np.abs(made[0] - value).max() > 1e-3
+    np.testing.assert_allclose(*made, rtol=1e-5, atol=1e-6)
+
+
 def test_t17_muon_leaves_embeddings_heads_and_vectors_to_adamw():
     params, grads = start(), [arrays(k) for k in range(1, 4)]
     muon, adamw = (run(make(name), params, grads) for name in ("muon", "adamw"))

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxft.core.sharding import make_mesh, one_device_mesh
-from jaxft.kernels.attention import attention
-from jaxft.kernels.blockwise_attention import CAUSAL_SPANS
+from jaxft.kernels.attention.attention import attention
+from jaxft.kernels.attention.blockwise_attention import CAUSAL_SPANS
 from jaxft.kernels.conv import IM2COL_MIN_CHANNELS
 from jaxft.kernels.cross_entropy import linear_cross_entropy
 from jaxft.nn.conv import Conv

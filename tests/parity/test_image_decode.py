@@ -15,7 +15,7 @@ from jaxft.core.sharding import one_device_mesh
 from jaxft.kernels import loops
 from jaxft.models import registry
 from jaxft.models.decoders.decoder import Decoder
-from jaxft.models.decoders.sampling import Sampling, pick
+from jaxft.models.decoders.generation.sampling import Sampling, pick
 from jaxft.models.pipelines import image_decode
 from jaxft.models.pipelines.image_decode import Unified, generate_codes
 from jaxft.tasks.image_tokens.layout import extended, left_padded, null_prompt

@@ -15,7 +15,7 @@ from jaxft.core.errors import UserError
 from jaxft.models.autoencoders import vqgan
 from jaxft.models.autoencoders.vqgan import VQModel
 from jaxft.models.decoders.families import llama
-from jaxft.models.decoders.sampling import Sampling
+from jaxft.models.decoders.generation.sampling import Sampling
 from jaxft.models.pipelines import janus
 from jaxft.models.pipelines.image_decode import generate_codes
 from jaxft.models.pipelines.janus import VISION_DEFAULTS, VQ_DEFAULTS, Janus, JanusConfig

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from jaxft.core import params as P
 from jaxft.core.sharding import batch_sharding, make_mesh, shardings
 from jaxft.models import registry
-from jaxft.models.decoders.cache import init_cache
 from jaxft.models.decoders.decoder import Decoder, flops_per_token
 from jaxft.models.decoders.families import llama
+from jaxft.models.decoders.generation.cache import init_cache
 from jaxft.weights import rules
 
 TINY = {

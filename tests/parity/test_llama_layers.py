@@ -17,8 +17,8 @@ from jaxft.core.errors import UserError
 from jaxft.models import registry
 from jaxft.models.decoders.decoder import Decoder
 from jaxft.models.decoders.families import llama
-from jaxft.models.decoders.generate import generate
-from jaxft.models.decoders.sampling import Sampling
+from jaxft.models.decoders.generation.generate import generate
+from jaxft.models.decoders.generation.sampling import Sampling
 from jaxft.weights import rules
 
 LENGTH, WINDOW = 26, 5

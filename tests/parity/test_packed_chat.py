@@ -12,10 +12,10 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jaxft.core.params import bind
 from jaxft.core.sharding import place_batch
 from jaxft.core.step import sample_keys
-from jaxft.kernels import attention, blockwise_attention, splash_attention
+from jaxft.kernels.attention import attention, blockwise_attention, splash_attention
 from tests import whole as runs
 from tests.conftest import LINES
-from tests.kernels.test_cudnn_attention import packed as cudnn_stand_in
+from tests.kernels.attention.test_cudnn_attention import packed as cudnn_stand_in
 
 ROWS, SEQ_LEN, WINDOW = 12, 160, 11
 PATHS = ("formula", "blockwise", "many blocks", "splash", "cudnn")

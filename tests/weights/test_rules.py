@@ -193,6 +193,26 @@ def test_a_rule_may_stack_some_layers_alone():
         plan(rules, leaves, shapes, {})
 
 
+def test_experts_are_stacked_on_the_second_axis():
+    rules = (
+        Rule("model.{i}.experts.{e}.w.weight", "layers.experts.w.kernel", "o i -> i o"),
+        Rule("model.{i}.{p}.weight", "layers.{p}.kernel"),
+    )
+    leaves = {"layers.experts.w.kernel": leaf(2, 3, 4, 5, stacked=True)}
+    pairs = [(i, e) for i in range(2) for e in range(3)]
+    shapes = {f"model.{i}.experts.{e}.w.weight": (5, 4) for i, e in reversed(pairs)}
+    (entry,) = plan(rules, leaves, shapes, {})
+    assert entry.keys == tuple(f"model.{i}.experts.{e}.w.weight" for i, e in pairs)
+    assert [entry.place(number) for number in range(6)] == pairs
+    assert entry.one((2, 3, 4, 5)) == (4, 5)
+    assert [entry] == expected(rules, leaves)
+    with pytest.raises(UserError, match=r"unexpected tensor model\.1\.experts\.3\.w\.weight"):
+        plan(rules, leaves, shapes | {"model.1.experts.3.w.weight": (5, 4)}, {})
+    del shapes["model.1.experts.0.w.weight"]
+    with pytest.raises(UserError, match=r"missing tensor model\.1\.experts\.0\.w\.weight"):
+        plan(rules, leaves, shapes, {})
+
+
 def test_a_parameter_with_two_sources_is_an_error():
     """Old and new spelling in one file: which one is right, nobody knows."""
     with pytest.raises(UserError, match=r"head\.weight and old_head\.weight"):

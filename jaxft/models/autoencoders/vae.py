@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
-from jaxft.kernels.attention import attention
+from jaxft.kernels.attention.attention import attention
 from jaxft.models.autoencoders.vae_config import VAEConfig
 from jaxft.models.autoencoders.vq_config import VQConfig
 from jaxft.models.registry import Architecture

@@ -8,21 +8,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
-from jaxft.kernels.attention import attention
-from jaxft.models.decoders.cache import append
+from jaxft.kernels.attention.attention import attention
 from jaxft.models.decoders.config import DecoderConfig, LayerSpec
+from jaxft.models.decoders.experts import ExpertMLP, Routing
+from jaxft.models.decoders.generation.cache import append
 from jaxft.nn import rope
+from jaxft.nn.gated import gated
 from jaxft.nn.linear import Linear
 from jaxft.nn.norm import RMSNorm
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": jax.nn.gelu,
-}
 
 Memory = tuple[Array, Array]  # keys and values of the cache, as `Cache` holds them
 
@@ -31,7 +27,8 @@ class Context(NamedTuple):
     """The inputs that all layers of one call share.
 
     angles: cos and sin of every rope. segments_in_row: as in `kernels.attention`. growth: the
-    factor of queries by position, None for 1.
+    factor of queries by position, None for 1. counted: the tokens that the sums of a router count,
+    None for no sums.
     """
 
     angles: tuple[tuple[Float[Array, "B T half"], Float[Array, "B T half"]], ...]
@@ -40,6 +37,7 @@ class Context(NamedTuple):
     index: Int[Array, ""]
     segments_in_row: int = 0
     growth: Float[Array, "B T"] | None = None
+    counted: Bool[Array, "B T"] | None = None
 
 
 class Attention(nnx.Module):
@@ -133,13 +131,7 @@ class MLP(nnx.Module):
         else:
             assert self.gate_proj is not None and self.up_proj is not None
             gate, up = self.gate_proj(x, keys), self.up_proj(x, keys)  # [B, T, F]
-        return self.down_proj(_gated(gate, up, activation), keys)
-
-
-@partial(jax.checkpoint, static_argnums=2)
-def _gated(gate: Array, up: Array, activation: str) -> Array:
-    """Return act(gate) * up. The gradients recompute it instead of saving three more arrays."""
-    return ACTIVATIONS[activation](gate) * up
+        return self.down_proj(gated(gate, up, activation), keys)
 
 
 class Block(nnx.Module):
@@ -153,7 +145,8 @@ class Block(nnx.Module):
         # transformers' name for the norm before a pre-norm MLP, too.
         self.post_attention_layernorm = norm(shape)
         self.pre_feedforward_layernorm = nnx.data(norm(shape) if norms == "sandwich" else None)
-        self.mlp = MLP(cfg, key=second)
+        experts = cfg.layers[0].experts
+        self.mlp = MLP(cfg, key=second) if experts is None else ExpertMLP(cfg, experts, key=second)
         self.post_feedforward_layernorm = nnx.data(norm(shape) if norms != "pre" else None)
 
     def __call__(
@@ -164,9 +157,10 @@ class Block(nnx.Module):
         context: Context,
         memory: Memory | None = None,
         keys: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "B T D"], Memory | None]:
+    ) -> tuple[Float[Array, "B T D"], Memory | None, Routing | None]:
         """Return the layer's output, and the cache's memory with the keys of this call in it.
 
+        Third are the sums of its router, if it has one and `context` has tokens to count.
         layer: the index of this layer, for the cache and for the PRNG keys of its dropout.
         """
         x = checkpoint_name(x, "block_input")  # for the remat policy "offload"
@@ -181,9 +175,15 @@ class Block(nnx.Module):
         else:
             x = x + scaled(self.post_attention_layernorm(attended), spec.residual_scale)
             normed = _normed(self.pre_feedforward_layernorm, x)
-        made = _normed(self.post_feedforward_layernorm, self.mlp(normed, spec.activation, keys))
+        routing = None
+        if isinstance(self.mlp, ExpertMLP):
+            assert spec.experts is not None
+            made, routing = self.mlp(normed, spec.experts, spec.activation, context.counted)
+        else:
+            made = self.mlp(normed, spec.activation, keys)
+        made = _normed(self.post_feedforward_layernorm, made)
         x = x + scaled(made, spec.residual_scale)
-        return constrain(x, "batch", "length", None), memory
+        return constrain(x, "batch", "length", None), memory, routing
 
 
 def _norms(cfg: DecoderConfig) -> Callable[[int], RMSNorm]:

@@ -21,6 +21,18 @@ ACTIVATION_NAMES = {"silu": "silu", "swish": "silu"}  # two names of one functio
 OLD_NAMES = {"attention": "full_attention"}  # transformers renames it on reading
 
 
+class ExpertSpec(NamedTuple):
+    """The experts of a layer: their count, how many a token has, and the width of each.
+
+    normalised: the weights of a token's experts sum to 1. Otherwise those of all experts do.
+    """
+
+    count: int
+    active: int
+    width: int
+    normalised: bool
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """The kind of one layer. Every field is a Python value, so a step is compiled for it.
@@ -28,10 +40,11 @@ class LayerSpec:
     window: the number of keys that a query attends to, its own included. None is all keys.
     rope: the index of the rotation in `DecoderConfig.ropes`. None is no position embedding.
     norms: "pre" is x + f(norm(x)), "post" is x + norm(f(x)), "sandwich" is x + norm(f(norm(x))).
-    activation: a key of `block.ACTIVATIONS`. qk_norm: an RMSNorm of q and k, of each head or of all
+    activation: a key of `gated.ACTIVATIONS`. qk_norm: an RMSNorm of q and k, of each head or of all
     heads of a token together. attention_scale: the factor of scores, None for 1 / sqrt(head_dim).
     soft_cap: scores s become soft_cap * tanh(s / soft_cap), None for no change.
-    residual_scale: the factor of both branches of a layer before they are added.
+    residual_scale: the factor of both branches of a layer before they are added. experts: they
+    replace the MLP.
     """
 
     window: int | None = None
@@ -42,6 +55,7 @@ class LayerSpec:
     attention_scale: float | None = None
     soft_cap: float | None = None
     residual_scale: float = 1.0
+    experts: ExpertSpec | None = None
 
 
 class QueryScaling(NamedTuple):
@@ -60,7 +74,8 @@ class DecoderConfig:
     scores of `num_labels` are not. logits_soft_cap: as `LayerSpec.soft_cap`, for these logits.
     image_ids: tokens that stand for pictures, which no text may hold. fused: q, k and v are one
     projection, and so are gate and up. rope_by_end: a continuation has the longrope frequencies of
-    its last possible token from its start.
+    its last possible token from its start. router_loss: the weight that the checkpoint states for
+    the loss that balances experts.
     Raises: ValueError for layers whose parameters differ, because layers are stacked in one array.
     """
 
@@ -90,11 +105,12 @@ class DecoderConfig:
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     image_ids: tuple[int, ...] = ()
+    router_loss: float = 0.0
     num_labels: int = 0  # outputs of a head of scores, which replaces that of the vocabulary
 
     def __post_init__(self) -> None:
-        if len({(layer.norms, layer.qk_norm) for layer in self.layers}) != 1:
-            raise ValueError("layers with different norms have different parameters")
+        if len({(layer.norms, layer.qk_norm, layer.experts) for layer in self.layers}) != 1:
+            raise ValueError("layers with different norms or experts have different parameters")
 
     @property
     def num_layers(self) -> int:
@@ -130,6 +146,7 @@ def layer_scans(layers: tuple[LayerSpec, ...], start: int = 0) -> tuple[LayerSca
 
 SIZE, COUNT = "a whole number above 0", "a whole number from 0 on"
 LAYERS = f"a whole number from 1 to {MOST_LAYERS}"
+INDICES = "a list of layers, from 0 on"
 NUMBER, FLAG, NAME = "a number from 0 on", "true or false", "a name"
 IDS, NAMES, FLAGS = "a token id or a list of them", "a list of names", "a list of 0 and 1"
 

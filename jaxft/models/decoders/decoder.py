@@ -6,15 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
-from jaxft.kernels.attention import saves_attention
+from jaxft.kernels.attention.attention import saves_attention
 from jaxft.kernels.elementwise import soft_capped
 from jaxft.kernels.loops import unrolls, unstacks
 from jaxft.models.decoders.block import Block, Context, Memory, scaled
-from jaxft.models.decoders.cache import Cache, default_positions, place
 from jaxft.models.decoders.config import DecoderConfig, LayerScan, LayerSpec, layer_scans
+from jaxft.models.decoders.experts import Routing
+from jaxft.models.decoders.generation.cache import Cache, default_positions, place
 from jaxft.nn import rope
 from jaxft.nn.linear import Embedding, Linear
 from jaxft.nn.norm import RMSNorm
@@ -82,29 +83,73 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = default_positions(kv_segments, cache, x.shape[1])
         index = jnp.int32(0) if cache is None else cache.index
-        # The angles of all kinds of rope are computed once, and every layer picks its own.
-        angles = tuple(
-            rope.cos_sin(positions, rope.frequencies(one, positions, longest), one.scale)
-            for one in self.cfg.ropes
-        )
+        angles, growth = self._by_position(positions, longest)
         others = None if cache is None else kv_segments  # None: keys have the queries' own segments
-        scaling, growth = self.cfg.query_scaling, None
-        if scaling is not None:
-            spans = (positions // scaling.original).astype(jnp.float32)  # [B, T]
-            growth = 1.0 + scaling.beta * jnp.log1p(spans)
         context = Context(angles, q_segments, others, index, segments_in_row, growth)
         if blocks and cache is not None:
             x, cache = self._one_by_one(x, context, cache, blocks)
             return self.norm(x), cache
-        if unroll is None:
-            unroll = 0 if unrolls(self.cfg.num_layers) else 1
-        carry: tuple[Array, Any] = x, None if cache is None else (cache.k, cache.v)
-        for part in layer_scans(self.cfg.layers):
-            carry = self._scan(part, carry, context, keys, remat, unroll)
-        x, memory = carry
+        memory = None if cache is None else (cache.k, cache.v)
+        x, memory, _ = self._every_layer(x, memory, context, keys, remat, unroll)
         if cache is not None and memory is not None:
             cache = cache._replace(k=memory[0], v=memory[1], index=cache.index + x.shape[1])
         return self.norm(x), cache
+
+    def routed(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+        counted: Bool[Array, "B T"],
+        *,
+        keys: PRNGKeyArray | None = None,
+        remat: str = "none",
+        dtype: Any = None,
+        segments_in_row: int = 0,
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """Return the final norm's output as `hidden`, and the sums of all routers, [L, E].
+
+        counted: the tokens in these sums. The model has experts.
+        """
+        x = self._embed(tokens, None, dtype)  # [B, T, D]
+        if positions is None:
+            positions = default_positions(None, None, x.shape[1])
+        angles, growth = self._by_position(positions)
+        context = Context(angles, segment_ids, None, jnp.int32(0), segments_in_row, growth, counted)
+        x, _, routing = self._every_layer(x, None, context, keys, remat, None)
+        assert routing is not None
+        return self.norm(x), routing
+
+    def _by_position(self, positions: Array, longest: int = 0) -> tuple[Any, Array | None]:
+        """Return cos and sin of every rope, and the factor of queries. Layers pick their own."""
+        angles = tuple(
+            rope.cos_sin(positions, rope.frequencies(one, positions, longest), one.scale)
+            for one in self.cfg.ropes
+        )
+        scaling = self.cfg.query_scaling
+        if scaling is None:
+            return angles, None
+        spans = (positions // scaling.original).astype(jnp.float32)  # [B, T]
+        return angles, 1.0 + scaling.beta * jnp.log1p(spans)
+
+    def _every_layer(
+        self,
+        x: Array,
+        memory: Any,
+        context: Context,
+        keys: PRNGKeyArray | None,
+        remat: str,
+        unroll: int | None,
+    ) -> tuple[Array, Any, Routing | None]:
+        """Return hidden states, the cache's memory, and the sums of all routers, if counted."""
+        if unroll is None:
+            unroll = 0 if unrolls(self.cfg.num_layers) else 1
+        carry, routings = (x, memory), []
+        for part in layer_scans(self.cfg.layers):
+            carry, routing = self._scan(part, carry, context, keys, remat, unroll)
+            routings.append(routing)
+        routing = jax.tree.map(lambda *each: jnp.concatenate(each), *routings)  # [L, E]
+        return carry[0], carry[1], routing
 
     def scaled_embeddings(self, rows: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Return rows of the table times `embedding_scale`, the input of the first layer."""
@@ -127,7 +172,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, Cache]:
         memories = []
         for i, (block, spec) in enumerate(zip(blocks, self.cfg.layers, strict=True)):
-            x, memory = block(x, spec, i, context, (cache.k[i], cache.v[i]))
+            x, memory, _ = block(x, spec, i, context, (cache.k[i], cache.v[i]))
             memories.append(memory)
         k, v = zip(*memories, strict=True)
         return x, cache._replace(k=k, v=v, index=cache.index + x.shape[1])
@@ -148,8 +193,11 @@ class Decoder(nnx.Module):
         keys: PRNGKeyArray | None,
         remat: str,
         unroll: int,
-    ) -> tuple[Array, Memory | None]:
-        """Run the layers of one scan, a period an iteration, on the hidden states and the cache."""
+    ) -> tuple[tuple[Array, Memory | None], Routing | None]:
+        """Run the layers of one scan, a period an iteration, on the hidden states and the cache.
+
+        Second are the sums of their routers, [layers, E].
+        """
         size = len(part.period)
         numbers = jnp.arange(self.cfg.num_layers, dtype=jnp.int32)
         stop = part.start + size * part.times
@@ -159,19 +207,24 @@ class Decoder(nnx.Module):
             inputs = jax.tree.map(lambda x: x.reshape(*split, *x.shape[1:]), inputs)  # [L/P, P, ..]
 
         def run(spec: LayerSpec, carry: tuple, block: Block, layer: Array) -> tuple:
-            return block(carry[0], spec, layer, context, carry[1], keys)
+            x, memory, routing = block(carry[0], spec, layer, context, carry[1], keys)
+            return (x, memory), routing
 
         runs = [_rematted(partial(run, spec), remat, size * unroll) for spec in part.period]
 
-        def body(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+        def body(carry: tuple, inputs: tuple) -> tuple[tuple, Routing | None]:
             if size == 1:
-                return runs[0](carry, *inputs), None
+                return runs[0](carry, *inputs)
+            routings = []
             for i, one in enumerate(runs):
-                carry = one(carry, *jax.tree.map(lambda x, i=i: x[i], inputs))
-            return carry, None
+                carry, routing = one(carry, *jax.tree.map(lambda x, i=i: x[i], inputs))
+                routings.append(routing)
+            return carry, jax.tree.map(lambda *each: jnp.stack(each), *routings)
 
-        carry, _ = jax.lax.scan(body, carry, inputs, unroll=unroll)
-        return carry
+        carry, routing = jax.lax.scan(body, carry, inputs, unroll=unroll)
+        if size > 1:
+            routing = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), routing)  # [L, E]
+        return carry, routing
 
     def head(self) -> tuple[Array, bool, float | None]:
         """Return the output matrix for `features`, and True if the vocabulary is its first dim.
@@ -249,8 +302,12 @@ def flops_per_token(cfg: DecoderConfig, seq_len: int) -> float:
     of scores is read at one token of an example, and does not count.
     """
     d, n, k, h = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    # q, o, k and v projections, and the three matrices of the MLP.
-    weights = d * h * (2 * n + 2 * k) + 3 * d * cfg.intermediate_size
+    # q, o, k and v projections, and the three matrices of the MLP or of a token's experts.
+    experts, width = cfg.layers[0].experts, cfg.intermediate_size
+    if experts is not None:
+        width = experts.active * experts.width
+    routers = 0 if experts is None else d * experts.count
+    weights = d * h * (2 * n + 2 * k) + 3 * d * width + routers
     attended = 0.0
     for layer in cfg.layers:
         w = min(layer.window or seq_len, seq_len)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
-from jaxft.kernels.attention import attention
+from jaxft.kernels.attention.attention import attention
 from jaxft.kernels.elementwise import recomputed
 from jaxft.kernels.loops import unrolls
 from jaxft.nn.conv import dense, spread

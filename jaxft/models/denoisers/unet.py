@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
-from jaxft.kernels.attention import attention
+from jaxft.kernels.attention.attention import attention
 from jaxft.kernels.elementwise import recomputed
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.registry import Architecture

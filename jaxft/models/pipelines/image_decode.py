@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxft.kernels.cross_entropy import linear_cross_entropy
 from jaxft.kernels.elementwise import soft_capped
 from jaxft.kernels.loops import cache_growth
-from jaxft.models.decoders.cache import Cache, init_cache, lengthened
 from jaxft.models.decoders.decoder import Decoder
-from jaxft.models.decoders.sampling import Sampling, pick
+from jaxft.models.decoders.generation.cache import Cache, init_cache, lengthened
+from jaxft.models.decoders.generation.sampling import Sampling, pick
 from jaxft.nn.linear import gather_rows
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxft.core.errors import UserError
 from jaxft.core.params import NEW_TOKEN_ROLE, mark
 from jaxft.core.sharding import constrain
-from jaxft.kernels.attention import attention
+from jaxft.kernels.attention.attention import attention
 from jaxft.models.registry import Architecture
 from jaxft.nn.linear import Embedding, Linear, gather_rows
 from jaxft.nn.norm import LayerNorm

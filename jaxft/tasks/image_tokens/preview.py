@@ -16,7 +16,7 @@ from jaxft.core.sharding import constrain, local_rows, place_batch
 from jaxft.core.step import Batch, Metrics
 from jaxft.data.loader import eval_batches, subset
 from jaxft.models.autoencoders.vqgan import codebook_usage
-from jaxft.models.decoders.sampling import Sampling
+from jaxft.models.decoders.generation.sampling import Sampling
 from jaxft.models.pipelines.image_decode import generate_codes
 from jaxft.objectives.codes import CodePrediction
 from jaxft.tasks import NOW, Data, Look, Report, Request, Sheet

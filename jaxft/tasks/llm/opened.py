@@ -1,5 +1,6 @@
 """A causal language model's folder, or an adapter's with its base, opened for training."""
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Collection
@@ -35,6 +36,8 @@ from jaxft.weights.folders.quantised import PackedTensors, nf4_scales
 from jaxft.weights.transfer import Part
 from jaxft.weights.views import Drawn, Overlaid
 
+ROUTER = "layers.mlp.router"
+MIXTURE = (ROUTER, *(f"layers.mlp.experts.{name}_proj" for name in ("gate", "up", "down")))
 WHOLE = ("embed_tokens", "lm_head", "score", "norm", "layers")  # modules that an adapter may hold
 
 
@@ -105,6 +108,7 @@ class OpenedDecoder:
             cfg = dataclasses.replace(cfg, trainable=rf"{lora.PATHS}|score\..*")
         self._check_head(cfg)
         check_base(cfg, self.options)
+        self._check_experts(cfg)
         self._check_gguf(cfg)
         self.cfg = cfg
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
@@ -143,6 +147,41 @@ class OpenedDecoder:
                 f"trainable={cfg.trainable!r} leaves the new head as it was drawn; leave it empty,"
                 r" or add |score\..* to it"
             )
+
+    @property
+    def router_loss(self) -> float | None:
+        """The weight of the loss that balances experts, None for a model without experts."""
+        if self.model_cfg.layers[0].experts is None:
+            return None
+        asked, cfg = self.options.router_loss, self.cfg
+        trains = not cfg.lora.rank and re.fullmatch(cfg.trainable or ".*", f"{ROUTER}.kernel")
+        return asked if asked >= 0 else self.model_cfg.router_loss if trains else 0.0
+
+    def _check_experts(self, cfg: Config) -> None:
+        """Raise UserError for settings that a model with experts does not have, or only it has."""
+        if self.model_cfg.layers[0].experts is None:
+            if self.options.router_loss > 0:
+                raise UserError(
+                    f"router_loss={self.options.router_loss}: {self.source.name} has no experts;"
+                    " leave it out"
+                )
+            return
+        if self.options.base != "none":
+            raise UserError(
+                f"base={self.options.base} does not quantise experts, which are most of"
+                f" {self.source.name}; set base=none"
+            )
+        if not cfg.lora.rank:
+            return
+        for key, regex in (("lora.targets", cfg.lora.targets), ("trainable", cfg.trainable)):
+            end = ".kernel" if key == "trainable" else ""
+            with contextlib.suppress(re.error):  # `lora.add` and `select` name a bad one
+                found = (one for one in MIXTURE if re.fullmatch(regex, one + end))
+                if place := next(found, ""):
+                    raise UserError(
+                        f"{key}={regex!r} matches {place}, and an adapter of PEFT has no place for"
+                        f" experts and routers; name others, such as {self.architecture.lora}"
+                    )
 
     def _check_gguf(self, cfg: Config) -> None:
         """Raise UserError, before training, for a model that a GGUF file could not hold."""

@@ -65,6 +65,8 @@ class LLMOptions:
     labels: names of the classes in the order of their ids, divided by commas.
     problem_type: single_label_classification, multi_label_classification or regression.
     base: layout of the frozen projections below a LoRA: none, nf4 or int8.
+    router_loss: weight of the loss that balances experts. -1 is the checkpoint's, or 0 for frozen
+        routers.
     """
 
     seq_len: int
@@ -80,6 +82,7 @@ class LLMOptions:
     problem_type: str = SINGLE_LABEL
     distill: DistillKeys = DistillKeys()
     base: str = "none"
+    router_loss: float = -1.0
 
     def __post_init__(self) -> None:
         """Raise UserError for an unknown objective, or a key that it does not use."""
@@ -108,6 +111,12 @@ class LLMOptions:
         if self.base not in BASES:
             hint = near(self.base, BASES, "it is one of")
             raise UserError(f"config key base={self.base!r} is not known; {hint}")
+        if self.router_loss < 0 and self.router_loss != -1.0:
+            raise UserError(f"config key router_loss={self.router_loss} must be at least 0, or -1")
+        if self.router_loss > 0 and name != "sft":
+            raise UserError(
+                f"config key router_loss={self.router_loss} belongs to objective=sft, not to {name}"
+            )
         self._check_labels()
         self._check_distill()
 

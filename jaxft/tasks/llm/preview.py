@@ -20,8 +20,8 @@ from jaxft.data.text.alpaca import alpaca_prompt
 from jaxft.data.text.chat.format import ChatFormat
 from jaxft.data.text.templates import ALPACA, split_template
 from jaxft.data.text.vocabulary import check_ids
-from jaxft.models.decoders.generate import generate
-from jaxft.models.decoders.sampling import Sampling
+from jaxft.models.decoders.generation.generate import generate
+from jaxft.models.decoders.generation.sampling import Sampling
 from jaxft.objectives.next_token import NextToken
 from jaxft.tasks import Data, Look, Report, Request
 from jaxft.tasks.llm.opened import OpenedDecoder

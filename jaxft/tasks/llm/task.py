@@ -45,6 +45,7 @@ def _next_token(opened: OpenedDecoder, rows: Any) -> NextToken:
         per_row=rows.per_row,
         dropout=bool(opened.cfg.lora.dropout),
         token_flops=flops(opened.model_cfg, seq_len),
+        router_loss=opened.router_loss,
     )
 
 

@@ -185,7 +185,7 @@ def _saved(
     for entry in part.entries(leaves):
         for i, key in enumerate(entry.keys if entry.path in arrays else ()):
             array = np.asarray(arrays[entry.path], np.float32)
-            one = array[i] if entry.stacked else array
+            one = array[entry.place(i)]
             tensors[f"{PEFT_PREFIX}{part.named(key)}"] = to_torch(one, entry.layout, part.sizes)
     return tensors
 

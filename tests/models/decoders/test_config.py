@@ -8,9 +8,10 @@ from transformers import AutoConfig
 from jaxft.core.errors import UserError
 from jaxft.models import registry
 from jaxft.models.decoders.config import LayerSpec, layer_scans
-from jaxft.models.decoders.families import gemma, granite, llama, olmo, phi, qwen
+from jaxft.models.decoders.families import gemma, granite, llama, mixtral, olmo, phi, qwen
 
-KEYS = {**llama.KEYS, **qwen.KEYS, **granite.KEYS, **gemma.KEYS, **olmo.KEYS, **phi.KEYS}
+FAMILIES = (llama, qwen, granite, gemma, olmo, phi, mixtral)
+KEYS = {kind: keys for family in FAMILIES for kind, keys in family.KEYS.items()}
 F, S = LayerSpec(), LayerSpec(window=4)
 
 

@@ -104,7 +104,7 @@ def one_by_one(model, ids):
     context = Context((angles,), None, None, jnp.int32(0))
     for i, spec in enumerate(model.cfg.layers):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], model.layers)
-        x, _ = layer(x, spec, i, context)
+        x, _, _ = layer(x, spec, i, context)
     return model.logits(model.norm(x))
 
 

@@ -18,8 +18,8 @@ from jaxft.core.params import describe
 from jaxft.models import registry
 from jaxft.models.decoders.decoder import Decoder
 from jaxft.models.decoders.files import as_decoder, open_decoder, with_prefix
-from jaxft.models.decoders.generate import generate
-from jaxft.models.decoders.sampling import Sampling
+from jaxft.models.decoders.generation.generate import generate
+from jaxft.models.decoders.generation.sampling import Sampling
 from jaxft.tasks.image_tokens.opened import open_model
 from jaxft.tasks.image_tokens.options import ImageTokenOptions, TokenSample
 from jaxft.weights.files.tensor_files import TensorFiles

@@ -16,7 +16,7 @@ from jaxft import train
 from jaxft.core.errors import UserError
 from jaxft.data.cache import ArrayCache
 from jaxft.data.loader import subset
-from jaxft.models.decoders.sampling import Sampling
+from jaxft.models.decoders.generation.sampling import Sampling
 from jaxft.tasks import NOW, Request
 from jaxft.tasks.image_tokens.rows import open_store
 from tests import whole as runs

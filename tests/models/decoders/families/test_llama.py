@@ -8,10 +8,11 @@ import pytest
 from jaxft.core.errors import UserError
 from jaxft.models import registry
 from jaxft.models.decoders.config import COMMON
-from jaxft.models.decoders.families import gemma, granite, llama, olmo, phi, qwen, wrapped
+from jaxft.models.decoders.families import gemma, granite, llama, mixtral, olmo, phi, qwen, wrapped
 from tests.stock_llama import ours, theirs
 
-KEYS = {**llama.KEYS, **qwen.KEYS, **granite.KEYS, **gemma.KEYS, **olmo.KEYS, **phi.KEYS}
+FAMILIES = (llama, qwen, granite, gemma, olmo, phi, mixtral)
+KEYS = {kind: keys for family in FAMILIES for kind, keys in family.KEYS.items()}
 ROPE = (
     "rope_theta",
     "rope_scaling",

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.kernels import blockwise_attention as module
-from jaxft.kernels.attention import OVERRIDE, attention, reference
-from jaxft.kernels.blockwise_attention import (
+from jaxft.kernels.attention import blockwise_attention as module
+from jaxft.kernels.attention.attention import OVERRIDE, attention, reference
+from jaxft.kernels.attention.blockwise_attention import (
     Coordinates,
     attention_mask,
     block_size,
     cut_spans,
 )
 from tests.devices import traced_for
-from tests.kernels.test_attention import data, jit
+from tests.kernels.attention.test_attention import data, jit
 
 
 def test_t5_bf16_sums_key_gradients_over_blocks_in_fp32(monkeypatch):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxft.core.sharding import batch_sharding, make_mesh
-from jaxft.kernels.attention import reference
-from jaxft.kernels.splash_attention import splash_attention
+from jaxft.kernels.attention.attention import reference
+from jaxft.kernels.attention.splash_attention import splash_attention
 
 LENGTH, PADDED = 150, 256
 SEGMENTS = jnp.array([[1] * 40 + [2] * 100 + [0] * 10, [1] * 150])  # [2, 150]

@@ -9,9 +9,16 @@ import pytest
 
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import batch_sharding, make_mesh
-from jaxft.kernels import blockwise_attention as module
-from jaxft.kernels.attention import OVERRIDE, attention, choose, reference, saves_attention, used
-from jaxft.kernels.blockwise_attention import block_size, cut_spans
+from jaxft.kernels.attention import blockwise_attention as module
+from jaxft.kernels.attention.attention import (
+    OVERRIDE,
+    attention,
+    choose,
+    reference,
+    saves_attention,
+    used,
+)
+from jaxft.kernels.attention.blockwise_attention import block_size, cut_spans
 from tests.devices import traced_for
 
 # The compiler's own optimisations are most of the time of these tests.

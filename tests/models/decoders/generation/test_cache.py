@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from jaxft.models import registry
-from jaxft.models.decoders.cache import append, default_positions, init_cache, lengthened, place
+from jaxft.models.decoders.generation.cache import (
+    append,
+    default_positions,
+    init_cache,
+    lengthened,
+    place,
+)
 
 CFG = registry.read_decoder(
     {"model_type": "llama", "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32}

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxft.core.sharding import AXIS_RULES
-from jaxft.kernels.blockwise_attention import SAVED
+from jaxft.kernels.attention.blockwise_attention import SAVED
 
 LANES = 128  # tokens, the lanes of a TPU
 BLOCKS = (512, 384, 256, 128)  # tokens, queries and keys

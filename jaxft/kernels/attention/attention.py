@@ -11,9 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxft.core.errors import UserError
 from jaxft.core.runtime import Device, device
 from jaxft.core.sharding import batch_ways
-from jaxft.kernels.blockwise_attention import MASKED, SAVED, Coordinates, blockwise_attention
-from jaxft.kernels.cudnn_attention import cudnn_attention, cudnn_segments
-from jaxft.kernels.cudnn_attention import refusal as cudnn_refusal
+from jaxft.kernels.attention.blockwise_attention import (
+    MASKED,
+    SAVED,
+    Coordinates,
+    blockwise_attention,
+)
+from jaxft.kernels.attention.cudnn_attention import cudnn_attention, cudnn_segments
+from jaxft.kernels.attention.cudnn_attention import refusal as cudnn_refusal
 from jaxft.kernels.elementwise import soft_capped
 
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # jax's primitive
@@ -72,7 +77,7 @@ def attention(
         if kernel == "cudnn" and q_segments is not None and segments_in_row and in_order:
             return cudnn_segments(q, k, v, q_segments, segments_in_row, window, scale)
         if kernel == "splash":
-            from jaxft.kernels.splash_attention import splash_attention  # Pallas takes 0.4 s
+            from jaxft.kernels.attention.splash_attention import splash_attention  # takes 0.4 s
 
             return splash_attention(q, k, v, q_segments, causal, window, scale, soft_cap)
     positions = _count(q.shape[1]) if q_positions is None else q_positions  # [B or 1, T]

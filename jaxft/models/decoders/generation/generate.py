@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxft.models.decoders.cache import init_cache
 from jaxft.models.decoders.decoder import Decoder
-from jaxft.models.decoders.sampling import Sampling, pick
+from jaxft.models.decoders.generation.cache import init_cache
+from jaxft.models.decoders.generation.sampling import Sampling, pick
 
 
 class _Loop(NamedTuple):

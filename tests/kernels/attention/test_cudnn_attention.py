@@ -9,10 +9,10 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from jaxft.core.runtime import Device
-from jaxft.kernels.attention import attention, reference
-from jaxft.kernels.cudnn_attention import CUDNN_MULTIPLE, refusal, runs
+from jaxft.kernels.attention.attention import attention, reference
+from jaxft.kernels.attention.cudnn_attention import CUDNN_MULTIPLE, refusal, runs
 from tests.devices import traced_for
-from tests.kernels.test_attention import data, same
+from tests.kernels.attention.test_attention import data, same
 
 SEGMENTS = jnp.array([[1] * 9 + [2] * 12 + [3] * 10 + [0] * 6, [1] * 30 + [2] * 7])  # [2, 37]
 
@@ -38,7 +38,7 @@ def test_it_runs_on_a_gpu_in_half_precision(platform, dtype, dim, text):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """The kernel of a GPU is chosen, for the arrays of a CPU."""
-    monkeypatch.setattr("jaxft.kernels.attention.choose", lambda q, soft_cap: "cudnn")
+    monkeypatch.setattr("jaxft.kernels.attention.attention.choose", lambda q, soft_cap: "cudnn")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from jaxft.models.decoders.sampling import Sampling, pick
+from jaxft.models.decoders.generation.sampling import Sampling, pick
 
 VOCAB, DRAWS = 12, 2000
 LOGITS = (np.random.default_rng(0).normal(size=(3, VOCAB)) * 2).astype(np.float32)

@@ -1,0 +1,1 @@
+"""Attention: one function, and the kernels that compute it."""

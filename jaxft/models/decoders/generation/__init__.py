@@ -1,0 +1,1 @@
+"""Generation with a decoder: cache, sampling and the loop."""
