@@ -13,6 +13,7 @@ import numpy as np
 from jaxft.core import runtime
 from jaxft.core.errors import DIVERGED, UserError
 from jaxft.core.guards.best import BEST_FILE, Best
+from jaxft.core.guards.faults import inject
 from jaxft.core.metrics import MetricWriter, Throughput, table
 from jaxft.core.params import Params
 from jaxft.core.sharding import local_rows
@@ -104,6 +105,7 @@ class Watch:
         units = round(self.objective.units(batch) * self.processes)
         self.flush(waited)
         self.pending = _Pending(step, sums, units, shown)
+        inject("step", step, jax.process_index())
 
     def flush(self, waited: float = 0.0) -> None:
         """Write the numbers of the held step. Waits until the device has finished it.
