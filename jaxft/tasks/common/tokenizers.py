@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 
 from jaxft.core.errors import UserError, near
+from jaxft.tasks.common.probing import try_tokenizer
 
 TOKENIZER_JSON = "tokenizer.json"
 JSON_FILES = (
@@ -26,10 +27,11 @@ def load_tokenizer(folder: Path | str, kind: str | None = None) -> Any:
 
     `kind` is the model type whose tokenizer class reads the folder, such as "clip" for a pipeline
     of diffusers. Without it the folder's own files name the class. Raises UserError, which names
-    the file, if transformers cannot read the folder.
+    the file, if transformers cannot read the folder, or `try_tokenizer` refuses it.
     """
     from transformers import AutoTokenizer  # takes seconds to import, so only when needed
 
+    try_tokenizer(Path(folder) / TOKENIZER_JSON)
     given = {} if kind is None else {"tokenizer_type": kind}
     try:
         made: Any = AutoTokenizer.from_pretrained(
