@@ -39,6 +39,9 @@ with contextlib.suppress(ValueError, OSError):  # systems without this limit
 from tokenizers import Tokenizer
 try:
     tokenizer = Tokenizer.from_file(sys.argv[1])
+except Exception:
+    sys.exit(0)  # its readers tell why
+try:
     tokenizer.decode(tokenizer.encode(sys.stdin.read()).ids)
 except BaseException as error:
     print(*(str(error) or type(error).__name__).splitlines()[:1])
