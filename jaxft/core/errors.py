@@ -1,17 +1,22 @@
 """The exception for every error that a user can cause. Its text is one line."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 DISK_FULL = 74  # exit statuses: a run that cannot write, and one whose steps are not finite
 DIVERGED = 77
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class UserError(ValueError):
-    """A mistake in a file, key or value. Commands print it as one line and exit with `status`."""
+    """A mistake in a file, key or value. Commands print it as one line and exit with `status`.
+
+    Control characters are escaped: names of foreign files may hold them.
+    """
 
     def __init__(self, text: str, status: int = 2):
-        super().__init__(text)
+        super().__init__(_CONTROL.sub(lambda found: repr(found[0])[1:-1], text))
         self.status = status
 
 
