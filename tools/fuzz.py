@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fuzzing import fuzz, parsers
 
-SLACK = 60.0  # seconds after the end, after which a parser hangs where no signal reaches it
+SLACK = 300.0  # seconds after the end, after which a parser hangs where no signal reaches it
 
 
 def run(name: str, seconds: float, seed: int) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
 
-from jaxft.core.errors import DISK_FULL, UserError
+from jaxft.core.errors import DAMAGED, DISK_FULL, UserError
 from jaxft.core.guards.faults import inject
 from jaxft.core.guards.fingerprint import fingerprints, named_leaves, not_finite
 from jaxft.core.guards.room import is_full, lack_of_room, nbytes
@@ -61,16 +61,17 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self.manager.latest_step()
 
-    def check_room(self, state: Any, saves: int) -> None:
+    def check_room(self, state: Any, saves: int, best: bool) -> None:
         """Raise UserError in all processes if a run of `saves` more saves would fill the disk.
 
-        An old checkpoint goes after a new one has come, so KEEP + 1 of them need room.
+        An old checkpoint goes after a new one has come, so that one more than the run keeps needs
+        room. best: the run keeps its best checkpoint beside the newest ones.
         """
-        have = len(self.manager.all_steps())
-        count = min(KEEP + 1 - min(have, KEEP), saves)
+        have, keep = len(self.manager.all_steps()), KEEP + best
+        count = min(keep + 1 - min(have, keep), saves)
         if lack := self._lack(count * nbytes(state)):
             raise UserError(
-                f"a run that keeps {KEEP} checkpoints {lack}; free space, choose a --workdir on"
+                f"a run that keeps {keep} checkpoints {lack}; free space, choose a --workdir on"
                 " another disk, or train less: trainable, lora.rank",
                 DISK_FULL,
             )
@@ -190,7 +191,8 @@ class Checkpoints:
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
         raise UserError(
             f"{self.folder} has no checkpoint that is as it was saved ({reasons}); put back a copy,"
-            " or start again in another --workdir"
+            " or start again in another --workdir",
+            DAMAGED,
         )
 
     def set_aside(self, damaged: Mapping[int, str], start: int) -> None:

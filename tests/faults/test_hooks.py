@@ -1,11 +1,14 @@
 """Faults that a variable plans, in a whole training."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from jaxft import train
 from jaxft.core.guards.faults import FAULTS
+from jaxft.core.guards.watchdog import IDLE_STARTS, STALL, STARTS
+from tests.several import ends, start, told
 
 CONFIG = ["--config", str(Path(__file__).resolve().parents[2] / "configs" / "llm.py")]
 
@@ -36,3 +39,19 @@ def test_an_unknown_fault_ends_a_run_before_its_first_step(command, capsys, monk
     monkeypatch.setenv(FAULTS, "kill@lunch")
     assert train.main(command) == 2
     assert "JAXFT_FAULT='kill@lunch'" in capsys.readouterr().err
+
+
+def test_r8_r10_a_step_that_stalls_ends_with_76_and_not_for_ever(command, tmp_path):
+    """Two starts are real. The others before the refusal are their record."""
+    words = ["-m", "jaxft.train", *command]
+    faults = {FAULTS: "stall@step:5,stall@step:3", STALL: "5"}
+    for _ in range(2):  # step 2 is saved, and stands before the second start
+        ((code, _, err),) = ends([start(words, devices=1, **faults)])
+        (line,) = told(err)
+        assert code == 76 and "takes longer than 5 s" in line, err
+        assert "inject" in (tmp_path / "stalled-0.txt").read_text()
+    record = json.loads((tmp_path / STARTS).read_text())
+    assert record == {"step": 2, "starts": 1}
+    (tmp_path / STARTS).write_text(json.dumps({**record, "starts": IDLE_STARTS}))
+    ((code, _, err),) = ends([start(words, devices=1)])
+    assert code == 70 and "without a checkpoint after step 2" in err

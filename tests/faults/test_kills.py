@@ -4,7 +4,9 @@ The gate kills one process six times in 300 steps, and two processes three times
 slow` kills a hundred times.
 """
 
+import contextlib
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from jaxft.core.guards.faults import FAULTS
 from tests.several import ROOT, assert_same, ends, free_port, start, together
 
+MARK = "JAXFT_TEST_RUN"  # a variable that the children of a training inherit
 KILLED = -signal.SIGKILL
 PEER_LOST = 76  # a process that was not killed itself
 KEYS = {
@@ -52,14 +55,28 @@ def newest(work):
     return max(steps, default=0)
 
 
+def orphans(work):
+    """Ids of the processes that have the mark of a run in their environment."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={work}\0".encode() in file.read_bytes():
+                found.append(file.parent.name)
+    return found
+
+
 def kill(command, work, fault, count=1):
     """Start a training that `fault` kills."""
     port, words = free_port(), [*command, "--workdir", str(work)]
     port = port if count > 1 else None
-    found = ends([start(words, count, i, port, count, **{FAULTS: fault}) for i in range(count)])
+    env = {FAULTS: fault, MARK: str(work)}
+    running = [start(words, count, i, port, count, **env) for i in range(count)]
+    assert len(orphans(work)) == count
+    found = ends(running)
     codes = [code for code, *_ in found]
     assert KILLED in codes and set(codes) <= {KILLED, PEER_LOST}, (fault, found)
     assert not any("Traceback" in err for *_, err in found), found
+    assert not orphans(work), "processes that outlive the training"
 
 
 def faults(rng, places, steps, work):

@@ -188,4 +188,5 @@ def refuse_bad(bad: Sequence[Bad], what: str) -> None:
     if len(bad) == 1:
         raise UserError(bad[0].error)
     if bad:
-        raise UserError(f"{len(bad)} {what}: {name_all(bad)}")
+        every = [one._asdict() for one in bad]
+        raise UserError(f"{len(bad)} {what}: {name_all(bad)}", bad=every)
