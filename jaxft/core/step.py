@@ -116,8 +116,7 @@ def make_step(
         keys = sample_keys(spec.seed, state.step, batch["sample_ids"])
         run = partial(gradients, state, frozen)
         plain = {name: x for name, x in batch.items() if name != STOP_FLAG}
-        sums = _accumulate(run, plain, keys, spec.micro_batches)
-        grads, total, weight, metrics = sums
+        grads, total, weight, metrics = _accumulate(run, plain, keys, spec.micro_batches)
         total = with_nan(total, state.step)
         divisor = jnp.maximum(weight, 1e-8)
         grads = jax.tree.map(lambda g: g / divisor, grads)
