@@ -71,7 +71,10 @@ def kill(command, work, fault, count=1):
     port = port if count > 1 else None
     env = {FAULTS: fault, MARK: str(work)}
     running = [start(words, count, i, port, count, **env) for i in range(count)]
-    assert len(orphans(work)) == count
+    marked = []
+    while len(marked) < count and any(one.poll() is None for one in running):
+        marked = orphans(work)  # the mark is there once a process has begun
+    assert len(marked) == count
     found = ends(running)
     codes = [code for code, *_ in found]
     assert KILLED in codes and set(codes) <= {KILLED, PEER_LOST}, (fault, found)
