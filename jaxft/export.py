@@ -13,6 +13,7 @@ from jaxft.core import processes
 from jaxft.core.cli.arguments import parse
 from jaxft.core.configs.schema import CHOICES
 from jaxft.core.errors import UserError
+from jaxft.core.guards.faults import inject
 from jaxft.core.guards.fingerprint import not_finite
 from jaxft.core.params import unpacked
 from jaxft.runs.folders.outputs import begin_output, check_output, finish_output
@@ -92,6 +93,7 @@ def export_folder(
     if jax.process_index() == 0:
         made = begin_output(out)
         write(made)
+        inject("export", 1, 0)
         write_card(made, run, name, workdir, step)
         finish_output(made, out)
         if run.cfg.export.push:

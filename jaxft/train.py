@@ -3,6 +3,7 @@
 `--workdir DIR` alone resumes the run of a folder.
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,9 +15,10 @@ from jaxft.core import config as configs
 from jaxft.core import processes, runtime
 from jaxft.core.cli.arguments import parse
 from jaxft.core.cli.live import status
-from jaxft.core.errors import UserError
+from jaxft.core.errors import BAD_SAMPLES, UserError
 from jaxft.core.guards.lock import locked
 from jaxft.core.guards.stopping import STOP_FLAG, Stopped, StopRequests
+from jaxft.core.guards.watchdog import Watchdog, refuse_idle
 from jaxft.runs.folders.push import check_push
 from jaxft.runs.folders.workdir import claim_workdir, differing_keys, make_workdir, read_config_file
 from jaxft.tasks import OPTIONS, check_task
@@ -65,7 +67,13 @@ def start(
     with ExitStack() as held:
         _claim(workdir, config, held)
         stop = held.enter_context(StopRequests(not processes.joined(), interactive))
-        train(config, workdir, stop, wrap)
+        try:
+            train(config, workdir, stop, wrap)
+        except UserError as error:
+            if error.bad:
+                lines = [json.dumps(one) + "\n" for one in error.bad]
+                (workdir / BAD_SAMPLES).write_text("".join(lines))
+            raise
 
 
 def _places(options: Mapping[str, str]) -> tuple[str, Path]:
@@ -165,19 +173,21 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests, wrap: Wrap)
     with agreement():
         if jax.process_index() == 0:
             check_inputs(workdir, config) if start else record_inputs(workdir, config)
+            refuse_idle(workdir, start)
     print(states.summary(run, plan, data.train), flush=True)
-    with jax.set_mesh(mesh), room_for(run, config) as room:
+    with jax.set_mesh(mesh), room_for(run, config) as room, Watchdog(workdir) as watchdog:
         state, frozen, position = states.start_state(run, plan, saved, start)
         start = int(state.step)  # earlier, if the newest checkpoint is damaged
         best = best.resumed(position)
         saved.kept.best, total = best.step, start if best.over else total
         remaining = total - start
-        saved.check_room(state, remaining and 1 + (remaining // every.save if every.save else 0))
+        saves = remaining and 1 + (remaining // every.save if every.save else 0)
+        saved.check_room(state, saves, bool(best.measure))
         preview = opening.preview(run, data, states.model_params(frozen, state), start)
         objective = wrap(task.objective(run.opened, data.train))
         step_fn = Compiled(make_steps(run, plan, objective), runtime.memory_limit(mesh))
         batches = data.train.batches(start, rows)
-        watch = Watch(run, data, objective, preview, workdir, total=total, start=start)
+        watch = Watch(run, data, objective, preview, workdir, watchdog, total=total, start=start)
         shapes = data.train.spec(rows) if start < total else ()
         specs = (stop.mark(abstract_batch(shape, mesh), mesh) for shape in shapes)
         step_fn.prepare(state, frozen, *specs)

@@ -57,8 +57,8 @@ def write_material(folder: Path) -> None:
     """Write every model and data set that the cases name, each in a folder of its own."""
     for name, changes in DECODERS.items():
         config = {"model_type": "llama", **SHAPE, **changes}
-        _write_decoder(folder / name, config)
-    _write_records(folder)
+        write_decoder(folder / name, config)
+    write_records(folder)
     _write_pictures(folder / "pictures")
     write_pipeline(folder / "pipeline")
     write_vq(folder / "vq")
@@ -67,7 +67,7 @@ def write_material(folder: Path) -> None:
 # ---- language models and their records ----------------------------------------------------------
 
 
-def _write_decoder(folder: Path, config: Mapping[str, Any]) -> None:
+def write_decoder(folder: Path, config: Mapping[str, Any]) -> None:
     """Write config.json, a byte-level tokenizer and random fp32 weights of one decoder."""
     folder.mkdir(parents=True)
     names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -148,7 +148,7 @@ def _write_tokenizer(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", about)
 
 
-def _write_records(folder: Path) -> None:
+def write_records(folder: Path) -> None:
     """Write labelled.jsonl (a text and its label, of unequal lengths) and texts.jsonl (long)."""
     rng = np.random.default_rng(1)
 

@@ -1,18 +1,30 @@
 """The exception for every error that a user can cause. Its text is one line."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
-DISK_FULL = 74  # exit statuses: a run that cannot write, and one whose steps are not finite
-DIVERGED = 77
+# Exit statuses besides 2, as of sysexits.h where it has one.
+DAMAGED = 65  # no checkpoint is as it was saved
+NO_PROGRESS = 70  # starts come to no new checkpoint
+UNWRITABLE = 73  # the run folder cannot be written
+DISK_FULL = 74
+STALLED = 76  # a step takes too long, or another process of the run ended: start all of them again
+DIVERGED = 77  # too many steps are not finite
+BAD_SAMPLES = "bad_samples.jsonl"  # of a run folder: samples left out, one a line with its error
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class UserError(ValueError):
-    """A mistake in a file, key or value. Commands print it as one line and exit with `status`."""
+    """A mistake in a file, key or value. Commands print it as one line and exit with `status`.
 
-    def __init__(self, text: str, status: int = 2):
-        super().__init__(text)
-        self.status = status
+    Control characters are escaped: names of foreign files may hold them. bad: a record of each
+    sample that the text is about, which a run keeps in its folder.
+    """
+
+    def __init__(self, text: str, status: int = 2, bad: Sequence[Mapping[str, str]] = ()):
+        super().__init__(_CONTROL.sub(lambda found: repr(found[0])[1:-1], text))
+        self.status, self.bad = status, bad
 
 
 class Printed(ValueError):

@@ -10,12 +10,13 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from jaxft.core.cli.live import live_output
-from jaxft.core.errors import DISK_FULL, Printed, UserError
+from jaxft.core.errors import DISK_FULL, STALLED, Printed, UserError
 from jaxft.core.guards.room import is_full
 from jaxft.core.guards.stopping import PREEMPTED, Stopped
 
@@ -23,7 +24,6 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 JOIN_TIMEOUT = "JAXFT_JOIN_TIMEOUT"  # seconds that a process waits for the others at its start
 JOIN_SECONDS = 120.0  # its default
-PEER_LOST = 76  # exit status: another process of the run ended, so start all of them again
 EXHAUSTED = "RESOURCE_EXHAUSTED"  # in XLA's errors for a memory that is full
 LAST_WORDS = 3.0  # seconds in which the others can print their errors before the first one leaves
 
@@ -49,6 +49,8 @@ def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     at once, because jax would make it wait for the others.
     """
     code, debug = 1, "--debug" in argv
+    # Pillow warns at other sizes than those that `decode` refuses.
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     # transformers would print that PyTorch is absent, which no command needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
@@ -71,7 +73,7 @@ def command(main: Callable[[list[str]], None], argv: list[str]) -> int:
             " the same command on all hosts resumes",
             file=sys.stderr,
         )
-        code = PEER_LOST
+        code = STALLED
     finally:
         if code and joined():
             _leave(code)

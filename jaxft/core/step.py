@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxft.core import optim
+from jaxft.core.guards.faults import with_nan
 from jaxft.core.guards.stopping import STOP_FLAG
 from jaxft.core.params import Leaf, Params, bind
 from jaxft.core.runtime import compiler_options
@@ -115,8 +116,8 @@ def make_step(
         keys = sample_keys(spec.seed, state.step, batch["sample_ids"])
         run = partial(gradients, state, frozen)
         plain = {name: x for name, x in batch.items() if name != STOP_FLAG}
-        sums = _accumulate(run, plain, keys, spec.micro_batches)
-        grads, total, weight, metrics = sums
+        grads, total, weight, metrics = _accumulate(run, plain, keys, spec.micro_batches)
+        total = with_nan(total, state.step)
         divisor = jnp.maximum(weight, 1e-8)
         grads = jax.tree.map(lambda g: g / divisor, grads)
         with jax.named_scope("optimizer"):

@@ -13,7 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
 
-from jaxft.core.errors import DISK_FULL, UserError
+from jaxft.core.errors import DAMAGED, DISK_FULL, UserError
+from jaxft.core.guards.faults import inject
 from jaxft.core.guards.fingerprint import fingerprints, named_leaves, not_finite
 from jaxft.core.guards.room import is_full, lack_of_room, nbytes
 from jaxft.runs.agreement import gather
@@ -47,7 +48,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path):
         self.folder, self.kept = Path(workdir).resolve() / "checkpoints", Kept()
-        self.failures, self._saving = 0, 0
+        self.failures, self._saving, self._saves = 0, 0, 0
         self._open()
 
     def _open(self) -> None:
@@ -60,16 +61,17 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self.manager.latest_step()
 
-    def check_room(self, state: Any, saves: int) -> None:
+    def check_room(self, state: Any, saves: int, best: bool) -> None:
         """Raise UserError in all processes if a run of `saves` more saves would fill the disk.
 
-        An old checkpoint goes after a new one has come, so KEEP + 1 of them need room.
+        An old checkpoint goes after a new one has come, so that one more than the run keeps needs
+        room. best: the run keeps its best checkpoint beside the newest ones.
         """
-        have = len(self.manager.all_steps())
-        count = min(KEEP + 1 - min(have, KEEP), saves)
+        have, keep = len(self.manager.all_steps()), KEEP + best
+        count = min(keep + 1 - min(have, keep), saves)
         if lack := self._lack(count * nbytes(state)):
             raise UserError(
-                f"a run that keeps {KEEP} checkpoints {lack}; free space, choose a --workdir on"
+                f"a run that keeps {keep} checkpoints {lack}; free space, choose a --workdir on"
                 " another disk, or train less: trainable, lora.rank",
                 DISK_FULL,
             )
@@ -106,8 +108,9 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
             **{name: ocp.args.JsonSave(item) for name, item in items.items()},  # type: ignore[call-arg]
         )
-        self._saving = step
+        self._saving, self._saves = step, self._saves + 1
         self.manager.save(step, args=args)
+        inject("save", self._saves, jax.process_index())
 
     def _settle(self) -> None:
         """Wait for the save under way, and count it."""
@@ -117,6 +120,7 @@ class Checkpoints:
         try:
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
+            inject("ckpt", self._saves, jax.process_index(), self.folder / str(step))
         except Exception as error:  # Orbax and its libraries raise nearly every kind
             if not is_full(error):
                 reason = next(iter(str(error).strip().splitlines()), "")[:160]
@@ -154,6 +158,7 @@ class Checkpoints:
             self._check_shapes(step, leaves, abstract)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
         restored = _guarded(lambda: self.manager.restore(step, args=args))["state"]
+        inject("restore", 1, jax.process_index())
         # The step donates its state. Orbax's buffers cannot be donated (jax-ml/jax#18617).
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         own = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=places)
@@ -186,7 +191,8 @@ class Checkpoints:
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
         raise UserError(
             f"{self.folder} has no checkpoint that is as it was saved ({reasons}); put back a copy,"
-            " or start again in another --workdir"
+            " or start again in another --workdir",
+            DAMAGED,
         )
 
     def set_aside(self, damaged: Mapping[int, str], start: int) -> None:

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 
 from jaxft.core import runtime
-from jaxft.core.errors import DIVERGED, UserError
+from jaxft.core.errors import BAD_SAMPLES, DIVERGED, UserError
 from jaxft.core.guards.best import BEST_FILE, Best
+from jaxft.core.guards.faults import inject
+from jaxft.core.guards.watchdog import Watchdog, count_start
 from jaxft.core.metrics import MetricWriter, Throughput, table
 from jaxft.core.params import Params
 from jaxft.core.sharding import local_rows
@@ -25,7 +27,6 @@ from jaxft.runs.tracking import open_tracker
 from jaxft.tasks import Data, Objective, Preview, Report, Sheet
 
 MANIFEST = "manifest.json"  # environment, mesh and data of a run
-BAD_SAMPLES = "bad_samples.jsonl"  # the samples left out, one a line with its error
 SKIPS_IN_ROW, SKIPS = 10, 50  # steps that are not finite, after which a start of a run ends
 PROMPT_END = 80  # characters of the prompt of a sample that a line shows
 BEFORE = "before.json"  # the evaluation before step 0, for the final table of a resumed run too
@@ -53,11 +54,13 @@ class Watch:
         objective: Objective,
         preview: Preview,
         workdir: Path,
+        watchdog: Watchdog,
         *,
         total: int,
         start: int,
     ):
-        self.run, self.workdir, self.total = run, workdir, total
+        self.run, self.workdir, self.total, self.start = run, workdir, total, start
+        self.watchdog = watchdog
         self.objective, self.preview = objective, preview
         self.primary = jax.process_index() == 0
         config = json.loads((workdir / "config.json").read_text())
@@ -105,14 +108,26 @@ class Watch:
     ) -> None:
         """Hold the numbers of a step that was just dispatched, and write those of the last one."""
         units = round(self.objective.units(batch) * self.processes)
-        self.flush(waited)
+        self._write_held(waited)
+        self.watchdog.arm(step)
+        if step == self.start + 1 and self.primary:
+            count_start(self.workdir, self.start)
         self.pending = _Pending(step, sums, units, shown)
+        inject("step", step, jax.process_index())
 
-    def flush(self, waited: float = 0.0) -> None:
+    def flush(self) -> None:
         """Write the numbers of the held step. Waits until the device has finished it.
 
-        `waited` is the time since the last flush that the next step's batch took.
-        Raises: UserError if too many steps were skipped, because they were not finite.
+        What follows is not part of a step. Raises: UserError if too many steps were skipped,
+        because they were not finite.
+        """
+        self._write_held()
+        self.watchdog.pause()
+
+    def _write_held(self, waited: float = 0.0) -> None:
+        """Write the numbers of the held step as `flush`.
+
+        waited: the time that the next step's batch took since then.
         """
         self._describe_data()
         if self.pending is None:

@@ -21,6 +21,10 @@ def test_it_is_a_value_error_that_commands_print_as_one_line(capsys):
     assert capsys.readouterr() == ("", "jaxft: x is wrong\n")
 
 
+def test_control_characters_of_foreign_names_are_escaped():
+    assert str(UserError("a\nb\x1b[2J é \ud800")) == r"a\nb\x1b[2J é \ud800"
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
 def test_no_text_has_a_line_break_or_is_empty(path):
     for node in ast.walk(ast.parse(path.read_text())):

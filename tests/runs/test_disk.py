@@ -43,12 +43,17 @@ def test_s2_a_run_that_would_fill_the_disk_is_refused(disk, tmp_path):
     saved = Checkpoints(tmp_path)
     disk.free = 3_500_000
     with pytest.raises(UserError, match=r"needs 0\.004 GB, 0\.0035 GB are free.* lora\.rank"):
-        saved.check_room(STATE, saves=20)
-    saved.check_room(STATE, saves=3)
+        saved.check_room(STATE, saves=20, best=False)
+    saved.check_room(STATE, saves=3, best=True)
+    disk.free = 4_500_000
+    saved.check_room(STATE, saves=20, best=False)
+    with pytest.raises(UserError, match=r"keeps 4 checkpoints needs 0\.005 GB"):
+        saved.check_room(STATE, saves=20, best=True)
+    disk.free = 3_500_000
     saved.save(1, STATE, {}, {})
     saved.wait()
-    saved.check_room(STATE, saves=20)  # one of the four is there
-    saved.check_room(STATE, saves=0)
+    saved.check_room(STATE, saves=20, best=False)  # one of the four is there
+    saved.check_room(STATE, saves=0, best=True)
 
 
 def test_s1_a_run_goes_on_without_room_but_not_for_ever(disk, tmp_path, capsys):

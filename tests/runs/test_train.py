@@ -85,24 +85,6 @@ def weights(folder):
     return tensors
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_t20_sigkill_and_the_same_command_again_is_bitwise(flags, tmp_path, rank):
-    changes = {"total": "14_steps", "every.save": "3_steps", "lora.rank": rank, "optim.ema": 0.9}
-    changes |= {"lora.dropout": 0.1 if rank else 0.0, "every.eval": "5_steps"}
-    arguments = [*CONFIG, *flags(changes)]
-    assert train.main([*arguments, "--workdir", str(tmp_path / "whole")]) == 0
-    rng = np.random.default_rng(rank)
-    broken, kills = tmp_path / "broken", 0
-    for stop_after in (int(rng.integers(4, 6)), int(rng.integers(8, 13))):
-        process = start([*arguments, "--workdir", str(broken)])
-        kills += kill_after(process, broken, stop_after)
-    assert kills, "no process was killed in time"
-    assert train.main([*arguments, "--workdir", str(broken)]) == 0
-    assert timeless(tmp_path / "whole") == timeless(broken)
-    a, b = (weights(tmp_path / name / "export") for name in ("whole", "broken"))
-    assert all(a[key].tobytes() == b[key].tobytes() for key in a)
-
-
 def test_a_killed_run_resumes_bitwise_from_tokens_on_disk(flags, tmp_path, monkeypatch):
     """Large sets are memory-mapped files, which the second process finds and reads again."""
     changes = {"total": "8_steps", "every.save": "2_steps", "cache": tmp_path / "cache"}

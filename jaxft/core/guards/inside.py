@@ -7,6 +7,8 @@ from pathlib import Path, PurePosixPath
 
 from jaxft.core.errors import UserError
 
+NAME_BYTES = 255  # of a file on every common disk
+
 
 def is_inside(folder: Path, name: str) -> bool:
     """Return True for the name of a file under the folder, whether it exists or not.
@@ -14,7 +16,12 @@ def is_inside(folder: Path, name: str) -> bool:
     A link has to lead into the folder too, or into the `blobs` of the hub cache that it is in.
     """
     path = PurePosixPath(name)
-    if not path.parts or ".." in path.parts or path.is_absolute() or re.search(r"[\\\0]", name):
+    try:
+        longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    odd = path.is_absolute() or ".." in path.parts or re.search(r"[\\\0]", name)
+    if odd or not 0 < longest <= NAME_BYTES:
         return False
     real = folder.resolve()
     roots = [real]

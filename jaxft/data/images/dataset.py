@@ -78,7 +78,8 @@ def _refuse_many(bad: Sequence[Bad], total: int, spec: str, limit: float) -> Non
     if len(bad) > limit * total:
         raise UserError(
             f"{len(bad)} of {total} images of {spec!r} are bad, more than "
-            f"{limit:.0%}: repair or remove them: {name_all(bad)}"
+            f"{limit:.0%}: repair or remove them: {name_all(bad)}",
+            bad=[one._asdict() for one in bad],
         )
 
 

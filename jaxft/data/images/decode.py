@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from jaxft.core.errors import UserError
-from jaxft.data.images.headers import ANIMATED_FORMATS, upright
+from jaxft.data.images.headers import ANIMATED_FORMATS, MAX_PIXELS, upright
 from jaxft.data.images.png import correct_transparency, without_texts
 from jaxft.data.sources.images.records import FORMATS
 
@@ -24,13 +24,18 @@ def decode(content: bytes, name: str) -> Image.Image:
     Greys of 16 bits are rounded to 8. Colours of 16 bits keep the higher byte. Pillow's
     `exif_transpose` turns the loaded picture upright, by EXIF or XMP anywhere in the file.
     Raises UserError that names a picture which is corrupt, truncated, animated, no image or
-    larger than Pillow's limit against decompression bombs.
+    larger than MAX_PIXELS. Pixels of a larger one are never decoded.
     """
     try:
         content = without_texts(content)
         with Image.open(BytesIO(content), formats=FORMATS) as image:
             if image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False):
                 raise UserError(f"{name}: the image is animated: expected a still picture")
+            if image.width * image.height > MAX_PIXELS:  # a file of 17 kB can hold 144 million
+                raise UserError(
+                    f"{name}: the image is too large: {image.width} x {image.height} pixels are"
+                    f" more than {MAX_PIXELS // 10**6} million: resize it"
+                )
             image.load()
             correct_transparency(image, content)
             return _to_rgb(upright(image), name)
@@ -61,7 +66,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
         raise UserError(f"{name}: float pixels have no known range: save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image).astype(np.int32)
         if values.min() < 0 or values.max() > 65535:
             raise UserError(f"{name}: 32-bit pixels have no known range: save it with 16 bits")
         opaque = values != image.info.get("transparency", -1)

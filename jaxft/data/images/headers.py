@@ -11,6 +11,7 @@ from jaxft.data.images.png import SIGNATURE, without_pixels
 from jaxft.data.sources.images.records import FORMATS
 
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")  # MPO and TIFF hold further pictures, no frames
+MAX_PIXELS = 64_000_000  # of a picture: 192 MB as RGB, and below 1 GB while it is decoded
 _RANGES = ("F", "I")  # float and 32-bit pixels, of which `decode` refuses some values
 
 
@@ -18,13 +19,14 @@ def header_size(content: bytes) -> Size | None:
     """Return (height, width) of the upright picture in a file that looks whole.
 
     Returns None if the picture has to be decoded for a verdict: a file that Pillow does not open,
-    a file that seems to be cut or damaged, an animation, or pixels without a known range.
+    a file that seems to be cut or damaged, an animation, pixels without a known range or too many.
     """
     try:
         head = without_pixels(content) if content.startswith(SIGNATURE) else content
         with Image.open(BytesIO(head), formats=FORMATS) as image:
             animated = image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False)
-            if animated or image.mode in _RANGES or not _is_whole(str(image.format), content):
+            doubtful = image.mode in _RANGES or image.width * image.height > MAX_PIXELS
+            if animated or doubtful or not _is_whole(str(image.format), content):
                 return None
             return _upright_size(image)
     except Exception:  # Pillow raises many kinds, and decoding names each

@@ -13,11 +13,12 @@ import tokenizers
 from jaxtyping import Bool, Float, Int
 
 from jaxft.core.errors import UserError
+from jaxft.data.sources.images.records import all_bad
 from jaxft.data.sources.schemes import open_records
 from jaxft.data.sources.texts import TextRecords
 from jaxft.data.text import store
 from jaxft.data.text.chat.format import ChatFormat
-from jaxft.data.text.chat.records import is_chat
+from jaxft.data.text.chat.records import is_chat, read_conversation
 from jaxft.data.text.chat.rows import chat_rows, fingerprint_text
 from jaxft.data.text.store import Encoded, EncodedRecord, Flat, byte_positions
 from jaxft.data.text.templates import record_kind, render, split_template
@@ -243,14 +244,30 @@ def load_text(
     options = (*options, chat.sha256) if chat else options
     options = (*options, image_ids) if image_ids else options
     texts = partial(_texts, records, None if chat else kind, template)
-    size, digest = _fingerprint(texts, len(records), tokenizer, options) if cache else (0, "")
     facts: dict = {}
-    if size <= store.IN_MEMORY:
-        flat = store.in_memory(parts(facts))
-    else:
-        folder = Path(cache).expanduser() / f"text-{digest}"
-        flat, facts = store.on_disk(folder, parts)
+    with all_bad(records, partial(_check, records, kind, template, chat)):
+        size, digest = _fingerprint(texts, len(records), tokenizer, options) if cache else (0, "")
+        if size <= store.IN_MEMORY:
+            flat = store.in_memory(parts(facts))
+        else:
+            folder = Path(cache).expanduser() / f"text-{digest}"
+            flat, facts = store.on_disk(folder, parts)
     return _dataset(records, flat, facts, chat)
+
+
+def _check(
+    records: TextRecords,
+    kind: tuple[str, ...],
+    template: str | None,
+    chat: ChatFormat | None,
+    index: int,
+) -> None:
+    """Raise UserError for a record that gives no text."""
+    record, where = records[index], records.where(index)
+    if not chat:
+        render(record, kind, template, where)
+    elif "messages" in record or "conversations" in record:  # an empty completion is dropped
+        read_conversation(record, where)
 
 
 def _chat(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.core.config import MAPPING, flatten_config, resolve_config
-from jaxft.core.errors import UserError
+from jaxft.core.errors import UNWRITABLE, UserError
 from jaxft.core.guards.lock import LOCK
 
 ROWS = "rows"  # in a run folder: the examples that `jaxft.finetune` was given
@@ -22,7 +22,8 @@ def make_workdir(workdir: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"workdir {workdir} cannot be written ({error}); choose another --workdir"
+            f"workdir {workdir} cannot be written ({error}); choose another --workdir",
+            UNWRITABLE,
         ) from None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 
 from jaxft.core.errors import UserError, near
+from jaxft.tasks.common.probing import try_tokenizer
 
 TOKENIZER_JSON = "tokenizer.json"
 JSON_FILES = (
@@ -26,16 +27,19 @@ def load_tokenizer(folder: Path | str, kind: str | None = None) -> Any:
 
     `kind` is the model type whose tokenizer class reads the folder, such as "clip" for a pipeline
     of diffusers. Without it the folder's own files name the class. Raises UserError, which names
-    the file, if transformers cannot read the folder.
+    the file, if transformers cannot read the folder, or `try_tokenizer` refuses it.
     """
     from transformers import AutoTokenizer  # takes seconds to import, so only when needed
 
+    try_tokenizer(Path(folder) / TOKENIZER_JSON)
     given = {} if kind is None else {"tokenizer_type": kind}
     try:
         made: Any = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, **given
         )
-    except Exception as error:  # the tokenizers library raises plain Exceptions
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # so are the panics of the tokenizers library
         raise _unreadable(Path(folder), error) from None
     if not hasattr(made, "get_vocab"):
         raise UserError(
@@ -58,7 +62,7 @@ def token_ids(tokenizer: Any, names: str, key: str) -> tuple[int, ...]:
     return tuple(vocabulary[name] for name in listed)
 
 
-def _unreadable(folder: Path, error: Exception) -> UserError:
+def _unreadable(folder: Path, error: BaseException) -> UserError:
     """Return an error that names the faulty file, found by reading each file alone."""
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     present = [folder / name for name in JSON_FILES if (folder / name).is_file()]
@@ -72,7 +76,7 @@ def _unreadable(folder: Path, error: Exception) -> UserError:
     if TOKENIZER_JSON in configs:
         try:
             tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
-        except Exception as inner:
+        except BaseException as inner:
             return UserError(
                 f"{folder / TOKENIZER_JSON}: tokenizers {version('tokenizers')} cannot read it"
                 f" ({inner}); a newer one may have written it: pip install -U tokenizers"

@@ -231,7 +231,7 @@ def _check(spec: str, cfg: JanusConfig, options: ImageTokenOptions) -> None:
 def _json(content: Path | bytes, name: str) -> dict[str, Any]:
     try:
         return json.loads(content if isinstance(content, bytes) else content.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not readable as JSON ({error})") from None
 
 

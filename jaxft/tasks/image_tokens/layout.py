@@ -129,7 +129,7 @@ def read_layout(content: bytes, where: str) -> ImageLayout:
     """
     try:
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not readable as JSON ({error})") from None
     names: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(ImageLayout)}
     if not isinstance(found, dict) or (missing := sorted(names.keys() - found.keys())):

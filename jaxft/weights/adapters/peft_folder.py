@@ -138,8 +138,10 @@ def read(folder: Path, base: str = "", whole: Sequence[str] | None = ()) -> Peft
     file = folder / CONFIG
     try:
         config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not a readable PEFT adapter config: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: expected a JSON object, found a {type(config).__name__}")
     plain = (None, False, {}, [], "none")
     unsupported = [key for key in UNSUPPORTED if config.get(key) not in plain]
     if whole is None or set(config.get("modules_to_save") or ()) <= set(whole):

@@ -2,6 +2,8 @@
 
 import ast
 import struct
+import subprocess
+import sys
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +14,7 @@ from PIL import Image
 
 import jaxft
 from jaxft.core.errors import UserError
+from jaxft.data.images import decode as decoding
 from jaxft.data.images.decode import decode
 from jaxft.data.images.headers import header_size
 
@@ -193,3 +196,47 @@ def test_d4_fault_9_every_call_names_the_formats():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
                 assert "formats" in {keyword.arg for keyword in node.keywords}, path
+
+
+BOMB = """
+import resource, sys, warnings
+from io import BytesIO
+from PIL import Image
+from jaxft.core.errors import UserError
+from jaxft.data.images.decode import decode
+from jaxft.data.images.headers import header_size
+warnings.simplefilter("ignore")
+content = open(sys.argv[1], "rb").read()
+assert header_size(content) is None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    decode(content, "bomb.png")
+except UserError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_item_9_d2_a_bomb_is_refused_before_its_pixels_are_decoded(tmp_path):
+    """A PNG of 17 kB with 144 million pixels, which needs 1 GB if it is decoded as RGB."""
+    file = tmp_path / "bomb.png"
+    Image.new("1", (12_000, 12_000)).save(file, optimize=True)
+    assert file.stat().st_size < 25_000
+    end = subprocess.run([sys.executable, "-c", BOMB, file], capture_output=True, text=True)
+    refusal, grown = end.stdout.splitlines()
+    assert refusal == (
+        "bomb.png: the image is too large: 12000 x 12000 pixels are more than 64 million: resize it"
+    ), end.stderr
+    assert int(grown) < 20, "MB"
+
+
+def test_item_9_the_largest_picture_is_read(monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 12)
+    made = {}
+    for width in (4, 5):
+        file = BytesIO()
+        Image.new("RGB", (width, 3)).save(file, "PNG")
+        made[width] = file.getvalue()
+    assert decode(made[4], "a.png").size == (4, 3)
+    with pytest.raises(UserError, match="5 x 3 pixels"):
+        decode(made[5], "a.png")

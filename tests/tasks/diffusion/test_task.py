@@ -14,6 +14,7 @@ from PIL import Image
 
 from jaxft import sample, train
 from jaxft.core.errors import UserError
+from jaxft.core.guards.watchdog import Watchdog
 from jaxft.core.params import bind
 from jaxft.core.step import sample_keys
 from jaxft.runs.checkpoint import Checkpoints
@@ -440,7 +441,7 @@ def test_bad_pictures_are_left_out_up_to_one_in_a_hundred(fails, opened, tmp_pat
     assert run.train.report()["truncated_captions"] == 0 and "tokens, cut" not in run.describe()
     assert "left out 1 bad images" in capfd.readouterr().out
     data = Data(run.train, run.held_out)
-    Watch(run, data, run.objective, run.preview, tmp_path, total=1, start=0)
+    Watch(run, data, run.objective, run.preview, tmp_path, Watchdog(tmp_path), total=1, start=0)
     line = json.loads((tmp_path / "bad_samples.jsonl").read_text())
     assert line["name"].endswith("07.png") and "decode" in line["error"]
     (tmp_path / "pictures" / "08.png").write_bytes(b"")
@@ -453,7 +454,9 @@ def test_a_picture_that_fails_in_training_is_recorded(opened, tmp_path):
     file.write_bytes(spoilt(file.read_bytes()))
     run, _ = opened({"data.train": spec})
     data = Data(run.train, run.held_out)
-    watch = Watch(run, data, run.objective, run.preview, tmp_path, total=1, start=0)
+    watch = Watch(
+        run, data, run.objective, run.preview, tmp_path, Watchdog(tmp_path), total=1, start=0
+    )
     assert not (tmp_path / "bad_samples.jsonl").exists()
     assert np.array_equal(run.train[7]["pixels"], run.train[8]["pixels"])
     watch.flush()

@@ -178,9 +178,9 @@ def _path(folder: Path, row: dict[str, Any], where: str, key: str) -> Path:
         found = ", ".join(map(repr, row)) or "nothing"
         raise UserError(f'{where}: "{key}" is missing: expected the image\'s path, found {found}')
     path = folder / name
-    if not path.is_file() and "\\" in name:  # written on Windows
+    if not os.path.isfile(path) and "\\" in name:  # written on Windows
         path = folder / name.replace("\\", "/")
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file fails for a name that is too long
         raise UserError(f"{where}: {path} does not exist: expected an image file")
     return path
 

@@ -3,7 +3,8 @@
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, NamedTuple, Protocol
@@ -188,4 +189,25 @@ def refuse_bad(bad: Sequence[Bad], what: str) -> None:
     if len(bad) == 1:
         raise UserError(bad[0].error)
     if bad:
-        raise UserError(f"{len(bad)} {what}: {name_all(bad)}")
+        every = [one._asdict() for one in bad]
+        raise UserError(f"{len(bad)} {what}: {name_all(bad)}", bad=every)
+
+
+@contextmanager
+def all_bad(records: Any, check: Callable[[int], None]) -> Iterator[None]:
+    """Turn the error of the first bad record into one that names all, if there are several.
+
+    records: they have a length, and `where(index)`. `check(index)` raises UserError for a bad one.
+    """
+    try:
+        yield
+    except UserError:
+        bad = []
+        for index in range(len(records)):
+            try:
+                check(index)
+            except UserError as error:
+                bad.append(Bad(records.where(index), str(error)))
+        if len(bad) > 1:
+            refuse_bad(bad, f"of {len(records)} records are bad")
+        raise

@@ -53,7 +53,7 @@ class Tars:
         try:
             text = _read_span(member.tar, *member.caption).decode().removeprefix("\ufeff").strip()
             record = json.loads(text) if member.caption_name.endswith(".json") else {"text": text}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: the caption is unreadable ({error})") from None
         if not isinstance(record, dict):
             raise UserError(f'{where}: expected a JSON object such as {{"caption": "..."}}')

@@ -108,7 +108,7 @@ def _sharegpt(turn: Any, where: str) -> Message:
         raise UserError(
             f'{where}: expected {{"from": "human", "value": "..."}}, found {turn!r:.60}'
         )
-    if turn["from"] not in SHAREGPT_ROLES:
+    if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
         raise UserError(
             f"{where}: unknown speaker {turn['from']!r}; expected one of"
             f" {', '.join(SHAREGPT_ROLES)}"
@@ -178,7 +178,7 @@ def _parsed(value: Any, field: str, kind: type, where: str) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: field {field!r} is invalid JSON ({error})") from None
     if value is not None and not isinstance(value, kind):
         raise UserError(

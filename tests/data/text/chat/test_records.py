@@ -73,6 +73,8 @@ def test_bad_conversations_are_one_line(messages, message):
     ("record", "message"),
     [
         ({"conversations": [{"from": "bob", "value": "x"}]}, "turn 1: unknown speaker 'bob'"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "turn 1: unknown speaker"),
+        ({"messages": [U, A], "tools": "[" * 100_000}, "field 'tools' is invalid JSON"),
         ({"conversations": [{"value": "x"}]}, "turn 1: expected .*from.*human"),
         ({"conversations": [{"from": "human"}]}, "turn 1: the user turn has no content"),
         ({"prompt": [U]}, "field 'completion' is missing"),
