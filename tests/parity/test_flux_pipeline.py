@@ -13,7 +13,7 @@ import jaxft
 from jaxft.core.params import bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
 from jaxft.models.pipelines import families
-from jaxft.models.pipelines.flux import TRAIN_GUIDANCE
+from jaxft.models.pipelines.flow.flux import TRAIN_GUIDANCE
 from jaxft.models.pipelines.ldm import open_model
 from jaxft.models.pipelines.stable_diffusion import Guidance, generate
 from jaxft.tasks.diffusion.captions import load_captions

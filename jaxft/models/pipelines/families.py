@@ -3,10 +3,11 @@
 from jaxtyping import PRNGKeyArray
 
 from jaxft.core.errors import UserError
-from jaxft.models.pipelines import flux, stable_diffusion, stable_diffusion_3
-from jaxft.models.pipelines.flux import Flux, FluxPipelineConfig
+from jaxft.models.pipelines import stable_diffusion
+from jaxft.models.pipelines.flow import flux, stable_diffusion_3
+from jaxft.models.pipelines.flow.flux import Flux, FluxPipelineConfig
+from jaxft.models.pipelines.flow.stable_diffusion_3 import SD3Config, StableDiffusion3
 from jaxft.models.pipelines.stable_diffusion import PipelineConfig, StableDiffusion
-from jaxft.models.pipelines.stable_diffusion_3 import SD3Config, StableDiffusion3
 from jaxft.weights.folders.diffusers import Pipeline
 from jaxft.weights.transfer import Part
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from jaxft.models.autoencoders.vae_config import VAEConfig
-from jaxft.models.denoisers.flux_config import FluxConfig
-from jaxft.models.denoisers.flux_single_file import flux_layout
-from jaxft.models.denoisers.mmdit_config import MMDiTConfig
-from jaxft.models.denoisers.mmdit_single_file import mmdit_layout
+from jaxft.models.denoisers.flux.flux_config import FluxConfig
+from jaxft.models.denoisers.flux.flux_single_file import flux_layout
+from jaxft.models.denoisers.mmdit.mmdit_config import MMDiTConfig
+from jaxft.models.denoisers.mmdit.mmdit_single_file import mmdit_layout
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.text_encoders import clip
 from jaxft.models.text_encoders.clip import VISION, CLIPTextConfig

@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils
 
-from jaxft.models.denoisers.flux_config import FluxConfig
-from jaxft.models.denoisers.flux_single_file import flux_layout
+from jaxft.models.denoisers.flux.flux_config import FluxConfig
+from jaxft.models.denoisers.flux.flux_single_file import flux_layout
 from jaxft.weights.adapters.original_names import fused, under_diffusers_names
 from jaxft.weights.views import InMemory
-from tests.models.denoisers.test_flux import TINY
+from tests.models.denoisers.flux.test_flux import TINY
 
 WIDTH, RANK = 32, 4
 LAYOUT = flux_layout(FluxConfig.from_hf(TINY))

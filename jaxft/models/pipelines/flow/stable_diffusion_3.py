@@ -14,9 +14,9 @@ from jaxft.models.autoencoders import vae
 from jaxft.models.autoencoders.vae import VAE
 from jaxft.models.autoencoders.vae_config import FILE as VAE_FILE
 from jaxft.models.autoencoders.vae_config import VAEConfig
-from jaxft.models.denoisers import mmdit
-from jaxft.models.denoisers.mmdit import MMDiT
-from jaxft.models.denoisers.mmdit_config import MMDiTConfig
+from jaxft.models.denoisers.mmdit import mmdit
+from jaxft.models.denoisers.mmdit.mmdit import MMDiT
+from jaxft.models.denoisers.mmdit.mmdit_config import MMDiTConfig
 from jaxft.models.pipelines.stable_diffusion import NOTHING, Drawing, Text
 from jaxft.models.text_encoders import clip, t5
 from jaxft.models.text_encoders.clip import CLIPText, CLIPTextConfig

@@ -13,12 +13,12 @@ from jaxft.models.autoencoders import vae
 from jaxft.models.autoencoders.vae import VAE
 from jaxft.models.autoencoders.vae_config import FILE as VAE_FILE
 from jaxft.models.autoencoders.vae_config import VAEConfig
-from jaxft.models.denoisers import flux
-from jaxft.models.denoisers.flux import FluxTransformer
-from jaxft.models.denoisers.flux_config import FILE as FLUX_FILE
-from jaxft.models.denoisers.flux_config import PATCH, FluxConfig
+from jaxft.models.denoisers.flux import flux
+from jaxft.models.denoisers.flux.flux import FluxTransformer
+from jaxft.models.denoisers.flux.flux_config import FILE as FLUX_FILE
+from jaxft.models.denoisers.flux.flux_config import PATCH, FluxConfig
+from jaxft.models.pipelines.flow.stable_diffusion_3 import text_parts
 from jaxft.models.pipelines.stable_diffusion import NOTHING, Drawing, Text
-from jaxft.models.pipelines.stable_diffusion_3 import text_parts
 from jaxft.models.text_encoders.clip import CLIPText, CLIPTextConfig
 from jaxft.models.text_encoders.t5 import T5Encoder, T5EncoderConfig
 from jaxft.noise.flow import FLOW_SAMPLERS, FlowMatching, FlowSchedule, check_snr
