@@ -1,12 +1,13 @@
 """Causal language models, specified layer by layer, from token ids to logits."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention import saves_attention
@@ -82,11 +83,7 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = default_positions(kv_segments, cache, x.shape[1])
         index = jnp.int32(0) if cache is None else cache.index
-        # The angles of all kinds of rope are computed once, and every layer picks its own.
-        angles = tuple(
-            rope.cos_sin(positions, rope.frequencies(one, positions, longest), one.scale)
-            for one in self.cfg.ropes
-        )
+        angles = self._angles(positions, longest)
         others = None if cache is None else kv_segments  # None: keys have the queries' own segments
         scaling, growth = self.cfg.query_scaling, None
         if scaling is not None:
@@ -105,6 +102,40 @@ class Decoder(nnx.Module):
         if cache is not None and memory is not None:
             cache = cache._replace(k=memory[0], v=memory[1], index=cache.index + x.shape[1])
         return self.norm(x), cache
+
+    def states(
+        self,
+        tokens: Int[Array, "B T"],
+        real: Bool[Array, "B T"],
+        wanted: Sequence[int],
+        *,
+        keys: PRNGKeyArray | None = None,
+        dtype: Any = None,
+    ) -> list[Float[Array, "B T D"]]:
+        """Return the hidden states after so many layers, without the final norm.
+
+        wanted: numbers of layers, rising. As in transformers' `hidden_states`, 0 is the embeddings.
+        real: False for padding, which no token attends to. All tokens have their index as position.
+        keys: one a row, for the dropout of adapters.
+        """
+        x = self._embed(tokens, None, dtype)  # [B, T, D]
+        angles = self._angles(default_positions(None, None, x.shape[1]), 0)
+        context = Context(angles, jnp.ones_like(tokens), real.astype(jnp.int32), jnp.int32(0))
+        carry, done, made = (x, None), 0, []
+        for count in wanted:
+            for part in layer_scans(self.cfg.layers[done:count], done):
+                unroll = 0 if unrolls(part.times) else 1
+                carry = self._scan(part, carry, context, keys, "none", unroll)
+            done = count
+            made.append(carry[0])
+        return made
+
+    def _angles(self, positions: Array, longest: int) -> tuple[tuple[Array, Array], ...]:
+        """Return cos and sin of all kinds of rope, of which every layer picks its own."""
+        return tuple(
+            rope.cos_sin(positions, rope.frequencies(one, positions, longest), one.scale)
+            for one in self.cfg.ropes
+        )
 
     def scaled_embeddings(self, rows: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Return rows of the table times `embedding_scale`, the input of the first layer."""
