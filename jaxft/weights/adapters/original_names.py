@@ -63,10 +63,11 @@ def fused(layout: LDMLayout, factors: Mapping[str, Factors]) -> dict[str, Factor
 def under_diffusers_names(tensors: Tensors, layout: LDMLayout, component: str) -> Tensors:
     """Return a LoRA file whose keys of a transformer are those of diffusers' files.
 
+    Modules may have diffusers' names after the prefix of single files, as ai-toolkit writes them.
     Ranks whose B is zero for a module are left out of it, and so is a module whose B is zero beside
     others that are not. Other keys are unchanged.
     """
-    known = _modules(layout)
+    known = _modules(layout) | {name: {name: WHOLE_MODULE} for name in layout.rows}
     stems = {f"diffusion_model.{theirs}": theirs for theirs in known}
     stems |= {f"lora_unet_{theirs.replace('.', '_')}": theirs for theirs in known}
     found: dict[str, dict[str, str]] = {}
