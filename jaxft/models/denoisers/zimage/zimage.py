@@ -179,7 +179,8 @@ class ZImageTransformer(nnx.Module):
         both = jnp.concatenate([tokens, text], axis=1)  # [B, T + S, D]
         numbers = range(numbers.stop, numbers.stop + cfg.num_layers)
         both = scan_blocks(self.layers, numbers, both, time, keys, run, whole)
-        scale = self.norm_out(jax.nn.silu(time), keys)  # [B, D]
+        # Split over `tensor`, XLA got the gradients of micro-batches wrong.
+        scale = constrain(self.norm_out(jax.nn.silu(time), keys), "batch", None)  # [B, D]
         made = adaptive_layer_norm(both[:, :count], jnp.zeros_like(scale), scale, JOINT_EPS)
         return -unpack_pixels(self.proj_out(made, keys), y, x)
 
