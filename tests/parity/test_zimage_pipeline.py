@@ -129,4 +129,8 @@ def test_five_steps_equal_torch(both, tmp_path, capfd, monkeypatch, case, mesh):
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
     pipe = ZImagePipeline.from_pretrained(one.folder)
     pipe.transformer.t_embedder.timestep_embedding = exact
+    # Pads are vectors, which do not decay. Their files have a dim of one row.
+    for name in ("x_pad_token", "cap_pad_token"):
+        row = getattr(pipe.transformer, name)[0]
+        setattr(pipe.transformer, name, torch.nn.Parameter(row.detach().clone()))
     assert_equals_torch(ours, Oracle(pipe, ours.run, ours.before, PEFT, encode, velocity))
