@@ -11,6 +11,7 @@ import jaxft
 from jaxft.core.params import bind
 from jaxft.models.pipelines.stable_diffusion import Guidance, generate
 from tests.parity.flow import PROMPTS, Both, Oracle, assert_equals_torch, trained
+from tests.parity.test_diffusion_training import slow
 from tests.parity.test_flux import ExactSinusoids
 from tests.tiny_diffusion import make_pictures
 from tests.tiny_zimage import make_zimage
@@ -122,7 +123,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("case", "mesh"), [("full", "2x2x2"), ("lora", "one")])
+@pytest.mark.parametrize(
+    ("case", "mesh"), [("full", "2x2x2"), ("lora", "one"), slow("full", "fsdp8")]
+)
 def test_five_steps_equal_torch(both, tmp_path, capfd, monkeypatch, case, mesh):
     one, data = both("base"), make_pictures(tmp_path / "pictures")
     ours = trained(one.folder, data, CASES[case], mesh, tmp_path, monkeypatch)
