@@ -110,6 +110,18 @@ def test_t34_one_a_of_q_k_and_v_is_shared():
     np.testing.assert_allclose(np.concatenate(pieces), b @ a, rtol=1e-4, atol=1e-4)
 
 
+def test_diffusers_names_after_the_prefix_are_read_and_nothing_is_exchanged():
+    """As ai-toolkit writes them."""
+    file = {}
+    for name, (a, b) in factors().items():
+        file[f"diffusion_model.{name}.lora_A.weight"] = a
+        file[f"diffusion_model.{name}.lora_B.weight"] = b
+    found = deltas(under_diffusers_names(InMemory(file), LAYOUT, "transformer"))
+    assert found.keys() == SHAPES.keys()
+    for name, (a, b) in factors().items():
+        np.testing.assert_allclose(found[name], b @ a, rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_not_whole_or_not_there_keeps_its_name():
     alone = {"lora_unet_single_blocks_0_linear1.lora_down.weight": normal(RANK, WIDTH)}
     other = {"lora_unet_double_blocks_9_img_mlp_0.lora_up.weight": normal(WIDTH, RANK)}

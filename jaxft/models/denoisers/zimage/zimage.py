@@ -25,7 +25,7 @@ from jaxft.models.denoisers.joint import (
     linear_rules,
     scan_blocks,
 )
-from jaxft.models.denoisers.zimage.zimage_config import PATCH, ZImageConfig
+from jaxft.models.denoisers.zimage.zimage_config import CELL, ZImageConfig
 from jaxft.models.registry import Architecture
 from jaxft.nn.conv import dense, runner, spread
 from jaxft.nn.embedding import TimeEmbedding, timestep_embedding
@@ -34,7 +34,7 @@ from jaxft.nn.norm import RMSNorm, adaptive_layer_norm
 from jaxft.nn.rope import grid_cos_sin
 from jaxft.weights.rules import Rule
 
-MULTIPLE = 32  # image and text are each filled up to a multiple of so many tokens
+FILL = 32  # image and text are each filled up to a multiple of so many tokens
 TIME_WIDTH, TIME_HIDDEN = 256, 1024  # of the embedding of time. No config.json has them
 
 
@@ -116,7 +116,7 @@ class ZImageTransformer(nnx.Module):
 
     def __init__(self, cfg: ZImageConfig, *, key: PRNGKeyArray):
         dim, keys = cfg.dim, jax.random.split(key, 8)
-        width, packed = min(dim, TIME_WIDTH), cfg.in_channels * PATCH**2
+        width, packed = min(dim, TIME_WIDTH), cfg.in_channels * CELL**2
         self.cfg = cfg
         self.x_embedder = Linear(
             (packed,), (dim,), (None, "mlp"), key=keys[0], bias=True, std=spread(packed)
@@ -157,9 +157,9 @@ class ZImageTransformer(nnx.Module):
         """
         dtype, run, cfg = latents.dtype if dtype is None else dtype, runner(remat), self.cfg
         y, x = latents.shape[1:3]
-        if y % PATCH or x % PATCH:
+        if y % CELL or x % CELL:
             raise UserError(
-                f"latents of {y} x {x} are no multiple of the model's patches of {PATCH} x {PATCH}"
+                f"latents of {y} x {x} are no multiple of the model's patches of {CELL} x {CELL}"
             )
         sinusoids = timestep_embedding(cfg.time_scale * (1.0 - sigma), TIME_DIM)
         time = constrain(self.time_embedding(sinusoids.astype(dtype), keys), "batch", None)
@@ -167,7 +167,7 @@ class ZImageTransformer(nnx.Module):
         count = tokens.shape[1]
         tokens = _filled(tokens, self.x_pad_token[...])
         text = self._text(context.astype(dtype), lengths, keys)  # [B, S, D]
-        cut, grid = tokens.shape[1], (y // PATCH, x // PATCH)
+        cut, grid = tokens.shape[1], (y // CELL, x // CELL)
         whole = places(cfg, grid, lengths, text.shape[1])
         image, words = (_part(whole, slice(cut)), _part(whole, slice(cut, None)))
         numbers = range(cfg.num_refiners)
@@ -196,9 +196,9 @@ class ZImageTransformer(nnx.Module):
 
 
 def _filled(tokens: Float[Array, "B T D"], pad: Float[Array, "1 D"]) -> Float[Array, "B T D"]:
-    """Return tokens with `pad` behind them, up to a multiple of MULTIPLE."""
+    """Return tokens with `pad` behind them, up to a multiple of FILL."""
     rows, count, dim = tokens.shape
-    pads = jnp.broadcast_to(pad.astype(tokens.dtype), (rows, -count % MULTIPLE, dim))
+    pads = jnp.broadcast_to(pad.astype(tokens.dtype), (rows, -count % FILL, dim))
     return constrain(jnp.concatenate([tokens, pads], axis=1), "batch", "length", None)
 
 
@@ -212,14 +212,14 @@ def places(
     """Return the places of an image's tokens, filled up, and of `size` rows of text behind them.
 
     Text has the places (1, 0, 0), (2, 0, 0), …. The pads behind it go on, up to a multiple of
-    MULTIPLE tokens, and the image's first place is the one after these. Pads of the image have the
+    FILL tokens, and the image's first place is the one after these. Pads of the image have the
     place (0, 0, 0). grid: the image's rows and columns. lengths: the tokens of each text.
     """
     rows, count, half = len(lengths), grid[0] * grid[1], cfg.axes[0] // 2
-    ends = -(-lengths // MULTIPLE) * MULTIPLE  # [B]
+    ends = -(-lengths // FILL) * FILL  # [B]
     line = np.zeros((size + 2, 3), np.int64)
     line[:, 0] = np.arange(size + 2)
-    cells = np.zeros((count + -count % MULTIPLE, 3), np.int64)
+    cells = np.zeros((count + -count % FILL, 3), np.int64)
     cells[:count, 1:] = np.indices(grid).reshape(2, -1).T
     turned = []
     for first, rest in zip(
@@ -241,13 +241,13 @@ def places(
 def pack_pixels(latents: Float[Array, "B Y X C"]) -> Float[Array, "B T K"]:
     """Return tokens of 2 x 2 latents. Each holds pixel after pixel, its channels together."""
     b, y, x, c = latents.shape
-    cells = latents.reshape(b, y // PATCH, PATCH, x // PATCH, PATCH, c)  # [B, Y/2, 2, X/2, 2, C]
-    return cells.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, c * PATCH**2)  # [B, T, 4 C]
+    cells = latents.reshape(b, y // CELL, CELL, x // CELL, CELL, c)  # [B, Y/2, 2, X/2, 2, C]
+    return cells.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, c * CELL**2)  # [B, T, 4 C]
 
 
 def unpack_pixels(tokens: Float[Array, "B T K"], y: int, x: int) -> Float[Array, "B Y X C"]:
     """Return latents of y rows and x columns: the inverse of `pack_pixels`."""
-    cells = tokens.reshape(len(tokens), y // PATCH, x // PATCH, PATCH, PATCH, -1)
+    cells = tokens.reshape(len(tokens), y // CELL, x // CELL, CELL, CELL, -1)
     return cells.transpose(0, 1, 3, 2, 4, 5).reshape(len(tokens), y, x, -1)  # [B, Y, X, C]
 
 

@@ -12,8 +12,8 @@ from jaxft.models.autoencoders.vae_config import FILE as VAE_FILE
 from jaxft.models.autoencoders.vae_config import VAEConfig
 from jaxft.models.decoders.decoder import Decoder
 from jaxft.models.denoisers.zimage.zimage import ZImageTransformer
+from jaxft.models.denoisers.zimage.zimage_config import CELL, ZImageConfig
 from jaxft.models.denoisers.zimage.zimage_config import FILE as ZIMAGE_FILE
-from jaxft.models.denoisers.zimage.zimage_config import PATCH, ZImageConfig
 from jaxft.models.pipelines.flow.common import check_latents, check_width
 from jaxft.models.pipelines.stable_diffusion import NOTHING, Conditions, Drawing, Text
 from jaxft.models.text_encoders import qwen
@@ -22,7 +22,7 @@ from jaxft.noise.flow import FLOW_SAMPLERS, FlowMatching, FlowSchedule, check_sn
 from jaxft.weights.folders.diffusers import SCHEDULER, Pipeline
 
 # Guidance as everywhere in jaxft: 1 is none. The pipeline of diffusers counts from 0.
-BASE, TURBO = Drawing(50, 5.0), Drawing(9, 1.0)
+BASE_DRAWING, TURBO_DRAWING = Drawing(50, 5.0), Drawing(9, 1.0)
 TURBO_SHIFT = 3.0  # of Z-Image-Turbo, whose config.json files are those of Z-Image. That has 6
 TURBO_NOTE = (
     ", Z-Image-Turbo by its shift, distilled to 8 steps without guidance: training on pictures"
@@ -53,7 +53,7 @@ class ZImagePipelineConfig:
     @property
     def multiple(self) -> int:
         """The number of pixels that both sides of a picture have to be a multiple of."""
-        return self.vae.factor * PATCH
+        return self.vae.factor * CELL
 
     @classmethod
     def of(cls, pipeline: Pipeline) -> "ZImagePipelineConfig":
@@ -93,12 +93,12 @@ class ZImagePipelineConfig:
 
     @property
     def drawing(self) -> Drawing:
-        return TURBO if self.distilled else BASE
+        return TURBO_DRAWING if self.distilled else BASE_DRAWING
 
     def process(self, min_snr_gamma: float = 0.0) -> FlowMatching:
         """Return the noise process. Raises: UserError for weights by SNR, which are DDPM's."""
         check_snr(min_snr_gamma)
-        return FlowMatching(self.schedule, PATCH, even=True)
+        return FlowMatching(self.schedule, CELL, even=True)
 
     def describe(self) -> str:
         return f"Z-Image, flow matching{TURBO_NOTE if self.distilled else ''}"
