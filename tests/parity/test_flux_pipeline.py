@@ -121,7 +121,8 @@ def velocity(pipe, latents, sigma, context, pooled, guidance=TRAIN_GUIDANCE):
 
 
 def encode(pipe, words, tokens):
-    return pipe.encode_prompt(words, device="cpu", max_sequence_length=tokens)[:2]
+    with torch.no_grad():
+        return pipe.encode_prompt(words, device="cpu", max_sequence_length=tokens)[:2]
 
 
 # The targets of diffusers' train_dreambooth_lora_flux: ends of names, so single blocks are in.

@@ -25,7 +25,7 @@ from jaxft.models.denoisers.joint import (
     linear_rules,
     scan_blocks,
 )
-from jaxft.models.denoisers.zimage.zimage_config import CELL, ZImageConfig
+from jaxft.models.denoisers.zimage.zimage_config import TOKEN_SIDE, ZImageConfig
 from jaxft.models.registry import Architecture
 from jaxft.nn.conv import dense, runner, spread
 from jaxft.nn.embedding import TimeEmbedding, timestep_embedding
@@ -116,7 +116,7 @@ class ZImageTransformer(nnx.Module):
 
     def __init__(self, cfg: ZImageConfig, *, key: PRNGKeyArray):
         dim, keys = cfg.dim, jax.random.split(key, 8)
-        width, packed = min(dim, TIME_WIDTH), cfg.in_channels * CELL**2
+        width, packed = min(dim, TIME_WIDTH), cfg.in_channels * TOKEN_SIDE**2
         self.cfg = cfg
         self.x_embedder = Linear(
             (packed,), (dim,), (None, "mlp"), key=keys[0], bias=True, std=spread(packed)
@@ -157,9 +157,10 @@ class ZImageTransformer(nnx.Module):
         """
         dtype, run, cfg = latents.dtype if dtype is None else dtype, runner(remat), self.cfg
         y, x = latents.shape[1:3]
-        if y % CELL or x % CELL:
+        if y % TOKEN_SIDE or x % TOKEN_SIDE:
             raise UserError(
-                f"latents of {y} x {x} are no multiple of the model's patches of {CELL} x {CELL}"
+                f"latents of {y} x {x} are no multiple of the model's patches of {TOKEN_SIDE} x"
+                f" {TOKEN_SIDE}"
             )
         sinusoids = timestep_embedding(cfg.time_scale * (1.0 - sigma), TIME_DIM)
         time = constrain(self.time_embedding(sinusoids.astype(dtype), keys), "batch", None)
@@ -167,7 +168,7 @@ class ZImageTransformer(nnx.Module):
         count = tokens.shape[1]
         tokens = _filled(tokens, self.x_pad_token[...])
         text = self._text(context.astype(dtype), lengths, keys)  # [B, S, D]
-        cut, grid = tokens.shape[1], (y // CELL, x // CELL)
+        cut, grid = tokens.shape[1], (y // TOKEN_SIDE, x // TOKEN_SIDE)
         whole = places(cfg, grid, lengths, text.shape[1])
         image, words = (_part(whole, slice(cut)), _part(whole, slice(cut, None)))
         numbers = range(cfg.num_refiners)
@@ -240,15 +241,16 @@ def places(
 
 def pack_pixels(latents: Float[Array, "B Y X C"]) -> Float[Array, "B T K"]:
     """Return tokens of 2 x 2 latents. Each holds pixel after pixel, its channels together."""
-    b, y, x, c = latents.shape
-    cells = latents.reshape(b, y // CELL, CELL, x // CELL, CELL, c)  # [B, Y/2, 2, X/2, 2, C]
-    return cells.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, c * CELL**2)  # [B, T, 4 C]
+    (b, y, x, c), n = latents.shape, TOKEN_SIDE
+    cells = latents.reshape(b, y // n, n, x // n, n, c)  # [B, Y/2, 2, X/2, 2, C]
+    return cells.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, c * n**2)  # [B, T, 4 C]
 
 
 def unpack_pixels(tokens: Float[Array, "B T K"], y: int, x: int) -> Float[Array, "B Y X C"]:
     """Return latents of y rows and x columns: the inverse of `pack_pixels`."""
-    cells = tokens.reshape(len(tokens), y // CELL, x // CELL, CELL, CELL, -1)
-    return cells.transpose(0, 1, 3, 2, 4, 5).reshape(len(tokens), y, x, -1)  # [B, Y, X, C]
+    b, n = len(tokens), TOKEN_SIDE
+    cells = tokens.reshape(b, y // n, x // n, n, n, -1)  # [B, Y/2, X/2, 2, 2, C]
+    return cells.transpose(0, 1, 3, 2, 4, 5).reshape(b, y, x, -1)  # [B, Y, X, C]
 
 
 def rules(cfg: ZImageConfig) -> tuple[Rule, ...]:

@@ -33,7 +33,7 @@ _ALSO: dict[str, tuple] = {
     **dict.fromkeys(("_class_name", "siglip_feat_dim", "axes_dims"), ANY),
     **dict.fromkeys(("all_patch_size", "all_f_patch_size"), ANY),
 }
-CELL = 2  # the side of a token in latents
+TOKEN_SIDE = 2  # the side of a token in latents
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class ZImageConfig:
 def _check(c: Mapping[str, Any], where: str) -> None:
     wanted = {
         "_class_name": DEFAULTS["_class_name"],
-        "all_patch_size": [CELL],
+        "all_patch_size": [TOKEN_SIDE],
         "all_f_patch_size": [1],
         "siglip_feat_dim": None,
         "n_kv_heads": c["n_heads"],

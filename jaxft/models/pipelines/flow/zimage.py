@@ -12,8 +12,8 @@ from jaxft.models.autoencoders.vae_config import FILE as VAE_FILE
 from jaxft.models.autoencoders.vae_config import VAEConfig
 from jaxft.models.decoders.decoder import Decoder
 from jaxft.models.denoisers.zimage.zimage import ZImageTransformer
-from jaxft.models.denoisers.zimage.zimage_config import CELL, ZImageConfig
 from jaxft.models.denoisers.zimage.zimage_config import FILE as ZIMAGE_FILE
+from jaxft.models.denoisers.zimage.zimage_config import TOKEN_SIDE, ZImageConfig
 from jaxft.models.pipelines.flow.common import check_latents, check_width
 from jaxft.models.pipelines.stable_diffusion import NOTHING, Conditions, Drawing, Text
 from jaxft.models.text_encoders import qwen
@@ -53,7 +53,7 @@ class ZImagePipelineConfig:
     @property
     def multiple(self) -> int:
         """The number of pixels that both sides of a picture have to be a multiple of."""
-        return self.vae.factor * CELL
+        return self.vae.factor * TOKEN_SIDE
 
     @classmethod
     def of(cls, pipeline: Pipeline) -> "ZImagePipelineConfig":
@@ -98,7 +98,7 @@ class ZImagePipelineConfig:
     def process(self, min_snr_gamma: float = 0.0) -> FlowMatching:
         """Return the noise process. Raises: UserError for weights by SNR, which are DDPM's."""
         check_snr(min_snr_gamma)
-        return FlowMatching(self.schedule, CELL, even=True)
+        return FlowMatching(self.schedule, TOKEN_SIDE, even=True)
 
     def describe(self) -> str:
         return f"Z-Image, flow matching{TURBO_NOTE if self.distilled else ''}"
