@@ -30,6 +30,7 @@ from tests.tiny_flux import make_flux
 from tests.tiny_janus import make_janus_model
 from tests.tiny_pipelines import make_pipeline
 from tests.tiny_sd3 import make_sd3
+from tests.tiny_zimage import make_zimage
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -41,7 +42,7 @@ COMMAND = (
     r"(?:python3?\s+(?:-m\s+jaxft|tools/)\S*"
     rf"|(?<![\w/.-])jaxft\s+(?:{'|'.join(COMMANDS)})\b)"
 )
-COUNT = 89  # of all pages; a new line is run without being listed here, but counted
+COUNT = 92  # of all pages; a new line is run without being listed here, but counted
 # What stands in a line for something that only its user knows: found among PLACES, or replaced.
 WORDS = {
     "--step 50": "--step 2",
@@ -159,6 +160,7 @@ def shelf(tmp_path_factory, make_folder):
         pipe.save_pretrained(place / name)
     make_sd3(place / "tokens", t5=False).save_pretrained(place / "sd3")
     make_flux(place / "tokens").save_pretrained(place / "flux")
+    make_zimage().save_pretrained(place / "z-image")
     make_vae(place / "vae")
     make_vqmodel(place / "vq")
     make_janus_model(place / "janus")
@@ -206,6 +208,7 @@ PLACES = {
     "path/to/stable-diffusion": "pipeline",
     "path/to/stable-diffusion-3": "sd3",
     "path/to/flux": "flux",
+    "path/to/z-image": "z-image",
     "path/to/pickles": "pickles",
     "VQ_FOLDER": "vq",
     "FOLDER": "janus",

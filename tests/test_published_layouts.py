@@ -19,7 +19,12 @@ from jaxft import train
 from jaxft.core.params import bind, describe
 from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.ldm import open_model
-from jaxft.models.pipelines.stable_diffusion import PipelineConfig, StableDiffusion, Text
+from jaxft.models.pipelines.stable_diffusion import (
+    Conditions,
+    PipelineConfig,
+    StableDiffusion,
+    Text,
+)
 from jaxft.weights.rules import to_jax
 from tests.published_pipelines import PUBLISHED, RUN
 from tests.test_others_files import respelled
@@ -155,7 +160,7 @@ def test_a_published_layout_opens_trains_exports_and_loads_in_diffusers(name, wh
     ours = model.encode_text(np.stack([ids] * len(cfg.texts), axis=1), dtype=np.float32)
     np.testing.assert_allclose(ours.context, text.context, atol=2e-4)
     times, sizes = np.array([500]), np.array([[64.0, 64, 0, 0, 64, 64]], np.float32)
-    got = model.predict(x, times, ours, sizes, dtype=np.float32)
+    got = model.predict(x, times, Conditions(ours, sizes), dtype=np.float32)
     added = None
     if cfg.sdxl:
         np.testing.assert_allclose(ours.pooled, text.pooled, atol=2e-4)

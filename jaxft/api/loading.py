@@ -31,7 +31,7 @@ from jaxft.models.pipelines import families, stable_diffusion
 from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
 from jaxft.models.pipelines.image_decode import generate_codes
 from jaxft.models.pipelines.ldm import SINGLE, open_model
-from jaxft.models.pipelines.stable_diffusion import NOTHING, Guidance, zeroed
+from jaxft.models.pipelines.stable_diffusion import NOTHING, Conditions, Guidance, zeroed
 from jaxft.nn.pixels import to_pixels
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.tasks.diffusion.captions import Captions, load_captions
@@ -213,12 +213,14 @@ class LoadedPipeline:
     ) -> Float[Array, "B Y X C"]:
         """Return the denoiser's prediction for noisy, scaled latents of uncropped pictures.
 
-        timesteps: those of DDPM's noise, or the sigmas in [0, 1] of Stable Diffusion 3 and FLUX.1.
+        timesteps: those of DDPM's noise, or the sigmas in [0, 1] of models that are
+        trained by flow matching.
         """
         text = self.model.encode_text(self._ids(captions), dtype=latents.dtype)
         y, x = (side * self.config.vae.factor for side in latents.shape[1:3])
         size = jnp.broadcast_to(jnp.array([y, x, 0, 0, y, x], jnp.float32), (len(latents), 6))
-        return self.model.predict(latents, timesteps, text, size, dtype=latents.dtype)
+        given = Conditions(text, size)
+        return self.model.predict(latents, timesteps, given, dtype=latents.dtype)
 
     def sample(
         self,

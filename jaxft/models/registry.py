@@ -51,8 +51,9 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
     },
     "denoiser": {
         "UNet2DConditionModel": "jaxft.models.denoisers.unet:ARCHITECTURE",
-        "SD3Transformer2DModel": "jaxft.models.denoisers.mmdit:ARCHITECTURE",
-        "FluxTransformer2DModel": "jaxft.models.denoisers.flux:ARCHITECTURE",
+        "SD3Transformer2DModel": "jaxft.models.denoisers.mmdit.mmdit:ARCHITECTURE",
+        "FluxTransformer2DModel": "jaxft.models.denoisers.flux.flux:ARCHITECTURE",
+        "ZImageTransformer2DModel": "jaxft.models.denoisers.zimage.zimage:ARCHITECTURE",
     },
     "text_encoder": {
         "clip_text_model": "jaxft.models.text_encoders.clip:ARCHITECTURE",

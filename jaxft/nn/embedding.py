@@ -33,12 +33,15 @@ def timestep_embedding(
 
 
 class TimeEmbedding(nnx.Module):
-    """Two layers with a silu between them, for the sinusoids of a time or for pooled text."""
+    """Two layers with a silu between them, for the sinusoids of a time or for pooled text.
 
-    def __init__(self, inputs: int, dim: int, *, key: PRNGKeyArray):
+    hidden: the width between the layers, by default that of the output.
+    """
+
+    def __init__(self, inputs: int, dim: int, *, key: PRNGKeyArray, hidden: int = 0):
         first, second = jax.random.split(key)
-        self.linear_1 = dense(inputs, dim, key=first)
-        self.linear_2 = dense(dim, dim, key=second)
+        self.linear_1 = dense(inputs, hidden or dim, key=first)
+        self.linear_2 = dense(hidden or dim, dim, key=second)
 
     def __call__(
         self, x: Float[Array, "B C"], keys: PRNGKeyArray | None = None

@@ -142,12 +142,15 @@ def rotate(
 
 
 def rotate_neighbours(
-    x: Float[Array, "B T N H"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]
+    x: Float[Array, "B T N H"], cos: Float[Array, "*B T half"], sin: Float[Array, "*B T half"]
 ) -> Float[Array, "B T N H"]:
-    """Rotate dims (2i, 2i + 1) of each head together, in fp32, as FLUX and Meta's files do."""
+    """Rotate dims (2i, 2i + 1) of each head together, in fp32, as FLUX and Meta's files do.
+
+    cos, sin: those of each place, for all rows or for each row.
+    """
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)  # [B, T, N, half, 2]
     first, second = pairs[..., 0], pairs[..., 1]  # [B, T, N, half]
-    cos, sin = cos[:, None], sin[:, None]  # [T, 1, half]
+    cos, sin = cos[..., None, :], sin[..., None, :]  # [T, 1, half] or [B, T, 1, half]
     turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)  # [B, T, N, H]
 

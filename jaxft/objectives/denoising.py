@@ -14,7 +14,7 @@ from jaxft.models.autoencoders import vae
 from jaxft.models.autoencoders.vae import Moments
 from jaxft.models.pipelines import conditioning
 from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
-from jaxft.models.pipelines.stable_diffusion import Text, drop_captions, zeroed
+from jaxft.models.pipelines.stable_diffusion import Conditions, Text, drop_captions, zeroed
 from jaxft.nn.pixels import to_float
 from jaxft.noise.process import NoiseProcess, offset_noise, squared_error
 
@@ -87,10 +87,8 @@ class Denoising:
     ) -> jax.Array:
         """Return the mean squared error of each row [B] at timestep `t`."""
         noisy = self.process.add_noise(latents, noise, t)
-        out = model.predict(
-            noisy, t, text, batch["time_ids"],
-            dtype=self.dtype, concat=extra, keys=keys, remat=self.remat,
-        )  # fmt: skip
+        given = Conditions(text, batch["time_ids"], extra)
+        out = model.predict(noisy, t, given, dtype=self.dtype, keys=keys, remat=self.remat)
         return squared_error(out, self.process.target(latents, noise, t))
 
     def latents(self, model: AnyPipeline, batch: Batch, keys: Any) -> jax.Array:
@@ -105,7 +103,7 @@ class Denoising:
     def text(self, model: AnyPipeline, batch: Batch, keys: Any) -> Text:
         """Return the encoded captions: from the batch if cached, or else by the text encoders."""
         if "context" in batch:
-            return Text(batch["context"], batch.get("pooled"))
+            return Text(batch["context"], batch.get("pooled"), batch.get("lengths"))
         return model.encode_text(batch["ids"], dtype=self.dtype, keys=keys)
 
     def null(self, model: AnyPipeline) -> Text:

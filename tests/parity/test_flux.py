@@ -15,9 +15,9 @@ from jaxft.core import params as P
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import make_mesh, shardings
 from jaxft.models import flops, registry
-from jaxft.models.denoisers import flux
-from jaxft.models.denoisers.flux import FluxTransformer
-from jaxft.models.denoisers.flux_config import FluxConfig
+from jaxft.models.denoisers.flux import flux
+from jaxft.models.denoisers.flux.flux import FluxTransformer
+from jaxft.models.denoisers.flux.flux_config import FluxConfig
 from jaxft.nn.conv import CONV_REMAT
 from jaxft.weights import rules, transfer
 from jaxft.weights.folders.diffusers import open_component

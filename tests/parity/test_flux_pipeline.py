@@ -1,6 +1,6 @@
 """FLUX.1 as a whole against diffusers': texts, pictures, training."""
 
-from itertools import starmap
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,43 +10,15 @@ import torch
 from diffusers import FluxPipeline
 
 import jaxft
-from jaxft.core.params import bind, describe
-from jaxft.core.sharding import one_device_mesh, shardings
-from jaxft.models.pipelines import families
-from jaxft.models.pipelines.flux import TRAIN_GUIDANCE
-from jaxft.models.pipelines.ldm import open_model
+from jaxft.core.params import bind
+from jaxft.models.pipelines.flow.flux import TRAIN_GUIDANCE
 from jaxft.models.pipelines.stable_diffusion import Guidance, generate
-from jaxft.tasks.diffusion.captions import load_captions
-from jaxft.weights import transfer
-from tests import plain_torch
-from tests.parity import test_diffusion_training as steps
-from tests.tiny_diffusion import make_config, make_pictures
+from tests.parity.flow import PROMPTS, Both, Oracle, assert_equals_torch, trained
+from tests.parity.test_diffusion_training import slow
+from tests.tiny_diffusion import make_pictures
 from tests.tiny_flux import LENGTHS, make_flux
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PROMPTS = ["a red fish", "two birds by the sea, far away"]
-
-
-class Both:
-    """A diffusers pipeline, and what jaxft reads of its folder."""
-
-    def __init__(self, work, kind):
-        self.pipe, self.tokens = make_flux(work, kind), LENGTHS[kind]
-        self.folder = work / "folder"
-        self.pipe.save_pretrained(self.folder)
-        pipeline = open_model(str(self.folder))
-        self.cfg = families.read_config(pipeline)
-        self.template = jax.eval_shape(lambda k: families.build(self.cfg, k), jax.random.key(0))
-        self.captions = load_captions(pipeline, self.cfg.texts)
-        leaves, self.params = describe(self.template), {}
-        places = shardings(leaves, one_device_mesh())
-        for part in families.parts(pipeline, self.cfg):
-            own = {path for path in leaves if path.startswith(part.prefix)}
-            self.params |= transfer.load(part, leaves, places, jnp.float32, own)
-
-    def texts(self, prompts):
-        with torch.no_grad():
-            return self.pipe.encode_prompt(prompts, device="cpu", max_sequence_length=self.tokens)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +27,8 @@ def both(tmp_path_factory):
 
     def get(kind):
         if kind not in made:
-            made[kind] = Both(tmp_path_factory.mktemp(kind), kind)
+            work = tmp_path_factory.mktemp(kind)
+            made[kind] = Both(work, make_flux(work, kind))
         return made[kind]
 
     return get
@@ -66,7 +39,7 @@ def test_t06_t21_texts_and_pictures_are_those_of_the_pipeline(both, kind):
     """dev has a shift by tokens and guidance 3.5. schnell has neither, and 256 tokens for T5."""
     one = both(kind)
     noise = np.random.default_rng(0).standard_normal((2, 6, 8, 4)).astype(np.float32)
-    ids = np.stack([one.captions(prompt) for prompt in PROMPTS])
+    ids = one.ids(PROMPTS)
     how = Guidance(one.cfg.drawing.guidance)
 
     @jax.jit
@@ -77,14 +50,14 @@ def test_t06_t21_texts_and_pictures_are_those_of_the_pipeline(both, kind):
         return text, generate(model, one.cfg, text, text, noise, sampler, how, jnp.float32)
 
     text, made = draw(one.params)
-    context, pooled, _ = one.texts(PROMPTS)
-    assert text.context.shape == (2, one.tokens, 48)
+    context, pooled = encode(one.pipe, PROMPTS, LENGTHS[kind])
+    assert text.context.shape == (2, LENGTHS[kind], 48)
     np.testing.assert_allclose(text.context, context, atol=1e-4)  # sums over 512 keys
     np.testing.assert_allclose(text.pooled, pooled, atol=2e-5)
     latents = FluxPipeline._pack_latents(torch.tensor(noise).permute(0, 3, 1, 2), 2, 4, 6, 8)
     drawn = one.pipe(
         PROMPTS, num_inference_steps=4, guidance_scale=how.scale, height=12, width=16,
-        max_sequence_length=one.tokens, latents=latents, output_type="pt",
+        max_sequence_length=LENGTHS[kind], latents=latents, output_type="pt",
     ).images  # fmt: skip
     np.testing.assert_allclose(made / 2 + 0.5, drawn.permute(0, 2, 3, 1), atol=1e-4)
     assert drawn.std() > 0.01
@@ -124,7 +97,7 @@ def test_it_loads_as_a_python_object(both, kind):
     made = loaded(jnp.asarray(latents), jnp.asarray(sigma), PROMPTS)
     channels_first = torch.tensor(latents).permute(0, 3, 1, 2)
     with torch.no_grad():
-        context, pooled, _ = one.texts(PROMPTS)
+        context, pooled = encode(one.pipe, PROMPTS, LENGTHS[kind])
         wanted = velocity(one.pipe, channels_first, torch.tensor(sigma), context, pooled)
     np.testing.assert_allclose(made, wanted.permute(0, 2, 3, 1), atol=5e-5)
     pictures = loaded.sample(PROMPTS, steps=2, size=16)
@@ -147,56 +120,9 @@ def velocity(pipe, latents, sigma, context, pooled, guidance=TRAIN_GUIDANCE):
     return FluxPipeline._unpack_latents(out, 2 * y, 2 * x, 2)
 
 
-class Oracle(steps.Oracle):
-    """diffusers' train_dreambooth_flux, with drawn sigmas: velocities, and "" for dropped texts."""
-
-    def __init__(self, pipe, run, before, tokens):
-        names = ("transformer", "vae", "text_encoder", "text_encoder_2")
-        self.pipe, self.run, self.tokens = pipe, run, tokens
-        self.modules = {n: getattr(pipe, n) for n in names}
-        if run.cfg.lora.rank:
-            config = steps.LoraConfig(
-                r=run.cfg.lora.rank, lora_alpha=run.cfg.lora.alpha, target_modules=PEFT
-            )
-            steps.inject_adapter_in_model(config, pipe.transformer)
-        for module in self.modules.values():
-            module.double()
-        self.tensors = {f"{n}.{k}": p for n, m in self.modules.items() for k, p in steps.all_of(m)}
-        trained = {
-            key
-            for key in self.tensors
-            if key.startswith("transformer.") and (".lora_" in key or not run.cfg.lora.rank)
-        }
-        with torch.no_grad():
-            for key, tensor in self.tensors.items():
-                tensor.requires_grad_(key in trained)
-                if ".lora_" in key:
-                    tensor.copy_(torch.tensor(before[key]))
-        self.trained = {key: self.tensors[key] for key in sorted(trained)}
-
-    def loss(self, step, batch):
-        eps, noise, sigma, dropped = steps.draws(self.run, step, batch)
-        vae = self.pipe.vae
-        posterior = vae.encode(steps.to_torch(batch["pixels"]) / 127.5 - 1).latent_dist
-        drawn = posterior.mean + posterior.std * eps
-        latents = (drawn - vae.config.shift_factor) * vae.config.scaling_factor
-        share = sigma.double()[:, None, None, None]
-        captions = [self.captions[int(i)] for i in batch["sample_ids"]]
-        words = ["" if lost else one for one, lost in zip(captions, dropped, strict=True)]
-        with torch.no_grad():
-            context, pooled, _ = self.pipe.encode_prompt(
-                words, device="cpu", max_sequence_length=self.tokens
-            )
-        noisy = (1 - share) * latents + share * noise
-        out = velocity(self.pipe, noisy, sigma.double(), context, pooled)
-        return ((out - (noise - latents)) ** 2).mean()
-
-    def train(self, batches):
-        rows = self.run.train
-        self.captions = [rows.caption(i) for i in range(len(rows))]
-        losses = starmap(self.loss, enumerate(batches))
-        made = plain_torch.train(self.trained.values(), losses, lr=steps.LR, decay=steps.DECAY)
-        return made, {key: p.detach().numpy() for key, p in self.trained.items()}
+def encode(pipe, words, tokens):
+    with torch.no_grad():
+        return pipe.encode_prompt(words, device="cpu", max_sequence_length=tokens)[:2]
 
 
 # The targets of diffusers' train_dreambooth_lora_flux: ends of names, so single blocks are in.
@@ -209,20 +135,13 @@ LORA = {"lora.rank": 4, "lora.alpha": 6.0}  # with the default targets
 CASES = {"full": ("dev", {"micro_batches": 2}), "lora": ("schnell", LORA)}
 
 
-@pytest.mark.parametrize(("case", "mesh"), [("full", "2x2x2"), ("lora", "one")])
+@pytest.mark.parametrize(
+    ("case", "mesh"), [("full", "2x2x2"), ("lora", "one"), slow("full", "fsdp8")]
+)
 def test_five_steps_equal_torch(both, tmp_path, capfd, monkeypatch, case, mesh):
     kind, changes = CASES[case]
     one, data = both(kind), make_pictures(tmp_path / "pictures")
-    if mesh == "one":
-        monkeypatch.setattr(jax, "device_count", lambda *_: 1)
-    sizes = zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), steps.MESHES[mesh] or (), strict=False)
-    config = make_config(one.folder, data, {**steps.COMMON, **changes, **dict(sizes)})
-    ours = steps.jax_steps(config, tmp_path)
+    ours = trained(one.folder, data, changes, mesh, tmp_path, monkeypatch)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
-    pipe = FluxPipeline.from_pretrained(one.folder)
-    oracle = Oracle(pipe, ours.run, ours.before, one.tokens)
-    losses, theirs = oracle.train(ours.batches)
-    np.testing.assert_allclose(ours.losses, losses, rtol=1e-5)
-    steps.assert_same_updates(ours.before, ours.after, theirs)
-    still = ours.before.keys() - theirs.keys()
-    assert still and all(np.array_equal(ours.before[key], ours.after[key]) for key in still)
+    pipe, texts = FluxPipeline.from_pretrained(one.folder), partial(encode, tokens=LENGTHS[kind])
+    assert_equals_torch(ours, Oracle(pipe, ours.run, ours.before, PEFT, texts, velocity))

@@ -17,9 +17,9 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import CONSTANT_ROLE
 from jaxft.core.sharding import make_mesh, shardings
 from jaxft.models import flops, registry
-from jaxft.models.denoisers import mmdit
-from jaxft.models.denoisers.mmdit import MMDiT
-from jaxft.models.denoisers.mmdit_config import MMDiTConfig
+from jaxft.models.denoisers.mmdit import mmdit
+from jaxft.models.denoisers.mmdit.mmdit import MMDiT
+from jaxft.models.denoisers.mmdit.mmdit_config import MMDiTConfig
 from jaxft.nn.conv import CONV_REMAT
 from jaxft.weights import rules, transfer
 from jaxft.weights.folders.diffusers import open_component

@@ -1,5 +1,6 @@
 """Causal language models, specified layer by layer, from token ids to logits."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -119,6 +120,34 @@ class Decoder(nnx.Module):
         x, _, routing = self._every_layer(x, None, context, keys, remat, None)
         assert routing is not None
         return self.norm(x), routing
+
+    def states(
+        self,
+        tokens: Int[Array, "B T"],
+        real: Bool[Array, "B T"],
+        wanted: Sequence[int],
+        *,
+        keys: PRNGKeyArray | None = None,
+        dtype: Any = None,
+    ) -> list[Float[Array, "B T D"]]:
+        """Return the hidden states after so many layers, without the final norm.
+
+        wanted: numbers of layers, rising. As in transformers' `hidden_states`, 0 is the embeddings.
+        real: False for padding, which no token attends to. All tokens have their index as position.
+        keys: one a row, for the dropout of adapters.
+        """
+        x = self._embed(tokens, None, dtype)  # [B, T, D]
+        angles, growth = self._by_position(default_positions(None, None, x.shape[1]))
+        everywhere, seen = jnp.ones_like(tokens), real.astype(jnp.int32)
+        context = Context(angles, everywhere, seen, jnp.int32(0), growth=growth)
+        carry, done, made = (x, None), 0, []
+        for count in wanted:
+            for part in layer_scans(self.cfg.layers[done:count], done):
+                unroll = 0 if unrolls(part.times) else 1
+                carry, _ = self._scan(part, carry, context, keys, "none", unroll)
+            done = count
+            made.append(carry[0])
+        return made
 
     def _by_position(self, positions: Array, longest: int = 0) -> tuple[Any, Array | None]:
         """Return cos and sin of every rope, and the factor of queries. Layers pick their own."""

@@ -27,7 +27,7 @@ TIME_DIM = 256  # sinusoids of the timestep
 
 Tokens = tuple[Float[Array, "B T D"], Float[Array, "B S D"]]  # of the image, and of the text
 Heads = tuple[Float[Array, "B T N H"], Float[Array, "B T N H"], Float[Array, "B T N H"]]
-Rotation = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cos and sin of each place
+Rotation = tuple[Float[Array, "*B T half"], Float[Array, "*B T half"]]  # cos and sin of each place
 
 
 class HeadSizes(Protocol):
@@ -61,21 +61,30 @@ class Modulation(nnx.Module):
 
 
 class StreamProjections(nnx.Module):
-    """Queries, keys and values of one stream of tokens, with biases, and its output projection.
+    """Queries, keys and values of one stream of tokens, and its output projection.
 
-    out: False for the text of the last block, whose output nothing reads.
+    out: False for the text of the last block, whose output nothing reads. bias: the projections
+    have biases. eps: of the norms of queries and keys.
     """
 
-    def __init__(self, cfg: HeadSizes, *, key: PRNGKeyArray, out: bool = True):
+    def __init__(
+        self,
+        cfg: HeadSizes,
+        *,
+        key: PRNGKeyArray,
+        out: bool = True,
+        bias: bool = True,
+        eps: float = JOINT_EPS,
+    ):
         d, axes, std = (cfg.dim,), ("embed", "heads"), spread(cfg.dim)
         keys = jax.random.split(key, 4)
         self.heads = cfg.heads
-        self.to_q = Linear(d, d, axes, key=keys[0], bias=True, std=std)
-        self.to_k = Linear(d, d, axes, key=keys[1], bias=True, std=std)
-        self.to_v = Linear(d, d, axes, key=keys[2], bias=True, std=std)
-        last = Linear(d, d, axes[::-1], key=keys[3], bias=True, std=std) if out else None
+        self.to_q = Linear(d, d, axes, key=keys[0], bias=bias, std=std)
+        self.to_k = Linear(d, d, axes, key=keys[1], bias=bias, std=std)
+        self.to_v = Linear(d, d, axes, key=keys[2], bias=bias, std=std)
+        last = Linear(d, d, axes[::-1], key=keys[3], bias=bias, std=std) if out else None
         self.to_out: Linear | None = nnx.data(last)
-        norms = [RMSNorm(cfg.head_dim, eps=JOINT_EPS) if cfg.qk_norm else None for _ in range(2)]
+        norms = [RMSNorm(cfg.head_dim, eps=eps) if cfg.qk_norm else None for _ in range(2)]
         self.norm_q, self.norm_k = map(nnx.data, norms)
 
     def __call__(
@@ -186,18 +195,19 @@ def scan_blocks(
     time: Float[Array, "B D"],
     keys: PRNGKeyArray | None,
     run: Callable[..., Any],
-    rope: Rotation | None = None,
+    places: Any = None,
 ) -> Any:
     """Return activations after a stack of blocks, leaves [layers, ...], by one scan.
 
     layers: their numbers. They are folded into `keys`, so that dropout masks differ. run: calls one
-    block on x, time, keys and rope, as `conv.runner` makes it.
+    block on x, time, keys and places, as `conv.runner` makes it. places: the rotation of tokens, in
+    the form that the blocks take.
     """
 
     def body(x: Any, layer: tuple[Callable[..., Any], Array]) -> tuple[Any, None]:
         block, number = layer
         own = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-        return run(block, x, time, own, rope), None
+        return run(block, x, time, own, places), None
 
     count, numbers = len(layers), jnp.arange(layers.start, layers.stop)
     # A loop around one block would only copy its weights: 0 unrolls the scan.

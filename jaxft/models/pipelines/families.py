@@ -1,18 +1,42 @@
 """Families of pipelines: the config, the module and the weight tables, by the folder's index."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 from jaxtyping import PRNGKeyArray
 
 from jaxft.core.errors import UserError
-from jaxft.models.pipelines import flux, stable_diffusion, stable_diffusion_3
-from jaxft.models.pipelines.flux import Flux, FluxPipelineConfig
+from jaxft.models.denoisers.flux import flux
+from jaxft.models.denoisers.mmdit import mmdit
+from jaxft.models.denoisers.zimage import zimage
+from jaxft.models.pipelines import stable_diffusion
+from jaxft.models.pipelines.flow import common
+from jaxft.models.pipelines.flow.flux import Flux, FluxPipelineConfig
+from jaxft.models.pipelines.flow.stable_diffusion_3 import SD3Config, StableDiffusion3
+from jaxft.models.pipelines.flow.zimage import ZImage, ZImagePipelineConfig
 from jaxft.models.pipelines.stable_diffusion import PipelineConfig, StableDiffusion
-from jaxft.models.pipelines.stable_diffusion_3 import SD3Config, StableDiffusion3
+from jaxft.models.registry import Architecture
 from jaxft.weights.folders.diffusers import Pipeline
 from jaxft.weights.transfer import Part
 
-AnyConfig = PipelineConfig | SD3Config | FluxPipelineConfig
-AnyPipeline = StableDiffusion | StableDiffusion3 | Flux
-FLOW = {"sd3": SD3Config, "flux": FluxPipelineConfig}  # families that are trained by flow matching
+AnyConfig = PipelineConfig | SD3Config | FluxPipelineConfig | ZImagePipelineConfig
+AnyPipeline = StableDiffusion | StableDiffusion3 | Flux | ZImage
+
+
+class FlowFamily(NamedTuple):
+    """The config and the module of a pipeline, and the architecture of its transformer."""
+
+    config: type[SD3Config] | type[FluxPipelineConfig] | type[ZImagePipelineConfig]
+    module: Callable[..., Any]
+    denoiser: Architecture
+
+
+FLOW = {  # families that are trained by flow matching
+    "sd3": FlowFamily(SD3Config, StableDiffusion3, mmdit.ARCHITECTURE),
+    "flux": FlowFamily(FluxPipelineConfig, Flux, flux.ARCHITECTURE),
+    "zimage": FlowFamily(ZImagePipelineConfig, ZImage, zimage.ARCHITECTURE),
+}
+BY_CONFIG = {one.config: one for one in FLOW.values()}
 
 
 def read_config(pipeline: Pipeline, prediction: str = "", zero_snr: bool = False) -> AnyConfig:
@@ -29,22 +53,18 @@ def read_config(pipeline: Pipeline, prediction: str = "", zero_snr: bool = False
             f"{key} is for DDPM noise, but {pipeline.name} is trained by flow matching; leave it"
             " out"
         )
-    return FLOW[pipeline.family].of(pipeline)
+    return FLOW[pipeline.family].config.of(pipeline)
 
 
 def build(cfg: AnyConfig, key: PRNGKeyArray) -> AnyPipeline:
     """Return all networks of a pipeline with random parameters."""
-    if isinstance(cfg, SD3Config):
-        return StableDiffusion3(cfg, key=key)
-    if isinstance(cfg, FluxPipelineConfig):
-        return Flux(cfg, key=key)
-    return StableDiffusion(cfg, key=key)
+    if isinstance(cfg, PipelineConfig):
+        return StableDiffusion(cfg, key=key)
+    return BY_CONFIG[type(cfg)].module(cfg, key=key)
 
 
 def parts(pipeline: Pipeline, cfg: AnyConfig) -> tuple[Part, ...]:
     """Return the parts of a pipeline, which fill its parameters and which an export writes."""
-    if isinstance(cfg, SD3Config):
-        return stable_diffusion_3.parts(pipeline, cfg)
-    if isinstance(cfg, FluxPipelineConfig):
-        return flux.parts(pipeline, cfg)
-    return stable_diffusion.parts(pipeline, cfg)
+    if isinstance(cfg, PipelineConfig):
+        return stable_diffusion.parts(pipeline, cfg)
+    return common.parts(pipeline, cfg, BY_CONFIG[type(cfg)].denoiser)

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from jaxft.models.autoencoders.vae_config import VAEConfig
-from jaxft.models.denoisers.flux_config import FluxConfig
-from jaxft.models.denoisers.flux_single_file import flux_layout
-from jaxft.models.denoisers.mmdit_config import MMDiTConfig
-from jaxft.models.denoisers.mmdit_single_file import mmdit_layout
+from jaxft.models.denoisers.flux.flux_config import FluxConfig
+from jaxft.models.denoisers.flux.flux_single_file import flux_layout
+from jaxft.models.denoisers.mmdit.mmdit_config import MMDiTConfig
+from jaxft.models.denoisers.mmdit.mmdit_single_file import mmdit_layout
 from jaxft.models.denoisers.unet_config import UNetConfig
+from jaxft.models.denoisers.zimage.zimage_config import ZImageConfig
+from jaxft.models.denoisers.zimage.zimage_single_file import zimage_layout
 from jaxft.models.text_encoders import clip
 from jaxft.models.text_encoders.clip import VISION, CLIPTextConfig
 from jaxft.weights.folders.diffusers import Pipeline, open_pipeline
@@ -21,7 +23,7 @@ from jaxft.weights.folders.single_file import (
 )
 from jaxft.weights.folders.single_file import VAE_PREFIX as FIRST_STAGE
 
-FLUX_VAE = "vae."  # ComfyUI expects it in a file of FLUX.1
+FLUX_VAE = "vae."  # ComfyUI expects it in a file of FLUX.1 and Z-Image
 SINGLE = (".safetensors", ".ckpt", ".pt", ".bin")
 RESNET = {
     "norm1": "in_layers.0",
@@ -80,7 +82,7 @@ def open_model(spec: str, weights: bool = True, prediction: str | None = None) -
 
 
 def kind(pipeline: Pipeline) -> str:
-    """Return the LDM layout of a pipeline's single file: "sd1", "sd2", "sdxl", "sd3" or "flux"."""
+    """Return the layout of a pipeline's single file: "sd1", "sd2", or the family of others."""
     if "transformer" in pipeline.components:
         return pipeline.family
     if "text_encoder_2" in pipeline.components:
@@ -92,16 +94,19 @@ def kind(pipeline: Pipeline) -> str:
 def layouts(pipeline: Pipeline) -> dict[str, LDMLayout]:
     """Return the single-file layout of every component of the file, by its config.
 
-    A file of Stable Diffusion 3 or FLUX.1 holds no text encoders, as those of Stability AI.
+    A file of a transformer holds no text encoders, as those of Stability AI.
     """
     configs = {name: source.config for name, source in pipeline.components.items()}
     if "transformer" in configs:
         decoder = vae_layout(VAEConfig.from_hf(configs["vae"]))
+        if pipeline.family == "sd3":
+            denoiser = mmdit_layout(MMDiTConfig.from_hf(configs["transformer"]))
+            return {"transformer": denoiser, "vae": decoder}
         if pipeline.family == "flux":
             denoiser = flux_layout(FluxConfig.from_hf(configs["transformer"]))
-            return {"transformer": denoiser, "vae": decoder._replace(prefix=FLUX_VAE)}
-        denoiser = mmdit_layout(MMDiTConfig.from_hf(configs["transformer"]))
-        return {"transformer": denoiser, "vae": decoder}
+        else:
+            denoiser = zimage_layout(ZImageConfig.from_hf(configs["transformer"]))
+        return {"transformer": denoiser, "vae": decoder._replace(prefix=FLUX_VAE)}
     made = {
         "unet": unet_layout(UNetConfig.from_hf(configs["unet"])),
         "vae": vae_layout(VAEConfig.from_hf(configs["vae"])),

@@ -186,10 +186,27 @@ def _check_fit(cfg: PipelineConfig, name: str) -> None:
 
 
 class Text(NamedTuple):
-    """The embeddings of captions, inputs of the UNet. Only SDXL has `pooled`."""
+    """The embeddings of captions, inputs of the denoiser.
+
+    pooled: for SDXL, SD 3 and FLUX.1. lengths: the tokens of each caption, for Z-Image.
+    """
 
     context: Float[Array, "B T D"]
     pooled: Float[Array, "B P"] | None
+    lengths: Int[Array, " B"] | None = None
+
+
+class Conditions(NamedTuple):
+    """The inputs of a denoiser beside noisy latents and their times.
+
+    time_ids: sizes and crop of a picture, for SDXL. concat: further input channels of a UNet (see
+    `conditioning`). guidance: the scale of guidance, for a model that has it as an input.
+    """
+
+    text: Text
+    time_ids: Float[Array, "B 6"] | None = None
+    concat: Float[Array, "B Y X K"] | None = None
+    guidance: Any = None
 
 
 class StableDiffusion(nnx.Module):
@@ -223,25 +240,23 @@ class StableDiffusion(nnx.Module):
         self,
         latents: Float[Array, "B Y X C"],
         timesteps: Array,
-        text: Text,
-        time_ids: Float[Array, "B 6"],
+        given: Conditions,
         *,
         dtype: Any,
-        concat: Float[Array, "B Y X K"] | None = None,
-        guidance: Any = None,
         keys: PRNGKeyArray | None = None,
         remat: str = "none",
     ) -> Float[Array, "B Y X C"]:
         """Return the UNet's prediction for noisy, scaled latents.
 
-        concat: further input channels (see `conditioning`). time_ids: for SDXL. guidance is for
-        other pipelines. Other arguments are as in `UNet`.
+        Guidance is for other pipelines. Other arguments are as in `UNet`.
         """
-        del guidance
-        if concat is not None:
-            joined = [latents, concat.astype(latents.dtype)]
+        text, added = given.text, None
+        if given.concat is not None:
+            joined = [latents, given.concat.astype(latents.dtype)]
             latents = jnp.concatenate(joined, axis=-1)  # [B, Y, X, C + K]
-        added = None if text.pooled is None else Added(text.pooled, time_ids)
+        if text.pooled is not None:
+            assert given.time_ids is not None
+            added = Added(text.pooled, given.time_ids)
         return self.unet(
             latents, timesteps, text.context, added, dtype=dtype, keys=keys, remat=remat
         )
@@ -252,10 +267,12 @@ def drop_captions(text: Text, null: Text, dropped: Array) -> Text:
     context = jnp.where(
         dropped[:, None, None], null.context.astype(text.context.dtype), text.context
     )
-    if text.pooled is None or null.pooled is None:
-        return Text(context, None)
-    pooled = jnp.where(dropped[:, None], null.pooled.astype(text.pooled.dtype), text.pooled)
-    return Text(context, pooled)
+    pooled, lengths = text.pooled, text.lengths
+    if pooled is not None and null.pooled is not None:
+        pooled = jnp.where(dropped[:, None], null.pooled.astype(pooled.dtype), pooled)
+    if lengths is not None and null.lengths is not None:
+        lengths = jnp.where(dropped, null.lengths, lengths)
+    return Text(context, pooled, lengths)
 
 
 def zeroed(text: Text) -> Text:
@@ -307,9 +324,8 @@ def generate(
     def predict(latents: Array, t: Array) -> Array:
         copies = jnp.concatenate([latents] * len(texts))  # [R, Y, X, C]
         times = jnp.broadcast_to(t, (times_rows,))  # [R]
-        out = model.predict(
-            copies, times, every, ids, dtype=dtype, concat=inputs, guidance=guidance.scale
-        )
+        given = Conditions(every, ids, inputs, guidance.scale)
+        out = model.predict(copies, times, given, dtype=dtype)
         *nulls, cond = jnp.split(out, len(texts))  # [B, Y, X, C] each
         if not nulls:
             return cond

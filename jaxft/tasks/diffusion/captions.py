@@ -8,20 +8,26 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxft.core.errors import UserError
+from jaxft.data.text.chat.format import ChatFormat
+from jaxft.data.text.chat.records import Conversation
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.models.text_encoders.clip import CLIPTextConfig
+from jaxft.models.text_encoders.qwen import QwenTextConfig
 from jaxft.models.text_encoders.t5 import T5EncoderConfig
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.weights.folders.diffusers import Pipeline
 
-TextConfig = CLIPTextConfig | T5EncoderConfig
+TextConfig = CLIPTextConfig | T5EncoderConfig | QwenTextConfig
+# The kind of tokenizer, or None if its folder names the class.
+TOKENIZERS = {CLIPTextConfig: "clip", T5EncoderConfig: "t5", QwenTextConfig: None}
 COUNTED_TOGETHER = 1024  # captions in one call of a tokenizer
 
 
 class Captions:
     """Token ids of a caption for every text encoder, padded and cut by its tokenizer.
 
-    T is the longest length of all encoders. Zeros follow the ids of an encoder with fewer.
+    T is the longest length of all encoders. Zeros follow the ids of an encoder with fewer. Qwen
+    reads a caption as a user's turn of a chat, and a token of padding with the id i is -1 - i.
     `new` are the tokens of one further word. Captions and prompts contain the first token, which
     stands for all of them. Their ids follow the vocabulary of an encoder. Raises UserError if a
     tokenizer already has one of them, and for a caption with a token that has no row in an encoder.
@@ -33,6 +39,7 @@ class Captions:
         self.new = tuple(new)
         self._first = [_add(tokenizer, self.new) for tokenizer in tokenizers]
         self._encoders = tuple(zip(tokenizers, texts, strict=True))
+        self._chats = tuple(_chat(*pair) for pair in self._encoders)
         # A call changes how a tokenizer cuts and pads. Calls without a cut use copies, so that they
         # do not disturb the threads that read captions.
         self._uncut = deepcopy(tuple(tokenizers))
@@ -40,10 +47,12 @@ class Captions:
 
     def __call__(self, caption: str) -> Int[np.ndarray, "E T"]:
         rows = []
-        for (tokenizer, text), first in zip(self._encoders, self._first, strict=True):
-            ids = _padded(tokenizer, caption, text.max_positions)
+        for (tokenizer, text), first, chat in zip(
+            self._encoders, self._first, self._chats, strict=True
+        ):
+            ids = _padded(tokenizer, _turn(caption, text, chat), text)
             if len(self.new) > 1 and first in ids:
-                ids = _padded(tokenizer, self._whole(caption), text.max_positions)
+                ids = _padded(tokenizer, self._whole(caption), text)
             self._check(ids, tokenizer, text, first, caption)
             rows.append(np.where(ids < first, ids, ids - first + text.vocab_size))
         width = max(map(len, rows))
@@ -80,10 +89,11 @@ class Captions:
     def _cut(self, captions: Sequence[str]) -> int:
         cut = np.zeros(len(captions), bool)
         whole = [self._whole(caption) for caption in captions]
-        for tokenizer, (_, text), first in zip(
-            self._uncut, self._encoders, self._first, strict=True
+        for tokenizer, (_, text), first, chat in zip(
+            self._uncut, self._encoders, self._first, self._chats, strict=True
         ):
-            ids = tokenizer(whole, verbose=False).input_ids
+            turns = [_turn(one, text, chat) for one in whole]
+            ids = tokenizer(turns, verbose=False).input_ids
             for caption, row in zip(captions, ids, strict=True):
                 self._check(row[: text.max_positions], tokenizer, text, first, caption)
             cut |= np.array([len(row) for row in ids]) > text.max_positions
@@ -106,13 +116,39 @@ def load_captions(
     made = []
     for i, text in enumerate(texts):
         folder = pipeline.tokenizer_dir(f"tokenizer_{i + 1}" if i else "tokenizer")
-        made.append(load_tokenizer(folder, "t5" if isinstance(text, T5EncoderConfig) else "clip"))
+        made.append(load_tokenizer(folder, TOKENIZERS[type(text)]))
     return Captions(made, texts, new)
 
 
-def _padded(tokenizer: Any, caption: str, length: int) -> Int[np.ndarray, " T"]:
-    made = tokenizer(caption, padding="max_length", truncation=True, max_length=length)
-    return np.asarray(made.input_ids, np.int32)
+def _chat(tokenizer: Any, text: TextConfig) -> ChatFormat | None:
+    """Return the chat template of Qwen, None for other encoders. Raises UserError without one."""
+    if not isinstance(text, QwenTextConfig):
+        return None
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{tokenizer.name_or_path}: no chat template, by which this model reads captions; copy"
+            " tokenizer_config.json or chat_template.jinja of the original folder there"
+        )
+    return ChatFormat(tokenizer, tokenizer.chat_template, f"{tokenizer.name_or_path}")
+
+
+def _turn(caption: str, text: TextConfig, chat: ChatFormat | None) -> str:
+    """Return a caption as a user's turn, with the beginning of the answer."""
+    if chat is None or not isinstance(text, QwenTextConfig):
+        return caption
+    messages = [{"role": "user", "content": caption}]
+    talk = Conversation(messages, options={"enable_thinking": text.thinking})
+    return chat.render(talk, messages, f"caption {caption[:60]!r}", prompt=True)
+
+
+def _padded(tokenizer: Any, caption: str, text: TextConfig) -> Int[np.ndarray, " T"]:
+    how: dict[str, Any] = {"truncation": True, "max_length": text.max_positions}
+    if not isinstance(text, QwenTextConfig):
+        return np.asarray(tokenizer(caption, padding="max_length", **how).input_ids, np.int32)
+    ids = np.full(text.max_positions, -1 - tokenizer.pad_token_id, np.int32)
+    made = tokenizer(caption, **how).input_ids
+    ids[: len(made)] = made
+    return ids
 
 
 def _add(tokenizer: Any, new: Sequence[str]) -> int:

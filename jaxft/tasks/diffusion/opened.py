@@ -16,7 +16,7 @@ from jaxft.core.params import describe
 from jaxft.models import flops
 from jaxft.models.pipelines import families, ldm, stable_diffusion
 from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
-from jaxft.models.pipelines.stable_diffusion import PipelineConfig, Text
+from jaxft.models.pipelines.stable_diffusion import Conditions, PipelineConfig, Text
 from jaxft.nn import lora
 from jaxft.noise.process import NoiseProcess
 from jaxft.tasks.diffusion import inversion
@@ -120,7 +120,8 @@ class OpenedPipeline:
         times = jax.ShapeDtypeStruct((1, 6), np.float32)
 
         def forward(model: AnyPipeline, latents: Any, text: Text, times: Any) -> jax.Array:
-            return model.predict(latents, times[:, 0], text, times, dtype=self.dtype)
+            given = Conditions(text, times)
+            return model.predict(latents, times[:, 0], given, dtype=self.dtype)
 
         return flops.count(forward, self.template, latents, self.text_shapes(), times)
 

@@ -177,8 +177,8 @@ def batch_shapes(
         made |= dict.fromkeys(names, ((*size, 3), np.uint8))
     if texts:
         text = opened.text_shapes()
-        pairs = {"context": text.context, "pooled": text.pooled}
-        made |= {k: (x.shape[1:], x.dtype) for k, x in pairs.items() if x is not None}
+        pairs = text._asdict().items()
+        made |= {k: (x.shape[1:], x.dtype) for k, x in pairs if x is not None}
     else:
         made |= {"ids": (opened.ids_shape, np.int32)}
     return {k: jax.ShapeDtypeStruct((count, *shape), d) for k, (shape, d) in made.items()}
@@ -306,8 +306,7 @@ class Encoders:
         """Return the embeddings of ids [B, E, T]."""
         with jax.set_mesh(self.mesh):
             made = self._texts(self.params, ids)
-        pairs = {"context": made.context, "pooled": made.pooled}
-        return {name: np.asarray(x) for name, x in pairs.items() if x is not None}
+        return {name: np.asarray(x) for name, x in made._asdict().items() if x is not None}
 
     def _bound(self, params: Params) -> Any:
         """Return the whole model. Its unused parts cost nothing in a compiled function."""

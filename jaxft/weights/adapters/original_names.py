@@ -63,10 +63,12 @@ def fused(layout: LDMLayout, factors: Mapping[str, Factors]) -> dict[str, Factor
 def under_diffusers_names(tensors: Tensors, layout: LDMLayout, component: str) -> Tensors:
     """Return a LoRA file whose keys of a transformer are those of diffusers' files.
 
+    Modules may have diffusers' names after the prefix of single files, as ai-toolkit writes them.
     Ranks whose B is zero for a module are left out of it, and so is a module whose B is zero beside
     others that are not. Other keys are unchanged.
     """
-    known = _modules(layout)
+    known = {name: {name: WHOLE_MODULE} for name in (*layout.names, *layout.rows)}
+    known |= _modules(layout)
     stems = {f"diffusion_model.{theirs}": theirs for theirs in known}
     stems |= {f"lora_unet_{theirs.replace('.', '_')}": theirs for theirs in known}
     found: dict[str, dict[str, str]] = {}
@@ -85,7 +87,8 @@ def under_diffusers_names(tensors: Tensors, layout: LDMLayout, component: str) -
         arrays = {side: tensors.read(key).astype(np.float32) for side, key in keys.items()}
         a, b = arrays["lora_a"], arrays["lora_b"]
         for name, rows in known[stems[stem]].items():
-            up, unit = _swapped(layout, name, b), len(b) // rows.of
+            own = name == stems[stem]  # diffusers' name, under which nothing is exchanged
+            up, unit = b if own else _swapped(layout, name, b), len(b) // rows.of
             up = up[rows.start * unit : rows.stop * unit]
             used = up.any(axis=0)
             if b.any() and not used.any():

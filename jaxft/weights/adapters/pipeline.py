@@ -26,8 +26,15 @@ KOHYA = {
 # diffusers 0.42 does not load adapters of these modules from one format or both.
 UNREAD = ("unet.add_embedding.linear_1", "unet.add_embedding.linear_2")
 UNREAD += ("text_encoder.text_projection", "text_encoder_2.text_projection")
-T5_BLOCKS = "encoder.block."  # modules of a T5 encoder
-VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
+UNREAD_BLOCKS = ("encoder.block.", "model.layers.")  # of T5 and of Qwen
+VERSIONS = {
+    "sd1": "sd_v1",
+    "sd2": "sd_v2",
+    "sdxl": "sdxl_base_v1-0",
+    "flux": "flux1",
+    "zimage": "zimage",
+}
+NETWORKS = {"flux": "networks.lora_flux", "zimage": "networks.lora_zimage"}
 
 
 class Site(NamedTuple):
@@ -68,7 +75,9 @@ def check(parts: Sequence[Part], leaves: Mapping[str, Leaf]) -> None:
         raise UserError(
             "export.kind='lora' needs lora.rank > 0; use export.kind='folder' or 'single_file'"
         )
-    unread = (one for one in found if one.name in UNREAD or one.slot.module.startswith(T5_BLOCKS))
+    unread = (
+        one for one in found if one.name in UNREAD or one.slot.module.startswith(UNREAD_BLOCKS)
+    )
     if odd := sorted(site.name for site in unread):
         raise UserError(
             f"lora.targets matches {', '.join(odd)}, which diffusers does not read from LoRA files;"
@@ -141,7 +150,7 @@ def metadata(kind: str, name: str, base: str, rank: int, alpha: float) -> dict[s
     `kind` is a key of VERSIONS.
     """
     return {
-        "ss_network_module": "networks.lora_flux" if kind == "flux" else "networks.lora",
+        "ss_network_module": NETWORKS.get(kind, "networks.lora"),
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(alpha),
         "ss_network_args": json.dumps({"conv_dim": str(rank), "conv_alpha": str(alpha)}),

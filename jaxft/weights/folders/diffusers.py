@@ -21,7 +21,11 @@ from jaxft.weights.views import Relaid, Renamed, as_matrices, widened
 SCHEDULER = "scheduler/scheduler_config.json"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 COMPONENTS = ("unet", "transformer", "vae", *TEXT_ENCODERS)
-FAMILIES = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
+FAMILIES = {
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+    "ZImageTransformer2DModel": "zimage",
+}
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 LEGACY = "text_model."  # transformers 4 cannot read a CLIPTextModel without this prefix in its keys
 BULKY = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5", ".safetensors")
@@ -310,8 +314,8 @@ def pipeline_files(pipeline: Pipeline, changes: Changes = UNCHANGED) -> Files:
                 continue
             files[f"{name}/{file}"] = content
     for encoder in TEXT_ENCODERS:
-        if encoder in pipeline.components and _is_t5(pipeline.components[encoder]):
-            continue  # all versions of transformers read T5's tokenizer.json
+        if encoder in pipeline.components and not _is_clip(pipeline.components[encoder]):
+            continue  # all versions of transformers read the tokenizer.json of T5 and Qwen
         name = encoder.replace("text_encoder", "tokenizer")
         files |= _legacy_tokenizer(files, name)
         if f"{name}/vocab.json" in files:
@@ -342,8 +346,8 @@ def _index_bytes(pipeline: Pipeline, files: Mapping[str, Path | bytes]) -> Path 
     return files.get(INDEX, _dump(index)) if index == pipeline.index else _dump(index)
 
 
-def _is_t5(source: Source) -> bool:
-    return source.config.get("model_type") == "t5"
+def _is_clip(source: Source) -> bool:
+    return source.config.get("model_type") not in ("t5", "qwen3")
 
 
 def _legacy_tokenizer(files: Mapping[str, Path | bytes], name: str) -> Files:

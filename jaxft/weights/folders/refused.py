@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxft.core.errors import UserError
 
-GIVE = "give a Stable Diffusion 1.x, 2.x, XL or 3.x model, or FLUX.1"
+GIVE = "give a Stable Diffusion 1.x, 2.x, XL or 3.x model, FLUX.1 or Z-Image"
 # Models by the start of the class name of their transformer.
 TRANSFORMERS = {"Flux2": "FLUX.2", "Chroma": "Chroma"}
 # Pipelines with a UNet of another kind, by a part of their class name.
@@ -18,13 +18,19 @@ UNETS = {
     "ImageVariation": "an image-variation model, which has no text encoder",
     "GLIGEN": "a GLIGEN model, whose UNet takes boxes",
 }
-# Text encoders of transformer pipelines, by their folders.
+# Text encoders of transformer pipelines, by their folders. A class may have several names.
 SD3_TEXTS = {
-    "text_encoder": "CLIPTextModelWithProjection",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-    "text_encoder_3": "T5EncoderModel",
+    "text_encoder": ("CLIPTextModelWithProjection",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "text_encoder_3": ("T5EncoderModel",),
 }
-FLUX_TEXTS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
+FLUX_TEXTS = {"text_encoder": ("CLIPTextModel",), "text_encoder_2": ("T5EncoderModel",)}
+ZIMAGE_TEXTS = {"text_encoder": ("Qwen3Model", "Qwen3ForCausalLM")}
+# Pipelines of a caption alone, by the class of their transformer: model, class and text encoders.
+CAPTIONED = {
+    "FluxTransformer2DModel": ("FLUX.1", "FluxPipeline", FLUX_TEXTS),
+    "ZImageTransformer2DModel": ("Z-Image", "ZImagePipeline", ZIMAGE_TEXTS),
+}
 # Single files of other kinds, by a key that only they have. The first match counts.
 REFUSED_KEYS = {
     r".*(lora_(up|down|[AB])\b|lora_unet_|lora_te).*": "a LoRA; give the model that it lies on",
@@ -36,6 +42,8 @@ REFUSED_KEYS = {
     " diffusers folder",
     r"(.*\.)?joint_blocks\..*": "Stable Diffusion 3, whose single files are not read yet; give its"
     " diffusers folder",
+    r"(.*\.)?noise_refiner\..*": "Z-Image, whose single files are not read yet; give its diffusers"
+    " folder",
     r"edm_(mean|std)": "playground-v2.5, whose EDM noise is not supported; " + GIVE,
     r"edm_vpred\..*": "a CosXL model, whose EDM noise is not supported; " + GIVE,
     r"control_model\..*": "a ControlNet; give the Stable Diffusion model that it steers",
@@ -57,13 +65,14 @@ def check_index(index: Mapping[str, Any], where: Path) -> None:
     if classes.get("transformer") == "SD3Transformer2DModel":
         _check_parts(classes, SD3_TEXTS, "text_encoder_3", name, where)
         return
-    if classes.get("transformer") == "FluxTransformer2DModel":
-        if name != "FluxPipeline":
+    if classes.get("transformer", "") in CAPTIONED:
+        model, wanted, texts = CAPTIONED[classes["transformer"]]
+        if name != wanted:
             raise UserError(
-                f"{where}: {name} is a FLUX.1 pipeline with other inputs than a caption, which is"
-                " not supported; give a FluxPipeline, as FLUX.1-dev and FLUX.1-schnell are"
+                f"{where}: {name} is a {model} pipeline with other inputs than a caption, which is"
+                f" not supported; give a {wanted}"
             )
-        _check_parts(classes, FLUX_TEXTS, "", name, where)
+        _check_parts(classes, texts, "", name, where)
         return
     if "unet" not in classes and (found := classes.get("transformer")):
         model = next((m for start, m in TRANSFORMERS.items() if found.startswith(start)), found)
@@ -94,12 +103,16 @@ def check_index(index: Mapping[str, Any], where: Path) -> None:
 
 
 def _check_parts(
-    classes: Mapping[str, str], texts: Mapping[str, str], free: str, name: str, where: Path
+    classes: Mapping[str, str],
+    texts: Mapping[str, tuple[str, ...]],
+    free: str,
+    name: str,
+    where: Path,
 ) -> None:
     """Raise UserError for a pipeline without its VAE and `texts`, of which `free` may be absent."""
-    for key, one in texts.items():
-        if (found := classes.get(key, one)) != one:
-            raise UserError(f"{where}: {key} is a {found}; {name} has a {one} there")
+    for key, known in texts.items():
+        if (found := classes.get(key, known[0])) not in known:
+            raise UserError(f"{where}: {key} is a {found}; {name} has a {known[0]} there")
     if missing := sorted({"vae", *texts} - classes.keys() - {free}):
         rest = f"; only {free} may be null" if free else "; give a folder with all of them"
         raise UserError(

@@ -285,7 +285,9 @@ ARCHITECTURES = {
     "sdxl": "stable-diffusion-xl-v1-base",
     "sd3": "stable-diffusion-v3",
     "flux": "flux-1",
+    "zimage": "z-image",
 }
+AUTHORS = {"flux": "black-forest-labs/flux", "zimage": "Tongyi-MAI/Z-Image"}
 
 
 def modelspec(
@@ -296,7 +298,7 @@ def modelspec(
     name = ARCHITECTURES[kind]
     if kind == "sd2":
         name += "-768-v" if v else "-512"
-    author = "black-forest-labs/flux" if kind == "flux" else "Stability-AI/generative-models"
+    author = AUTHORS.get(kind, "Stability-AI/generative-models")
     stated = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{name}/{adapter}" if adapter else name,

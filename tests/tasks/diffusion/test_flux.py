@@ -17,7 +17,7 @@ from jaxft.core.errors import UserError
 from jaxft.models.pipelines import families
 from jaxft.models.pipelines.ldm import open_model
 from jaxft.verify import main as verify
-from tests.models.denoisers.test_flux_single_file import converter
+from tests.models.denoisers.flux.test_flux_single_file import converter
 from tests.tiny_diffusion import flags_of, make_pictures
 from tests.tiny_flux import LENGTHS, make_flux
 

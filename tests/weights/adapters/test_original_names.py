@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils
 
-from jaxft.models.denoisers.flux_config import FluxConfig
-from jaxft.models.denoisers.flux_single_file import flux_layout
+from jaxft.models.denoisers.flux.flux_config import FluxConfig
+from jaxft.models.denoisers.flux.flux_single_file import flux_layout
 from jaxft.weights.adapters.original_names import fused, under_diffusers_names
 from jaxft.weights.views import InMemory
-from tests.models.denoisers.test_flux import TINY
+from tests.models.denoisers.flux.test_flux import TINY
 
 WIDTH, RANK = 32, 4
 LAYOUT = flux_layout(FluxConfig.from_hf(TINY))
@@ -108,6 +108,18 @@ def test_t34_one_a_of_q_k_and_v_is_shared():
     names = [*(f"attn.to_{letter}" for letter in "qkv"), "proj_mlp"]
     pieces = [found[f"single_transformer_blocks.0.{name}"] for name in names]
     np.testing.assert_allclose(np.concatenate(pieces), b @ a, rtol=1e-4, atol=1e-4)
+
+
+def test_diffusers_names_after_the_prefix_are_read_and_nothing_is_exchanged():
+    """As ai-toolkit writes them."""
+    file = {}
+    for name, (a, b) in factors().items():
+        file[f"diffusion_model.{name}.lora_A.weight"] = a
+        file[f"diffusion_model.{name}.lora_B.weight"] = b
+    found = deltas(under_diffusers_names(InMemory(file), LAYOUT, "transformer"))
+    assert found.keys() == SHAPES.keys()
+    for name, (a, b) in factors().items():
+        np.testing.assert_allclose(found[name], b @ a, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_not_whole_or_not_there_keeps_its_name():

@@ -29,6 +29,12 @@ FLUX = {
     "text_encoder": CLIP,
     "text_encoder_2": T5,
 }
+ZIMAGE = {
+    "_class_name": "ZImagePipeline",
+    "transformer": ["diffusers", "ZImageTransformer2DModel"],
+    "vae": VAE,
+    "text_encoder": ["transformers", "Qwen3Model"],
+}
 XL = {**WHOLE, "_class_name": "StableDiffusionXLPipeline", "text_encoder_2": PROJECTED}
 
 
@@ -51,6 +57,9 @@ XL = {**WHOLE, "_class_name": "StableDiffusionXLPipeline", "text_encoder_2": PRO
         ({**FLUX, "text_encoder_2": CLIP}, "text_encoder_2 is a CLIPTextModel; .* a T5EncoderMod"),
         ({**FLUX, "text_encoder_2": NONE}, "names no text_encoder_2 .*with all of them"),
         ({**FLUX, "vae": NONE}, "names no vae"),
+        ({**ZIMAGE, "_class_name": "ZImageOmniPipeline"}, "Z-Image .*give a ZImagePipeline"),
+        ({**ZIMAGE, "text_encoder": T5}, "text_encoder is a T5.*; .* a Qwen3Model there"),
+        ({**ZIMAGE, "text_encoder": NONE}, "names no text_encoder"),
         ({}, "names no text_encoder, unet, vae"),
     ],
 )
@@ -60,7 +69,7 @@ def test_pipelines_that_cannot_be_trained(index, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("index", [WHOLE, XL, FLUX])
+@pytest.mark.parametrize("index", [WHOLE, XL, FLUX, ZIMAGE])
 def test_pipelines_that_can(index):
     check_index(index, Path("a/model_index.json"))
 
@@ -71,6 +80,7 @@ def test_pipelines_that_can(index):
         ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "FLUX"),
         ("double_blocks.0.img_attn.qkv.weight", "FLUX"),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
+        ("model.diffusion_model.noise_refiner.0.attention.qkv.weight", "Z-Image.*folder"),
         ("conditioner.embedders.0.model.ln_final.weight", "SDXL refiner.*SDXL base"),
         ("edm_mean", "playground"),
         ("edm_vpred.sigma_max", "CosXL"),

@@ -1,6 +1,6 @@
 """Names of an MMDiT's modules in single files of Stable Diffusion 3 and 3.5."""
 
-from jaxft.models.denoisers.mmdit_config import MMDiTConfig
+from jaxft.models.denoisers.mmdit.mmdit_config import MMDiTConfig
 from jaxft.weights.folders.single_file import UNET_PREFIX, LDMLayout
 from jaxft.weights.views import THIRDS
 

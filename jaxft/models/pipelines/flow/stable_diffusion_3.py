@@ -1,6 +1,5 @@
 """Stable Diffusion 3 and 3.5 as a whole: embeddings of captions, and velocities of latents."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,20 +9,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.core.errors import UserError
-from jaxft.models.autoencoders import vae
 from jaxft.models.autoencoders.vae import VAE
 from jaxft.models.autoencoders.vae_config import FILE as VAE_FILE
 from jaxft.models.autoencoders.vae_config import VAEConfig
-from jaxft.models.denoisers import mmdit
-from jaxft.models.denoisers.mmdit import MMDiT
-from jaxft.models.denoisers.mmdit_config import MMDiTConfig
-from jaxft.models.pipelines.stable_diffusion import NOTHING, Drawing, Text
-from jaxft.models.text_encoders import clip, t5
+from jaxft.models.denoisers.mmdit.mmdit import MMDiT
+from jaxft.models.denoisers.mmdit.mmdit_config import MMDiTConfig
+from jaxft.models.pipelines.flow.common import check_latents, check_width
+from jaxft.models.pipelines.stable_diffusion import NOTHING, Conditions, Drawing, Text
 from jaxft.models.text_encoders.clip import CLIPText, CLIPTextConfig
 from jaxft.models.text_encoders.t5 import T5Encoder, T5EncoderConfig
 from jaxft.noise.flow import FLOW_SAMPLERS, FlowMatching, FlowSchedule, check_snr
-from jaxft.weights.folders.diffusers import SCHEDULER, TEXT_ENCODERS, Pipeline, legacy_part, part
-from jaxft.weights.transfer import Part
+from jaxft.weights.folders.diffusers import SCHEDULER, Pipeline
 
 T5_TOKENS = 256  # of a caption: the default of the pipeline in diffusers
 TRANSFORMER_FILE = "transformer/config.json"
@@ -107,26 +103,17 @@ class SD3Config:
 def _check_fit(cfg: SD3Config, name: str) -> None:
     denoiser, (first, second) = cfg.transformer, cfg.clips
     pooled = (first.projection_dim or 0) + (second.projection_dim or 0)
-    wanted = {"pooled_projection_dim": (denoiser.pooled_dim, pooled)}
+    source = "the text encoders give"
+    check_width(name, "pooled_projection_dim", denoiser.pooled_dim, pooled, source)
     if cfg.t5:
-        wanted["joint_attention_dim"] = (denoiser.context_dim, cfg.t5.hidden_size)
-    for key, (found, given) in wanted.items():
-        if found != given:
-            raise UserError(
-                f"{name}: transformer/config.json has {key}={found} but the text encoders give"
-                f" {given}; the folder mixes two models"
-            )
+        check_width(name, "joint_attention_dim", denoiser.context_dim, cfg.t5.hidden_size, source)
     width = first.hidden_size + second.hidden_size
     if width > denoiser.context_dim:
         raise UserError(
             f"{name}: the CLIP encoders give {width} channels, more than joint_attention_dim="
             f"{denoiser.context_dim} of transformer/config.json; the folder mixes two models"
         )
-    if denoiser.in_channels != cfg.vae.latent_channels:
-        raise UserError(
-            f"{name}: the transformer takes {denoiser.in_channels} channels, the VAE has"
-            f" latent_channels={cfg.vae.latent_channels}; the folder mixes two models"
-        )
+    check_latents(name, denoiser.in_channels, cfg.vae)
 
 
 class StableDiffusion3(nnx.Module):
@@ -171,49 +158,20 @@ class StableDiffusion3(nnx.Module):
         self,
         latents: Float[Array, "B Y X C"],
         timesteps: Float[Array, "B"],
-        text: Text,
-        time_ids: Float[Array, "B 6"],
+        given: Conditions,
         *,
         dtype: Any,
-        concat: Float[Array, "B Y X K"] | None = None,
-        guidance: Any = None,
         keys: PRNGKeyArray | None = None,
         remat: str = "none",
     ) -> Float[Array, "B Y X C"]:
         """Return the velocity of noisy, scaled latents.
 
-        timesteps: sigmas in [0, 1]. time_ids, concat and guidance are for other pipelines. Other
-        arguments are as in `MMDiT`.
+        timesteps: sigmas in [0, 1]. The text alone is read of what is given. Other arguments are as
+        in `MMDiT`.
         """
-        del time_ids, concat, guidance
+        text = given.text
         assert text.pooled is not None
         times = timesteps * self.train_steps  # [B]
         return self.transformer(
             latents, times, text.context, text.pooled, dtype=dtype, keys=keys, remat=remat
         )
-
-
-def parts(pipeline: Pipeline, cfg: SD3Config) -> tuple[Part, ...]:
-    """Return the parts of a pipeline, which fill its parameters and which an export writes."""
-    tables = {
-        "transformer": (mmdit.rules(cfg.transformer), mmdit.sizes(cfg.transformer)),
-        "vae": (vae.RULES, vae.sizes(cfg.vae)),
-    }
-    found = [part(pipeline, name, table) for name, table in tables.items()]
-    return (*found, *text_parts(pipeline, cfg.texts))
-
-
-def text_parts(
-    pipeline: Pipeline, texts: Sequence[CLIPTextConfig | T5EncoderConfig]
-) -> tuple[Part, ...]:
-    """Return the parts of CLIP and T5 encoders, in the order of their folders."""
-    found = []
-    for name, text in zip(TEXT_ENCODERS, texts, strict=False):
-        if isinstance(text, CLIPTextConfig):
-            table = (clip.RULES, clip.sizes(text))
-            found.append(legacy_part(part(pipeline, name, table, clip.ignore(text))))
-        else:
-            source = t5.without_copy(pipeline.components[name])
-            made = part(pipeline, name, (t5.RULES, t5.sizes(text)), t5.IGNORE)
-            found.append(made._replace(tensors=source.tensors))
-    return tuple(found)

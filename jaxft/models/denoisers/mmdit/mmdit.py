@@ -25,7 +25,7 @@ from jaxft.models.denoisers.joint import (
     linear_rules,
     scan_blocks,
 )
-from jaxft.models.denoisers.mmdit_config import MMDiTConfig
+from jaxft.models.denoisers.mmdit.mmdit_config import MMDiTConfig
 from jaxft.models.registry import Architecture
 from jaxft.nn.conv import REPLICATED_KERNEL, Conv, dense, runner
 from jaxft.nn.embedding import TimeEmbedding, timestep_embedding

@@ -6,7 +6,7 @@ import pytest
 from diffusers import FluxTransformer2DModel
 
 from jaxft.core.errors import UserError
-from jaxft.models.denoisers.flux_config import DEFAULTS, FluxConfig
+from jaxft.models.denoisers.flux.flux_config import DEFAULTS, FluxConfig
 
 SMALL = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
 

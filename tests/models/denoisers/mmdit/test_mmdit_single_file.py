@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
-from jaxft.models.denoisers import mmdit
-from jaxft.models.denoisers.mmdit import MMDiT
-from jaxft.models.denoisers.mmdit_config import MMDiTConfig
-from jaxft.models.denoisers.mmdit_single_file import mmdit_layout
+from jaxft.models.denoisers.mmdit import mmdit
+from jaxft.models.denoisers.mmdit.mmdit import MMDiT
+from jaxft.models.denoisers.mmdit.mmdit_config import MMDiTConfig
+from jaxft.models.denoisers.mmdit.mmdit_single_file import mmdit_layout
 from jaxft.weights import rules
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders import single_file

@@ -6,7 +6,7 @@ import pytest
 from diffusers import SD3Transformer2DModel
 
 from jaxft.core.errors import UserError
-from jaxft.models.denoisers.mmdit_config import DEFAULTS, BlockRun, MMDiTConfig
+from jaxft.models.denoisers.mmdit.mmdit_config import DEFAULTS, BlockRun, MMDiTConfig
 
 SMALL = {"num_layers": 4, "num_attention_heads": 2, "caption_projection_dim": 128}
 

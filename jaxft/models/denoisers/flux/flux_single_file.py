@@ -1,6 +1,6 @@
 """Names of FLUX.1's modules in single files: those of Black Forest Labs, and of ComfyUI."""
 
-from jaxft.models.denoisers.flux_config import FluxConfig
+from jaxft.models.denoisers.flux.flux_config import FluxConfig
 from jaxft.weights.folders.single_file import UNET_PREFIX, LDMLayout
 from jaxft.weights.views import THIRDS, RowSpan
 

@@ -8,22 +8,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxft.core.errors import UserError
-from jaxft.models.autoencoders import vae
 from jaxft.models.autoencoders.vae import VAE
 from jaxft.models.autoencoders.vae_config import FILE as VAE_FILE
 from jaxft.models.autoencoders.vae_config import VAEConfig
-from jaxft.models.denoisers import flux
-from jaxft.models.denoisers.flux import FluxTransformer
-from jaxft.models.denoisers.flux_config import FILE as FLUX_FILE
-from jaxft.models.denoisers.flux_config import PATCH, FluxConfig
-from jaxft.models.pipelines.stable_diffusion import NOTHING, Drawing, Text
-from jaxft.models.pipelines.stable_diffusion_3 import text_parts
+from jaxft.models.denoisers.flux.flux import FluxTransformer
+from jaxft.models.denoisers.flux.flux_config import FILE as FLUX_FILE
+from jaxft.models.denoisers.flux.flux_config import PATCH, FluxConfig
+from jaxft.models.pipelines.flow.common import check_latents, check_width
+from jaxft.models.pipelines.stable_diffusion import NOTHING, Conditions, Drawing, Text
 from jaxft.models.text_encoders.clip import CLIPText, CLIPTextConfig
 from jaxft.models.text_encoders.t5 import T5Encoder, T5EncoderConfig
 from jaxft.noise.flow import FLOW_SAMPLERS, FlowMatching, FlowSchedule, check_snr
-from jaxft.weights.folders.diffusers import SCHEDULER, Pipeline, part
-from jaxft.weights.transfer import Part
+from jaxft.weights.folders.diffusers import SCHEDULER, Pipeline
 
 DEV, SCHNELL = Drawing(28, 3.5), Drawing(4, 0.0)
 DEV_TOKENS, SCHNELL_TOKENS = 512, 256  # of a caption for T5, as Black Forest Labs' own code has it
@@ -117,21 +113,12 @@ class FluxPipelineConfig:
 
 
 def _check_fit(cfg: FluxPipelineConfig, name: str) -> None:
-    denoiser = cfg.transformer
-    for key, found, given, source in (
-        ("pooled_projection_dim", denoiser.pooled_dim, cfg.clip.hidden_size, "text_encoder"),
-        ("joint_attention_dim", denoiser.context_dim, cfg.t5.hidden_size, "text_encoder_2"),
-    ):
-        if found != given:
-            raise UserError(
-                f"{name}: transformer/config.json has {key}={found} but {source} gives {given};"
-                " the folder mixes two models"
-            )
-    if denoiser.in_channels != cfg.vae.latent_channels:
-        raise UserError(
-            f"{name}: the transformer takes tokens of {denoiser.in_channels} channels, the VAE has"
-            f" latent_channels={cfg.vae.latent_channels}; the folder mixes two models"
-        )
+    denoiser, pooled, width = cfg.transformer, cfg.clip.hidden_size, cfg.t5.hidden_size
+    source = "text_encoder gives"
+    check_width(name, "pooled_projection_dim", denoiser.pooled_dim, pooled, source)
+    source = "text_encoder_2 gives"
+    check_width(name, "joint_attention_dim", denoiser.context_dim, width, source)
+    check_latents(name, denoiser.in_channels, cfg.vae)
 
 
 class Flux(nnx.Module):
@@ -162,33 +149,23 @@ class Flux(nnx.Module):
         self,
         latents: Float[Array, "B Y X C"],
         timesteps: Float[Array, "B"],
-        text: Text,
-        time_ids: Float[Array, "B 6"],
+        given: Conditions,
         *,
         dtype: Any,
-        concat: Float[Array, "B Y X K"] | None = None,
-        guidance: Any = None,
         keys: PRNGKeyArray | None = None,
         remat: str = "none",
     ) -> Float[Array, "B Y X C"]:
         """Return the velocity of noisy, scaled latents.
 
-        timesteps: sigmas in [0, 1]. guidance: a number, by default TRAIN_GUIDANCE. A model without
-        guidance does not read it. time_ids and concat are for other pipelines. Other arguments are
-        as in `FluxTransformer`.
+        timesteps: sigmas in [0, 1]. Text and guidance are read of what is given. Guidance is a
+        number, by default TRAIN_GUIDANCE. A model without guidance does not read it. Other
+        arguments are as in `FluxTransformer`.
         """
-        del time_ids, concat
+        text = given.text
         assert text.pooled is not None
-        scale = jnp.float32(TRAIN_GUIDANCE if guidance is None else guidance)
+        scale = jnp.float32(TRAIN_GUIDANCE if given.guidance is None else given.guidance)
         scales = jnp.broadcast_to(scale, timesteps.shape)  # [B]
         return self.transformer(
             latents, timesteps, text.context, text.pooled, scales,
             dtype=dtype, keys=keys, remat=remat,
         )  # fmt: skip
-
-
-def parts(pipeline: Pipeline, cfg: FluxPipelineConfig) -> tuple[Part, ...]:
-    """Return the parts of a pipeline, which fill its parameters and which an export writes."""
-    denoiser = part(pipeline, "transformer", (flux.rules(cfg.transformer), {}))
-    decoder = part(pipeline, "vae", (vae.RULES, vae.sizes(cfg.vae)))
-    return (denoiser, decoder, *text_parts(pipeline, cfg.texts))

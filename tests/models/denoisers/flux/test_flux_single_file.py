@@ -11,16 +11,16 @@ from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file
 
 from jaxft.core.params import describe
-from jaxft.models.denoisers import flux
-from jaxft.models.denoisers.flux import FluxTransformer
-from jaxft.models.denoisers.flux_config import FluxConfig
-from jaxft.models.denoisers.flux_single_file import flux_layout
+from jaxft.models.denoisers.flux import flux
+from jaxft.models.denoisers.flux.flux import FluxTransformer
+from jaxft.models.denoisers.flux.flux_config import FluxConfig
+from jaxft.models.denoisers.flux.flux_single_file import flux_layout
 from jaxft.weights import rules
 from jaxft.weights.files.tensor_files import TensorFiles
 from jaxft.weights.folders import single_file
 from jaxft.weights.transfer import Export
-from tests.models.denoisers.test_flux import TINY
-from tests.models.denoisers.test_mmdit_single_file import whole
+from tests.models.denoisers.flux.test_flux import TINY
+from tests.models.denoisers.mmdit.test_mmdit_single_file import whole
 
 KINDS = {"dev": TINY, "schnell": {**TINY, "guidance_embeds": False}}
 STEM = "model.diffusion_model."

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention.attention import attention
-from jaxft.models.denoisers.flux_config import PATCH, FluxConfig
+from jaxft.models.denoisers.flux.flux_config import PATCH, FluxConfig
 from jaxft.models.denoisers.joint import (
     JOINT_BLOCK_RULES,
     JOINT_EPS,

@@ -13,9 +13,9 @@ from jaxft.core import params as P
 from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.models import flops
-from jaxft.models.denoisers import flux
-from jaxft.models.denoisers.flux import FluxTransformer
-from jaxft.models.denoisers.flux_config import FluxConfig
+from jaxft.models.denoisers.flux import flux
+from jaxft.models.denoisers.flux.flux import FluxTransformer
+from jaxft.models.denoisers.flux.flux_config import FluxConfig
 from jaxft.nn import lora
 from jaxft.weights import rules, transfer
 from jaxft.weights.adapters import peft

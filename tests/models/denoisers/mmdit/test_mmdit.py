@@ -14,9 +14,9 @@ from jaxft.core import params as P
 from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.models import flops
-from jaxft.models.denoisers import mmdit
-from jaxft.models.denoisers.mmdit import MMDiT
-from jaxft.models.denoisers.mmdit_config import MMDiTConfig
+from jaxft.models.denoisers.mmdit import mmdit
+from jaxft.models.denoisers.mmdit.mmdit import MMDiT
+from jaxft.models.denoisers.mmdit.mmdit_config import MMDiTConfig
 from jaxft.nn import lora
 from jaxft.nn.conv import runner
 from jaxft.weights import rules, transfer

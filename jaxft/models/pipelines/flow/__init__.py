@@ -1,0 +1,1 @@
+"""Pipelines of transformers that are trained by flow matching."""
