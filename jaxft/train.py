@@ -180,8 +180,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests, wrap: Wrap)
         start = int(state.step)  # earlier, if the newest checkpoint is damaged
         best = best.resumed(position)
         saved.kept.best, total = best.step, start if best.over else total
-        remaining = total - start
-        saves = remaining and 1 + (remaining // every.save if every.save else 0)
+        saves = start < total and 1 + ((total - start) // every.save if every.save else 0)
         saved.check_room(state, saves, bool(best.measure))
         preview = opening.preview(run, data, states.model_params(frozen, state), start)
         objective = wrap(task.objective(run.opened, data.train))
@@ -245,8 +244,8 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests, wrap: Wrap)
             kept = states.best_params(run, plan, workdir, best.step, frozen)
             params, shown = (kept, best.step) if kept else (params, total)
         if cfg.export.kind != "none":
-            out, kind, dtype = workdir / "export", cfg.export.kind, cfg.export.dtype
-            export_folder(run, params, out, kind, dtype, workdir, shown)
+            keys, out = cfg.export, workdir / "export"
+            export_folder(run, params, out, keys.kind, keys.dtype, workdir, shown)
         watch.close(shown, after, params, time.perf_counter() - began)
 
 

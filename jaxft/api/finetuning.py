@@ -14,6 +14,7 @@ from jaxft.core import config as configs
 from jaxft.core import processes
 from jaxft.core.cli.live import live_output
 from jaxft.core.errors import UserError
+from jaxft.core.guards.watchdog import STALL
 from jaxft.tasks import OPTIONS
 from jaxft.train import start
 
@@ -57,6 +58,7 @@ def finetune(
 ) -> Finetuned:
     """Train as `jaxft.finetune` says, and return the run."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault(STALL, "0")  # its end of the process would be that of the notebook
     folder = Path(workdir or f"runs/{Path(config).stem}")
     texts = [(key, value if isinstance(value, list) else str(value)) for key, value in keys.items()]
     resolved = configs.load_config(config, texts, OPTIONS)
