@@ -1,6 +1,7 @@
 """The notebooks of docs/examples run from the first cell to the last, as in a Jupyter kernel."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+TESTS_ALONE = ("XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION")  # variables of tests/conftest.py
 NOTEBOOKS = sorted((ROOT / "docs" / "examples").glob("*.ipynb"))
 
 
@@ -20,9 +22,9 @@ def test_there_are_four_and_the_page_of_the_api_names_them():
 def test_a_notebook_runs_and_its_loss_falls(notebook, tmp_path):
     cells = json.loads(notebook.read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
+    env = {name: value for name, value in os.environ.items() if name not in TESTS_ALONE}
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert shown.returncode == 0, shown.stderr
     (run,) = (one for one in (tmp_path / "runs").iterdir() if one.name != "cache")
     records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
