@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxft import train
+from jaxft.core.errors import UNWRITABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,15 +29,15 @@ def broken(model, tmp_path):
 
 @pytest.fixture
 def fails(model, make_flags, tmp_path, capsys):
-    """`fails(words, key=value…)`: the run stops with 2 and one line that holds all words."""
+    """`fails(words, {key: value})`: the run stops with a status and one line with all words."""
 
-    def check(words, changes, workdir=None):
+    def check(words, changes, workdir=None, status=2):
         flags = make_flags(model, {"total": "2_steps", **changes})
         place = workdir or tmp_path / "run"
         config = str(ROOT / "configs" / "llm.py")
         code = train.main(["--config", config, "--workdir", str(place), *flags])
         error = capsys.readouterr().err.strip().splitlines()
-        assert code == 2
+        assert code == status
         assert len(error) == 1 and error[0].startswith("jaxft: "), error
         for word in words:
             assert str(word) in error[0], f"{word!r} is not in {error[0]!r}"
@@ -227,7 +228,8 @@ def test_workdir_of_another_config(fails, tmp_path):
 
 def test_read_only_workdir(fails, tmp_path):
     (tmp_path / "file").write_text("")
-    fails([tmp_path / "file" / "run", "--workdir"], {}, tmp_path / "file" / "run")
+    place = tmp_path / "file" / "run"
+    fails([place, "--workdir"], {}, place, UNWRITABLE)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -154,7 +154,11 @@ def test_verify_says_that_it_does_not_compare_it(folders, capsys):
     [
         ("text_encoder_2", {"projection_dim": 32}, "pooled_projection_dim=40 but .* give 48"),
         ("text_encoder_3", {"d_model": 56}, "joint_attention_dim=48 but .* give 56"),
-        ("transformer", {"in_channels": 16}, "takes 16 channels, the VAE has latent_channels=4"),
+        (
+            "transformer",
+            {"in_channels": 16},
+            "latents of 16 channels, the VAE has latent_channels=4",
+        ),
     ],
 )
 def test_components_of_two_models(tmp_path, file, changes, words):
