@@ -21,11 +21,15 @@ PROJECT = "jaxft"  # where `track` names none
 TRACKED = "track.json"  # in a run folder: the id of the run at the service
 
 
-def open_tracker(track: str, workdir: Path, config: Mapping[str, Any]) -> Tracker | None:
-    """Return the service that `track` names, or None. One that fails is left, with a line."""
+def open_tracker(track: str, workdir: Path) -> Tracker | None:
+    """Return the service that `track` names, or None, for the run of a folder.
+
+    A service that fails is left, with a line.
+    """
     name, _, project = track.partition(":")
     if name == "none":
         return None
+    config = json.loads((workdir / "config.json").read_text())
     file = workdir / TRACKED
     ids = json.loads(file.read_text()) if file.is_file() else {}
     makers = {"wandb": _Wandb, "trackio": _Trackio, "mlflow": _MLflow}

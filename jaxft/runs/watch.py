@@ -63,8 +63,7 @@ class Watch:
         self.watchdog = watchdog
         self.objective, self.preview = objective, preview
         self.primary = jax.process_index() == 0
-        config = json.loads((workdir / "config.json").read_text())
-        tracker = open_tracker(run.cfg.track, workdir, config) if self.primary else None
+        tracker = open_tracker(run.cfg.track, workdir) if self.primary else None
         self.writer = MetricWriter(workdir, total, start, primary=self.primary, tracker=tracker)
         self.throughput = Throughput(
             runtime.device(run.mesh).kind, jax.device_count(), objective.unit

@@ -90,7 +90,7 @@ def test_a_service_that_fails_ends_the_tracking_alone(fake, flags, tmp_path, cap
 
 
 def test_no_service_by_default(tmp_path):
-    assert open_tracker("none", tmp_path, {}) is None and not list(tmp_path.iterdir())
+    assert open_tracker("none", tmp_path) is None and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_the_real_clients_store_the_numbers_of_a_run(name, flags, tmp_path, monk
         assert values.items() <= got[step].items(), step
     code = (
         "import sys, numpy; from pathlib import Path; from jaxft.runs.tracking import open_tracker;"
-        f"tracker = open_tracker('{name}:words', Path(sys.argv[1]), {{}});"
+        f"tracker = open_tracker('{name}:words', Path(sys.argv[1]));"
         "tracker.image(9, 'grid', numpy.zeros((4, 4, 3), numpy.uint8)); tracker.close()"
     )
     subprocess.run([sys.executable, "-c", code, str(work)], check=True, cwd=ROOT, env=os.environ)
