@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 360, 200  # of the drawing, which the page scales
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 24  # margins around the curves
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 10, 10, 24  # margins around the curves
 POINTS = 300  # of a curve, at most
 SMOOTH = 0.05  # share of a curve that the moving average spans
 

@@ -45,6 +45,7 @@ font-variant-numeric:tabular-nums}
 .scroll table:not(.texts,.facts) td,th{white-space:nowrap;overflow-wrap:normal}
 tr:first-child>*{border-top:0}
 th{font-weight:600;color:var(--soft);font-size:13px}
+.texts td{overflow-wrap:break-word}
 th:first-child,td:first-child,.texts td,.texts th,.facts td{text-align:left}
 .facts td:first-child{color:var(--soft);width:32%;min-width:110px}
 .good{color:var(--good)}.bad{color:var(--bad)}

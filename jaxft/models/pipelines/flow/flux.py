@@ -45,6 +45,7 @@ class FluxPipelineConfig:
     zero_null: ClassVar[bool] = False
     scheduler: ClassVar[tuple] = ()
     free_guidance: ClassVar[bool] = False
+    samplers: ClassVar[tuple[str, ...]] = FLOW_SAMPLERS
     denoiser: ClassVar[str] = "transformer"
     lora: ClassVar[str] = (
         r"transformer\.((doubles|singles)\.attn.*\.to_(q|k|v|out)|doubles\.ff(_context)?\..*)"
@@ -88,10 +89,6 @@ class FluxPipelineConfig:
     def sample_size(self) -> int:
         """The side of latents of 1024 pixels, because no config names any."""
         return 1024 // self.vae.factor
-
-    @property
-    def samplers(self) -> tuple[str, ...]:
-        return FLOW_SAMPLERS
 
     @property
     def distilled(self) -> bool:

@@ -38,6 +38,7 @@ class SD3Config:
     zero_null: ClassVar[bool] = False
     scheduler: ClassVar[tuple] = ()
     free_guidance: ClassVar[bool] = True
+    samplers: ClassVar[tuple[str, ...]] = FLOW_SAMPLERS
     drawing: ClassVar[Drawing] = Drawing()
     denoiser: ClassVar[str] = "transformer"
     lora: ClassVar[str] = r"transformer\..*\.attn.*\.to_(q|k|v|out)"
@@ -85,10 +86,6 @@ class SD3Config:
     def sample_size(self) -> int:
         """The side of the latents that the transformer was trained on."""
         return self.transformer.sample_size
-
-    @property
-    def samplers(self) -> tuple[str, ...]:
-        return FLOW_SAMPLERS
 
     def process(self, min_snr_gamma: float = 0.0) -> FlowMatching:
         """Return the noise process. Raises: UserError for weights by SNR, which are DDPM's."""

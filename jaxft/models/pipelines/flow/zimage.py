@@ -42,6 +42,7 @@ class ZImagePipelineConfig:
     zero_null: ClassVar[bool] = False
     scheduler: ClassVar[tuple] = ()
     free_guidance: ClassVar[bool] = True
+    samplers: ClassVar[tuple[str, ...]] = FLOW_SAMPLERS
     denoiser: ClassVar[str] = "transformer"
     lora: ClassVar[str] = r"transformer\..*\.attention\.to_(q|k|v|out)"
 
@@ -81,10 +82,6 @@ class ZImagePipelineConfig:
     def sample_size(self) -> int:
         """The side of latents of 1024 pixels, because no config names any."""
         return 1024 // self.vae.factor
-
-    @property
-    def samplers(self) -> tuple[str, ...]:
-        return FLOW_SAMPLERS
 
     @property
     def distilled(self) -> bool:
