@@ -45,8 +45,8 @@ def make_steps(run: Run, plan: Plan, objective: Any) -> dict[str, Any]:
 class Compiled:
     """A jitted step compiled ahead of its first call, once for each shape of batch.
 
-    The shapes that the data set announces are compiled before step 0. Another shape (short
-    examples that need one more row) is compiled at its first batch.
+    The shapes that the data set announces are compiled before step 0. Another one (a rare batch
+    that needs still more rows) is compiled at its first batch.
 
     steps: the step by remat policy, in order of preference. limit: bytes of a device, 0 for none.
     A step that does not fit makes room for the next policy. The last one is taken as it is.

@@ -8,17 +8,18 @@ import numpy as np
 from jaxft.data.text.dataset import Example
 
 Groups = list[list[int]]
-TRIALS = 64  # random batches, from which the usual number of rows is chosen
+TRIALS = 64  # random batches, from which the numbers of rows are chosen
 
 
 class Packing(NamedTuple):
-    """Layout of a batch of `examples`: `rows` of `seq_len` inputs, at most `per_row` examples each.
+    """Layout of a batch of `examples` in rows of `seq_len` inputs, at most `per_row` of them each.
 
-    A batch that does not fit takes more rows (one more compiled shape). The number of rows is a
-    multiple of `multiple` (micro-batches times devices), so that all devices get equally many.
+    counts: the numbers of rows that nine of ten random batches need, and all of TRIALS. A batch has
+    the first of them that is enough. One that needs still more has as many as it needs. All are
+    multiples of `multiple` (micro-batches times devices), so that devices get equally many.
     """
 
-    rows: int
+    counts: tuple[int, ...]
     multiple: int
     examples: int
     per_row: int
@@ -26,17 +27,30 @@ class Packing(NamedTuple):
 
     def groups(self, lengths: Sequence[int]) -> Groups:
         """Return the examples (by place) of each row of a batch, as a function of lengths alone."""
-        packed = first_fit(lengths, self.seq_len, self.per_row)
-        rows = max(self.rows, -(-len(packed) // self.multiple) * self.multiple)
+        packed = [] if self.per_row == 1 else first_fit(lengths, self.seq_len, self.per_row)
+        needed = -(-len(packed) // self.multiple) * self.multiple
+        rows = next((count for count in self.counts if count >= needed), needed)
         if rows >= self.examples:
             return [[place] for place in range(self.examples)]
         return packed + [[] for _ in range(rows - len(packed))]
+
+    def own_counts(self, own: slice) -> list[int]:
+        """Return `counts` for a process that has `own` of the examples."""
+        return [count * (own.stop - own.start) // self.examples for count in self.counts]
+
+    def describe(self) -> str:
+        return f", {self.examples} packed in {self.counts[0]} rows" if self.per_row > 1 else ""
+
+
+def alone(examples: int, seq_len: int) -> Packing:
+    """Return the layout that gives each example a row."""
+    return Packing((examples,), 1, examples, 1, seq_len)
 
 
 def make_packing(
     length_of: Callable[[int], int], count: int, examples: int, multiple: int, seq_len: int
 ) -> Packing:
-    """Choose a number of rows that is enough for nine of ten random batches.
+    """Choose the numbers of rows by random batches.
 
     `length_of(i)` is the number of inputs of example i, of `count` in the dataset. If packing
     saves no row, every example has its own row.
@@ -46,10 +60,12 @@ def make_packing(
     mean = np.mean(drawn)
     per_row = max(1, round(2 * seq_len / mean))
     needed = [len(first_fit(lengths, seq_len, per_row)) for lengths in drawn]
-    rows = -(-int(np.quantile(needed, 0.9)) // multiple) * multiple
-    if rows >= examples:
-        return Packing(examples, multiple, examples, 1, seq_len)
-    return Packing(rows, multiple, examples, per_row, seq_len)
+    counts = int(np.quantile(needed, 0.9)), max(needed)
+    usual, most = (-(-one // multiple) * multiple for one in counts)
+    if usual >= examples:
+        return alone(examples, seq_len)
+    counts = {usual, min(most, examples)}
+    return Packing(tuple(sorted(counts)), multiple, examples, per_row, seq_len)
 
 
 def first_fit(lengths: Sequence[int], room: int, per_row: int) -> Groups:

@@ -194,7 +194,7 @@ def _filled(rows: Any, batch_size: int) -> str:
     batches = islice(rows.batches(0, slice(0, batch_size)), BATCHES)
     segments = [batch["segment_ids"] for batch in batches]
     filled = sum(int((one > 0).sum()) for one in segments) / sum(one.size for one in segments)
-    how = "packed" if rows.packing else "one example a row"
+    how = "packed" if rows.packing.per_row > 1 else "one example a row"
     return f"{filled:.1%} ({how}, {BATCHES} batches)"
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from jaxft.data.loader import SourceShare, train_loader
 from jaxft.data.sources.mixtures import check_single
 from jaxft.data.sources.texts.columns import check_renamed
-from jaxft.data.text.packing import collate_rows
+from jaxft.data.text.packing import alone, collate_rows
 from jaxft.data.text.pairs import Pair, load_pairs
 from jaxft.tasks import Planned
 from jaxft.tasks.llm.opened import OpenedDecoder
@@ -29,7 +29,7 @@ class PairRows:
     """A preference set as batches of [batch_size, 2 * seq_len]. Implements `jaxft.tasks.Rows`.
 
     A row has room for the two longest sides, so that a pair is never divided over rows, devices or
-    micro-batches. packing: assigns the pairs of a batch to shared rows. None gives each pair a row.
+    micro-batches. packing: the layout of the pairs of a batch of training in rows.
     reference: log-probabilities [n, 2] at step 0, filled in by the task's `encode`.
     """
 
@@ -52,8 +52,10 @@ class PairRows:
             pad_id=opened.pad_id if self.options.scored else None,
         )
         check_renamed([self.data.records], self.options.columns)
-        self.room = 2 * self.options.seq_len
-        self.packing = shared(self.data, self.cfg, self.room) if training else None
+        size, self.room = self.cfg.batch_size, 2 * self.options.seq_len
+        self.packing = alone(size, self.room)
+        if training and self.options.pack:
+            self.packing = shared(self.data, self.cfg, self.room)
         self.reference: Float[np.ndarray, "n 2"] = np.zeros((len(self.data), 2), np.float32)
 
     def __len__(self) -> int:
@@ -68,7 +70,7 @@ class PairRows:
     @property
     def per_row(self) -> int:
         """Largest number of pairs in one row."""
-        return self.packing.per_row if self.packing else 1
+        return self.packing.per_row
 
     @property
     def width(self) -> int:
@@ -83,14 +85,12 @@ class PairRows:
             start_step=start_step,
             collate_fn=self._collate,
             rows=rows,
-            layout=self._groups if self.packing else None,
+            layout=self._groups,
         )
 
     def spec(self, rows: slice) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
-        count = rows.stop - rows.start
-        if self.packing:
-            count = count * self.packing.rows // self.cfg.batch_size
-        yield _shapes(self.options, count, self.per_row)
+        for count in self.packing.own_counts(rows):
+            yield _shapes(self.options, count, self.per_row)
 
     def report(self) -> dict[str, Any]:
         chat = {CHAT_FACT: self.data.chat.sha256} if self.data.chat else {}
@@ -100,21 +100,18 @@ class PairRows:
         report = self.data.report
         lost = {name: report[name] for name in ("truncated", "empty", "untrained", "equal")}
         counted = "".join(f", {count} {name}" for name, count in lost.items() if count)
-        rows = f", {self.cfg.batch_size} packed in {self.packing.rows} rows" if self.packing else ""
         kind = "labelled answers" if self.options.objective == "kto" else "pairs"
         compared = "" if self.options.scored else f", {report['trained_tokens']} compared tokens"
         return (
             f"{self.name}: {len(self)} {kind} of at most {self.options.seq_len} tokens a side"
-            f"{rows}{compared}{counted}"
+            f"{self.packing.describe()}{compared}{counted}"
             f"{f'; {self.data.chat.name}' if self.data.chat else ''}"
         )
 
     def _collate(self, examples: Sequence[Any], *, batch_rows: int) -> dict[str, np.ndarray]:
-        rows = examples if self.packing else [[item] for item in examples]
-        return collate_pairs(rows, self.options, self.per_row, batch_rows)
+        return collate_pairs(examples, self.options, self.per_row, batch_rows)
 
     def _groups(self, sample_ids: Sequence[int]) -> list[list[int]]:
-        assert self.packing is not None
         return self.packing.groups([self.data.inputs(i) for i in sample_ids])
 
 

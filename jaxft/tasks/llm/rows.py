@@ -14,7 +14,7 @@ from jaxft.data.sources.texts.columns import check_renamed
 from jaxft.data.text import dataset as text
 from jaxft.data.text.labelled import LabelledDataset
 from jaxft.data.text.mixture import MixedText
-from jaxft.data.text.packing import Packing, collate, collate_rows, make_packing
+from jaxft.data.text.packing import Packing, alone, collate, collate_rows, make_packing
 from jaxft.data.text.pairs import PairDataset
 from jaxft.data.text.templates import record_kind
 from jaxft.tasks import Planned
@@ -28,7 +28,7 @@ PER_ROW = 8  # examples that share a row of a plan
 class TokenRows:
     """A tokenised set as batches of [batch_size, seq_len]. Implements `jaxft.tasks.Rows`.
 
-    packing: assigns the examples of a batch to shared rows. None gives each example a row.
+    packing: the layout of the examples of a batch of training in rows.
     """
 
     bad = ()  # a bad record stops the run
@@ -37,8 +37,10 @@ class TokenRows:
         self.cfg, self.options, self.name = opened.cfg, opened.options, spec
         self.data = self._read(opened, read_mixture(spec), training)
         self.shares = self.data.shares if isinstance(self.data, MixedText) else ()
-        room = self.options.seq_len
-        self.packing = shared(self.data, self.cfg, room, self.shares) if training else None
+        size, room = self.cfg.batch_size, self.options.seq_len
+        self.packing = alone(size, room)
+        if training and self.options.pack:
+            self.packing = shared(self.data, self.cfg, room, self.shares)
 
     def _read(
         self, opened: OpenedDecoder, mixture: Mixture, training: bool
@@ -76,7 +78,7 @@ class TokenRows:
     @property
     def per_row(self) -> int:
         """Largest number of examples in one row."""
-        return self.packing.per_row if self.packing else 1
+        return self.packing.per_row
 
     @property
     def width(self) -> int:
@@ -89,17 +91,15 @@ class TokenRows:
             batch_size=self.cfg.batch_size,
             seed=self.cfg.seed,
             start_step=start_step,
-            collate_fn=self._collate_shared if self.packing else self.collate,
+            collate_fn=self._collate_shared,
             rows=rows,
-            layout=self._groups if self.packing else None,
+            layout=self._groups,
             shares=self.shares,
         )
 
     def spec(self, rows: slice) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
-        count = rows.stop - rows.start
-        if self.packing:
-            count = count * self.packing.rows // self.cfg.batch_size
-        yield _shapes(count, self.options.seq_len)
+        for count in self.packing.own_counts(rows):
+            yield _shapes(count, self.options.seq_len)
 
     def report(self) -> dict[str, Any]:
         labels = {"labels": list(self.data.labels)} if self.data.labels else {}
@@ -108,16 +108,15 @@ class TokenRows:
         return {**self.data.report, **labels, **chat, KIND_FACT: list(kind)}
 
     def describe(self) -> str:
-        report = self.data.report
+        report, packed = self.data.report, self.packing.describe()
         cut = f", {report['truncated']} truncated to seq_len" if report["truncated"] else ""
         dropped = report["empty"] + report["untrained"]
         lost = f", {dropped} dropped (nothing to train in them)" if dropped else ""
-        rows = f", {self.cfg.batch_size} packed in {self.packing.rows} rows" if self.packing else ""
         mixed = ", ".join(f"{one.share:.1%} from {one.count}" for one in self.shares)
         mixed = f" ({mixed})" if mixed else ""
         return (
             f"{self.name}: {len(self.data)} sequences{mixed} of at most {self.options.seq_len}"
-            f" tokens{rows}, {report['trained_tokens']} trained tokens{cut}{lost}"
+            f" tokens{packed}, {report['trained_tokens']} trained tokens{cut}{lost}"
             f"{_chat_notes(self.data) if self.data.chat else ''}"
         )
 
@@ -129,7 +128,6 @@ class TokenRows:
         return collate_rows(examples, self.options.seq_len, batch_rows)
 
     def _groups(self, sample_ids: Sequence[int]) -> list[list[int]]:
-        assert self.packing is not None
         return self.packing.groups([self.data.inputs(i) for i in sample_ids])
 
 
@@ -178,17 +176,14 @@ def shared(
     cfg: Config,
     room: int,
     shares: Sequence[SourceShare] = (),
-) -> Packing | None:
-    """Return the packing of examples into rows of `room` positions, or None if it saves nothing."""
-    if not cfg.own["pack"]:
-        return None
+) -> Packing:
+    """Return the layout of a batch in shared rows of `room` positions."""
     ways = jax.device_count() // max(cfg.mesh.tensor, 1)
     drawn = sample_order(len(data), cfg.seed, shares) if shares else range(len(data))
-    packing = make_packing(
+    return make_packing(
         lambda place: data.inputs(drawn[place]),
         len(data),
         cfg.batch_size,
         cfg.micro_batches * ways,
         room,
     )
-    return packing if packing.per_row > 1 else None

@@ -28,21 +28,33 @@ def test_a_batch_keeps_its_rows_or_takes_a_multiple_more(multiple, seed):
     for _ in range(20):
         drawn = [lengths[i] for i in rng.integers(0, 500, 12)]
         groups = packing.groups(drawn)
-        assert len(groups) >= packing.rows and len(groups) % multiple == 0
+        assert len(groups) >= packing.counts[0] and len(groups) % multiple == 0
         assert sorted(place for group in groups for place in group) == list(range(12))
 
 
 def test_full_rows_are_left_alone():
     packing = make_packing(lambda _: 64, 100, 8, 1, 64)
-    assert packing.rows == 8 and packing.per_row == 1
+    assert packing.counts == (8,) and packing.per_row == 1
     assert packing.groups([64] * 8) == [[place] for place in range(8)]
 
 
 def test_short_rows_are_packed_tightly():
     packing = make_packing(lambda _: 16, 100, 8, 1, 64)
-    assert packing.rows == 2
+    assert packing.counts == (2,)
     worst = packing.groups([64] * 7 + [1])
     assert len(worst) == 8, "a batch that cannot share gets a row an example"
+
+
+def test_most_batches_have_one_of_the_announced_numbers_of_rows():
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(1, 33, 500).tolist()
+    packing = make_packing(lengths.__getitem__, 500, 32, 1, 64)
+    usual, most = packing.counts
+    batches = [[lengths[i] for i in rng.integers(0, 500, 32)] for _ in range(200)]
+    needed = [len(packing.groups(batch)) for batch in batches]
+    assert {usual, most} <= set(needed)
+    assert sum(one in packing.counts for one in needed) >= 190
+    assert packing.own_counts(slice(16, 32)) == [usual // 2, most // 2]
 
 
 def test_t10_packed_rows_hold_the_same_tokens_with_their_own_segments():

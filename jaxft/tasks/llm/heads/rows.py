@@ -10,7 +10,7 @@ from jaxft.data.loader import SourceShare, train_loader
 from jaxft.data.sources.mixtures import check_single
 from jaxft.data.sources.texts.columns import check_renamed
 from jaxft.data.text.labelled import Labelled, LabelRule, load_labelled
-from jaxft.data.text.packing import collate_rows
+from jaxft.data.text.packing import alone, collate_rows
 from jaxft.tasks import Planned
 from jaxft.tasks.llm.opened import OpenedDecoder
 from jaxft.tasks.llm.options import SINGLE_LABEL
@@ -20,7 +20,7 @@ from jaxft.tasks.llm.rows import PER_ROW, shared
 class LabelledRows:
     """A labelled set as batches of [batch_size, seq_len]. Implements `jaxft.tasks.Rows`.
 
-    packing: assigns the texts of a batch to shared rows. None gives each text a row.
+    packing: the layout of the texts of a batch of training in rows.
     """
 
     bad = ()  # a bad record stops the run
@@ -41,8 +41,10 @@ class LabelledRows:
             columns=self.options.columns,
         )
         check_renamed([self.data.records], self.options.columns)
-        room = self.options.seq_len
-        self.packing = shared(self.data, self.cfg, room) if training else None
+        size, room = self.cfg.batch_size, self.options.seq_len
+        self.packing = alone(size, room)
+        if training and self.options.pack:
+            self.packing = shared(self.data, self.cfg, room)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -50,7 +52,7 @@ class LabelledRows:
     @property
     def per_row(self) -> int:
         """Largest number of texts in one row."""
-        return self.packing.per_row if self.packing else 1
+        return self.packing.per_row
 
     @property
     def width(self) -> int:
@@ -63,37 +65,35 @@ class LabelledRows:
             batch_size=self.cfg.batch_size,
             seed=self.cfg.seed,
             start_step=start_step,
-            collate_fn=self.collate,
+            collate_fn=self._collate_shared,
             rows=rows,
-            layout=self._groups if self.packing else None,
+            layout=self._groups,
         )
 
     def spec(self, rows: slice) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
-        count = rows.stop - rows.start
-        if self.packing:
-            count = count * self.packing.rows // self.cfg.batch_size
-        yield _shapes(self.rule, self.options.seq_len, count, self.per_row)
+        for count in self.packing.own_counts(rows):
+            yield _shapes(self.rule, self.options.seq_len, count, self.per_row)
 
     def report(self) -> dict[str, Any]:
         return {**self.data.report, "labels": list(self.rule.names)}
 
     def describe(self) -> str:
-        report = self.data.report
+        report, packed = self.data.report, self.packing.describe()
         lost = {name: report[name] for name in ("truncated", "empty")}
         counted = "".join(f", {count} {name}" for name, count in lost.items() if count)
-        rows = f", {self.cfg.batch_size} packed in {self.packing.rows} rows" if self.packing else ""
         return (
-            f"{self.name}: {len(self)} texts of at most {self.options.seq_len} tokens{rows}"
+            f"{self.name}: {len(self)} texts of at most {self.options.seq_len} tokens{packed}"
             f"{counted}, {len(self.rule.names)} labels ({self.options.problem_type})"
         )
 
     def collate(self, examples: Sequence[Any], *, batch_rows: int) -> dict[str, np.ndarray]:
-        """Return a batch of texts, or of lists of texts if they are packed."""
-        rows = examples if self.packing else [[one] for one in examples]
-        return collate_labelled(rows, self.rule, self.options.seq_len, self.per_row, batch_rows)
+        """Return a batch with one text a row."""
+        return self._collate_shared([[one] for one in examples], batch_rows=batch_rows)
+
+    def _collate_shared(self, examples: Any, *, batch_rows: int) -> dict[str, np.ndarray]:
+        return collate_labelled(examples, self.rule, self.options.seq_len, self.per_row, batch_rows)
 
     def _groups(self, sample_ids: Sequence[int]) -> list[list[int]]:
-        assert self.packing is not None
         return self.packing.groups([self.data.inputs(i) for i in sample_ids])
 
 
