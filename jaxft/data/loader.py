@@ -51,6 +51,25 @@ class SourceShare:
     share: float
 
 
+def source_shares(counts: Sequence[int], shares: Sequence[float]) -> tuple[SourceShare, ...]:
+    """Return the runs of examples of a mixture's parts. There are none without `shares`.
+
+    Raises UserError for a part that has a share and no example.
+    """
+    if shares and 0 in counts:
+        raise UserError(
+            f"data.train: the part {counts.index(0) + 1} of the mixture leaves no example to train"
+            " on; leave it out, or raise seq_len"
+        )
+    return tuple(SourceShare(*one) for one in zip(counts, shares, strict=False))
+
+
+def describe_shares(shares: Sequence[SourceShare]) -> str:
+    """Return the share of each part of a mixture in brackets, or nothing."""
+    mixed = ", ".join(f"{one.share:.1%} from {one.count}" for one in shares)
+    return f" ({mixed})" if mixed else ""
+
+
 def sample_order(count: int, seed: int, shares: Sequence[SourceShare] = ()) -> Examples:
     """Return the endless stream of indices below `count`, any of which is read at equal cost.
 

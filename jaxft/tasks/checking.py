@@ -61,7 +61,8 @@ def check_early(config: Mapping[str, Any]) -> None:
                 _check_part(key, part, not texts)
     if texts and config["objective"] == "classify" and config["labels"]:
         for key in ("data.train", "data.eval"):
-            _check_labels(places[key], config)
+            for part in read_mixture(places[key]).specs:
+                _check_labels(part, config)
 
 
 def check_length(config: Mapping[str, Any], seq_len: int, where: str) -> None:

@@ -83,8 +83,12 @@ def kill(command, work, fault, count=1):
 
 
 def faults(rng, places, steps, work):
-    """Yield a fault for each place, where the run will come to. A step is one of the next 50."""
+    """Yield a fault for each place, where the run will come to. A step is one of the next 50.
+
+    Without a checkpoint there is no restore, and a step takes its place.
+    """
     for place in places:
+        place = place if place != "restore" or newest(work) else "step"
         number = int(rng.integers(1, 4)) if place == "save" else 1
         if place.endswith("step"):
             number = newest(work) + int(rng.integers(1, max(2, steps // 6)))

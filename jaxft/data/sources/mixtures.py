@@ -49,10 +49,12 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def check_single(spec: str, objective: str) -> None:
-    """Raise UserError for a mixture, which only the training of next tokens has."""
-    if len(read_mixture(spec).specs) > 1:
+def check_weights(spec: str, training: bool) -> Mixture:
+    """Return the parts of a set. Raises UserError for weights where all is evaluated once."""
+    mixture = read_mixture(spec)
+    if mixture.shares and not training:
         raise UserError(
-            f"{spec!r} is a mixture, which objective={objective} does not have; write the records"
-            " of its parts into one file"
+            f"data.eval={spec!r}: all of it is evaluated once, so weights have no effect:"
+            f" write {' + '.join(mixture.specs)}"
         )
+    return mixture

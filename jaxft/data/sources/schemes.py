@@ -10,9 +10,11 @@ from jaxft.data.sources.images.folders import open_edited, open_folder
 from jaxft.data.sources.images.records import Bad, ImageSource, Records, count_unreadable
 from jaxft.data.sources.images.rows import open_table_images, open_tfds_images
 from jaxft.data.sources.images.tars import open_tars
+from jaxft.data.sources.mixtures import read_mixture
 from jaxft.data.sources.texts import TextRecords
-from jaxft.data.sources.texts.columns import rename
+from jaxft.data.sources.texts.columns import check_renamed, rename
 from jaxft.data.sources.texts.documents import TextFiles, open_text_files
+from jaxft.data.sources.texts.joined import JoinedRecords
 from jaxft.data.sources.texts.json_files import JsonRecords
 from jaxft.data.sources.texts.paths import PATH_FORM, open_json_files, open_path
 from jaxft.data.sources.texts.tables import open_table_rows
@@ -85,6 +87,16 @@ def open_records(spec: str, columns: str = "") -> TextRecords:
     if scheme is None and spec and _is_there(spec):
         return rename(open_path(spec, spec), columns)
     raise _unknown_texts(spec)
+
+
+def open_mixture(spec: str, columns: str = "") -> JoinedRecords:
+    """Open the parts of a mixture, or the only set that `spec` names, as one set.
+
+    Raises UserError as `open_records`, and for `columns` that rename nothing.
+    """
+    parts = [open_records(part, columns) for part in read_mixture(spec).specs]
+    check_renamed(parts, columns)
+    return JoinedRecords(spec, parts)
 
 
 def _unknown_texts(spec: str) -> UserError:

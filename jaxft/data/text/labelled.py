@@ -12,8 +12,9 @@ import tokenizers
 from jaxtyping import Int
 
 from jaxft.core.errors import UserError
-from jaxft.data.sources.schemes import open_records
+from jaxft.data.sources.schemes import open_mixture
 from jaxft.data.sources.texts import TextRecords
+from jaxft.data.sources.texts.joined import JoinedRecords
 from jaxft.data.text import store
 from jaxft.data.text.dataset import Example, Tokenizer
 from jaxft.data.text.store import EncodedRecord, Flat
@@ -107,7 +108,7 @@ class LabelledDataset:
 
     chat = None
 
-    def __init__(self, records: TextRecords, flat: Flat, facts: dict[str, Any], rule: LabelRule):
+    def __init__(self, records: JoinedRecords, flat: Flat, facts: dict[str, Any], rule: LabelRule):
         self.records, self.record_ids, self.rule = records, flat.record_ids, rule
         single = rule.problem == "single_label_classification"
         self.labels = np.asarray(facts["labels"], np.int32 if single else np.float32)
@@ -166,7 +167,7 @@ def load_labelled(
     Sets above IN_MEMORY bytes are files in `cache`, as in `load_text`. `columns` renames fields.
     Raises UserError for bad records and labels, tokens beyond `vocab_size`, and if no text remains.
     """
-    records = open_records(spec, columns)
+    records = open_mixture(spec, columns)
 
     def parts(facts: dict) -> Iterator[EncodedRecord]:
         counts: Counter[str] = Counter(records=len(records), truncated=0, empty=0, untrained=0)
@@ -226,7 +227,7 @@ def _encode_all(
 def labels_in(spec: str, columns: str) -> list[str]:
     """Return the sorted label names of a set, for an error. Empty if there are none, or many."""
     try:
-        records = open_records(spec, columns)
+        records = open_mixture(spec, columns)
         some = [records[i] for i in range(min(len(records), LOOKED_AT))]
     except UserError:
         return []

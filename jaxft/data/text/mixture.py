@@ -7,7 +7,7 @@ from itertools import accumulate
 import numpy as np
 from jaxtyping import Int
 
-from jaxft.data.loader import SourceShare
+from jaxft.data.loader import source_shares
 from jaxft.data.sources.texts import TextRecords
 from jaxft.data.sources.texts.joined import JoinedRecords, locate
 from jaxft.data.text.dataset import Example, TextDataset
@@ -35,7 +35,7 @@ class MixedText:
         self.report = {name: counts[name] for name in names} | {"longest_trained": longest}
         self.chat = next((part.chat for part in parts if part.chat), None)
         sizes = [len(part) for part in parts]
-        self.shares = tuple(SourceShare(n, share) for n, share in zip(sizes, shares, strict=False))
+        self.shares = source_shares(sizes, shares)
         self._ends = list(accumulate(sizes))
 
     def __len__(self) -> int:

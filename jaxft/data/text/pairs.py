@@ -11,8 +11,9 @@ import tokenizers
 from jaxtyping import Bool, Int
 
 from jaxft.core.errors import UserError
-from jaxft.data.sources.schemes import open_records
+from jaxft.data.sources.schemes import open_mixture
 from jaxft.data.sources.texts import TextRecords
+from jaxft.data.sources.texts.joined import JoinedRecords
 from jaxft.data.text import store
 from jaxft.data.text.chat.format import ChatFormat
 from jaxft.data.text.chat.records import read_conversation
@@ -64,7 +65,7 @@ class PairDataset:
     """
 
     def __init__(
-        self, records: TextRecords, flat: Flat, facts: dict[str, Any], chat: ChatFormat | None
+        self, records: JoinedRecords, flat: Flat, facts: dict[str, Any], chat: ChatFormat | None
     ):
         self.chat = chat
         self.records, self.record_ids = records, flat.record_ids[::2]
@@ -129,7 +130,7 @@ def load_pairs(
     UserError for bad records, equal sides, tokens beyond `vocab_size` or in `image_ids`, and if no
     pair remains.
     """
-    records, encoder = open_records(spec, columns), make_encoder(tokenizer)
+    records, encoder = open_mixture(spec, columns), make_encoder(tokenizer)
     kind = pair_kind(records[0], records.where(0), labelled)
     if "prompt" not in kind and isinstance(records[0]["chosen"], str):
         chat = None  # two whole texts, whose common part is no turn of a user

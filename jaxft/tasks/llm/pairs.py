@@ -7,9 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxft.data.loader import SourceShare, train_loader
-from jaxft.data.sources.mixtures import check_single
-from jaxft.data.sources.texts.columns import check_renamed
+from jaxft.data.loader import describe_shares, source_shares, train_loader
+from jaxft.data.sources.mixtures import check_weights
 from jaxft.data.text.packing import alone, collate_rows
 from jaxft.data.text.pairs import Pair, load_pairs
 from jaxft.tasks import Planned
@@ -34,11 +33,10 @@ class PairRows:
     """
 
     bad = ()  # a bad record stops the run
-    shares: tuple[SourceShare, ...] = ()  # one source
 
     def __init__(self, opened: OpenedDecoder, spec: str, training: bool):
         self.cfg, self.options, self.name = opened.cfg, opened.options, spec
-        check_single(spec, self.options.objective)
+        mixture = check_weights(spec, training)
         self.data = load_pairs(
             spec,
             opened.tokenizer,
@@ -51,11 +49,12 @@ class PairRows:
             columns=self.options.columns,
             pad_id=opened.pad_id if self.options.scored else None,
         )
-        check_renamed([self.data.records], self.options.columns)
+        counts = self.data.records.counts(self.data.record_ids)
+        self.shares = source_shares(counts, mixture.shares)
         size, self.room = self.cfg.batch_size, 2 * self.options.seq_len
         self.packing = alone(size, self.room)
         if training and self.options.pack:
-            self.packing = shared(self.data, self.cfg, self.room)
+            self.packing = shared(self.data, self.cfg, self.room, self.shares)
         self.reference: Float[np.ndarray, "n 2"] = np.zeros((len(self.data), 2), np.float32)
 
     def __len__(self) -> int:
@@ -86,6 +85,7 @@ class PairRows:
             collate_fn=self._collate,
             rows=rows,
             layout=self._groups,
+            shares=self.shares,
         )
 
     def spec(self, rows: slice) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
@@ -100,11 +100,12 @@ class PairRows:
         report = self.data.report
         lost = {name: report[name] for name in ("truncated", "empty", "untrained", "equal")}
         counted = "".join(f", {count} {name}" for name, count in lost.items() if count)
+        mixed = describe_shares(self.shares)
         kind = "labelled answers" if self.options.objective == "kto" else "pairs"
         compared = "" if self.options.scored else f", {report['trained_tokens']} compared tokens"
         return (
-            f"{self.name}: {len(self)} {kind} of at most {self.options.seq_len} tokens a side"
-            f"{self.packing.describe()}{compared}{counted}"
+            f"{self.name}: {len(self)} {kind}{mixed} of at most {self.options.seq_len} tokens"
+            f" a side{self.packing.describe()}{compared}{counted}"
             f"{f'; {self.data.chat.name}' if self.data.chat else ''}"
         )
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxft.core.configs.schema import Config
 from jaxft.core.errors import UserError
-from jaxft.data.loader import SourceShare, sample_order, train_loader
-from jaxft.data.sources.mixtures import Mixture, read_mixture
+from jaxft.data.loader import SourceShare, describe_shares, sample_order, train_loader
+from jaxft.data.sources.mixtures import Mixture, check_weights
 from jaxft.data.sources.texts.columns import check_renamed
 from jaxft.data.text import dataset as text
 from jaxft.data.text.labelled import LabelledDataset
@@ -35,7 +35,7 @@ class TokenRows:
 
     def __init__(self, opened: OpenedDecoder, spec: str, training: bool):
         self.cfg, self.options, self.name = opened.cfg, opened.options, spec
-        self.data = self._read(opened, read_mixture(spec), training)
+        self.data = self._read(opened, check_weights(spec, training), training)
         self.shares = self.data.shares if isinstance(self.data, MixedText) else ()
         size, room = self.cfg.batch_size, self.options.seq_len
         self.packing = alone(size, room)
@@ -45,11 +45,6 @@ class TokenRows:
     def _read(
         self, opened: OpenedDecoder, mixture: Mixture, training: bool
     ) -> text.TextDataset | MixedText:
-        if mixture.shares and not training:
-            raise UserError(
-                f"data.eval={self.name!r}: all of it is evaluated once, so weights have no effect:"
-                f" write {' + '.join(mixture.specs)}"
-            )
         parts = [
             text.load_text(
                 spec,
@@ -112,8 +107,7 @@ class TokenRows:
         cut = f", {report['truncated']} truncated to seq_len" if report["truncated"] else ""
         dropped = report["empty"] + report["untrained"]
         lost = f", {dropped} dropped (nothing to train in them)" if dropped else ""
-        mixed = ", ".join(f"{one.share:.1%} from {one.count}" for one in self.shares)
-        mixed = f" ({mixed})" if mixed else ""
+        mixed = describe_shares(self.shares)
         return (
             f"{self.name}: {len(self.data)} sequences{mixed} of at most {self.options.seq_len}"
             f" tokens{packed}, {report['trained_tokens']} trained tokens{cut}{lost}"

@@ -99,6 +99,20 @@ def test_b5_a_resumed_run_reads_the_reference_of_step_0(flags, tmp_path, capsys,
     assert interrupted.timeless(resumed) == interrupted.timeless(whole)
 
 
+def test_a_resumed_run_draws_the_parts_of_a_mixture_by_their_shares(flags, tmp_path, capsys):
+    other = write(tmp_path / "other.jsonl", records(8)[2:])
+    mixed = {"data.train": f"0.75*{tmp_path / 'rows.jsonl'} + 0.25*{other}", "total": "4_steps"}
+    mixed |= {"every.save": "2_steps"}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert train.main(flags(whole, **mixed)) == 0
+    assert "30 pairs (75.0% from 24, 25.0% from 6) of at most 48" in capsys.readouterr().out
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "4")
+    assert train.main(flags(resumed, **mixed)) == 0
+    assert "resumed from step 2" in capsys.readouterr().out
+    assert interrupted.timeless(whole) == interrupted.timeless(resumed)
+
+
 def test_b4_the_reference_of_a_continued_adapter_is_that_adapter(flags, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     assert train.main(flags(first)) == 0

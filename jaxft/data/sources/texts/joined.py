@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from jaxft.data.sources.texts import TextRecords
 
 
@@ -23,11 +26,17 @@ class JoinedRecords:
         return self._parts[part][row]
 
     def __repr__(self) -> str:
+        if len(self._parts) == 1:
+            return repr(self._parts[0])
         return f"JoinedRecords({self._spec!r}, {len(self)} records)"
 
     def where(self, index: int) -> str:
         part, row = locate(self._ends, index)
         return self._parts[part].where(row)
+
+    def counts(self, ids: Int[np.ndarray, " n"]) -> list[int]:
+        """Return how many of the ascending `ids` of records lie in each part."""
+        return np.diff(np.searchsorted(ids, [0, *self._ends])).tolist()
 
 
 def locate(ends: Sequence[int], index: int) -> tuple[int, int]:

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.data.loader import SourceShare, train_loader
-from jaxft.data.sources.mixtures import check_single
-from jaxft.data.sources.texts.columns import check_renamed
+from jaxft.data.loader import describe_shares, source_shares, train_loader
+from jaxft.data.sources.mixtures import check_weights
 from jaxft.data.text.labelled import Labelled, LabelRule, load_labelled
 from jaxft.data.text.packing import alone, collate_rows
 from jaxft.tasks import Planned
@@ -24,11 +23,10 @@ class LabelledRows:
     """
 
     bad = ()  # a bad record stops the run
-    shares: tuple[SourceShare, ...] = ()  # one source
 
     def __init__(self, opened: OpenedDecoder, spec: str, training: bool):
         self.cfg, self.options, self.name = opened.cfg, opened.options, spec
-        check_single(spec, self.options.objective)
+        mixture = check_weights(spec, training)
         self.rule = LabelRule(opened.labels, self.options.problem_type)
         self.data = load_labelled(
             spec,
@@ -40,11 +38,12 @@ class LabelledRows:
             cache=self.options.cache,
             columns=self.options.columns,
         )
-        check_renamed([self.data.records], self.options.columns)
+        counts = self.data.records.counts(self.data.record_ids)
+        self.shares = source_shares(counts, mixture.shares)
         size, room = self.cfg.batch_size, self.options.seq_len
         self.packing = alone(size, room)
         if training and self.options.pack:
-            self.packing = shared(self.data, self.cfg, room)
+            self.packing = shared(self.data, self.cfg, room, self.shares)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -68,6 +67,7 @@ class LabelledRows:
             collate_fn=self._collate_shared,
             rows=rows,
             layout=self._groups,
+            shares=self.shares,
         )
 
     def spec(self, rows: slice) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
@@ -79,11 +79,12 @@ class LabelledRows:
 
     def describe(self) -> str:
         report, packed = self.data.report, self.packing.describe()
+        mixed = describe_shares(self.shares)
         lost = {name: report[name] for name in ("truncated", "empty")}
         counted = "".join(f", {count} {name}" for name, count in lost.items() if count)
         return (
-            f"{self.name}: {len(self)} texts of at most {self.options.seq_len} tokens{packed}"
-            f"{counted}, {len(self.rule.names)} labels ({self.options.problem_type})"
+            f"{self.name}: {len(self)} texts{mixed} of at most {self.options.seq_len} tokens"
+            f"{packed}{counted}, {len(self.rule.names)} labels ({self.options.problem_type})"
         )
 
     def collate(self, examples: Sequence[Any], *, batch_rows: int) -> dict[str, np.ndarray]:

@@ -158,8 +158,8 @@ def test_a_plan_needs_no_data(flags, tmp_path, capsys, changes):
         ),
         ({"trainable": ".*lora_.*"}, "leaves the new head as it was drawn; leave it empty"),
         (
-            {"data.train": "demo:novel/train + demo:novel/valid"},
-            "is a mixture, which objective=classify does not",
+            {"data.eval": "0.5*demo:novel/train + 0.5*demo:novel/valid"},
+            "so weights have no effect: write demo:novel/train + demo:novel/valid",
         ),
         ({"columns": "text=txet,name=leabl"}, "renames no field; found 'text', 'label'"),
         ({"labels": "calm,loud"}, "label 'wet' is not one of labels=calm,loud; correct it"),
@@ -178,6 +178,19 @@ def test_mistakes_are_one_line(flags, tmp_path, capsys, changes, message):
     assert train.main(flags(tmp_path / "run", "classify", **changes)) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_parts_of_a_mixture_are_drawn_by_their_shares(flags, tmp_path, capsys):
+    few = [{"text": f"{LINES[i]} few", "label": NAMES[i]} for i in range(3)]
+    rows = flags(tmp_path / "run", "classify")
+    mixed = f"0.25*{write(tmp_path / 'few.jsonl', [*few, {'text': ' ', 'label': 'wet'}])}"
+    mixed += f" + 0.75*{tmp_path / 'rows.jsonl'}"
+    assert train.main([*rows, f"--config.data.train={mixed}", "--config.total=1_steps"]) == 0
+    assert "27 texts (25.0% from 3, 75.0% from 24) of at most 48" in capsys.readouterr().out
+    wrong = write(tmp_path / "few.jsonl", [{**few[0], "label": "dry"}])
+    words = flags(tmp_path / "other", "classify")
+    assert train.main([*words, f"--config.data.train={tmp_path / 'rows.jsonl'} + {wrong}"]) == 2
+    assert f"{wrong}:1: label 'dry' is not one of" in capsys.readouterr().err
 
 
 def test_labels_of_a_classifier_are_not_renamed(flags, tmp_path, capsys):
