@@ -138,3 +138,25 @@ def test_a_window_is_no_traced_value():
 def test_flops_count_the_keys_of_each_window():
     full, windowed = (replace(TINY, layers=(spec,)) for spec in (F, replace(S, window=1)))
     assert flops_per_token(full, 9) - flops_per_token(windowed, 9) == 4 * 16 * (5 - 1)
+
+
+def gradient_program(*layers):
+    """The lowered gradients of the loss of a model of these layers."""
+    cfg = replace(TINY, layers=layers)
+    template = jax.eval_shape(lambda: Decoder(cfg, key=jax.random.key(0)))
+
+    def loss(params, ids):
+        return bind(template, params)(ids).astype(jnp.float32).sum()
+
+    ids = jax.ShapeDtypeStruct((2, 11), jnp.int32)
+    return jax.jit(jax.grad(loss)).lower(flatten(template), ids)
+
+
+@pytest.mark.parametrize(
+    ("many", "few", "most"),
+    [((F,) * 32, (F,) * 4, 1.01), (((S,) * 5 + (F,)) * 5 + (S, S), (S,) * 5 + (F,), 1.5)],
+    ids=["32 equal layers and 4", "32 layers of windows 5:1 and 6"],
+)
+def test_a_deep_model_has_hardly_more_to_compile(many, few, most):
+    sizes = [len(gradient_program(*one).as_text().splitlines()) for one in (many, few)]
+    assert sizes[0] <= most * sizes[1], sizes
