@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,20 +14,16 @@ import pytest
 from jaxft.core import runtime
 from jaxft.core.config import load_config, read_config
 from jaxft.tasks import OPTIONS
-from tests.test_pages import ROOT, printed
+from tests.printed import HERE, RECIPES, ROOT, printed, section
 
-PAGES = sorted((ROOT / "docs" / "recipes").rglob("*.md"))
-HEADINGS = ["Your data", "The command", "Try it here", "What came out", "If it goes wrong"]
-LONGEST = 75  # lines of a page
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-
-
-def section(page: Path, heading: str) -> str:
-    return page.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+HEADINGS = ["Your data", "The command", HERE, "What came out", "If it goes wrong"]
+LONGEST = 85  # lines of a page
+COUNT = 10
+each_page = pytest.mark.parametrize("page", RECIPES, ids=lambda page: page.stem)
 
 
 def test_there_are_ten():
-    assert len(PAGES) == 10
+    assert len(RECIPES) == COUNT == len(CHECKS)
 
 
 @each_page
@@ -35,58 +32,130 @@ def test_a_page_has_the_form_of_a_recipe(page):
     assert re.findall(r"^## (.*)", text, re.M) == HEADINGS
     assert len(text.splitlines()) <= LONGEST
     assert "You get" in text.partition("\n## ")[0]
-    assert len(re.findall(r"^\| ", section(page, "If it goes wrong"), re.M)) in range(5, 8)
+    rows = re.findall(r"^\| ", section(text, "If it goes wrong"), re.M)
+    assert 3 <= len(rows) - 2 <= 5
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """All texts of the source."""
+    nodes = (
+        node
+        for file in (ROOT / "jaxft").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+    )
+    constants = (node.value for node in nodes if isinstance(node, ast.Constant))
+    return "\0".join(text for text in constants if isinstance(text, str))
 
 
 @each_page
-def test_a_message_is_one_of_jaxft(page):
+def test_a_quoted_message_is_one_of_jaxft(page, texts):
     """A symptom in backticks is a part of a text in the source, with … for what varies."""
-    texts = "\0".join(
-        node.value
-        for file in (ROOT / "jaxft").rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    )
-    for message in re.findall(r"^\| `([^`]+)`", section(page, "If it goes wrong"), re.M):
+    rows = section(page.read_text(), "If it goes wrong")
+    for message in re.findall(r"^\| `([^`]+)` \|", rows, re.M):
         for part in message.split("…"):
             assert part.strip() in texts, message
 
 
 @each_page
-def test_its_small_run_is_read_as_it_stands(page):
-    lines = [one for one in printed(page) if one.module == "jaxft.train"]
-    for line in lines:
+def test_the_small_run_is_read_as_it_stands(page):
+    lines = printed(section(page.read_text(), HERE), page.name)
+    for line in (one for one in lines if one.module == "jaxft.train"):
         found = runtime.parse_arguments(line.arguments, ("config", "workdir"))
-        if "config" in found.options:
-            config = load_config(str(ROOT / found.options["config"]), found.overrides, OPTIONS)
-            read_config(config, OPTIONS[config["task"]])
+        config = load_config(str(ROOT / found.options["config"]), found.overrides, OPTIONS)
+        read_config(config, OPTIONS[config["task"]])
 
 
 # ---- the small runs -------------------------------------------------------------------------
 
 
-def run_here(page: Path, place: Path) -> str:
-    """Run the blocks of "Try it here" in an empty folder. Returns what they print."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", section(page, "Try it here"), re.M | re.S)
-    (place / "configs").symlink_to(ROOT / "configs")
-    script = 'jaxft() { "$PYTHON" -m jaxft "$@"; }\n' + "".join(blocks)
-    ran = subprocess.run(
-        ["bash", "-e", "-c", script],
-        cwd=place,
-        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-    )
-    print(ran.stdout, ran.stderr)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    return ran.stdout
-
-
-def measures(work: Path, name: str) -> list[float]:
-    lines = (work / "metrics.jsonl").read_text().splitlines()
+def measures(work: str, name: str) -> list[float]:
+    lines = Path(work, "metrics.jsonl").read_text().splitlines()
     return [one[name] for one in map(json.loads, lines) if name in one]
 
 
-def falls(work: Path, name: str = "eval_loss") -> None:
+def falls(work: str, name: str = "eval_loss") -> None:
     first, *_, last = measures(work, name)
     assert last < first, (name, first, last)
+
+
+def chat() -> None:
+    falls("runs/chat")
+    assert Path("runs/chat/export/chat_template.jinja").is_file()
+
+
+def classifier() -> None:
+    falls("runs/classify")
+    first, *_, last = measures("runs/classify", "eval_accuracy")
+    assert last > max(first, 2 / 25), "25 classes"
+
+
+def ollama() -> None:
+    falls("runs/words")
+    (file,) = Path("runs/words/export").glob("*.gguf")
+    assert file.read_bytes()[:4] == b"GGUF" and file.stat().st_size < 160e6
+
+
+def dpo() -> None:
+    first, *_, last = measures("runs/dpo", "eval_loss")
+    assert first == pytest.approx(0.6931, abs=1e-3) and last < first
+    assert measures("runs/dpo", "eval_rewards/margins")[-1] > 0
+
+
+def lora() -> None:
+    falls("runs/zwx")
+    assert len([*Path("runs/zwx/export").glob("*.safetensors")]) == 2
+
+
+def dreambooth() -> None:
+    falls("runs/rooster")
+    assert [*Path("runs/rooster/samples").glob("*.png")]
+
+
+def full() -> None:
+    falls("runs/full")
+    assert [*Path("runs/full/export").glob("*.safetensors")]
+
+
+def vae() -> None:
+    first, *_, last = measures("runs/vae", "eval_psnr")
+    assert last > first
+
+
+def dalle() -> None:
+    first, *_, last = measures("runs/dalle", "eval_ce")
+    assert last < first / 3, (first, last)
+    assert [*Path("runs/dalle/samples").glob("held-out-*.png")]
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "sft-chat": chat,
+    "text-classifier": classifier,
+    "continued-pretraining": lambda: falls("runs/novel"),
+    "lora-to-ollama": ollama,
+    "dpo": dpo,
+    "sd-lora-comfyui": lora,
+    "dreambooth": dreambooth,
+    "sdxl-full": full,
+    "vae": vae,
+    "dalle-128": dalle,
+}
+
+
+@pytest.mark.slow
+@each_page
+def test_the_small_run_gives_what_the_page_says(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("configs").symlink_to(ROOT / "configs")
+    blocks = re.findall(r"^```bash\n(.*?)^```", section(page.read_text(), HERE), re.M | re.S)
+    shortcut = f'jaxft() {{ "{sys.executable}" -m jaxft "$@"; }}\n'
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ran = subprocess.run(
+        ["bash", "-e", "-c", shortcut + "".join(blocks)],
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    print(ran.stdout)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    CHECKS[page.stem]()
