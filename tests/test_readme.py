@@ -1,6 +1,8 @@
-"""The tables of README.md, compared with the tables of the code."""
+"""The tables of README.md and docs/memory.md, compared with those of the code and of its tool."""
 
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,14 @@ def test_a_row_of_picture_models_is_true(row):
     source = (ROOT / "jaxft" / "verify" / "diffusion.py").read_text()
     compared = "verify compares Stable Diffusion 1, 2 and XL" not in source
     assert (row[5] == "yes") == (compared or not flow)
+
+
+def test_the_page_of_memory_is_that_of_its_tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import memory_table
+
+    results = json.loads(memory_table.RESULTS.read_text())
+    assert memory_table.PAGE.read_text() == memory_table.page(results)
+    assert memory_table.card(7.1 * 2**30) == "8 GB" and memory_table.card(7.3 * 2**30) == "16 GB"
+    assert memory_table.card(73 * 2**30) == "–"
+    sys.modules.pop("memory_table")

@@ -178,6 +178,11 @@ def name(row: Row, value: int) -> str:
     return f"{row.model}, {row.method}, {value}"
 
 
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """Return the page from the figures that there are."""
+    return HEAD + texts(results) + pictures(results) + TAIL
+
+
 def main(models: list[str]) -> None:
     """Plan the steps of the models, all by default, and write the page with the results so far."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -186,7 +191,7 @@ def main(models: list[str]) -> None:
         results[name(row, value)] = planned(row, value)
         ordered = {key: results[key] for key in KEYS if key in results}
         RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
-        PAGE.write_text(HEAD + texts(results) + pictures(results) + TAIL)
+        PAGE.write_text(page(ordered))
 
 
 KEYS = [name(row, value) for row in ROWS for value in row.values]
