@@ -125,7 +125,7 @@ def vae() -> None:
 def dalle() -> None:
     first, *_, last = measures("runs/dalle", "eval_ce")
     assert last < first / 3, (first, last)
-    assert [*Path("runs/dalle/samples").glob("held-out-*.png")]
+    assert [*Path("runs/dalle/samples").glob("sample-*.png")]
 
 
 CHECKS: dict[str, Callable[[], None]] = {
