@@ -111,6 +111,10 @@ The text encoders of a pipeline count too. They stay in memory while their embed
 `cache`. SD 3 and FLUX.1 have T5 with 4.8 G parameters among them. A folder of SD 3 without T5 needs
 less ([diffusion.md](diffusion.md)). `base=nf4` is for language models only.
 
+Rows and cells that are missing have not been planned yet (`python tools/memory_table.py "SDXL"`
+plans those of a model). [adapters.md](adapters.md#a-quantised-base-qlora) has Llama 8B with a base
+in 8 and in 4 bits, and [plan.md](performance/plan.md) all of SD 1.5 and SDXL in larger batches.
+
 The first table has no row for all of a 14B or a 70B model. In float32 with AdamW each parameter
 needs 16 bytes with its gradient, about 210 and 1050 GiB, which many devices share.
 
