@@ -1,16 +1,15 @@
 """Every command line that README.md, docs/ and the docstrings of configs/ print, run as printed.
 
 The commands of a page run in its order in one folder, where the names that they use exist: see
-PLACES. Keys that make a run short are appended; nothing else of a line changes but WORDS.
+PLACES. Keys that make a run short are appended; nothing else of a line changes but the WORDS of
+tests/printed.py. The small run of a recipe is in test_recipes.py.
 """
 
 import importlib
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,10 +19,10 @@ from PIL import Image
 
 from jaxft import train
 from jaxft.core import runtime
-from jaxft.core.cli.commands import COMMANDS
 from jaxft.core.config import load_config, read_config
 from jaxft.demo import demo_path
 from jaxft.tasks import OPTIONS
+from tests.printed import COMMAND, PAGES, ROOT, Line, printed, text_of
 from tests.tiny_autoencoders import make_vae, make_vqmodel
 from tests.tiny_diffusion import flags_of, make_pictures
 from tests.tiny_flux import make_flux
@@ -32,23 +31,7 @@ from tests.tiny_pipelines import make_pipeline
 from tests.tiny_sd3 import make_sd3
 from tests.tiny_zimage import make_zimage
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "configs").glob("*.py")),
-]
-COMMAND = (
-    r"(?:python3?\s+(?:-m\s+jaxft|tools/)\S*"
-    rf"|(?<![\w/.-])jaxft\s+(?:{'|'.join(COMMANDS)})\b)"
-)
-COUNT = 92  # of all pages; a new line is run without being listed here, but counted
-# What stands in a line for something that only its user knows: found among PLACES, or replaced.
-WORDS = {
-    "--step 50": "--step 2",
-    "--topology h200:8": "--topology cpu:8",
-    "--size 512x768": "--size 24x32",
-}
+COUNT = 109  # of all pages; a new line is run without being listed here, but counted
 TINY = {"every.save": "1_steps", "total": "2_steps", "batch_size": 8, "eval_examples": 8}
 DRAWN = {**TINY, "eval_generated": 0}
 SHORT = {
@@ -62,53 +45,7 @@ SHORT = {
 }
 # Where a line asks for pixels of real pictures, the tiny models have fewer.
 PIXELS = {"autoencoder": 32, "diffusion": 16, "image_tokens": 16}
-
-
-class Line(NamedTuple):
-    """One printed command of a page: `python -m jaxft.train …` as words."""
-
-    page: str
-    words: list[str]
-
-    @property
-    def module(self) -> str:
-        return self.words[2] if self.words[1] == "-m" else self.words[1]
-
-    @property
-    def arguments(self) -> list[str]:
-        return self.words[3 if self.words[1] == "-m" else 2 :]
-
-
-def printed(page: Path) -> list[Line]:
-    """Commands of a page: in code blocks with their continued lines, in docstrings, and inline.
-
-    What stands in brackets is optional, and taken.
-    """
-    text = page.read_text()
-    if page.suffix == ".py":
-        spans = [(text.split('"""')[1], "")]
-    else:
-        spans = re.findall(r"^```[a-z]*\n(.*?)^```|`([^`]+)`", text, re.M | re.S)
-    lines = []
-    for block, inline in spans:
-        lines += re.sub(r"\\\n", " ", block).splitlines() or [" ".join(inline.split())]
-    parts = [part.strip() for line in lines for part in re.split(r"&&|;", line)]
-    found = [re.sub(r"[][]", "", part) for part in parts if re.match(COMMAND, part)]
-    for old, new in WORDS.items():
-        found = [line.replace(old, new) for line in found]
-    return [Line(page.name, as_module(shlex.split(line, comments=True))) for line in found]
-
-
-def as_module(words: list[str]) -> list[str]:
-    """`jaxft train …` as `python -m jaxft.train …`."""
-    if words[0] != "jaxft":
-        return words
-    return ["python", "-m", COMMANDS[words[1]].module, *words[2:]]
-
-
-LINES = [line for page in PAGES for line in printed(page)]
-
-
+LINES = [line for page in PAGES for line in printed(text_of(page), page.name)]
 TRAINED = [one for one in LINES if one.module == "jaxft.train" and "--help" not in one.words]
 
 
@@ -118,8 +55,7 @@ def option(line: Line, name: str) -> str:
 
 def test_the_count_of_printed_commands():
     assert len(LINES) == COUNT, "say here how many there are: each runs below"
-    text = "".join(page.read_text() for page in PAGES)
-    mentions = len(re.findall(COMMAND, text))
+    mentions = sum(len(re.findall(COMMAND, text_of(page))) for page in PAGES)
     assert mentions == COUNT, "a command outside of code blocks and backticks is not found"
 
 
@@ -217,6 +153,7 @@ PLACES = {
     "valid.jsonl": "texts.jsonl",
     "test.jsonl": "texts.jsonl",
     "rows.csv": "rows.csv",
+    "rows.jsonl": "texts.jsonl",
     "pairs.jsonl": "pairs.jsonl",
     "held.jsonl": "pairs.jsonl",
     "labelled.jsonl": "labelled.jsonl",
@@ -225,6 +162,7 @@ PLACES = {
     "reviews.csv": "reviews.csv",
     "images": "images",
     "held": "images",
+    "class": "images",
     "held-out": "images",
     "lora.safetensors": "lora/pytorch_lora_weights.safetensors",
     "wood.png": "wood.png",
@@ -323,7 +261,8 @@ def check(line: Line, shown: str) -> None:
             assert "trained tokens" in shown
             assert "<mark>" in Path(flags["--html"]).read_text()
         case "jaxft.evaluate":
-            assert json.loads((work / "evaluation-2.json").read_text())["loss"] > 0
+            found = json.loads((work / "evaluation-2.json").read_text())
+            assert found["ce" if "ce" in found else "loss"] > 0
         case "jaxft.sample":
             drawn = sorted((work / "samples").glob("sample-*.png"))
             assert drawn or flags["--prompt"] in shown
