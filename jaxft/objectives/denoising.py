@@ -98,7 +98,7 @@ class Denoising:
         else:
             moments = model.vae.encode(to_float(batch["pixels"]).astype(self.dtype))
         drawn = moments.mean if keys is None else vae.sample(moments, keys)
-        return self.cfg.vae.scale(drawn.astype(jnp.float32))
+        return model.vae.scale(drawn.astype(jnp.float32))
 
     def text(self, model: AnyPipeline, batch: Batch, keys: Any) -> Text:
         """Return the encoded captions: from the batch if cached, or else by the text encoders."""

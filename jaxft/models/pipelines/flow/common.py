@@ -119,7 +119,7 @@ def parts(pipeline: Pipeline, cfg: FlowConfig, architecture: Architecture) -> tu
     """
     own = architecture.rules(cfg.transformer), architecture.sizes(cfg.transformer)
     denoiser = part(pipeline, "transformer", own)
-    decoder = part(pipeline, "vae", (vae.RULES, vae.sizes(cfg.vae)))
+    decoder = part(pipeline, "vae", (vae.RULES, vae.sizes(cfg.vae)), vae.VAE_IGNORE)
     return (denoiser, decoder, *text_parts(pipeline, cfg.texts))
 
 
