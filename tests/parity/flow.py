@@ -40,16 +40,23 @@ class Both:
         return np.stack([self.captions(prompt) for prompt in prompts])
 
 
+def scaled(pipe, posterior, eps):
+    drawn, config = posterior.mean + posterior.std * eps, pipe.vae.config
+    return (drawn - config.shift_factor) * config.scaling_factor
+
+
 class Oracle(steps.Oracle):
     """diffusers' trainers of flow matching, with drawn sigmas, and "" for dropped captions.
 
     targets: the modules of the transformer with a LoRA, for PEFT. encode: captions to embeddings.
-    velocity: of noisy latents [B, C, Y, X], their sigmas and these embeddings.
+    velocity: of noisy latents [B, C, Y, X], their sigmas and these embeddings. scaled: latents of
+    a posterior and unit noise.
     """
 
-    def __init__(self, pipe, run, before, targets, encode, velocity):
+    def __init__(self, pipe, run, before, targets, encode, velocity, scaled=scaled):
         names = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
         self.pipe, self.run, self.encode, self.velocity = pipe, run, encode, velocity
+        self.scaled = scaled
         modules = {n: getattr(pipe, n, None) for n in names}
         self.modules = {n: module for n, module in modules.items() if module is not None}
         if run.cfg.lora.rank:
@@ -74,10 +81,9 @@ class Oracle(steps.Oracle):
 
     def loss(self, step, batch):
         eps, noise, sigma, dropped = steps.draws(self.run, step, batch)
-        vae, sigma = self.pipe.vae, sigma.double()
-        posterior = vae.encode(steps.to_torch(batch["pixels"]) / 127.5 - 1).latent_dist
-        drawn = posterior.mean + posterior.std * eps
-        latents = (drawn - vae.config.shift_factor) * vae.config.scaling_factor
+        sigma = sigma.double()
+        posterior = self.pipe.vae.encode(steps.to_torch(batch["pixels"]) / 127.5 - 1).latent_dist
+        latents = self.scaled(self.pipe, posterior, eps)
         share = sigma[:, None, None, None]
         captions = [self.captions[int(i)] for i in batch["sample_ids"]]
         words = ["" if lost else one for one, lost in zip(captions, dropped, strict=True)]

@@ -132,6 +132,11 @@ class VAEConfig:
         return 2 ** (len(self.widths) - 1)
 
     @property
+    def takes_mode(self) -> bool:
+        """True for FLUX.2, which is trained on the mode of the posterior and not on samples."""
+        return self.norm_eps is not None
+
+    @property
     def moments(self) -> int:
         """Channels of the encoder's output: mean and log variance of each latent channel."""
         return 2 * self.latent_channels

@@ -6,16 +6,18 @@ from typing import Any, NamedTuple
 from jaxtyping import PRNGKeyArray
 
 from jaxft.core.errors import UserError
-from jaxft.models.denoisers.flux import flux
+from jaxft.models.denoisers.flux import flux, flux2
 from jaxft.models.denoisers.mmdit import mmdit
 from jaxft.models.denoisers.zimage import zimage
 from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.flow import common
 from jaxft.models.pipelines.flow import flux as flux_pipeline
+from jaxft.models.pipelines.flow import klein as klein_pipeline
 from jaxft.models.pipelines.flow import stable_diffusion_3 as sd3_pipeline
 from jaxft.models.pipelines.flow import zimage as zimage_pipeline
 from jaxft.models.pipelines.flow.common import FlowConfig
 from jaxft.models.pipelines.flow.flux import Flux
+from jaxft.models.pipelines.flow.klein import Klein
 from jaxft.models.pipelines.flow.stable_diffusion_3 import StableDiffusion3
 from jaxft.models.pipelines.flow.zimage import ZImage
 from jaxft.models.pipelines.stable_diffusion import PipelineConfig, StableDiffusion
@@ -24,7 +26,7 @@ from jaxft.weights.folders.diffusers import Pipeline
 from jaxft.weights.transfer import Part
 
 AnyConfig = PipelineConfig | FlowConfig
-AnyPipeline = StableDiffusion | StableDiffusion3 | Flux | ZImage
+AnyPipeline = StableDiffusion | StableDiffusion3 | Flux | Klein | ZImage
 
 
 class FlowFamily(NamedTuple):
@@ -38,6 +40,7 @@ class FlowFamily(NamedTuple):
 FLOW = {  # families that are trained by flow matching
     "sd3": FlowFamily(sd3_pipeline.read, StableDiffusion3, mmdit.ARCHITECTURE),
     "flux": FlowFamily(flux_pipeline.read, Flux, flux.ARCHITECTURE),
+    "flux2": FlowFamily(klein_pipeline.read, Klein, flux2.ARCHITECTURE),
     "zimage": FlowFamily(zimage_pipeline.read, ZImage, zimage.ARCHITECTURE),
 }
 

@@ -24,6 +24,7 @@ COMPONENTS = ("unet", "transformer", "vae", *TEXT_ENCODERS)
 FAMILIES = {
     "SD3Transformer2DModel": "sd3",
     "FluxTransformer2DModel": "flux",
+    "Flux2Transformer2DModel": "flux2",
     "ZImageTransformer2DModel": "zimage",
 }
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
