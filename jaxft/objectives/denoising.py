@@ -100,8 +100,8 @@ class Denoising:
             moments = Moments(batch["mean"], batch["logvar"])
         else:
             moments = model.vae.encode(to_float(batch["pixels"]).astype(self.dtype))
-        mode = keys is None or self.cfg.vae.takes_mode
-        drawn = moments.mean if mode else vae.sample(moments, keys)
+        mode = self.cfg.vae.takes_mode
+        drawn = moments.mean if keys is None or mode else vae.sample(moments, keys)
         return model.vae.scale(drawn.astype(jnp.float32))
 
     def text(self, model: AnyPipeline, batch: Batch, keys: Any) -> Text:
