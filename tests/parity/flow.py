@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from jaxft.core.params import describe
+from jaxft.core.params import bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
 from jaxft.models.pipelines import families
 from jaxft.models.pipelines.ldm import open_model
+from jaxft.models.pipelines.stable_diffusion import Guidance, generate
 from jaxft.tasks.diffusion.captions import load_captions
 from jaxft.weights import transfer
 from tests import plain_torch
@@ -43,6 +44,23 @@ class Both:
 def scaled(pipe, posterior, eps):
     drawn, config = posterior.mean + posterior.std * eps, pipe.vae.config
     return (drawn - config.shift_factor) * config.scaling_factor
+
+
+def draw(one, noise, guidance):
+    """Texts of PROMPTS and of "", and pictures of four steps of Euler's method."""
+
+    @jax.jit
+    def run(params):
+        model = bind(one.template, params)
+        text, null = (
+            model.encode_text(jnp.asarray(one.ids(captions)), dtype=jnp.float32)
+            for captions in (PROMPTS, ["", ""])
+        )
+        sampler = one.cfg.process().sampler("euler", 4, noise.shape[1:3])
+        scale = Guidance(guidance)
+        return text, null, generate(model, one.cfg, text, null, noise, sampler, scale, jnp.float32)
+
+    return run(one.params)
 
 
 class Oracle(steps.Oracle):

@@ -10,14 +10,15 @@ import torch
 from diffusers import Flux2Transformer2DModel
 
 from jaxft.core import params as P
-from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.models.denoisers.flux import flux2
 from jaxft.models.denoisers.flux.flux2 import Flux2Transformer
 from jaxft.models.denoisers.flux.flux2_config import Flux2Config
-from jaxft.nn import lora
-from jaxft.weights import rules, transfer
-from jaxft.weights.adapters import peft
+from jaxft.weights import rules
+from tests.models.denoisers.adapters import (
+    assert_adapters_have_the_names_and_shapes_of_modules,
+    assert_dropout_is_keyed_by_row_and_block,
+)
 from tests.tiny_klein import TRANSFORMER
 
 # The published sizes: layers, single layers, heads, width of the text, parameters.
@@ -81,22 +82,16 @@ def test_odd_sizes_and_unknown_remat_are_refused():
         template(cfg)(*abstract(cfg, (8, 8)), remat="offload")
 
 
-def test_adapters_of_all_projections_have_the_names_and_shapes_of_diffusers_modules():
+def test_adapter_dropout_is_keyed_by_row_and_by_block():
     cfg = Flux2Config.from_hf(TRANSFORMER)
+    draw = np.random.default_rng(0).standard_normal
+    inputs = [draw(one.shape, np.float32) for one in abstract(cfg, (4, 4))]
+    targets = r"(doubles\.attn\.to_q|singles\.to_qkv_mlp_proj)"
+    assert_dropout_is_keyed_by_row_and_block(flux2.ARCHITECTURE, cfg, targets, inputs)
 
-    def build():
-        model = Flux2Transformer(cfg, key=jax.random.key(0))
-        lora.add(model, Lora(rank=2, targets=".*"), jax.random.key(1))
-        return model
 
-    leaves = P.describe(jax.eval_shape(build))
-    part = transfer.Part("", "here", None, flux2.rules(cfg), {})
-    found = {slot.module: slot for slot in peft.slots(part, leaves)}
+def test_adapters_of_all_projections_have_the_names_and_shapes_of_diffusers_modules():
     with torch.device("meta"):
-        theirs = dict(Flux2Transformer2DModel(**TRANSFORMER).named_modules())
-    wanted = {name for name, module in theirs.items() if isinstance(module, torch.nn.Linear)}
-    assert found.keys() == wanted
-    for name, slot in found.items():
-        low, up = (leaves[f"{slot.path}.lora_{side}"].shape for side in "ab")
-        outputs, inputs = theirs[name].weight.shape
-        assert low[-2:] == (inputs, 2) and up[-2:] == (2, outputs), name
+        theirs = Flux2Transformer2DModel(**TRANSFORMER)
+    cfg = Flux2Config.from_hf(TRANSFORMER)
+    assert_adapters_have_the_names_and_shapes_of_modules(flux2.ARCHITECTURE, cfg, theirs)
