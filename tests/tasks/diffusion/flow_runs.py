@@ -27,6 +27,7 @@ def damaged(file, **changes):
 
 def refusal(source, data, work, capsys, changes=None):
     """The one line with which a run refuses its config."""
+    capsys.readouterr()
     assert train.main([*flags_of(source, data, changes), "--workdir", str(work)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line
