@@ -123,7 +123,8 @@ def original(tensors):
             ("_attn_", "_attn."),
         ):  # fmt: skip
             stem = stem.replace(joined, dotted)
-        made[f"{stem}.{rest}"] = x
+        side = rest.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
+        made[f"{stem}.{side}"] = x
     return made
 
 
