@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion 1.x, 2.x, XL, 3.x, FLUX.1 or Z-Image, by default the demo pipeline.
+"""Fine-tune Stable Diffusion 1.x to 3.x, FLUX.1, FLUX.2 klein or Z-Image, or the demo pipeline.
 
     python -m jaxft.train --config configs/diffusion.py --workdir runs/diffusion
 

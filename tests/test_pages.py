@@ -27,11 +27,12 @@ from tests.tiny_autoencoders import make_vae, make_vqmodel
 from tests.tiny_diffusion import flags_of, make_pictures
 from tests.tiny_flux import make_flux
 from tests.tiny_janus import make_janus_model
+from tests.tiny_klein import make_klein
 from tests.tiny_pipelines import make_pipeline
 from tests.tiny_sd3 import make_sd3
 from tests.tiny_zimage import make_zimage
 
-COUNT = 109  # of all pages; a new line is run without being listed here, but counted
+COUNT = 110  # of all pages; a new line is run without being listed here, but counted
 TINY = {"every.save": "1_steps", "total": "2_steps", "batch_size": 8, "eval_examples": 8}
 DRAWN = {**TINY, "eval_generated": 0}
 SHORT = {
@@ -97,6 +98,7 @@ def shelf(tmp_path_factory, make_folder):
     make_sd3(place / "tokens", t5=False).save_pretrained(place / "sd3")
     make_flux(place / "tokens").save_pretrained(place / "flux")
     make_zimage().save_pretrained(place / "z-image")
+    make_klein().save_pretrained(place / "klein")
     make_vae(place / "vae")
     make_vqmodel(place / "vq")
     make_janus_model(place / "janus")
@@ -145,6 +147,7 @@ PLACES = {
     "path/to/stable-diffusion-3": "sd3",
     "path/to/flux": "flux",
     "path/to/z-image": "z-image",
+    "path/to/klein": "klein",
     "path/to/pickles": "pickles",
     "VQ_FOLDER": "vq",
     "FOLDER": "janus",

@@ -189,8 +189,8 @@ def test_flux_is_read_as_diffusers_reads_it(name):
     ours = cfg.process().sampler("euler", 4, (128, 128)).steps.timestep
     np.testing.assert_allclose(ours, scheduler.sigmas[:-1], atol=1e-6)
     assert [text.max_positions for text in cfg.texts] == [77, 512 if dev else 256]
-    assert cfg.clip.projection_dim is None and cfg.transformer.guidance is dev
-    assert cfg.distilled is not dev and cfg.drawing == ((28, 3.5) if dev else (4, 0.0))
+    assert cfg.texts[0].projection_dim is None and cfg.transformer.guidance is dev
+    assert bool(cfg.distilled) is not dev and cfg.drawing == ((28, 3.5) if dev else (4, 0.0))
     assert cfg.multiple == 16
 
 

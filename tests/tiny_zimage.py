@@ -42,20 +42,21 @@ def make_qwen_tokenizer():
     return made, len(made)
 
 
-def make_qwen(words, layers=3, **changes):
-    """A random Qwen 3 of width 16."""
-    config = {
-        "vocab_size": words,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-    }
-    return shaken(Qwen3Model(Qwen3Config(**{**config, **changes})))
+QWEN = {  # of width 16
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+
+
+def make_qwen(words, layers=3):
+    """A random Qwen 3."""
+    config = Qwen3Config(vocab_size=words, num_hidden_layers=layers, **QWEN)
+    return shaken(Qwen3Model(config))
 
 
 def calmed(denoiser):

@@ -53,6 +53,7 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
         "UNet2DConditionModel": "jaxft.models.denoisers.unet:ARCHITECTURE",
         "SD3Transformer2DModel": "jaxft.models.denoisers.mmdit.mmdit:ARCHITECTURE",
         "FluxTransformer2DModel": "jaxft.models.denoisers.flux.flux:ARCHITECTURE",
+        "Flux2Transformer2DModel": "jaxft.models.denoisers.flux.flux2:ARCHITECTURE",
         "ZImageTransformer2DModel": "jaxft.models.denoisers.zimage.zimage:ARCHITECTURE",
     },
     "text_encoder": {

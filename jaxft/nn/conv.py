@@ -204,9 +204,9 @@ def runner(remat: str) -> Callable[..., Any]:
     return run if remat == "none" else jax.checkpoint(run, policy=CONV_REMAT[remat])
 
 
-def dense(inputs: int, outputs: int, *, key: PRNGKeyArray) -> Linear:
+def dense(inputs: int, outputs: int, *, key: PRNGKeyArray, bias: bool = True) -> Linear:
     """Return a projection [in, out] with torch's initial spread. fsdp shards its input dim."""
-    return Linear((inputs,), (outputs,), ("embed", "mlp"), key=key, bias=True, std=spread(inputs))
+    return Linear((inputs,), (outputs,), ("embed", "mlp"), key=key, bias=bias, std=spread(inputs))
 
 
 def spread(inputs: int) -> float:

@@ -38,10 +38,12 @@ class TimeEmbedding(nnx.Module):
     hidden: the width between the layers, by default that of the output.
     """
 
-    def __init__(self, inputs: int, dim: int, *, key: PRNGKeyArray, hidden: int = 0):
+    def __init__(
+        self, inputs: int, dim: int, *, key: PRNGKeyArray, hidden: int = 0, bias: bool = True
+    ):
         first, second = jax.random.split(key)
-        self.linear_1 = dense(inputs, hidden or dim, key=first)
-        self.linear_2 = dense(hidden or dim, dim, key=second)
+        self.linear_1 = dense(inputs, hidden or dim, key=first, bias=bias)
+        self.linear_2 = dense(hidden or dim, dim, key=second, bias=bias)
 
     def __call__(
         self, x: Float[Array, "B C"], keys: PRNGKeyArray | None = None

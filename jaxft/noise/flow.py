@@ -40,6 +40,9 @@ OFF = (
     "stochastic_sampling",
 )
 FLOW_SAMPLERS = ("euler", "dpm++")
+# Steps by which training draws sigmas of FLUX.2: those of pictures of the base model.
+USUAL_STEPS = 50
+FLUX2_MOST_TOKENS = 4300  # of images whose shift depends on the steps
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class FlowSchedule:
 
     shift: s of sigma = s t / (1 + (s - 1) t). 0 stands for a shift e^mu by the number of image
     tokens: mu is linear in it, through the points (tokens, mu) `low` and `high`. `linear` is mu in
-    the place of e^mu. terminal: the last sigma of a sampler before 0, or 0 for that of its table.
+    the place of e^mu. by_steps: mu is that of FLUX.2, by the tokens and a sampler's steps.
+    terminal: the last sigma of a sampler before 0, or 0 for that of its table.
     """
 
     train_steps: int = 1000
@@ -56,6 +60,7 @@ class FlowSchedule:
     low: tuple[float, float] = (256, 0.5)
     high: tuple[float, float] = (4096, 1.15)
     linear: bool = False
+    by_steps: bool = False
     terminal: float = 0.0
 
     @classmethod
@@ -84,13 +89,27 @@ class FlowSchedule:
             terminal=get["shift_terminal"] or 0.0,
         )
 
-    def shift_for(self, tokens: int) -> float:
-        """Return the shift s for an image of so many tokens."""
+    def shift_for(self, tokens: int, steps: int = USUAL_STEPS) -> float:
+        """Return the shift s for an image of so many tokens, and a sampler of so many steps."""
         if self.shift:
             return self.shift
         (x0, y0), (x1, y1) = self.low, self.high
         mu = (y1 - y0) / (x1 - x0) * tokens + (y0 - (y1 - y0) / (x1 - x0) * x0)
+        mu = flux2_mu(tokens, steps) if self.by_steps else mu
         return mu if self.linear else exp(mu)
+
+
+def flux2_mu(tokens: int, steps: int) -> float:
+    """Return mu of FLUX.2, linear in the tokens, and in the steps for images of few tokens.
+
+    Source: black-forest-labs/flux2, src/flux2/sampling.py, compute_empirical_mu.
+    """
+    many = 0.00016927 * tokens + 0.45666666  # at 200 steps
+    if tokens > FLUX2_MOST_TOKENS:
+        return many
+    few = 8.73809524e-05 * tokens + 1.89833333  # at 10 steps
+    slope = (many - few) / 190
+    return slope * steps + many - 200 * slope
 
 
 def shifted(t: Any, shift: float) -> Any:
@@ -113,13 +132,13 @@ class FlowMatching:
     patch: int = 2
     even: bool = False
 
-    def _shift(self, size: tuple[int, ...]) -> float:
-        return self.schedule.shift_for((size[0] // self.patch) * (size[1] // self.patch))
+    def _tokens(self, size: tuple[int, ...]) -> int:
+        return (size[0] // self.patch) * (size[1] // self.patch)
 
     def draw_times(self, keys: PRNGKeyArray, size: tuple[int, ...]) -> Float[Array, "B"]:
         """Sample a sigma for each key: the shifted logit-normal density."""
         draws = jax.vmap(jax.random.normal)(keys)  # [B]
-        return shifted(jax.nn.sigmoid(draws), self._shift(size))
+        return shifted(jax.nn.sigmoid(draws), self.schedule.shift_for(self._tokens(size)))
 
     def add_noise(
         self, x0: Float[Array, "B Y X C"], noise: Float[Array, "B Y X C"], t: Float[Array, "B"]
@@ -153,7 +172,7 @@ class FlowMatching:
                 f"sample.steps={steps} is not between 1 and {self.schedule.train_steps}, the"
                 " training's steps"
             )
-        shift = self._shift(size)
+        shift = self.schedule.shift_for(self._tokens(size), steps)
         if name == "euler":
             columns = _euler(self.schedule, shift, self._unshifted(steps))
         else:

@@ -92,13 +92,17 @@ class Denoising:
         return squared_error(out, self.process.target(latents, noise, t))
 
     def latents(self, model: AnyPipeline, batch: Batch, keys: Any) -> jax.Array:
-        """Return scaled fp32 latents: posterior samples with `keys`, or its mode without."""
+        """Return scaled fp32 latents: posterior samples with `keys`, or its mode without.
+
+        For FLUX.2 they are the mode, as in diffusers' script.
+        """
         if "mean" in batch:
             moments = Moments(batch["mean"], batch["logvar"])
         else:
             moments = model.vae.encode(to_float(batch["pixels"]).astype(self.dtype))
-        drawn = moments.mean if keys is None else vae.sample(moments, keys)
-        return self.cfg.vae.scale(drawn.astype(jnp.float32))
+        mode = self.cfg.vae.takes_mode
+        drawn = moments.mean if keys is None or mode else vae.sample(moments, keys)
+        return model.vae.scale(drawn.astype(jnp.float32))
 
     def text(self, model: AnyPipeline, batch: Batch, keys: Any) -> Text:
         """Return the encoded captions: from the batch if cached, or else by the text encoders."""

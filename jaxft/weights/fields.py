@@ -48,6 +48,29 @@ def fields(
     return read
 
 
+def refused(where: str, key: str, value: Any, expected: Any) -> UserError:
+    """Return the error for a value that no code here computes."""
+    return UserError(f"{where}: {key}={value!r} is not supported; expected {expected}")
+
+
+def check_axes(
+    c: Mapping[str, Any], key: str, count: int, head: float, of: str, where: str
+) -> None:
+    """Raise UserError unless a key holds the dims of a head that rotate by each of `count` axes.
+
+    head: the width of a head, which is their sum. of: its name in the error.
+    """
+    axes, words = c[key], {3: "three", 4: "four"}
+    if (
+        not isinstance(axes, list | tuple)
+        or len(axes) != count
+        or any(type(one) is not int or one < 0 or one % 2 for one in axes)
+        or sum(axes) != head
+    ):
+        expected = f"{words[count]} even numbers of the sum {of}={head:g}"
+        raise refused(where, key, axes, expected)
+
+
 def bounds(key: str, default: int) -> tuple[int, int]:
     """Return the smallest and the largest integer of a key, by its name and its default."""
     least = 1 if default > 0 and not key.endswith("_id") else 0

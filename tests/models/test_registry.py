@@ -31,6 +31,7 @@ CLASSES = {
     "UNet2DConditionModel": "UNet2DConditionModel",
     "SD3Transformer2DModel": "SD3Transformer2DModel",
     "FluxTransformer2DModel": "FluxTransformer2DModel",
+    "Flux2Transformer2DModel": "Flux2Transformer2DModel",
     "ZImageTransformer2DModel": "ZImageTransformer2DModel",
     "clip_text_model": "CLIPTextModel",
     "clip": "CLIPTextModel",

@@ -1,11 +1,14 @@
 """Flow matching against diffusers' scheduler: tables, trajectories, and the density of times."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
 from jaxft.core.errors import UserError
@@ -143,6 +146,19 @@ def test_t6_a_dynamic_shift_follows_the_tokens():
     normal = jax.vmap(jax.random.normal)(keys)
     wanted = [shifted(jax.nn.sigmoid(normal), float(np.exp(mu))).mean() for mu in (0.5, 1.15)]
     np.testing.assert_allclose([small, large], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [16, 1024, 4300, 4301, 16384])
+def test_t6_the_shift_of_flux_2_follows_tokens_and_steps(tokens):
+    schedule = replace(FlowSchedule.from_hf(DYNAMIC), by_steps=True)
+    for steps in (1, 4, 10, 50, 200):
+        wanted = compute_empirical_mu(tokens, steps)
+        np.testing.assert_allclose(np.log(schedule.shift_for(tokens, steps)), wanted, rtol=1e-12)
+    assert schedule.shift_for(tokens) == schedule.shift_for(tokens, 50)
+    static = replace(FlowSchedule.from_hf(STATIC), by_steps=True)
+    assert static.shift_for(tokens, 4) == 3.0
+    shifts = np.log([schedule.shift_for(4096, steps) for steps in (4, 10)])
+    np.testing.assert_allclose(shifts, [2.291, 2.256], atol=1e-3)
 
 
 def test_noise_and_target_are_those_of_the_scheduler():

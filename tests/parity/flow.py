@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from jaxft.core.params import describe
+from jaxft.core.params import bind, describe
 from jaxft.core.sharding import one_device_mesh, shardings
 from jaxft.models.pipelines import families
 from jaxft.models.pipelines.ldm import open_model
+from jaxft.models.pipelines.stable_diffusion import Guidance, generate
 from jaxft.tasks.diffusion.captions import load_captions
 from jaxft.weights import transfer
 from tests import plain_torch
@@ -40,16 +41,40 @@ class Both:
         return np.stack([self.captions(prompt) for prompt in prompts])
 
 
+def scaled(pipe, posterior, eps):
+    drawn, config = posterior.mean + posterior.std * eps, pipe.vae.config
+    return (drawn - config.shift_factor) * config.scaling_factor
+
+
+def draw(one, noise, guidance):
+    """Texts of PROMPTS and of "", and pictures of four steps of Euler's method."""
+
+    @jax.jit
+    def run(params):
+        model = bind(one.template, params)
+        text, null = (
+            model.encode_text(jnp.asarray(one.ids(captions)), dtype=jnp.float32)
+            for captions in (PROMPTS, ["", ""])
+        )
+        sampler = one.cfg.process().sampler("euler", 4, noise.shape[1:3])
+        scale = Guidance(guidance)
+        return text, null, generate(model, one.cfg, text, null, noise, sampler, scale, jnp.float32)
+
+    return run(one.params)
+
+
 class Oracle(steps.Oracle):
     """diffusers' trainers of flow matching, with drawn sigmas, and "" for dropped captions.
 
     targets: the modules of the transformer with a LoRA, for PEFT. encode: captions to embeddings.
-    velocity: of noisy latents [B, C, Y, X], their sigmas and these embeddings.
+    velocity: of noisy latents [B, C, Y, X], their sigmas and these embeddings. scaled: latents of
+    a posterior and unit noise.
     """
 
-    def __init__(self, pipe, run, before, targets, encode, velocity):
+    def __init__(self, pipe, run, before, targets, encode, velocity, scaled=scaled):
         names = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
         self.pipe, self.run, self.encode, self.velocity = pipe, run, encode, velocity
+        self.scaled = scaled
         modules = {n: getattr(pipe, n, None) for n in names}
         self.modules = {n: module for n, module in modules.items() if module is not None}
         if run.cfg.lora.rank:
@@ -74,10 +99,9 @@ class Oracle(steps.Oracle):
 
     def loss(self, step, batch):
         eps, noise, sigma, dropped = steps.draws(self.run, step, batch)
-        vae, sigma = self.pipe.vae, sigma.double()
-        posterior = vae.encode(steps.to_torch(batch["pixels"]) / 127.5 - 1).latent_dist
-        drawn = posterior.mean + posterior.std * eps
-        latents = (drawn - vae.config.shift_factor) * vae.config.scaling_factor
+        sigma = sigma.double()
+        posterior = self.pipe.vae.encode(steps.to_torch(batch["pixels"]) / 127.5 - 1).latent_dist
+        latents = self.scaled(self.pipe, posterior, eps)
         share = sigma[:, None, None, None]
         captions = [self.captions[int(i)] for i in batch["sample_ids"]]
         words = ["" if lost else one for one, lost in zip(captions, dropped, strict=True)]

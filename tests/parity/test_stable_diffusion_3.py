@@ -1,6 +1,5 @@
 """Stable Diffusion 3 as a whole against diffusers': texts, pictures, training, exports."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,9 +8,7 @@ from diffusers import StableDiffusion3Pipeline
 
 import jaxft
 from jaxft.core.errors import UserError
-from jaxft.core.params import bind
-from jaxft.models.pipelines.stable_diffusion import Guidance, generate
-from tests.parity.flow import PROMPTS, Both, Oracle, assert_equals_torch, trained
+from tests.parity.flow import PROMPTS, Both, Oracle, assert_equals_torch, draw, trained
 from tests.tiny_diffusion import make_pictures
 from tests.tiny_sd3 import NO_T5, make_sd3
 
@@ -38,18 +35,7 @@ def test_t12_t13_texts_and_pictures_are_those_of_the_pipeline(both, name):
     one = both(name)
     noise = np.random.default_rng(0).standard_normal((2, 6, 8, 4)).astype(np.float32)
 
-    @jax.jit
-    def draw(params):
-        model = bind(one.template, params)
-        text, null = (
-            model.encode_text(jnp.asarray(one.ids(captions)), dtype=jnp.float32)
-            for captions in (PROMPTS, ["", ""])
-        )
-        sampler = one.cfg.process().sampler("euler", 4, noise.shape[1:3])
-        made = generate(model, one.cfg, text, null, noise, sampler, Guidance(4.0), jnp.float32)
-        return text, null, made
-
-    text, null, made = draw(one.params)
+    text, null, made = draw(one, noise, 4.0)
     with torch.no_grad():
         wanted = one.pipe.encode_prompt(PROMPTS, None, None, device="cpu")
     assert text.context.shape == (2, 77 + 256, 48)

@@ -11,14 +11,18 @@ from diffusers import ZImageTransformer2DModel
 
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
-from jaxft.core.sharding import make_mesh, shardings
-from jaxft.models import registry
 from jaxft.models.denoisers.zimage import zimage
-from jaxft.nn.conv import CONV_REMAT
-from jaxft.weights import transfer
-from jaxft.weights.folders.diffusers import open_component
 from tests.parity.test_flux import ExactSinusoids
-from tests.parity.twins import QUICK, Twin, moved, numpy_state, random, worst
+from tests.parity.twins import (
+    Twin,
+    assert_a_sharded_folder_comes_back,
+    assert_remat_changes_no_gradient,
+    assert_round_trip_is_bitwise,
+    moved,
+    numpy_state,
+    random,
+    worst,
+)
 
 TINY = {
     "in_channels": 4,
@@ -179,29 +183,12 @@ def test_t27_a_blocks_gates_pass_a_tanh_and_its_scales_do_not():
 
 @pytest.mark.parametrize("name", SMALL)
 def test_round_trip_is_bitwise_and_every_tensor_has_one_place(name):
-    one = both(name)
-    state, back = numpy_state(one.theirs), one.to_state(one.params)
-    assert back.keys() == state.keys()
-    assert all(back[key].tobytes() == state[key].tobytes() for key in state)
-    assert all(back[key].shape == state[key].shape for key in state)
+    assert_round_trip_is_bitwise(both(name))
 
 
 def test_a_sharded_folder_in_bf16_comes_back_bitwise(tmp_path):
     theirs = make_torch(TINY).bfloat16()
-    theirs.save_pretrained(tmp_path, max_shard_size="50KB")
-    assert len(list(tmp_path.glob("diffusion_pytorch_model-*.safetensors"))) > 2
-    source = open_component(str(tmp_path), "transformer")
-    architecture = registry.find(source.config, "denoiser")
-    assert architecture.module is zimage.ZImageTransformer
-    cfg, template = architecture.config(source.config, "config.json"), both("usual").template
-    assert cfg == both("usual").cfg
-    part, leaves = architecture.part(source, cfg), P.describe(template)
-    places = shardings(leaves, make_mesh(data=2, fsdp=4))
-    params = transfer.load(part, leaves, places, jnp.float32, set(leaves))
-    made = dict(transfer.export(part, leaves, params, {}, None).tensors)
-    assert made.keys() == theirs.state_dict().keys()
-    for key, tensor in theirs.state_dict().items():
-        assert made[key].tobytes() == tensor.view(torch.int16).numpy().tobytes()
+    assert_a_sharded_folder_comes_back(both("usual"), theirs, tmp_path)
 
 
 def test_unknown_and_missing_tensors_are_all_named():
@@ -216,16 +203,7 @@ def test_unknown_and_missing_tensors_are_all_named():
 
 
 def test_remat_changes_no_gradient():
-    one = both("one block")
-    inputs, grads = make_inputs(), {}
-    for remat in ("none", *CONV_REMAT):
-
-        def loss(params, remat=remat):
-            return jnp.square(P.bind(one.template, params)(*inputs, remat=remat)).sum()
-
-        grads[remat] = jax.jit(jax.grad(loss)).lower(one.params).compile(QUICK)(one.params)
-    for remat in CONV_REMAT:
-        assert max(worst(grads[remat][path], g) for path, g in grads["none"].items()) < 1e-4
+    assert_remat_changes_no_gradient(both("one block"), make_inputs())
 
 
 def test_bf16_is_as_near_to_fp32_as_diffusers():

@@ -1,6 +1,5 @@
 """Z-Image as a whole against diffusers': texts, pictures, training."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,9 +7,7 @@ import torch
 from diffusers import ZImagePipeline
 
 import jaxft
-from jaxft.core.params import bind
-from jaxft.models.pipelines.stable_diffusion import Guidance, generate
-from tests.parity.flow import PROMPTS, Both, Oracle, assert_equals_torch, trained
+from tests.parity.flow import PROMPTS, Both, Oracle, assert_equals_torch, draw, trained
 from tests.parity.test_diffusion_training import slow
 from tests.parity.test_flux import ExactSinusoids
 from tests.tiny_diffusion import make_pictures
@@ -38,18 +35,7 @@ def test_t25_t28_texts_and_pictures_are_those_of_the_pipeline(both, kind):
     one = both(kind)
     noise = np.random.default_rng(0).standard_normal((2, 6, 8, 4)).astype(np.float32)
 
-    @jax.jit
-    def draw(params):
-        model = bind(one.template, params)
-        text, null = (
-            model.encode_text(jnp.asarray(one.ids(captions)), dtype=jnp.float32)
-            for captions in (PROMPTS, ["", ""])
-        )
-        sampler = one.cfg.process().sampler("euler", 4, noise.shape[1:3])
-        made = generate(model, one.cfg, text, null, noise, sampler, Guidance(5.0), jnp.float32)
-        return text, null, made
-
-    text, null, made = draw(one.params)
+    text, null, made = draw(one, noise, 5.0)
     with torch.no_grad():
         wanted = one.pipe.encode_prompt(list(PROMPTS), device="cpu")
     for found, oracle in zip((text, null), wanted, strict=True):

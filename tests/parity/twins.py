@@ -3,11 +3,16 @@
 from functools import cached_property
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
 from jaxft.core import params as P
-from jaxft.weights import rules
+from jaxft.core.sharding import make_mesh, shardings
+from jaxft.models import registry
+from jaxft.nn.conv import CONV_REMAT
+from jaxft.weights import rules, transfer
+from jaxft.weights.folders.diffusers import open_component
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -105,3 +110,40 @@ class Twin:
     def wanted(self, inputs):
         with torch.no_grad():
             return self.run(self.theirs, *inputs).numpy()
+
+
+def assert_round_trip_is_bitwise(twin):
+    state, back = numpy_state(twin.theirs), twin.to_state(twin.params)
+    assert back.keys() == state.keys()
+    assert all(back[key].tobytes() == state[key].tobytes() for key in state)
+    assert all(back[key].shape == state[key].shape for key in state)
+
+
+def assert_a_sharded_folder_comes_back(twin, theirs, folder):
+    """theirs: of the twin's config, in bf16. Its shards lie on a mesh of eight."""
+    theirs.save_pretrained(folder, max_shard_size="50KB")
+    assert len(list(folder.glob("diffusion_pytorch_model-*.safetensors"))) > 2
+    source = open_component(str(folder), "transformer")
+    architecture = registry.find(source.config, "denoiser")
+    assert architecture is twin.architecture
+    cfg = architecture.config(source.config, "config.json")
+    assert cfg == twin.cfg
+    part, leaves = architecture.part(source, cfg), P.describe(twin.template)
+    places = shardings(leaves, make_mesh(data=2, fsdp=4))
+    params = transfer.load(part, leaves, places, jnp.float32, set(leaves))
+    made = dict(transfer.export(part, leaves, params, {}, None).tensors)
+    assert made.keys() == theirs.state_dict().keys()
+    for key, tensor in theirs.state_dict().items():
+        assert made[key].tobytes() == tensor.view(torch.int16).numpy().tobytes()
+
+
+def assert_remat_changes_no_gradient(twin, inputs):
+    grads = {}
+    for remat in ("none", *CONV_REMAT):
+
+        def loss(params, remat=remat):
+            return jnp.square(P.bind(twin.template, params)(*inputs, remat=remat)).sum()
+
+        grads[remat] = jax.jit(jax.grad(loss)).lower(twin.params).compile(QUICK)(twin.params)
+    for remat in CONV_REMAT:
+        assert max(worst(grads[remat][path], g) for path, g in grads["none"].items()) < 1e-4

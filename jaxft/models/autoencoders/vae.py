@@ -1,4 +1,7 @@
-"""AutoencoderKL of SD 1.x, 2.x, SDXL and the 16-channel models: images to latents and back."""
+"""AutoencoderKL of SD 1.x, 2.x, SDXL and the 16-channel models, and AutoencoderKLFlux2.
+
+They are images to latents and back.
+"""
 
 from collections.abc import Iterable
 from itertools import zip_longest
@@ -9,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxft.core.params import CONSTANT_ROLE
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention.attention import attention
 from jaxft.models.autoencoders.vae_config import VAEConfig
@@ -183,6 +187,40 @@ class VAEDecoder(nnx.Module):
         return jax.nn.silu(self.conv_norm_out(x))
 
 
+class LatentStatistics(nnx.Module):
+    """Mean and variance of each channel and place of 2 x 2 latents, by which FLUX.2 scales them.
+
+    In torch it is a batch norm of the 4 C channels of patches, in the order channel, row, column.
+    It never trains.
+    """
+
+    def __init__(self, channels: int, eps: float):
+        self.mean = nnx.Param(jnp.zeros((4 * channels,)), axes=("norm",), role=CONSTANT_ROLE)
+        self.var = nnx.Param(jnp.ones((4 * channels,)), axes=("norm",), role=CONSTANT_ROLE)
+        self.eps = eps
+
+    def normalise(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Return (z - mean) / sqrt(variance + eps) of latents with even Y and X, in fp32."""
+        mean, std = self._by_place()
+        return ((_cells(latents) - mean) / std).reshape(latents.shape)  # [B, Y, X, C]
+
+    def restore(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Return the inverse of `normalise`."""
+        mean, std = self._by_place()
+        return (_cells(latents) * std + mean).reshape(latents.shape)  # [B, Y, X, C]
+
+    def _by_place(self) -> tuple[Float[Array, "2 1 2 C"], Float[Array, "2 1 2 C"]]:
+        std = jnp.sqrt(self.var[...].astype(jnp.float32) + self.eps)
+        both = (self.mean[...].astype(jnp.float32), std)
+        mean, std = (x.reshape(-1, 2, 2).transpose(1, 2, 0) for x in both)  # [2, 2, C]
+        return mean[:, None], std[:, None]
+
+
+def _cells(latents: Float[Array, "B Y X C"]) -> Float[Array, "B y 2 x 2 C"]:
+    b, y, x, c = latents.shape
+    return latents.reshape(b, y // 2, 2, x // 2, 2, c).astype(jnp.float32)  # [B, Y/2, 2, X/2, 2, C]
+
+
 class VAE(nnx.Module):
     """The whole autoencoder. It computes in the dtype of its input.
 
@@ -201,6 +239,16 @@ class VAE(nnx.Module):
             Conv(one, one, 1, key=keys[3], axes=REPLICATED_KERNEL) if cfg.post_quant_conv else None
         )
         self.post_quant_conv = nnx.data(post)
+        own = None if cfg.norm_eps is None else LatentStatistics(one, cfg.norm_eps)
+        self.bn = nnx.data(own)
+
+    def scale(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Return latents scaled for the diffusion model."""
+        return self.cfg.scale(latents) if self.bn is None else self.bn.normalise(latents)
+
+    def unscale(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Return latents for the decoder: the inverse of `scale`."""
+        return self.cfg.unscale(latents) if self.bn is None else self.bn.restore(latents)
 
     def encode(self, images: Float[Array, "B Y X C"], remat: str = "none") -> Moments:
         """Return fp32 moments of images [B, Y, X, 3] in [-1, 1], `cfg.factor` times smaller."""
@@ -212,7 +260,7 @@ class VAE(nnx.Module):
         return Moments(mean, jnp.where(inside, logvar, jnp.clip(logvar, -30.0, 20.0)))
 
     def decode(self, latents: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 F"]:
-        """Return the images of unscaled latents (`cfg.unscale`), mostly within [-1, 1]."""
+        """Return the images of unscaled latents (`unscale`), mostly within [-1, 1]."""
         return self.decoder.conv_out(self.features(latents))
 
     def features(
@@ -255,6 +303,8 @@ RULES = (
     Rule("{p}.to_out.0.bias", "{p}.to_out.bias"),
     Rule("{p}.to_{pq}.weight", "{p}.to_{pq}.kernel", _DENSE),
     *(Rule(f"{{p}}.{old}.weight", f"{{p}}.{new}.kernel", _DENSE) for old, new in _OLD.items()),
+    Rule("bn.running_mean", "bn.mean"),
+    Rule("bn.running_var", "bn.var"),
     Rule("{p}_conv.weight", "{p}_conv.kernel", _CONV),
     Rule("{p}.conv.weight", "{p}.conv.kernel", _CONV),
     Rule("{p}.conv{m}.weight", "{p}.conv{m}.kernel", _CONV),
@@ -264,6 +314,7 @@ RULES = (
     *(Rule(f"{{p}}.{old}.bias", f"{{p}}.{new}.bias") for old, new in _OLD.items()),
 )
 
+VAE_IGNORE = (r"bn\.num_batches_tracked",)  # a counter of torch's batch norm
 
 ARCHITECTURE = Architecture(
     family="autoencoder",

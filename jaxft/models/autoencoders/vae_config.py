@@ -1,14 +1,14 @@
-"""Fields of an AutoencoderKL's config.json, as one frozen dataclass."""
+"""Fields of the config.json of an AutoencoderKL, or of FLUX.2's, as one frozen dataclass."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.core.errors import UserError
-from jaxft.weights.fields import ANY, fields
+from jaxft.weights.fields import ANY, fields, refused
 
 FILE = "vae/config.json"
 
@@ -34,6 +34,29 @@ DEFAULTS: dict[str, Any] = {
     "mid_block_add_attention": True,
     "sample_size": 32,
 }
+# Those of AutoencoderKLFlux2, whose latents are normalised by statistics that its weights hold.
+FLUX2_CLASS = "AutoencoderKLFlux2"
+FLUX2_DEFAULTS: dict[str, Any] = {
+    "_class_name": FLUX2_CLASS,
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "decoder_block_out_channels": None,
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "latent_channels": 32,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+    "batch_norm_eps": 1e-4,
+    "batch_norm_momentum": 0.1,
+    "patch_size": (2, 2),
+}
+_FLUX2_PATCH = [2, 2]
 # Keys that may be null although their default is another value, with what null means in diffusers.
 NULLS: dict[str, Any] = dict.fromkeys(
     ("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), False
@@ -46,12 +69,17 @@ _ALSO: dict[str, tuple] = {
     "latents_mean": _NUMBERS,
     "latents_std": _NUMBERS,
     "sample_size": ANY,  # not used here, and a list in some files
+    "decoder_block_out_channels": ((128,),),
 }
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The configuration of one autoencoder, with the scaling of its latents for diffusion."""
+    """The configuration of one autoencoder, with the scaling of its latents for diffusion.
+
+    norm_eps: added to the variance of FLUX.2's latents. None for other autoencoders, whose scaling
+    is in their config.json. It is left out of the text that names a cache of unscaled latents.
+    """
 
     in_channels: int
     out_channels: int
@@ -66,11 +94,17 @@ class VAEConfig:
     scaling_factor: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    norm_eps: float | None = field(default=None, repr=False)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str = FILE) -> "VAEConfig":
         """Read a config.json. Raises: UserError for values that are not supported."""
-        get = fields(config, DEFAULTS, NULLS, where, _ALSO)
+        flux2 = config.get("_class_name") == FLUX2_CLASS
+        get = fields(config, FLUX2_DEFAULTS if flux2 else DEFAULTS, NULLS, where, _ALSO)
+        if flux2:
+            # No scaling: that of its latents is in the weights.
+            get = {**DEFAULTS, "scaling_factor": 1.0, "force_upcast": False, **get}
+            _check_flux2(get, where)
         _check(get, where)
         mean, channels = get["latents_mean"], get["latent_channels"]
         if mean is None:
@@ -89,12 +123,18 @@ class VAEConfig:
             scaling_factor=get["scaling_factor"],
             mean=tuple(mean),
             std=tuple(get["latents_std"] or (1.0,)),
+            norm_eps=get.get("batch_norm_eps"),
         )
 
     @property
     def factor(self) -> int:
         """Pixels for one latent, in each direction."""
         return 2 ** (len(self.widths) - 1)
+
+    @property
+    def takes_mode(self) -> bool:
+        """True for FLUX.2, which is trained on the mode of the posterior and not on samples."""
+        return self.norm_eps is not None
 
     @property
     def moments(self) -> int:
@@ -122,9 +162,17 @@ class VAEConfig:
         return latents * (std / self.scaling_factor) + mean
 
 
+def _check_flux2(get: Mapping[str, Any], where: str) -> None:
+    widths, own = list(get["block_out_channels"]), get["decoder_block_out_channels"]
+    if own is not None and list(own) != widths:
+        raise refused(where, "decoder_block_out_channels", own, f"null or {widths}")
+    if list(get["patch_size"]) != _FLUX2_PATCH:
+        raise refused(where, "patch_size", get["patch_size"], _FLUX2_PATCH)
+
+
 def _check(get: Mapping[str, Any], where: str) -> None:
     """Raise UserError for values that are not supported, or that contradict each other."""
-    if get["_class_name"] != "AutoencoderKL":
+    if get["_class_name"] not in ("AutoencoderKL", FLUX2_CLASS):
         raise UserError(
             f"{where}: _class_name={get['_class_name']!r} is not supported; expected AutoencoderKL,"
             " the VAE that the model was trained with"

@@ -3,7 +3,7 @@
 Source: Esser et al. 2024, arXiv:2403.03206, figure 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxft.core.errors import UserError
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention.attention import attention
 from jaxft.kernels.elementwise import recomputed
@@ -49,8 +50,8 @@ class HeadSizes(Protocol):
 class Modulation(nnx.Module):
     """The shifts, scales and gates of a block, projected from the embedding of time and text."""
 
-    def __init__(self, dim: int, chunks: int, *, key: PRNGKeyArray):
-        self.linear = dense(dim, chunks * dim, key=key)
+    def __init__(self, dim: int, chunks: int, *, key: PRNGKeyArray, bias: bool = True):
+        self.linear = dense(dim, chunks * dim, key=key, bias=bias)
         self.chunks = chunks
 
     def __call__(
@@ -174,32 +175,47 @@ class JointBlock(nnx.Module):
             q, k, v = self.attn2(adaptive_layer_norm(x, shift2, scale2, JOINT_EPS), keys)
             heads2 = attention(q, k, v, causal=False)  # [B, T, N, H]
             made = made + gate2[:, None] * self.attn2.output(heads2, keys)
-        made = _mlp(self.ff, made, rest[:3], keys)
+        made = add_mlp(self.ff, made, rest[:3], JOINT_EPS, keys)
         if self.ff_context is None:
             return made, text
         text_gate, *text_rest = text_rest
         text = text + text_gate[:, None] * self.attn_context.output(heads[:, count:], keys)
-        return made, _mlp(self.ff_context, text, text_rest, keys)
+        return made, add_mlp(self.ff_context, text, text_rest, JOINT_EPS, keys)
 
 
-def _mlp(layer: GeluMLP, x: Array, modulation: list[Array], keys: PRNGKeyArray | None) -> Array:
+def add_mlp(
+    layer: Callable[..., Array],
+    x: Float[Array, "B T D"],
+    modulation: Sequence[Float[Array, "B D"]],
+    eps: float,
+    keys: PRNGKeyArray | None,
+) -> Float[Array, "B T D"]:
     """Return x with the gated output of an MLP added. modulation: its shift, scale and gate."""
     shift, scale, gate = modulation
-    return x + gate[:, None] * layer(adaptive_layer_norm(x, shift, scale, JOINT_EPS), keys)
+    return x + gate[:, None] * layer(adaptive_layer_norm(x, shift, scale, eps), keys)
+
+
+def check_sides(y: int, x: int, side: int) -> None:
+    """Raise UserError for latents that tokens of `side` x `side` do not cover."""
+    if y % side or x % side:
+        raise UserError(
+            f"latents of {y} x {x} are no multiple of the model's patches of {side} x {side}"
+        )
 
 
 def scan_blocks(
     stack: Callable[..., Any],
     layers: range,
     x: Any,
-    time: Float[Array, "B D"],
+    time: Any,
     keys: PRNGKeyArray | None,
     run: Callable[..., Any],
     places: Any = None,
 ) -> Any:
     """Return activations after a stack of blocks, leaves [layers, ...], by one scan.
 
-    layers: their numbers. They are folded into `keys`, so that dropout masks differ. run: calls one
+    layers: their numbers. They are folded into `keys`, so that dropout masks differ. time: its
+    embedding, or the modulations that all blocks of the stack share. run: calls one
     block on x, time, keys and places, as `conv.runner` makes it. places: the rotation of tokens, in
     the form that the blocks take.
     """

@@ -46,7 +46,7 @@ def condition(
     latents = moments.mean if own is None else vae.sample(moments, own[:, 1])
     factor = cfg.vae.factor
     corners = mask[:, ::factor, ::factor]  # [B, Y, X, 1]
-    scaled = cfg.vae.scale(latents.astype(jnp.float32))
+    scaled = model.vae.scale(latents.astype(jnp.float32))
     return jnp.concatenate([corners, scaled], axis=-1)  # [B, Y, X, 1 + C]
 
 

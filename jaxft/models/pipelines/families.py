@@ -6,37 +6,43 @@ from typing import Any, NamedTuple
 from jaxtyping import PRNGKeyArray
 
 from jaxft.core.errors import UserError
-from jaxft.models.denoisers.flux import flux
+from jaxft.models.denoisers.flux import flux, flux2
 from jaxft.models.denoisers.mmdit import mmdit
 from jaxft.models.denoisers.zimage import zimage
 from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.flow import common
-from jaxft.models.pipelines.flow.flux import Flux, FluxPipelineConfig
-from jaxft.models.pipelines.flow.stable_diffusion_3 import SD3Config, StableDiffusion3
-from jaxft.models.pipelines.flow.zimage import ZImage, ZImagePipelineConfig
+from jaxft.models.pipelines.flow import flux as flux_pipeline
+from jaxft.models.pipelines.flow import klein as klein_pipeline
+from jaxft.models.pipelines.flow import stable_diffusion_3 as sd3_pipeline
+from jaxft.models.pipelines.flow import zimage as zimage_pipeline
+from jaxft.models.pipelines.flow.common import FlowConfig
+from jaxft.models.pipelines.flow.flux import Flux
+from jaxft.models.pipelines.flow.klein import Klein
+from jaxft.models.pipelines.flow.stable_diffusion_3 import StableDiffusion3
+from jaxft.models.pipelines.flow.zimage import ZImage
 from jaxft.models.pipelines.stable_diffusion import PipelineConfig, StableDiffusion
 from jaxft.models.registry import Architecture
 from jaxft.weights.folders.diffusers import Pipeline
 from jaxft.weights.transfer import Part
 
-AnyConfig = PipelineConfig | SD3Config | FluxPipelineConfig | ZImagePipelineConfig
-AnyPipeline = StableDiffusion | StableDiffusion3 | Flux | ZImage
+AnyConfig = PipelineConfig | FlowConfig
+AnyPipeline = StableDiffusion | StableDiffusion3 | Flux | Klein | ZImage
 
 
 class FlowFamily(NamedTuple):
-    """The config and the module of a pipeline, and the architecture of its transformer."""
+    """The reader of a pipeline's config, its module, and the architecture of its transformer."""
 
-    config: type[SD3Config] | type[FluxPipelineConfig] | type[ZImagePipelineConfig]
+    read: Callable[[Pipeline], FlowConfig]
     module: Callable[..., Any]
     denoiser: Architecture
 
 
 FLOW = {  # families that are trained by flow matching
-    "sd3": FlowFamily(SD3Config, StableDiffusion3, mmdit.ARCHITECTURE),
-    "flux": FlowFamily(FluxPipelineConfig, Flux, flux.ARCHITECTURE),
-    "zimage": FlowFamily(ZImagePipelineConfig, ZImage, zimage.ARCHITECTURE),
+    "sd3": FlowFamily(sd3_pipeline.read, StableDiffusion3, mmdit.ARCHITECTURE),
+    "flux": FlowFamily(flux_pipeline.read, Flux, flux.ARCHITECTURE),
+    "flux2": FlowFamily(klein_pipeline.read, Klein, flux2.ARCHITECTURE),
+    "zimage": FlowFamily(zimage_pipeline.read, ZImage, zimage.ARCHITECTURE),
 }
-BY_CONFIG = {one.config: one for one in FLOW.values()}
 
 
 def read_config(pipeline: Pipeline, prediction: str = "", zero_snr: bool = False) -> AnyConfig:
@@ -53,18 +59,18 @@ def read_config(pipeline: Pipeline, prediction: str = "", zero_snr: bool = False
             f"{key} is for DDPM noise, but {pipeline.name} is trained by flow matching; leave it"
             " out"
         )
-    return FLOW[pipeline.family].config.of(pipeline)
+    return FLOW[pipeline.family].read(pipeline)
 
 
 def build(cfg: AnyConfig, key: PRNGKeyArray) -> AnyPipeline:
     """Return all networks of a pipeline with random parameters."""
     if isinstance(cfg, PipelineConfig):
         return StableDiffusion(cfg, key=key)
-    return BY_CONFIG[type(cfg)].module(cfg, key=key)
+    return FLOW[cfg.family].module(cfg, key=key)
 
 
 def parts(pipeline: Pipeline, cfg: AnyConfig) -> tuple[Part, ...]:
     """Return the parts of a pipeline, which fill its parameters and which an export writes."""
     if isinstance(cfg, PipelineConfig):
         return stable_diffusion.parts(pipeline, cfg)
-    return common.parts(pipeline, cfg, BY_CONFIG[type(cfg)].denoiser)
+    return common.parts(pipeline, cfg, FLOW[cfg.family].denoiser)

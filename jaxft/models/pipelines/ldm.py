@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from jaxft.models.autoencoders.vae_config import VAEConfig
+from jaxft.models.denoisers.flux.flux2_config import Flux2Config
+from jaxft.models.denoisers.flux.flux2_single_file import flux2_layout
 from jaxft.models.denoisers.flux.flux_config import FluxConfig
 from jaxft.models.denoisers.flux.flux_single_file import flux_layout
 from jaxft.models.denoisers.mmdit.mmdit_config import MMDiTConfig
@@ -23,7 +25,7 @@ from jaxft.weights.folders.single_file import (
 )
 from jaxft.weights.folders.single_file import VAE_PREFIX as FIRST_STAGE
 
-FLUX_VAE = "vae."  # ComfyUI expects it in a file of FLUX.1 and Z-Image
+FLUX_VAE = "vae."  # ComfyUI expects it in a file of FLUX and Z-Image
 SINGLE = (".safetensors", ".ckpt", ".pt", ".bin")
 RESNET = {
     "norm1": "in_layers.0",
@@ -104,6 +106,8 @@ def layouts(pipeline: Pipeline) -> dict[str, LDMLayout]:
             return {"transformer": denoiser, "vae": decoder}
         if pipeline.family == "flux":
             denoiser = flux_layout(FluxConfig.from_hf(configs["transformer"]))
+        elif pipeline.family == "flux2":
+            denoiser = flux2_layout(Flux2Config.from_hf(configs["transformer"]))
         else:
             denoiser = zimage_layout(ZImageConfig.from_hf(configs["transformer"]))
         return {"transformer": denoiser, "vae": decoder._replace(prefix=FLUX_VAE)}
@@ -187,6 +191,8 @@ def vae_layout(cfg: VAEConfig) -> LDMLayout:
     resnets = {ours: theirs for ours, theirs in names.items() if ".resnets." in ours}
     for ours, theirs in resnets.items():
         names[f"{ours}.conv_shortcut"] = f"{theirs}.nin_shortcut"
+    if cfg.norm_eps is not None:  # the names of FLUX.2's VAE
+        names |= {"quant_conv": "encoder.quant_conv", "post_quant_conv": "decoder.post_quant_conv"}
     # Losses and averages of LDM's training, which no program reads.
     return LDMLayout(FIRST_STAGE, names, arrows, ignore=r"(loss|model_ema)\..*")
 

@@ -335,7 +335,7 @@ def generate(
         return guide_edit(first[0], image, cond, guidance.scale, guidance.image, guidance.rescale)
 
     latents = denoise(predict, noise, sampler)
-    images = model.vae.decode(cfg.vae.unscale(latents).astype(dtype))  # [B, Y2, X2, 3]
+    images = model.vae.decode(model.vae.unscale(latents).astype(dtype))  # [B, Y2, X2, 3]
     return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
 
 

@@ -14,14 +14,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxft.core.errors import UserError
 from jaxft.core.sharding import constrain
 from jaxft.kernels.elementwise import recomputed
 from jaxft.kernels.loops import unrolls
 from jaxft.models.registry import Architecture
 from jaxft.nn.linear import Embedding, Linear, gather_rows
 from jaxft.nn.norm import RMSNorm
-from jaxft.weights.fields import fields
+from jaxft.weights.fields import fields, refused
 from jaxft.weights.folders.transformers import Source
 from jaxft.weights.rules import Rule
 from jaxft.weights.views import Renamed
@@ -76,14 +75,14 @@ class T5EncoderConfig:
         Raises: UserError for values that no layer here computes.
         """
         if config.get("model_type", "t5") != "t5":
-            raise _refused(where, "model_type", config["model_type"], "t5")
+            raise refused(where, "model_type", config["model_type"], "t5")
         c = fields(config, DEFAULTS, {}, where)
         _check_mlp(config, c["feed_forward_proj"], where)
         buckets, most = c["relative_attention_num_buckets"], c["relative_attention_max_distance"]
         # A quarter of the buckets are exact. Logarithms need one of these, and some distance.
         if buckets % 4 or most <= buckets // 4:
             expected = f"a multiple of 4 below 4 x relative_attention_max_distance={most}"
-            raise _refused(where, "relative_attention_num_buckets", buckets, expected)
+            raise refused(where, "relative_attention_num_buckets", buckets, expected)
         return cls(
             vocab_size=c["vocab_size"],
             hidden_size=c["d_model"],
@@ -110,13 +109,9 @@ def _check_mlp(config: Mapping[str, Any], name: str, where: str) -> None:
     }
     for key, values in (("is_gated_act", (True,)), ("dense_act_fn", TANH_GELU)):
         if key in config and config[key] not in values:
-            raise _refused(where, key, config[key], f"{values[0]!r}, that of T5 v1.1")
+            raise refused(where, key, config[key], f"{values[0]!r}, that of T5 v1.1")
         if key not in config and own[key] not in values:
-            raise _refused(where, "feed_forward_proj", name, "'gated-gelu', that of T5 v1.1")
-
-
-def _refused(where: str, key: str, value: Any, expected: str) -> UserError:
-    return UserError(f"{where}: {key}={value!r} is not supported; expected {expected}")
+            raise refused(where, "feed_forward_proj", name, "'gated-gelu', that of T5 v1.1")
 
 
 class T5Attention(nnx.Module):

@@ -32,9 +32,14 @@ VERSIONS = {
     "sd2": "sd_v2",
     "sdxl": "sdxl_base_v1-0",
     "flux": "flux1",
+    "flux2": "flux2",
     "zimage": "zimage",
 }
-NETWORKS = {"flux": "networks.lora_flux", "zimage": "networks.lora_zimage"}
+NETWORKS = {
+    "flux": "networks.lora_flux",
+    "flux2": "networks.lora_flux_2",
+    "zimage": "networks.lora_zimage",
+}
 
 
 class Site(NamedTuple):

@@ -24,9 +24,11 @@ COMPONENTS = ("unet", "transformer", "vae", *TEXT_ENCODERS)
 FAMILIES = {
     "SD3Transformer2DModel": "sd3",
     "FluxTransformer2DModel": "flux",
+    "Flux2Transformer2DModel": "flux2",
     "ZImageTransformer2DModel": "zimage",
 }
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+GENERATION = "generation_config.json"  # beside a text encoder that is a language model
 LEGACY = "text_model."  # transformers 4 cannot read a CLIPTextModel without this prefix in its keys
 BULKY = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5", ".safetensors")
 
@@ -38,7 +40,7 @@ class Pipeline:
     """A pipeline, before any renaming, conversion or cast.
 
     `components` are the parts with weights that jaxft computes. The `side_files` of a component are
-    its config.json and its weight files, named without a variant. `files` maps relative paths to
+    its JSON files and its weight files, named without a variant. `files` maps relative paths to
     all other files that an export copies. `layout` is "diffusers", or the family of a single file.
     """
 
@@ -152,6 +154,8 @@ def _component(name: str, folder: Path, weights: bool) -> Source:
     files = _weight_files(folder, stems) if weights else {}
     tensors = _open_weights(folder, files) if weights else None
     side = {"config.json": folder / "config.json", **files}
+    if (folder / GENERATION).is_file():
+        side[GENERATION] = folder / GENERATION
     refuse_outside(folder, (path for path in side.values() if isinstance(path, Path)))
     return Source(name, config, tensors, side, folder)
 
@@ -310,7 +314,7 @@ def pipeline_files(pipeline: Pipeline, changes: Changes = UNCHANGED) -> Files:
         for file, content in source.side_files.items():
             if file == "config.json":
                 content = _edited(content, source.config, changes.configs.get(name, {}))
-            elif name in rewritten:
+            elif name in rewritten and file != GENERATION:
                 continue
             files[f"{name}/{file}"] = content
     for encoder in TEXT_ENCODERS:

@@ -7,9 +7,9 @@ from typing import Any
 
 from jaxft.core.errors import UserError
 
-GIVE = "give a Stable Diffusion 1.x, 2.x, XL or 3.x model, FLUX.1 or Z-Image"
+GIVE = "give a Stable Diffusion 1.x, 2.x, XL or 3.x model, FLUX.1, FLUX.2 klein or Z-Image"
 # Models by the start of the class name of their transformer.
-TRANSFORMERS = {"Flux2": "FLUX.2", "Chroma": "Chroma"}
+TRANSFORMERS = {"Chroma": "Chroma"}
 # Pipelines with a UNet of another kind, by a part of their class name.
 UNETS = {
     "Upscale": "an upscaler, whose UNet takes a low-resolution picture and its noise level",
@@ -26,9 +26,14 @@ SD3_TEXTS = {
 }
 FLUX_TEXTS = {"text_encoder": ("CLIPTextModel",), "text_encoder_2": ("T5EncoderModel",)}
 ZIMAGE_TEXTS = {"text_encoder": ("Qwen3Model", "Qwen3ForCausalLM")}
-# Pipelines of a caption alone, by the class of their transformer: model, class and text encoders.
+KLEIN_PARTS = {
+    "text_encoder": ("Qwen3ForCausalLM", "Qwen3Model"),
+    "vae": ("AutoencoderKLFlux2",),
+}
+# Pipelines of a caption alone, by the class of their transformer: model, class and other parts.
 CAPTIONED = {
     "FluxTransformer2DModel": ("FLUX.1", "FluxPipeline", FLUX_TEXTS),
+    "Flux2Transformer2DModel": ("FLUX.2", "Flux2KleinPipeline", KLEIN_PARTS),
     "ZImageTransformer2DModel": ("Z-Image", "ZImagePipeline", ZIMAGE_TEXTS),
 }
 # Single files of other kinds, by a key that only they have. The first match counts.
@@ -38,6 +43,8 @@ REFUSED_KEYS = {
     " quantised weights; give its fp16 or plain fp8 version",
     r"(.*\.)?distilled_guidance_layer\..*": "Chroma, a diffusion transformer that is not supported"
     f" yet; {GIVE}",
+    r"(.*\.)?double_stream_modulation_img\..*": "FLUX.2, whose single files are not read yet; give"
+    " its diffusers folder",
     r"(.*\.)?double_blocks\..*": "FLUX.1, whose single files are not read yet; give its"
     " diffusers folder",
     r"(.*\.)?joint_blocks\..*": "Stable Diffusion 3, whose single files are not read yet; give its"
@@ -66,13 +73,13 @@ def check_index(index: Mapping[str, Any], where: Path) -> None:
         _check_parts(classes, SD3_TEXTS, "text_encoder_3", name, where)
         return
     if classes.get("transformer", "") in CAPTIONED:
-        model, wanted, texts = CAPTIONED[classes["transformer"]]
+        model, wanted, parts = CAPTIONED[classes["transformer"]]
         if name != wanted:
             raise UserError(
-                f"{where}: {name} is a {model} pipeline with other inputs than a caption, which is"
-                f" not supported; give a {wanted}"
+                f"{where}: {name} is a {model} pipeline with other inputs than a caption, or with"
+                f" another text encoder, which is not supported; give a {wanted}"
             )
-        _check_parts(classes, texts, "", name, where)
+        _check_parts(classes, parts, "", name, where)
         return
     if "unet" not in classes and (found := classes.get("transformer")):
         model = next((m for start, m in TRANSFORMERS.items() if found.startswith(start)), found)

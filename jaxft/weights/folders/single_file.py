@@ -285,9 +285,14 @@ ARCHITECTURES = {
     "sdxl": "stable-diffusion-xl-v1-base",
     "sd3": "stable-diffusion-v3",
     "flux": "flux-1",
+    "flux2": "Flux.2-klein",
     "zimage": "z-image",
 }
-AUTHORS = {"flux": "black-forest-labs/flux", "zimage": "Tongyi-MAI/Z-Image"}
+AUTHORS = {
+    "flux": "black-forest-labs/flux",
+    "flux2": "black-forest-labs/flux2",
+    "zimage": "Tongyi-MAI/Z-Image",
+}
 
 
 def modelspec(

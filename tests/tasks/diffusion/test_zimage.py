@@ -1,7 +1,5 @@
 """Runs of Z-Image: folders and LoRA that diffusers loads, and what is refused."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -9,22 +7,28 @@ from diffusers import ZImagePipeline
 from diffusers.loaders.single_file_utils import (
     convert_z_image_transformer_checkpoint_to_diffusers as converted,
 )
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import load_file as torch_file
 
-from jaxft import export, sample, train
 from jaxft.core.errors import UserError
 from jaxft.models.pipelines import families
 from jaxft.models.pipelines.ldm import open_model
-from tests.tiny_diffusion import flags_of, make_pictures
+from tests.tasks.diffusion.flow_runs import (
+    CALL,
+    LORA,
+    PROMPT,
+    assert_drawn_and_in_one_file,
+    assert_goes_on,
+    assert_transformer_alone_changed,
+    assert_zero_steps_keep_a_distilled_source,
+    cached_run,
+    damaged,
+    lora_run,
+    refusal,
+)
+from tests.tiny_diffusion import make_pictures
 from tests.tiny_zimage import make_zimage
 
 pytestmark = pytest.mark.usefixtures("quick", "one_thread")
-NAME = "diffusion_pytorch_model.safetensors"
-LORA = {"lora.rank": 4, "lora.alpha": 6.0, "export.kind": "lora", "optim.lr": 0.05}
-CALL = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np"}
-PROMPT = "a red fish"
 
 
 @pytest.fixture(scope="module")
@@ -44,87 +48,43 @@ def drawn(folder, lora=None):
     return pipe(PROMPT, latents=noise, **CALL).images
 
 
-def losses(work):
-    lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
-    return [line["eval_loss"] for line in lines if "eval_loss" in line]
-
-
 def test_a_run_exports_a_folder_that_diffusers_draws_with(folders, tmp_path, capsys):
     """With buckets of several sizes, dropped captions, and each caption encoded once."""
-    source = folders["base"]
+    source, work = folders["base"], tmp_path / "run"
     data = make_pictures(tmp_path / "pictures", sizes=((24, 20), (16, 40)))
-    work = tmp_path / "run"
-    changes = {"cache": tmp_path / "cache", "export.kind": "folder", "buckets": True}
-    flags = [*flags_of(source, data, {**changes, "caption_dropout": 0.3}), "--workdir", str(work)]
-    assert train.main(flags) == 0
-    told = capsys.readouterr().out
+    told = cached_run(source, data, work, capsys)
     assert "Z-Image, flow matching" in told and "distilled" not in told
-    assert "cached embeddings of 24" in told and "loss_t0.0625" in told
-    assert train.main(flags) == 0 and "is finished" in capsys.readouterr().out
-    exported, own = (load_file(x / "transformer" / NAME) for x in (work / "export", source))
-    assert exported.keys() == own.keys()
-    assert all(not np.array_equal(x, exported[key]) for key, x in own.items())
-    for other in ("vae", "text_encoder", "tokenizer"):
-        for file in (source / other).iterdir():
-            assert file.read_bytes() == (work / "export" / other / file.name).read_bytes(), file
+    assert_transformer_alone_changed(source, work / "export")
     assert np.abs(drawn(source) - drawn(work / "export")).max() > 1e-3
-    arguments = ["--workdir", str(work), "--prompt", "a fish", "--guidance", "5"]
-    assert sample.main(arguments) == 0
-    out = tmp_path / "single"
-    arguments = ["--workdir", str(work), "--out", str(out), "--kind", "single_file"]
-    assert export.main(arguments) == 0
-    (file,) = out.glob("*.safetensors")
-    made = converted({k: x for k, x in torch_file(file).items() if not k.startswith("vae.")})
-    assert made.keys() == exported.keys()
-    assert all(made[key].numpy().tobytes() == x.tobytes() for key, x in exported.items())
-    with safe_open(file, "np") as opened:
-        assert opened.metadata()["modelspec.architecture"] == "z-image"
-    assert train.main([*flags_of(file, data), "--workdir", str(tmp_path / "y")]) == 2
-    assert "give its diffusers folder" in capsys.readouterr().err
+    assert_drawn_and_in_one_file(source, data, work, converted, "z-image", capsys)
 
 
 def test_zero_steps_give_the_source_bitwise_and_turbo_is_called_distilled(
     folders, tmp_path, capsys
 ):
-    source, data = folders["turbo"], make_pictures(tmp_path / "pictures", count=8)
-    changes = {"total": "0_steps", "export.kind": "folder", "data.eval": ""}
-    work = tmp_path / "run"
-    assert train.main([*flags_of(source, data, changes), "--workdir", str(work)]) == 0
-    (line,) = [one for one in capsys.readouterr().out.splitlines() if "distilled" in one]
-    assert "Z-Image-Turbo" in line and "training on pictures undoes a part of that" in line
-    for file in (file for file in source.rglob("*") if file.is_file()):
-        copy = work / "export" / file.relative_to(source)
-        if file.suffix == ".json":
-            assert json.loads(copy.read_bytes()) == json.loads(file.read_bytes())
-        else:
-            assert file.read_bytes() == copy.read_bytes(), file
+    data = make_pictures(tmp_path / "pictures", count=8)
+    told = assert_zero_steps_keep_a_distilled_source(
+        folders["turbo"], data, tmp_path / "run", capsys
+    )
+    assert "Z-Image-Turbo" in told
 
 
 def test_t33_a_lora_has_the_same_effect_in_diffusers_and_goes_on(folders, tmp_path):
     """In diffusers' layout, and in kohya's with q, k and v in one module, as ComfyUI has them."""
     source, data = folders["base"], make_pictures(tmp_path / "pictures", count=8)
-    work = tmp_path / "run"
-    assert train.main([*flags_of(source, data, LORA), "--workdir", str(work)]) == 0
-    peft = work / "export" / "pytorch_lora_weights.safetensors"
-    keys = load_file(peft)
+    peft, kohya, merged = lora_run(source, data, tmp_path / "run")
+    keys, wanted = load_file(peft), drawn(merged)
     assert len(keys) == 2 * 4 * (2 + 1 + 1)
-    merged = tmp_path / "merged"
-    arguments = ["--workdir", str(work), "--out", str(merged), "--kind", "folder"]
-    assert export.main(arguments) == 0
-    (kohya,) = (work / "export").glob("*.kohya.safetensors")
-    wanted = drawn(merged)
     assert np.abs(wanted - drawn(source)).max() > 1e-3
     trained = {key.removeprefix("transformer."): x for key, x in keys.items()}
     # The names of ai-toolkit, and those of the original code with q, k and v in one module.
     split, fused = tmp_path / "split.safetensors", tmp_path / "fused.safetensors"
     save_file({f"diffusion_model.{key}": x for key, x in trained.items()}, split)
     save_file(original(load_file(kohya)), fused)
-    for file in (work / "export", kohya, split):
+    for file in (peft.parent, kohya, split):
         np.testing.assert_allclose(drawn(source, file), wanted, atol=1e-5)
-    for name, file in {"on": peft, "kohya": kohya, "split": split, "fused": fused}.items():
-        again = {"lora.from": file, "total": "1_steps"}
-        assert train.main([*flags_of(source, data, again), "--workdir", str(tmp_path / name)]) == 0
-        np.testing.assert_allclose(losses(tmp_path / name)[0], losses(work)[-1], rtol=1e-5)
+    files = {"on": peft, "kohya": kohya, "split": split, "fused": fused}
+    assert_goes_on(source, data, tmp_path / "run", files)
 
 
 def original(tensors):
@@ -139,10 +99,6 @@ def original(tensors):
             stem = stem.replace(joined, dotted)
         made[f"{stem}.{rest}"] = x
     return made
-
-
-def damaged(file, **changes):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -161,10 +117,8 @@ def damaged(file, **changes):
 )
 def test_what_zimage_has_not_is_told_in_one_line(folders, tmp_path, capsys, changes, words):
     data = make_pictures(tmp_path / "pictures", count=8)
-    flags = flags_of(folders["base"], data, changes)
-    assert train.main([*flags, "--workdir", str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and all(word in error[0] for word in words), error
+    error = refusal(folders["base"], data, tmp_path / "run", capsys, changes)
+    assert all(word in error for word in words), error
 
 
 @pytest.mark.parametrize(
@@ -188,5 +142,5 @@ def test_a_tokenizer_without_a_chat_template_is_refused(folders, tmp_path, capsy
     make_zimage().save_pretrained(tmp_path / "folder")
     (tmp_path / "folder/tokenizer/chat_template.jinja").unlink()
     data = make_pictures(tmp_path / "pictures", count=8)
-    assert train.main([*flags_of(tmp_path / "folder", data), "--workdir", str(tmp_path / "r")]) == 2
-    assert "no chat template, by which this model reads captions" in capsys.readouterr().err
+    error = refusal(tmp_path / "folder", data, tmp_path / "r", capsys)
+    assert "no chat template, by which this model reads captions" in error

@@ -35,6 +35,12 @@ ZIMAGE = {
     "vae": VAE,
     "text_encoder": ["transformers", "Qwen3Model"],
 }
+KLEIN = {
+    "_class_name": "Flux2KleinPipeline",
+    "transformer": ["diffusers", "Flux2Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLFlux2"],
+    "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+}
 XL = {**WHOLE, "_class_name": "StableDiffusionXLPipeline", "text_encoder_2": PROJECTED}
 
 
@@ -59,6 +65,9 @@ XL = {**WHOLE, "_class_name": "StableDiffusionXLPipeline", "text_encoder_2": PRO
         ({**FLUX, "vae": NONE}, "names no vae"),
         ({**ZIMAGE, "_class_name": "ZImageOmniPipeline"}, "Z-Image .*give a ZImagePipeline"),
         ({**ZIMAGE, "text_encoder": T5}, "text_encoder is a T5.*; .* a Qwen3Model there"),
+        ({**KLEIN, "_class_name": "Flux2Pipeline"}, "another text encoder.*a Flux2KleinPipeline"),
+        ({**KLEIN, "vae": VAE}, "vae is a AutoencoderKL; .* a AutoencoderKLFlux2 there"),
+        ({**KLEIN, "vae": NONE}, "names no vae"),
         ({**ZIMAGE, "text_encoder": NONE}, "names no text_encoder"),
         ({}, "names no text_encoder, unet, vae"),
     ],
@@ -69,7 +78,7 @@ def test_pipelines_that_cannot_be_trained(index, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("index", [WHOLE, XL, FLUX, ZIMAGE])
+@pytest.mark.parametrize("index", [WHOLE, XL, FLUX, KLEIN, ZIMAGE])
 def test_pipelines_that_can(index):
     check_index(index, Path("a/model_index.json"))
 
@@ -80,6 +89,7 @@ def test_pipelines_that_can(index):
         ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "FLUX"),
         ("double_blocks.0.img_attn.qkv.weight", "FLUX"),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
+        ("double_stream_modulation_img.lin.weight", "FLUX.2.*folder"),
         ("model.diffusion_model.noise_refiner.0.attention.qkv.weight", "Z-Image.*folder"),
         ("conditioner.embedders.0.model.ln_final.weight", "SDXL refiner.*SDXL base"),
         ("edm_mean", "playground"),

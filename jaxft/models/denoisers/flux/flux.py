@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxft.core.errors import UserError
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention.attention import attention
 from jaxft.models.denoisers.flux.flux_config import PATCH, FluxConfig
@@ -25,6 +24,7 @@ from jaxft.models.denoisers.joint import (
     Modulation,
     Rotation,
     StreamProjections,
+    check_sides,
     gelu,
     linear_rules,
     scan_blocks,
@@ -118,10 +118,7 @@ class FluxTransformer(nnx.Module):
         """
         dtype, run = latents.dtype if dtype is None else dtype, runner(remat)
         y, x = latents.shape[1:3]
-        if y % PATCH or x % PATCH:
-            raise UserError(
-                f"latents of {y} x {x} are no multiple of the model's patches of {PATCH} x {PATCH}"
-            )
+        check_sides(y, x, PATCH)
         time = jax.nn.silu(self.time(sigma, pooled, guidance, dtype, keys))
         time = constrain(time, "batch", None)  # [B, D], as all blocks read it
         tokens = self.x_embedder(pack(latents.astype(dtype)), keys)  # [B, T, D]

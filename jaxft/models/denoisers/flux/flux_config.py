@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.core.errors import UserError
-from jaxft.weights.fields import ANY, fields
+from jaxft.weights.fields import ANY, check_axes, fields, refused
 
 FILE = "transformer/config.json"
 
@@ -86,22 +85,10 @@ def _check(c: Mapping[str, Any], where: str) -> None:
     wanted = {"_class_name": DEFAULTS["_class_name"], "patch_size": 1}
     for key, value in wanted.items():
         if c[key] != value:
-            raise _refused(where, key, c[key], value)
+            raise refused(where, key, c[key], value)
     if c["in_channels"] % PATCH**2:
-        raise _refused(where, "in_channels", c["in_channels"], "a multiple of 4, for 2 x 2 latents")
+        raise refused(where, "in_channels", c["in_channels"], "a multiple of 4, for 2 x 2 latents")
     if c["out_channels"] not in (None, c["in_channels"]):
         why = f"null or in_channels={c['in_channels']}: FLUX.1 Fill and its kin take more pictures"
-        raise _refused(where, "out_channels", c["out_channels"], why)
-    axes, head = c["axes_dims_rope"], c["attention_head_dim"]
-    if (
-        not isinstance(axes, list | tuple)
-        or len(axes) != 3
-        or any(type(one) is not int or one < 0 or one % 2 for one in axes)
-        or sum(axes) != head
-    ):
-        expected = f"three even numbers of the sum attention_head_dim={head}"
-        raise _refused(where, "axes_dims_rope", axes, expected)
-
-
-def _refused(where: str, key: str, value: Any, expected: Any) -> UserError:
-    return UserError(f"{where}: {key}={value!r} is not supported; expected {expected}")
+        raise refused(where, "out_channels", c["out_channels"], why)
+    check_axes(c, "axes_dims_rope", 3, c["attention_head_dim"], "attention_head_dim", where)

@@ -22,6 +22,7 @@ from jaxft.models.denoisers.joint import (
     JointBlock,
     Modulation,
     Tokens,
+    check_sides,
     linear_rules,
     scan_blocks,
 )
@@ -141,8 +142,7 @@ class MMDiT(nnx.Module):
 
 def _check_size(cfg: MMDiTConfig, y: int, x: int) -> None:
     p, most = cfg.patch_size, cfg.max_patches
-    if y % p or x % p:
-        raise UserError(f"latents of {y} x {x} are no multiple of the model's patches of {p} x {p}")
+    check_sides(y, x, p)
     if max(y, x) > p * most:
         raise UserError(
             f"latents of {y} x {x} are larger than {p * most}, the side of the model's table of"

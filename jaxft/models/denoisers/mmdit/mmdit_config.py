@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from jaxft.core.errors import UserError
-from jaxft.weights.fields import ANY, fields
+from jaxft.weights.fields import ANY, fields, refused
 
 FILE = "transformer/config.json"
 
@@ -110,21 +109,17 @@ class MMDiTConfig:
 
 def _check(c: Mapping[str, Any], where: str) -> None:
     if c["_class_name"] != DEFAULTS["_class_name"]:
-        raise _refused(where, "_class_name", c["_class_name"], DEFAULTS["_class_name"])
+        raise refused(where, "_class_name", c["_class_name"], DEFAULTS["_class_name"])
     if c["qk_norm"] not in QK_NORMS:
-        raise _refused(where, "qk_norm", c["qk_norm"], "null or 'rms_norm'")
+        raise refused(where, "qk_norm", c["qk_norm"], "null or 'rms_norm'")
     dim = c["num_attention_heads"] * c["attention_head_dim"]
     if c["caption_projection_dim"] != dim:
         expected = f"{dim}, which is num_attention_heads x attention_head_dim"
-        raise _refused(where, "caption_projection_dim", c["caption_projection_dim"], expected)
+        raise refused(where, "caption_projection_dim", c["caption_projection_dim"], expected)
     duals = c["dual_attention_layers"]
     numbers = range(c["num_layers"])
     if not isinstance(duals, list | tuple) or any(
         type(one) is not int or one not in numbers for one in duals
     ):
         expected = f"a list of numbers below num_layers={c['num_layers']}"
-        raise _refused(where, "dual_attention_layers", duals, expected)
-
-
-def _refused(where: str, key: str, value: Any, expected: str) -> UserError:
-    return UserError(f"{where}: {key}={value!r} is not supported; expected {expected}")
+        raise refused(where, "dual_attention_layers", duals, expected)

@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxft.core.errors import UserError
 from jaxft.core.sharding import constrain
 from jaxft.kernels.attention.attention import attention
 from jaxft.kernels.elementwise import recomputed
@@ -22,6 +21,7 @@ from jaxft.models.denoisers.joint import (
     TIME_DIM,
     Rotation,
     StreamProjections,
+    check_sides,
     linear_rules,
     scan_blocks,
 )
@@ -157,11 +157,7 @@ class ZImageTransformer(nnx.Module):
         """
         dtype, run, cfg = latents.dtype if dtype is None else dtype, runner(remat), self.cfg
         y, x = latents.shape[1:3]
-        if y % TOKEN_SIDE or x % TOKEN_SIDE:
-            raise UserError(
-                f"latents of {y} x {x} are no multiple of the model's patches of {TOKEN_SIDE} x"
-                f" {TOKEN_SIDE}"
-            )
+        check_sides(y, x, TOKEN_SIDE)
         sinusoids = timestep_embedding(cfg.time_scale * (1.0 - sigma), TIME_DIM)
         time = constrain(self.time_embedding(sinusoids.astype(dtype), keys), "batch", None)
         tokens = self.x_embedder(pack_pixels(latents.astype(dtype)), keys)  # [B, T, D]

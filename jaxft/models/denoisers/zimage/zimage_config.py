@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.core.errors import UserError
-from jaxft.weights.fields import ANY, fields
+from jaxft.weights.fields import ANY, check_axes, fields, refused
 
 FILE = "transformer/config.json"
 
@@ -101,17 +100,5 @@ def _check(c: Mapping[str, Any], where: str) -> None:
     for key, value in wanted.items():
         found = list(c[key]) if isinstance(c[key], tuple) else c[key]
         if found != value:
-            raise _refused(where, key, found, value)
-    axes, head = c["axes_dims"], c["dim"] / c["n_heads"]
-    if (
-        not isinstance(axes, list | tuple)
-        or len(axes) != 3
-        or any(type(one) is not int or one < 0 or one % 2 for one in axes)
-        or sum(axes) != head
-    ):
-        expected = f"three even numbers of the sum dim / n_heads={head:g}"
-        raise _refused(where, "axes_dims", axes, expected)
-
-
-def _refused(where: str, key: str, value: Any, expected: Any) -> UserError:
-    return UserError(f"{where}: {key}={value!r} is not supported; expected {expected}")
+            raise refused(where, key, found, value)
+    check_axes(c, "axes_dims", 3, c["dim"] / c["n_heads"], "dim / n_heads", where)

@@ -10,15 +10,16 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from jaxft.core import params as P
-from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.models import flops
 from jaxft.models.denoisers.flux import flux
 from jaxft.models.denoisers.flux.flux import FluxTransformer
 from jaxft.models.denoisers.flux.flux_config import FluxConfig
-from jaxft.nn import lora
-from jaxft.weights import rules, transfer
-from jaxft.weights.adapters import peft
+from jaxft.weights import rules
+from tests.models.denoisers.adapters import (
+    assert_adapters_have_the_names_and_shapes_of_modules,
+    assert_dropout_is_keyed_by_row_and_block,
+)
 
 TINY = {
     "in_channels": 16,
@@ -83,41 +84,15 @@ def test_flops_of_dev_are_as_published(side, count):
 
 
 def test_adapter_dropout_is_keyed_by_row_and_by_block():
-    """Two rows with the same key are alike, and a block's number is in its key."""
-    cfg, draw = FluxConfig.from_hf(TINY), np.random.default_rng(0).standard_normal
-
-    def build():
-        model = FluxTransformer(cfg, key=jax.random.key(0))
-        targets = Lora(rank=2, alpha=2.0, dropout=0.5, targets=r"(doubles|singles)\.attn\.to_q")
-        lora.add(model, targets, jax.random.key(1))
-        return model
-
-    leaves = P.describe(blank := jax.eval_shape(build)).items()
-    model = P.bind(blank, {path: 0.1 * draw(leaf.shape, np.float32) for path, leaf in leaves})
-    inputs = [np.repeat(draw(one.shape, np.float32), 2, 0) for one in abstract(cfg, (4, 4))]
-    run = jax.jit(lambda keys: model(*inputs, keys=keys))
-    keys = jax.random.split(jax.random.key(1), 2)
-    first, second = run(keys)
-    assert np.abs(first - second).max() > 1e-5
-    np.testing.assert_allclose(run(keys[::-1])[1], first, atol=1e-6)
+    cfg = FluxConfig.from_hf(TINY)
+    draw = np.random.default_rng(0).standard_normal
+    inputs = [draw(one.shape, np.float32) for one in abstract(cfg, (4, 4))]
+    targets = r"(doubles|singles)\.attn\.to_q"
+    assert_dropout_is_keyed_by_row_and_block(flux.ARCHITECTURE, cfg, targets, inputs)
 
 
 def test_adapters_of_all_projections_have_the_names_and_shapes_of_diffusers_modules():
-    cfg = FluxConfig.from_hf(TINY)
-
-    def build():
-        model = FluxTransformer(cfg, key=jax.random.key(0))
-        lora.add(model, Lora(rank=2, targets=".*"), jax.random.key(1))
-        return model
-
-    leaves = P.describe(jax.eval_shape(build))
-    part = transfer.Part("", "here", None, flux.rules(cfg), {})
-    found = {slot.module: slot for slot in peft.slots(part, leaves)}
     with torch.device("meta"):
-        theirs = dict(FluxTransformer2DModel(**TINY).named_modules())
-    wanted = {name for name, module in theirs.items() if isinstance(module, torch.nn.Linear)}
-    assert found.keys() == wanted
-    for name, slot in found.items():
-        low, up = (leaves[f"{slot.path}.lora_{side}"].shape for side in "ab")
-        outputs, inputs = theirs[name].weight.shape[:2]
-        assert low[-2:] == (inputs, 2) and up[-2:] == (2, outputs), name
+        theirs = FluxTransformer2DModel(**TINY)
+    cfg = FluxConfig.from_hf(TINY)
+    assert_adapters_have_the_names_and_shapes_of_modules(flux.ARCHITECTURE, cfg, theirs)

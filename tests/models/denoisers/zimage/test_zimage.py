@@ -10,14 +10,15 @@ import torch
 from diffusers import ZImageTransformer2DModel
 
 from jaxft.core import params as P
-from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.models.denoisers.zimage import zimage
 from jaxft.models.denoisers.zimage.zimage import ZImageTransformer
 from jaxft.models.denoisers.zimage.zimage_config import ZImageConfig
-from jaxft.nn import lora
-from jaxft.weights import rules, transfer
-from jaxft.weights.adapters import peft
+from jaxft.weights import rules
+from tests.models.denoisers.adapters import (
+    assert_adapters_have_the_names_and_shapes_of_modules,
+    assert_dropout_is_keyed_by_row_and_block,
+)
 
 TINY = {
     "in_channels": 4,
@@ -71,42 +72,17 @@ def test_odd_sizes_and_unknown_remat_are_refused():
 
 
 def test_adapter_dropout_is_keyed_by_row_and_by_block():
-    """Two rows with the same key are alike, and a block's number is in its key."""
-    cfg, draw = ZImageConfig.from_hf(TINY), np.random.default_rng(0).standard_normal
-
-    def build():
-        model = ZImageTransformer(cfg, key=jax.random.key(0))
-        targets = Lora(rank=2, alpha=2.0, dropout=0.5, targets=r".*\.attention\.to_q")
-        lora.add(model, targets, jax.random.key(1))
-        return model
-
-    leaves = P.describe(blank := jax.eval_shape(build)).items()
-    model = P.bind(blank, {path: 0.1 * draw(leaf.shape, np.float32) for path, leaf in leaves})
-    shapes = [one.shape for one in abstract(cfg, (4, 4))[:3]]
-    inputs = [np.repeat(draw(shape, np.float32), 2, 0) for shape in shapes]
-    run = jax.jit(lambda keys: model(*inputs, jnp.array([7, 7]), keys=keys))
-    keys = jax.random.split(jax.random.key(1), 2)
-    first, second = run(keys)
-    assert np.abs(first - second).max() > 1e-5
-    np.testing.assert_allclose(run(keys[::-1])[1], first, atol=1e-6)
+    cfg = ZImageConfig.from_hf(TINY)
+    draw = np.random.default_rng(0).standard_normal
+    inputs = [draw(one.shape, np.float32) for one in abstract(cfg, (4, 4))[:3]]
+    targets = r".*\.attention\.to_q"
+    assert_dropout_is_keyed_by_row_and_block(
+        zimage.ARCHITECTURE, cfg, targets, [*inputs, np.array([7])]
+    )
 
 
 def test_adapters_of_all_projections_have_the_names_and_shapes_of_diffusers_modules():
-    cfg = ZImageConfig.from_hf(TINY)
-
-    def build():
-        model = ZImageTransformer(cfg, key=jax.random.key(0))
-        lora.add(model, Lora(rank=2, targets=".*"), jax.random.key(1))
-        return model
-
-    leaves = P.describe(jax.eval_shape(build))
-    part = transfer.Part("", "here", None, zimage.rules(cfg), {})
-    found = {slot.module: slot for slot in peft.slots(part, leaves)}
     with torch.device("meta"):
-        theirs = dict(ZImageTransformer2DModel(**TINY).named_modules())
-    wanted = {name for name, module in theirs.items() if isinstance(module, torch.nn.Linear)}
-    assert found.keys() == wanted
-    for name, slot in found.items():
-        low, up = (leaves[f"{slot.path}.lora_{side}"].shape for side in "ab")
-        outputs, inputs = theirs[name].weight.shape
-        assert low[-2:] == (inputs, 2) and up[-2:] == (2, outputs), name
+        theirs = ZImageTransformer2DModel(**TINY)
+    cfg = ZImageConfig.from_hf(TINY)
+    assert_adapters_have_the_names_and_shapes_of_modules(zimage.ARCHITECTURE, cfg, theirs)
