@@ -80,7 +80,7 @@ def test_a_run_exports_a_folder_that_diffusers_draws_with(folders, tmp_path, cap
     with safe_open(file, "np") as opened:
         assert opened.metadata()["modelspec.architecture"] == "z-image"
     assert train.main([*flags_of(file, data), "--workdir", str(tmp_path / "y")]) == 2
-    assert "give its diffusers folder" in capsys.readouterr().err
+    assert "copy text_encoder/ of the original folder there" in capsys.readouterr().err
 
 
 def test_zero_steps_give_the_source_bitwise_and_turbo_is_called_distilled(
