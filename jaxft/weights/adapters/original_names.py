@@ -14,6 +14,7 @@ from jaxft.weights.views import InMemory, Overlaid, Renamed, RowSpan
 
 Factors = tuple[np.ndarray, np.ndarray]  # A [r, in] and B [out, r]
 WHOLE_MODULE = RowSpan(0, 1, 1)
+GENERIC = "diffusion_model."  # ComfyUI reads it before the names of single files, for every model
 SIDES = {
     "lora_a": (".lora_A.weight", ".lora_down.weight"),
     "lora_b": (".lora_B.weight", ".lora_up.weight"),
@@ -68,8 +69,11 @@ def under_diffusers_names(tensors: Tensors, layout: LDMLayout, component: str) -
     others that are not. Other keys are unchanged.
     """
     known = {name: {name: WHOLE_MODULE} for name in (*layout.names, *layout.rows)}
+    theirs_only = _modules(layout).keys() - known.keys()
     known |= _modules(layout)
-    stems = {f"diffusion_model.{theirs}": theirs for theirs in known}
+    stems = {f"{GENERIC}{theirs}": theirs for theirs in known}
+    # The prefix of diffusers' files, before a name that is not diffusers'.
+    stems |= {f"{component}.{theirs}": theirs for theirs in theirs_only}
     stems |= {f"lora_unet_{theirs.replace('.', '_')}": theirs for theirs in known}
     found: dict[str, dict[str, str]] = {}
     rest = []
