@@ -52,7 +52,8 @@ def fused(layout: LDMLayout, factors: Mapping[str, Factors]) -> dict[str, Factor
         low = np.concatenate([factors[name][0] for name in own])  # [sum of r, in]
         name, rows = next(iter(own.items()))
         unit = len(factors[name][1]) // (rows.stop - rows.start)
-        up, column = np.zeros((unit * rows.of, len(low)), np.float32), 0
+        kernel = factors[name][1].shape[2:]  # of a convolution
+        up, column = np.zeros((unit * rows.of, len(low), *kernel), np.float32), 0
         for name, rows in own.items():
             a, b = factors[name]
             up[rows.start * unit : rows.stop * unit, column : column + len(a)] = b
@@ -94,7 +95,7 @@ def under_diffusers_names(tensors: Tensors, layout: LDMLayout, component: str) -
             own = name == stems[stem]  # diffusers' name, under which nothing is exchanged
             up, unit = b if own else _swapped(layout, name, b), len(b) // rows.of
             up = up[rows.start * unit : rows.stop * unit]
-            used = up.any(axis=0)
+            used = up.any(axis=(0, *range(2, up.ndim)))  # [r]
             if b.any() and not used.any():
                 continue
             used |= not used.any()
