@@ -94,7 +94,7 @@ def _mmdit(
     cfg = whole.transformer
     latents, context = normal(1, ROWS, *size, cfg.in_channels), _context(cfg.context_dim)
     pooled = normal(3, ROWS, cfg.pooled_dim)
-    times = np.float32(SIGMAS) * np.float32(whole.schedule.train_steps)  # [B]
+    times = np.array(SIGMAS, np.float32) * np.float32(whole.schedule.train_steps)  # [B]
 
     def theirs(model: Any) -> dict[str, Any]:
         text, vectors, steps = (as_input(one, model) for one in (context, pooled, times))
@@ -114,8 +114,8 @@ def _flux(
     """Return the comparison of FLUX.1's transformer. diffusers' pipeline packs its latents."""
     cfg, (y, x) = whole.transformer, size
     latents, context = normal(1, ROWS, y, x, cfg.in_channels), _context(cfg.context_dim)
-    pooled, sigma = normal(3, ROWS, cfg.pooled_dim), np.float32(SIGMAS)
-    scales = np.float32(SCALES) if cfg.guidance else None
+    pooled, sigma = normal(3, ROWS, cfg.pooled_dim), np.array(SIGMAS, np.float32)
+    scales = np.array(SCALES, np.float32) if cfg.guidance else None
 
     def theirs(model: Any) -> dict[str, Any]:
         pipe = stock_class("diffusers", "FluxPipeline")
@@ -134,8 +134,10 @@ def _flux(
         return {"output": channels_last(pipe._unpack_latents(made.sample, y, x, 1))}
 
     def ours(model: FluxTransformer) -> dict[str, Array]:
-        given = map(jnp.asarray, (latents, sigma, context, pooled))
-        return {"output": model(*given, None if scales is None else jnp.asarray(scales))}
+        x, t, text, vectors = map(jnp.asarray, (latents, sigma, context, pooled))
+        return {
+            "output": model(x, t, text, vectors, None if scales is None else jnp.asarray(scales))
+        }
 
     template = jax.eval_shape(lambda: FluxTransformer(cfg, key=jax.random.key(0)))
     return _transformer(pipeline, part, template, "FluxTransformer2DModel", theirs, ours)
@@ -150,7 +152,7 @@ def _zimage(
     """
     cfg, lengths = whole.transformer, np.array([TEXT_ROWS, TEXT_ROWS // 2], np.int32)
     latents, context = normal(1, ROWS, *size, cfg.in_channels), _context(cfg.context_dim)
-    sigma = np.float32(SIGMAS)
+    sigma = np.array(SIGMAS, np.float32)
 
     def theirs(model: Any) -> dict[str, Any]:
         import torch
