@@ -125,11 +125,11 @@ def ask(subject: ComponentSubject) -> ComponentOracle:
     for _ in rounding.variants(model, gradients, distances):
         for name, out in _run(subject, model, ways)[0].items():
             others[name].append(out)
-    keyed = [_in_part(subject, one) for one in (gradients, distances, weights)]
+    grads, apart, digests = (_in_part(subject, one) for one in (gradients, distances, weights))
     expected = _in_part(subject, dict.fromkeys(report["unexpected_keys"]))
     report = {**report, "unexpected_keys": set(expected)}
     still = frozenset(_in_part(subject, fixed))
-    return ComponentOracle(outputs, others, ways, *keyed, report, still)
+    return ComponentOracle(outputs, others, ways, grads, apart, digests, report, still)
 
 
 def _in_part(subject: ComponentSubject, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,10 +121,10 @@ def _text(base: Pipeline, name: str, tensors: Tensors, prefix: str) -> Tensors:
         return _of_folder(base, name)
     known = _known(base, name)
     if known is None:
-        width = base.components[name].config.get("projection_dim")
         whole = {key.removeprefix(prefix): key for key in keys if "position_ids" not in key}
         if not base.projects(name) or PROJECTION in whole:
             return Renamed(tensors, whole)
+        width = int(base.components[name].config.get("projection_dim", 0))
         projection = InMemory({PROJECTION: np.eye(width, dtype=np.float32)})
         return Overlaid(projection, Renamed(tensors, whole))
     own = set(known.keys())
