@@ -1,5 +1,7 @@
 """Training with masks against plain torch: sum(error mask) / sum(mask) over the whole batch."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -125,8 +127,6 @@ def test_a_transformer_of_flow_matching_with_alpha(data, masks, tmp_path, monkey
 
 
 def evaluations(work):
-    import json
-
     lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     return [line["eval_loss"] for line in lines if "eval_loss" in line]
 
@@ -164,6 +164,7 @@ def test_bad_settings_are_one_line(tmp_path, capsys, changes, channels, words):
     make_pipeline(tmp_path, in_channels=channels).save_pretrained(tmp_path / "folder")
     pictures = make_pictures(tmp_path / "pictures", 8, sizes=((16, 16),))
     flags = flags_of(tmp_path / "folder", pictures, changes)
+    capsys.readouterr()  # what saving has shown
     assert train.main([*flags, "--workdir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and words in error[0], error

@@ -6,6 +6,7 @@ every element gets a number, the converter moves the numbers, and the weights go
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from diffusers.loaders import single_file_utils as stock
 from safetensors.numpy import load_file, save_file
 
 from jaxft.core.errors import UserError
+from jaxft.core.params import describe
 from jaxft.models.pipelines import families, flow_files, ldm
 from jaxft.models.pipelines.ldm import open_model
 from jaxft.weights.folders import single_file
@@ -159,10 +161,6 @@ def refused(spec):
 
 
 def families_leaves(cfg):
-    import jax
-
-    from jaxft.core.params import describe
-
     return describe(jax.eval_shape(lambda: families.build(cfg, jax.random.key(0))))
 
 
