@@ -27,11 +27,11 @@ from jaxft.verify.component import (
 from jaxft.weights.folders.diffusers import Pipeline
 from jaxft.weights.transfer import Part
 
-ROWS = 2
+DENOISED_ROWS = 2
 TEXT_ROWS = 40  # no multiple of 32, which Z-Image fills
 SIGMAS = (0.96875, 0.03125)  # exact in fp32, and their products with 1000 too
 SCALES = (3.5, 1.0)  # of guidance, where it is an input
-SIZES = (1024, 768, 0, 128, 512, 640)  # a picture's original size, crop and target size
+PICTURE_SIZES = (1024, 768, 0, 128, 512, 640)  # a picture's original size, crop and target size
 
 
 def unet_subject(
@@ -39,13 +39,13 @@ def unet_subject(
 ) -> ComponentSubject:
     """Return the comparison of a UNet, with SDXL's sizes if it reads them. size: (Y, X)."""
     cfg = whole.unet
-    latents = normal(1, ROWS, *size, cfg.in_channels)
+    latents = normal(1, DENOISED_ROWS, *size, cfg.in_channels)
     times = np.array([whole.schedule.train_steps - 1, 1], np.int32)
-    context = normal(2, ROWS, whole.texts[0].max_positions, cfg.context_dims[0])
+    context = normal(2, DENOISED_ROWS, whole.texts[0].max_positions, cfg.context_dims[0])
     added = None
     if cfg.added_dim is not None and cfg.added_time_dim:
-        sizes = np.array([SIZES] * ROWS, np.float32)
-        added = (normal(3, ROWS, cfg.added_dim - 6 * cfg.added_time_dim), sizes)
+        sizes = np.array([PICTURE_SIZES] * DENOISED_ROWS, np.float32)
+        added = (normal(3, DENOISED_ROWS, cfg.added_dim - 6 * cfg.added_time_dim), sizes)
 
     def theirs(model: Any) -> dict[str, Any]:
         import torch
@@ -92,8 +92,8 @@ def _mmdit(
     pipeline: Pipeline, part: Part, whole: SD3Config, size: tuple[int, int]
 ) -> ComponentSubject:
     cfg = whole.transformer
-    latents, context = normal(1, ROWS, *size, cfg.in_channels), _context(cfg.context_dim)
-    pooled = normal(3, ROWS, cfg.pooled_dim)
+    latents, context = normal(1, DENOISED_ROWS, *size, cfg.in_channels), _context(cfg.context_dim)
+    pooled = normal(3, DENOISED_ROWS, cfg.pooled_dim)
     times = np.array(SIGMAS, np.float32) * np.float32(whole.schedule.train_steps)  # [B]
 
     def theirs(model: Any) -> dict[str, Any]:
@@ -113,15 +113,17 @@ def _flux(
 ) -> ComponentSubject:
     """Return the comparison of FLUX.1's transformer. diffusers' pipeline packs its latents."""
     cfg, (y, x) = whole.transformer, size
-    latents, context = normal(1, ROWS, y, x, cfg.in_channels), _context(cfg.context_dim)
-    pooled, sigma = normal(3, ROWS, cfg.pooled_dim), np.array(SIGMAS, np.float32)
+    latents, context = normal(1, DENOISED_ROWS, y, x, cfg.in_channels), _context(cfg.context_dim)
+    pooled, sigma = normal(3, DENOISED_ROWS, cfg.pooled_dim), np.array(SIGMAS, np.float32)
     scales = np.array(SCALES, np.float32) if cfg.guidance else None
 
     def theirs(model: Any) -> dict[str, Any]:
         pipe = stock_class("diffusers", "FluxPipeline")
         images = channels_first(latents, model).contiguous()
-        packed = pipe._pack_latents(images, ROWS, cfg.in_channels, y, x)
-        places = pipe._prepare_latent_image_ids(ROWS, y // PATCH, x // PATCH, "cpu", model.dtype)
+        packed = pipe._pack_latents(images, DENOISED_ROWS, cfg.in_channels, y, x)
+        places = pipe._prepare_latent_image_ids(
+            DENOISED_ROWS, y // PATCH, x // PATCH, "cpu", model.dtype
+        )
         made = model(
             packed,
             encoder_hidden_states=as_input(context, model),
@@ -151,7 +153,7 @@ def _zimage(
     Its time is that of the data's share, and its output the opposite velocity.
     """
     cfg, lengths = whole.transformer, np.array([TEXT_ROWS, TEXT_ROWS // 2], np.int32)
-    latents, context = normal(1, ROWS, *size, cfg.in_channels), _context(cfg.context_dim)
+    latents, context = normal(1, DENOISED_ROWS, *size, cfg.in_channels), _context(cfg.context_dim)
     sigma = np.array(SIGMAS, np.float32)
 
     def theirs(model: Any) -> dict[str, Any]:
@@ -171,7 +173,7 @@ def _zimage(
 
 
 def _context(width: int) -> np.ndarray:
-    return normal(2, ROWS, TEXT_ROWS, width)
+    return normal(2, DENOISED_ROWS, TEXT_ROWS, width)
 
 
 def _transformer(
