@@ -176,7 +176,7 @@ def docstrings(path: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_oracles_stay_out_of_the_run_time(path):
-    if path.parent == PACKAGE / "verify":
+    if PACKAGE / "verify" in path.parents:
         return
     for name in imports(path):
         assert name.split(".")[0] not in ORACLES | {"tensorflow"}, f"{path} imports {name}"
@@ -272,7 +272,7 @@ def test_configs_stay_within_the_leaf_budget(path):
 
 
 # Leaves of a config with all defaults: 49 are of every task, the others of this one.
-LEAVES = {"llm": 67, "autoencoder": 58, "diffusion": 69, "image_tokens": 66}
+LEAVES = {"llm": 67, "autoencoder": 58, "diffusion": 70, "image_tokens": 66}
 
 
 @pytest.mark.parametrize("task", OPTIONS)
@@ -335,6 +335,9 @@ TESTED_WITH = {
     "tasks/common/writers.py": "test_commands.py",
     "verify/__main__.py": "verify/test_verify.py",
     "verify/llm.py": "verify/test_verify.py",
+    "verify/pipelines/denoisers.py": "verify/test_verify_flow.py",
+    "verify/pipelines/pictures.py": "verify/test_verify_flow.py",
+    "verify/pipelines/text_encoders.py": "verify/test_verify_flow.py",
     "verify/report.py": "verify/test_verify.py",
 }
 

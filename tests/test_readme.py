@@ -9,9 +9,11 @@ import pytest
 
 from jaxft.models import registry
 from jaxft.models.decoders.gguf import GGUF_NAMES
+from jaxft.models.pipelines.families import FLOW
 from jaxft.tasks.autoencoder.exports import WRITERS as AUTOENCODER
 from jaxft.tasks.diffusion.exports import WRITERS as DIFFUSION
 from jaxft.tasks.image_tokens.exports import WRITERS as IMAGE_TOKENS
+from jaxft.verify.pipelines.denoisers import TRANSFORMERS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,6 +28,7 @@ PICTURE_KINDS = {
     "image_tokens": IMAGE_TOKENS,
 }
 LONGEST = 125
+FLOW_CLASSES = {name for name in registry.MODEL_TYPES["denoiser"] if "UNet" not in name}
 
 
 def names(cell: str) -> list[str]:
@@ -62,14 +65,17 @@ def test_every_picture_model_of_the_registry_has_a_row():
 @pytest.mark.parametrize("row", PICTURES, ids=lambda row: row[1])
 def test_a_row_of_picture_models_is_true(row):
     kind = str(registry.find_family({"_class_name": names(row[1])[0]}))
-    flow = kind == "denoiser" and "UNet" not in row[1]
+    flow = row[1].strip("`") in FLOW_CLASSES
     refused = ("all", "inversion") if flow else ("all",)
     expected = [name for name in PICTURE_KINDS[kind] if name not in refused]
     assert row[4].split(", ") == expected
     assert row[2] == "yes" and (row[3] == "yes") == (kind != "autoencoder")
-    source = (ROOT / "jaxft" / "verify" / "diffusion.py").read_text()
-    compared = "verify compares Stable Diffusion 1, 2 and XL" not in source
-    assert (row[5] == "yes") == (compared or not flow)
+    assert row[5] == "yes"
+
+
+def test_verify_compares_all_of_them():
+    assert {*TRANSFORMERS} == {*FLOW}
+    assert len(FLOW_CLASSES) == len(FLOW)
 
 
 def test_the_page_of_memory_is_that_of_its_tool(monkeypatch):

@@ -6,6 +6,7 @@ python tools/parity.py [SPEC …]
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from bench_llm import SHAPES, make_random
 from benching import DOCS, machine, machine_line
 
 from jaxft.verify import certify
+from tests.tiny_flux import make_flux
+from tests.tiny_pipelines import make_pipeline
+from tests.tiny_sd3 import make_sd3
+from tests.tiny_zimage import make_zimage
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -153,6 +158,31 @@ id.
 |---|---|---|---|---|---|---|---|---|"""
 
 
+PIPELINES: dict[str, Callable[[Path], Any]] = {
+    "Stable Diffusion 1.5": make_pipeline,
+    "Stable Diffusion XL": lambda work: make_pipeline(work, "sdxl"),
+    "Stable Diffusion 3.5, with T5": make_sd3,
+    "Stable Diffusion 3.5, without T5": lambda work: make_sd3(work, t5=False),
+    "FLUX.1-dev": make_flux,
+    "FLUX.1-schnell": lambda work: make_flux(work, "schnell"),
+    "Z-Image": lambda work: make_zimage(),
+}
+PIPELINES_TEXT = """
+## Pipelines
+
+Small random pipelines beside diffusers and transformers, in the same way. Each figure is relative
+to the largest value of the output:
+
+- texts, VAE, denoiser: the worst output of the text encoders, of the VAE, and of the UNet or
+  transformer. Latents are not square.
+- pictures: after five steps with guidance 4, from the same noise and captions.
+- gradients: the difference for the worst tensor of all networks, relative to its norm.
+- bytes: as above, over all networks.
+
+| pipeline | texts | VAE | denoiser | pictures | gradients | bytes | |
+|---|---|---|---|---|---|---|---|"""
+
+
 def main(specs: list[str]) -> None:
     rows = []
     with tempfile.TemporaryDirectory(prefix="jaxft-parity-") as name:
@@ -161,9 +191,35 @@ def main(specs: list[str]) -> None:
             make_random(folder, _random_config(changes))
             rows.append(_parity_row(f"{title} (random)", certify(str(folder))[0]))
         rows += [_parity_row(spec, certify(spec)[0]) for spec in specs]
-    text = "\n".join([PARITY, *rows, "", machine_line(machine()), ""])
+    drawn = pipeline_rows()
+    about = ["", machine_line(machine()), ""]
+    text = "\n".join([PARITY, *rows, PIPELINES_TEXT, *drawn, *about])
     (DOCS / "parity.md").write_text(text)
-    print("\n".join(rows))
+    print("\n".join([*rows, *drawn]))
+
+
+def pipeline_rows() -> list[str]:
+    """Return the certificate of each of PIPELINES as a row."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="jaxft-parity-") as name:
+        for title, make in PIPELINES.items():
+            work = Path(name) / re.sub(r"\W+", "-", title)
+            work.mkdir()
+            make(work).save_pretrained(work / "folder")
+            rows.append(_pipeline_row(title, certify(str(work / "folder"))[0]))
+    return rows
+
+
+def _pipeline_row(title: str, certificate: dict[str, Any]) -> str:
+    checks = {check["name"]: check["figure"] for check in certificate["checks"]}
+    outputs = {name: x for name, x in checks.items() if name.endswith(", max relative")}
+    starts = ("text_encoder", "vae", ("unet", "transformer"), "pictures")
+    cells = [max(x for name, x in outputs.items() if name.startswith(one)) for one in starts]
+    cells.append(max(x for name, x in checks.items() if name.endswith("gradients, worst relative")))
+    differing = sum(x for name, x in checks.items() if "round trip" in name)
+    verdict = "pass" if certificate["passed"] else "**FAIL**"
+    shown = " | ".join(f"{cell:.1e}" for cell in cells)
+    return f"| {title} (random) | {shown} | {differing} | {verdict} |"
 
 
 def _random_config(changes: dict[str, Any]) -> dict[str, Any]:

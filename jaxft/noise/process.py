@@ -49,10 +49,16 @@ class NoiseProcess(Protocol):
 
 
 def squared_error(
-    out: Float[Array, "B Y X C"], target: Float[Array, "B Y X C"]
+    out: Float[Array, "B Y X C"],
+    target: Float[Array, "B Y X C"],
+    mask: Float[Array, "B Y X 1"] | None = None,
 ) -> Float[Array, "B"]:
-    """Return the mean squared error of each row, in fp32. The caller applies row weights."""
+    """Return the mean squared error of each row, in fp32. The caller applies row weights.
+
+    mask: weights of the errors. Their mean is not divided out.
+    """
     error = jnp.square(out.astype(jnp.float32) - target.astype(jnp.float32))
+    error = error if mask is None else error * mask
     return jnp.mean(error, axis=(1, 2, 3))
 
 

@@ -55,7 +55,10 @@ class Denoising:
     def loss(
         self, model: AnyPipeline, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
-        """Return the sum of weighted squared errors, and the sum of the rows' weights."""
+        """Return the sum of weighted squared errors, and the sum of the weights.
+
+        With a mask, errors and weights are those of the latents: sum(error mask) / sum(mask).
+        """
         cfg, share = self.cfg, self.caption_dropout
         latents = self.latents(model, batch, stream(keys, LATENT))
         noise = normal(stream(keys, NOISE), latents.shape[1:])
@@ -72,7 +75,8 @@ class Denoising:
             extra = conditioning.drop_sources(cfg, extra, drawn, share)
         errors = self.errors(model, batch, latents, noise, t, text, extra, adapter)
         errors *= self.process.weights(t)
-        return (jnp.sum(errors * batch["weights"]), jnp.sum(batch["weights"])), {}
+        rows = batch["weights"]
+        return (jnp.sum(errors * rows), jnp.sum(rows * counted(batch))), {}
 
     def errors(
         self,
@@ -85,11 +89,14 @@ class Denoising:
         extra: jax.Array | None,
         keys: jax.Array | None,
     ) -> jax.Array:
-        """Return the mean squared error of each row [B] at timestep `t`."""
+        """Return the mean squared error of each row [B] at timestep `t`.
+
+        Errors are multiplied by the mask of the batch, if it has one.
+        """
         noisy = self.process.add_noise(latents, noise, t)
         given = Conditions(text, batch["time_ids"], extra)
         out = model.predict(noisy, t, given, dtype=self.dtype, keys=keys, remat=self.remat)
-        return squared_error(out, self.process.target(latents, noise, t))
+        return squared_error(out, self.process.target(latents, noise, t), batch.get("loss_mask"))
 
     def latents(self, model: AnyPipeline, batch: Batch, keys: Any) -> jax.Array:
         """Return scaled fp32 latents: posterior samples with `keys`, or its mode without.
@@ -115,6 +122,13 @@ class Denoising:
         empty = jnp.asarray(self.empty_ids)[None]
         made = model.encode_text(empty, dtype=self.dtype)
         return zeroed(made) if self.cfg.zero_null else made
+
+
+def counted(batch: Batch) -> jax.Array:
+    """Return the share of each row's latents that counts [B]: the mean of its mask, or 1."""
+    if "loss_mask" not in batch:
+        return jnp.ones_like(batch["weights"])
+    return jnp.mean(batch["loss_mask"], axis=(1, 2, 3))
 
 
 def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from jaxft.models.autoencoders import vae, vqgan
 from jaxft.models.autoencoders.vae import VAE
-from jaxft.models.autoencoders.vae_config import VAEConfig
+from jaxft.models.autoencoders.vae_config import FLUX2_CLASS, VAEConfig
 from jaxft.models.autoencoders.vq_config import JANUS, VQConfig
 from jaxft.models.autoencoders.vqgan import UNIT_TOLERANCE, VQModel
 from jaxft.tasks.autoencoder.codec import KL
@@ -62,7 +62,8 @@ def vae_subject(source: Source, part: Part, cfg: VAEConfig) -> ComponentSubject:
         return {"mean": found.mean, "logvar": found.logvar, "pictures": back}
 
     template = jax.eval_shape(lambda: VAE(cfg, key=jax.random.key(0)))
-    return ComponentSubject("vae", source, part, template, ("diffusers", KL), theirs, ours)
+    stock = ("diffusers", KL if cfg.norm_eps is None else FLUX2_CLASS)
+    return ComponentSubject("vae", source, part, template, stock, theirs, ours)
 
 
 def vq_subject(source: Source, cfg: VQConfig) -> ComponentSubject:

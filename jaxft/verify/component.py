@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ class ComponentSubject(NamedTuple):
 
     stock: the library and class to compare with. theirs(stock model), ours(module): functions that
     return the same outputs by name, pictures with channels last. Integer outputs must be equal.
-    template: the abstract module, without the prefix of the part.
+    template: the abstract module, without the prefix of the part. stock_prefix: the beginning of
+    the files' keys that the stock model's own lack.
     """
 
     name: str
@@ -54,6 +56,7 @@ class ComponentSubject(NamedTuple):
     stock: tuple[str, str]
     theirs: Callable[[Any], dict[str, Any]]
     ours: Callable[[Any], dict[str, jax.Array]]
+    stock_prefix: str = ""
 
     @property
     def leaves(self) -> dict[str, Leaf]:
@@ -71,6 +74,7 @@ class ComponentOracle(NamedTuple):
     others: the same outputs under other roundings (in float64, and in fp32 again). ways: a
     direction for each output. gradients: those of the outputs' sum along `ways`, by torch key.
     distances: differences of the gradients under other roundings. weights: digests by torch key.
+    fixed: keys of tensors without a gradient, whose values are in their places in `gradients`.
     """
 
     outputs: dict[str, np.ndarray]
@@ -80,6 +84,7 @@ class ComponentOracle(NamedTuple):
     distances: dict[str, float]
     weights: dict[str, str]
     report: Mapping[str, Any]
+    fixed: frozenset[str] = frozenset()
 
 
 class Result(NamedTuple):
@@ -110,12 +115,28 @@ def ask(subject: ComponentSubject) -> ComponentOracle:
         key: np.zeros(tuple(one.shape), np.float32) if one.grad is None else one.grad.numpy()
         for key, one in model.named_parameters()
     }
+    # Buffers of the file, which the stock model does not train.
+    saved = model.state_dict()
+    fixed = {key: one.numpy() for key, one in model.named_buffers() if key in saved}
+    weights |= {key: rounding.digest(one) for key, one in fixed.items()}
+    gradients |= fixed  # their shapes
     distances: dict[str, float] = {}
     others: dict[str, list[np.ndarray]] = {name: [] for name in outputs}
     for _ in rounding.variants(model, gradients, distances):
         for name, out in _run(subject, model, ways)[0].items():
             others[name].append(out)
-    return ComponentOracle(outputs, others, ways, gradients, distances, weights, report)
+    grads, apart, digests = (_in_part(subject, one) for one in (gradients, distances, weights))
+    expected = _in_part(subject, dict.fromkeys(report["unexpected_keys"]))
+    report = {**report, "unexpected_keys": set(expected)}
+    still = frozenset(_in_part(subject, fixed))
+    return ComponentOracle(outputs, others, ways, grads, apart, digests, report, still)
+
+
+def _in_part(subject: ComponentSubject, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what belongs to the tensors of a part, by its keys, of all by the stock model's."""
+    ignore = "|".join(subject.part.ignore) or r"(?!)"
+    keyed = {subject.stock_prefix + key: one for key, one in found.items()}
+    return {key: one for key, one in keyed.items() if not re.fullmatch(ignore, key)}
 
 
 def _run(
@@ -218,8 +239,10 @@ def compare(subject: ComponentSubject, params: Params, oracle: ComponentOracle) 
         )
         for name, wanted in oracle.outputs.items()
     ]
-    name, keyed = f"{subject.name} gradients, worst relative", _torch_keyed(subject, grads, oracle)
-    worst = worst_gradient(name, keyed, oracle.gradients, oracle.distances)
+    name = f"{subject.name} gradients, worst relative"
+    theirs = {key: one for key, one in oracle.gradients.items() if key not in oracle.fixed}
+    keyed = (one for one in _torch_keyed(subject, grads, oracle) if one[0] not in oracle.fixed)
+    worst = worst_gradient(name, keyed, theirs, oracle.distances)
     return [same, *checks, worst]
 
 

@@ -22,6 +22,13 @@ MULTIPLE = 6.0
 DRAWS = 2
 LARGE = 2_000_000_000  # parameters: 16 GB in float64
 FLOAT32_UNIT = 2.0**-23  # one rounding of float32, the least that is assumed of any model
+# Modules of diffusers that embed times in (0, 1), or such times and more. Their sinusoids' angles
+# are up to 3500, and are rounded three times. No layer before them can show that.
+EMBEDS_TIME = (
+    "CombinedTimestepTextProjEmbeddings",
+    "CombinedTimestepGuidanceTextProjEmbeddings",
+    "TimestepEmbedder",
+)
 
 
 def bound(own: float, scale: float = 1.0) -> float:
@@ -132,8 +139,14 @@ def _redrawn(model: Any, seed: int) -> Iterator[None]:
         step = torch.randint(0, 2, output.shape, generator=generator, dtype=torch.int8)
         return output * (1 - FLOAT32_UNIT * step.to(output.dtype))
 
+    def moved(inputs: Any) -> Any:
+        sign = 1 - 2 * (seed % 2)
+        return tuple(one * (1 + sign * FLOAT32_UNIT) for one in inputs)
+
     layers = [one for one in model.modules() if next(one.children(), None) is None]
     handles = [one.register_forward_hook(move) for one in layers]
+    timed = [one for one in model.modules() if type(one).__name__ in EMBEDS_TIME]
+    handles += [one.register_forward_pre_hook(lambda _, x: moved(x)) for one in timed]
     yield
     for handle in handles:
         handle.remove()

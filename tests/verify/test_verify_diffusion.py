@@ -11,6 +11,7 @@ from jaxft.models.denoisers import unet
 from jaxft.models.pipelines import stable_diffusion
 from jaxft.nn import conv
 from jaxft.verify import component, diffusion
+from jaxft.verify.pipelines import pictures
 from tests.tiny_pipelines import make_pipeline
 
 NETWORKS = ["text_encoder", "vae", "unet"]
@@ -107,7 +108,7 @@ def test_guidance_the_other_way_fails_the_pictures(folder, monkeypatch):
     monkeypatch.setattr(
         stable_diffusion, "guide", lambda uncond, cond, *rest: real(cond, uncond, *rest)
     )
-    assert not diffusion._trajectory(opened).passed
+    assert not pictures.trajectory(opened).passed
 
 
 def test_without_diffusers_it_says_how_to_get_it(folder, monkeypatch, capsys):

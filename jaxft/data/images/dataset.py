@@ -89,7 +89,10 @@ def _head_or_error(records: Records, index: int) -> tuple[Size, bytes] | str:
         name, _, content, source = records[index]
         size = _size(content, name)
         if source is not None:
-            _check_pair(size, _size(source, f"source of {name}"), name)
+            _check_pair(size, _size(source, f"source of {name}"), name, "source")
+        if records.masks is not None and not records.alpha:
+            mask = _size(records.masks.content(index), records.masks.name(index))
+            _check_pair(size, mask, name, "mask")
     except UserError as error:
         return str(error)
     return size, hashlib.sha256(content).digest()
@@ -106,15 +109,15 @@ def _size(content: bytes, name: str) -> Size:
     return picture.height, picture.width
 
 
-def _check_pair(size: Size, source_size: Size, name: str) -> None:
+def _check_pair(size: Size, other: Size, name: str, kind: str) -> None:
     """Raise UserError unless both have the same shape up to a pixel.
 
-    Otherwise cropping would shift one against the other.
+    Otherwise cropping would shift one against the other. kind: "source" or "mask".
     """
-    (h, w), (source_h, source_w) = size, source_size
-    if abs(w * source_h - h * source_w) > max(w, h, source_w, source_h):
+    (h, w), (other_h, other_w) = size, other
+    if abs(w * other_h - h * other_w) > max(w, h, other_w, other_h):
         raise UserError(
-            f"{name}: the image has {w}x{h} pixels and its source {source_w}x{source_h}: "
+            f"{name}: the image has {w}x{h} pixels and its {kind} {other_w}x{other_h}: "
             "expected one aspect ratio, so that both are cropped alike"
         )
 
@@ -310,7 +313,7 @@ class ImageSet:
         digest = hashlib.sha256(content).digest()
         made: list[ImageExample | Bad] = []
         for index in indices:
-            how = self.sizes[self.bucket_of[index]], self._flipped(index), self._crop(index)
+            how = self.how(index)
             fitted, key = fit(picture, *how), self._key(index, digest)
             edited = None if before is None else fit(before, *how).pixels
             made.append(ImageExample(fitted.pixels, caption, time_ids(fitted), key, edited))
@@ -321,6 +324,10 @@ class ImageSet:
             return read_bad(self.records.name(record), arrays)
         caption = self.records.caption(record)
         return ImageExample(arrays["pixels"], caption, arrays["time_ids"], key)
+
+    def how(self, index: int) -> tuple[Size, bool, int]:
+        """Return the size, mirroring and crop of an example, as `fit` takes them."""
+        return self.sizes[self.bucket_of[index]], self._flipped(index), self._crop(index)
 
     def _flipped(self, index: int) -> bool:
         return index >= self._crops * len(self.records)

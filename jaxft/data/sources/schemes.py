@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jaxft.core.errors import UserError
 from jaxft.data.sources.files import find_files
-from jaxft.data.sources.images.folders import open_edited, open_folder
+from jaxft.data.sources.images.folders import ImageFiles, open_edited, open_folder, open_masks
 from jaxft.data.sources.images.records import Bad, ImageSource, Records, count_unreadable
 from jaxft.data.sources.images.rows import open_table_images, open_tfds_images
 from jaxft.data.sources.images.tars import open_tars
@@ -70,6 +70,7 @@ SCHEMES = {
 }
 
 
+MASK_FILE, ALPHA = "file", "alpha"  # places of a loss mask
 LOCAL = ("jsonl", "text", "folder", "wds")  # schemes of files of this machine
 
 
@@ -134,11 +135,12 @@ def _is_there(pattern: str) -> bool:
     return Path(pattern).expanduser().is_dir() or bool(find_files(pattern, ())[1])
 
 
-def open_images(spec: str, captions: bool = True, edited: bool = False) -> Records:
+def open_images(spec: str, captions: bool = True, edited: bool = False, mask: str = "") -> Records:
     """Open the pictures that `spec` names, by SCHEMES. Only names and captions are read at once.
 
     captions: require a caption of every picture. Without it a picture that has none gets "".
     edited: require the name of the picture that each was edited from.
+    mask: MASK_FILE requires a mask of every picture, ALPHA takes its transparency, "" is none.
     Pictures in unsupported formats are left out, counted in a printed line and listed in
     `left_out` of the result. Raises UserError for an unknown spec, a missing file, caption or
     optional package, several splits at once, and an empty set.
@@ -154,7 +156,15 @@ def open_images(spec: str, captions: bool = True, edited: bool = False) -> Recor
     if left_out:
         print(f"left out images of {spec}: {count_unreadable(left_out)}", flush=True)
     before = open_edited(spec, Path(rest).expanduser()) if edited else None
-    return Records(spec, source, before, tuple(left_out))
+    masks = source if mask == ALPHA else None
+    if mask == MASK_FILE:
+        if name != "folder" or not isinstance(source, ImageFiles):
+            raise UserError(
+                f"{spec!r} has no mask pictures, which mask={mask!r} reads: expected folder:PATH"
+                " with NAME.mask.png beside each picture, or mask='alpha'"
+            )
+        masks = open_masks(spec, Path(rest).expanduser(), source)
+    return Records(spec, source, before, tuple(left_out), masks=masks, alpha=mask == ALPHA)
 
 
 def _unknown_images(spec: str) -> UserError:

@@ -13,6 +13,8 @@ from jaxft.models.denoisers.mmdit.mmdit_single_file import mmdit_layout
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.models.denoisers.zimage.zimage_config import ZImageConfig
 from jaxft.models.denoisers.zimage.zimage_single_file import zimage_layout
+from jaxft.models.pipelines import flow_files
+from jaxft.models.pipelines.flow_files import FLUX_VAE
 from jaxft.models.text_encoders import clip
 from jaxft.models.text_encoders.clip import VISION, CLIPTextConfig
 from jaxft.weights.folders.diffusers import Pipeline, open_pipeline
@@ -25,7 +27,6 @@ from jaxft.weights.folders.single_file import (
 )
 from jaxft.weights.folders.single_file import VAE_PREFIX as FIRST_STAGE
 
-FLUX_VAE = "vae."  # ComfyUI expects it in a file of FLUX and Z-Image
 SINGLE = (".safetensors", ".ckpt", ".pt", ".bin")
 RESNET = {
     "norm1": "in_layers.0",
@@ -72,6 +73,9 @@ def open_model(spec: str, weights: bool = True, prediction: str | None = None) -
     """
     if not spec.endswith(SINGLE):
         return open_pipeline(spec, weights)
+    if (tensors := flow_files.open_flow_tensors(spec)) is not None:
+        base = flow_files.folder_of(spec, tensors)
+        return flow_files.open_flow_file(spec, tensors, base, layouts(base), weights)
     pipeline = open_single_file(spec, weights, prediction)
     if not weights:
         return pipeline

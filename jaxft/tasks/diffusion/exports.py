@@ -53,20 +53,27 @@ def _write_ldm(job: Job) -> None:
 def _write_lora(job: Job) -> None:
     """Write the adapters in diffusers' format and in kohya's.
 
-    For Stable Diffusion 3 it is diffusers' alone, because diffusers does not read kohya's.
+    Those of a transformer are also written under its original names, for ComfyUI.
     """
     leaves, cfg, parts = job.leaves, job.opened.cfg, writers.parts(job)
     pipeline_lora.check(parts, leaves)
     arrays, scale = writers.adapters(job), ranks.scale(cfg.lora)
     pipeline_lora.write_peft(job.folder, parts, leaves, arrays, scale)
-    if job.opened.pipeline.family == "sd3":
-        return
     layouts = ldm.transformer_layouts(job.opened.pipeline)
     kind = ldm.kind(job.opened.pipeline)
     rank, alpha = cfg.lora.rank, scale * cfg.lora.rank
     stated = pipeline_lora.metadata(kind, job.name, cfg.model, rank, alpha)
     stated |= _modelspec(job, "lora")
-    pipeline_lora.write_kohya(job.folder, job.name, parts, leaves, arrays, scale, stated, layouts)
+    given = (job.folder, job.name, parts, leaves, arrays, scale, stated, layouts)
+    kohya = pipeline_lora.write_kohya(*given)
+    if layouts:
+        pipeline_lora.write_original(*given)
+    if kind == "sd3":
+        print(
+            f"{kohya.name} is for kohya's scripts and ComfyUI. diffusers does not read kohya's"
+            f" files of Stable Diffusion 3: give it {pipeline_lora.LORA_STEM}.safetensors",
+            flush=True,
+        )
 
 
 def _write_inversion(job: Job) -> None:

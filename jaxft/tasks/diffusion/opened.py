@@ -13,6 +13,7 @@ from jaxft.core import runtime
 from jaxft.core.configs.schema import Config, Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import describe
+from jaxft.data.sources.schemes import ALPHA, MASK_FILE
 from jaxft.models import flops
 from jaxft.models.pipelines import families, ldm, stable_diffusion
 from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
@@ -38,6 +39,7 @@ class OpenedPipeline:
         self.model_cfg = families.read_config(self.pipeline, options.prediction, options.zero_snr)
         check_sampler("sample.sampler", options.sample.sampler, self.model_cfg)
         check(options.caption_dropout, self.model_cfg)
+        _check_mask(options.mask, self.model_cfg)
         if options.sample.rescale and not self.model_cfg.free_guidance:
             raise UserError(
                 f"sample.rescale={options.sample.rescale} corrects classifier-free guidance, which"
@@ -97,7 +99,7 @@ class OpenedPipeline:
             return model
 
         model = jax.eval_shape(build, jax.random.key(0))
-        layouts = {} if self.pipeline.family == "sd3" else ldm.layouts(self.pipeline)
+        layouts = ldm.layouts(self.pipeline)
         found = open_lora(asked.from_, self.parts, describe(model), layouts)
         return found, lora.continued(asked, found.lora, lora.projections(model))
 
@@ -124,6 +126,17 @@ class OpenedPipeline:
             return model.predict(latents, times[:, 0], given, dtype=self.dtype)
 
         return flops.count(forward, self.template, latents, self.text_shapes(), times)
+
+
+def _check_mask(name: str, cfg: AnyConfig) -> None:
+    """Raise UserError for an unknown kind of mask, and for a model that reads masks of its own."""
+    if name not in ("", MASK_FILE, ALPHA):
+        raise UserError(f"mask={name!r} is not one of {MASK_FILE}, {ALPHA}, or empty")
+    if name and cfg.conditioning != stable_diffusion.NOTHING:
+        raise UserError(
+            f"mask={name!r} weights the loss of a model of captions alone, and this is"
+            f" {cfg.describe()}; leave it empty"
+        )
 
 
 def check_sampler(key: str, name: str, cfg: AnyConfig) -> None:

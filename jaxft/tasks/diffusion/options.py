@@ -62,6 +62,7 @@ class DiffusionOptions:
     prediction: epsilon or v_prediction. Empty is that of the folder.
     zero_snr: zero terminal SNR.
     noise_offset: scale of a constant per channel that is added to the noise.
+    mask: file (NAME.mask.png beside a picture) or alpha: white or opaque parts count. Empty is all.
     eval_examples: number of rows of data.eval for the validation loss. 0 is all.
     eval_generated: number of captions to sample for kid-lite0. 0 is none.
     """
@@ -76,6 +77,7 @@ class DiffusionOptions:
     prediction: str = ""
     zero_snr: bool = False
     noise_offset: float = 0.0
+    mask: str = ""
     eval_examples: int = 0
     eval_generated: int = 128
     prior: Prior = Prior()

@@ -18,7 +18,7 @@ from jaxft.models.pipelines import stable_diffusion
 from jaxft.models.pipelines.conditioning import condition
 from jaxft.models.pipelines.stable_diffusion import NOTHING, Guidance
 from jaxft.nn.pixels import to_pixels
-from jaxft.objectives.denoising import Denoising, normal
+from jaxft.objectives.denoising import Denoising, counted, normal
 from jaxft.tasks import NOW, Data, Look, Report, Request, Sheet
 from jaxft.tasks.common.encoded import collate
 from jaxft.tasks.common.kid_lite0 import KidLite0
@@ -46,10 +46,11 @@ class DiffusionPreview:
             return Report({})
         data = subset(self.rows, self.opened.options.eval_examples, self.opened.cfg.seed)
         size = self.opened.cfg.batch_size // self.opened.cfg.micro_batches
-        sums, padded = np.zeros(BINS), partial(collate, filler=data[0])
+        sums, padded, count = np.zeros(BINS), partial(collate, filler=data[0]), 0.0
         for batch in eval_batches(data, size, padded, local_rows(mesh, size)):
-            sums += np.asarray(self._bins(params, place_batch(batch, mesh)))
-        errors = sums / len(data)
+            more, own = self._bins(params, place_batch(batch, mesh))
+            sums, count = sums + np.asarray(more), count + float(own)
+        errors = sums / count
         metrics = {"loss": float(np.mean(errors))}
         times = self.opened.process.evaluation_times(BINS)
         metrics |= {f"loss_t{t}": float(e) for t, e in zip(times, errors, strict=True)}
@@ -66,8 +67,8 @@ class DiffusionPreview:
         return Report(metrics, sheets={"held-out": shown_sheet(captions, columns)})
 
     @partial(jax.jit, static_argnums=0)
-    def _bins(self, params: Params, batch: Batch) -> jax.Array:
-        """Return the summed errors at each of BINS timesteps.
+    def _bins(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Return the summed errors at each of BINS timesteps, and the number of rows that count.
 
         A row has the same noise in every run.
         """
@@ -85,7 +86,8 @@ class DiffusionPreview:
             return jnp.sum(errors * (rows > 0))
 
         times = jnp.asarray(self.opened.process.evaluation_times(BINS))
-        return jax.lax.map(at, (jnp.arange(BINS), times))
+        count = jnp.sum(counted(batch) * (rows > 0))
+        return jax.lax.map(at, (jnp.arange(BINS), times)), count
 
     def sample(self, params: Params) -> Look:
         prompts = list(self.opened.options.sample.prompts)

@@ -16,6 +16,7 @@ from jaxft.core.sharding import one_device_mesh
 from jaxft.data.cache import ArrayCache, fill
 from jaxft.data.images.buckets import BucketBatches, Size, bucket_loader
 from jaxft.data.images.dataset import ImageSet
+from jaxft.data.images.masks import loss_mask
 from jaxft.data.loader import subset
 from jaxft.data.sources.images.records import Bad
 from jaxft.data.sources.schemes import open_images
@@ -150,6 +151,12 @@ class PictureRows:
             row |= {} if example.source is None else {"source": example.source}
         else:
             row |= self.stores.moments.get(self._keys[share][images.place(place)])
+        if self.opened.options.mask:
+            factor = self.opened.model_cfg.vae.factor
+            h, w = images.how(place)[0]
+            masked = images.records.masks is not None
+            own = loss_mask(images, place, factor) if masked else None
+            row["loss_mask"] = np.ones((h // factor, w // factor, 1), "f4") if own is None else own
         caption = images.caption(place)  # after the picture, because another may replace it
         if self.stores.texts is None:
             return row | {"ids": self.opened.captions(caption)}
@@ -169,8 +176,11 @@ def batch_shapes(
         "time_ids": ((6,), np.float32),
         "sample_ids": ((), np.int32),
     }
+    grid = tuple(side // cfg.vae.factor for side in size)
+    if opened.options.mask:
+        made["loss_mask"] = ((*grid, 1), np.float32)
     if moments:
-        latent = (*(side // cfg.vae.factor for side in size), cfg.vae.latent_channels)
+        latent = (*grid, cfg.vae.latent_channels)
         made |= dict.fromkeys(("mean", "logvar"), (latent, np.float32))
     else:
         names = ("pixels", "source") if cfg.conditioning == SOURCE else ("pixels",)
@@ -207,14 +217,15 @@ def read_rows(opened: OpenedPipeline, spec: str, training: bool) -> PictureRows:
     training caption without the new word.
     """
     if not training:
-        images, count = _read(opened, spec), opened.options.eval_generated
+        images = _read(opened, spec, mask=opened.options.mask)
+        count = opened.options.eval_generated
         shown = subset(images, count, opened.cfg.seed).ids.tolist() if count else ()
         return PictureRows(opened, [Share(images)], spec, shown)
     options = opened.options
-    own = _read(opened, spec, options.buckets, options.flip)
+    own = _read(opened, spec, options.buckets, options.flip, options.mask)
     shares = [Share(own)]
     if options.prior.data:
-        prior = _read(opened, options.prior.data, options.buckets, options.flip)
+        prior = _read(opened, options.prior.data, options.buckets, options.flip, mask="")
         repeats = max(1, round(len(prior) / len(own)))  # as many rows as the prior has
         shares = [Share(own, repeats), Share(prior, 1, options.prior.weight)]
     rows = PictureRows(opened, shares, spec)
@@ -228,9 +239,11 @@ def texts_of(share: Share) -> list[str]:
     return [share.images.records.caption(i) for i in range(len(share.images.records))]
 
 
-def _read(opened: OpenedPipeline, spec: str, buckets: bool = False, flip: bool = False) -> ImageSet:
+def _read(
+    opened: OpenedPipeline, spec: str, buckets: bool = False, flip: bool = False, mask: str = ""
+) -> ImageSet:
     cfg = opened.model_cfg
-    records = open_images(spec, edited=cfg.conditioning == SOURCE)
+    records = open_images(spec, edited=cfg.conditioning == SOURCE, mask=mask)
     return ImageSet(records, opened.options.resolution, cfg.multiple, buckets, flip)
 
 

@@ -14,6 +14,7 @@ from jaxft.weights.views import InMemory, Overlaid, Renamed, RowSpan
 
 Factors = tuple[np.ndarray, np.ndarray]  # A [r, in] and B [out, r]
 WHOLE_MODULE = RowSpan(0, 1, 1)
+GENERIC = "diffusion_model."  # ComfyUI reads it before the names of single files, for every model
 SIDES = {
     "lora_a": (".lora_A.weight", ".lora_down.weight"),
     "lora_b": (".lora_B.weight", ".lora_up.weight"),
@@ -51,7 +52,8 @@ def fused(layout: LDMLayout, factors: Mapping[str, Factors]) -> dict[str, Factor
         low = np.concatenate([factors[name][0] for name in own])  # [sum of r, in]
         name, rows = next(iter(own.items()))
         unit = len(factors[name][1]) // (rows.stop - rows.start)
-        up, column = np.zeros((unit * rows.of, len(low)), np.float32), 0
+        kernel = factors[name][1].shape[2:]  # of a convolution
+        up, column = np.zeros((unit * rows.of, len(low), *kernel), np.float32), 0
         for name, rows in own.items():
             a, b = factors[name]
             up[rows.start * unit : rows.stop * unit, column : column + len(a)] = b
@@ -68,8 +70,11 @@ def under_diffusers_names(tensors: Tensors, layout: LDMLayout, component: str) -
     others that are not. Other keys are unchanged.
     """
     known = {name: {name: WHOLE_MODULE} for name in (*layout.names, *layout.rows)}
+    theirs_only = _modules(layout).keys() - known.keys()
     known |= _modules(layout)
-    stems = {f"diffusion_model.{theirs}": theirs for theirs in known}
+    stems = {f"{GENERIC}{theirs}": theirs for theirs in known}
+    # The prefix of diffusers' files, before a name that is not diffusers'.
+    stems |= {f"{component}.{theirs}": theirs for theirs in theirs_only}
     stems |= {f"lora_unet_{theirs.replace('.', '_')}": theirs for theirs in known}
     found: dict[str, dict[str, str]] = {}
     rest = []
@@ -90,7 +95,7 @@ def under_diffusers_names(tensors: Tensors, layout: LDMLayout, component: str) -
             own = name == stems[stem]  # diffusers' name, under which nothing is exchanged
             up, unit = b if own else _swapped(layout, name, b), len(b) // rows.of
             up = up[rows.start * unit : rows.stop * unit]
-            used = up.any(axis=0)
+            used = up.any(axis=(0, *range(2, up.ndim)))  # [r]
             if b.any() and not used.any():
                 continue
             used |= not used.any()

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf
-from jaxft.weights.adapters.original_names import Factors, fused
+from jaxft.weights.adapters.original_names import GENERIC, Factors, fused
 from jaxft.weights.adapters.peft import Slot, slots
 from jaxft.weights.files.tensor_files import write_sharded
 from jaxft.weights.folders.diffusers import legacy_part
@@ -31,11 +31,13 @@ VERSIONS = {
     "sd1": "sd_v1",
     "sd2": "sd_v2",
     "sdxl": "sdxl_base_v1-0",
+    "sd3": "sd3",
     "flux": "flux1",
     "flux2": "flux2",
     "zimage": "zimage",
 }
 NETWORKS = {
+    "sd3": "networks.lora_sd3",
     "flux": "networks.lora_flux",
     "flux2": "networks.lora_flux_2",
     "zimage": "networks.lora_zimage",
@@ -129,24 +131,58 @@ def write_kohya(
     """
     second = any(part.prefix == "text_encoder_2." for part in parts)
     tensors: dict[str, np.ndarray] = {}
-    renamed: dict[str, dict[str, Factors]] = {component: {} for component in layouts}
     for site in sites(parts, leaves):
         a, b = site.factors(arrays)
-        if not a.any():
-            continue
-        if site.component in layouts:
-            renamed[site.component][site.slot.module] = a, scale * b
+        if site.component in layouts or not a.any():
             continue
         prefix = KOHYA[site.component][-1 if second else 0]
         stem = prefix + site.slot.module.replace(".", "_")
         tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = a, b
         tensors[f"{stem}.alpha"] = np.array(scale * len(a), np.float32)
-    for component, factors in renamed.items():
-        for module, (a, b) in fused(layouts[component], factors).items():
-            stem = f"lora_unet_{module.replace('.', '_')}"
-            tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = a, b
-            tensors[f"{stem}.alpha"] = np.array(len(a), np.float32)
+    for module, (a, b) in _of_single_file(parts, leaves, arrays, scale, layouts).items():
+        stem = f"lora_unet_{module.replace('.', '_')}"
+        tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = a, b
+        tensors[f"{stem}.alpha"] = np.array(len(a), np.float32)
     return _write(folder, f"{name}.kohya", tensors, metadata)
+
+
+def write_original(
+    folder: Path,
+    name: str,
+    parts: Sequence[Part],
+    leaves: Mapping[str, Leaf],
+    arrays: Mapping[str, Any],
+    scale: float,
+    metadata: Mapping[str, str],
+    layouts: Mapping[str, LDMLayout],
+) -> Path:
+    """Write `NAME.original.safetensors`: the adapters of `layouts` under their original names.
+
+    The scale is in the weights, and alpha is the rank. Arguments are as in `write_kohya`.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for module, (a, b) in _of_single_file(parts, leaves, arrays, scale, layouts).items():
+        stem = f"{GENERIC}{module}"
+        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = a, b
+        tensors[f"{stem}.alpha"] = np.array(len(a), np.float32)
+    return _write(folder, f"{name}.original", tensors, metadata)
+
+
+def _of_single_file(
+    parts: Sequence[Part],
+    leaves: Mapping[str, Leaf],
+    arrays: Mapping[str, Any],
+    scale: float,
+    layouts: Mapping[str, LDMLayout],
+) -> dict[str, Factors]:
+    """Return the factors of each adapted module of single files, with `scale` multiplied into B."""
+    made: dict[str, Factors] = {}
+    for component, layout in layouts.items():
+        own = [site for site in sites(parts, leaves) if site.component == component]
+        factors = {site.slot.module: site.factors(arrays) for site in own}
+        used = {module: (a, scale * b) for module, (a, b) in factors.items() if a.any()}
+        made |= fused(layout, used)
+    return made
 
 
 def metadata(kind: str, name: str, base: str, rank: int, alpha: float) -> dict[str, str]:

@@ -64,7 +64,7 @@ def as_diffusers(tensors: Tensors, layout: LDMLayout) -> Relaid:
     places: dict[str, Place] = {}
     for key in tensors.keys():  # noqa: SIM118 (a Tensors is no dict)
         inner = key.removeprefix(layout.prefix)
-        if inner == key or re.fullmatch(layout.ignore, inner):
+        if not key.startswith(layout.prefix) or re.fullmatch(layout.ignore, inner):
             continue
         stem, _, leaf = inner.rpartition(".")
         if stem in modules:

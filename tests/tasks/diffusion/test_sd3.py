@@ -13,7 +13,6 @@ from jaxft import export, sample, train
 from jaxft.core.errors import UserError
 from jaxft.models.pipelines import families
 from jaxft.models.pipelines.ldm import open_model
-from jaxft.verify import main as verify
 from tests.tiny_diffusion import flags_of, make_pictures
 from tests.tiny_sd3 import NO_T5, make_sd3
 
@@ -84,7 +83,7 @@ def test_a_run_exports_a_folder_that_diffusers_draws_with(folders, tmp_path, cap
         about = opened.metadata()
     assert about["modelspec.architecture"] == "stable-diffusion-v3"
     assert train.main([*flags_of(file, data), "--workdir", str(tmp_path / "y")]) == 2
-    assert "give its diffusers folder" in capsys.readouterr().err
+    assert "copy text_encoder/ of the original folder there" in capsys.readouterr().err
 
 
 def test_zero_steps_give_the_source_bitwise(folders, tmp_path):
@@ -106,7 +105,11 @@ def test_t33_a_lora_has_the_same_effect_in_diffusers_and_goes_on(folders, tmp_pa
     work = tmp_path / "run"
     assert train.main([*flags_of(source, data, LORA), "--workdir", str(work)]) == 0
     files = sorted(file.name for file in (work / "export").iterdir())
-    assert "pytorch_lora_weights.safetensors" in files and not any("kohya" in x for x in files)
+    assert files[0].endswith(".kohya.safetensors") and files[1].endswith(".original.safetensors")
+    assert files[2:] == ["pytorch_lora_weights.safetensors"]
+    (told,) = [one for one in capsys.readouterr().out.splitlines() if "kohya's scripts" in one]
+    assert files[0] in told and "diffusers does not read kohya's files" in told
+    assert "give it pytorch_lora_weights.safetensors" in told
     keys = load_file(work / "export" / "pytorch_lora_weights.safetensors")
     assert all(key.startswith("transformer.transformer_blocks.") for key in keys)
     merged = tmp_path / "merged"
@@ -142,11 +145,6 @@ def test_what_flow_matching_has_not_is_told_in_one_line(folders, tmp_path, capsy
     assert train.main([*flags, "--workdir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and all(word in error[0] for word in words), error
-
-
-def test_verify_says_that_it_does_not_compare_it(folders, capsys):
-    assert verify([str(folders["t5"])]) == 2
-    assert "verify compares Stable Diffusion 1, 2 and XL" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

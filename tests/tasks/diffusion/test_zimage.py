@@ -56,7 +56,9 @@ def test_a_run_exports_a_folder_that_diffusers_draws_with(folders, tmp_path, cap
     assert "Z-Image, flow matching" in told and "distilled" not in told
     assert_transformer_alone_changed(source, work / "export")
     assert np.abs(drawn(source) - drawn(work / "export")).max() > 1e-3
-    assert_drawn_and_in_one_file(source, data, work, converted, "z-image", capsys)
+    file = assert_drawn_and_in_one_file(work, converted, "z-image")
+    lacks = "copy text_encoder/ of the original folder there"
+    assert lacks in refusal(file, data, tmp_path / "y", capsys)
 
 
 def test_zero_steps_give_the_source_bitwise_and_turbo_is_called_distilled(

@@ -86,11 +86,9 @@ def test_pipelines_that_can(index):
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "FLUX"),
-        ("double_blocks.0.img_attn.qkv.weight", "FLUX"),
-        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
-        ("double_stream_modulation_img.lin.weight", "FLUX.2.*folder"),
-        ("model.diffusion_model.noise_refiner.0.attention.qkv.weight", "Z-Image.*folder"),
+        ("model.diffusion_model.double_stream_modulation_img.lin.weight", "FLUX.2.*folder"),
+        ("distilled_guidance_layer.norms.0.scale", "Chroma"),
+        ("control_layers.0.attention.qkv.weight", "ControlNet of Z-Image"),
         ("conditioner.embedders.0.model.ln_final.weight", "SDXL refiner.*SDXL base"),
         ("edm_mean", "playground"),
         ("edm_vpred.sigma_max", "CosXL"),

@@ -21,6 +21,7 @@ from jaxft.data.sources.images.records import (
 from jaxft.data.sources.texts.json_files import JsonRecords
 
 _LISTS = ("metadata.jsonl", "metadata.csv")  # the names of the imagefolder in Hugging Face datasets
+MASK_ENDING = ".mask.png"  # of the mask of a picture, in the place of the picture's own ending
 _CAPTION_ENDINGS = (".txt", ".caption")  # the second is kohya's default
 
 
@@ -63,7 +64,9 @@ def open_folder(spec: str, folder: Path, captions: bool) -> tuple[ImageFiles, li
         raise UserError(f"{spec}: {lists[0]} and {lists[1].name} both list pictures: keep one")
     if not lists and (found := next((p for p in files if p.name == "metadata.parquet"), None)):
         raise UserError(f"{found} is not read: write it as metadata.jsonl or metadata.csv")
-    pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
+    pictures = [
+        p for p in files if p.suffix.lower() in SUFFIXES and not p.name.endswith(MASK_ENDING)
+    ]
     if not lists or lists[0].parent != folder:
         refuse_mixed_folders(spec, folder, lists or pictures)
     if lists:
@@ -89,6 +92,26 @@ def open_edited(spec: str, folder: Path) -> ImageFiles:
             'expected folder:PATH with a metadata.jsonl of "file_name", "text" and "source"'
         )
     return _files(*_read_lists(spec, [found]), folder, False, "source")
+
+
+def open_masks(spec: str, folder: Path, source: ImageFiles) -> ImageFiles:
+    """Return the masks of a folder's pictures: those of a list's "mask", or NAME.mask.png.
+
+    Raises UserError for a picture without one.
+    """
+    found = next((folder / name for name in _LISTS if (folder / name).is_file()), None)
+    if found is not None:
+        rows, bad = _read_lists(spec, [found])
+        if any("mask" in row.values for row in rows):
+            return _files(rows, bad, folder, False, "mask")
+    paths = [path.with_name(path.stem + MASK_ENDING) for path in source.paths]
+    gone = [
+        Bad(str(path), f"{path} has no mask: expected {mask.name} beside it, white where to learn")
+        for path, mask in zip(source.paths, paths, strict=True)
+        if not mask.is_file()
+    ]
+    refuse_bad(gone, f"of {len(paths)} images have no mask")
+    return ImageFiles(paths, source.captions)
 
 
 def _listed(

@@ -74,6 +74,7 @@ class Records:
     """A random-access set of captioned pictures. Bytes are read at each access, safe in threads.
 
     edited: the pictures before the edit. left_out: pictures in formats that are not read.
+    masks: the pictures whose grey, or with `alpha` whose transparency, weights the loss.
     sizes: int32 [n, 2], height and width of every upright picture. digests: SHA-256 of every
     file's bytes. Both are set after all headers have been read.
     """
@@ -84,6 +85,8 @@ class Records:
     left_out: tuple[Bad, ...] = ()
     sizes: np.ndarray | None = field(default=None, compare=False)
     digests: tuple[bytes, ...] = field(default=(), compare=False)
+    masks: ImageSource | None = None
+    alpha: bool = False
 
     def __len__(self) -> int:
         return len(self.source)
@@ -104,9 +107,9 @@ class Records:
         edited = None if self.edited is None else _Kept(self.edited, indices)
         sizes = None if self.sizes is None else self.sizes[np.asarray(indices, int)]
         digests = tuple(self.digests[i] for i in indices) if self.digests else ()
-        return Records(
-            self.spec, _Kept(self.source, indices), edited, self.left_out, sizes, digests
-        )
+        masks = None if self.masks is None else _Kept(self.masks, indices)
+        source = _Kept(self.source, indices)
+        return Records(self.spec, source, edited, self.left_out, sizes, digests, masks, self.alpha)
 
     def __repr__(self) -> str:
         return f"Records({self.spec!r}, {len(self)} images)"

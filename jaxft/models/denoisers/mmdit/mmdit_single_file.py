@@ -7,6 +7,7 @@ from jaxft.weights.views import THIRDS
 MMDIT_ENDS = {
     "pos_embed.pos_embed": "pos_embed",
     "pos_embed.proj": "x_embedder.proj",
+    "context_embedder": "context_embedder",
     "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
     "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
     "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",

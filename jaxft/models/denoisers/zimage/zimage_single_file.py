@@ -35,4 +35,5 @@ def zimage_layout(cfg: ZImageConfig) -> LDMLayout:
     for block in (f"{stack}.{i}." for stack, count in stacks.items() for i in range(count)):
         names |= {block + ours: block + theirs for ours, theirs in ZIMAGE_BLOCK.items()}
         rows |= {block + one: (block + "attention.qkv", own) for one, own in ZIMAGE_ROWS.items()}
-    return LDMLayout(UNET_PREFIX, names, rows=rows)
+    # Some files have a norm that no program uses.
+    return LDMLayout(UNET_PREFIX, names, rows=rows, ignore=r"norm_final\.weight")

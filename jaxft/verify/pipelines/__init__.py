@@ -1,0 +1,1 @@
+"""The networks of pipelines beside those of diffusers and transformers, and their pictures."""
