@@ -37,7 +37,10 @@ from jaxft.weights.transfer import Part
 from jaxft.weights.views import Drawn, Overlaid
 
 ROUTER = "layers.mlp.router"
-MIXTURE = (ROUTER, *(f"layers.mlp.experts.{name}_proj" for name in ("gate", "up", "down")))
+MIXTURE = (
+    ROUTER,
+    *(f"layers.mlp.experts.{name}_proj" for name in ("gate", "up", "gate_up", "down")),
+)
 WHOLE = ("embed_tokens", "lm_head", "score", "norm", "layers")  # modules that an adapter may hold
 
 

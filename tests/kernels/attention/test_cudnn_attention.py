@@ -31,7 +31,7 @@ SEGMENTS = jnp.array([[1] * 9 + [2] * 12 + [3] * 10 + [0] * 6, [1] * 30 + [2] * 
 )
 def test_it_runs_on_a_gpu_in_half_precision(platform, dtype, dim, text):
     q = jax.ShapeDtypeStruct((1, 8, 2, dim), dtype)
-    found = refusal(Device(platform, "kind"), q, None)
+    found = refusal(Device(platform, "kind"), q, None, False)
     assert (text in found) if text else not found
 
 

@@ -79,7 +79,7 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
     """
     check_causal(config)
     kind = config["model_type"]
-    c = read_keys(_with_one_count(config), KEYS[kind])
+    c = read_keys(with_one_count(config), KEYS[kind])
     if c.get("router_jitter_noise"):
         raise UserError(
             f"config.json: router_jitter_noise={c['router_jitter_noise']} is not supported; set it"
@@ -95,14 +95,14 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
         window=window,
         activation=activation(c),
         qk_norm="head" if kind == "qwen3_moe" else None,
-        experts=_experts(c),
+        experts=checked_experts(c),
     )
     biased = bool(c.get("attention_bias"))
     made = decoder_config(config, c, (spec,) * count, qkv_bias=biased, default_theta=_THETAS[kind])
     return replace(made, router_loss=float(c["router_aux_loss_coef"]))
 
 
-def _with_one_count(config: Mapping[str, Any]) -> dict[str, Any]:
+def with_one_count(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return config.json with `num_local_experts`, of which `num_experts` is another name.
 
     Raises: UserError for two numbers.
@@ -115,7 +115,7 @@ def _with_one_count(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "num_local_experts": config["num_experts"]}
 
 
-def _experts(c: Mapping[str, Any]) -> ExpertSpec:
+def checked_experts(c: Mapping[str, Any]) -> ExpertSpec:
     """Return the experts of each layer. Raises UserError for more of a token than there are."""
     count, active = c["num_local_experts"], c["num_experts_per_tok"]
     if active > count:
