@@ -87,7 +87,7 @@ def calls(request, monkeypatch):
 
     monkeypatch.setattr(room, name, count)
     if request.param in ("splash", "cudnn"):
-        monkeypatch.setattr(attention, "choose", lambda q, soft_cap: request.param)
+        monkeypatch.setattr(attention, "choose", lambda q, soft_cap, sinks: request.param)
     if request.param == "many blocks":
         for name, value in (("CPU_SCORES", 1), ("SMALLEST_SPAN", 8), ("SMALLEST_BLOCK", 8)):
             monkeypatch.setattr(blockwise_attention, name, value)

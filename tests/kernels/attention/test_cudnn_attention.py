@@ -38,7 +38,9 @@ def test_it_runs_on_a_gpu_in_half_precision(platform, dtype, dim, text):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """The kernel of a GPU is chosen, for the arrays of a CPU."""
-    monkeypatch.setattr("jaxft.kernels.attention.attention.choose", lambda q, soft_cap: "cudnn")
+    monkeypatch.setattr(
+        "jaxft.kernels.attention.attention.choose", lambda q, soft_cap, sinks: "cudnn"
+    )
 
 
 @pytest.mark.parametrize(
