@@ -94,12 +94,12 @@ def calls(request, monkeypatch):
     return made
 
 
-def by_formula(q, k, v, queries, keys, *, causal, window, scale, soft_cap, in_order):
+def by_formula(q, k, v, queries, keys, *, causal, window, scale, soft_cap, sinks, in_order):
     """All scores at once, masked by the coordinates."""
     queries = jax.tree.map(lambda x: x[:, :, None], queries)
     keys = jax.tree.map(lambda x: x[:, None], keys)
     mask = blockwise_attention.attention_mask(queries, keys, causal=causal, window=window)
-    return attention.reference(q, k, v, mask, scale, soft_cap)
+    return attention.reference(q, k, v, mask, scale, soft_cap, sinks)
 
 
 @pytest.mark.parametrize("window", [None, WINDOW])

@@ -1,6 +1,7 @@
 """Mixtral and the mixtures of Qwen 3: config.json, weight tables, registration.
 
-Files hold a tensor for each expert. transformers 5 fuses them in memory alone.
+Files hold a tensor for each expert. transformers 5 fuses them in memory, and in files that it saves
+with `save_original_format=False`. Those are read too, and exports have a tensor for each expert.
 """
 
 import json
@@ -28,8 +29,10 @@ from jaxft.models.decoders.config import (
     read_keys,
 )
 from jaxft.models.decoders.families import llama
-from jaxft.models.decoders.files import check_causal
+from jaxft.models.decoders.files import as_decoder, check_causal
+from jaxft.weights.folders.transformers import Source
 from jaxft.weights.rules import Rule
+from jaxft.weights.views import Slab, Unfused
 
 KEYS: dict[str, dict[str, Key]] = {
     "mixtral": {
@@ -152,14 +155,50 @@ def _rules(start: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
     )
 
 
-RULES = _rules("block_sparse_moe.", "w1", "w3", "w2")
-QWEN3_MOE_RULES = _rules("mlp.", "gate_proj", "up_proj", "down_proj")
+def as_mixture(source: Source, start: str, gate: str, up: str, down: str) -> Source:
+    """Return the source under the names of `_rules`, which has the same arguments.
+
+    Raises: UserError for fused experts of another shape, and as `as_decoder`.
+    """
+    tensors, ends = source.tensors, {"gate_up_proj": (gate, up), "down_proj": (down,)}
+    fused = (
+        {} if tensors is None else {key: key.partition("mlp.experts.") for key in tensors.keys()}
+    )
+    fused = {key: parts for key, parts in fused.items() if parts[2] in ends}
+    if tensors is None or not fused:
+        return as_decoder(source)
+    slabs: dict[str, Slab] = {}
+    for key, (layer, _, end) in fused.items():
+        (shape, _), names = tensors.info(key), ends[end]
+        if len(shape) != 3 or shape[1] % len(names):
+            raise UserError(
+                f"{source.name}: tensor {key} has shape {shape}; expected [experts, {len(names)} *"
+                " rows, columns], as transformers 5 saves fused experts"
+            )
+        slabs |= {
+            f"{layer}{start}experts.{e}.{name}.weight": Slab(key, e, i, len(names))
+            for e in range(shape[0])
+            for i, name in enumerate(names)
+        }
+    kept = [key for key in cut if key not in fused]
+    others = {key.replace(".mlp.gate.", f".{start}gate."): key for key in kept}
+    if both := sorted(slabs.keys() & others.keys()):
+        raise UserError(f"{source.name}: tensor {both[0]} is there twice, alone and fused")
+    return as_decoder(replace(source, tensors=Unfused(tensors, slabs, others)))
+
+
+MIXTRAL_NAMES = ("block_sparse_moe.", "w1", "w3", "w2")
+QWEN3_MOE_NAMES = ("mlp.", "gate_proj", "up_proj", "down_proj")
+RULES = _rules(*MIXTRAL_NAMES)
+QWEN3_MOE_RULES = _rules(*QWEN3_MOE_NAMES)
 ARCHITECTURE = llama.ARCHITECTURE._replace(
     class_name=lambda config: "MixtralForCausalLM",
     config=lambda config, where: read(config),
     rules=lambda cfg: RULES,
+    opened=lambda source: as_mixture(source, *MIXTRAL_NAMES),
 )
 QWEN3_MOE = ARCHITECTURE._replace(
     class_name=lambda config: "Qwen3MoeForCausalLM",
     rules=lambda cfg: QWEN3_MOE_RULES,
+    opened=lambda source: as_mixture(source, *QWEN3_MOE_NAMES),
 )
