@@ -35,8 +35,10 @@ def clamped(
 ) -> Float[Array, "*b F"]:
     """Return gate * sigmoid(slope gate) * (up + 1), gate and up within a limit.
 
-    The gate has no lower limit. The gradients recompute it as those of `gated`.
+    The gate has no lower limit. It is computed in fp32 and cast to gate's dtype. The gradients
+    recompute it as those of `gated`.
     Source: GPT-OSS, arXiv:2508.10925, in transformers' GptOssExperts.
     """
+    dtype, gate, up = gate.dtype, gate.astype(jnp.float32), up.astype(jnp.float32)
     gate, up = jnp.minimum(gate, how.limit), jnp.clip(up, -how.limit, how.limit)
-    return gate * jax.nn.sigmoid(how.slope * gate) * (up + 1)
+    return (gate * jax.nn.sigmoid(how.slope * gate) * (up + 1)).astype(dtype)

@@ -97,10 +97,12 @@ class ExpertMLP(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """Return the output in x's dtype, and the sums over the `counted` tokens, if given."""
         router, bias = self.router.values()
+        logits = jnp.einsum(
+            "btd,de->bte", x, router.astype(x.dtype), preferred_element_type=jnp.float32
+        )  # [B, T, E]
+        logits = logits if bias is None else logits + bias.astype(jnp.float32)
         # The logits are rounded to x's dtype, as transformers' are. Softmax is fp32.
-        logits = jnp.einsum("btd,de->bte", x, router.astype(x.dtype))  # [B, T, E]
-        logits = logits if bias is None else logits + bias.astype(x.dtype)
-        logits = logits.astype(jnp.float32)
+        logits = logits.astype(x.dtype).astype(jnp.float32)
         shares, chosen = chosen_experts(logits, experts)
 
         def act(gate: Array, up: Array) -> Array:

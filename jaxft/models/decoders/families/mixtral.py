@@ -161,11 +161,11 @@ def as_mixture(source: Source, start: str, gate: str, up: str, down: str) -> Sou
     Raises: UserError for fused experts of another shape, and as `as_decoder`.
     """
     tensors, ends = source.tensors, {"gate_up_proj": (gate, up), "down_proj": (down,)}
-    fused = (
-        {} if tensors is None else {key: key.partition("mlp.experts.") for key in tensors.keys()}
-    )
-    fused = {key: parts for key, parts in fused.items() if parts[2] in ends}
-    if tensors is None or not fused:
+    if tensors is None:
+        return as_decoder(source)
+    cut = {key: key.partition("mlp.experts.") for key in tensors.keys()}  # noqa: SIM118
+    fused = {key: parts for key, parts in cut.items() if parts[2] in ends}
+    if not fused:
         return as_decoder(source)
     slabs: dict[str, Slab] = {}
     for key, (layer, _, end) in fused.items():
