@@ -1,5 +1,6 @@
 """The traps of GPT-OSS, S1 to S6, one by one, and the shapes of its published sizes."""
 
+import copy
 import math
 
 import jax
@@ -115,10 +116,15 @@ def test_s6_frequencies_are_transformers(rope, tmp_path):
     if rope != "published":
         del config["rope_theta"], config["rope_scaling"]
         config |= {} if rope == "absent" else rope
-    small = {**config, "num_hidden_layers": 1, "num_local_experts": 4, "vocab_size": 8}
+    (found,) = registry.read_decoder(config).ropes
+    small = {
+        **copy.deepcopy(config),
+        "num_hidden_layers": 1,
+        "num_local_experts": 4,
+        "vocab_size": 8,
+    }
     small |= {"pad_token_id": None, "hidden_size": 8, "intermediate_size": 8}
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small)).model.rotary_emb
-    (found,) = registry.read_decoder(config).ropes
     np.testing.assert_allclose(found.inv_freq, theirs.inv_freq.numpy(), rtol=1e-6)
     np.testing.assert_allclose(found.scale, theirs.attention_scaling, rtol=1e-7)
     whole = rope == {"rope_parameters": {}}
