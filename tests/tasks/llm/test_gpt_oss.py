@@ -27,7 +27,7 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "num_local_experts": 4,
+    "num_local_experts": 8,
     "num_experts_per_tok": 2,
     "sliding_window": 8,
     "initializer_range": 0.2,
