@@ -47,7 +47,7 @@ class Matrix(nnx.Module):
         return self.kernel[...], None if self.bias is None else self.bias[...]
 
 
-class Weights(NamedTuple):
+class ExpertWeights(NamedTuple):
     """Matrices with their biases or None: gate and up, or both in one, and down."""
 
     wide: tuple[tuple[Array, Array | None], ...]
@@ -71,10 +71,10 @@ class Experts(nnx.Module):
         self.up_proj = nnx.data(None if fused else wide(key=up))
         self.down_proj = matrix((count, f, d), ("expert", "mlp", None), key=down)
 
-    def weights(self) -> Weights:
+    def weights(self) -> ExpertWeights:
         """Return the matrices and biases."""
         wide = (self.gate_up_proj, self.gate_proj, self.up_proj)
-        return Weights(
+        return ExpertWeights(
             tuple(one.values() for one in wide if one is not None), self.down_proj.values()
         )
 
@@ -163,7 +163,7 @@ Activation = Callable[[Array, Array], Array]
 
 
 def _on_mesh(
-    x: Array, shares: Array, chosen: Array, weights: Weights, activation: Activation
+    x: Array, shares: Array, chosen: Array, weights: ExpertWeights, activation: Activation
 ) -> Array:
     """Return the output of the experts, for each device's own rows.
 
@@ -179,7 +179,10 @@ def _on_mesh(
     narrow = (spec((None, "mlp", None)), None if weights.down[1] is None else spec((None, None)))
     local = partial(_outputs, activation=activation, width_axis=AXIS_RULES["mlp"])
     mapped = jax.shard_map(
-        local, in_specs=(rows, rows, rows, Weights(wide, narrow)), out_specs=rows, check_vma=False
+        local,
+        in_specs=(rows, rows, rows, ExpertWeights(wide, narrow)),
+        out_specs=rows,
+        check_vma=False,
     )
     return mapped(x, shares, chosen, weights)
 
@@ -188,7 +191,7 @@ def _outputs(
     x: Float[Array, "B T D"],
     shares: Float[Array, "B T A"],
     chosen: Int[Array, "B T A"],
-    weights: Weights,
+    weights: ExpertWeights,
     *,
     activation: Activation,
     width_axis: Any = None,

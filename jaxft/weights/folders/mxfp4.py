@@ -70,10 +70,10 @@ class Mxfp4Tensors:
         own = self._keys[key]
         if own == key:
             return self._tensors.read(key)
-        return decoded(self._tensors.read(own), self._tensors.read(key + SCALES))
+        return decode_mxfp4(self._tensors.read(own), self._tensors.read(key + SCALES))
 
 
-def decoded(
+def decode_mxfp4(
     blocks: UInt8[np.ndarray, "E F G 16"], scales: UInt8[np.ndarray, "E F G"]
 ) -> Float[np.ndarray, "E D F"]:
     """Return the bfloat16 values, D = 32 G, as transformers does. The low 4 bits come first.

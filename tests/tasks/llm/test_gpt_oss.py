@@ -16,7 +16,7 @@ from jaxft.core.errors import UserError
 from jaxft.runs import opening
 from jaxft.tasks import OPTIONS
 from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
-from jaxft.weights.folders.mxfp4 import decoded
+from jaxft.weights.folders.mxfp4 import decode_mxfp4
 
 CONFIG = str(Path(__file__).resolve().parents[3] / "configs" / "llm.py")
 SHAPE = {
@@ -78,7 +78,7 @@ def test_s8_an_export_is_in_16_bits_without_the_quantisation(folder, make_flags,
     assert not [key for key in after.keys() if key.endswith(("_blocks", "_scales"))]  # noqa: SIM118
     for i in range(3):
         key = f"model.layers.{i}.mlp.experts.gate_up_proj"
-        want = decoded(before.read(key + "_blocks"), before.read(key + "_scales"))
+        want = decode_mxfp4(before.read(key + "_blocks"), before.read(key + "_scales"))
         assert after.info(key) == (want.shape, want.dtype)
         assert after.read(key).tobytes() == want.tobytes()
     sinks = "model.layers.1.self_attn.sinks"

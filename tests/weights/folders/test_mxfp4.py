@@ -10,7 +10,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from jaxft.core.errors import UserError
 from jaxft.weights.files.tensor_files import write_sharded
-from jaxft.weights.folders.mxfp4 import Mxfp4Tensors, decoded, is_mxfp4
+from jaxft.weights.folders.mxfp4 import Mxfp4Tensors, decode_mxfp4, is_mxfp4
 from jaxft.weights.folders.transformers import open_source
 from jaxft.weights.views import InMemory
 
@@ -34,20 +34,20 @@ def bits(blocks, scales):
 
 def test_s7_decoding_is_transformers_bit_for_bit():
     blocks, scales = data()
-    made = decoded(blocks, scales)
+    made = decode_mxfp4(blocks, scales)
     assert made.shape == (3, 128, 8) and made.flags.c_contiguous
     np.testing.assert_array_equal(made.view(np.uint16), bits(blocks, scales))
     # The low 4 bits are the first value: 0x21 is 0.5, then 1.0.
-    one = decoded(np.full((1, 1, 1, 16), 0x21, np.uint8), np.full((1, 1, 1), 128, np.uint8))
+    one = decode_mxfp4(np.full((1, 1, 1, 16), 0x21, np.uint8), np.full((1, 1, 1), 128, np.uint8))
     np.testing.assert_array_equal(one[0, :4, 0].astype(np.float32), [1, 2, 1, 2])
 
 
 def test_s7_every_byte_at_every_scale():
     blocks = np.tile(np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16), (1, 255, 1, 1))
     scales = np.tile(np.arange(255, dtype=np.uint8)[None, :, None], (1, 1, 16))
-    made = decoded(blocks, scales)
+    made = decode_mxfp4(blocks, scales)
     np.testing.assert_array_equal(made.view(np.uint16), bits(blocks, scales))
-    last = decoded(blocks[:, :1], np.full((1, 1, 16), 255, np.uint8)).astype(np.float32)
+    last = decode_mxfp4(blocks[:, :1], np.full((1, 1, 16), 255, np.uint8)).astype(np.float32)
     assert not np.isfinite(last).any()
 
 
