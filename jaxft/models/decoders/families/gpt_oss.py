@@ -49,7 +49,6 @@ KEYS: dict[str, Key] = {
     "swiglu_limit": Key(7.0, NUMBER),
     "router_aux_loss_coef": Key(0.001, NUMBER),
 }
-THETA = 150000.0
 # The rope of a config.json without one.
 ROPE = {
     "rope_type": "yarn",
@@ -91,7 +90,7 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
         c,
         tuple(replace(spec, window=window) for window in windows),
         qkv_bias=c["attention_bias"],
-        default_theta=THETA,
+        default_theta=150000.0,
         ropes=ropes,
     )
     return replace(made, norm="scale_first", router_loss=float(c["router_aux_loss_coef"]))
