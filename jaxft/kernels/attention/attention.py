@@ -48,8 +48,8 @@ def attention(
     (grouped-query attention). Softmax is fp32.
     causal: a query attends to no key after its own position.
     q_positions: [B or 1, T], by default 0 to T - 1. If T == S, keys have the same, else 0 to S - 1.
-    q_segments, kv_segments: a query attends only to keys of its own segment, by default that of all
-    tokens. Keys have the queries' segments by default. Segment 0 is padding, whose output is finite.
+    q_segments, kv_segments: a query attends only to keys of its own segment. By default there is
+    one, and keys have the segments of the queries. Segment 0 is padding, with any finite output.
     window: a query attends to at most so many keys, of which its own position is the last. A traced
     window, for layers that differ within a scan, excludes flash attention. A Python int does not.
     scale: by default 1 / sqrt(H). soft_cap: scores s become soft_cap * tanh(s / soft_cap).
@@ -58,8 +58,7 @@ def attention(
     q_segments is one run of tokens. 0 if that is not known. cuDNN needs it.
 
     Raises: ValueError for a window without `causal`, and for kv_segments without q_segments.
-    A GPU runs cuDNN's flash attention, and a TPU jax's own, if they can. Otherwise it is computed
-    by blocks of queries, so that not all scores exist at once.
+    A GPU runs cuDNN's flash attention, and a TPU jax's own, if they can. Others compute by blocks.
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if window is not None and not causal:
