@@ -285,9 +285,29 @@ CASES |= {
         },
     ),
 }
+# S1 to S6, C4: windows from layer 0 on, the rope of the class, the slope and limit of the class.
+GPT_OSS = {**MIXTRAL, "head_dim": 12, "sliding_window": 5, "num_hidden_layers": 5}
+CASES |= {
+    "gpt_oss": ("gpt_oss", GPT_OSS),
+    "gpt_oss tied": (
+        "gpt_oss",
+        {
+            **GPT_OSS,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "swiglu_alpha": 1.1,
+            "swiglu_limit": 0.4,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_theta": 1e5,
+            "rope_scaling": {**YARN, "truncate": False},
+        },
+    ),
+}
 WRAPPED = ("gemma3 wrapped", "mistral3 wrapped")
 ONE_EACH = (*WRAPPED, "phi3", "ministral3", "granite", "gemma2", "gemma3 untied", "olmo2", "olmo3")
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
 ONE_EACH = (*MIXTURES, *ONE_EACH)
 
 
@@ -326,6 +346,8 @@ class Pair:
     def in_file(self, state):
         """Arrays by names of the class in memory under those of the file, which has each expert."""
         made, (start, names) = {}, ("mlp.", ("gate_proj", "up_proj", "down_proj"))
+        if self.config["model_type"] == "gpt_oss":
+            return dict(state)
         if self.config["model_type"] == "mixtral":
             start, names = "block_sparse_moe.", ("w1", "w3", "w2")
         for key, array in state.items():

@@ -120,6 +120,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "head_dim": 16,
     },
+    "gpt_oss, sinks, 2 of 8 experts, every 2nd layer of window 512": {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 5,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "sliding_window": 512,
+        "rope_parameters": {**YARN, "truncate": False},
+    },
     "olmo2": {"model_type": "olmo2"},
     "olmo3, yarn rope on full layers": {
         "model_type": "olmo3",

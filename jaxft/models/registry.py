@@ -32,6 +32,7 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
         "smollm3": "jaxft.models.decoders.families.llama:ARCHITECTURE",
         "mixtral": "jaxft.models.decoders.families.mixtral:ARCHITECTURE",
         "qwen3_moe": "jaxft.models.decoders.families.mixtral:QWEN3_MOE",
+        "gpt_oss": "jaxft.models.decoders.families.gpt_oss:ARCHITECTURE",
         "phi3": "jaxft.models.decoders.families.phi:ARCHITECTURE",
         "granite": "jaxft.models.decoders.families.granite:ARCHITECTURE",
         "gemma2": "jaxft.models.decoders.families.gemma:ARCHITECTURE",

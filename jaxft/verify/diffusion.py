@@ -13,7 +13,7 @@ from jaxft.models.pipelines.stable_diffusion import PipelineConfig
 from jaxft.tasks.diffusion.captions import load_captions
 from jaxft.verify.autoencoder import vae_subject
 from jaxft.verify.component import check
-from jaxft.verify.pipelines.denoisers import TRANSFORMERS, unet_subject
+from jaxft.verify.pipelines.denoisers import FLOW_SUBJECTS, unet_subject
 from jaxft.verify.pipelines.pictures import (
     CAPTIONS,
     PIPELINE_GUIDANCE,
@@ -69,7 +69,7 @@ def open_pipeline(spec: str) -> PipelineSubject:
     if isinstance(cfg, PipelineConfig):
         subjects.append(unet_subject(pipeline, denoiser, cfg, size))
     else:
-        subjects.append(TRANSFORMERS[cfg.family](pipeline, denoiser, cfg, size))
+        subjects.append(FLOW_SUBJECTS[cfg.family](pipeline, denoiser, cfg, size))
     for subject in subjects:
         subject.part.entries(subject.leaves)
     return PipelineSubject(pipeline, cfg, subjects, ids, size)

@@ -188,6 +188,46 @@ class Relaid:
         return _moved(array, place)
 
 
+class Slab(NamedTuple):
+    """One matrix in a fused tensor [E, of * N, K]: expert `expert`, part `part` of `of` parts."""
+
+    key: str
+    expert: int
+    part: int
+    of: int
+
+
+class Unfused:
+    """A checkpoint whose fused experts are read one by one, under the keys of `slabs`.
+
+    All other tensors are read as they are, under the keys of `others`. The last fused tensor is
+    kept, because its experts are read one after the other.
+    """
+
+    def __init__(self, tensors: Tensors, slabs: Mapping[str, Slab], others: Mapping[str, str]):
+        self._tensors, self._slabs, self._others = tensors, dict(slabs), dict(others)
+        self._last: tuple[str, np.ndarray] | None = None
+
+    def keys(self) -> Sequence[str]:
+        return [*self._others, *self._slabs]
+
+    def info(self, key: str) -> Info:
+        if key in self._others:
+            return self._tensors.info(self._others[key])
+        slab = self._slabs[key]
+        (_, rows, width), dtype = self._tensors.info(slab.key)
+        return (rows // slab.of, width), dtype
+
+    def read(self, key: str) -> np.ndarray:
+        if key in self._others:
+            return self._tensors.read(self._others[key])
+        slab = self._slabs[key]
+        if self._last is None or self._last[0] != slab.key:
+            self._last = slab.key, self._tensors.read(slab.key)
+        rows = self._last[1].shape[1] // slab.of
+        return self._last[1][slab.expert, slab.part * rows : (slab.part + 1) * rows].copy()
+
+
 def as_matrices(tensors: Tensors) -> Tensors:
     """Return the checkpoint with matrices where its attention is stored as 1x1 convolutions.
 

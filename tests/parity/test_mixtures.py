@@ -1,6 +1,7 @@
 """Mixtures of experts against transformers: the loss of routers, and what is refused."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from jaxft.core.errors import UserError
 from jaxft.models import registry
 from jaxft.objectives.next_token import NextToken
 from jaxft.weights import rules
+from jaxft.weights.folders.transformers import open_source
+from jaxft.weights.views import InMemory
 from tests.families import CASES, MIXTURES, Pair, jit, tokens
 
 LENGTHS = (24, 17, 9)
@@ -119,6 +122,29 @@ def test_x2_what_no_layer_computes_is_refused(changes, text):
     with pytest.raises(UserError, match=text) as caught:
         registry.read_decoder(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_files_with_fused_experts_are_read_as_those_with_each_expert(case, pairs, tmp_path):
+    """As transformers 5 saves them, if it is asked for the names of its classes in memory."""
+    pair = pairs[case]
+    pair.theirs.save_pretrained(tmp_path, save_original_format=False)
+    files = open_source(str(tmp_path))
+    assert "model.layers.0.mlp.experts.gate_up_proj" in files.tensors.keys()  # noqa: SIM118
+    made, want = pair.architecture.opened(files).tensors, pair.part.tensors
+    assert sorted(made.keys()) == sorted(want.keys())
+    for key in want.keys():  # noqa: SIM118
+        assert made.info(key) == want.info(key)
+        assert made.read(key).tobytes() == want.read(key).tobytes(), key
+    key = "model.layers.1.mlp.experts.down_proj"
+    arrays = {one: files.tensors.read(one) for one in files.tensors.keys()}  # noqa: SIM118
+    again = next(one for one in want.keys() if ".experts.2." in one)  # noqa: SIM118
+    for more, text in (
+        ({key: arrays[key][0]}, f"tensor {key} has shape .* as transformers 5 saves fused experts"),
+        ({again: arrays[key][0]}, f"tensor {again} is there twice, alone and fused"),
+    ):
+        with pytest.raises(UserError, match=text):
+            pair.architecture.opened(replace(files, tensors=InMemory({**arrays, **more})))
 
 
 def test_jitter_is_refused():

@@ -87,19 +87,19 @@ def calls(request, monkeypatch):
 
     monkeypatch.setattr(room, name, count)
     if request.param in ("splash", "cudnn"):
-        monkeypatch.setattr(attention, "choose", lambda q, soft_cap: request.param)
+        monkeypatch.setattr(attention, "choose", lambda q, soft_cap, sinks: request.param)
     if request.param == "many blocks":
         for name, value in (("CPU_SCORES", 1), ("SMALLEST_SPAN", 8), ("SMALLEST_BLOCK", 8)):
             monkeypatch.setattr(blockwise_attention, name, value)
     return made
 
 
-def by_formula(q, k, v, queries, keys, *, causal, window, scale, soft_cap, in_order):
+def by_formula(q, k, v, queries, keys, *, causal, window, scale, soft_cap, sinks, in_order):
     """All scores at once, masked by the coordinates."""
     queries = jax.tree.map(lambda x: x[:, :, None], queries)
     keys = jax.tree.map(lambda x: x[:, None], keys)
     mask = blockwise_attention.attention_mask(queries, keys, causal=causal, window=window)
-    return attention.reference(q, k, v, mask, scale, soft_cap)
+    return attention.reference(q, k, v, mask, scale, soft_cap, sinks)
 
 
 @pytest.mark.parametrize("window", [None, WINDOW])

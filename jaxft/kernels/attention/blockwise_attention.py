@@ -77,6 +77,7 @@ def blockwise_attention(
     window: int | Int[Array, ""] | None,
     scale: float,
     soft_cap: float | None,
+    sinks: Float[Array, " N"] | None,
     in_order: bool,
 ) -> Float[Array, "B T N H"]:
     """Return the result of `attention`, one block of queries at a time, forward and backward.
@@ -95,7 +96,9 @@ def blockwise_attention(
     wide = KeysValues(*(x.swapaxes(1, 2).astype(jnp.float32) for x in (k, v)))  # [B, K, S, H]
     queries = jax.tree.map(lambda x: x[:, None, None, :, None], queries)  # [B, 1, 1, T, 1]
     keys = jax.tree.map(lambda x: x[:, None, None, None], keys)  # [B, 1, 1, 1, S]
-    out: Array = _attend(q, wide, queries, (keys, window), blocking)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)  # [1, K, G, 1, 1]
+    out: Array = _attend(q, wide, sinks, queries, (keys, window), blocking)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)  # [B, T, N, H]
 
 
@@ -157,19 +160,25 @@ def block_size(batch: int, length: int, heads: int, kv_length: int) -> int:
     return min(sizes, key=lambda size: size * ceil(length / size))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(
     q: Float[Array, "B K G T H"],
     wide: KeysValues,
+    sinks: Float[Array, "1 K G 1 1"] | None,
     queries: Coordinates,
     masking: Masking,
     blocking: Blocking,
 ) -> Float[Array, "B K G T H"]:
-    return _forward(q, wide, queries, masking, blocking)[0]
+    return _forward(q, wide, sinks, queries, masking, blocking)[0]
 
 
 def _forward(
-    q: Array, wide: KeysValues, queries: Coordinates, masking: Masking, blocking: Blocking
+    q: Array,
+    wide: KeysValues,
+    sinks: Array | None,
+    queries: Coordinates,
+    masking: Masking,
+    blocking: Blocking,
 ) -> tuple[Array, tuple]:
     with_ones, right = _sums_by_product(q), _values(q, wide.v)
 
@@ -180,9 +189,11 @@ def _forward(
             q, queries = x
             scores = _scores(q, k, queries, (keys, masking[1]), blocking)[0]
             top = scores.max(-1, keepdims=True)  # [B, K, G, T, 1]
+            top = top if sinks is None else jnp.maximum(top, sinks)
             weights = jnp.exp(scores - top)  # [B, K, G, T, S]
             out = _product(weights.astype(q.dtype), v, 4, 2)  # [B, K, G, T, H or H + 1]
             total = out[..., -1:] if with_ones else weights.sum(-1, keepdims=True)
+            total = total if sinks is None else total + jnp.exp(sinks - top)
             out = out[..., : q.shape[-1]] / total
             return None, (out.astype(q.dtype), top, total)
 
@@ -190,18 +201,18 @@ def _forward(
 
     made = _join_spans([span(one) for one in blocking.spans])
     out, top, total = (checkpoint_name(x, SAVED) for x in made)
-    return out, (q, wide, queries, masking, out, top, total)
+    return out, (q, wide, sinks, queries, masking, out, top, total)
 
 
 def _backward(
     blocking: Blocking, saved: tuple, dout: Array
-) -> tuple[Array, KeysValues, None, None]:
-    """Return the gradients of queries, keys and values, from scores that are computed again.
+) -> tuple[Array, KeysValues, Array | None, None, None]:
+    """Return the gradients of queries, keys, values and sinks, from scores computed again.
 
     The sum in the derivative of softmax is dout . out (Dao et al., eq. 4). XLA:CPU's derivative of
     a softmax takes longer than all the rest of a layer.
     """
-    q, wide, queries, masking, out, top, total = saved
+    q, wide, sinks, queries, masking, out, top, total = saved
     share = dout.astype(jnp.float32) / total  # [B, K, G, T, H]
     mean = jnp.matmul(share * out, jnp.ones((out.shape[-1], 1)), precision="highest")
     with_ones, right = _sums_by_product(q), _values(q, wide.v)
@@ -228,7 +239,10 @@ def _backward(
         return _over_blocks(block, zero, inputs, one)
 
     sums, dqs = zip(*(span(one) for one in blocking.spans), strict=True)
-    return _join_spans(dqs), _sum_spans(sums), None, None
+    dsinks = None
+    if sinks is not None:  # a sink has no value, so its slope is the mean alone
+        dsinks = -(jnp.exp(sinks - top) * mean).sum((0, 3), keepdims=True)  # [1, K, G, 1, 1]
+    return _join_spans(dqs), _sum_spans(sums), dsinks, None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -13,7 +13,7 @@ LARGEST_HEAD_DIM = 256  # of Hopper. Older GPUs have 128
 NO_SEGMENT = -1  # in lists of segments that are shorter than the longest
 
 
-def refusal(device: Device, q: Float[Array, "B T N H"], soft_cap: float | None) -> str:
+def refusal(device: Device, q: Float[Array, "B T N H"], soft_cap: float | None, sinks: bool) -> str:
     """Return why cuDNN does not run for these queries on this device, or ""."""
     head_dim = q.shape[-1]
     if device.platform != "gpu":
@@ -27,6 +27,8 @@ def refusal(device: Device, q: Float[Array, "B T N H"], soft_cap: float | None) 
         )
     if soft_cap is not None:
         return f"it has no soft-cap of scores, and the model has one of {soft_cap}"
+    if sinks:
+        return "it has no sinks, as jax calls it, and the model has one for each head"
     return ""
 
 

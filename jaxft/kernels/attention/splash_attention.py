@@ -31,6 +31,7 @@ def splash_attention(
     window: int | None,
     scale: float,
     soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Return attention. Each device computes its rows and heads.
@@ -54,13 +55,13 @@ def splash_attention(
     if mesh.size > 1:
         rows = AXIS_RULES["batch"]
         heads = PartitionSpec(rows, None, AXIS_RULES["heads"])
-        specs = (heads, heads, heads, PartitionSpec(rows))
+        specs = (heads, heads, heads, PartitionSpec(rows), PartitionSpec(AXIS_RULES["heads"]))
         run = jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)
-    return run(q, k, v, pair)[:, :length]
+    return run(q, k, v, pair, sinks)[:, :length]
 
 
 def _local(
-    q: Array, k: Array, v: Array, segments: splash.SegmentIds | None, *,
+    q: Array, k: Array, v: Array, segments: splash.SegmentIds | None, sinks: Array | None, *,
     causal: bool, window: int | None, soft_cap: float | None, interpret: bool,
 ) -> Array:  # fmt: skip
     """Return attention of one device's rows and heads, of padded lengths."""
@@ -82,7 +83,8 @@ def _local(
         interpret=interpret,
     )  # fmt: skip
     by_head = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, N, T, H], [B, K, S, H]
-    out: Any = jax.vmap(kernel)(*by_head, segments)  # [B, N, T, H]
+    in_axes = (0, 0, 0, 0, None)  # a row has no sinks of its own
+    out: Any = jax.vmap(kernel, in_axes)(*by_head, segments, sinks)  # [B, N, T, H]
     return out.swapaxes(1, 2)  # [B, T, N, H]
 
 

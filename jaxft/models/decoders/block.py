@@ -61,6 +61,10 @@ class Attention(nnx.Module):
         q_width, k_width = (1, 1) if normed == "head" else (cfg.num_heads, cfg.num_kv_heads)
         self.q_norm = nnx.data(norm(q_width * h) if normed else None)
         self.k_norm = nnx.data(norm(k_width * h) if normed else None)
+        self.sinks = nnx.data(None)
+        if cfg.layers[0].sinks:
+            drawn = std * jax.random.normal(jax.random.fold_in(key, 4), q_shape[:1])
+            self.sinks = nnx.data(nnx.Param(drawn, axes=("heads",)))
 
     def __call__(
         self,
@@ -94,6 +98,7 @@ class Attention(nnx.Module):
             window=spec.window,
             scale=spec.attention_scale,
             soft_cap=spec.soft_cap,
+            sinks=None if self.sinks is None else self.sinks[...],
             segments_in_row=context.segments_in_row,
         )  # [B, T, N, H]
         return self.o_proj(out, keys), memory

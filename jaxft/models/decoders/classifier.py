@@ -6,7 +6,6 @@ from typing import Any
 
 from jaxft.core.errors import UserError
 from jaxft.models import registry
-from jaxft.models.decoders.files import as_decoder
 from jaxft.weights.folders.transformers import HEAD, TABLE, Source, open_source
 from jaxft.weights.rules import Rule
 from jaxft.weights.views import Drawn, Overlaid, Renamed
@@ -32,7 +31,7 @@ def open_classifier(
     N(0, initializer_range) in fp32 by `seed`. `known()` returns label names for an error. `nf4` is
     that of `open_source`.
     Raises: UserError for a language model without `labels`, for labels that the classifier does not
-    have, and as `as_decoder`. A single number may have any name.
+    have, and as `files.as_decoder`. A single number may have any name.
     """
     source = open_source(spec, weights, nf4)
     own = is_classifier(source.config)
@@ -55,7 +54,8 @@ def open_classifier(
     config = {**source.config, "tie_word_embeddings": True}
     if own:
         config["architectures"] = [registry.find(config, "decoder").class_name(config)]
-    made = as_decoder(replace(source, config=config, tensors=_headless(source)))
+    opened = registry.find(config, "decoder").opened
+    made = opened(replace(source, config=config, tensors=_headless(source)))
     tied = source.config.get("tie_word_embeddings", False)
     source = replace(made, config={**made.config, "tie_word_embeddings": tied})
     if source.tensors is None or own:

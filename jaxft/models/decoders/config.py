@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxft.core.errors import UserError
 from jaxft.nn import rope
+from jaxft.nn.gated import Clamp
 from jaxft.nn.norm import RMSKind
 from jaxft.weights.fields import MOST, MOST_LAYERS
 
@@ -25,12 +26,16 @@ class ExpertSpec(NamedTuple):
     """The experts of a layer: their count, how many a token has, and the width of each.
 
     normalised: the weights of a token's experts sum to 1. Otherwise those of all experts do.
+    fused: gate and up are one matrix, and all matrices have a bias, that of the router too. clamp:
+    it replaces the activation.
     """
 
     count: int
     active: int
     width: int
     normalised: bool
+    fused: bool = False
+    clamp: Clamp | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class LayerSpec:
     heads of a token together. attention_scale: the factor of scores, None for 1 / sqrt(head_dim).
     soft_cap: scores s become soft_cap * tanh(s / soft_cap), None for no change.
     residual_scale: the factor of both branches of a layer before they are added. experts: they
-    replace the MLP.
+    replace the MLP. sinks: each head has a learned score, as in `kernels.attention`.
     """
 
     window: int | None = None
@@ -56,6 +61,7 @@ class LayerSpec:
     soft_cap: float | None = None
     residual_scale: float = 1.0
     experts: ExpertSpec | None = None
+    sinks: bool = False
 
 
 class QueryScaling(NamedTuple):
@@ -109,8 +115,11 @@ class DecoderConfig:
     num_labels: int = 0  # outputs of a head of scores, which replaces that of the vocabulary
 
     def __post_init__(self) -> None:
-        if len({(layer.norms, layer.qk_norm, layer.experts) for layer in self.layers}) != 1:
-            raise ValueError("layers with different norms or experts have different parameters")
+        kinds = {(one.norms, one.qk_norm, one.experts, one.sinks) for one in self.layers}
+        if len(kinds) != 1:
+            raise ValueError(
+                "layers with different norms, experts or sinks have different parameters"
+            )
 
     @property
     def num_layers(self) -> int:

@@ -1,17 +1,18 @@
 """A mixture of experts: a router, and gated MLPs of which each token has a few. None is dropped."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxft.core.sharding import batch_ways, spec
-from jaxft.kernels.grouped_matmul import group_rows, grouped_matmul
+from jaxft.core.sharding import AXIS_RULES, batch_ways, spec
+from jaxft.kernels.grouped_matmul import GroupedRows, group_rows, grouped_matmul
 from jaxft.models.decoders.config import DecoderConfig, ExpertSpec
-from jaxft.nn.gated import gated
+from jaxft.nn.gated import clamped, gated
 
 
 class Routing(NamedTuple):
@@ -25,24 +26,57 @@ class Routing(NamedTuple):
 
 
 class Matrix(nnx.Module):
-    """A matrix [in, out], or one for each expert, [E, in, out]. No adapter has a slot here."""
+    """A matrix [in, *out], or one for each expert, [E, in, *out]. No adapter has a slot here."""
 
     def __init__(
-        self, shape: tuple[int, ...], axes: tuple[str | None, ...], *, key: PRNGKeyArray, std: float
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        *,
+        key: PRNGKeyArray,
+        std: float,
+        bias: bool = False,
     ):
         self.kernel = nnx.Param(std * jax.random.normal(key, shape), axes=axes, inputs=1)
+        at = int(axes[0] == "expert")  # the dim of inputs, which a bias does not have
+        zeros, rest = jnp.zeros(shape[:at] + shape[at + 1 :]), axes[:at] + axes[at + 1 :]
+        self.bias = nnx.data(nnx.Param(zeros, axes=rest) if bias else None)
+
+    def values(self) -> tuple[Array, Array | None]:
+        """Return the matrix, and its bias or None."""
+        return self.kernel[...], None if self.bias is None else self.bias[...]
+
+
+class ExpertWeights(NamedTuple):
+    """Matrices with their biases or None: gate and up, or both in one, and down."""
+
+    wide: tuple[tuple[Array, Array | None], ...]
+    down: tuple[Array, Array | None]
 
 
 class Experts(nnx.Module):
-    """The gated MLPs of a layer, stacked over experts: [E, D, F], [E, D, F] and [E, F, D]."""
+    """The gated MLPs of a layer, stacked over experts: [E, D, F], [E, D, F] and [E, F, D].
+
+    Fused gate and up are one matrix, [E, D, 2, F], so that each device has its part of both.
+    """
 
     def __init__(self, cfg: DecoderConfig, experts: ExpertSpec, *, key: PRNGKeyArray):
-        count, d, f = experts.count, cfg.hidden_size, experts.width
+        count, d, f, fused = experts.count, cfg.hidden_size, experts.width, experts.fused
         gate, up, down = jax.random.split(key, 3)
-        wide = partial(Matrix, (count, d, f), ("expert", None, "mlp"), std=cfg.initializer_range)
-        self.gate_proj, self.up_proj = wide(key=gate), wide(key=up)
-        axes = ("expert", "mlp", None)
-        self.down_proj = Matrix((count, f, d), axes, key=down, std=cfg.initializer_range)
+        matrix = partial(Matrix, std=cfg.initializer_range, bias=fused)
+        wide = partial(matrix, (count, d, f), ("expert", None, "mlp"))
+        both = partial(matrix, (count, d, 2, f), ("expert", None, None, "mlp"))
+        self.gate_up_proj = nnx.data(both(key=gate) if fused else None)
+        self.gate_proj = nnx.data(None if fused else wide(key=gate))
+        self.up_proj = nnx.data(None if fused else wide(key=up))
+        self.down_proj = matrix((count, f, d), ("expert", "mlp", None), key=down)
+
+    def weights(self) -> ExpertWeights:
+        """Return the matrices and biases."""
+        wide = (self.gate_up_proj, self.gate_proj, self.up_proj)
+        return ExpertWeights(
+            tuple(one.values() for one in wide if one is not None), self.down_proj.values()
+        )
 
 
 class ExpertMLP(nnx.Module):
@@ -51,7 +85,7 @@ class ExpertMLP(nnx.Module):
     def __init__(self, cfg: DecoderConfig, experts: ExpertSpec, *, key: PRNGKeyArray):
         first, second = jax.random.split(key)
         shape, std = (cfg.hidden_size, experts.count), cfg.initializer_range
-        self.router = Matrix(shape, ("embed", None), key=first, std=std)
+        self.router = Matrix(shape, ("embed", None), key=first, std=std, bias=experts.fused)
         self.experts = Experts(cfg, experts, key=second)
 
     def __call__(
@@ -62,13 +96,20 @@ class ExpertMLP(nnx.Module):
         counted: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """Return the output in x's dtype, and the sums over the `counted` tokens, if given."""
-        router = self.router.kernel[...].astype(x.dtype)
+        router, bias = self.router.values()
+        logits = jnp.einsum(
+            "btd,de->bte", x, router.astype(x.dtype), preferred_element_type=jnp.float32
+        )  # [B, T, E]
+        logits = logits if bias is None else logits + bias.astype(jnp.float32)
         # The logits are rounded to x's dtype, as transformers' are. Softmax is fp32.
-        logits = jnp.einsum("btd,de->bte", x, router).astype(jnp.float32)  # [B, T, E]
-        weights, chosen = chosen_experts(logits, experts)
-        gate, up, down = self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj
-        kernels = gate.kernel[...], up.kernel[...], down.kernel[...]
-        out = _on_mesh(x, weights, chosen, kernels, activation)
+        logits = logits.astype(x.dtype).astype(jnp.float32)
+        shares, chosen = chosen_experts(logits, experts)
+
+        def act(gate: Array, up: Array) -> Array:
+            clamp = experts.clamp
+            return clamped(gate, up, clamp) if clamp else gated(gate, up, activation)
+
+        out = _on_mesh(x, shares, chosen, self.experts.weights(), act)
         return out, None if counted is None else _sums(logits, chosen, counted)
 
 
@@ -118,10 +159,12 @@ def _sums(
     return Routing(*(jnp.einsum("bt,bte->e", real, one) for one in every))
 
 
-Kernels = tuple[Array, Array, Array]  # gate, up and down of all experts
+Activation = Callable[[Array, Array], Array]
 
 
-def _on_mesh(x: Array, weights: Array, chosen: Array, kernels: Kernels, activation: str) -> Array:
+def _on_mesh(
+    x: Array, shares: Array, chosen: Array, weights: ExpertWeights, activation: Activation
+) -> Array:
     """Return the output of the experts, for each device's own rows.
 
     A device sorts only its own tokens, so none are exchanged. It gathers the experts of a layer
@@ -129,35 +172,56 @@ def _on_mesh(x: Array, weights: Array, chosen: Array, kernels: Kernels, activati
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _outputs(x, weights, chosen, kernels, activation=activation)
+        return _outputs(x, shares, chosen, weights, activation=activation)
     rows = spec(("batch" if len(x) % batch_ways(mesh) == 0 else None, None, None))
-    wide, narrow = spec((None, None, "mlp")), spec((None, "mlp", None))
-    local = partial(_outputs, activation=activation, width_axis=wide[-1])
+    # The width is the last dim of gate and up, and of their biases.
+    wide = jax.tree.map(lambda one: spec((None,) * (one.ndim - 1) + ("mlp",)), weights.wide)
+    bias = None if weights.down[1] is None else spec((None, None))
+    narrow: Any = spec((None, "mlp", None)), bias
+    local = partial(_outputs, activation=activation, width_axis=AXIS_RULES["mlp"])
     mapped = jax.shard_map(
-        local, in_specs=(rows, rows, rows, (wide, wide, narrow)), out_specs=rows, check_vma=False
+        local,
+        in_specs=(rows, rows, rows, ExpertWeights(wide, narrow)),
+        out_specs=rows,
+        check_vma=False,
     )
-    return mapped(x, weights, chosen, kernels)
+    return mapped(x, shares, chosen, weights)
 
 
 def _outputs(
     x: Float[Array, "B T D"],
-    weights: Float[Array, "B T A"],
+    shares: Float[Array, "B T A"],
     chosen: Int[Array, "B T A"],
-    kernels: Kernels,
+    weights: ExpertWeights,
     *,
-    activation: str,
-    width_axis: str | None = None,
+    activation: Activation,
+    width_axis: Any = None,
 ) -> Float[Array, "B T D"]:
     """Return the weighted sums. width_axis: the mesh axis over which F is split."""
-    gate, up, down = kernels
+    down, down_bias = weights.down
     active = chosen.shape[-1]
-    groups = group_rows(chosen.reshape(-1), len(gate))  # of B T A rows
+    groups = group_rows(chosen.reshape(-1), len(down))  # of B T A rows
     tokens = groups.rows // active  # past the last token where a place is padding
     flat = x.reshape(-1, x.shape[-1])  # [B T, D]
     rows = jnp.take(flat, tokens, axis=0, mode="fill", fill_value=0)  # [R, D]
-    wide = (grouped_matmul(rows, one, groups) for one in (gate, up))  # [R, F]
-    made = grouped_matmul(gated(*wide, activation), down, groups)[groups.places]  # [B T A, D]
+    wide = [_projected(rows, *one, groups) for one in weights.wide]  # each [R, F], or one [R, 2 F]
+    gate, up = wide if len(wide) == 2 else jnp.split(wide[0], 2, axis=-1)  # [R, F]
+    made = grouped_matmul(activation(gate, up), down, groups)[groups.places]  # [B T A, D]
     made = made.reshape(*chosen.shape, -1)  # [B, T, A, D]
-    out = jnp.einsum("bta,btad->btd", weights, made.astype(jnp.float32))
+    out = jnp.einsum("bta,btad->btd", shares, made.astype(jnp.float32))
     out = out if width_axis is None else jax.lax.psum(out, width_axis)
+    if down_bias is not None:
+        sparse = jnp.einsum("bta,btae->bte", shares, jax.nn.one_hot(chosen, len(down)))
+        out += jnp.einsum("bte,ed->btd", sparse, down_bias.astype(jnp.float32))
     return out.astype(x.dtype)  # [B, T, D]
+
+
+def _projected(
+    rows: Float[Array, "R D"], kernel: Array, bias: Array | None, groups: GroupedRows
+) -> Float[Array, "R F"]:
+    """Return the product of each row with its expert's matrix, with its bias."""
+    made = grouped_matmul(rows, kernel.reshape(*kernel.shape[:2], -1), groups)  # [R, F or 2 F]
+    if bias is None:
+        return made
+    own = bias.reshape(len(bias), -1).astype(rows.dtype)[groups.owners]  # [blocks, F or 2 F]
+    return made + jnp.repeat(own, len(rows) // len(own), axis=0)

@@ -19,7 +19,6 @@ from jaxft.core.params import describe
 from jaxft.data.images.dataset import CORNERS
 from jaxft.models import registry
 from jaxft.models.decoders.config import DecoderConfig
-from jaxft.models.decoders.files import as_decoder
 from jaxft.models.pipelines.image_decode import Unified
 from jaxft.models.registry import Architecture
 from jaxft.nn import lora
@@ -113,7 +112,7 @@ def open_model(spec: str, options: ImageTokenOptions, weights: bool, seed: int) 
             f"{spec}/config.json: model_type={source.config.get('model_type')!r} has its own part"
             " for pictures, which image tokens do not replace; give a model of texts alone"
         )
-    source = as_decoder(source)
+    source = registry.find(source.config, "decoder").opened(source)
     found = source.side_files.get(LAYOUT_JSON)
     _check_keys(spec, options, found is not None)
     vq = open_tokenizer(options.graft or options.tokenizer or _own_vq(spec, source))

@@ -37,7 +37,8 @@ from jaxft.weights.transfer import Part
 from jaxft.weights.views import Drawn, Overlaid
 
 ROUTER = "layers.mlp.router"
-MIXTURE = (ROUTER, *(f"layers.mlp.experts.{name}_proj" for name in ("gate", "up", "down")))
+EXPERTS = ("gate", "up", "gate_up", "down")
+MIXTURE = (ROUTER, *(f"layers.mlp.experts.{name}_proj" for name in EXPERTS))
 WHOLE = ("embed_tokens", "lm_head", "score", "norm", "layers")  # modules that an adapter may hold
 
 
@@ -232,7 +233,10 @@ class OpenedDecoder:
 
     def describe(self) -> str:
         kept = f" with the adapter's own {', '.join(self.kept)}" if self.kept else ""
-        return f"{self.source.config.get('model_type')}{kept}"
+        method = self.source.decoded_from
+        whole = method and not self.cfg.lora.rank
+        read = f" read from {method}" + (", exports are in 16 bits" if whole else "")
+        return f"{self.source.config.get('model_type')}{kept}{read if method else ''}"
 
     def stop_ids(self, chat: ChatFormat | None = None) -> tuple[int, ...]:
         """Return every end-of-text id of the generation config, the config and the tokenizer.

@@ -29,7 +29,7 @@ from jaxft.weights.transfer import Part
 DENOISED_ROWS = 2
 TEXT_ROWS = 40  # no multiple of 32, which Z-Image fills
 SIGMAS = (0.96875, 0.03125)  # exact in fp32, and their products with 1000 too
-SCALES = (3.5, 1.0)  # of guidance, where it is an input
+GUIDANCE_SCALES = (3.5, 1.0)  # of guidance, where it is an input
 PICTURE_SIZES = (1024, 768, 0, 128, 512, 640)  # a picture's original size, crop and target size
 
 
@@ -100,7 +100,7 @@ def _flux(
     cfg, (y, x) = whole.transformer, size
     latents, context = normal(1, DENOISED_ROWS, y, x, cfg.in_channels), _context(cfg.context_dim)
     pooled, sigma = normal(3, DENOISED_ROWS, cfg.pooled_dim), np.array(SIGMAS, np.float32)
-    scales = np.array(SCALES, np.float32) if cfg.guidance else None
+    scales = np.array(GUIDANCE_SCALES, np.float32) if cfg.guidance else None
 
     def theirs(model: Any) -> dict[str, Any]:
         pipe = stock_class("diffusers", "FluxPipeline")
@@ -194,4 +194,4 @@ def _transformer(
 
 # The comparison of a transformer of flow matching, by the family of its pipeline. Each takes the
 # pipeline, the transformer's part, the pipeline's config and the latents' (Y, X).
-TRANSFORMERS = {"sd3": _mmdit, "flux": _flux, "flux2": _flux2, "zimage": _zimage}
+FLOW_SUBJECTS = {"sd3": _mmdit, "flux": _flux, "flux2": _flux2, "zimage": _zimage}

@@ -19,6 +19,7 @@ from jaxft.demo import demo_path
 from jaxft.weights.files.gguf import GgufFile
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
 from jaxft.weights.folders import quantised
+from jaxft.weights.folders.mxfp4 import Mxfp4Tensors, is_mxfp4
 from jaxft.weights.packages import package_folders
 
 # Files of a model besides its weights: configs, tokenizer, chat template, licence, model card.
@@ -44,6 +45,7 @@ class Source:
     folder: Path | None = None
     tokenizer: Path | None = None  # the folder of a tokenizer that replaces the model's
     class_names: tuple[tuple[str, str], ...] = ()  # as in `Part`
+    decoded_from: str = ""  # the quantisation of the file, if its weights are read in 16 bits
 
     @property
     def dtype(self) -> str:
@@ -146,14 +148,20 @@ def _open_path(name: str, path: Path, weights: bool, nf4: bool) -> Source:
     folder = path if path.is_dir() else path.parent
     config = _read_config(folder / "config.json")
     nf4 = nf4 and bool(quantised.nf4_scales(config))
+    files, method = side_files(folder), ""
+    if is_mxfp4(config):
+        config, method = {x: y for x, y in config.items() if x != "quantization_config"}, "MXFP4"
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        files["config.json"] = text.encode()  # an export is in 16 or 32 bits
     if not nf4:
         quantised.refuse_config(config, f"{folder / 'config.json'}")
-    tensors = None
+    tensors: Tensors | None = None
     if weights:
         tensors = TensorFiles.open(path if path.is_file() else folder / _stated_file(config))
+        tensors = Mxfp4Tensors(tensors, str(path)) if method else tensors
         if not nf4:
             quantised.refuse_tensors(tensors.keys(), str(path))
-    return Source(name, config, tensors, side_files(folder), folder)
+    return Source(name, config, tensors, files, folder, decoded_from=method)
 
 
 def _stated_file(config: Mapping[str, Any]) -> str:

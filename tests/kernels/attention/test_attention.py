@@ -103,18 +103,56 @@ def test_a_soft_cap_of_scores_with_its_gradients(blocks, window, scale):
     assert np.abs(ours(*data(), q_segments=segments) - plain).max() > 1e-2
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("size", [1.0, 40.0])
+def test_s1_sinks_are_one_more_column_of_the_softmax(blocks, window, size):
+    """With their gradients. Large ones are above all scores of some rows, or far below."""
+    args, sinks = data(), size * jnp.array([0.5, -1.0, 1.0, 0.1])
+    segments = jnp.repeat(jnp.array([[1, 2], [3, 3]]), jnp.array([9, 28]), axis=1)
+    before = jnp.arange(37)[:, None] - jnp.arange(37)
+    mask = (segments[:, :, None] == segments[:, None]) & (before >= 0) & (before < (window or 99))
+
+    def plain(q, k, v, sinks):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k) / 8**0.5
+        scores = jnp.where(mask[:, None], scores, -jnp.inf)
+        column = jnp.broadcast_to(sinks[:, None, None], (2, 4, 37, 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, column], -1), -1)[..., :-1]
+        return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+    def both(fn):
+        def loss(*args):
+            out = fn(*args)
+            return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
+
+        return jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(*args, sinks)
+
+    ours = partial(attention, causal=True, window=window, q_segments=segments)
+    want = both(plain)
+    for fn in (lambda *a: ours(*a[:3], sinks=a[3]), lambda *a: reference(*a[:3], mask, sinks=a[3])):
+        for a, b in zip(jax.tree.leaves(both(fn)), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+    assert np.abs(ours(*args) - want[1]).max() > 0.1
+    assert np.abs(want[0][3]).max() > (0.1 if size == 1 else 0)
+
+
 def test_t8_a_query_without_keys_is_finite_with_finite_gradients(blocks):
     empty, full = jnp.zeros((2, 37), jnp.int32), jnp.ones((2, 37), jnp.int32)
     fn = partial(attention, causal=True, q_segments=full, kv_segments=empty)
-    out, grads = jax.value_and_grad(lambda *a: fn(*a).sum(), argnums=(0, 1, 2))(*data())
-    assert all(np.isfinite(x).all() for x in (out, *grads))
+    for sinks in (None, jnp.zeros(4)):
+        one = partial(fn, sinks=sinks)
+        out, grads = jax.value_and_grad(lambda *a, one=one: one(*a).sum(), argnums=(0, 1, 2))(
+            *data()
+        )
+        assert all(np.isfinite(x).all() for x in (out, *grads))
 
 
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
-def test_one_query_against_a_cache_equals_the_last_row(soft_cap):
+@pytest.mark.parametrize("sinks", [None, jnp.arange(4.0)])
+def test_one_query_against_a_cache_equals_the_last_row(soft_cap, sinks):
     q, k, v = data()
     first = q[:, :20], k[:, :20], v[:, :20]
-    want = attention(*first, causal=True, window=7, soft_cap=soft_cap)[:, -1:]
+    want = attention(*first, causal=True, window=7, soft_cap=soft_cap, sinks=sinks)[:, -1:]
     written = (jnp.arange(37) < 20).astype(jnp.int32)[None].repeat(2, 0)
     got = attention(
         q[:, 19:20],
@@ -126,6 +164,7 @@ def test_one_query_against_a_cache_equals_the_last_row(soft_cap):
         kv_segments=written,
         window=7,
         soft_cap=soft_cap,
+        sinks=sinks,
     )
     np.testing.assert_allclose(got, want, atol=1e-6)
 
@@ -141,12 +180,17 @@ def test_positions_not_indices_decide_when_given():
 
 
 def test_meshes_keep_the_batch_and_the_heads_apart(capfd):
-    args, mesh = data(batch=4), make_mesh(2, 2, 2)
-    step = jit(jax.grad(lambda *a: (attention(*a, causal=True) ** 2).sum(), argnums=(0, 1, 2)))
-    want = step(*args)
+    args, mesh, sinks = data(batch=4), make_mesh(2, 2, 2), jnp.arange(4.0)
+
+    def loss(sinks, *args):
+        return (attention(*args, causal=True, sinks=sinks) ** 2).sum()
+
+    step = jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    want = step(sinks, *args)
     with jax.set_mesh(mesh):
-        compiled = step.lower(*jax.device_put(args, batch_sharding(mesh))).compile()
-        got = compiled(*jax.device_put(args, batch_sharding(mesh)))
+        placed = jax.device_put(args, batch_sharding(mesh))
+        compiled = step.lower(sinks, *placed).compile()
+        got = compiled(sinks, *placed)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert not [x for x in ("all-gather(", "all-to-all(") if x in compiled.as_text()]
@@ -182,6 +226,7 @@ def test_the_reference_is_jaxs_own_attention():
         ({"q_positions": jnp.arange(37)[None]}, False),
         ({"causal": False}, True),
         ({"soft_cap": 50.0}, False),
+        ({"sinks": jnp.zeros(4)}, False),
         (
             {"soft_cap": 50.0, "q_segments": jnp.ones((2, 37), jnp.int32), "segments_in_row": 2},
             False,
@@ -229,16 +274,20 @@ def test_each_device_has_its_kernel_and_an_override(platform, kernel, monkeypatc
             choose(q)
 
 
-def test_cudnn_is_refused_for_a_soft_cap_and_splash_has_it(monkeypatch):
+def test_cudnn_is_refused_for_soft_caps_and_sinks_and_splash_has_them(monkeypatch):
     q = jax.ShapeDtypeStruct((2, 8, 2, 64), jnp.bfloat16)
     with traced_for("gpu"):
         assert (choose(q), choose(q, 50.0)) == ("cudnn", "blockwise")
         monkeypatch.setenv(OVERRIDE, "cudnn")
         with pytest.raises(UserError, match=r"cannot run: it has no soft-cap of scores.*one of 50"):
             choose(q, 50.0)
+        with pytest.raises(UserError, match=r"cannot run: it has no sinks.*one for each head"):
+            choose(q, sinks=True)
     monkeypatch.delenv(OVERRIDE)
+    with traced_for("gpu"):
+        assert choose(q, sinks=True) == "blockwise"
     with traced_for("tpu"):
-        assert choose(q, 50.0) == "splash"
+        assert choose(q, 50.0, sinks=True) == "splash"
 
 
 def test_a_mesh_that_does_not_divide_the_rows_has_no_splash():

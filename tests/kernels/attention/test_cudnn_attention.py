@@ -31,14 +31,16 @@ SEGMENTS = jnp.array([[1] * 9 + [2] * 12 + [3] * 10 + [0] * 6, [1] * 30 + [2] * 
 )
 def test_it_runs_on_a_gpu_in_half_precision(platform, dtype, dim, text):
     q = jax.ShapeDtypeStruct((1, 8, 2, dim), dtype)
-    found = refusal(Device(platform, "kind"), q, None)
+    found = refusal(Device(platform, "kind"), q, None, False)
     assert (text in found) if text else not found
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
     """The kernel of a GPU is chosen, for the arrays of a CPU."""
-    monkeypatch.setattr("jaxft.kernels.attention.attention.choose", lambda q, soft_cap: "cudnn")
+    monkeypatch.setattr(
+        "jaxft.kernels.attention.attention.choose", lambda q, soft_cap, sinks: "cudnn"
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ CONFIG = {
     "num_experts_per_tok": 3,
     "initializer_range": 0.4,
 }
+GPT_OSS = {**CONFIG, "model_type": "gpt_oss", "head_dim": 4, "sliding_window": 5}
 MESHES = {"of eight": (2, 2, 2), "experts on eight": (1, 8, 1), "width on four": (2, 1, 4)}
 X = np.random.default_rng(0).normal(size=(8, 12, 16)).astype(np.float32)
 
@@ -84,11 +85,19 @@ def test_of_equal_experts_the_first_are_chosen():
     np.testing.assert_allclose(weights.sum(), (np.e + 2) / (np.e + 7), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_a_mesh_gives_the_same_loss_gradients_and_sums(name, capfd):
-    cfg = read_decoder(CONFIG)
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [*((name, CONFIG) for name in MESHES), ("of eight", GPT_OSS), ("experts on eight", GPT_OSS)],
+)
+def test_a_mesh_gives_the_same_loss_gradients_and_sums(name, config, capfd):
+    """Biases of the experts are in the output once, though each device has a part of the width."""
+    cfg = read_decoder(config)
     template = jax.eval_shape(partial(Decoder, cfg), key=jax.random.key(0))
     leaves, params = P.describe(template), P.flatten(Decoder(cfg, key=jax.random.key(0)))
+    random = np.random.default_rng(3)
+    for path in params:
+        if path.endswith((".bias", ".sinks")):
+            params[path] += random.normal(0, 0.5, params[path].shape).astype(np.float32)
     tokens = np.random.default_rng(2).integers(0, 64, (8, 16), np.int32)
     real = np.arange(16) < np.arange(9, 17)[:, None]
 
@@ -113,9 +122,11 @@ def test_a_mesh_gives_the_same_loss_gradients_and_sums(name, capfd):
         worst = np.abs(grad - wanted[path]).max() / np.abs(wanted[path]).max()
         assert worst < 1e-5, f"{path}: {worst}"
     assert "Involuntary" not in capfd.readouterr().err
-    kernel = "layers.mlp.experts.gate_proj.kernel"
+    fused = config is GPT_OSS
+    kernel = f"layers.mlp.experts.gate_{'up_' if fused else ''}proj.kernel"
     shape = placed[kernel].sharding.shard_shape(placed[kernel].shape)
-    assert shape == (2, 8 // MESHES[name][1], 16, 24 // MESHES[name][2])
+    both = (2,) if fused else ()
+    assert shape == (2, 8 // MESHES[name][1], 16, *both, 24 // MESHES[name][2])
 
 
 def test_one_prompt_on_a_mesh_is_computed_by_every_device():

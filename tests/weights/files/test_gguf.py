@@ -195,6 +195,7 @@ def test_t04_linear_and_yarn(tmp_path):
     [
         ({"arch": "gemma"}, "architecture 'gemma'"),
         ({"expert_count": 8}, "llama with experts"),
+        ({"arch": "gpt-oss", "expert_count": 32}, "gpt-oss with experts.*use its HF folder"),
         ({"rope_dimension_count": 8}, "part of each head"),
     ],
 )

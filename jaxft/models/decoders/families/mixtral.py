@@ -1,6 +1,7 @@
 """Mixtral and the mixtures of Qwen 3: config.json, weight tables, registration.
 
-Files hold a tensor for each expert. transformers 5 fuses them in memory alone.
+Files hold a tensor for each expert. transformers 5 fuses them in memory, and in files that it saves
+with `save_original_format=False`. Those are read too, and exports have a tensor for each expert.
 """
 
 import json
@@ -28,8 +29,10 @@ from jaxft.models.decoders.config import (
     read_keys,
 )
 from jaxft.models.decoders.families import llama
-from jaxft.models.decoders.files import check_causal
+from jaxft.models.decoders.files import as_decoder, check_causal
+from jaxft.weights.folders.transformers import Source
 from jaxft.weights.rules import Rule
+from jaxft.weights.views import Slab, Unfused
 
 KEYS: dict[str, dict[str, Key]] = {
     "mixtral": {
@@ -79,7 +82,7 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
     """
     check_causal(config)
     kind = config["model_type"]
-    c = read_keys(_with_one_count(config), KEYS[kind])
+    c = read_keys(with_one_count(config), KEYS[kind])
     if c.get("router_jitter_noise"):
         raise UserError(
             f"config.json: router_jitter_noise={c['router_jitter_noise']} is not supported; set it"
@@ -95,14 +98,14 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
         window=window,
         activation=activation(c),
         qk_norm="head" if kind == "qwen3_moe" else None,
-        experts=_experts(c),
+        experts=checked_experts(c),
     )
     biased = bool(c.get("attention_bias"))
     made = decoder_config(config, c, (spec,) * count, qkv_bias=biased, default_theta=_THETAS[kind])
     return replace(made, router_loss=float(c["router_aux_loss_coef"]))
 
 
-def _with_one_count(config: Mapping[str, Any]) -> dict[str, Any]:
+def with_one_count(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return config.json with `num_local_experts`, of which `num_experts` is another name.
 
     Raises: UserError for two numbers.
@@ -115,7 +118,7 @@ def _with_one_count(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "num_local_experts": config["num_experts"]}
 
 
-def _experts(c: Mapping[str, Any]) -> ExpertSpec:
+def checked_experts(c: Mapping[str, Any]) -> ExpertSpec:
     """Return the experts of each layer. Raises UserError for more of a token than there are."""
     count, active = c["num_local_experts"], c["num_experts_per_tok"]
     if active > count:
@@ -152,14 +155,50 @@ def _rules(start: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
     )
 
 
-RULES = _rules("block_sparse_moe.", "w1", "w3", "w2")
-QWEN3_MOE_RULES = _rules("mlp.", "gate_proj", "up_proj", "down_proj")
+def as_mixture(source: Source, start: str, gate: str, up: str, down: str) -> Source:
+    """Return the source under the names of `_rules`, which has the same arguments.
+
+    Raises: UserError for fused experts of another shape, and as `as_decoder`.
+    """
+    tensors, ends = source.tensors, {"gate_up_proj": (gate, up), "down_proj": (down,)}
+    if tensors is None:
+        return as_decoder(source)
+    cut = {key: key.partition("mlp.experts.") for key in tensors.keys()}  # noqa: SIM118
+    fused = {key: parts for key, parts in cut.items() if parts[2] in ends}
+    if not fused:
+        return as_decoder(source)
+    slabs: dict[str, Slab] = {}
+    for key, (layer, _, end) in fused.items():
+        (shape, _), names = tensors.info(key), ends[end]
+        if len(shape) != 3 or shape[1] % len(names):
+            raise UserError(
+                f"{source.name}: tensor {key} has shape {shape}; expected [experts, {len(names)} *"
+                " rows, columns], as transformers 5 saves fused experts"
+            )
+        slabs |= {
+            f"{layer}{start}experts.{e}.{name}.weight": Slab(key, e, i, len(names))
+            for e in range(shape[0])
+            for i, name in enumerate(names)
+        }
+    kept = [key for key in cut if key not in fused]
+    others = {key.replace(".mlp.gate.", f".{start}gate."): key for key in kept}
+    if both := sorted(slabs.keys() & others.keys()):
+        raise UserError(f"{source.name}: tensor {both[0]} is there twice, alone and fused")
+    return as_decoder(replace(source, tensors=Unfused(tensors, slabs, others)))
+
+
+MIXTRAL_NAMES = ("block_sparse_moe.", "w1", "w3", "w2")
+QWEN3_MOE_NAMES = ("mlp.", "gate_proj", "up_proj", "down_proj")
+RULES = _rules(*MIXTRAL_NAMES)
+QWEN3_MOE_RULES = _rules(*QWEN3_MOE_NAMES)
 ARCHITECTURE = llama.ARCHITECTURE._replace(
     class_name=lambda config: "MixtralForCausalLM",
     config=lambda config, where: read(config),
     rules=lambda cfg: RULES,
+    opened=lambda source: as_mixture(source, *MIXTRAL_NAMES),
 )
 QWEN3_MOE = ARCHITECTURE._replace(
     class_name=lambda config: "Qwen3MoeForCausalLM",
     rules=lambda cfg: QWEN3_MOE_RULES,
+    opened=lambda source: as_mixture(source, *QWEN3_MOE_NAMES),
 )

@@ -1,0 +1,115 @@
+"""Runs of GPT-OSS whose experts are in MXFP4: in 16 bits or as an adapter, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
+
+from jaxft import train
+from jaxft.core.config import load_config
+from jaxft.core.errors import UserError
+from jaxft.runs import opening
+from jaxft.tasks import OPTIONS
+from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
+from jaxft.weights.folders.mxfp4 import decode_mxfp4
+
+CONFIG = str(Path(__file__).resolve().parents[3] / "configs" / "llm.py")
+SHAPE = {
+    "vocab_size": 330,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": 8,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(make_folder, tmp_path_factory):
+    """A small random GPT-OSS in bf16, with the tests' tokenizer, its experts in MXFP4."""
+    folder = tmp_path_factory.mktemp("gpt") / "model"
+    shutil.copytree(make_folder(), folder)
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(1)
+    GptOssForCausalLM(GptOssConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(folder)
+    made, random = TensorFiles.open(folder), np.random.default_rng(0)
+    arrays = {key: made.read(key) for key in made.keys()}  # noqa: SIM118
+    for key in list(arrays):
+        if key.endswith("experts.gate_up_proj") or key.endswith("experts.down_proj"):
+            count, inputs, outputs = arrays.pop(key).shape
+            shape = (count, outputs, inputs // 32)
+            arrays[key + "_blocks"] = random.integers(0, 256, (*shape, 16), np.uint8)
+            arrays[key + "_scales"] = random.integers(122, 126, shape, np.uint8)
+    write_sharded(folder, arrays.items(), {key: (x.shape, x.dtype) for key, x in arrays.items()})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(3, 60)[None]).logits.float().numpy()
+
+
+def run(folder, make_flags, workdir, **keys):
+    flags = {"total": "2_steps", "optim.lr": 0.1, "optim.warmup": "0_steps", **keys}
+    return train.main(["--config", CONFIG, *make_flags(folder, flags), "--workdir", str(workdir)])
+
+
+def test_s8_an_export_is_in_16_bits_without_the_quantisation(folder, make_flags, tmp_path, capsys):
+    """The experts that did not train are the decoded ones, bit for bit."""
+    keys = {"lora.rank": 0, "trainable": r".*self_attn.*"}
+    assert run(folder, make_flags, tmp_path, **keys) == 0
+    assert "gpt_oss read from MXFP4, exports are in 16 bits" in capsys.readouterr().out
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert "quantization_config" not in config
+    before, after = TensorFiles.open(folder), TensorFiles.open(tmp_path / "export")
+    assert not [key for key in after.keys() if key.endswith(("_blocks", "_scales"))]  # noqa: SIM118
+    for i in range(3):
+        key = f"model.layers.{i}.mlp.experts.gate_up_proj"
+        want = decode_mxfp4(before.read(key + "_blocks"), before.read(key + "_scales"))
+        assert after.info(key) == (want.shape, want.dtype)
+        assert after.read(key).tobytes() == want.tobytes()
+    sinks = "model.layers.1.self_attn.sinks"
+    assert after.read(sinks).tobytes() != before.read(sinks).tobytes()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    assert np.isfinite(logits(theirs)).all()
+
+
+def test_an_adapter_of_attention_in_peft(folder, make_flags, tmp_path, capsys):
+    keys = {"lora.rank": 2, "export.kind": "adapter"}
+    assert run(folder, make_flags, tmp_path, **keys) == 0
+    printed = capsys.readouterr().out
+    assert "gpt_oss read from MXFP4;" in printed and "16 bits" not in printed
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # decoded by theirs
+    untouched = logits(base)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "export")
+    adapted = (key.partition(".lora_A")[0] for key in theirs.state_dict() if ".lora_A" in key)
+    assert {path.rpartition(".")[2] for path in adapted} == {f"{name}_proj" for name in "qkvo"}
+    assert np.abs(logits(theirs) - untouched).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"lora.targets": r".*gate_up_proj"}, r"matches layers\.mlp\.experts\.gate_up_proj"),
+        ({"base": "nf4"}, "base=nf4 does not quantise experts"),
+        ({"export.kind": "gguf"}, "not model_type='gpt_oss'"),
+    ],
+)
+def test_what_it_does_not_have_is_refused(changes, text, folder, small_run):
+    keys = small_run(folder, {"lora.rank": 2, **changes})
+    with pytest.raises(UserError, match=text) as caught:
+        opening.open_run(load_config(CONFIG, [(key, str(x)) for key, x in keys.items()], OPTIONS))
+    assert "\n" not in str(caught.value)
