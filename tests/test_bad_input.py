@@ -99,7 +99,7 @@ def test_corrupt_safetensors(fails, broken):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt"])
-def test_pickles_are_refused_with_the_way_to_convert(fails, broken, name):
+def test_w5_pickles_are_refused_with_the_way_to_convert(fails, broken, name):
     (broken / "model.safetensors").rename(broken / name)
     fails([name, "safetensors"], {"model": broken})
 
@@ -175,7 +175,7 @@ def test_invalid_json_line(fails, tmp_path):
     fails([f"{file}:10"], {"data.train": f"jsonl:{file}"})
 
 
-def test_invalid_utf8(fails, tmp_path):
+def test_d5_invalid_utf8(fails, tmp_path):
     file = jsonl(tmp_path, *rows(9), b'{"prompt": "a\xff", "completion": "b"}')
     fails([f"{file}:10", "UTF-8"], {"data.train": f"jsonl:{file}"})
 
@@ -214,7 +214,7 @@ def test_adapter_export_without_adapter(fails):
     fails(["export.kind", "lora.rank"], {"export.kind": "adapter", "lora.rank": 0})
 
 
-def test_workdir_of_another_config(fails, tmp_path):
+def test_r12_workdir_of_another_config(fails, tmp_path):
     place = tmp_path / "run"
     place.mkdir()
     fails(["48"], {"seq_len": "48.5"}, place)

@@ -237,7 +237,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_the_number_of_hosts_may_change_at_every_restart(flags, tmp_path):
+def test_r5_the_number_of_hosts_may_change_at_every_restart(flags, tmp_path):
     words = [*flags(total="8_steps"), "--workdir"]
     whole, work = tmp_path / "whole", tmp_path / "work"
     together(1, *words, whole)
@@ -254,7 +254,7 @@ def test_the_number_of_hosts_may_change_at_every_restart(flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_mesh_changes_a_loss_no_more_than_one_ulp_of_the_parameters(flags, tmp_path):
+def test_r6_another_mesh_changes_a_loss_no_more_than_one_ulp_of_the_parameters(flags, tmp_path):
     """Rounding differs between meshes. It grows over 300 steps as any other difference does."""
     words = flags(total="300_steps", **{"every.save": "10_steps", "every.log": "50_steps"})
     work = {name: tmp_path / name for name in ("four", "two", "larger")}

@@ -24,7 +24,7 @@ def line_of(end):
     return line
 
 
-def test_processes_that_do_not_meet_stop_in_time_and_say_so():
+def test_r9_processes_that_do_not_meet_stop_in_time_and_say_so():
     """Process 1 of 3 is missing, and another run has an address where nobody is."""
     port, began = free_port(), time.monotonic()
     lost = start(JOIN, 2, 1, free_port(), **TIMEOUT)

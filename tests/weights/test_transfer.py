@@ -76,7 +76,7 @@ def folder(make_folder):
         (False, "float16", "20KB", None),
     ],
 )
-def test_t31_an_untrained_round_trip_is_the_source_bit_for_bit(
+def test_t31_w8_an_untrained_round_trip_is_the_source_bit_for_bit(
     make_folder, tmp_path, tied, dtype, shard, sizes
 ):
     folder = make_folder(tied=tied, dtype=dtype, shard=shard)

@@ -34,7 +34,7 @@ def test_a_list_in_yaml(tmp_path):
     assert load_config(str(file), (), OPTIONS)["sample"]["prompts"] == ["a cat", "3 dogs"]
 
 
-def test_a_complete_yaml_and_a_runs_json_stand_alone(tmp_path):
+def test_d8_a_complete_yaml_and_a_runs_json_stand_alone(tmp_path):
     config = load_config(LLM, (), OPTIONS)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "all.yaml").write_text(json.dumps(config))  # JSON is YAML

@@ -118,7 +118,7 @@ LINKS = {
 
 
 @pytest.mark.parametrize("case", LINKS)
-def test_fault_8_links_out_of_a_pipeline_are_refused(pipe, tmp_path, case):
+def test_fault_8_w6_links_out_of_a_pipeline_are_refused(pipe, tmp_path, case):
     name, target = LINKS[case]
     (tmp_path / "victim").mkdir()
     for file in ("passwd", "victim/config.json", "victim/secret"):

@@ -135,7 +135,7 @@ RUNS_NO_CODE = {
 }
 
 
-def test_case_llm_04_fault_7_every_loader_is_told_to_trust_no_code():
+def test_case_llm_04_fault_7_w7_every_loader_is_told_to_trust_no_code():
     checked, exempt = 0, set()
     for path in [*(ROOT / "jaxft").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
         text = path.read_text()
