@@ -15,6 +15,7 @@ from benching import DOCS, machine, machine_line
 
 from jaxft.verify import certify
 from tests.tiny_flux import make_flux
+from tests.tiny_klein import make_klein
 from tests.tiny_pipelines import make_pipeline
 from tests.tiny_sd3 import make_sd3
 from tests.tiny_zimage import make_zimage
@@ -174,6 +175,7 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "Stable Diffusion 3.5, without T5": lambda work: make_sd3(work, t5=False),
     "FLUX.1-dev": make_flux,
     "FLUX.1-schnell": lambda work: make_flux(work, "schnell"),
+    "FLUX.2 klein": lambda work: make_klein(),
     "Z-Image": lambda work: make_zimage(),
 }
 PIPELINES_TEXT = """
