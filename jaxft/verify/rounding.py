@@ -27,6 +27,7 @@ FLOAT32_UNIT = 2.0**-23  # one rounding of float32, the least that is assumed of
 EMBEDS_TIME = (
     "CombinedTimestepTextProjEmbeddings",
     "CombinedTimestepGuidanceTextProjEmbeddings",
+    "Flux2TimestepGuidanceEmbeddings",
     "TimestepEmbedder",
 )
 
@@ -141,7 +142,7 @@ def _redrawn(model: Any, seed: int) -> Iterator[None]:
 
     def moved(inputs: Any) -> Any:
         sign = 1 - 2 * (seed % 2)
-        return tuple(one * (1 + sign * FLOAT32_UNIT) for one in inputs)
+        return tuple(one if one is None else one * (1 + sign * FLOAT32_UNIT) for one in inputs)
 
     layers = [one for one in model.modules() if next(one.children(), None) is None]
     handles = [one.register_forward_hook(move) for one in layers]
