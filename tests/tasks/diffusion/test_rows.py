@@ -35,7 +35,7 @@ class Tokenized:
         return 0
 
 
-OPENED = SimpleNamespace(captions=Tokenized())
+OPENED = SimpleNamespace(captions=Tokenized(), options=SimpleNamespace(mask=""))
 
 
 def encode(pixels):
