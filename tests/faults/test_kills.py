@@ -1,7 +1,7 @@
 """SIGKILL in every phase of real processes: no loss and no exported byte differs afterwards.
 
-The gate kills one process six times in 300 steps, and two processes three times in 60. `pytest -m
-slow` kills a hundred times.
+The gate kills one process six times in 300 steps, and two processes three times. `pytest -m slow`
+kills a hundred times.
 """
 
 import contextlib
@@ -110,10 +110,10 @@ def test_r1_r2_six_kills_of_one_process(command, tmp_path):
 
 def test_r1_r7_three_kills_of_two_processes(command, tmp_path):
     """Both are killed in a step, one in a step, and both in a save."""
-    words, seed = command(60, FULL), 7
+    words, seed = command(300, FULL), 7
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     together(2, *words[2:], "--workdir", whole, devices=2)
-    for fault in faults(np.random.default_rng(seed), ("step", "rank1:step", "save"), 60, broken):
+    for fault in faults(np.random.default_rng(seed), ("step", "rank1:step", "save"), 300, broken):
         print(f"seed {seed}, from step {newest(broken)}: {fault}")
         kill(words, broken, fault, count=2)
     together(2, *words[2:], "--workdir", broken, devices=2)
