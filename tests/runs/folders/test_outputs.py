@@ -150,7 +150,7 @@ NO_PATHS = {  # texts of a config that name no file
     ),
     *("inversion.token", "labels", "lora.layers", "lora.ranks", "lora.targets", "lora.tokens"),
     *("loss.adversarial_start", "objective", "optim.lr_by", "optim.name", "optim.schedule"),
-    *("own_loss", "track", "export.push"),
+    *("mask", "own_loss", "track", "export.push"),
     *("optim.warmup", "param_dtype", "prediction", "problem_type", "prompt", "remat", "total"),
     *("sample.prompts", "sample.sampler", "task", "template", "trainable"),
     *("every.eval", "every.log", "every.sample", "every.save"),
