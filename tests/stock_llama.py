@@ -26,6 +26,7 @@ KINDS = {
     "Gemma3RMSNorm": "one_plus",
     "Olmo2RMSNorm": "scale_first",
     "Olmo3RMSNorm": "scale_first",
+    "GptOssRMSNorm": "scale_first",
 }
 ACTIVATIONS = {"silu": "SiLUActivation", "gelu_tanh": "GELUTanh"}
 
@@ -71,9 +72,10 @@ def theirs(config):
         "qkv_bias": q.bias is not None,
         "o_bias": layer.self_attn.o_proj.bias is not None,
         "mlp_bias": not experts and mlp.down_proj.bias is not None,
+        "sinks": hasattr(attention, "sinks"),
         "norms": tuple(sorted(name for name, _ in layer.named_children() if "norm" in name)),
         "qk_norm": _qk_norm(layer.self_attn),
-        "activation": type(getattr(mlp, "activation_fn", None) or mlp.act_fn).__name__,
+        "activation": _activation(mlp),
         "attention_scale": layer.self_attn.scaling,
         # C5: Gemma 3's code does not use its attn_logit_softcapping.
         "soft_cap": c.attn_logit_softcapping if c.model_type == "gemma2" else None,
@@ -94,12 +96,22 @@ def theirs(config):
 
 
 def _experts(mlp):
-    """Count, how many a token has, their width, and whether its weights sum to 1."""
+    """Count, how many a token has, width, whether its weights sum to 1, one matrix, its clamp."""
     if not hasattr(mlp, "experts"):
         return None
-    weights = mlp.gate(torch.ones(1, mlp.gate.hidden_dim, device="meta"))[1]
-    count, width = mlp.experts.down_proj.shape[0], mlp.experts.down_proj.shape[2]
-    return count, weights.shape[1], width, getattr(mlp.gate, "norm_topk_prob", True)
+    router, made = getattr(mlp, "gate", None) or mlp.router, mlp.experts
+    weights = router(torch.ones(1, router.hidden_dim, device="meta"))[1]
+    fused = hasattr(made, "gate_up_proj_bias")  # GPT-OSS: its matrices are (in, out)
+    width = made.down_proj.shape[1 if fused else 2]
+    clamp = (made.alpha, made.limit) if fused else None
+    normalised = getattr(router, "norm_topk_prob", True)
+    return made.down_proj.shape[0], weights.shape[1], width, normalised, fused, clamp
+
+
+def _activation(mlp):
+    """Name of the class; GPT-OSS has none, as its clamp stands in for it."""
+    kind = getattr(mlp, "activation_fn", None) or getattr(mlp, "act_fn", None)
+    return type(kind).__name__ if kind else "SiLUActivation"
 
 
 def ours(config):
@@ -118,6 +130,7 @@ def ours(config):
         "activation": ACTIVATIONS[same.activation],
         "attention_scale": pytest.approx(same.attention_scale or cfg.head_dim**-0.5),
         "soft_cap": same.soft_cap,
+        "sinks": same.sinks,
         "residual_scale": same.residual_scale,
         "windows": tuple(layer.window for layer in layers),
         "rotary": tuple(layer.rope is not None for layer in layers),

@@ -65,8 +65,12 @@ def from_hf(config: Mapping[str, Any], head_dim: int, default_theta: float = 100
     if partial != 1.0:
         raise UserError(f"config.json: partial_rotary_factor={partial} is not supported, only 1.0")
     longest = config.get("max_position_embeddings")
-    original = config.get("original_max_position_embeddings")
-    original = original or rope.get(ORIGINAL) or longest
+    if kind in ("llama3", "yarn", "longrope") and config.get(ORIGINAL, 0) is None:
+        raise UserError(
+            f"config.json: {ORIGINAL}=null beside rope type {kind!r}, which needs that number;"
+            " remove the key, or give the number of positions of the pretraining"
+        )
+    original = config.get(ORIGINAL) or rope.get(ORIGINAL) or longest
     rope |= {key: n for key, n in ((ORIGINAL, original), ("longest", longest)) if n is not None}
     _check_numbers(kind, rope)
     try:

@@ -30,24 +30,26 @@ from jaxft.nn.gated import Clamp
 from jaxft.nn.rope import ORIGINAL
 from jaxft.weights.rules import Rule
 
-KEYS: dict[str, Key] = {
-    **COMMON,
-    "vocab_size": Key(201088, SIZE),
-    "hidden_size": Key(2880, SIZE),
-    "intermediate_size": Key(2880, SIZE),
-    "num_hidden_layers": Key(36, LAYERS),
-    "num_attention_heads": Key(64, SIZE),
-    "num_key_value_heads": Key(8, SIZE),
-    "head_dim": Key(64, SIZE),
-    "max_position_embeddings": Key(131072, SIZE),
-    "rms_norm_eps": Key(1e-5, NUMBER),
-    "attention_bias": Key(True, FLAG),
-    "sliding_window": Key(128, COUNT, null=True),
-    "num_experts_per_tok": Key(4, SIZE),
-    "num_local_experts": Key(128, SIZE),
-    "swiglu_alpha": Key(1.702, NUMBER),
-    "swiglu_limit": Key(7.0, NUMBER),
-    "router_aux_loss_coef": Key(0.001, NUMBER),
+KEYS = {
+    "gpt_oss": {
+        **COMMON,
+        "vocab_size": Key(201088, SIZE),
+        "hidden_size": Key(2880, SIZE),
+        "intermediate_size": Key(2880, SIZE),
+        "num_hidden_layers": Key(36, LAYERS),
+        "num_attention_heads": Key(64, SIZE),
+        "num_key_value_heads": Key(8, SIZE),
+        "head_dim": Key(64, SIZE),
+        "max_position_embeddings": Key(131072, SIZE),
+        "rms_norm_eps": Key(1e-5, NUMBER),
+        "attention_bias": Key(True, FLAG),
+        "sliding_window": Key(128, COUNT, null=True),
+        "num_experts_per_tok": Key(4, SIZE),
+        "num_local_experts": Key(128, SIZE),
+        "swiglu_alpha": Key(1.702, NUMBER),
+        "swiglu_limit": Key(7.0, NUMBER),
+        "router_aux_loss_coef": Key(0.001, NUMBER),
+    },
 }
 # The rope of a config.json without one.
 ROPE = {
@@ -66,7 +68,7 @@ def read(config: Mapping[str, Any]) -> DecoderConfig:
     Raises: UserError for another architecture, and for values that no layer here computes.
     """
     check_causal(config)
-    c = read_keys(with_one_count(config), KEYS)
+    c = read_keys(with_one_count(config), KEYS["gpt_oss"])
     if not c["swiglu_limit"]:
         raise UserError(
             "config.json: swiglu_limit=0 leaves nothing of gate and up; expected a number above 0,"

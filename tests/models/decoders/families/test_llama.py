@@ -8,10 +8,20 @@ import pytest
 from jaxft.core.errors import UserError
 from jaxft.models import registry
 from jaxft.models.decoders.config import COMMON
-from jaxft.models.decoders.families import gemma, granite, llama, mixtral, olmo, phi, qwen, wrapped
+from jaxft.models.decoders.families import (
+    gemma,
+    gpt_oss,
+    granite,
+    llama,
+    mixtral,
+    olmo,
+    phi,
+    qwen,
+    wrapped,
+)
 from tests.stock_llama import ours, theirs
 
-FAMILIES = (llama, qwen, granite, gemma, olmo, phi, mixtral)
+FAMILIES = (llama, qwen, granite, gemma, olmo, phi, mixtral, gpt_oss)
 KEYS = {kind: keys for family in FAMILIES for kind, keys in family.KEYS.items()}
 ROPE = (
     "rope_theta",
