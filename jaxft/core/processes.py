@@ -293,6 +293,7 @@ def start() -> None:
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if not chosen and os.access(existing, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # without any plugin jax only asserts
