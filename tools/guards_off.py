@@ -184,7 +184,8 @@ def main() -> int:
         for name in ("jaxft", "configs", "tests", "tools", "docs"):
             shutil.copytree(ROOT / name, tree / name, ignore=ignored)
         for path in ROOT.glob("*.*"):
-            shutil.copy(path, tree)
+            if path.is_file():
+                shutil.copy(path, tree)
         for name in chosen:
             begin, failed = time.monotonic(), fails_without(GUARDS[name], tree)
             seconds = time.monotonic() - begin

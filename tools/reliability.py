@@ -48,7 +48,9 @@ GROUPS = {
     "cost": ("what the guards cost", ["tools/guard_cost.py"]),
     "fuzz": ("10 minutes of each fuzzer", ["tools/fuzz.py", "--minutes", "10"]),
 }
-SAID = re.compile(r"(\d.* MB after .*|fingerprints and the .*|with a save every .*|restore .*)$", re.M)
+SAID = re.compile(
+    r"(\d.* MB after .*|fingerprints and the .*|with a save every .*|restore .*)$", re.M
+)
 
 
 def main() -> int:

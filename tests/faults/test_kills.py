@@ -95,7 +95,7 @@ def faults(rng, places, steps, work):
         yield f"kill@{place}:{number}"
 
 
-def test_r1_r2_six_kills_of_one_process(command, tmp_path):
+def test_r1_r2_r11_six_kills_of_one_process(command, tmp_path):
     words, seed = command(300, ADAPTER), 19
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     together(1, *words[2:], "--workdir", whole, devices=1, joined=False)

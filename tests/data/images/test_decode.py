@@ -36,7 +36,7 @@ def pixels_of(content):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "JPEG"])
-def test_t31_exif_orientation_is_applied(orientation, format):
+def test_t31_d3_exif_orientation_is_applied(orientation, format):
     image = Image.fromarray(np.zeros((16, 32, 3), np.uint8))
     image.paste((255, 0, 0), (0, 0, 16, 8))  # the stored top left
     exif = Image.Exif()
@@ -63,14 +63,14 @@ def test_t31_exif_orientation_is_applied(orientation, format):
     assert red.sum() == h * w // 4
 
 
-def test_t31_alpha_is_composited_on_white():
+def test_t31_d3_alpha_is_composited_on_white():
     rgba = np.zeros((1, 3, 4), np.uint8)
     rgba[0, :, 0], rgba[0, :, 3] = 200, (0, 255, 51)
     expected = [[255] * 3, [200, 0, 0], [244, 204, 204]]
     np.testing.assert_array_equal(pixels_of(encoded(Image.fromarray(rgba)))[0], expected)
 
 
-def test_t31_transparent_palettes_and_grey_with_alpha_are_white():
+def test_t31_d3_transparent_palettes_and_grey_with_alpha_are_white():
     palette = Image.fromarray(np.asarray([[0, 1]], np.uint8), "P")
     palette.putpalette([10, 20, 30, 40, 50, 60])
     content = encoded(palette, transparency=0)
@@ -80,14 +80,14 @@ def test_t31_transparent_palettes_and_grey_with_alpha_are_white():
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_t31_sixteen_bits_are_scaled_not_clipped(format):
+def test_t31_d3_sixteen_bits_are_scaled_not_clipped(format):
     values = np.asarray([[0, 257, 32768, 65535]], np.uint16)
     pixels = pixels_of(encoded(Image.fromarray(values), format))
     np.testing.assert_array_equal(pixels[0], np.asarray([0, 1, 128, 255])[:, None].repeat(3, 1))
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr"])
-def test_t31_other_modes_become_rgb(mode):
+def test_t31_d3_other_modes_become_rgb(mode):
     image = Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode)
     format = "JPEG" if mode == "YCbCr" else "TIFF" if mode == "CMYK" else "PNG"
     pixels = pixels_of(encoded(image, format))
@@ -131,7 +131,7 @@ def test_t31_bad_images_are_one_line_naming_the_image(content, words):
     assert str(caught.value).startswith("folder/cat.png: ") and "\n" not in str(caught.value)
 
 
-def test_t31_two_pictures_in_one_file_give_the_first():
+def test_t31_d3_two_pictures_in_one_file_give_the_first():
     pictures = [Image.fromarray(noise(16, 16, seed=i)) for i in range(2)]  # as phones write
     content = encoded(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
     np.testing.assert_array_equal(pixels_of(content), pixels_of(encoded(pictures[0], "JPEG")))
