@@ -42,7 +42,7 @@ GUARDS = {
         "runs/checkpoint.py",
         "if leaves[name][0] != one.number:",
         "if False:",
-        "tests/runs/test_damage.py",
+        "tests/runs/test_damage.py::test_s5_flips_in_array_files_are_caught",
     ),
     "flipped bits of its small files": Guard(
         "runs/checkpoint.py",
@@ -60,7 +60,7 @@ GUARDS = {
         "weights/transfer.py",
         "return jnp.stack([is_finite(x) for x in floats]).all()",
         "return jnp.asarray(True)",
-        "tests/weights/test_transfer.py",
+        "tests/test_bad_input.py::test_w4_fault_5_weights_that_are_not_finite_are_named",
     ),
     "states that are not finite": Guard(
         "runs/checkpoint.py",

@@ -30,9 +30,9 @@ class State(NamedTuple):
 CONFIG = {"optim": {"lr": 1e-3}, "model": "a", "flags": [True, None]}
 
 
-def host_state():
+def host_state(columns=16):
     rng = np.random.default_rng(0)
-    w = rng.normal(size=(8, 16)).astype(np.float32)
+    w = rng.normal(size=(8, columns)).astype(np.float32)
     params = {"a.kernel": jnp.asarray(w), "b.kernel": jnp.asarray(w, jnp.bfloat16) * 3}
     moments = Moments(jnp.int32(2**30 + 1), {k: v + 1 for k, v in params.items()}, ())
     return State(jnp.int32(7), params, (moments, ()))
