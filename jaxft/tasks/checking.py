@@ -20,7 +20,7 @@ SMALL = 2**24  # bytes of a file whose first records are looked at
 FIRST_RECORDS = 1000
 # The keys of each task's writers, which take jax to import.
 EXPORT_KINDS = {
-    "llm": ("merged", "adapter", "gguf", "gguf-q8_0", "gguf-adapter", "none"),
+    "llm": ("merged", "adapter", "gguf", "gguf-q8_0", "gguf-q4_0", "gguf-adapter", "none"),
     "autoencoder": ("folder", "none"),
     "diffusion": ("folder", "single_file", "lora", "inversion", "all", "none"),
     "image_tokens": ("folder", "adapter", "original", "none"),

@@ -80,7 +80,7 @@ def _write_adapter(job: Job) -> None:
     writers.write_adapter(job, side_files(job, {""}), kind)
 
 
-FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.file_type
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "README")
 
 
@@ -115,15 +115,21 @@ def _size_label(count: int) -> str:
     return f"{scaled:.{digits}f}{'KMBT'[power // 3 - 1]}"
 
 
-def _write_gguf(job: Job, quantised: bool) -> None:
-    """Write the merged model as one file. Matrices are rounded once, from float32."""
+def _write_gguf(job: Job, quantised: str) -> None:
+    """Write the merged model as one file. Matrices are rounded once, from float32.
+
+    quantised: the type of matrices, "" for that of the dtype. The head has 8 bits at least, because
+    its errors go into the logits alone.
+    """
     opened, (part,) = job.opened, writers.parts(job)
     cfg = opened.model_cfg
     stated, exact = (writers.merged(one, part) for one in (job, job._replace(dtype="float32")))
     infos: dict[str, tuple[tuple[int, ...], str]] = {}
+    head = "token_embd.weight" if cfg.tied else "output.weight"
     for key, (shape, dtype) in stated.infos.items():
         if name := gguf_writer.gguf_name(key):  # old files hold the frequencies of rope too
-            infos[name] = shape, gguf_writer.type_name(shape, np.dtype(dtype), quantised)
+            own = "Q8_0" if quantised and name == head else quantised
+            infos[name] = shape, gguf_writer.type_name(shape, np.dtype(dtype), own)
     factors = gguf.rope_factors(opened.source.config, cfg)
     if factors is not None:
         infos["rope_freqs.weight"] = factors.shape, "F32"
@@ -197,7 +203,8 @@ def _write_gguf_adapter(job: Job) -> None:
 WRITERS = {
     "merged": Writer(lambda job: writers.write_folder(job, side_files)),
     "adapter": writers.adapter(_write_adapter),
-    "gguf": Writer(lambda job: _write_gguf(job, quantised=False)),
-    "gguf-q8_0": Writer(lambda job: _write_gguf(job, quantised=True)),
+    "gguf": Writer(lambda job: _write_gguf(job, quantised="")),
+    "gguf-q8_0": Writer(lambda job: _write_gguf(job, quantised="Q8_0")),
+    "gguf-q4_0": Writer(lambda job: _write_gguf(job, quantised="Q4_0")),
     "gguf-adapter": writers.adapter(_write_gguf_adapter),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float
 
 from jaxft.core.errors import UserError
 from jaxft.weights.files.gguf import ARRAY, LAYER, STRING, TOP, TYPES
@@ -39,16 +39,16 @@ def gguf_name(key: str) -> str | None:
     return f"blk.{number}.{names[stem]}.{end}"
 
 
-def type_name(shape: tuple[int, ...], dtype: np.dtype, quantised: bool) -> str:
-    """Return the type that a tensor has in the file.
+def type_name(shape: tuple[int, ...], dtype: np.dtype, quantised: str) -> str:
+    """Return the type that a tensor has in the file: `quantised`, or by its dtype if that is "".
 
     Vectors are F32, as from llama.cpp's converter. So is a matrix that cannot be quantised, because
-    its rows are no multiple of 32, or whose dtype GGUF lacks.
+    its rows are no multiple of a block, or whose dtype GGUF lacks.
     """
     if len(shape) == 1:
         return "F32"
     if quantised:
-        return "F32" if shape[-1] % TYPES[TYPE_NUMBERS["Q8_0"]][1] else "Q8_0"
+        return "F32" if shape[-1] % TYPES[TYPE_NUMBERS[quantised]][1] else quantised
     return WRITTEN.get(dtype, "F32")
 
 
@@ -56,22 +56,6 @@ def permuted(rows: Float[np.ndarray, "..."], heads: int) -> Float[np.ndarray, ".
     """Return rows of q or k in the order of llama.cpp's llama, whose RoPE rotates neighbours."""
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def quantised(weights: Float32[np.ndarray, "..."]) -> UInt8[np.ndarray, "blocks 34"]:
-    """Encode blocks of 32 weights as Q8_0: a half-precision scale and 32 int8.
-
-    Halves are rounded away from 0. Source: quantize_row_q8_0_ref of ggml.
-    """
-    blocks = weights.reshape(-1, 32)
-    scale = np.abs(blocks).max(axis=1, keepdims=True) / 127
-    with np.errstate(divide="ignore"):
-        codes = blocks * np.where(scale == 0, 0, 1 / scale)
-    size = np.abs(codes)
-    whole = np.floor(size)
-    codes = np.sign(codes) * (whole + np.floor(2 * (size - whole)))
-    half = scale.astype(np.float16).view(np.uint8)
-    return np.concatenate([half, codes.astype(np.int8).view(np.uint8)], axis=1)
 
 
 def write_gguf(
@@ -135,8 +119,10 @@ def _value(value: Any) -> bytes:
 
 
 def _encoded(name: str, array: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "Q8_0":
-        return quantised(np.ascontiguousarray(array, np.float32))
+    if kind not in ARRAYS:
+        from gguf import GGMLQuantizationType, quants  # 0.2 s that others do not need
+
+        return quants.quantize(np.ascontiguousarray(array, np.float32), GGMLQuantizationType[kind])
     with np.errstate(over="ignore"):
         narrow = np.ascontiguousarray(array, ARRAYS[kind])
     if kind == "F16" and not np.isfinite(narrow).all():

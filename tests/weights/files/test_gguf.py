@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jaxft.core.errors import UserError
-from jaxft.weights.files.gguf import TYPES, UNREAD_TYPES, GgufFile, dequantise
+from jaxft.weights.files.gguf import TYPES, UNREAD_TYPES, GgufFile
 
 RNG = np.random.default_rng(0)
 HEADS, KV_HEADS, WIDTH, HIDDEN = 4, 2, 64, 96
@@ -100,23 +100,84 @@ def write(path: Path, weights: dict, kind: str = "F32", arch: str = "llama", **f
     return path
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
-def test_dequantise_is_bitwise_the_reference(kind):
-    values = random(64, 96) * 10.0 ** RNG.integers(-4, 4, (64, 1)).astype(np.float32)
-    raw = quantize(values, KIND[kind])
-    blocks = raw.reshape(-1, gguf.GGML_QUANT_SIZES[KIND[kind]][1])
-    ours, theirs = dequantise(blocks, kind).reshape(values.shape), dequantize(raw, KIND[kind])
-    assert ours.dtype == np.float32 and ours.tobytes() == theirs.tobytes()
-    assert np.abs(ours - values).max() < np.abs(values).max() * (0.01 if kind == "Q8_0" else 0.15)
+def q4_k(blocks):
+    """Weights of Q4_K by ggml's dequantize_row_q4_K, block by block."""
+    made = []
+    for raw in blocks:
+        d, least = (float(raw[i : i + 2].view(np.float16)[0]) for i in (0, 2))
+        packed, codes = raw[4:16].astype(int), raw[16:].astype(int)
+        for j in range(8):  # 32 weights each
+            if j < 4:
+                scale, shift = packed[j] & 63, packed[j + 4] & 63
+            else:
+                scale = (packed[j + 4] & 15) | (packed[j - 4] >> 6) << 4
+                shift = (packed[j + 4] >> 4) | (packed[j] >> 6) << 4
+            nibbles = codes[32 * (j // 2) : 32 * (j // 2 + 1)] >> 4 * (j % 2) & 15
+            made.append(d * scale * nibbles - least * shift)
+    return np.concatenate(made)
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
-def test_dequantise_of_every_bit_pattern(kind):
-    size = gguf.GGML_QUANT_SIZES[KIND[kind]][1]
-    blocks = RNG.integers(0, 256, (2000, size), np.uint8)
-    blocks[:, 1] &= 0x3F  # keep the half-precision scale and min finite
-    blocks[:, 3] &= 0x3F
-    assert dequantise(blocks, kind).tobytes() == dequantize(blocks, KIND[kind]).tobytes()
+def q6_k(blocks):
+    """Weights of Q6_K by ggml's dequantize_row_q6_K, block by block."""
+    made = []
+    for raw in blocks:
+        low, high = raw[:128].astype(int), raw[128:192].astype(int)
+        scales, d = raw[192:208].view(np.int8), float(raw[208:].view(np.float16)[0])
+        for n in range(2):  # 128 weights each
+            for quarter in range(4):
+                fours = low[64 * n + 32 * (quarter % 2) :][:32] >> 4 * (quarter // 2) & 15
+                twos = high[32 * n :][:32] >> 2 * quarter & 3
+                scale = np.repeat(scales[8 * n + 2 * quarter :][:2], 16)
+                made.append(d * scale * ((fours | twos << 4) - 32))
+    return np.concatenate(made)
+
+
+@pytest.mark.parametrize(("kind", "source"), [("Q4_K", q4_k), ("Q6_K", q6_k)])
+def test_k_quants_are_those_of_ggml(tmp_path, kind, source):
+    file, raw = blocks_file(tmp_path, kind)
+    wanted = source(raw).reshape(8, -1)
+    np.testing.assert_allclose(file.read("model.embed_tokens.weight"), wanted, rtol=1e-6)
+
+
+def blocks_file(tmp_path, kind, width=256):
+    """A file whose embeddings are random blocks with finite scales, and these blocks."""
+    number, (block, size) = KIND[kind], gguf.GGML_QUANT_SIZES[KIND[kind]]
+    blocks = RNG.integers(0, 256, (8 * width // block, size), np.uint8)
+    for at in (1, 3, size - 1):  # half-precision numbers begin or end a block
+        blocks[:, at] &= 0x3F
+    weights = {**hf_weights(), "model.embed_tokens.weight": np.zeros((8, width), np.float32)}
+    path = write(tmp_path / "m.gguf", weights)
+    writer, reader = gguf.GGUFWriter(tmp_path / "made.gguf", "llama"), gguf.GGUFReader(path)
+    for key, field in reader.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(key, field.contents(), field.types[0], *field.types[1:2])
+    for one in reader.tensors:
+        raw, stored = np.asarray(one.data), one.tensor_type
+        if one.name == "token_embd.weight":
+            raw, stored = blocks.reshape(8, -1), number
+        writer.add_tensor(one.name, raw, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GgufFile(tmp_path / "made.gguf"), blocks
+
+
+@pytest.mark.parametrize("kind", [row[0] for row in TYPES.values() if row[1] > 1])
+def test_case_llm_18_every_type_with_blocks_is_read(tmp_path, kind):
+    file, blocks = blocks_file(tmp_path, kind)
+    found = file.read("model.embed_tokens.weight")
+    assert (
+        file.info("model.embed_tokens.weight")
+        == ((8, 256), np.float32)
+        == (
+            found.shape,
+            found.dtype,
+        )
+    )
+    with np.errstate(all="ignore"):
+        wanted = dequantize(blocks.reshape(8, -1), KIND[kind])
+    assert found.tobytes() == wanted.tobytes() and len(np.unique(found)) > 3
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *QUANTISED])
@@ -208,15 +269,17 @@ def test_unsupported_tensor_type_is_named(tmp_path):
     path = write(tmp_path / "m.gguf", hf_weights())
     content = bytearray(path.read_bytes())
     at = content.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8
-    content[at : at + 4] = struct.pack("<I", 14)  # Q6_K
+    content[at : at + 4] = struct.pack("<I", 40)
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"'output_norm.weight' has ggml type Q6_K; expected F32"):
+    with pytest.raises(UserError, match=r"'output_norm.weight' has ggml type NVFP4, which is not"):
         GgufFile(path)
 
 
 def test_case_llm_18_every_type_that_is_not_read_has_its_name():
     theirs = {int(kind): kind.name for kind in gguf.GGMLQuantizationType if int(kind) not in TYPES}
     assert theirs == UNREAD_TYPES
+    sizes = {number: (block, size) for number, (_, block, size, _) in TYPES.items()}
+    assert sizes == {n: gguf.GGML_QUANT_SIZES[KIND(n)] for n in TYPES}
 
 
 def test_unknown_tensor_is_an_error(tmp_path):
