@@ -1,12 +1,14 @@
 """Write docs/memory.md: the memory of a training step by model, method and length or size.
 
-`python tools/memory_table.py [NAME …]` compiles the steps (or those of the models named) for a GPU
-that need not be here, and writes the page. It needs `pip install ".[cuda-aot]"`, and half a minute
-a step. The models are config.json files of tests/published, or sizes given here: no weights are
-read.
+`python tools/memory_table.py [NAME …]` compiles the steps for a GPU that need not be here, and
+writes the page. A name is a model, such as `SDXL`, or a row, such as `SDXL, LoRA`. It needs
+`pip install ".[cuda-aot]"`, and half a minute a step. A step that takes longer than 9 minutes is
+left, and the page says so. The models are config.json files of tests/published, or sizes given
+here: no weights are read.
 """
 
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +19,7 @@ from plan_table import ROOT, Case, plan
 PAGE = ROOT / "docs" / "memory.md"
 RESULTS = ROOT / "docs" / "performance" / "memory.json"
 CARDS = (8, 16, 24, 80)
+SECONDS = 540  # of a compile, at most
 FREE = 0.1  # of a card's memory, for the driver and for fragments
 BASE = {"total": "100_steps", "batch_size": 1, "remat": "full"}
 LORA = {"lora.rank": 16, "param_dtype": "bfloat16"}
@@ -29,8 +32,16 @@ METHODS = {
 }
 UNET = {"full": {}, "full, `adamw_8bit`": {"optim.name": "adamw_8bit"}, "LoRA": LORA}
 LENGTHS = (2048, 8192)
-# Sizes of published models whose config.json is not in tests/published, as changes of Llama 8B's.
+L8 = "Llama-3.1-8B-Instruct"
+# Sizes of published models without a config.json in tests/published, as changes of a neighbour's.
 DERIVED = {
+    "SmolLM2 360M": {
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+    },
     "14B (40 x 128 heads, 48 layers)": {
         "hidden_size": 5120,
         "intermediate_size": 13824,
@@ -48,15 +59,17 @@ DERIVED = {
 # Far above every card, or close to a neighbour.
 LEFT_OUT = {
     "SmolLM2 135M": ("full, `adamw_8bit`",),
+    "SmolLM2 360M": ("full, `adamw_8bit`",),
     "14B (40 x 128 heads, 48 layers)": ("full", "full, `adamw_8bit`"),
     "Llama 3.1 70B": ("full", "full, `adamw_8bit`"),
 }
-L8 = "Llama-3.1-8B-Instruct"
 MODELS = {
     "SmolLM2 135M": "SmolLM2-135M",
+    "SmolLM2 360M": "SmolLM2-135M",
     "Llama 3.2 1B": "Llama-3.2-1B-Instruct",
     "Llama 3.1 8B": L8,
-    **dict.fromkeys(DERIVED, L8),
+    "14B (40 x 128 heads, 48 layers)": L8,
+    "Llama 3.1 70B": L8,
 }
 PIPELINES = {
     "Stable Diffusion 1.5": ("stable-diffusion-v1-5", 512, ("full", "LoRA")),
@@ -129,17 +142,20 @@ order: `remat=full`, `micro_batches` equal to `batch_size`, `optim.name=adamw_8b
 
 
 def planned(row: Row, value: int) -> dict[str, Any]:
-    """Return the bytes of a step."""
+    """Return the bytes of a step, or the seconds after which its compile was left."""
     with tempfile.TemporaryDirectory() as folder:
         place = row.folder
         if row.model in DERIVED:
-            config = json.loads((ROOT / "tests" / "published" / L8 / "config.json").read_text())
+            config = json.loads((ROOT / "tests" / "published" / place / "config.json").read_text())
             text = json.dumps({**config, **DERIVED[row.model]})
             (Path(folder) / "config.json").write_text(text)
             place = folder
         key = "seq_len" if row.config == "llm" else "resolution"
         keys = {**BASE, **row.keys, key: value}
-        return plan(Case("h100:1", row.config, place, keys))["memory"]
+        try:
+            return plan(Case("h100:1", row.config, place, keys), SECONDS)["memory"]
+        except subprocess.TimeoutExpired:
+            return {"seconds": SECONDS}
 
 
 def card(size: float) -> str:
@@ -170,7 +186,10 @@ def pictures(results: dict[str, dict[str, Any]]) -> str:
 
 
 def measured(row: Row, value: int, results: dict[str, dict[str, Any]]) -> tuple[str, str]:
-    size = results.get(name(row, value), {}).get("total")
+    found = results.get(name(row, value), {})
+    if "seconds" in found:
+        return f"not compiled in {found['seconds'] // 60} min", ""
+    size = found.get("total")
     return (f"{size / 2**30:.1f}", card(size)) if size else ("", "")
 
 
@@ -187,10 +206,14 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     return HEAD + texts(results) + pictures(results) + TAIL
 
 
-def main(models: list[str]) -> None:
-    """Plan the steps of the models, all by default, and write the page with the results so far."""
+def main(names: list[str]) -> None:
+    """Plan the steps of the models or rows named, all by default, and write the page."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    wanted = [one for one in ROWS if not models or one.model in models]
+    wanted = [
+        one
+        for one in ROWS
+        if not names or one.model in names or f"{one.model}, {one.method}" in names
+    ]
     for row, value in ((one, value) for one in wanted for value in one.values):
         results[name(row, value)] = planned(row, value)
         ordered = {key: results[key] for key in KEYS if key in results}
