@@ -178,12 +178,13 @@ class _Progress:
         self._first: tuple[int, float] | None = None
 
     def train(self, step: int, record: Mapping[str, Any], shown: bool) -> None:
-        line = " | ".join([f"step {step}/{self._total}", *_headline(record), *self._eta(step)])
+        start, rates, left = f"step {step}/{self._total}", _headline(record), self._eta(step)
         if self._line is None:
             if shown:
-                print(line, flush=True)
+                print(" | ".join([start, *rates, *left]), flush=True)
             return
-        self._bar = self._drawn(step, line)
+        # A narrow terminal cuts the end off: the time left stands in front.
+        self._bar = self._drawn(step, " | ".join([start, *left, *rates]))
         self._line.show(self._bar)
 
     def _drawn(self, step: int, line: str) -> str:

@@ -70,7 +70,8 @@ class LiveLine:
 
     def _draw(self, text: str) -> None:
         columns = shutil.get_terminal_size().columns
-        text = text if len(text) < columns else text[: columns - 1].rstrip(" |")
+        if len(text) >= columns:  # without the parts of a bar that do not fit
+            text = text[: columns + 2].rpartition(" | ")[0] or text[: columns - 1]
         if self._inside or not (text or self._drawn):  # a line that is not ended yet stays whole
             return
         end = "" if text else "\r"

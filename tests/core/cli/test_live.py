@@ -179,7 +179,7 @@ def test_the_bar_of_a_run_stays_below_an_evaluation(start, tmp_path):
         writer.write(6, {"loss": 1.0})
     *lines, last, _ = terminal.screen
     assert lines == ["a print of a library", "eval at step 5 | loss 1.5"]
-    assert last.startswith("[######..............] step 6/20 | loss 1")
+    assert last.startswith("[######..............] step 6/20 | ETA 0m00s | loss 1")
 
 
 def test_a_command_restores_the_streams_and_prints_its_error_whole(start):
