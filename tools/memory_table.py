@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,11 +111,12 @@ python -m jaxft.plan --config configs/llm.py --topology h100:1 --config.model=pa
 ```
 
 The command prints the memory of your own settings, without the card, weights or data.
-`python tools/memory_table.py` ran it for the tables below, compiled for one H100. **No card has
-measured them.** A step has one row, or one picture, and `remat=full`. A larger batch in as many
-`micro_batches` needs the memory of one row, and for a full training the sum of its gradients.
-"Full" is float32 with AdamW (`lora.rank=0`). LoRA has rank 16 and `param_dtype=bfloat16`, for
-language models `lora.targets=all-linear`. NF4 is `base=nf4`.
+`python tools/memory_table.py` ran it for the tables below. Every figure is that of a step compiled
+for one H100 with `batch_size=1` (one row of the length above it, or one picture) and `remat=full`.
+**No card has measured them.** A larger batch in as many `micro_batches` needs the memory of one
+row, and for a full training the sum of its gradients. "Full" is float32 with AdamW
+(`lora.rank=0`). LoRA has rank 16 and `param_dtype=bfloat16`, for language models
+`lora.targets=all-linear`. NF4 is `base=nf4`.
 
 GiB of a step, and the smallest card of 8, 16, 24 or 80 GB on which a tenth stays free. A dash is
 more than 80 GB: divide the model over several devices ([scale.md](scale.md)).
@@ -124,9 +126,9 @@ The text encoders of a pipeline count too. They stay in memory while their embed
 `cache`. SD 3 and FLUX.1 have T5 with 4.8 G parameters among them. A folder of SD 3 without T5 needs
 less ([diffusion.md](diffusion.md)). `base=nf4` is for language models only.
 
-Rows and cells that are missing have not been planned yet (`python tools/memory_table.py "SDXL"`
-plans those of a model). [adapters.md](adapters.md#a-quantised-base-qlora) has Llama 8B with a base
-in 8 and in 4 bits, and [plan.md](performance/plan.md) all of SD 1.5 and SDXL in larger batches.
+{missing}`python tools/memory_table.py "SDXL"` plans the rows of a model.
+[adapters.md](adapters.md#a-quantised-base-qlora) has Llama 8B with a base in 8 and in 4 bits, and
+[plan.md](performance/plan.md) all of SD 1.5 and SDXL in larger batches.
 
 The first table has no row for all of a 14B or a 70B model. In float32 with AdamW each parameter
 needs 16 bytes with its gradient, about 210 and 1050 GiB, which many devices share.
@@ -203,7 +205,16 @@ def name(row: Row, value: int) -> str:
 
 def page(results: dict[str, dict[str, Any]]) -> str:
     """Return the page from the figures that there are."""
-    return HEAD + texts(results) + pictures(results) + TAIL
+    return HEAD + texts(results) + pictures(results) + TAIL.format(missing=missing(results))
+
+
+def missing(results: dict[str, dict[str, Any]]) -> str:
+    """Return the lines about rows without all of their figures."""
+    rows = [one for one in ROWS if any(name(one, x) not in results for x in one.values)]
+    if not rows:
+        return ""
+    shown = ", ".join(f"{one.model} {one.method}" for one in rows)
+    return textwrap.fill(f"Not planned yet: {shown}.", 100) + "\n"
 
 
 def main(names: list[str]) -> None:
