@@ -213,7 +213,7 @@ def missing(results: dict[str, dict[str, Any]]) -> str:
     rows = [one for one in ROWS if any(name(one, x) not in results for x in one.values)]
     if not rows:
         return ""
-    shown = ", ".join(f"{one.model} {one.method}" for one in rows)
+    shown = ", ".join(f"{one.model} ({one.method})" for one in rows)
     return textwrap.fill(f"Not planned yet: {shown}.", 100) + "\n"
 
 
