@@ -8,7 +8,7 @@ from jaxft.core import processes
 from jaxft.core.cli.arguments import parse
 from jaxft.core.cli.commands import COMMANDS
 from jaxft.core.cli.completion import SHELLS, completion
-from jaxft.core.cli.helping import overview
+from jaxft.core.cli.helping import completion_help, overview
 from jaxft.core.errors import Printed, UserError, near
 from jaxft.tasks import OPTIONS
 
@@ -37,6 +37,8 @@ def _answer(argv: list[str]) -> None:
     if name in ("--help", "-h", "help"):
         raise Printed(overview())
     if name == "completion":
+        if {"--help", "-h"} & set(words):
+            raise Printed(completion_help())
         if len(words) != 1 or words[0] not in SHELLS:
             raise UserError(f"name a shell: jaxft completion {'|'.join(SHELLS)}")
         raise Printed(completion(words[0], OPTIONS))

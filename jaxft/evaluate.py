@@ -34,9 +34,11 @@ def _main(argv: list[str]) -> None:
         raise UserError("data.eval is empty; give the data to measure on with --config.data.eval")
     with agreement():
         held_out = run.task.read(run.opened, run.cfg.data.eval, False)
+    status("evaluating")
     with jax.set_mesh(run.mesh):
         data = Data(held_out=held_out, facts=facts(arguments.options.get("workdir")))
         report = preview(run, data, params, step).evaluate(params, run.mesh)
+    status("")
     check_losses(report, f"step {step}")
     rows = [(name, f"{value:.6g}") for name, value in report.metrics.items()]
     print(table(rows, ("metric", f"step {step}")))

@@ -57,8 +57,10 @@ def _main(argv: list[str]) -> None:
     texts = [text_field(row, field, where) for row, where in zip(rows, places, strict=True)]
     if empty := [where for text, where in zip(texts, places, strict=True) if not text.strip()]:
         raise UserError(f"{empty[0]} has an empty text, which has no label; leave it out")
+    status("predicting")
     with jax.set_mesh(run.mesh):
         found = preview.predict(params, texts, places)
+    status("")
     out = Path(options.get("out", Path(options["workdir"]) / "predictions.jsonl"))
     if jax.process_index() == 0:
         temporary = out.with_name(f".{out.name}.{os.getpid()}")

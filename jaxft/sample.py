@@ -66,10 +66,12 @@ def _main(argv: list[str]) -> None:
             for column in across:
                 if row or column:
                     print(_label({**row, **column}))
+                status("sampling")
                 made = preview.complete(params, prompts, request._replace(**row, **column))
                 for text in filter(None, (look.text for look in made)):
                     print(text)
                 rows[-1].append([one for look in made for one in look.pictures.values()])
+    status("")
     if jax.process_index() == 0:
         _save(rows, prompts, down, across, out)
 

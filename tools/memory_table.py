@@ -1,14 +1,17 @@
 """Write docs/memory.md: the memory of a training step by model, method and length or size.
 
-`python tools/memory_table.py [NAME …]` compiles the steps (or those of the models named) for a GPU
-that need not be here, and writes the page. It needs `pip install ".[cuda-aot]"`, and half a minute
-a step. The models are config.json files of tests/published, or sizes given here: no weights are
-read.
+`python tools/memory_table.py [NAME …]` compiles the steps for a GPU that need not be here, and
+writes the page. A name is a model, such as `SDXL`, or a row, such as `SDXL, LoRA`. It needs
+`pip install ".[cuda-aot]"`, and half a minute a step. A step that takes longer than 9 minutes is
+left, and the page says so. The models are config.json files of tests/published, or sizes given
+here: no weights are read.
 """
 
 import json
+import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ from plan_table import ROOT, Case, plan
 PAGE = ROOT / "docs" / "memory.md"
 RESULTS = ROOT / "docs" / "performance" / "memory.json"
 CARDS = (8, 16, 24, 80)
+SECONDS = 540  # of a compile, at most
 FREE = 0.1  # of a card's memory, for the driver and for fragments
 BASE = {"total": "100_steps", "batch_size": 1, "remat": "full"}
 LORA = {"lora.rank": 16, "param_dtype": "bfloat16"}
@@ -29,8 +33,16 @@ METHODS = {
 }
 UNET = {"full": {}, "full, `adamw_8bit`": {"optim.name": "adamw_8bit"}, "LoRA": LORA}
 LENGTHS = (2048, 8192)
-# Sizes of published models whose config.json is not in tests/published, as changes of Llama 8B's.
+L8 = "Llama-3.1-8B-Instruct"
+# Sizes of published models without a config.json in tests/published, as changes of a neighbour's.
 DERIVED = {
+    "SmolLM2 360M": {
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+    },
     "14B (40 x 128 heads, 48 layers)": {
         "hidden_size": 5120,
         "intermediate_size": 13824,
@@ -48,15 +60,17 @@ DERIVED = {
 # Far above every card, or close to a neighbour.
 LEFT_OUT = {
     "SmolLM2 135M": ("full, `adamw_8bit`",),
+    "SmolLM2 360M": ("full, `adamw_8bit`",),
     "14B (40 x 128 heads, 48 layers)": ("full", "full, `adamw_8bit`"),
     "Llama 3.1 70B": ("full", "full, `adamw_8bit`"),
 }
-L8 = "Llama-3.1-8B-Instruct"
 MODELS = {
     "SmolLM2 135M": "SmolLM2-135M",
+    "SmolLM2 360M": "SmolLM2-135M",
     "Llama 3.2 1B": "Llama-3.2-1B-Instruct",
     "Llama 3.1 8B": L8,
-    **dict.fromkeys(DERIVED, L8),
+    "14B (40 x 128 heads, 48 layers)": L8,
+    "Llama 3.1 70B": L8,
 }
 PIPELINES = {
     "Stable Diffusion 1.5": ("stable-diffusion-v1-5", 512, ("full", "LoRA")),
@@ -97,11 +111,12 @@ python -m jaxft.plan --config configs/llm.py --topology h100:1 --config.model=pa
 ```
 
 The command prints the memory of your own settings, without the card, weights or data.
-`python tools/memory_table.py` ran it for the tables below, compiled for one H100. **No card has
-measured them.** A step has one row, or one picture, and `remat=full`. A larger batch in as many
-`micro_batches` needs the memory of one row, and for a full training the sum of its gradients.
-"Full" is float32 with AdamW (`lora.rank=0`). LoRA has rank 16 and `param_dtype=bfloat16`, for
-language models `lora.targets=all-linear`. NF4 is `base=nf4`.
+`python tools/memory_table.py` ran it for the tables below. Every figure is that of a step compiled
+for one H100 with `batch_size=1` (one row of the length above it, or one picture) and `remat=full`.
+**No card has measured them.** A larger batch in as many `micro_batches` needs the memory of one
+row, and for a full training the sum of its gradients. "Full" is float32 with AdamW
+(`lora.rank=0`). LoRA has rank 16 and `param_dtype=bfloat16`, for language models
+`lora.targets=all-linear`. NF4 is `base=nf4`.
 
 GiB of a step, and the smallest card of 8, 16, 24 or 80 GB on which a tenth stays free. A dash is
 more than 80 GB: divide the model over several devices ([scale.md](scale.md)).
@@ -111,9 +126,9 @@ The text encoders of a pipeline count too. They stay in memory while their embed
 `cache`. SD 3 and FLUX.1 have T5 with 4.8 G parameters among them. A folder of SD 3 without T5 needs
 less ([diffusion.md](diffusion.md)). `base=nf4` is for language models only.
 
-Rows and cells that are missing have not been planned yet (`python tools/memory_table.py "SDXL"`
-plans those of a model). [adapters.md](adapters.md#a-quantised-base-qlora) has Llama 8B with a base
-in 8 and in 4 bits, and [plan.md](performance/plan.md) all of SD 1.5 and SDXL in larger batches.
+{missing}`python tools/memory_table.py "SDXL"` plans the rows of a model.
+[adapters.md](adapters.md#a-quantised-base-qlora) has Llama 8B with a base in 8 and in 4 bits, and
+[plan.md](performance/plan.md) all of SD 1.5 and SDXL in larger batches.
 
 The first table has no row for all of a 14B or a 70B model. In float32 with AdamW each parameter
 needs 16 bytes with its gradient, about 210 and 1050 GiB, which many devices share.
@@ -129,17 +144,20 @@ order: `remat=full`, `micro_batches` equal to `batch_size`, `optim.name=adamw_8b
 
 
 def planned(row: Row, value: int) -> dict[str, Any]:
-    """Return the bytes of a step."""
+    """Return the bytes of a step, or the seconds after which its compile was left."""
     with tempfile.TemporaryDirectory() as folder:
         place = row.folder
         if row.model in DERIVED:
-            config = json.loads((ROOT / "tests" / "published" / L8 / "config.json").read_text())
+            config = json.loads((ROOT / "tests" / "published" / place / "config.json").read_text())
             text = json.dumps({**config, **DERIVED[row.model]})
             (Path(folder) / "config.json").write_text(text)
             place = folder
         key = "seq_len" if row.config == "llm" else "resolution"
         keys = {**BASE, **row.keys, key: value}
-        return plan(Case("h100:1", row.config, place, keys))["memory"]
+        try:
+            return plan(Case("h100:1", row.config, place, keys), SECONDS)["memory"]
+        except subprocess.TimeoutExpired:
+            return {"seconds": SECONDS}
 
 
 def card(size: float) -> str:
@@ -170,7 +188,10 @@ def pictures(results: dict[str, dict[str, Any]]) -> str:
 
 
 def measured(row: Row, value: int, results: dict[str, dict[str, Any]]) -> tuple[str, str]:
-    size = results.get(name(row, value), {}).get("total")
+    found = results.get(name(row, value), {})
+    if "seconds" in found:
+        return f"not compiled in {found['seconds'] // 60} min", ""
+    size = found.get("total")
     return (f"{size / 2**30:.1f}", card(size)) if size else ("", "")
 
 
@@ -184,13 +205,26 @@ def name(row: Row, value: int) -> str:
 
 def page(results: dict[str, dict[str, Any]]) -> str:
     """Return the page from the figures that there are."""
-    return HEAD + texts(results) + pictures(results) + TAIL
+    return HEAD + texts(results) + pictures(results) + TAIL.format(missing=missing(results))
 
 
-def main(models: list[str]) -> None:
-    """Plan the steps of the models, all by default, and write the page with the results so far."""
+def missing(results: dict[str, dict[str, Any]]) -> str:
+    """Return the lines about rows without all of their figures."""
+    rows = [one for one in ROWS if any(name(one, x) not in results for x in one.values)]
+    if not rows:
+        return ""
+    shown = ", ".join(f"{one.model} ({one.method})" for one in rows)
+    return textwrap.fill(f"Not planned yet: {shown}.", 100) + "\n"
+
+
+def main(names: list[str]) -> None:
+    """Plan the steps of the models or rows named, all by default, and write the page."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    wanted = [one for one in ROWS if not models or one.model in models]
+    wanted = [
+        one
+        for one in ROWS
+        if not names or one.model in names or f"{one.model}, {one.method}" in names
+    ]
     for row, value in ((one, value) for one in wanted for value in one.values):
         results[name(row, value)] = planned(row, value)
         ordered = {key: results[key] for key in KEYS if key in results}

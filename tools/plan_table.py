@@ -75,8 +75,8 @@ CASES = {
 }
 
 
-def plan(case: Case) -> dict[str, Any]:
-    """Return the record of `jaxft.plan` for a case."""
+def plan(case: Case, seconds: int | None = None) -> dict[str, Any]:
+    """Return the record of `jaxft.plan` for a case. It may take `seconds`."""
     with tempfile.TemporaryDirectory() as folder:
         file, model = Path(folder) / "plan.json", ROOT / "tests" / "published" / case.model
         if case.model == JANUS:
@@ -85,7 +85,7 @@ def plan(case: Case) -> dict[str, Any]:
         words = [f"--config.{key}={value}" for key, value in keys.items()]
         command = [sys.executable, "-m", "jaxft.plan", "--config", f"configs/{case.config}.py"]
         command += ["--topology", case.topology, "--json", str(file), *words]
-        subprocess.run(command, cwd=ROOT, check=True)
+        subprocess.run(command, cwd=ROOT, check=True, timeout=seconds)
         return json.loads(file.read_text())
 
 

@@ -104,7 +104,7 @@ class MetricWriter:
         self._file = path.open("a", encoding="utf-8")
         board = TensorBoard(workdir / "tensorboard", resume_step)
         self._trackers: list[Tracker] = [board, *([tracker] if tracker else [])]
-        self._progress = _Progress(total_steps, sys.stdout.isatty())
+        self._progress = _Progress(total_steps, resume_step, sys.stdout.isatty())
 
     def write(self, step: int, record: Mapping[str, Any], *, shown: bool = True) -> None:
         """Write a train record: strings, numbers and arrays of one value, by name.
@@ -171,20 +171,25 @@ class MetricWriter:
 class _Progress:
     """A live line on a terminal. Elsewhere, one line a record."""
 
-    def __init__(self, total_steps: int, live: bool) -> None:
-        self._total, self._bar = total_steps, ""
+    def __init__(self, total_steps: int, resume_step: int, live: bool) -> None:
+        self._total = total_steps
+        self._bar = self._drawn(resume_step, f"step {resume_step}/{total_steps}")
         self._line = live_line(sys.stdout) if live else None
         self._first: tuple[int, float] | None = None
 
     def train(self, step: int, record: Mapping[str, Any], shown: bool) -> None:
-        line = " | ".join([f"step {step}/{self._total}", *_headline(record), *self._eta(step)])
+        start, rates, left = f"step {step}/{self._total}", _headline(record), self._eta(step)
         if self._line is None:
             if shown:
-                print(line, flush=True)
+                print(" | ".join([start, *rates, *left]), flush=True)
             return
-        done = round(20 * min(1.0, step / max(1, self._total)))
-        self._bar = f"[{'#' * done}{'.' * (20 - done)}] {line}"
+        # A narrow terminal cuts the end off: the time left stands in front.
+        self._bar = self._drawn(step, " | ".join([start, *left, *rates]))
         self._line.show(self._bar)
+
+    def _drawn(self, step: int, line: str) -> str:
+        done = round(20 * min(1.0, step / max(1, self._total)))
+        return f"[{'#' * done}{'.' * (20 - done)}] {line}"
 
     def busy(self, text: str) -> None:
         if self._line is not None:

@@ -1,12 +1,13 @@
 """Batches addressed by the global step: batch k depends on the seed and k alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 
+from jaxft.core.cli.live import count_done
 from jaxft.core.errors import UserError
 
 HostBatch = dict[str, np.ndarray]
@@ -127,15 +128,21 @@ def eval_batches(
     collate_fn: Collate,
     rows: slice | None = None,
     threads: int = 2,
-) -> grain.DatasetIterator:
+) -> Iterator[HostBatch]:
     """Return the whole dataset once, in order, as ceil(n / batch_size) batches of one shape.
 
     The last batch is padded by `collate_fn`. Padding rows have weight 0 and sample id -1. Every
-    process gets the same number of batches.
+    process gets the same number of batches. The live line counts them.
     """
     order = range(len(dataset))
     batches = _Batches(dataset, order, batch_size, checked_rows(rows, batch_size), collate_fn)
-    return read_ahead(batches, threads)
+    return _counted(read_ahead(batches, threads), len(batches))
+
+
+def _counted(batches: Iterator[HostBatch], total: int) -> Iterator[HostBatch]:
+    for done, batch in enumerate(batches):
+        count_done(done, total)
+        yield batch
 
 
 @dataclass(frozen=True)

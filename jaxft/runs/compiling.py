@@ -103,7 +103,7 @@ class Compiled:
         more = max(one.temp_size_in_bytes for one in memories)
         program = "" if runtime.device().platform == "cpu" else made[-1].as_text()
         first = next(iter(shapes))[0]
-        what = first if len(made) == 1 else f"{len(made)} shapes of batch"
+        what = first if len(made) == 1 else f"{len(made)} batch shapes"
         print(
             f"compiled the step for {what} in {seconds:.1f} s (remat {self.remat}, attention"
             f" {used(program)}); a device holds {held / 2**30:.2f} GiB of parameters, state and"

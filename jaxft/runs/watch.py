@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from jaxft.tasks import Data, Objective, Preview, Report, Sheet
 MANIFEST = "manifest.json"  # environment, mesh and data of a run
 SKIPS_IN_ROW, SKIPS = 10, 50  # steps that are not finite, after which a start of a run ends
 PROMPT_END = 80  # characters of the prompt of a sample that a line shows
+ROW_TEXT, ROW_REST = 60, 40  # columns of a text in the last table, and those of a line beside it
 BEFORE = "before.json"  # the evaluation before step 0, for the final table of a resumed run too
 
 
@@ -299,13 +301,14 @@ def _comparison(before: Report, after: Report) -> str:
     if after.rows:
         headers = (*after.headers[:-1], f"{after.headers[-1]} before", "after")
         earlier = before.rows or after.rows
+        width = min(ROW_TEXT, shutil.get_terminal_size((100, 0)).columns - ROW_REST)
         both = [
-            (*(_clip(str(cell)) for cell in new[:-1]), old[-1], new[-1])
+            (*(_clip(str(cell), width) for cell in new[:-1]), old[-1], new[-1])
             for old, new in zip(earlier, after.rows, strict=True)
         ]
         parts.append(table(both, headers))
     return "\n\n".join(parts)
 
 
-def _clip(text: str, width: int = 60) -> str:
+def _clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -13,7 +13,8 @@ from jaxft.core.errors import UserError, near
 from jaxft.data.sources.mixtures import read_mixture
 from jaxft.data.sources.schemes import check_place, open_records
 from jaxft.demo import demo_path
-from jaxft.weights.packages import package_folders
+from jaxft.weights.files.gguf_header import read_positions
+from jaxft.weights.packages import package_folders, package_model
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
 SMALL = 2**24  # bytes of a file whose first records are looked at
@@ -100,22 +101,25 @@ def _check_model(spec: str, config: Mapping[str, Any]) -> None:
             "model is empty; give --config.model=FOLDER, a hub id org/name, pip:PACKAGE or"
             " demo:NAME"
         )
-    if spec.startswith("pip:"):
-        package_folders(spec.removeprefix("pip:"))
+    texts, package = config["task"] == "llm", spec.removeprefix("pip:")
+    if package != spec and not texts:
+        package_folders(package)
         return
-    if demo_path(spec, "model") is not None:
-        return
-    path = Path(spec).expanduser()
+    demo = demo_path(spec, "model")
+    path = package_model(package) if package != spec else demo or Path(spec).expanduser()
     if not path.exists() and (not HUB_ID.fullmatch(spec) or spec.startswith(".")):
         raise UserError(
             f"model {spec!r}: no such folder or file; give a Hugging Face folder, a hub id"
             " org/name, pip:PACKAGE or demo:NAME"
         )
-    file = path / "config.json"
+    if texts and path.suffix == ".gguf":
+        check_length(read_positions(path), config["seq_len"], str(path))
+        return
+    file = (path if path.is_dir() else path.parent) / "config.json"
     if not path.exists():  # an earlier run may have fetched it
         cached = try_to_load_from_cache("/".join(spec.split("/")[:2]), "config.json")
-        file = Path(cached) if isinstance(cached, str) else file
-    if config["task"] == "llm" and file.is_file():
+        file = Path(cached) if isinstance(cached, str) else path / "config.json"
+    if texts and file.is_file():
         try:
             content = json.loads(file.read_bytes())
         except ValueError:

@@ -138,11 +138,24 @@ def test_on_a_terminal_one_line_is_redrawn(tmp_path, monkeypatch):
     shown, *rest = screen.getvalue().split("\n")
     first, second = [line.rstrip() for line in shown.split("\r") if line.strip()][:2]
     assert first.startswith("[#####...............] step 5/20 | loss 2 | 123k")
-    assert second.startswith("[##########..........] step 10/20 | loss 1")
+    assert second.startswith("[##########..........] step 10/20 | ETA 0m00s | loss 1")
     assert all(len(line) < 60 for line in screen.getvalue().replace("\r", "\n").split("\n"))
     assert shown.split("\r")[-1] == "eval at step 10 | loss 1.5"
     assert rest[0].strip("\r").startswith("[##########..........] step 10/20")
     assert "\x1b" not in screen.getvalue() and screen.getvalue().endswith("\n")
+
+
+def test_a_narrow_terminal_has_the_time_left_and_whole_parts(tmp_path, monkeypatch):
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "72")
+    with MetricWriter(tmp_path, 20) as writer:
+        writer.write(5, {"loss": 2.0})
+        writer.write(10, {"loss": 1.0, "tokens_per_s": 123456.0, "gflops_per_s": 2.0})
+    shown = screen.getvalue().rstrip("\n").split("\r")[-1].rstrip()
+    assert shown == "[##########..........] step 10/20 | ETA 0m20s | loss 1 | 123k tokens/s"
 
 
 def test_a_shorter_line_covers_the_longer_one(tmp_path, monkeypatch):

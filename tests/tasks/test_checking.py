@@ -9,6 +9,7 @@ from jaxft.core.config import load_config
 from jaxft.core.errors import UserError
 from jaxft.tasks import OPTIONS, get_task
 from jaxft.tasks.checking import EXPORT_KINDS, check_early, check_length
+from tests.weights.files.test_gguf_header import write
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,12 +55,29 @@ def test_rows_longer_than_the_positions_are_refused_but_with_scaled_rope(stated,
     check_length(stated, seq_len, "a config without the number")
 
 
+def test_the_positions_of_files_and_packages_are_checked_too(tmp_path, model, monkeypatch):
+    package = tmp_path / "made_up_gguf"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    write(package / "m.gguf")  # 96 positions
+    monkeypatch.syspath_prepend(tmp_path)
+    weights = Path(model) / "model.safetensors"
+    weights.write_bytes(b"")
+    found = {"pip:made-up-gguf": 96, str(package / "m.gguf"): 96, str(weights): 128, model: 128}
+    for spec, longest in found.items():
+        check_early(config("llm", model=spec, seq_len=longest))
+        with pytest.raises(UserError, match=rf"seq_len={longest + 1} is more .*={longest} of .*/m"):
+            check_early(config("llm", model=spec, seq_len=longest + 1))
+    with pytest.raises(UserError, match="pip:numpy: expected one model inside, found none"):
+        check_early(config("llm", model="pip:numpy"))
+    check_early(config("diffusion", model="pip:numpy", data__train="demo:emoji/train"))
+
+
 @pytest.mark.parametrize(
     ("key", "spec"),
     [
         ("model", "org/name"),
         ("model", "org/name/subfolder"),
-        ("model", "pip:numpy"),
         ("data__train", "hf:org/name"),
         ("data__train", "tfds:glue/sst2"),
         ("data__train", "demo:novel/train + demo:supersense/train"),

@@ -34,7 +34,7 @@ COMMANDS = {
         "jaxft.train",
         "Train or resume a run, and export it. The same command resumes a stopped run. So does"
         " --workdir alone. A longer total continues a finished one.",
-        "jaxft train --config configs/llm.py --workdir runs/mine --config.total=3_epochs",
+        "jaxft train --config configs/llm.py --workdir runs/my --config.total=3_epochs",
         (
             CONFIG_OPTION,
             WORKDIR_OPTION._replace(about="the run folder, by default runs/CONFIG"),

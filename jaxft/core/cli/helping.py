@@ -1,9 +1,12 @@
 """Texts of `--help`, from the table of commands and the descriptions of the keys."""
 
 import dataclasses
+import os
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,26 +18,46 @@ from jaxft.core.configs.schema import CHOICES
 from jaxft.core.errors import UserError
 
 _WIDTH, _INDENT = 100, 50  # columns of a help, and those in front of what a key is
+_NARROW = 80  # the fewest columns that the help is made for
+_OPTION = 24  # columns in front of what an option is
 SHOWN_CONFIG = "configs/llm.py"  # the keys of a help without --config or --workdir
-_TITLES = {"run": "the run", "lora": "low-rank adapters", "optim": "the optimiser"}
+_COMPLETION = "Print the completion of a shell"
+_TITLES = {
+    "run": "the run",
+    "llm": "language models",
+    "preference": "preference objectives",
+    "lora": "low-rank adapters",
+    "optim": "the optimiser",
+    "mesh": "devices",
+    "every": "how often",
+    "keep": "the best step",
+    "stop": "early stopping",
+}
 
 
 def overview() -> str:
     """Return the help of `jaxft` itself."""
     names = [(name, one.about.partition(". ")[0].rstrip(".")) for name, one in COMMANDS.items()]
-    names += [("completion", "Print the completion of a shell: bash, zsh or fish")]
+    names += [("completion", f"{_COMPLETION}: bash, zsh or fish")]
     return "\n".join(
         [
             "usage: jaxft COMMAND [--option VALUE …] [--config.KEY=VALUE …]",
             "",
-            "Fine-tune generative models in JAX: a Hugging Face folder goes in, and comes out.",
+            "Fine-tune generative models in JAX: a Hugging Face folder in, and one out.",
             "",
             *_columns(names),
             "",
-            "jaxft COMMAND --help shows its options and keys. jaxft --version shows the version.",
+            "jaxft COMMAND --help shows the options and keys of a command.",
+            "jaxft --version shows the version.",
             "First run: jaxft train --config configs/diffusion.py",
         ]
     )
+
+
+def completion_help() -> str:
+    """Return the help of `jaxft completion`."""
+    lines = ["usage: jaxft completion bash|zsh|fish", "", f"{_COMPLETION}."]
+    return "\n".join([*lines, "", "example:", '  eval "$(jaxft completion bash)"'])
 
 
 def command_help(name: str, argv: Sequence[str], options: Mapping[str, type]) -> str:
@@ -46,7 +69,7 @@ def command_help(name: str, argv: Sequence[str], options: Mapping[str, type]) ->
     usage = ["usage: jaxft", name, command.words, "[--option VALUE …]"]
     usage += ["[--config.KEY=VALUE …]"] if command.keys else []
     rows = [(_option(one), one.about) for one in (*command.options, DEBUG, HELP)]
-    lines = [" ".join(filter(None, usage)), "", *textwrap.wrap(command.about, _WIDTH)]
+    lines = [" ".join(filter(None, usage)), "", *textwrap.wrap(command.about, _width())]
     lines += ["", "example:", f"  {command.example}", "", "options:", *_columns(rows)]
     if command.keys and any(one.name == "config" for one in command.options):
         file = _file(argv)
@@ -83,20 +106,39 @@ def _keys(file: str, config: Mapping[str, Any], options: Mapping[str, type]) -> 
 
 
 def _key(key: ConfigKey, value: Any) -> list[str]:
-    """Return the lines of a key: its value, its type and what it is."""
+    """Return the lines of a key: its value, its type and what it is.
+
+    In a narrow terminal, the type and what the key is have lines of their own.
+    """
     if isinstance(value, list | tuple):
         value = list(value)
     shown = "" if value is dataclasses.MISSING else str(value).replace("\n", "\\n") or '""'
     shown = shown if len(shown) <= 44 else f"{shown[:43]}…"
     about = key.about.rstrip(".") + (f": {key.allowed}" if key.name in CHOICES else "")
-    width = shutil.get_terminal_size((_WIDTH, 0)).columns
-    first, *rest = textwrap.wrap(about, max(width, _WIDTH) - _INDENT)
-    head = f"    {key.name:<21} {shown:<14} "
-    start = head + f"{key.kind:<9}{first}"
+    head, width = f"    {key.name:<21} {shown}", _width()
+    if width < _WIDTH:
+        margin = " " * 8
+        text = f"({key.kind}) {about}"
+        return [head, *textwrap.wrap(text, width, initial_indent=margin, subsequent_indent=margin)]
+    first, *rest = textwrap.wrap(about, width - _INDENT)
+    start = f"{head:<41}{key.kind:<9}{first}"
     if len(shown) > 14:
-        start = f"{head.rstrip()}\n{' ' * (_INDENT - 9)}{key.kind:<9}{first}"
+        start = f"{head}\n{' ' * (_INDENT - 9)}{key.kind:<9}{first}"
     return [start, *(" " * _INDENT + line for line in rest)]
 
 
 def _columns(rows: Iterable[tuple[str, str]]) -> list[str]:
-    return [f"  {name:<22}{about}" for name, about in rows]
+    """Return lines of a name and what it is, which is wrapped in its column."""
+    lines = []
+    for name, about in rows:
+        first, *rest = textwrap.wrap(about, _width() - _OPTION)
+        lines += [f"  {name:<{_OPTION - 2}}{first}", *(" " * _OPTION + line for line in rest)]
+    return lines
+
+
+def _width() -> int:
+    """Return the columns of the terminal, at most `_WIDTH`. A pager has stderr's terminal."""
+    columns = shutil.get_terminal_size((0, 0)).columns
+    with suppress(AttributeError, ValueError, OSError):
+        columns = columns or os.get_terminal_size(sys.__stderr__.fileno()).columns  # type: ignore
+    return min(max(_NARROW, columns or _WIDTH), _WIDTH)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxft.core.cli.live import count_done
 from jaxft.core.params import Params, bind
 from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
 from jaxft.core.step import Batch, Metrics
@@ -83,8 +84,10 @@ class DecoderPreview:
                 sums[name] = sums.get(name, 0.0) + float(value)
             guesses += np.asarray(best).tolist()
         if labels and firsts is None:
-            candidates = (self._label_rows(view, i) for i in range(len(view)))
-            guesses = [self._best_label(params, mesh, rows) for rows in candidates]
+            guesses = []
+            for i in range(len(view)):
+                count_done(i, len(view))
+                guesses.append(self._best_label(params, mesh, self._label_rows(view, i)))
         return sums, guesses[: len(view)]
 
     @partial(jax.jit, static_argnums=0)

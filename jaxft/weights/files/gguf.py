@@ -5,37 +5,15 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jaxft.core.errors import UserError
+from jaxft.weights.files.gguf_header import TYPES, GgufTensor, read_header
 from jaxft.weights.files.gguf_tokenizer import GgufTokenizer
 from jaxft.weights.files.tensor_files import Info
 
-# https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"}
-SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
-STRING, ARRAY = 8, 9
-_F32 = np.dtype(np.float32)
-# ggml's type number: name, elements a block, bytes a block, dtype of the array that is read.
-TYPES = {
-    0: ("F32", 1, 4, _F32), 1: ("F16", 1, 2, np.dtype(np.float16)),
-    2: ("Q4_0", 32, 18, _F32), 3: ("Q4_1", 32, 20, _F32), 6: ("Q5_0", 32, 22, _F32),
-    7: ("Q5_1", 32, 24, _F32), 8: ("Q8_0", 32, 34, _F32), 10: ("Q2_K", 256, 84, _F32),
-    11: ("Q3_K", 256, 110, _F32), 12: ("Q4_K", 256, 144, _F32), 13: ("Q5_K", 256, 176, _F32),
-    14: ("Q6_K", 256, 210, _F32), 16: ("IQ2_XXS", 256, 66, _F32), 17: ("IQ2_XS", 256, 74, _F32),
-    18: ("IQ3_XXS", 256, 98, _F32), 19: ("IQ1_S", 256, 50, _F32), 20: ("IQ4_NL", 32, 18, _F32),
-    21: ("IQ3_S", 256, 110, _F32), 22: ("IQ2_S", 256, 82, _F32), 23: ("IQ4_XS", 256, 136, _F32),
-    29: ("IQ1_M", 256, 56, _F32), 30: ("BF16", 1, 2, np.dtype(ml_dtypes.bfloat16)),
-    34: ("TQ1_0", 256, 54, _F32), 35: ("TQ2_0", 256, 66, _F32), 39: ("MXFP4", 32, 17, _F32),
-}  # fmt: skip
-# Types of ggml that are not read, by their names in llama.cpp.
-UNREAD_TYPES = {
-    9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 40: "NVFP4",
-    41: "Q1_0",
-}  # fmt: skip
 TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -57,20 +35,6 @@ LAYER = {
 READ = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # starts of class names
 
 
-class _Tensor(NamedTuple):
-    """One tensor as stored: shape in row-major order, absolute byte offset."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: int
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        _, block, size, _ = TYPES[self.type]
-        return math.prod(self.shape) // block * size
-
-
 class GgufFile:
     """A GGUF file of one of these models: tensors under Hugging Face keys, config and side files.
 
@@ -81,11 +45,7 @@ class GgufFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        try:
-            self._data = np.memmap(self.path, np.uint8, "r")
-        except (OSError, ValueError) as error:  # ValueError: numpy cannot map an empty file
-            raise UserError(f"{path}: not a readable GGUF file ({error})") from error
-        self.metadata, stored = _Header(self.path, self._data.data).read()
+        self._data, self.metadata, stored = read_header(self.path)
         self._kind = str(self.metadata.get("general.architecture"))
         experts = self.metadata.get(f"{self._kind}.expert_count")
         if self._kind not in READ or experts:
@@ -97,7 +57,7 @@ class GgufFile:
         self._heads = {"attn_q": self._integer("attention.head_count")}
         self._heads["attn_k"] = self._integer("attention.head_count_kv", self._heads["attn_q"])
         self._rope_factors = stored.pop("rope_freqs.weight", None)
-        self._tensors: dict[str, _Tensor] = {}
+        self._tensors: dict[str, GgufTensor] = {}
         for tensor in stored.values():
             self._tensors[self._key(tensor.name)] = tensor
             heads = self._heads_of(tensor)
@@ -117,7 +77,7 @@ class GgufFile:
             return TOP[name]
         raise self._error(f"tensor {name!r} is not part of a {self._kind} model; use its HF folder")
 
-    def _heads_of(self, tensor: _Tensor) -> int | None:
+    def _heads_of(self, tensor: GgufTensor) -> int | None:
         """Return the number of heads of a tensor whose rows llama.cpp permutes, else None."""
         return self._heads.get(tensor.name.split(".")[-2]) if self._kind == "llama" else None
 
@@ -141,7 +101,7 @@ class GgufFile:
         pairs = array.reshape(heads, -1, 2, *array.shape[1:])
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
 
-    def _array(self, tensor: _Tensor) -> np.ndarray:
+    def _array(self, tensor: GgufTensor) -> np.ndarray:
         name, block, _, dtype = TYPES[tensor.type]
         raw = np.asarray(self._data[tensor.offset : tensor.offset + tensor.nbytes])
         if block == 1:
@@ -259,77 +219,3 @@ class GgufFile:
         config = json.dumps(self.config(), indent=2) + "\n"
         length = self._integer("context_length")
         return {"config.json": config.encode(), **self.tokenizer.files(length)}
-
-
-class _Header:
-    """Reader of the header of a GGUF file. Every length is checked against the remaining bytes."""
-
-    def __init__(self, path: Path, data: memoryview):
-        self.path, self.data, self.at = path, data, 0
-
-    def read(self) -> tuple[dict[str, Any], dict[str, _Tensor]]:
-        """Return metadata and tensors by name. Raises: UserError for a damaged file."""
-        if bytes(self.data[:4]) != b"GGUF":
-            raise UserError(f"{self.path}: not a GGUF file; expected it to start with 'GGUF'")
-        self.at = 4
-        version = self.integer(4)
-        if version not in (2, 3):
-            raise UserError(f"{self.path}: GGUF version {version}; expected 2 or 3, little-endian")
-        tensors, values = self.integer(8), self.integer(8)
-        metadata: dict[str, Any] = {}
-        for _ in range(values):
-            key = self.string()
-            metadata[key] = self.value(self.integer(4))
-        entries = [self.tensor() for _ in range(tensors)]
-        alignment = metadata.get("general.alignment", 32)
-        if type(alignment) is not int or alignment <= 0 or alignment % 8:
-            raise UserError(f"{self.path}: alignment {alignment!r}; expected a multiple of 8")
-        start = -(-self.at // alignment) * alignment
-        placed = {tensor.name: tensor._replace(offset=start + tensor.offset) for tensor in entries}
-        for tensor in placed.values():
-            if tensor.offset + tensor.nbytes > len(self.data):
-                raise UserError(f"{self.path}: ends inside {tensor.name!r}; download it again")
-        if len(placed) != tensors:
-            raise UserError(f"{self.path}: two tensors share a name; the file is not trustworthy")
-        return metadata, placed
-
-    def take(self, size: int) -> memoryview:
-        if size > len(self.data) - self.at:
-            raise UserError(f"{self.path}: ends inside its header; download the file again")
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def integer(self, size: int) -> int:
-        return int.from_bytes(self.take(size), "little")
-
-    def string(self) -> str:
-        return str(self.take(self.integer(8)), "utf-8", "replace")
-
-    def value(self, kind: int, nested: bool = False) -> Any:
-        if kind == STRING:
-            return self.string()
-        if kind == ARRAY and not nested:
-            item, count = self.integer(4), self.integer(8)
-            if item in SCALARS:
-                dtype = np.dtype(SCALARS[item])
-                return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
-            return [self.value(item, nested=True) for _ in range(count)]
-        if kind in SCALARS:
-            dtype = np.dtype(SCALARS[kind])
-            return np.frombuffer(self.take(dtype.itemsize), dtype)[0].item()
-        raise UserError(f"{self.path}: metadata of unknown type {kind}; the file is damaged")
-
-    def tensor(self) -> _Tensor:
-        name, rank = self.string(), self.integer(4)
-        if not 1 <= rank <= 4:
-            raise UserError(f"{self.path}: tensor {name!r} has {rank} dims; expected 1 to 4")
-        shape = tuple(self.integer(8) for _ in range(rank))[::-1]
-        kind, offset = self.integer(4), self.integer(8)
-        if kind not in TYPES:
-            raise UserError(
-                f"{self.path}: {name!r} has ggml type {UNREAD_TYPES.get(kind, kind)}, which is not"
-                " read; give the model's F16, BF16, Q8_0 or Q4_K_M file, or its HF folder"
-            )
-        if 0 in shape or shape[-1] % TYPES[kind][1]:
-            raise UserError(f"{self.path}: {name!r} of shape {shape} cannot be {TYPES[kind][0]}")
-        return _Tensor(name, shape, kind, offset)

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxft.core.errors import UserError
-from jaxft.weights.files.gguf import ARRAY, LAYER, STRING, TOP, TYPES
+from jaxft.weights.files.gguf import LAYER, TOP
+from jaxft.weights.files.gguf_header import ARRAY, STRING, TYPES
 
 ALIGNMENT = 32  # bytes, llama.cpp's default
 VERSION = 3

@@ -20,7 +20,7 @@ from jaxft.weights.files.gguf import GgufFile
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
 from jaxft.weights.folders import quantised
 from jaxft.weights.folders.mxfp4 import Mxfp4Tensors, is_mxfp4
-from jaxft.weights.packages import package_folders
+from jaxft.weights.packages import package_model
 
 # Files of a model besides its weights: configs, tokenizer, chat template, licence, model card.
 CONFIGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -127,7 +127,7 @@ def open_source(spec: str, weights: bool = True, nf4: bool = False) -> Source:
     Raises: UserError for a model that is absent, unreachable or damaged.
     """
     if spec.startswith("pip:"):
-        return _open_path(spec, _in_package(spec.removeprefix("pip:")), weights, nf4)
+        return _open_path(spec, package_model(spec.removeprefix("pip:")), weights, nf4)
     spec = str(demo_path(spec, "model") or spec)
     path = Path(spec).expanduser()
     if path.exists():
@@ -206,22 +206,6 @@ def side_files(folder: Path) -> dict[str, Path | bytes]:
     }
     refuse_outside(folder, kept.values())
     return dict(kept)
-
-
-def _in_package(package: str) -> Path:
-    """Return the only model of an installed package."""
-    models = []
-    for root in package_folders(package):
-        models += root.rglob("*.gguf")
-        models += (
-            path.parent
-            for path in root.rglob("config.json")
-            if any(path.parent.glob("*.safetensors"))
-        )
-    if len(models) != 1:
-        found = ", ".join(map(str, sorted(models))) or "none"
-        raise UserError(f"pip:{package}: expected one model inside, found {found}; give its path")
-    return models[0]
 
 
 def _from_hub(repo: str, weights: bool) -> Path:

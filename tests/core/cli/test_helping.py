@@ -72,8 +72,20 @@ def test_the_help_of_each_command(name, shown):
     text = shown(name, "--help")
     assert command.example in text and text.startswith(f"usage: jaxft {name}")
     assert all(f"--{one.name}" in text for one in command.options)
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 100
     assert shown(name.replace("-", "_"), "-h") == text
+
+
+@pytest.mark.parametrize("columns", [80, 99])
+@pytest.mark.parametrize("name", ["", "completion", *COMMANDS])
+def test_a_help_keeps_to_a_narrow_terminal(name, columns, shown, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    whole = shown(*filter(None, [name]), "--help")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = shown(*filter(None, [name]), "--help")
+    assert max(map(len, text.splitlines())) <= columns
+    words = text.replace("(", " ").replace(")", " ").split()
+    assert sorted(words) == sorted(whole.replace("(", " ").replace(")", " ").split())
 
 
 def test_the_help_of_a_run_shows_its_own_values(tmp_path, shown):

@@ -8,12 +8,14 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxft.core import processes
 from jaxft.core.cli import live
-from jaxft.core.cli.live import LiveLine, LiveStream, live_output, progress, status
+from jaxft.core.cli.live import LiveLine, LiveStream, count_done, live_output, progress, status
 from jaxft.core.metrics import MetricWriter
+from jaxft.data.loader import eval_batches
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -98,6 +100,43 @@ def test_a_line_that_does_not_change_tells_its_age(start, monkeypatch):
     assert terminal.screen == ["evaluating"]
 
 
+def test_a_printed_line_is_broken_between_words_and_a_path_stays_whole(start):
+    terminal = start()
+    path = "/data/" + "x" * 70
+    with live_output():
+        print("model m: " + "6000 sequences of at most 64 tokens, " * 3 + "end")
+        print(path)
+        print("a  b\n\nc")
+        print("half a line, " * 4, end="")  # what follows on the same line is not known yet
+        print("and half")
+    lines = terminal.screen
+    assert lines[0] == "model m: 6000 sequences of at most 64 tokens, 6000 sequences"
+    assert lines[1] == "    of at most 64 tokens, 6000 sequences of at most 64" and len(lines) > 6
+    assert path in lines and lines[lines.index("a  b") :][:3] == ["a  b", "", "c"]
+    assert lines[-2] == "half a line, " * 4 + "and half"
+
+
+def test_the_parts_of_a_work_are_counted_behind_it(start, monkeypatch):
+    terminal = start()
+    now = [100.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    with live_output():
+        count_done(1, 9)  # nothing is shown that has parts
+        assert terminal.screen == [""]
+        status("evaluating")
+        examples = [np.array([i]) for i in range(5)]
+        for batch in eval_batches(examples, 2, lambda rows, batch_rows: {"x": np.array(rows)}):
+            first = int(batch["sample_ids"][0])
+            assert terminal.screen[-1] == f"evaluating {first // 2}/3"
+        now[0] = 104.0
+        sys.stdout.line.age()
+        assert terminal.screen[-1] == "evaluating 2/3 (4 s)"
+        print("one")
+        assert terminal.screen == ["one", "evaluating 2/3"]
+        status("evaluating")
+        assert terminal.screen[-1] == "evaluating"
+
+
 def test_threads_do_not_tear_the_line(start):
     terminal = start()
     with live_output():
@@ -129,6 +168,8 @@ def test_the_bar_of_a_run_stays_below_an_evaluation(start, tmp_path):
     terminal = start()
     with live_output(), MetricWriter(tmp_path, 20) as writer:
         assert isinstance(sys.stdout, LiveStream)
+        writer.busy("")  # the first step runs, and has no numbers yet
+        assert terminal.screen == ["[....................] step 0/20"]
         writer.write(5, {"loss": 2.0})
         writer.busy("evaluating")
         assert terminal.screen == ["[#####...............] step 5/20 | evaluating"]
@@ -138,7 +179,7 @@ def test_the_bar_of_a_run_stays_below_an_evaluation(start, tmp_path):
         writer.write(6, {"loss": 1.0})
     *lines, last, _ = terminal.screen
     assert lines == ["a print of a library", "eval at step 5 | loss 1.5"]
-    assert last.startswith("[######..............] step 6/20 | loss 1")
+    assert last.startswith("[######..............] step 6/20 | ETA 0m00s | loss 1")
 
 
 def test_a_command_restores_the_streams_and_prints_its_error_whole(start):

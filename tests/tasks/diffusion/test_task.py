@@ -257,7 +257,7 @@ def test_average_weights_and_start_all_differ(finished, opened):
 def test_every_bucket_is_compiled_before_step_0(finished):
     shown = finished[1]["whole"]
     assert shown.count("compiled the step for") == 1
-    compiled = shown.index("compiled the step for 2 shapes of batch in")
+    compiled = shown.index("compiled the step for 2 batch shapes in")
     assert compiled < shown.index("eval at step 0 ")
     assert "Involuntary full rematerialization" not in shown
     assert "cached moments of" in shown and "cached embeddings of" in shown

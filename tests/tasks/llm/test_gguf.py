@@ -417,5 +417,5 @@ def test_files_that_llama_cpp_quantised_are_read(kind, make_folder, make_config,
     cpp.model_quantize(str(file), str(whole), settings)
     found, theirs = GgufFile(file), GgufFile(whole)
     assert theirs.info("lm_head.weight")[1] == np.float32
-    for key in theirs.keys():
+    for key in list(theirs.keys()):
         np.testing.assert_array_equal(found.read(key), theirs.read(key), key)

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jaxft.core.errors import UserError
-from jaxft.weights.files.gguf import TYPES, UNREAD_TYPES, GgufFile
+from jaxft.weights.files.gguf import GgufFile
+from jaxft.weights.files.gguf_header import TYPES, UNREAD_TYPES
 
 RNG = np.random.default_rng(0)
 HEADS, KV_HEADS, WIDTH, HIDDEN = 4, 2, 64, 96

@@ -5,7 +5,7 @@ import pytest
 from gguf.quants import quantize
 
 from jaxft.core.errors import UserError
-from jaxft.weights.files.gguf import TYPES
+from jaxft.weights.files.gguf_header import TYPES
 from jaxft.weights.files.gguf_writer import (
     gguf_name,
     permuted,

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from jaxft.core.cli.live import count_done
 from jaxft.core.params import Params, bind
 from jaxft.core.sharding import batch_ways, constrain, local_rows, place_batch
 from jaxft.core.step import Batch
@@ -90,6 +91,7 @@ class ScorePreview:
         names = ("reward",) if self.options.pairs else self.opened.labels
         found: list[dict[str, Any]] = []
         for first in range(0, len(examples), size):
+            count_done(first, len(examples))
             some = examples[first : first + size]
             filled = [*some, *[some[0]] * (size - len(some))]  # one shape for all batches
             for row in self.score(params, filled)[: len(some)]:
