@@ -19,6 +19,7 @@ from jaxft.core.sharding import constrain, replicated
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
+WHOLE = "whole"  # in a batch: means over all of its micro-batches, the same in each row
 
 
 class State(NamedTuple):
@@ -44,6 +45,15 @@ class Loss(Protocol):
     def __call__(
         self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]: ...
+
+
+class Measure(Protocol):
+    """Sums over a part of the batch and their weight, for a loss that needs means over the whole.
+
+    They have no gradient.
+    """
+
+    def __call__(self, model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]: ...
 
 
 class StepSpec(NamedTuple):
@@ -91,12 +101,16 @@ def make_step(
     spec: StepSpec,
     shardings: State,
     mesh: Mesh,
+    measure: Measure | None = None,
 ) -> Any:
     """Return `step(state, frozen, batch) -> state, metrics`, jitted. It donates `state`.
 
     Metrics are fp32 scalars: `loss` (sum / weight over the whole global batch), `grad_norm`
     (before clipping), `lr`, `weight`, and the task's sums divided by the weight. If the batch has
     STOP_FLAG, its maximum over the rows of all processes is among them, as int32.
+
+    With `measure` the micro-batches are measured first, in a forward pass of their own. The loss
+    gets the means over all of them as WHOLE in its batch.
 
     If the loss or the norm of the gradients is not finite, parameters, moments and averages stay as
     they were. Only the counters go on, so that the data and the schedule end where they should.
@@ -116,6 +130,9 @@ def make_step(
         keys = sample_keys(spec.seed, state.step, batch["sample_ids"])
         run = partial(gradients, state, frozen)
         plain = {name: x for name, x in batch.items() if name != STOP_FLAG}
+        if measure is not None and spec.micro_batches > 1:
+            model = bind(template, {**frozen, **state.params}, spec.compute_dtype)
+            plain[WHOLE] = _measured(partial(measure, model), plain, keys, spec.micro_batches)
         grads, total, weight, metrics = _accumulate(run, plain, keys, spec.micro_batches)
         total = with_nan(total, state.step)
         divisor = jnp.maximum(weight, 1e-8)
@@ -175,6 +192,12 @@ def _accumulate(run: Callable, batch: Batch, keys: jax.Array, parts: int) -> Any
         return jax.tree.map(jnp.add, sums, run(*piece)), None
 
     return jax.lax.scan(body, zeros, pieces)[0]
+
+
+def _measured(measure: Callable, batch: Batch, keys: jax.Array, parts: int) -> jax.Array:
+    """Return the means over all micro-batches, once for each row [B, n]."""
+    sums, weight = _accumulate(lambda part, _: measure(part), batch, keys, parts)
+    return jnp.tile(sums / jnp.maximum(weight, 1e-8), (len(keys), 1))  # [B, n]
 
 
 def _cut(x: jax.Array, parts: int) -> jax.Array:

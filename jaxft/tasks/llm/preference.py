@@ -40,6 +40,7 @@ def make_preference(opened: OpenedDecoder, width: int, per_row: int) -> Preferen
     room, cost = 2 * options.seq_len, flops(opened.model_cfg, options.seq_len)
     tokens = NextToken(opened.dtype, room, width, per_row=2 * per_row, token_flops=cost)
     numbers = beta, margin, keys.smoothing, keys.sft, keys.center
+    numbers = *numbers, keys.desirable or 1.0, keys.undesirable or 1.0
     return Preference(tokens, PreferenceRule(options.objective, *numbers))
 
 

@@ -176,7 +176,10 @@ def test_b11_a_fall_of_the_chosen_answers_is_said(flags, tmp_path, capsys):
         ({"objective": "sft", "preference.beta": 0.2}, "preference.beta=0.2 is not used"),
         ({"lora.dropout": 0.1}, "lora.dropout=0.1 does not go with objective=dpo"),
         ({"objective": "kto", "batch_size": 1}, "batch_size=1 is too small for objective=kto"),
-        ({"objective": "kto", "micro_batches": 2}, "micro_batches=2 does not go with"),
+        (
+            {"preference.undesirable": 2.0},
+            "preference.undesirable=2.0 is not used by objective=dpo",
+        ),
         ({"objective": "kto"}, "rows.jsonl:1: found the fields"),
         ({"objective": "sft"}, "set objective=dpo"),
     ],
