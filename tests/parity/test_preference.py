@@ -179,7 +179,7 @@ def test_b3_the_values_at_step_0_come_first(opened, one_device, name):
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("name", NUMBERS)
-def test_b3_loss_rewards_and_gradients_equal_torch(
+def test_b3_b8_b9_b10_loss_rewards_and_gradients_equal_torch(
     opened, one_device, one_thread, folders, name, pack
 ):
     run, moved = opened(name, pack=pack), opened(name, which=1, pack=pack)
@@ -226,7 +226,7 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "orpo"])
-def test_b7_meshes_and_micro_batches_equal_one_device(opened, monkeypatch, name):
+def test_b7_b10_meshes_and_micro_batches_equal_one_device(opened, monkeypatch, name):
     """The mean is over the pairs of the global batch, and KTO's baseline too."""
     config = {"mesh.data": 1, "mesh.fsdp": 1, "pack": True, "optim.schedule": "constant"}
     with monkeypatch.context() as patch:
