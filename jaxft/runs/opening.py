@@ -90,8 +90,10 @@ def preview(run: Run, data: Data, params: Params, step: int) -> Preview:
     params: those before `step`.
     """
 
-    def initial() -> Params:
-        return {**params, **load_params(run, run.chosen)} if step else params
+    def initial(wanted: set[str]) -> Params:
+        there = {path: params[path] for path in wanted if not step or path not in run.chosen}
+        missing = wanted - there.keys()
+        return there | (load_params(run, missing) if missing else {})
 
     status("encoding the data")
     sets = [rows for rows in (data.train, data.held_out) if rows is not None]
