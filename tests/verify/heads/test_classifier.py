@@ -57,7 +57,11 @@ def test_a_sound_classifier_passes(folders, family, tmp_path, capsys):
 
 
 def test_an_export_passes(folders, make_folder, make_config, tmp_path):
-    config = make_config(make_folder(), {"lora.rank": 0, "data.train": "", "data.eval": ""})
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(json.dumps({"text": f"{i} a", "label": "calm"}) + "\n" for i in range(8))
+    )
+    config = make_config(make_folder(), {"lora.rank": 0, "data.train": str(file), "data.eval": ""})
     config |= {"objective": "classify", "labels": "calm,loud"}
     run = runs.open_run(config)
     with jax.set_mesh(run.mesh):
