@@ -14,7 +14,16 @@ from jaxft.core.cli.live import status
 from jaxft.core.configs.schema import Config
 from jaxft.core.errors import UserError
 from jaxft.core.guards.best import check_best
-from jaxft.core.params import CONSTANT_ROLE, Leaf, Params, describe, flatten, select, unpacked
+from jaxft.core.params import (
+    CONSTANT_ROLE,
+    SCALE_ROLE,
+    Leaf,
+    Params,
+    describe,
+    flatten,
+    select,
+    unpacked,
+)
 from jaxft.tasks import OPTIONS, Data, Opened, Preview, Task, check_task, get_task
 from jaxft.weights import transfer
 
@@ -61,7 +70,7 @@ def open_run(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
     can_train = {
         path: leaf
         for path, leaf in unpacked(leaves).items()
-        if not path.startswith(auxiliary) and leaf.role != CONSTANT_ROLE
+        if not path.startswith(auxiliary) and leaf.role not in (CONSTANT_ROLE, SCALE_ROLE)
     }
     added = {path for path, leaf in can_train.items() if leaf.added}
     pattern = opened.cfg.trainable
