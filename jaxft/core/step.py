@@ -19,7 +19,7 @@ from jaxft.core.sharding import constrain, replicated
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
-WHOLE = "whole"  # in a batch: means over all of its micro-batches, the same in each row
+BATCH_MEANS = "batch_means"  # in a batch: means over all of its micro-batches, the same in each row
 
 
 class State(NamedTuple):
@@ -107,10 +107,8 @@ def make_step(
 
     Metrics are fp32 scalars: `loss` (sum / weight over the whole global batch), `grad_norm`
     (before clipping), `lr`, `weight`, and the task's sums divided by the weight. If the batch has
-    STOP_FLAG, its maximum over the rows of all processes is among them, as int32.
-
-    With `measure` the micro-batches are measured first, in a forward pass of their own. The loss
-    gets the means over all of them as WHOLE in its batch.
+    STOP_FLAG, its maximum over the rows of all processes is among them, as int32. If there is a
+    `measure`, all micro-batches are measured first, and the loss gets the means as BATCH_MEANS.
 
     If the loss or the norm of the gradients is not finite, parameters, moments and averages stay as
     they were. Only the counters go on, so that the data and the schedule end where they should.
@@ -132,18 +130,14 @@ def make_step(
         plain = {name: x for name, x in batch.items() if name != STOP_FLAG}
         if measure is not None and spec.micro_batches > 1:
             model = bind(template, {**frozen, **state.params}, spec.compute_dtype)
-            plain[WHOLE] = _measured(partial(measure, model), plain, keys, spec.micro_batches)
+            plain[BATCH_MEANS] = _measured(partial(measure, model), plain, keys, spec.micro_batches)
         grads, total, weight, metrics = _accumulate(run, plain, keys, spec.micro_batches)
         total = with_nan(total, state.step)
         divisor = jnp.maximum(weight, 1e-8)
         grads = jax.tree.map(lambda g: g / divisor, grads)
-        with jax.named_scope("optimizer"):
-            updates, opt = tx.update(grads, state.opt, state.params)
-            params: Any = optax.apply_updates(state.params, updates)
-            ema = optim.ema_update(state.ema, params, state.step, spec.ema) if spec.ema else {}
+        after = _after(tx, state, grads, spec)
         mean, norm = total / divisor, optax.tree.norm(grads)
         fine = jnp.isfinite(mean) & jnp.isfinite(norm)
-        after = State(state.step + 1, params, opt, ema)
         after = jax.tree.map(partial(_unless_skipped, fine), after, state)
         report = {
             "loss": mean,
@@ -160,6 +154,15 @@ def make_step(
     places = (shardings, replicated(mesh))
     options = compiler_options(mesh)
     return jax.jit(train_step, out_shardings=places, donate_argnums=0, compiler_options=options)
+
+
+def _after(tx: optax.GradientTransformation, state: State, grads: Params, spec: StepSpec) -> State:
+    """Return the state after an update with these gradients."""
+    with jax.named_scope("optimizer"):
+        updates, opt = tx.update(grads, state.opt, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        ema = optim.ema_update(state.ema, params, state.step, spec.ema) if spec.ema else {}
+    return State(state.step + 1, params, opt, ema)
 
 
 def _unless_skipped(fine: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

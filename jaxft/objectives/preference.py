@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.core.params import Leaf
-from jaxft.core.step import WHOLE, Batch, Metrics
+from jaxft.core.step import BATCH_MEANS, Batch, Metrics
 from jaxft.kernels.cross_entropy import linear_log_probs
 from jaxft.objectives.classification import head_flops, head_scores
 from jaxft.objectives.next_token import NextToken
@@ -293,7 +293,7 @@ class Preference:
         reference = batch.get("reference", jnp.zeros_like(policy))
         scores = PairScores(policy, reference, tokens)
         weights, desirable = batch["pairs"], batch.get("desirable")
-        whole = batch[WHOLE][0] if WHOLE in batch else None
+        whole = batch[BATCH_MEANS][0] if BATCH_MEANS in batch else None
         total, metrics = preference_loss(self.rule, scores, weights, desirable, whole)
         return (total, jnp.sum(weights)), metrics
 
