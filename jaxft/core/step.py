@@ -151,8 +151,7 @@ def make_step(
         return after, report
 
     # Inputs keep their shardings. Without named outputs the second step would compile again.
-    places = (shardings, replicated(mesh))
-    options = compiler_options(mesh)
+    places, options = (shardings, replicated(mesh)), compiler_options(mesh)
     return jax.jit(train_step, out_shardings=places, donate_argnums=0, compiler_options=options)
 
 
