@@ -31,8 +31,9 @@ def make_step(run: Run, plan: Plan, objective: Objective) -> Any:
         cfg.micro_batches, runtime.resolve_dtype(cfg.compute_dtype), cfg.optim.ema, cfg.seed
     )
     shards = run_state_shardings(run, plan.tx)
-    whole = isinstance(objective, Preference) and objective.rule.name == KTO
-    measure = objective.measure if whole else None
+    measure = None
+    if isinstance(objective, Preference) and objective.rule.name == KTO:
+        measure = objective.measure
     rest = plan.tx, plan.schedule, spec, shards, run.mesh, measure
     return step.make_step(template, objective.loss, *rest)
 
