@@ -46,7 +46,8 @@ class Whole:
 
     def encode(self, params, chosen=frozenset()):
         sets = [rows for rows in (self.train, self.held_out) if rows is not None]
-        self.task.encode(self.opened, params, set(chosen), sets, lambda: params)
+        initial = lambda paths: {path: params[path] for path in paths}  # noqa: E731
+        self.task.encode(self.opened, params, set(chosen), sets, initial)
 
     def batches(self, start=0):
         """Host batches of this process from a step on."""

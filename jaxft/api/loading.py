@@ -348,11 +348,11 @@ def family_of(spec: str) -> str:
             return "pipeline"
         except UserError:
             pass
-    found = registry.find_family(_config(path))
+    found = registry.find_family(config_in(path))
     return "image_tokens" if (path / LAYOUT_JSON).is_file() else found or "decoder"
 
 
-def _config(folder: Path) -> Mapping[str, Any]:
+def config_in(folder: Path) -> Mapping[str, Any]:
     """Return config.json of a folder, or {} without one that can be read."""
     try:
         content = json.loads((folder / "config.json").read_bytes())

@@ -16,6 +16,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 # Roles of parameters that are not the model's own, as metadata of the leaf.
 ADAPTER_ROLE = "adapter"  # a factor of a low-rank update
+SCALE_ROLE = "scale"  # the constant factors of adapters whose layers have different ones
 NEW_TOKEN_ROLE = "new_token"  # the embedding of a new word, or of a token that trains alone
 CONSTANT_ROLE = "constant"  # a table that the model's checkpoint holds, and that never trains
 TEACHER_ROLE = "teacher"  # another model, whose outputs are the targets of a loss
@@ -45,7 +46,7 @@ class Leaf(NamedTuple):
     @property
     def added(self) -> bool:
         """True for a parameter that a run adds to a model: fp32, and in no checkpoint of it."""
-        return self.role in (ADAPTER_ROLE, NEW_TOKEN_ROLE)
+        return self.role in (ADAPTER_ROLE, SCALE_ROLE, NEW_TOKEN_ROLE)
 
     def held_in(self, dtype: Any) -> Any:
         """Return the dtype of the array in a run whose parameters are of `dtype`."""

@@ -19,6 +19,7 @@ from jaxft.core.sharding import constrain, replicated
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
+BATCH_MEANS = "batch_means"  # in a batch: means over all of its micro-batches, the same in each row
 
 
 class State(NamedTuple):
@@ -44,6 +45,15 @@ class Loss(Protocol):
     def __call__(
         self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]: ...
+
+
+class Measure(Protocol):
+    """Sums over a part of the batch and their weight, for a loss that needs means over the whole.
+
+    They have no gradient.
+    """
+
+    def __call__(self, model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]: ...
 
 
 class StepSpec(NamedTuple):
@@ -91,12 +101,14 @@ def make_step(
     spec: StepSpec,
     shardings: State,
     mesh: Mesh,
+    measure: Measure | None = None,
 ) -> Any:
     """Return `step(state, frozen, batch) -> state, metrics`, jitted. It donates `state`.
 
     Metrics are fp32 scalars: `loss` (sum / weight over the whole global batch), `grad_norm`
     (before clipping), `lr`, `weight`, and the task's sums divided by the weight. If the batch has
-    STOP_FLAG, its maximum over the rows of all processes is among them, as int32.
+    STOP_FLAG, its maximum over the rows of all processes is among them, as int32. If there is a
+    `measure`, all micro-batches are measured first, and the loss gets the means as BATCH_MEANS.
 
     If the loss or the norm of the gradients is not finite, parameters, moments and averages stay as
     they were. Only the counters go on, so that the data and the schedule end where they should.
@@ -116,17 +128,16 @@ def make_step(
         keys = sample_keys(spec.seed, state.step, batch["sample_ids"])
         run = partial(gradients, state, frozen)
         plain = {name: x for name, x in batch.items() if name != STOP_FLAG}
+        if measure is not None and spec.micro_batches > 1:
+            model = bind(template, {**frozen, **state.params}, spec.compute_dtype)
+            plain[BATCH_MEANS] = _measured(partial(measure, model), plain, keys, spec.micro_batches)
         grads, total, weight, metrics = _accumulate(run, plain, keys, spec.micro_batches)
         total = with_nan(total, state.step)
         divisor = jnp.maximum(weight, 1e-8)
         grads = jax.tree.map(lambda g: g / divisor, grads)
-        with jax.named_scope("optimizer"):
-            updates, opt = tx.update(grads, state.opt, state.params)
-            params: Any = optax.apply_updates(state.params, updates)
-            ema = optim.ema_update(state.ema, params, state.step, spec.ema) if spec.ema else {}
+        after = _after(tx, state, grads, spec)
         mean, norm = total / divisor, optax.tree.norm(grads)
         fine = jnp.isfinite(mean) & jnp.isfinite(norm)
-        after = State(state.step + 1, params, opt, ema)
         after = jax.tree.map(partial(_unless_skipped, fine), after, state)
         report = {
             "loss": mean,
@@ -140,9 +151,17 @@ def make_step(
         return after, report
 
     # Inputs keep their shardings. Without named outputs the second step would compile again.
-    places = (shardings, replicated(mesh))
-    options = compiler_options(mesh)
+    places, options = (shardings, replicated(mesh)), compiler_options(mesh)
     return jax.jit(train_step, out_shardings=places, donate_argnums=0, compiler_options=options)
+
+
+def _after(tx: optax.GradientTransformation, state: State, grads: Params, spec: StepSpec) -> State:
+    """Return the state after an update with these gradients."""
+    with jax.named_scope("optimizer"):
+        updates, opt = tx.update(grads, state.opt, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        ema = optim.ema_update(state.ema, params, state.step, spec.ema) if spec.ema else {}
+    return State(state.step + 1, params, opt, ema)
 
 
 def _unless_skipped(fine: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
@@ -175,6 +194,12 @@ def _accumulate(run: Callable, batch: Batch, keys: jax.Array, parts: int) -> Any
         return jax.tree.map(jnp.add, sums, run(*piece)), None
 
     return jax.lax.scan(body, zeros, pieces)[0]
+
+
+def _measured(measure: Callable, batch: Batch, keys: jax.Array, parts: int) -> jax.Array:
+    """Return the means over all micro-batches, once for each row [B, n]."""
+    sums, weight = _accumulate(lambda part, _: measure(part), batch, keys, parts)
+    return jnp.tile(sums / jnp.maximum(weight, 1e-8), (len(keys), 1))  # [B, n]
 
 
 def _cut(x: jax.Array, parts: int) -> jax.Array:

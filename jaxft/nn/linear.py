@@ -14,8 +14,9 @@ from jaxft.kernels.matmul import matmul
 class Adapter(NamedTuple):
     """Settings of one adapter.
 
-    scale: alpha / r. dropout: the share of its input that is dropped. stream: folded into the PRNG
-    keys, so that the dropout masks of two adapters differ.
+    scale: alpha / r, unless layers of a stack have different ones. dropout: the share of its input
+    that is dropped. stream: folded into the PRNG keys, so that the dropout masks of two adapters
+    differ.
     """
 
     scale: float
@@ -29,7 +30,8 @@ class Linear(nnx.Module):
     With DoRA it is y = m / |W + scale * A B| * (x W + scale * (x A) B) + b. The norm is that of
     each output over its inputs. It has no gradient. m = 0 marks a layer without an adapter.
     x [..., *in_shape] -> y [..., *out_shape]. W [*in_shape, *out_shape], A [*in_shape, r],
-    B [r, *out_shape], m and b [*out_shape]. `axes` are the logical axes of W.
+    B [r, *out_shape], m and b [*out_shape]. `axes` are the logical axes of W. In a stack whose
+    layers have different scales, `lora_s` holds them.
     Source of LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3. Source of DoRA: Liu et al. 2024,
     arXiv:2402.09353, eq. 5 and section 4.3.
     """
@@ -54,6 +56,7 @@ class Linear(nnx.Module):
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_m: nnx.Param | None = nnx.data(None)
+        self.lora_s: nnx.Param | None = nnx.data(None)
         self.adapter = Adapter(1.0)
         self.inputs = len(in_shape)
 
@@ -69,7 +72,7 @@ class Linear(nnx.Module):
             inner = self._dropped(x, keys)
             low = jnp.tensordot(inner, self.lora_a[...].astype(x.dtype), self.inputs)  # [..., r]
             update = jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)  # [..., *out_shape]
-            update = self.adapter.scale * update
+            update = self._scale(x.dtype) * update
             if self.lora_m is not None:
                 gain = self._gain(self.lora_m[...], self.lora_a[...], self.lora_b[...])
                 whole: Array = y if inner is x else matmul(inner, self.kernel[...], self.inputs)
@@ -92,7 +95,7 @@ class Linear(nnx.Module):
             return x
         inner = self._dropped(x, keys)
         low = jnp.tensordot(inner, self.lora_a[...].astype(x.dtype), self.inputs)  # [..., r]
-        low = self.adapter.scale * low
+        low = self._scale(x.dtype) * low
         return jnp.concatenate([x, low.astype(x.dtype)], axis=-1)  # [..., D + r]
 
     def wide_kernel(self) -> Float[Array, "E F"]:
@@ -101,6 +104,9 @@ class Linear(nnx.Module):
         if self.lora_b is None:
             return kernel
         return jnp.concatenate([kernel, self.lora_b[...].astype(kernel.dtype)])  # [D + r, F]
+
+    def _scale(self, dtype: Any) -> Any:
+        return self.adapter.scale if self.lora_s is None else self.lora_s[...].astype(dtype)
 
     def _dropped(self, x: Array, keys: PRNGKeyArray | None) -> Float[Array, "..."]:
         """Return the adapter's input: x, with dropout if there are keys."""
@@ -114,7 +120,7 @@ class Linear(nnx.Module):
         The square of the norm is |W|^2 + 2 scale W.AB + scale^2 |AB|^2. A B is never computed,
         because it is as large as W.
         """
-        scale, n = self.adapter.scale, self.inputs
+        scale, n = self._scale(jnp.float32), self.inputs
         kernel: Array = jax.lax.stop_gradient(self.kernel[...])
         a, b = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (a, b))
         square = jnp.square(kernel.astype(jnp.float32)).sum(range(n))  # [*outs]

@@ -15,7 +15,7 @@ from jaxtyping import PRNGKeyArray
 
 from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
-from jaxft.core.params import ADAPTER_ROLE
+from jaxft.core.params import ADAPTER_ROLE, SCALE_ROLE
 from jaxft.nn.conv import Conv
 from jaxft.nn.linear import Adapter, Embedding, Linear, TrainedRows
 from jaxft.weights.adapters import ranks
@@ -136,8 +136,10 @@ def _attach(linear: Any, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
         m = jnp.sqrt(jnp.square(linear.kernel[...].astype(jnp.float32)).sum(over))  # [*lead, *outs]
         m = jnp.where(np.array(found).reshape(*lead, *[1] * len(outs)) > 0, m, 0)
         linear.lora_m = nnx.data(nnx.Param(m, axes=axes[n:], role=ADAPTER_ROLE))
-    factor = ranks.path_scale(cfg, path, layers)
-    linear.adapter = Adapter(factor, cfg.dropout, crc32(path.encode()))
+    scales = ranks.scales(cfg, path, layers)
+    if len({one for one in scales if one}) > 1:
+        linear.lora_s = nnx.data(nnx.Param(jnp.array(scales), axes=(), role=SCALE_ROLE))  # [L]
+    linear.adapter = Adapter(max(scales), cfg.dropout, crc32(path.encode()))
 
 
 def continued(asked: Lora, own: Lora, linears: Mapping[str, Linear | Conv]) -> Lora:

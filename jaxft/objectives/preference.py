@@ -14,13 +14,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.core.params import Leaf
-from jaxft.core.step import Batch, Metrics
+from jaxft.core.step import BATCH_MEANS, Batch, Metrics
 from jaxft.kernels.cross_entropy import linear_log_probs
 from jaxft.objectives.classification import head_flops, head_scores
 from jaxft.objectives.next_token import NextToken
 
 REWARD = "reward"  # scores of a head in place of log-probabilities
 MEAN_SCORED = ("orpo", "simpo")  # rewards are means over tokens, without a reference
+KTO = "kto"  # the loss of single answers, which needs means over the whole batch
 ROUNDING = 1e-6  # relative error of a sum of log-probabilities, below which two rewards are equal
 Values = Float[Array, "B K"]
 
@@ -30,7 +31,8 @@ class PreferenceRule(NamedTuple):
 
     beta: scale of the rewards, for ORPO the weight of the odds term. margin: SimPO's gamma / beta.
     smoothing: share of swapped labels. sft: weight of the chosen side's loss beside the DPO family.
-    center: weight of the squared sum of both rewards of a reward model.
+    center: weight of the squared sum of both rewards of a reward model. desirable, undesirable:
+    weights of KTO's good and bad answers.
     """
 
     name: str
@@ -39,6 +41,8 @@ class PreferenceRule(NamedTuple):
     smoothing: float = 0.0
     sft: float = 0.0
     center: float = 0.0
+    desirable: float = 1.0
+    undesirable: float = 1.0
 
 
 class PairScores(NamedTuple):
@@ -152,18 +156,22 @@ def preference_loss(
     scores: PairScores,
     weights: Values,
     desirable: Bool[Array, "B K"] | None = None,
+    whole: Float[Array, " 2"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Return the loss summed over pairs, and sums of metrics with the names that TRL gives them.
 
-    weights: 1 for a pair, 0 for padding. desirable: labels of KTO's completions. Padding gets
-    log-probabilities of -1, so that no formula has an infinite gradient there.
+    weights: 1 for a pair, 0 for padding. desirable: labels of KTO's completions. whole: the means
+    of `kto_sums` over the whole batch, if this is a part of it. Padding gets log-probabilities of
+    -1, so that no formula has an infinite gradient there.
     """
     real = (weights > 0)[..., None]
     policy = jnp.where(real, scores.policy, -1.0)
     s = policy - jnp.where(real, scores.reference, -1.0)
-    if rule.name == "kto":
+    if rule.name == KTO:
         assert desirable is not None
-        return _kto_loss(rule, s, policy, weights, desirable)
+        if whole is None:
+            whole = kto_sums(s, weights, desirable) / jnp.maximum(jnp.sum(weights), 1.0)
+        return _kto_loss(rule, s, policy, weights, desirable, whole)
     mean, mean_s = policy / scores.tokens, s / scores.tokens  # [B, K, 2]
     losses = _pair_losses(rule, s, mean, mean_s)
     if rule.sft:  # Pang et al. 2024, arXiv:2404.19733: the mean over the tokens of the answer
@@ -208,32 +216,48 @@ def _pair_losses(rule: PreferenceRule, s: Array, mean: Array, mean_s: Array) -> 
     raise ValueError(f"{rule.name!r} is no loss over pairs")
 
 
+def kto_sums(
+    s: Float[Array, "B K 2"], weights: Values, desirable: Bool[Array, "B K"]
+) -> Float[Array, " 2"]:
+    """Return the sums whose means over the batch KTO needs: s of other prompts, and good answers.
+
+    They have no gradient.
+    """
+    sums = jnp.stack([jnp.sum(weights * s[..., 1]), jnp.sum(weights * desirable)])  # [2]
+    return jax.lax.stop_gradient(sums)
+
+
 def _kto_loss(
-    rule: PreferenceRule, s: Array, policy: Array, weights: Values, desirable: Bool[Array, "B K"]
+    rule: PreferenceRule,
+    s: Array,
+    policy: Array,
+    weights: Values,
+    desirable: Bool[Array, "B K"],
+    whole: Float[Array, " 2"],
 ) -> tuple[Float[Array, ""], Metrics]:
     """Return KTO's summed loss, whose baseline is a mean over the whole batch, and its metrics.
 
-    The step divides sums by the weight. A mean over the desirable completions is thus multiplied
-    by it.
+    The step divides sums by the weight. A mean over the good answers is thus a sum over them,
+    divided by their share.
     """
-    total = jnp.sum(weights)
-    drift = jnp.sum(weights * s[..., 1]) / jnp.maximum(total, 1.0)
-    baseline = jax.lax.stop_gradient(jnp.maximum(drift, 0.0))
+    drift, share = whole
+    baseline = jnp.maximum(drift, 0.0)
     losses = kto(s[..., 0], desirable, baseline, rule.beta)
+    losses = losses * jnp.where(desirable, rule.desirable, rule.undesirable)
     good, bad = weights * desirable, weights * ~desirable
 
-    def mean(x: Array, of: Array) -> Array:
-        return jax.lax.stop_gradient(total * jnp.sum(of * x) / jnp.maximum(jnp.sum(of), 1.0))
+    def mean(x: Array, of: Array, share: Array) -> Array:
+        return jax.lax.stop_gradient(jnp.sum(of * x) / jnp.maximum(share, 1e-8))
 
     rewards, logps = rule.beta * s[..., 0], policy[..., 0]
-    chosen, rejected = mean(rewards, good), mean(rewards, bad)
+    chosen, rejected = mean(rewards, good, share), mean(rewards, bad, 1 - share)
     metrics = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
-        "logps/chosen": mean(logps, good),
-        "logps/rejected": mean(logps, bad),
-        "kl": total * baseline,
+        "logps/chosen": mean(logps, good, share),
+        "logps/rejected": mean(logps, bad, 1 - share),
+        "kl": jnp.sum(weights) * baseline,
     }
     return jnp.sum(weights * losses), metrics
 
@@ -269,8 +293,16 @@ class Preference:
         reference = batch.get("reference", jnp.zeros_like(policy))
         scores = PairScores(policy, reference, tokens)
         weights, desirable = batch["pairs"], batch.get("desirable")
-        total, metrics = preference_loss(self.rule, scores, weights, desirable)
+        whole = batch[BATCH_MEANS][0] if BATCH_MEANS in batch else None
+        total, metrics = preference_loss(self.rule, scores, weights, desirable, whole)
         return (total, jnp.sum(weights)), metrics
+
+    def measure(self, model: Any, batch: Batch) -> tuple[Float[Array, " 2"], Float[Array, ""]]:
+        """Return `kto_sums` of a part of the batch, and its number of answers."""
+        policy, _ = self.score(model, batch)
+        weights = batch["pairs"]
+        s = jnp.where((weights > 0)[..., None], policy - batch["reference"], 0.0)  # [B, K, 2]
+        return kto_sums(s, weights, batch["desirable"]), jnp.sum(weights)
 
     def units(self, batch: Mapping[str, np.ndarray]) -> int:
         return self.tokens.units(batch)

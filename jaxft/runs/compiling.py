@@ -14,6 +14,7 @@ from jaxft.core.params import Params
 from jaxft.core.processes import EXHAUSTED
 from jaxft.core.step import State, StepSpec
 from jaxft.kernels.attention.attention import used
+from jaxft.objectives.preference import KTO, Preference
 from jaxft.runs.opening import Run
 from jaxft.runs.state import Plan, run_state_shardings
 from jaxft.tasks import Objective
@@ -30,7 +31,11 @@ def make_step(run: Run, plan: Plan, objective: Objective) -> Any:
         cfg.micro_batches, runtime.resolve_dtype(cfg.compute_dtype), cfg.optim.ema, cfg.seed
     )
     shards = run_state_shardings(run, plan.tx)
-    return step.make_step(template, objective.loss, plan.tx, plan.schedule, spec, shards, run.mesh)
+    measure = None
+    if isinstance(objective, Preference) and objective.rule.name == KTO:
+        measure = objective.measure
+    rest = plan.tx, plan.schedule, spec, shards, run.mesh, measure
+    return step.make_step(template, objective.loss, *rest)
 
 
 def make_steps(run: Run, plan: Plan, objective: Any) -> dict[str, Any]:

@@ -14,7 +14,16 @@ from jaxft.core.cli.live import status
 from jaxft.core.configs.schema import Config
 from jaxft.core.errors import UserError
 from jaxft.core.guards.best import check_best
-from jaxft.core.params import CONSTANT_ROLE, Leaf, Params, describe, flatten, select, unpacked
+from jaxft.core.params import (
+    CONSTANT_ROLE,
+    SCALE_ROLE,
+    Leaf,
+    Params,
+    describe,
+    flatten,
+    select,
+    unpacked,
+)
 from jaxft.tasks import OPTIONS, Data, Opened, Preview, Task, check_task, get_task
 from jaxft.weights import transfer
 
@@ -61,7 +70,7 @@ def open_run(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
     can_train = {
         path: leaf
         for path, leaf in unpacked(leaves).items()
-        if not path.startswith(auxiliary) and leaf.role != CONSTANT_ROLE
+        if not path.startswith(auxiliary) and leaf.role not in (CONSTANT_ROLE, SCALE_ROLE)
     }
     added = {path for path, leaf in can_train.items() if leaf.added}
     pattern = opened.cfg.trainable
@@ -90,8 +99,10 @@ def preview(run: Run, data: Data, params: Params, step: int) -> Preview:
     params: those before `step`.
     """
 
-    def initial() -> Params:
-        return {**params, **load_params(run, run.chosen)} if step else params
+    def initial(wanted: set[str]) -> Params:
+        there = {path: params[path] for path in wanted if not step or path not in run.chosen}
+        missing = wanted - there.keys()
+        return there | (load_params(run, missing) if missing else {})
 
     status("encoding the data")
     sets = [rows for rows in (data.train, data.held_out) if rows is not None]

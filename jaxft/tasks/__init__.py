@@ -259,15 +259,15 @@ class Task(NamedTuple):
 
     `read(opened, spec, training)` returns Rows. `plan(opened)` returns their shapes, without
     data. `objective` takes either. `encode(opened, params, chosen, sets,
-    initial)` fills caches. Call it before the first example of a set is read. `initial()` returns
-    all parameters as they were before step 0. `writers` maps each export kind to
+    initial)` fills caches. Call it before the first example of a set is read. `initial(paths)`
+    returns these parameters as they were before step 0. `writers` maps each export kind to
     its writer, the whole model first.
     """
 
     open: Callable[[Config], Any]
     read: Callable[[Any, str, bool], Any]
     plan: Callable[[Any], Planned]
-    encode: Callable[[Any, Params, set[str], Sequence[Any], Callable[[], Params]], None]
+    encode: Callable[[Any, Params, set[str], Sequence[Any], Callable[[set[str]], Params]], None]
     objective: Callable[[Any, Any], Objective]
     preview: Callable[[Any, Data], Preview]
     writers: Mapping[str, Writer]

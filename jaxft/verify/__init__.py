@@ -4,14 +4,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxft.api.loading import family_of
+from jaxft.api.loading import config_in, family_of
 from jaxft.core import processes
 from jaxft.core.cli.arguments import parse
 from jaxft.core.errors import UserError
+from jaxft.models.decoders.classifier import is_classifier
 from jaxft.tasks import OPTIONS
 from jaxft.verify import autoencoder, diffusion, image_tokens, llm
-from jaxft.verify.llm import hf_folder
-from jaxft.verify.report import Check, show, write
+from jaxft.verify.heads import classifier
+from jaxft.verify.report import Check, hf_folder, show, write
 
 __all__ = ["certify", "hf_folder", "main"]
 
@@ -56,4 +57,6 @@ def certify(spec: str, far: int = 4096) -> tuple[dict[str, Any], list[Check]]:
         return autoencoder.certify(spec)
     if family == "image_tokens":
         return image_tokens.certify(spec, far)
+    if is_classifier(config_in(Path(spec).expanduser())):
+        return classifier.certify(spec, far)
     return llm.certify(spec, far)

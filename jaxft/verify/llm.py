@@ -1,11 +1,8 @@
 """Language models against transformers and PEFT: logits near and far, the loss, gradients."""
 
 import math
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +28,7 @@ from jaxft.verify.report import (
     Check,
     certificate,
     compare_logits,
+    hf_folder,
     loading,
     round_trip,
     same_weights,
@@ -46,7 +44,6 @@ from jaxft.weights.adapters.peft_folder import (
     fit,
     open_adapted,
 )
-from jaxft.weights.files.tensor_files import write_sharded
 from jaxft.weights.folders.transformers import TOKENIZER_FILES, Source
 from jaxft.weights.rules import to_torch
 from jaxft.weights.transfer import Part
@@ -120,16 +117,26 @@ def certify(spec: str, far: int = 4096) -> tuple[dict[str, Any], list[Check]]:
     oracle also computes in fp64, which measures the rounding of fp32. One of the models is in
     memory at a time.
     """
-    subject = open_subject(spec)
+    return certify_subject(spec, open_subject(spec), far, _ask_transformers, compare)
+
+
+def certify_subject(
+    spec: str,
+    subject: Subject,
+    far: int,
+    ask: Callable[[Subject, Mapping[str, Case]], Oracle],
+    check: Callable[[Subject, Params, Mapping[str, Case], Oracle], list[Check]],
+) -> tuple[dict[str, Any], list[Check]]:
+    """Return (certificate, checks) of an opened model by its oracle, and the checks beside it."""
     oracles = ("torch", "peft") if subject.adapter else ("torch",)
     start(oracles)
     cases = make_cases(subject, far)
-    oracle = _ask_transformers(subject, cases)
+    oracle = ask(subject, cases)
     # "highest" keeps a GPU from multiplying fp32 in TF32.
     with jax.default_matmul_precision("highest"):
-        params = _load(subject)
+        params = load_subject(subject)
         checks = [*loading("transformers", oracle.report)]
-        checks += compare(subject, params, cases, oracle)
+        checks += check(subject, params, cases, oracle)
         trip, digest = round_trip(TRIP, subject.part, subject.leaves, params)
     checks.append(trip)
     about = {
@@ -276,31 +283,10 @@ def _their_logits(model: Any, cases: Mapping[str, Case]) -> dict[str, Float[np.n
     return logits
 
 
-@contextmanager
-def hf_folder(source: Source) -> Iterator[Path]:
-    """Yield the folder that transformers reads.
-
-    It is the model's own folder, or a temporary copy of a model that is in no folder.
-    """
-    if source.folder is not None:
-        yield source.folder
-        return
-    assert source.tensors is not None
-    tensors = source.tensors
-    with tempfile.TemporaryDirectory(prefix="jaxft-verify-") as name:
-        keys = tensors.keys()
-        infos = {key: tensors.info(key) for key in keys}
-        write_sharded(Path(name), ((key, tensors.read(key)) for key in infos), infos)
-        for file, content in source.side_files.items():
-            made = content if isinstance(content, bytes) else content.read_bytes()
-            (Path(name) / file).write_bytes(made)
-        yield Path(name)
-
-
 # ---- the checks ---------------------------------------------------------------------------
 
 
-def _load(subject: Subject) -> Params:
+def load_subject(subject: Subject) -> Params:
     """Return jaxft's parameters in fp32 on the first device."""
     leaves, part, adapter = subject.leaves, subject.part, subject.adapter
     places = shardings(leaves, one_device_mesh())

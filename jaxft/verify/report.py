@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +23,8 @@ from jaxft.core.sharding import one_device_mesh
 from jaxft.verify import rounding
 from jaxft.verify.rounding import bound, digest
 from jaxft.weights import transfer
+from jaxft.weights.files.tensor_files import write_sharded
+from jaxft.weights.folders.transformers import Source
 from jaxft.weights.transfer import Part
 
 # XLA:CPU's fused matmuls round a quarter more than torch's. Its plain ones round like torch's.
@@ -73,6 +77,27 @@ def certificate(
         "oracles": {name: version(name) for name in oracles},
         **runtime.manifest(one_device_mesh(), {}),
     }
+
+
+@contextmanager
+def hf_folder(source: Source) -> Iterator[Path]:
+    """Yield the folder that transformers reads.
+
+    It is the model's own folder, or a temporary copy of a model that is in no folder.
+    """
+    if source.folder is not None:
+        yield source.folder
+        return
+    assert source.tensors is not None
+    tensors = source.tensors
+    with tempfile.TemporaryDirectory(prefix="jaxft-verify-") as name:
+        keys = tensors.keys()
+        infos = {key: tensors.info(key) for key in keys}
+        write_sharded(Path(name), ((key, tensors.read(key)) for key in infos), infos)
+        for file, content in source.side_files.items():
+            made = content if isinstance(content, bytes) else content.read_bytes()
+            (Path(name) / file).write_bytes(made)
+        yield Path(name)
 
 
 def loading(name: str, report: Mapping[str, Any]) -> list[Check]:

@@ -61,6 +61,18 @@ OPTIONS = {
         "layers_to_transform": [1],
         "rank_pattern": {"o_proj": 2},
     },
+    "scales of layers": {
+        "target_modules": ALL,
+        "rank_pattern": {LAYER: 2},
+        "alpha_pattern": {r"layers\.0\.mlp\.up_proj": 3},
+        "use_rslora": True,
+    },
+    "DoRA with scales of layers": {
+        "target_modules": ALL,
+        "use_dora": True,
+        "rank_pattern": {LAYER: 2},
+        "alpha_pattern": {r"layers\.0\.mlp\.up_proj": 3, "layers.0.self_attn.o_proj": 1},
+    },
     "saved modules": {
         "target_modules": ["q_proj", "v_proj"],
         "modules_to_save": ["lm_head", "embed_tokens", "input_layernorm", "model.norm"],

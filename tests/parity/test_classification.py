@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     Qwen3Config,
@@ -15,8 +16,10 @@ from transformers import (
     pipeline,
 )
 
+from jaxft.core.errors import UserError
 from jaxft.data.loader import sample_order
 from jaxft.export import export_folder
+from jaxft.models.decoders.classifier import ADAPTER_CONFIG
 from jaxft.tasks.llm.options import PROBLEMS, SINGLE_LABEL
 from tests import whole as runs
 from tests.conftest import LINES
@@ -126,7 +129,7 @@ def same_gradients(model, grads):
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_c1_c4_loss_and_gradients_equal_transformers(
+def test_c1_c4_c6_loss_and_gradients_equal_transformers(
     opened,
     one_thread,
     tmp_path,
@@ -284,7 +287,14 @@ def test_c4_an_adapter_holds_its_head_and_goes_on(opened, folders, tmp_path, one
     scores = model(ids, attention_mask=mask).logits.detach().numpy()
     ours = np.asarray([one["scores"] for one in report.predictions])
     np.testing.assert_allclose(ours, scores, atol=1e-5 * np.abs(scores).max())
-    again = opened(SINGLE_LABEL, adapter=folder)
+    own = AutoConfig.from_pretrained(folder / ADAPTER_CONFIG)
+    assert tuple(own.id2label.values()) == NAMES and own.pad_token_id == model.config.pad_token_id
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder, config=own).eval()
+    assert torch.equal(theirs(ids, attention_mask=mask).logits.detach(), torch.tensor(scores))
+    again = opened(SINGLE_LABEL, labels="", adapter=folder)
+    assert again.opened.labels == NAMES
+    with pytest.raises(UserError, match=r"labels='a,b,c', but .*calm,loud,wet.* leave labels out"):
+        opened(SINGLE_LABEL, labels="a,b,c", adapter=folder)
     with jax.set_mesh(again.mesh):
         params_again = runs.load_params(again)
     assert again.chosen == run.chosen

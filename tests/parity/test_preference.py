@@ -28,6 +28,7 @@ NUMBERS = {  # the keys of each objective, and its loss at step 0
     "orpo": ({}, None),
     "simpo": ({"preference.margin": 0.3}, None),
     "kto": ({}, 0.5),
+    "kto weighted": ({"preference.desirable": 0.5, "preference.undesirable": 1.5}, None),
 }
 ROWS = 8
 
@@ -45,7 +46,7 @@ def files(tmp_path_factory):
                 LINES[i % 5][:19],
             )
             row = {"prompt": prompt, "chosen": " " + good, "rejected": f" {i} {bad}"}
-            if name == "kto":
+            if name.startswith("kto"):
                 row = {"prompt": prompt, "completion": row["chosen"], "label": i % 3 > 0}
             rows.append(json.dumps(row) + "\n")
         found[name] = folder / f"{name}.jsonl"
@@ -83,7 +84,7 @@ def opened(make_config, files, folders, tmp_path):
                 **changes,
             },
         )
-        config["objective"], config["cache"] = name, str(tmp_path / "cache")
+        config["objective"], config["cache"] = name.split()[0], str(tmp_path / "cache")
         keys = NUMBERS[name][0]
         config["preference"] = {key.split(".")[1]: value for key, value in keys.items()}
         return runs.open_run(config)
@@ -153,10 +154,11 @@ def torch_loss(name, policy, reference, counts, desirable, numbers):
         loss = -mean[:, 0] - beta * F.logsigmoid(odds)
     if name == "simpo":
         loss = -F.logsigmoid(beta * (mean[:, 0] - mean[:, 1]) - 0.3 * beta)
-    if name == "kto":
+    if name.startswith("kto"):
         z = s[:, 1].mean().clamp(min=0).detach()
-        good = 1 - torch.sigmoid(beta * (s[:, 0] - z))
-        loss = torch.where(desirable, good, 1 - torch.sigmoid(beta * (z - s[:, 0])))
+        good = numbers.get("preference.desirable", 1.0) * (1 - torch.sigmoid(beta * (s[:, 0] - z)))
+        bad = numbers.get("preference.undesirable", 1.0) * (1 - torch.sigmoid(beta * (z - s[:, 0])))
+        loss = torch.where(desirable, good, bad)
     gains = beta * (mean if name in ("orpo", "simpo") else s).detach()
     return (loss - numbers.get("preference.sft", 0.0) * mean[:, 0]).mean(), gains
 
@@ -177,7 +179,7 @@ def test_b3_the_values_at_step_0_come_first(opened, one_device, name):
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("name", NUMBERS)
-def test_b3_loss_rewards_and_gradients_equal_torch(
+def test_b3_b8_b9_b10_loss_rewards_and_gradients_equal_torch(
     opened, one_device, one_thread, folders, name, pack
 ):
     run, moved = opened(name, pack=pack), opened(name, which=1, pack=pack)
@@ -196,7 +198,7 @@ def test_b3_loss_rewards_and_gradients_equal_torch(
     loss, gains = torch_loss(name, sums, base, counts, desirable, NUMBERS[name][0])
     loss.backward()
     assert value == pytest.approx(loss.item(), rel=1e-5)
-    if name == "kto":
+    if name.startswith("kto"):
         gains = torch.stack([gains[desirable, 0].mean(), gains[~desirable, 0].mean()])
     else:
         right = (gains[:, 0] > gains[:, 1]).float().mean().item()
@@ -224,31 +226,34 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "orpo"])
-def test_b7_meshes_and_micro_batches_equal_one_device(opened, monkeypatch, name):
+def test_b7_b10_meshes_and_micro_batches_equal_one_device(opened, monkeypatch, name):
     """The mean is over the pairs of the global batch, and KTO's baseline too."""
     config = {"mesh.data": 1, "mesh.fsdp": 1, "pack": True, "optim.schedule": "constant"}
     with monkeypatch.context() as patch:
         patch.setattr(jax, "device_count", lambda *_: 1)
         want = steps(opened(name, **config))
-    cases = [((1, 1, 1), 2), ((2, 2, 2), 2)] if name != "kto" else []
+    cases = [((1, 1, 1), 2), ((1, 1, 1), 4), ((2, 2, 2), 2)]
     for shape, micro in [*((shape, 1) for shape in MESHES), *cases]:
         keys = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape, strict=True))
         with monkeypatch.context() as patch:
             if shape == (1, 1, 1):
                 patch.setattr(jax, "device_count", lambda *_: 1)
             found = steps(opened(name, **{**config, **keys, "micro_batches": micro}))
-        np.testing.assert_allclose(found, want, rtol=2e-5, err_msg=f"{shape} {micro}")
+        where = f"{shape} {micro}"
+        np.testing.assert_allclose(found[0], want[0], rtol=2e-5, err_msg=where)
+        np.testing.assert_allclose(found[1], want[1], rtol=1e-4, atol=1e-5, err_msg=where)
 
 
 def steps(run, count=3):
-    """The losses and gradient norms of the first steps."""
+    """The losses and gradient norms of the first steps, and their rewards."""
     plan = runs.make_plan(run)
     with jax.set_mesh(run.mesh):
         params = runs.load_params(run)
         run.encode(params)
         state, frozen = runs.fresh_state(run, plan.tx, params), {}
-        step, stream, found = runs.make_step(run, plan), run.batches(), []
+        step, stream, found, rewards = runs.make_step(run, plan), run.batches(), [], []
         for _ in range(count):
             state, sums = step(state, frozen, place_batch(next(stream), run.mesh))
             found += [float(sums["loss"]), float(sums["grad_norm"])]
-    return found
+            rewards += [float(sums[f"rewards/{side}"]) for side in ("chosen", "rejected")]
+    return found, rewards

@@ -79,7 +79,7 @@ def test_t31_an_export_passes_with_its_weights(folder, make_config, tmp_path, ou
 
 def loaded(folder):
     subject = llm.open_subject(str(folder))
-    return subject, llm._load(subject)
+    return subject, llm.load_subject(subject)
 
 
 def round_trip(subject, params):

@@ -35,7 +35,7 @@ class Asked:
         self.subject = llm.open_subject(str(folder))
         self.cases = llm.make_cases(self.subject, 4096)
         self.oracle = llm._ask_transformers(self.subject, self.cases)
-        self.params = llm._load(self.subject)
+        self.params = llm.load_subject(self.subject)
 
     def figures(self, subject=None, params=None, cases=("near",)):
         """Figure / bound of every judged check; infinite where a bound of 0 is not met."""
@@ -151,7 +151,7 @@ def test_gate_and_up_the_other_way_round_fail(asked, monkeypatch):
         rules.append(Rule(mlp % name, path, "f d -> d f"))
     monkeypatch.setattr(llama, "RULES", tuple(rules))
     subject = llm.open_subject(str(asked.folder))
-    found = failed(asked.figures(subject, llm._load(subject)))
+    found = failed(asked.figures(subject, llm.load_subject(subject)))
     assert found >= NEAR
     assert llm.WEIGHT_DIGESTS not in found, "the table is consistent with itself, and wrong"
 

@@ -1,11 +1,14 @@
 """Sequence classifiers and reward models: a decoder whose head gives scores, not a vocabulary."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from jaxft.core.errors import UserError
 from jaxft.models import registry
+from jaxft.weights.adapters.peft_folder import is_adapter
 from jaxft.weights.folders.transformers import HEAD, TABLE, Source, open_source
 from jaxft.weights.rules import Rule
 from jaxft.weights.views import Drawn, Overlaid, Renamed
@@ -13,6 +16,7 @@ from jaxft.weights.views import Drawn, Overlaid, Renamed
 SCORE = "score.weight"
 SCORE_RULE = Rule(SCORE, "score.kernel", "c d -> d c")
 CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+ADAPTER_CONFIG = "classifier_config.json"  # config.json of a classifier, beside its adapter
 INPUT_TABLES = ("embed_tokens.weight", TABLE)  # names of the input table in files
 
 
@@ -75,6 +79,25 @@ def stated_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the label names of config.json by id. Without them transformers has two."""
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     return tuple(str(names[key]) for key in sorted(names, key=int))
+
+
+def adapter_labels(folder: str) -> tuple[str, ...]:
+    """Return the label names in ADAPTER_CONFIG beside an adapter, and () without this file.
+
+    PEFT's own files have no place for them. With a config.json transformers would take the folder
+    for a whole model.
+    Raises: UserError for a file that cannot be read.
+    """
+    file = Path(folder).expanduser() / ADAPTER_CONFIG
+    if not is_adapter(folder) or not file.is_file():
+        return ()
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} is not readable JSON ({error}); write it again, or delete it"
+        ) from None
+    return stated_labels(config) if isinstance(config, dict) and is_classifier(config) else ()
 
 
 def class_name(config: Mapping[str, Any]) -> str:

@@ -79,8 +79,8 @@ def _changes(job: Job, part: Part) -> dict[str, Callable[[int, np.ndarray], np.n
         names = [f"{path}.lora_{x}" for x in "abm"]
         factors = [transfer.to_host(job.params[name]) for name in names if name in job.leaves]
         stacked = job.leaves[f"{path}.kernel"].stacked
-        factor = ranks.path_scale(cfg, path, len(factors[0]) if stacked else 0)
-        changes[f"{path}.kernel"] = partial(_merged_layer, factors, factor, stacked)
+        scales = ranks.scales(cfg, path, len(factors[0]) if stacked else 0)
+        changes[f"{path}.kernel"] = partial(_merged_layer, factors, scales, stacked)
     for path in job.leaves if part.rows else ():
         if path.endswith(peft.TOKENS):
             rows = transfer.to_host(job.params[path])
@@ -97,10 +97,10 @@ def _with_rows(ids: tuple[int, ...], rows: np.ndarray, _: int, table: np.ndarray
 
 
 def _merged_layer(
-    factors: list[np.ndarray], factor: float, stacked: bool, i: int, kernel: np.ndarray
+    factors: list[np.ndarray], scales: list[float], stacked: bool, i: int, kernel: np.ndarray
 ) -> np.ndarray:
     a, b, *m = [one[i] for one in factors] if stacked else factors
-    return lora.merged(kernel, a, b, m[0] if m else None, factor)
+    return lora.merged(kernel, a, b, m[0] if m else None, scales[i if stacked else 0])
 
 
 def write_adapter(job: Job, files: SideFiles, kind: str = "CAUSAL_LM") -> None:

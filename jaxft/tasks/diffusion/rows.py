@@ -252,7 +252,7 @@ def encode(
     params: Params,
     chosen: set[str],
     sets: Sequence[PictureRows],
-    initial: Callable[[], Params],
+    initial: Callable[[set[str]], Params],
 ) -> None:
     """Store the moments of all pictures and, unless a text encoder trains, all embeddings.
 

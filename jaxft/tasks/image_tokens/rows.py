@@ -189,7 +189,7 @@ def encode(
     params: Params,
     chosen: set[str],
     sets: Sequence[CodeRows],
-    initial: Callable[[], Params],
+    initial: Callable[[set[str]], Params],
 ) -> None:
     """Encode all pictures that the cache lacks, and print the quality of the tokenizer alone."""
     if not sets:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE
 from jaxft.models.decoders import gguf
-from jaxft.models.decoders.classifier import class_name
+from jaxft.models.decoders.classifier import ADAPTER_CONFIG, class_name
 from jaxft.tasks import Job, Writer
 from jaxft.tasks.common import writers
 from jaxft.tasks.llm.opened import eos_ids
@@ -77,7 +77,10 @@ def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
 
 def _write_adapter(job: Job) -> None:
     kind = "SEQ_CLS" if job.opened.labels else "CAUSAL_LM"
-    writers.write_adapter(job, side_files(job, {""}), kind)
+    files = side_files(job, {""})
+    writers.write_adapter(job, files, kind)
+    if job.opened.labels:
+        writers.copy({ADAPTER_CONFIG: files["config.json"]}, job.folder)
 
 
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.file_type

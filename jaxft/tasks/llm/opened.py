@@ -20,7 +20,13 @@ from jaxft.data.text.labelled import labels_in
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.kernels.quantised.nf4 import DYNAMIC_VALUES, NF4_VALUES
 from jaxft.models import registry
-from jaxft.models.decoders.classifier import SCORE_RULE, open_classifier, stated_labels
+from jaxft.models.decoders.classifier import (
+    ADAPTER_CONFIG,
+    SCORE_RULE,
+    adapter_labels,
+    open_classifier,
+    stated_labels,
+)
 from jaxft.models.decoders.config import DecoderConfig
 from jaxft.models.decoders.files import open_decoder
 from jaxft.models.decoders.gguf import gguf_architecture
@@ -63,9 +69,10 @@ class OpenedDecoder:
         check_preference(cfg, self.options)
         nf4 = self.options.base == NF4_BASE
         opener: Any = partial(open_decoder, nf4=nf4)
+        names: tuple[str, ...] = ()
         if self.options.scored:
             known = partial(labels_in, cfg.data.train, self.options.columns)
-            names = self.options.label_names
+            names = self._label_names(cfg)
             opener = partial(open_classifier, labels=names, seed=cfg.seed, known=known, nf4=nf4)
         opened = open_adapted(
             cfg.model,
@@ -79,7 +86,7 @@ class OpenedDecoder:
         self.model_cfg = self.architecture.config(self.source.config, "config.json")
         self.labels: tuple[str, ...] = ()
         if self.options.scored:
-            self.labels = self.options.label_names or stated_labels(self.source.config)
+            self.labels = names or stated_labels(self.source.config)
             size = len(self.labels)
             self.model_cfg = dataclasses.replace(self.model_cfg, num_labels=size, tied=True)
         part = self.architecture.part(self.source, self.model_cfg)
@@ -148,6 +155,20 @@ class OpenedDecoder:
                 f"trainable={cfg.trainable!r} leaves the new head as it was drawn; leave it empty,"
                 r" or add |score\..* to it"
             )
+
+    def _label_names(self, cfg: Config) -> tuple[str, ...]:
+        """Return the names of the scores by the config, or by an adapter that training continues.
+
+        Raises: UserError if both name them, and differ.
+        """
+        asked, folder = self.options.label_names, cfg.lora.from_ or cfg.model
+        own = adapter_labels(folder)
+        if self.options.pairs or not own or not asked or asked == own:
+            return asked or own
+        raise UserError(
+            f"config key labels={self.options.labels!r}, but {folder}/{ADAPTER_CONFIG} has"
+            f" {','.join(own)} in id2label; leave labels out"
+        )
 
     @property
     def router_loss(self) -> float | None:

@@ -27,6 +27,8 @@ class PreferenceKeys:
     smoothing: share of swapped labels, of dpo, robust and sigmoid_norm.
     sft: weight of the mean loss of the chosen answer, in the DPO family.
     center: weight of the squared sum of both rewards, of a reward model.
+    desirable: weight of the good answers of KTO (1.0).
+    undesirable: weight of the bad answers of KTO (1.0).
     """
 
     beta: float = 0.0
@@ -34,6 +36,8 @@ class PreferenceKeys:
     smoothing: float = 0.0
     sft: float = 0.0
     center: float = 0.0
+    desirable: float = 0.0
+    undesirable: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +100,8 @@ class LLMOptions:
             "smoothing": SMOOTHED,
             "sft": DPO_FAMILY,
             "center": ("reward",),
+            "desirable": ("kto",),
+            "undesirable": ("kto",),
         }
         for key, value in dataclasses.asdict(keys).items():
             if value and name not in used[key]:
@@ -203,9 +209,4 @@ def check_preference(cfg: Config, options: LLMOptions) -> None:
         raise UserError(
             f"batch_size={cfg.batch_size} is too small for objective=kto, whose baseline is a mean"
             " over the batch; give at least 2"
-        )
-    if name == "kto" and cfg.micro_batches > 1:
-        raise UserError(
-            f"micro_batches={cfg.micro_batches} does not go with objective=kto, whose baseline is"
-            " a mean over the whole batch; set micro_batches=1"
         )

@@ -40,6 +40,7 @@ def make_preference(opened: OpenedDecoder, width: int, per_row: int) -> Preferen
     room, cost = 2 * options.seq_len, flops(opened.model_cfg, options.seq_len)
     tokens = NextToken(opened.dtype, room, width, per_row=2 * per_row, token_flops=cost)
     numbers = beta, margin, keys.smoothing, keys.sft, keys.center
+    numbers = *numbers, keys.desirable or 1.0, keys.undesirable or 1.0
     return Preference(tokens, PreferenceRule(options.objective, *numbers))
 
 
@@ -78,17 +79,17 @@ def encode(
     params: Params,
     chosen: set[str],
     sets: Sequence[Any],
-    initial: Callable[[], Params],
+    initial: Callable[[set[str]], Params],
 ) -> None:
     """Give every pair the log-probabilities that the model had before step 0.
 
     They are computed once, and kept in the folder `cache` by the content of pairs and weights. A
-    resumed run reads them, so that training holds no second copy of the weights.
+    resumed run reads them, so that neither its start nor its training holds a second copy of the
+    weights.
     """
     if not opened.options.stores_reference or not sets:
         return
-    first = initial()
-    store = _open_store(opened, first) if opened.options.cache else None
+    store = _open_store(opened, chosen, initial) if opened.options.cache else None
     mesh = jax.sharding.get_mesh()
     for rows in sets:
         keys = [rows.data.key(i) for i in range(len(rows))]
@@ -96,6 +97,7 @@ def encode(
         if jax.process_count() > 1:  # all processes compute together what one of them lacks
             lacking = np.any(multihost_utils.process_allgather(lacking), axis=0)
         todo = np.flatnonzero(lacking).tolist()
+        first = initial(set(params)) if todo else {}
         for ids, values in score_pairs(opened, rows, first, todo, mesh) if todo else ():
             rows.reference[ids] = values
             if store is not None:
@@ -115,13 +117,24 @@ def encode(
         store.close()
 
 
-def _open_store(opened: OpenedDecoder, first: Params) -> ArrayCache:
-    """Return the cache of these weights. New adapters do not count: their update is zero."""
+def _open_store(
+    opened: OpenedDecoder, chosen: set[str], initial: Callable[[set[str]], Params]
+) -> ArrayCache:
+    """Return the cache of the weights of step 0. New adapters do not count: their update is zero.
+
+    Weights that train are read again one after the other. Drawn ones are all drawn at once.
+    """
     leaves = describe(opened.template)
     continued = opened.adapter is not None
-    counted = {path: x for path, x in first.items() if continued or not leaves[path].added}
+    counted = {path for path, leaf in leaves.items() if continued or not leaf.added}
+    single = {path for path in counted & chosen if not leaves[path].added}
+    single = single if opened.cfg.init == "pretrained" else set()
+    names = {}
+    for some in (counted - single, *({path} for path in sorted(single))):
+        names |= {path: fingerprint({path: x}, ("",)) for path, x in initial(some).items()}
     scale = opened.cfg.lora if continued else None
-    name = fingerprint(counted, ("",), opened.model_cfg, str(opened.dtype), scale)
+    more = sorted(names.items()), opened.model_cfg, str(opened.dtype), scale
+    name = fingerprint({}, ("",), *more)
     return ArrayCache(opened.options.cache, f"reference {name}", jax.process_index())
 
 

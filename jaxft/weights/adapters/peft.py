@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
-from jaxft.core.params import ADAPTER_ROLE, Leaf
+from jaxft.core.params import ADAPTER_ROLE, SCALE_ROLE, Leaf
 from jaxft.weights.adapters.peft_folder import (
     ADAPTER_STEM,
     BASE,
@@ -23,7 +23,7 @@ from jaxft.weights.adapters.peft_folder import (
     PeftAdapter,
     base_name,
 )
-from jaxft.weights.adapters.ranks import AdapterSize, parse_layers, sizes
+from jaxft.weights.adapters.ranks import AdapterSize, parse_layers, scales, sizes
 from jaxft.weights.files.tensor_files import write_sharded
 from jaxft.weights.folders.transformers import HEAD
 from jaxft.weights.rules import Entry, to_jax, to_torch
@@ -263,6 +263,10 @@ def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[s
         for path, leaf in leaves.items()
         if leaf.role == ADAPTER_ROLE
     }
+    for path, leaf in leaves.items():
+        if leaf.role == SCALE_ROLE:
+            linear = path.removesuffix(".lora_s")
+            arrays[path] = np.array(scales(adapter.lora, linear, *leaf.shape), np.float32)
     have = set(adapter.tensors.keys())
     for entry, path in token_rows(part, leaves):
         key = part.named(entry.keys[0]).removesuffix(".weight") + TOKEN_DELTA

@@ -44,23 +44,12 @@ def sizes(cfg: Lora, path: str, layers: int) -> list[AdapterSize]:
     ]
 
 
-def path_scale(cfg: Lora, path: str, layers: int) -> float:
-    """Return the scale of a projection's adapters.
-
-    Raises: UserError if it differs by layer.
-    """
-    found = {
-        scale(replace(cfg, rank=size.rank, alpha=size.alpha))
+def scales(cfg: Lora, path: str, layers: int) -> list[float]:
+    """Return the scale of the adapter of each layer of a projection, 0 for a layer without one."""
+    return [
+        scale(replace(cfg, rank=size.rank, alpha=size.alpha)) if size.rank else 0.0
         for size in sizes(cfg, path, layers)
-        if size.rank
-    }
-    if len(found) > 1:
-        shown = ", ".join(f"{one:g}" for one in sorted(found))
-        raise UserError(
-            f"lora.ranks={cfg.ranks!r} gives the layers of {path} the scales {shown}; give their"
-            " alphas such that alpha / rank is the same in all, as in REGEX=4/8, REGEX=8/16"
-        )
-    return found.pop() if found else 0.0
+    ]
 
 
 def parse_ranks(cfg: Lora) -> list[tuple[str, AdapterSize]]:

@@ -99,6 +99,26 @@ def test_b5_a_resumed_run_reads_the_reference_of_step_0(flags, tmp_path, capsys,
     assert interrupted.timeless(resumed) == interrupted.timeless(whole)
 
 
+def test_b5_a_resumed_run_loads_no_second_copy_of_its_weights(flags, tmp_path, monkeypatch):
+    """They are read one by one, to ask the cache of the reference for their name."""
+    place, changes = tmp_path / "run", {"lora.rank": 0, "export.kind": "none"}
+    assert train.main(flags(place, **changes)) == 0
+    shutil.rmtree(place / "checkpoints" / "6")
+    load, read = opening.load_params, []
+
+    def counted(run, wanted=None):
+        read.append(set(wanted))
+        return load(run, wanted)
+
+    monkeypatch.setattr(opening, "load_params", counted)
+    assert train.main(flags(place, **changes)) == 0
+    assert max(map(len, read)) == 1 and len(set.union(*read)) == len(read) > 8
+    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(place / "checkpoints" / "6")
+    assert train.main(flags(place, **changes)) == 0
+    assert set.union(*read[:-1]) == read[-1], "it computes the reference from all of them"
+
+
 def test_a_resumed_run_draws_the_parts_of_a_mixture_by_their_shares(flags, tmp_path, capsys):
     other = write(tmp_path / "other.jsonl", records(8)[2:])
     mixed = {"data.train": f"0.75*{tmp_path / 'rows.jsonl'} + 0.25*{other}", "total": "4_steps"}
@@ -176,7 +196,10 @@ def test_b11_a_fall_of_the_chosen_answers_is_said(flags, tmp_path, capsys):
         ({"objective": "sft", "preference.beta": 0.2}, "preference.beta=0.2 is not used"),
         ({"lora.dropout": 0.1}, "lora.dropout=0.1 does not go with objective=dpo"),
         ({"objective": "kto", "batch_size": 1}, "batch_size=1 is too small for objective=kto"),
-        ({"objective": "kto", "micro_batches": 2}, "micro_batches=2 does not go with"),
+        (
+            {"preference.undesirable": 2.0},
+            "preference.undesirable=2.0 is not used by objective=dpo",
+        ),
         ({"objective": "kto"}, "rows.jsonl:1: found the fields"),
         ({"objective": "sft"}, "set objective=dpo"),
     ],

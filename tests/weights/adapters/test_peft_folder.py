@@ -66,7 +66,7 @@ def plain(folder, tmp_path_factory):
 
 def opened(place):
     subject = llm.open_subject(str(place))
-    return subject, llm._load(subject)
+    return subject, llm.load_subject(subject)
 
 
 def logits(subject, params):

@@ -44,10 +44,10 @@ def test_the_first_entry_that_matches_decides():
 
 
 def test_scales_are_those_of_each_size():
-    assert ranks.path_scale(CFG, "layers.o_proj", 3) == 2.0
-    assert ranks.path_scale(Lora(4, 8.0, ".*", True, ranks=".*b=16"), "b", 0) == 2.0
-    with pytest.raises(UserError, match=r"layers of layers\.q_proj the scales 2, 4; give their"):
-        ranks.path_scale(Lora(4, 8.0, ".*", ranks=r"layers\.1\.q_proj=2"), "layers.q_proj", 3)
+    assert ranks.scales(CFG, "layers.o_proj", 3) == [2.0] * 3
+    assert ranks.scales(Lora(4, 8.0, ".*", True, ranks=".*b=16"), "b", 0) == [2.0]
+    by_layer = Lora(4, 8.0, ".*", ranks=r"layers\.1\.q_proj=2", layers="1-2")
+    assert ranks.scales(by_layer, "layers.q_proj", 3) == [0.0, 4.0, 2.0]
 
 
 @pytest.mark.parametrize(

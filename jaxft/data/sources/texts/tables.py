@@ -14,7 +14,8 @@ from jaxft.data.sources.texts.joined import JoinedRecords
 class TableRecords:
     """Records of one table file. Columns of bytes, such as pictures, are left out.
 
-    The numbers of a `ClassLabel` column of Hugging Face datasets are replaced by their names.
+    The numbers of a `ClassLabel` column of Hugging Face datasets are replaced by their names. A
+    column of structs has the fields of all rows. Those that are null in a row are left out of it.
     """
 
     def __init__(self, spec: str, file: TableFile):
@@ -29,7 +30,8 @@ class TableRecords:
         return len(self._file)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._file.cells(self._names, index)
+        cells = self._file.cells(self._names, index)
+        record = {name: _without_nulls(value) for name, value in cells.items()}
         for name, classes in self._class_names.items():
             if isinstance(value := record.get(name), int):
                 record[name] = classes[value] if 0 <= value < len(classes) else None
@@ -40,6 +42,13 @@ class TableRecords:
 
     def where(self, index: int) -> str:
         return f"{self._file.path} row {index}"
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a cell without the null fields of its structs, such as those of other rows' tools."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _has_bytes(kind: Any) -> bool:

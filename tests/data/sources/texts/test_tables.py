@@ -45,6 +45,26 @@ def test_parquet_gives_rows_of_any_row_group(tmp_path):
         assert list(pool.map(records.__getitem__, [*range(10)] * 9)) == ROWS * 9
 
 
+def test_structs_lack_the_fields_of_other_rows(tmp_path):
+    """A column of tools has the parameters of all tools, null where a tool has none."""
+
+    def tool(name, **properties):
+        inner = {"type": "object", "properties": properties, "required": [*properties]}
+        return {"type": "function", "function": {"name": name, "parameters": inner}}
+
+    place, number = {"type": "string", "enum": ["a", "b"]}, {"type": "number"}
+    rows = [
+        {"tools": [tool("weather", city=place)], "text": "a"},
+        {"tools": [tool("sum", x=number, y=number), tool("now")], "text": None},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    saved(tmp_path / "set", pa.Table.from_pylist(rows))
+    for spec in (tmp_path / "a.parquet", tmp_path / "set"):
+        records = open_records(str(spec))
+        assert [records[i] for i in range(2)] == rows
+    assert pq.read_table(tmp_path / "a.parquet").to_pylist() != rows, "they hold nulls"
+
+
 def test_a_row_reads_its_row_group_once(tmp_path, monkeypatch):
     file = tmp_path / "a.parquet"
     pq.write_table(TABLE, file, row_group_size=5)

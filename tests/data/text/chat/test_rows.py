@@ -11,6 +11,7 @@ from jaxft.data.text.chat.format import open_chat
 from jaxft.data.text.chat.records import Conversation
 from jaxft.data.text.chat.rows import encode_rendered
 from jaxft.data.text.chat.spans import find_answers
+from jaxft.data.text.packing import collate_rows
 from jaxft.tasks.common.tokenizers import load_tokenizer
 from jaxft.weights.folders.transformers import open_source
 from tests.conftest import CHATML
@@ -94,6 +95,22 @@ def test_messages_pairs_sharegpt_and_alpaca_give_the_same_ids():
         for index in range(len(rows)):
             assert other[index].tokens.tolist() == first[index].tokens.tolist()
             assert other[index].weights.tolist() == first[index].weights.tolist()
+
+
+def test_a10_every_trained_token_has_the_weight_1_whatever_its_conversation():
+    """A long conversation thus counts more than a short one, and a batch is one average."""
+    chat = chatml()
+    talks = [[user("a"), answer("b" * length)] * (1 + length % 3) for length in (1, 5, 30)]
+    rows = [load([{"messages": talk}], chat)[0] for talk in talks]
+    counts = []
+    for talk, row in zip(talks, rows, strict=True):
+        assert set(row.weights.tolist()) == {0.0, 1.0}
+        contents = [len(chat.tokenizer(m["content"])["input_ids"]) for m in talk[1::2]]
+        counts.append(sum(contents) + len(contents))  # and a stop token each
+    together = load([{"messages": talk} for talk in talks], chat)
+    batch = collate_rows([[together[i] for i in range(3)]], 256, 1)
+    assert [row.weights.sum() for row in rows] == counts
+    assert batch["weights"].sum() == sum(counts) and counts[0] < counts[1] < counts[2]
 
 
 def test_without_a_format_pairs_stay_plain_and_text_is_never_a_turn():

@@ -1,0 +1,1 @@
+"""Certificates of decoders with another head than that of the vocabulary."""
