@@ -107,15 +107,17 @@ def bind(template: Module, params: Mapping[str, Any], dtype: Any = None) -> Modu
 
     It is plain Python, so that it can be called inside a traced function. dtype: the dtype of the
     parameters in the module, None for that of each. Arrays that hold one in fewer bits keep theirs.
+    A parameter that `params` lacks stays that of the template, which is abstract: a module may be
+    traced without the parameters that it does not read.
     """
     if dtype is not None:
-        leaves = describe(template)
         params = {
             path: params[path] if leaf.packed else params[path].astype(dtype)
-            for path, leaf in leaves.items()
+            for path, leaf in describe(template).items()
+            if path in params
         }
     places, treedef = jax.tree_util.tree_flatten_with_path(template)
-    return treedef.unflatten([params[dotted(path)] for path, _ in places])
+    return treedef.unflatten([params.get(dotted(path), leaf) for path, leaf in places])
 
 
 def select(pattern: str, paths: Mapping[str, Any], key: str = "trainable") -> set[str]:
