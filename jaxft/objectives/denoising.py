@@ -26,9 +26,9 @@ LATENT, NOISE, TIME, DROP, OFFSET, ADAPTER, PICTURE = range(7)
 class Denoising:
     """Prediction of a noise process's target by a latent diffusion model.
 
-    empty_ids: int32 [E, T], the token ids of the empty caption. empty_text: its embedding [1, T, D],
-    None to encode it by the text encoders. unread: as in `tasks.Objective`. dropout: adapters use
-    dropout. image_flops: FLOPs of a forward pass, an image.
+    empty_ids: int32 [E, T], the token ids of the empty caption. empty_text: its embedding
+    [1, T, D], None to encode it by the text encoders. unread: as in `tasks.Objective`. dropout:
+    adapters use dropout. image_flops: FLOPs of a forward pass, an image.
     """
 
     cfg: AnyConfig
