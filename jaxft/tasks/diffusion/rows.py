@@ -331,7 +331,7 @@ class Encoders:
         self.mesh = one_device_mesh()
         device = self.mesh.devices.flat[0]
         self.params = {
-            path: jax.device_put(to_host(x), device)
+            path: jax.device_put(x if x.devices() == {device} else to_host(x), device)
             for path, x in params.items()
             if path.startswith(("vae.", "text_encoder"))
         }
