@@ -44,7 +44,8 @@ def to_diffusers(kind, file):
     elif kind == "flux":
         made = converter(16)(file)
     elif kind == "flux2":
-        made = stock.convert_flux2_transformer_checkpoint_to_diffusers(file)
+        bare = {key.removeprefix("model.diffusion_model."): x for key, x in file.items()}
+        made = stock.convert_flux2_transformer_checkpoint_to_diffusers(bare)
     else:
         made = stock.convert_z_image_transformer_checkpoint_to_diffusers(file)
     return {key: x.numpy() for key, x in made.items()}
