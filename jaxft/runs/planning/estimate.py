@@ -24,7 +24,7 @@ SCOPES = ("vocabulary_loss", "attention", "optimizer")  # jax.named_scope of ker
 class DeviceMemory(NamedTuple):
     """Bytes of one device.
 
-    parameters: trained and frozen ones. optimizer: moments and averages. batch: its rows.
+    parameters: trained ones, and frozen ones that a step reads. optimizer: moments and averages. batch: its rows.
     temporaries: gradients, saved activations and scratch space. limit: 0 where it is not known.
     """
 

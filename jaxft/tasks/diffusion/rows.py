@@ -207,8 +207,9 @@ def batch_shapes(
 
 def planned(opened: OpenedPipeline) -> Planned:
     """Return square pictures of `resolution`, cached as `encode` would."""
-    cfg, options = opened.cfg, opened.options
-    trained = select(cfg.trainable, describe(opened.template)) if cfg.trainable else ()
+    cfg, options, leaves = opened.cfg, opened.options, describe(opened.template)
+    added = {path for path, leaf in leaves.items() if leaf.added}
+    trained = select(cfg.trainable, leaves) if cfg.trainable else added
     cached, text_trains = bool(options.cache), any(p.startswith("text_encoder") for p in trained)
     moments = cached and opened.model_cfg.conditioning == NOTHING
     size = (options.resolution, options.resolution)
