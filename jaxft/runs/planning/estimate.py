@@ -24,8 +24,9 @@ SCOPES = ("vocabulary_loss", "attention", "optimizer")  # jax.named_scope of ker
 class DeviceMemory(NamedTuple):
     """Bytes of one device.
 
-    parameters: trained ones, and frozen ones that a step reads. optimizer: moments and averages. batch: its rows.
-    temporaries: gradients, saved activations and scratch space. limit: 0 where it is not known.
+    parameters: trained ones, and frozen ones that a step reads. optimizer: moments and averages.
+    batch: its rows. temporaries: gradients, saved activations and scratch space. limit: 0 where it
+    is not known.
     """
 
     parameters: int

@@ -120,3 +120,17 @@ def test_a_parameter_that_is_not_there_cannot_be_read(tmp_path):
     ids = np.zeros((1, *run.opened.ids_shape), np.int32)
     with pytest.raises(TypeError, match="ShapeDtypeStruct"):
         bind(run.opened.template, some).encode_text(ids, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "encoded"),
+    [({}, False), (LORA, False), ({**LORA, "lora.targets": r"text_encoder\..*q_proj"}, True)],
+)
+def test_a_plan_holds_the_encoders_where_they_train(tmp_path, changes, encoded):
+    make_pipeline(tmp_path, "sd").save_pretrained(tmp_path / "folder")
+    data = make_pictures(tmp_path / "pictures")
+    changes = {**changes, "cache": tmp_path / "cache", "caption_dropout": 0.1}
+    run = runs.open_run(make_config(tmp_path / "folder", data, changes))
+    plan = run.task.plan(run.opened)
+    assert ("ids" in plan.shapes, "text_encoder" not in plan.unread) == (encoded, encoded)
+    assert (plan.empty_text is None) == encoded and "vae.encoder." in plan.unread
