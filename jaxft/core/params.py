@@ -107,8 +107,18 @@ def bind(template: Module, params: Mapping[str, Any], dtype: Any = None) -> Modu
 
     It is plain Python, so that it can be called inside a traced function. dtype: the dtype of the
     parameters in the module, None for that of each. Arrays that hold one in fewer bits keep theirs.
-    A parameter that `params` lacks stays that of the template, which is abstract: a module may be
-    traced without the parameters that it does not read.
+    Raises KeyError for a parameter that `params` lacks.
+    """
+    if gone := flatten(template).keys() - params.keys():
+        raise KeyError(min(gone))
+    return bind_some(template, params, dtype)
+
+
+def bind_some(template: Module, params: Mapping[str, Any], dtype: Any = None) -> Module:
+    """Return `bind` for a function that does not read every parameter.
+
+    One that `params` lacks stays that of the template. It is abstract, so that its use fails while
+    the function is traced.
     """
     if dtype is not None:
         params = {

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxft.core import optim
 from jaxft.core.guards.faults import with_nan
 from jaxft.core.guards.stopping import STOP_FLAG
-from jaxft.core.params import Leaf, Params, bind
+from jaxft.core.params import Leaf, Params, bind_some
 from jaxft.core.runtime import compiler_options
 from jaxft.core.sharding import constrain, replicated
 
@@ -94,6 +94,8 @@ def make_step(
 ) -> Any:
     """Return `step(state, frozen, batch) -> state, metrics`, jitted. It donates `state`.
 
+    `frozen` may lack parameters that the loss does not read.
+
     Metrics are fp32 scalars: `loss` (sum / weight over the whole global batch), `grad_norm`
     (before clipping), `lr`, `weight`, and the task's sums divided by the weight. If the batch has
     STOP_FLAG, its maximum over the rows of all processes is among them, as int32.
@@ -104,7 +106,7 @@ def make_step(
 
     def gradients(state: State, frozen: Params, batch: Batch, keys: jax.Array) -> tuple:
         def objective(trained: Params) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-            model = bind(template, {**frozen, **trained}, spec.compute_dtype)
+            model = bind_some(template, {**frozen, **trained}, spec.compute_dtype)
             (total, weight), metrics = loss(model, batch, keys, state.step)
             return total, (weight, metrics)
 

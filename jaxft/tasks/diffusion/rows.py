@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxft.core.errors import UserError
-from jaxft.core.params import Params, bind, describe, select
+from jaxft.core.params import Params, bind_some, describe, select
 from jaxft.core.sharding import one_device_mesh
 from jaxft.data.cache import ArrayCache, fill
 from jaxft.data.images.buckets import BucketBatches, Size, bucket_loader
@@ -338,10 +338,10 @@ class Encoders:
         }
 
         def encode_pictures(params: Params, pixels: Any) -> Any:
-            return bind(template, params, dtype).vae.encode(to_float(pixels).astype(dtype))
+            return bind_some(template, params, dtype).vae.encode(to_float(pixels).astype(dtype))
 
         def encode_texts(params: Params, ids: Any) -> Any:
-            return bind(template, params, dtype).encode_text(ids, dtype=dtype)
+            return bind_some(template, params, dtype).encode_text(ids, dtype=dtype)
 
         # Functions without `self`, which the cache of jax.jit would hold with its parameters.
         self._moments, self._texts = jax.jit(encode_pictures), jax.jit(encode_texts)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxft import train
-from jaxft.core.params import bind
+from jaxft.core.params import bind, bind_some
 from jaxft.runs.compiling import Compiled
 from tests import whole as runs
 from tests.tiny_diffusion import flags_of, make_config, make_pictures
@@ -119,7 +119,7 @@ def test_a_parameter_that_is_not_there_cannot_be_read(tmp_path):
     some = {path: x for path, x in params.items() if path.startswith("unet.")}
     ids = np.zeros((1, *run.opened.ids_shape), np.int32)
     with pytest.raises(TypeError, match="ShapeDtypeStruct"):
-        bind(run.opened.template, some).encode_text(ids, dtype=np.float32)
+        bind_some(run.opened.template, some).encode_text(ids, dtype=np.float32)
 
 
 @pytest.mark.parametrize(
