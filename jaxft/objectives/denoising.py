@@ -126,11 +126,10 @@ class Denoising:
         Where embeddings are cached, no text encoder trains, and that of the empty caption is among
         them.
         """
-        if self.empty_text is None:
+        made = self.empty_text
+        if made is None:
             empty = jnp.asarray(self.empty_ids)[None]
             made = model.encode_text(empty, dtype=self.dtype)
-        else:  # as a value that the compiler does not know, so that it fuses what it always does
-            made = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, self.empty_text))
         return zeroed(made) if self.cfg.zero_null else made
 
 
