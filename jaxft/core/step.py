@@ -94,8 +94,6 @@ def make_step(
 ) -> Any:
     """Return `step(state, frozen, batch) -> state, metrics`, jitted. It donates `state`.
 
-    `frozen` may lack parameters that the loss does not read.
-
     Metrics are fp32 scalars: `loss` (sum / weight over the whole global batch), `grad_norm`
     (before clipping), `lr`, `weight`, and the task's sums divided by the weight. If the batch has
     STOP_FLAG, its maximum over the rows of all processes is among them, as int32.

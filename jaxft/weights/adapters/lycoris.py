@@ -16,7 +16,7 @@ from jaxft.weights.views import InMemory, Overlaid, Renamed
 
 METHODS = ("lora_mid.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")  # a piece that names the method
 
-Arrays = Mapping[str, np.ndarray]
+Pieces = Mapping[str, np.ndarray]
 
 
 class Update(NamedTuple):
@@ -66,7 +66,7 @@ def as_lora(file: str, tensors: Tensors, inputs: Mapping[str, tuple[int, ...]]) 
     return Overlaid(Renamed(tensors, kept), InMemory(made))
 
 
-def _update(arrays: Arrays, inputs: tuple[int, ...]) -> Update:
+def _update(arrays: Pieces, inputs: tuple[int, ...]) -> Update:
     if "lora_mid.weight" in arrays:
         b, a = arrays["lora_up.weight"], arrays["lora_down.weight"]
         b, a = b.reshape(len(b), -1), a.reshape(len(a), -1)
@@ -85,7 +85,7 @@ def _times_core(core: np.ndarray, low: np.ndarray) -> np.ndarray:
     return np.einsum("ij...,jc->ic...", core, low)
 
 
-def _hadamard(arrays: Arrays) -> Update:
+def _hadamard(arrays: Pieces) -> Update:
     """LoHa: (B1 A1) * (B2 A2). Ranks are the pairs of ranks of both."""
     factors = []
     for i in ("1", "2"):
@@ -99,7 +99,7 @@ def _hadamard(arrays: Arrays) -> Update:
     return Update(b, a, len(a1))
 
 
-def _kronecker(arrays: Arrays, inputs: tuple[int, ...]) -> Update:
+def _kronecker(arrays: Pieces, inputs: tuple[int, ...]) -> Update:
     """LoKr: W1 x W2 of Kronecker, where W2 = B2 A2 gives B = W1 x B2 and A = I x A2."""
     ranks = [len(arrays[name]) for name in ("lokr_w1_b", "lokr_w2_b") if name in arrays]
     w1 = arrays["lokr_w1"] if "lokr_w1" in arrays else arrays["lokr_w1_a"] @ arrays["lokr_w1_b"]
