@@ -189,12 +189,13 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests, wrap: Wrap)
         watch = Watch(run, data, objective, preview, workdir, watchdog, total=total, start=start)
         shapes = data.train.spec(rows) if start < total else ()
         specs = (stop.mark(abstract_batch(shape, mesh), mesh) for shape in shapes)
-        step_fn.prepare(state, frozen, *specs)
+        read = states.read_by(objective, frozen)
+        step_fn.prepare(state, read, *specs)
         room.check(step_fn)
         if start == 0:
             best.after(0, watch.begin(states.model_params(frozen, state)).metrics)  # raises
         stop.busy, done, stopping = True, start, False
-        after, ended = None, best.over
+        after, ended, frozen = None, best.over, read  # others than `read` leave the devices here
         for step in range(start, total):
             if step > start and _due(step, every.eval):
                 after = watch.evaluate(step, states.model_params(frozen, state))
@@ -234,12 +235,11 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests, wrap: Wrap)
                 watch.look(done, states.model_params(frozen, state))
             raise Stopped(f"stopped at step {done} of {total}; the same command resumes")
         stop.busy = False
-        params = states.model_params(frozen, state)
+        params, shown = opening.completed(run, states.model_params(frozen, state)), total
         if total and (after is None or not ended):
             after = watch.evaluate(total, params)
             best = best if ended else best.after(total, after.metrics)
         watch.keep_best(best, saved, ended=total if ended else None)
-        shown = total
         if best.step not in (None, total):
             kept = states.best_params(run, plan, workdir, best.step, frozen)
             params, shown = (kept, best.step) if kept else (params, total)

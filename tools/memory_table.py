@@ -122,9 +122,10 @@ GiB of a step, and the smallest card of 8, 16, 24 or 80 GB on which a tenth stay
 more than 80 GB: divide the model over several devices ([scale.md](scale.md)).
 """
 TAIL = """
-The text encoders of a pipeline count too. They stay in memory while their embeddings are read from
-`cache`. SD 3 and FLUX.1 have T5 with 4.8 G parameters among them. A folder of SD 3 without T5 needs
-less ([diffusion.md](diffusion.md)). `base=nf4` is for language models only.
+The text encoders and the VAE of a pipeline do not count while steps read `cache`. They are in
+memory before the first step and for pictures ([diffusion.md](diffusion.md#what-is-in-memory)): T5
+of SD 3 and FLUX.1 alone has 4.8 G parameters. The rows of Stable Diffusion 1.5, SDXL and FLUX.1 were
+planned when they still stayed in memory, and count them. `base=nf4` is for language models only.
 
 {missing}`python tools/memory_table.py "SDXL"` plans the rows of a model.
 [adapters.md](adapters.md#a-quantised-base-qlora) has Llama 8B with a base in 8 and in 4 bits, and

@@ -108,15 +108,27 @@ def bind(template: Module, params: Mapping[str, Any], dtype: Any = None) -> Modu
 
     It is plain Python, so that it can be called inside a traced function. dtype: the dtype of the
     parameters in the module, None for that of each. Arrays that hold one in fewer bits keep theirs.
+    Raises KeyError for a parameter that `params` lacks.
+    """
+    if gone := flatten(template).keys() - params.keys():
+        raise KeyError(min(gone))
+    return bind_some(template, params, dtype)
+
+
+def bind_some(template: Module, params: Mapping[str, Any], dtype: Any = None) -> Module:
+    """Return `bind` for a function that does not read every parameter.
+
+    One that `params` lacks stays that of the template. It is abstract, so that its use fails while
+    the function is traced.
     """
     if dtype is not None:
-        leaves = describe(template)
         params = {
             path: params[path] if leaf.packed else params[path].astype(dtype)
-            for path, leaf in leaves.items()
+            for path, leaf in describe(template).items()
+            if path in params
         }
     places, treedef = jax.tree_util.tree_flatten_with_path(template)
-    return treedef.unflatten([params[dotted(path)] for path, _ in places])
+    return treedef.unflatten([params.get(dotted(path), leaf) for path, leaf in places])
 
 
 def select(pattern: str, paths: Mapping[str, Any], key: str = "trainable") -> set[str]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxft.core import optim
 from jaxft.core.guards.faults import with_nan
 from jaxft.core.guards.stopping import STOP_FLAG
-from jaxft.core.params import Leaf, Params, bind
+from jaxft.core.params import Leaf, Params, bind_some
 from jaxft.core.runtime import compiler_options
 from jaxft.core.sharding import constrain, replicated
 
@@ -116,7 +116,7 @@ def make_step(
 
     def gradients(state: State, frozen: Params, batch: Batch, keys: jax.Array) -> tuple:
         def objective(trained: Params) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-            model = bind(template, {**frozen, **trained}, spec.compute_dtype)
+            model = bind_some(template, {**frozen, **trained}, spec.compute_dtype)
             (total, weight), metrics = loss(model, batch, keys, state.step)
             return total, (weight, metrics)
 
@@ -129,7 +129,7 @@ def make_step(
         run = partial(gradients, state, frozen)
         plain = {name: x for name, x in batch.items() if name != STOP_FLAG}
         if measure is not None and spec.micro_batches > 1:
-            model = bind(template, {**frozen, **state.params}, spec.compute_dtype)
+            model = bind_some(template, {**frozen, **state.params}, spec.compute_dtype)
             plain[BATCH_MEANS] = _measured(partial(measure, model), plain, keys, spec.micro_batches)
         grads, total, weight, metrics = _accumulate(run, plain, keys, spec.micro_batches)
         total = with_nan(total, state.step)

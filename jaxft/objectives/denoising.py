@@ -26,14 +26,17 @@ LATENT, NOISE, TIME, DROP, OFFSET, ADAPTER, PICTURE = range(7)
 class Denoising:
     """Prediction of a noise process's target by a latent diffusion model.
 
-    empty_ids: int32 [E, T], the token ids of the empty caption. dropout: adapters use dropout.
-    image_flops: FLOPs of a forward pass, an image.
+    empty_ids: int32 [E, T], the token ids of the empty caption. empty_text: its embedding
+    [1, T, D], None to encode it by the text encoders. unread: as in `tasks.Objective`. dropout:
+    adapters use dropout. image_flops: FLOPs of a forward pass, an image.
     """
 
     cfg: AnyConfig
     process: NoiseProcess
     dtype: Any
     empty_ids: np.ndarray
+    empty_text: Text | None = None
+    unread: tuple[str, ...] = ()
     caption_dropout: float = 0.0
     noise_offset: float = 0.0
     dropout: bool = False
@@ -118,9 +121,15 @@ class Denoising:
         return model.encode_text(batch["ids"], dtype=self.dtype, keys=keys)
 
     def null(self, model: AnyPipeline) -> Text:
-        """Encode the empty caption [1, T, D] by the current weights of the text encoders."""
-        empty = jnp.asarray(self.empty_ids)[None]
-        made = model.encode_text(empty, dtype=self.dtype)
+        """Return the null caption [1, T, D], by the current weights of the text encoders.
+
+        Where embeddings are cached, no text encoder trains, and that of the empty caption is among
+        them.
+        """
+        made = self.empty_text
+        if made is None:
+            empty = jnp.asarray(self.empty_ids)[None]
+            made = model.encode_text(empty, dtype=self.dtype)
         return zeroed(made) if self.cfg.zero_null else made
 
 

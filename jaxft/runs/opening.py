@@ -112,6 +112,12 @@ def preview(run: Run, data: Data, params: Params, step: int) -> Preview:
     return run.task.preview(run.opened, data._replace(facts=facts))
 
 
+def completed(run: Run, params: Params) -> Params:
+    """Return all parameters: those given, and the frozen ones that no step reads, loaded again."""
+    missing = run.leaves.keys() - params.keys()
+    return {**params, **load_params(run, missing)} if missing else params
+
+
 def load_params(run: Run, wanted: set[str] | None = None) -> Params:
     """Import or initialise parameters (all, or those `wanted`), each in its final sharding.
 

@@ -14,8 +14,8 @@ from jaxft.core.optimizers.schedule_free import average
 from jaxft.core.params import Params, describe_trained
 from jaxft.core.step import State, init_state, state_shardings
 from jaxft.runs.checkpoint import Checkpoints, Damage
-from jaxft.runs.opening import Run, load_params
-from jaxft.tasks import Rows
+from jaxft.runs.opening import Run, completed, load_params
+from jaxft.tasks import Objective, Rows
 
 
 class Plan(NamedTuple):
@@ -98,8 +98,13 @@ def abstract_state(run: Run, tx: optax.GradientTransformation | None = None) -> 
     )
 
 
+def read_by(objective: Objective, frozen: Params) -> Params:
+    """Return the frozen parameters that a step reads. The others are loaded when they are asked."""
+    return {path: x for path, x in frozen.items() if not path.startswith(objective.unread)}
+
+
 def model_params(frozen: Params, state: State) -> Params:
-    """Return all parameters for evaluation, sampling and export, averaged where averages exist."""
+    """Return parameters for evaluation, sampling and export, averaged where averages exist."""
     return {**frozen, **(state.ema or average(state.opt, state.params) or state.params)}
 
 
@@ -126,7 +131,8 @@ def best_params(run: Run, plan: Plan, workdir: Path, step: int, frozen: Params) 
     """Return all parameters of a kept checkpoint. If it is damaged, say so and return None."""
     saved = Checkpoints(workdir)
     try:
-        return model_params(frozen, saved.restore(step, abstract_state(run, plan.tx))[0])
+        state = saved.restore(step, abstract_state(run, plan.tx))[0]
+        return completed(run, model_params(frozen, state))
     except Damage as damage:
         print(f"the checkpoint of step {step} is damaged ({damage}): the last step is exported")
         return None

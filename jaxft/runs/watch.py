@@ -20,7 +20,7 @@ from jaxft.core.metrics import MetricWriter, Throughput, table
 from jaxft.core.params import Params
 from jaxft.core.sharding import local_rows
 from jaxft.runs.checkpoint import Checkpoints
-from jaxft.runs.opening import Run
+from jaxft.runs.opening import Run, completed
 from jaxft.runs.pages.records import read_history
 from jaxft.runs.pages.report import REPORT, write_report
 from jaxft.runs.pages.samples import Samples
@@ -172,7 +172,7 @@ class Watch:
         """
         self.flush()
         self.writer.busy("evaluating")
-        report = self.preview.evaluate(params, self.run.mesh)
+        report = self.preview.evaluate(completed(self.run, params), self.run.mesh)
         self.writer.busy("")
         check_losses(report, f"step {step} of {self.workdir}")
         if report.metrics:
@@ -222,7 +222,7 @@ class Watch:
         """Print and write samples of the model before `step`'s update."""
         self.flush()
         self.writer.busy("sampling")
-        sampled = self.preview.sample(params)
+        sampled = self.preview.sample(completed(self.run, params))
         self.writer.busy("")
         self.note(sampled.text)
         for *given, made in sampled.rows:

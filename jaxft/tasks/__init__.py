@@ -103,6 +103,14 @@ class Objective(Protocol):
 
     unit: ClassVar[str]  # "tokens", "images"
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Beginnings of the paths of frozen parameters that `loss` does not read.
+
+        They are not on the device while steps run.
+        """
+        ...
+
     def loss(
         self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Metrics]:
@@ -143,13 +151,15 @@ class Planned:
 
     shapes: of the batch of all hosts. width: the longest part that varies (trained tokens, a
     prompt). per_row: the number of examples in a row. empty_ids: int32 [E, T], in place of the
-    empty caption.
+    empty caption. empty_text: its embedding, where a cache has it. unread: as in `Objective`.
     """
 
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     width: int = 0
     per_row: int = 1
     empty_ids: Any = None
+    empty_text: Any = None
+    unread: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return a number of examples for durations in epochs. The compiled step is the same."""

@@ -13,6 +13,7 @@ from jaxft.core.params import (
     NEW_TOKEN_ROLE,
     Leaf,
     bind,
+    bind_some,
     describe,
     describe_trained,
     flatten,
@@ -68,6 +69,17 @@ def test_flatten_and_bind_are_inverse(model):
     doubled = bind(template, {path: 2 * value for path, value in params.items()})
     for path, value in flatten(doubled).items():
         np.testing.assert_array_equal(value, 2 * params[path])
+
+
+def test_a_part_of_the_parameters_is_bound_for_a_function_that_reads_no_other(model):
+    template = jax.eval_shape(Model, jax.random.key(0))
+    some = {path: x for path, x in flatten(model).items() if path.startswith("out.")}
+    found = bind_some(template, some, jnp.bfloat16)
+    x = jnp.ones((1, 2, 3))
+    wanted = bind(template, flatten(model), jnp.bfloat16).out(x)
+    np.testing.assert_array_equal(found.out(x), wanted)
+    with pytest.raises(TypeError, match="ShapeDtypeStruct"):
+        jax.jit(lambda: found.layers.norm(x))()
 
 
 def test_bind_takes_extra_parameters_and_misses_none(model):

@@ -1,4 +1,4 @@
-"""Single files of SD 3, FLUX.1 and Z-Image: a transformer alone, or one with its other networks.
+"""Single files of SD 3, FLUX.1, FLUX.2 klein and Z-Image: a transformer, alone or with the others.
 
 Their tokenizers, configs and the networks that a file lacks are those of the diffusers folder in
 which the file lies.
@@ -20,9 +20,19 @@ from jaxft.weights.locate import INDEX
 from jaxft.weights.views import InMemory, Overlaid, Renamed, widened
 
 FLUX_VAE = "vae."  # ComfyUI expects it in a file of FLUX.1 and Z-Image
-# Families by the beginning of a key that only they have.
-FLOW_BLOCKS = {"joint_blocks.": "sd3", "double_blocks.": "flux", "noise_refiner.": "zimage"}
-FLOW_NAMES = {"sd3": "Stable Diffusion 3", "flux": "FLUX.1", "zimage": "Z-Image"}
+# Families by the beginning of a key that only they have, or that those before them lack.
+FLOW_BLOCKS = {
+    "joint_blocks.": "sd3",
+    "double_stream_modulation_img.": "flux2",
+    "double_blocks.": "flux",
+    "noise_refiner.": "zimage",
+}
+FLOW_NAMES = {
+    "sd3": "Stable Diffusion 3",
+    "flux": "FLUX.1",
+    "flux2": "FLUX.2 klein",
+    "zimage": "Z-Image",
+}
 # The beginnings of a text encoder's keys, as Stability AI and ComfyUI write them.
 _CLIP_L = "text_encoders.clip_l.transformer."
 _T5 = "text_encoders.t5xxl.transformer."
@@ -33,8 +43,10 @@ FLOW_TEXTS = {
         "text_encoder_3": _T5,
     },
     "flux": {"text_encoder": _CLIP_L, "text_encoder_2": _T5},
+    "flux2": {},  # a file that has one is refused by `open_flow_file`
     "zimage": {"text_encoder": "text_encoders.qwen3_4b.transformer."},
 }
+ANY_TEXT = "text_encoders."
 PROJECTION = "text_projection.weight"
 
 
@@ -85,6 +97,11 @@ def open_flow_file(
     base: see `folder_of`. layouts: of its transformer and VAE, by component.
     """
     kind, names = base.family, tensors.keys()
+    if not FLOW_TEXTS[kind] and any(key.startswith(ANY_TEXT) for key in names):
+        raise UserError(
+            f"{spec} holds a text encoder, which is read from text_encoder/ of the folder for"
+            f" {FLOW_NAMES[kind]}; give the file of the transformer, with the VAE or without"
+        )
     components = {}
     for name, source in base.components.items():
         made = replace(source, name=f"{spec} ({name})", folder=None)

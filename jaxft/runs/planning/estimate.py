@@ -24,8 +24,9 @@ SCOPES = ("vocabulary_loss", "attention", "optimizer")  # jax.named_scope of ker
 class DeviceMemory(NamedTuple):
     """Bytes of one device.
 
-    parameters: trained and frozen ones. optimizer: moments and averages. batch: its rows.
-    temporaries: gradients, saved activations and scratch space. limit: 0 where it is not known.
+    parameters: trained ones, and frozen ones that a step reads. optimizer: moments and averages.
+    batch: its rows. temporaries: gradients, saved activations and scratch space. limit: 0 where it
+    is not known.
     """
 
     parameters: int
@@ -88,7 +89,7 @@ def estimate(run: Run) -> Estimate:
     """
     rows = run.task.plan(run.opened)
     plan = make_plan(run, len(rows))
-    state, frozen = abstract_state(run, plan.tx), _frozen(run)
+    state, frozen = abstract_state(run, plan.tx), _frozen(run, rows.unread)
     place = batch_sharding(run.mesh)
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
@@ -112,12 +113,13 @@ def estimate(run: Run) -> Estimate:
     return Estimate(memory, step.remat, chip, flops, *counted(costs(compiled.as_text()), chip))
 
 
-def _frozen(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+def _frozen(run: Run, unread: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the frozen parameters that a step reads."""
     dtype = runtime.resolve_dtype(run.cfg.param_dtype)
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.held_in(dtype), sharding=run.shardings[path])
         for path, leaf in run.leaves.items()
-        if path not in run.chosen
+        if path not in run.chosen and not path.startswith(unread)
     }
 
 
@@ -206,5 +208,5 @@ def settings(devices: int, batch_size: int) -> list[Setting]:
 
 def held(run: Run) -> int:
     """Return the bytes of a device that any setting of this mesh needs: state and gradients."""
-    state = abstract_state(run)
-    return device_bytes((state, _frozen(run), state.params))
+    state, frozen = abstract_state(run), _frozen(run, run.task.plan(run.opened).unread)
+    return device_bytes((state, frozen, state.params))

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxft.core import runtime
 from jaxft.core.configs.schema import Config, Lora
 from jaxft.core.errors import UserError
-from jaxft.core.params import describe
+from jaxft.core.params import ADAPTER_ROLE, describe
 from jaxft.data.sources.schemes import ALPHA, MASK_FILE
 from jaxft.models import flops
 from jaxft.models.pipelines import families, ldm, stable_diffusion
@@ -87,7 +87,9 @@ class OpenedPipeline:
     def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
         own, leaves = self.options.inversion, describe(self.template)
         made = inversion.initial(own, self.captions, self.parts, leaves) if own.token else {}
-        return made | load(self.adapter, leaves) if self.adapter else made
+        if self.adapter and any(leaves[path].role == ADAPTER_ROLE for path in wanted):
+            made |= load(self.adapter, leaves)
+        return made
 
     def _read_adapter(self, asked: Lora) -> tuple[PipelineLora, Lora]:
         """Open the file of `lora.from`. Returns it with the LoRA settings that it decides."""

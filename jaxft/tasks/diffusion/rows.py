@@ -2,16 +2,14 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxft.core.errors import UserError
-from jaxft.core.params import Params, bind, describe, select
+from jaxft.core.params import Params, bind_some, describe, select
 from jaxft.core.sharding import one_device_mesh
 from jaxft.data.cache import ArrayCache, fill
 from jaxft.data.images.buckets import BucketBatches, Size, bucket_loader
@@ -20,7 +18,7 @@ from jaxft.data.images.masks import loss_mask
 from jaxft.data.loader import subset
 from jaxft.data.sources.images.records import Bad
 from jaxft.data.sources.schemes import open_images
-from jaxft.models.pipelines.stable_diffusion import NOTHING, SOURCE, PipelineConfig
+from jaxft.models.pipelines.stable_diffusion import NOTHING, SOURCE, PipelineConfig, Text
 from jaxft.nn.pixels import to_float
 from jaxft.tasks import Planned
 from jaxft.tasks.common.encoded import (
@@ -87,6 +85,19 @@ class PictureRows:
     def empty_ids(self) -> np.ndarray:
         """Token ids of the empty caption, int32 [E, T]."""
         return self.opened.captions("")
+
+    @property
+    def empty_text(self) -> Text | None:
+        """The embedding [1, T, D] of the empty caption, None where it is not cached."""
+        if self.stores.texts is None or not self.opened.options.caption_dropout:
+            return None
+        made = self.stores.texts.get(ids_key(self.empty_ids))
+        return Text(**{"pooled": None, **{name: x[None] for name, x in made.items()}})
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Beginnings of the paths of parameters that no step reads, as in `tasks.Objective`."""
+        return unread(self.stores.moments is not None, self.stores.texts is not None)
 
     def __repr__(self) -> str:
         return " + ".join(repr(share.images) for share in self.shares)
@@ -196,13 +207,29 @@ def batch_shapes(
 
 def planned(opened: OpenedPipeline) -> Planned:
     """Return square pictures of `resolution`, cached as `encode` would."""
-    cfg, options = opened.cfg, opened.options
-    trained = select(cfg.trainable, describe(opened.template)) if cfg.trainable else ()
+    cfg, options, leaves = opened.cfg, opened.options, describe(opened.template)
+    added = {path for path, leaf in leaves.items() if leaf.added}
+    trained = select(cfg.trainable, leaves) if cfg.trainable else added
     cached, text_trains = bool(options.cache), any(p.startswith("text_encoder") for p in trained)
     moments = cached and opened.model_cfg.conditioning == NOTHING
     size = (options.resolution, options.resolution)
-    shapes = batch_shapes(opened, cfg.batch_size, size, moments, cached and not text_trains)
-    return Planned(shapes, empty_ids=np.zeros(opened.ids_shape, np.int32))
+    texts = cached and not text_trains
+    shapes = batch_shapes(opened, cfg.batch_size, size, moments, texts)
+    null = None
+    if texts and options.caption_dropout:
+        null = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), opened.text_shapes())
+    empty = np.zeros(opened.ids_shape, np.int32)
+    return Planned(shapes, empty_ids=empty, empty_text=null, unread=unread(moments, texts))
+
+
+def unread(moments: bool, texts: bool) -> tuple[str, ...]:
+    """Return the beginnings of the paths of parameters that no step reads.
+
+    moments, texts: whether they come from a cache. The statistics of FLUX.2's VAE are read in every
+    step.
+    """
+    encoder = ("vae.encoder.", "vae.quant_conv.") if moments else ()
+    return ("vae.decoder.", "vae.post_quant_conv.", *encoder, *(("text_encoder",) if texts else ()))
 
 
 def ids_key(ids: np.ndarray) -> str:
@@ -285,6 +312,9 @@ def encode(
         layout = () if isinstance(cfg, PipelineConfig) else (cfg.transformer.context_dim,)
         name = fingerprint(local.params, ("text_encoder",), "texts", dtype, cfg.texts, *layout)
         texts = ArrayCache(folder, name, jax.process_index())
+        if opened.options.caption_dropout:  # alone, and thus rounded as in a step
+            for _ in store_texts(texts, [""], opened.captions, local.texts, 1):
+                pass
         captions = [rows.caption(i) for rows in sets for i in range(len(rows))]
         made = store_texts(texts, captions, opened.captions, local.texts, ENCODED_TOGETHER)
         tell("embeddings", made)
@@ -295,19 +325,26 @@ def encode(
 class Encoders:
     """VAE and text encoders on this process's first device, to fill caches without collectives.
 
-    `template` is a `StableDiffusion`. `params` may lie on any device.
+    `template` is a pipeline of any family. `params` may lie on any device.
     """
 
     def __init__(self, template: Any, dtype: Any, params: Params):
-        self.template, self.dtype, self.mesh = template, dtype, one_device_mesh()
+        self.mesh = one_device_mesh()
         device = self.mesh.devices.flat[0]
         self.params = {
-            path: jax.device_put(to_host(x), device)
+            path: jax.device_put(x if x.devices() == {device} else to_host(x), device)
             for path, x in params.items()
             if path.startswith(("vae.", "text_encoder"))
         }
-        leaves = describe(template)
-        self.rest = {path: leaf.shape for path, leaf in leaves.items() if path not in self.params}
+
+        def encode_pictures(params: Params, pixels: Any) -> Any:
+            return bind_some(template, params, dtype).vae.encode(to_float(pixels).astype(dtype))
+
+        def encode_texts(params: Params, ids: Any) -> Any:
+            return bind_some(template, params, dtype).encode_text(ids, dtype=dtype)
+
+        # Functions without `self`, which the cache of jax.jit would hold with its parameters.
+        self._moments, self._texts = jax.jit(encode_pictures), jax.jit(encode_texts)
 
     def moments(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Return fp32 mean and logvar of pictures uint8 [B, Y, X, 3]."""
@@ -320,19 +357,6 @@ class Encoders:
         with jax.set_mesh(self.mesh):
             made = self._texts(self.params, ids)
         return {name: np.asarray(x) for name, x in made._asdict().items() if x is not None}
-
-    def _bound(self, params: Params) -> Any:
-        """Return the whole model. Its unused parts cost nothing in a compiled function."""
-        unused = {path: jnp.zeros(shape, self.dtype) for path, shape in self.rest.items()}
-        return bind(self.template, {**unused, **params}, self.dtype)
-
-    @partial(jax.jit, static_argnums=0)
-    def _moments(self, params: Params, pixels: Any) -> Any:
-        return self._bound(params).vae.encode(to_float(pixels).astype(self.dtype))
-
-    @partial(jax.jit, static_argnums=0)
-    def _texts(self, params: Params, ids: Any) -> Any:
-        return self._bound(params).encode_text(ids, dtype=self.dtype)
 
 
 def store_texts(

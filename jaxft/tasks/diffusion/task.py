@@ -15,6 +15,8 @@ def _objective(opened: OpenedPipeline, rows: PictureRows | Planned) -> Denoising
         opened.process,
         opened.dtype,
         rows.empty_ids,
+        empty_text=rows.empty_text,
+        unread=rows.unread,
         caption_dropout=options.caption_dropout,
         noise_offset=options.noise_offset,
         dropout=bool(opened.cfg.lora.dropout),

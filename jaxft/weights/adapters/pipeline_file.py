@@ -13,6 +13,7 @@ from safetensors import safe_open
 from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE, Leaf
+from jaxft.weights.adapters.lycoris import as_lora
 from jaxft.weights.adapters.original_names import side_of, under_diffusers_names
 from jaxft.weights.adapters.pipeline import KOHYA, LORA_STEM, Site, sites
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
@@ -22,9 +23,6 @@ from jaxft.weights.rules import to_jax, to_torch
 from jaxft.weights.transfer import Part
 
 OTHER_METHODS = {  # a piece of a key, and the method that it belongs to
-    ".lora_mid.": "LoCon with a core tensor (Tucker)",
-    ".hada_": "LoHa",
-    ".lokr_": "LoKr",
     ".dora_scale.": "DoRA",
     ".lora_magnitude_vector": "DoRA",
     ".oft_": "OFT",
@@ -62,8 +60,13 @@ def open_lora(
     those of FLUX.1 as Black Forest Labs.
     Raises: UserError for tensors without a place, of another shape, or of another method than LoRA.
     """
-    file = _file(spec)
-    tensors: Tensors = TensorFiles.open(file)
+    file, places = _file(spec), sites(parts, leaves)
+    inputs = {
+        name: _shape(site, leaves, "lora_a")[1:]
+        for site in places
+        for name in _names(site, layouts)
+    }
+    tensors = as_lora(f"{file}", TensorFiles.open(file), inputs)
     keys = list(tensors.keys())
     for piece, method in OTHER_METHODS.items():
         if found := sorted(key for key in keys if piece in f"{key}."):
@@ -73,7 +76,7 @@ def open_lora(
             )
     if "transformer" in layouts:
         tensors = under_diffusers_names(tensors, layouts["transformer"], "transformer")
-    matched, odd = _match(tensors.keys(), sites(parts, leaves), layouts)
+    matched, odd = _match(tensors.keys(), places, layouts)
     stated = _stated_scales(file)
     adapted = tuple(_adapted(file, tensors, one, leaves, stated) for one in matched)
     if odd:
@@ -156,6 +159,14 @@ def _names(site: Site, layouts: Mapping[str, LDMLayout]) -> Iterator[str]:
         yield from (prefix + one.replace(".", "_") for one in modules)
 
 
+def _shape(site: Site, leaves: Mapping[str, Leaf], side: str) -> tuple[int, ...]:
+    """Return the shape of a site's factor in torch's layout, with the rank of `leaves`."""
+    (layout,) = (layout for _, one, layout in site.slot.sides() if one == side)
+    leaf = leaves[f"{site.slot.path}.{side}"]
+    shape = leaf.shape[1:] if leaf.stacked else leaf.shape
+    return to_torch(np.broadcast_to(np.int8(0), shape), layout, site.sizes).shape
+
+
 def _stated_scales(file: Path) -> dict[str, float]:
     """Return alpha / r by component, which diffusers 0.34+ writes to the header of a PEFT file."""
     with safe_open(file, "np") as opened:
@@ -186,12 +197,9 @@ def _adapted(
     if gone := sorted({"lora_a", "lora_b"} - keys.keys()):
         raise UserError(f"{file}: {site.name} lacks its {gone[0]} factor; the file is not whole")
     ranks = []
-    for axis, (_, side, layout) in enumerate(site.slot.sides()):  # A [r, in, ...], B [out, r, ...]
-        leaf, got = leaves[f"{site.slot.path}.{side}"], list(tensors.info(keys[side])[0])
-        shape = leaf.shape[1:] if leaf.stacked else leaf.shape
-        want: list[Any] = list(
-            to_torch(np.broadcast_to(np.int8(0), shape), layout, site.sizes).shape
-        )
+    for axis, (_, side, _) in enumerate(site.slot.sides()):  # A [r, in, ...], B [out, r, ...]
+        got = list(tensors.info(keys[side])[0])
+        want: list[Any] = list(_shape(site, leaves, side))
         want[axis] = "rank"
         if len(got) != len(want) or [*got[:axis], "rank", *got[axis + 1 :]] != want:
             raise UserError(

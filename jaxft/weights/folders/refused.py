@@ -43,8 +43,6 @@ REFUSED_KEYS = {
     " quantised weights; give its fp16 or plain fp8 version",
     r"(.*\.)?distilled_guidance_layer\..*": "Chroma, a diffusion transformer that is not supported"
     f" yet; {GIVE}",
-    r"(.*\.)?double_stream_modulation_img\..*": "FLUX.2, whose single files are not read yet;"
-    " give its diffusers folder",
     r"(.*\.)?control_layers\..*": "a ControlNet of Z-Image; give the model that it steers",
     r"edm_(mean|std)": "playground-v2.5, whose EDM noise is not supported; " + GIVE,
     r"edm_vpred\..*": "a CosXL model, whose EDM noise is not supported; " + GIVE,

@@ -1,4 +1,4 @@
-"""Single files of SD 3, FLUX.1 and Z-Image in the folder of their model, by diffusers' converters.
+"""Single files of flow matching models in the folder of their model, by diffusers' converters.
 
 A file of the tests is the inverse of diffusers' converter on a folder of diffusers' random weights:
 every element gets a number, the converter moves the numbers, and the weights go back by them.
@@ -21,11 +21,19 @@ from jaxft.weights.folders import single_file
 from jaxft.weights.transfer import Export
 from tests.models.denoisers.flux.test_flux_single_file import converter
 from tests.tiny_flux import make_flux
+from tests.tiny_klein import make_klein
 from tests.tiny_sd3 import make_sd3
 from tests.tiny_zimage import make_zimage
 
+MAKERS = {
+    "sd3": make_sd3,
+    "flux": make_flux,
+    "flux2": lambda _: make_klein(),
+    "zimage": lambda _: make_zimage(),
+}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-FAMILIES = {"sd3": "first_stage_model.", "flux": "vae.", "zimage": "vae."}  # with the VAE's prefix
+# with the VAE's prefix
+FAMILIES = {"sd3": "first_stage_model.", "flux": "vae.", "flux2": "vae.", "zimage": "vae."}
 
 
 def to_diffusers(kind, file):
@@ -35,6 +43,9 @@ def to_diffusers(kind, file):
         made = stock.convert_sd3_transformer_checkpoint_to_diffusers(file)
     elif kind == "flux":
         made = converter(16)(file)
+    elif kind == "flux2":
+        bare = {key.removeprefix("model.diffusion_model."): x for key, x in file.items()}
+        made = stock.convert_flux2_transformer_checkpoint_to_diffusers(bare)
     else:
         made = stock.convert_z_image_transformer_checkpoint_to_diffusers(file)
     return {key: x.numpy() for key, x in made.items()}
@@ -62,7 +73,7 @@ def made(tmp_path_factory):
     found = {}
     for kind in FAMILIES:
         work = tmp_path_factory.mktemp(kind)
-        pipe = {"sd3": make_sd3, "flux": make_flux}.get(kind, lambda _: make_zimage())(work)
+        pipe = MAKERS[kind](work)
         pipe.save_pretrained(work / "folder")
         state = load_file(work / "folder" / "transformer" / WEIGHTS)
         pipeline = open_model(str(work / "folder"), weights=False)
@@ -164,6 +175,12 @@ def families_leaves(cfg):
     return describe(jax.eval_shape(lambda: families.build(cfg, jax.random.key(0))))
 
 
+def test_a_text_encoder_in_a_file_of_klein_is_refused(made, tmp_path):
+    key = "text_encoders.qwen3_4b.transformer.model.norm.weight"
+    spec = placed(made, "flux2", tmp_path, {**made["flux2"][1], key: np.zeros(2, np.float32)})
+    assert "which is read from text_encoder/ of the folder for FLUX.2 klein" in refused(spec)
+
+
 def test_other_files_and_other_folders_are_refused_in_one_line(made, tmp_path):
     _, file = made["flux"]
     lonely = tmp_path / "lonely.safetensors"
@@ -178,7 +195,6 @@ def test_other_files_and_other_folders_are_refused_in_one_line(made, tmp_path):
     text = refused(placed(made, "flux", tmp_path, file, drop=("text_encoder_2",)))
     assert "copy text_encoder_2/ of the original folder there" in text
     kinds = {
-        "double_stream_modulation_img.lin.weight": "FLUX.2",
         "distilled_guidance_layer.norms.0.scale": "Chroma",
         "control_layers.0.attention.qkv.weight": "ControlNet of Z-Image",
         "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": "a LoRA",

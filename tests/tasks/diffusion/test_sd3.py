@@ -157,6 +157,7 @@ def test_what_flow_matching_has_not_is_told_in_one_line(folders, tmp_path, capsy
             {"in_channels": 16},
             "latents of 16 channels, the VAE has latent_channels=4",
         ),
+        ("transformer", {"out_channels": 16}, "in_channels=4 and out_channels=16; a velocity"),
     ],
 )
 def test_components_of_two_models(tmp_path, file, changes, words):

@@ -180,9 +180,6 @@ def test_tensors_that_do_not_fit_are_refused(models, tmp_path):
 @pytest.mark.parametrize(
     ("key", "method"),
     [
-        ("lora_unet_x.lora_mid.weight", "LoCon"),
-        ("lora_unet_x.hada_w1_a", "LoHa"),
-        ("lora_unet_x.lokr_w1", "LoKr"),
         ("lora_unet_x.dora_scale", "DoRA"),
         (f"{Q}.lora_magnitude_vector", "DoRA"),
         ("lora_unet_x.oft_blocks", "OFT"),

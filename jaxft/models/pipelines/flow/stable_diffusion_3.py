@@ -53,6 +53,11 @@ def read(pipeline: Pipeline) -> FlowConfig:
         )
     vae = read_vae(pipeline)
     check_latents(name, denoiser.in_channels, vae)
+    if denoiser.out_channels != denoiser.in_channels:
+        raise UserError(
+            f"{name}: transformer/config.json has in_channels={denoiser.in_channels} and"
+            f" out_channels={denoiser.out_channels}; a velocity has the channels of its latents"
+        )
     return FlowConfig(
         family="sd3",
         name=f"Stable Diffusion 3{'' if len(texts) > 2 else ' without T5'}",
