@@ -124,8 +124,9 @@ more than 80 GB: divide the model over several devices ([scale.md](scale.md)).
 TAIL = """
 The text encoders and the VAE of a pipeline do not count while steps read `cache`. They are in
 memory before the first step and for pictures ([diffusion.md](diffusion.md#what-is-in-memory)): T5
-of SD 3 and FLUX.1 alone has 4.8 G parameters. The rows of Stable Diffusion 1.5, SDXL and FLUX.1 were
-planned when they still stayed in memory, and count them. `base=nf4` is for language models only.
+of SD 3 and FLUX.1 alone has 4.8 G parameters. The rows of Stable Diffusion 1.5, SDXL and FLUX.1
+were planned when they still stayed in memory, and count them. `base=nf4` is for language models
+only.
 
 {missing}`python tools/memory_table.py "SDXL"` plans the rows of a model.
 [adapters.md](adapters.md#a-quantised-base-qlora) has Llama 8B with a base in 8 and in 4 bits, and

@@ -68,7 +68,7 @@ class Classification:
     problem: str
     remat: str = "none"
     unit: ClassVar[str] = "tokens"
-    unread: ClassVar[tuple[str, ...]] = ()
+    unread: tuple[str, ...] = ()
 
     def loss(
         self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array

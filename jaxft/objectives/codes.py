@@ -63,7 +63,7 @@ class CodePrediction:
     image_flops: float = 0.0
     remat: str = "none"
     unit: ClassVar[str] = "images"
-    unread: ClassVar[tuple[str, ...]] = ()
+    unread: tuple[str, ...] = ()
 
     def units(self, batch: Mapping[str, np.ndarray]) -> int:
         return len(batch["weights"])

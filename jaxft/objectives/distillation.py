@@ -34,7 +34,7 @@ class Distillation:
     teacher_flops: float = 0.0
     remat: str = "none"
     unit: ClassVar[str] = "tokens"
-    unread: ClassVar[tuple[str, ...]] = ()
+    unread: tuple[str, ...] = ()
 
     def loss(
         self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array

@@ -33,7 +33,7 @@ class NextToken:
     remat: str = "none"
     router_loss: float | None = None
     unit: ClassVar[str] = "tokens"
-    unread: ClassVar[tuple[str, ...]] = ()
+    unread: tuple[str, ...] = ()
 
     def loss(
         self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array

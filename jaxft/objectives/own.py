@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ class OwnLoss:
     task: Any
     function: Callable[..., Any]
     remat: str = "none"
-    unread: ClassVar[tuple[str, ...]] = ()  # a function may read every parameter
+    unread: tuple[str, ...] = ()  # a function may read every parameter
 
     @property
     def unit(self) -> str:

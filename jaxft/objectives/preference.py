@@ -281,7 +281,7 @@ class Preference:
     rule: PreferenceRule
     remat: str = "none"
     unit: ClassVar[str] = "tokens"
-    unread: ClassVar[tuple[str, ...]] = ()
+    unread: tuple[str, ...] = ()
 
     def loss(
         self, model: Any, batch: Batch, keys: jax.Array, step: jax.Array

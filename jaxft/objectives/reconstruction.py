@@ -62,7 +62,7 @@ class Reconstruction:
     side: int
     remat: str = "none"
     unit: ClassVar[str] = "images"
-    unread: ClassVar[tuple[str, ...]] = ()
+    unread: tuple[str, ...] = ()
 
     def units(self, batch: Mapping[str, np.ndarray]) -> int:
         return len(batch["pixels"])
