@@ -122,11 +122,10 @@ GiB of a step, and the smallest card of 8, 16, 24 or 80 GB on which a tenth stay
 more than 80 GB: divide the model over several devices ([scale.md](scale.md)).
 """
 TAIL = """
-The text encoders and the VAE of a pipeline do not count while steps read `cache`. They are in
-memory before the first step and for pictures ([diffusion.md](diffusion.md#what-is-in-memory)): T5
-of SD 3 and FLUX.1 alone has 4.8 G parameters. The rows of Stable Diffusion 1.5, SDXL and FLUX.1
-were planned when they still stayed in memory, and count them. `base=nf4` is for language models
-only.
+The rows of pipelines count all networks, as a run holds them before the first step and for pictures
+(T5 of SD 3 and FLUX.1 alone has 4.8 G parameters). While steps read `cache`, the text encoders and
+the VAE are not in memory: a step of Stable Diffusion 3 medium needs 4.7 GiB then
+([diffusion.md](diffusion.md#what-is-in-memory)). `base=nf4` is for language models only.
 
 {missing}`python tools/memory_table.py "SDXL"` plans the rows of a model.
 [adapters.md](adapters.md#a-quantised-base-qlora) has Llama 8B with a base in 8 and in 4 bits, and
