@@ -77,7 +77,7 @@ GUARDS = {
     "code of a tokenizer": Guard(
         "tasks/common/tokenizers.py",
         "trust_remote_code=False",
-        "trust_remote_code=True",
+        "trust_remote_code=bool(1)",
         "tests/tasks/common/test_tokenizers.py",
     ),
     "names that lead out": Guard(
