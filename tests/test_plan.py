@@ -57,7 +57,8 @@ def test_a_pipelines_configs_are_enough_for_diffusion(tmp_path):
     words = {"model": PUBLISHED / "stable-diffusion-v1-5", "data.train": "folder:absent"}
     words |= {"data.eval": "", "resolution": 64, "batch_size": 8, "trainable": r"unet\.mid.*"}
     found = planned(tmp_path, "diffusion", *(f"--config.{k}={v}" for k, v in words.items()))
-    assert found["memory"]["parameters"] > 5 * found["memory"]["optimizer"], "few train"
+    # Without text encoders and VAE, which no step reads.
+    assert found["memory"]["parameters"] > 4 * found["memory"]["optimizer"], "few train"
 
 
 @pytest.mark.parametrize("config", ["image_tokens", "autoencoder"])
