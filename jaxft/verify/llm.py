@@ -224,17 +224,14 @@ def _text_row(source: Source, cfg: DecoderConfig) -> Int[np.ndarray, "B T"]:
 # ---- the oracle ---------------------------------------------------------------------------
 
 
-def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
-    """Return the results of stock transformers on the CPU, in fp32 and under other roundings."""
+def stock_model(subject: Subject, kind: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the model that a class of transformers loads, in fp32, and its report of the keys."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    wrapped = bool(subject.source.class_names)
-    kind: Any = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
     # transformers' default attention ignores soft-caps of scores.
     capped = any(layer.soft_cap for layer in subject.template.cfg.layers)
     with hf_folder(subject.source) as folder:
-        loaded: Any = kind.from_pretrained(
+        return kind.from_pretrained(
             folder,
             dtype=torch.float32,
             output_loading_info=True,
@@ -243,7 +240,16 @@ def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
             attn_implementation="eager" if capped else None,
             experts_implementation="eager",  # the others have no float64
         )
-    model, report = loaded
+
+
+def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
+    """Return the results of stock transformers on the CPU, in fp32 and under other roundings."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    wrapped = bool(subject.source.class_names)
+    kind: Any = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
+    model, report = stock_model(subject, kind)
     if subject.adapter:
         from peft import PeftModel
 

@@ -23,13 +23,13 @@ from jaxft.verify.llm import (
     Oracle,
     Subject,
     certify_subject,
+    stock_model,
     torch_keyed,
 )
 from jaxft.verify.report import (
     PLAIN_DOTS,
     Check,
     compare_logits,
-    hf_folder,
     same_weights,
     worst_gradient,
 )
@@ -62,18 +62,7 @@ def _ask_transformers(subject: Subject, cases: Mapping[str, Case]) -> Oracle:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    # transformers' default attention ignores soft-caps of scores.
-    capped = any(layer.soft_cap for layer in subject.template.cfg.layers)
-    with hf_folder(subject.source) as folder:
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            attn_implementation="eager" if capped else None,
-        )
-    model, report = loaded
+    model, report = stock_model(subject, AutoModelForSequenceClassification)
     model.eval()
     with _every_score(model) as every:
 
