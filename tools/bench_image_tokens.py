@@ -28,6 +28,8 @@ def bench_image_tokens(args: argparse.Namespace) -> None:
     start(False)
     import torch
 
+    from jaxft.demo import demo_path
+
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     folder = demo_path(args.model, "model") or Path(args.model)
     with tempfile.TemporaryDirectory(prefix="jaxft-bench-") as name:

@@ -17,122 +17,26 @@ from jaxft.core import params as P
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import make_mesh, shardings
 from jaxft.models.denoisers import unet
-from jaxft.models.denoisers.unet import Added, UNet
+from jaxft.models.denoisers.unet import Added
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.nn.conv import CONV_REMAT, runner
 from jaxft.nn.linear import Adapter
 from jaxft.nn.norm import GroupNorm
 from jaxft.weights import rules
+from tests.parity.unets import (
+    FULL,
+    SHRUNK,
+    SMALL,
+    TINY,
+    make_torch,
+    numpy_state,
+    template,
+    to_params,
+    to_state,
+)
 
 # The compiler's own optimisations are most of the time of these tests.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-SDXL_LEVELS = {
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "addition_embed_type": "text_time",
-    "use_linear_projection": True,
-}
-# The published files, short as they are, and the numbers of their tensors and parameters.
-FULL = {
-    "sd15": ({"cross_attention_dim": 768}, 686, 859_520_964),
-    "sd21": (
-        {
-            "cross_attention_dim": 1024,
-            "attention_head_dim": [5, 10, 20, 20],
-            "use_linear_projection": True,
-            "upcast_attention": True,
-            "num_class_embeds": None,
-        },
-        686,
-        865_910_724,
-    ),
-    "sdxl": (
-        {
-            **SDXL_LEVELS,
-            "cross_attention_dim": 2048,
-            "attention_head_dim": [5, 10, 20],
-            "block_out_channels": [320, 640, 1280],
-            "transformer_layers_per_block": [1, 2, 10],
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        1680,
-        2_567_463_684,
-    ),
-}
-SMALL = {
-    "cross_attention_dim": 24,
-    "block_out_channels": [64, 128],
-    "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-}
-TINY = {  # one level, attention in the middle alone
-    **SMALL,
-    "block_out_channels": [64],
-    "down_block_types": ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"],
-}
-SHRUNK = {
-    "sd15": SMALL,
-    "sd21": {
-        **SMALL,
-        "attention_head_dim": [1, 2],
-        "use_linear_projection": True,
-        "upcast_attention": True,
-    },
-    "sdxl": {
-        **SMALL,
-        **SDXL_LEVELS,
-        "down_block_types": SDXL_LEVELS["down_block_types"][:2],
-        "up_block_types": SDXL_LEVELS["up_block_types"][1:],
-        "attention_head_dim": [2, 4],
-        "transformer_layers_per_block": [1, 2],
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 16 + 6 * 8,
-    },
-}
-
-
-def make_torch(config):
-    """diffusers' random UNet, its norms and biases moved off one and zero."""
-    torch.manual_seed(0)
-    theirs = UNet2DConditionModel(**config).eval()
-    with torch.no_grad():
-        for tensor in theirs.parameters():
-            if tensor.ndim == 1:
-                tensor.add_(0.1 * torch.randn_like(tensor))
-    return theirs
-
-
-@cache
-def template(cfg):
-    return jax.eval_shape(lambda: UNet(cfg, key=jax.random.key(0)))
-
-
-def to_params(cfg, state):
-    """A torch state dict as parameters, through the weight table."""
-    shapes = {key: tensor.shape for key, tensor in state.items()}
-    params = {}
-    for entry in rules.plan(unet.rules(cfg), P.describe(template(cfg)), shapes, {}):
-        parts = [rules.to_jax(state[key], entry.layout, {}) for key in entry.keys]
-        params[entry.path] = np.stack(parts) if entry.stacked else parts[0]
-    return params
-
-
-def to_state(cfg, params):
-    """Parameters (or their gradients) under the torch names, from the parameters alone."""
-    state = {}
-    for entry in rules.expected(unet.rules(cfg), P.describe(template(cfg))):
-        array = np.asarray(params[entry.path])
-        parts = array if entry.stacked else [array]
-        for key, part in zip(entry.keys, parts, strict=True):
-            state[key] = rules.to_torch(part, entry.layout, {})
-    return state
-
-
-def numpy_state(theirs):
-    return {key: tensor.numpy() for key, tensor in theirs.state_dict().items()}
 
 
 def random(*shape, seed=0):

