@@ -48,6 +48,10 @@ def convert(path: str | Path, out: str | Path | None = None) -> list[Path]:
         folders = [one for one in sorted(path.iterdir()) if one.is_dir() and _pickles(one)]
         if not folders:
             raise UserError(f"{path}: no component has pickled weights")
+        if out:
+            raise UserError(
+                f"{path}: a pipeline's components are converted where they lie; leave out {out}"
+            )
         return [file for folder in folders for file in convert(folder)]
     sources = _pickles(path) if path.is_dir() else [path]
     if not sources:

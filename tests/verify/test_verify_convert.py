@@ -77,6 +77,8 @@ def test_a_pipeline_of_pickles_is_converted_whole(tmp_path):
         file.unlink()
     with pytest.raises(UserError, match="pickle") as caught:
         open_pipeline(str(tmp_path / "pipe"))
+    with pytest.raises(UserError, match="leave out other"):
+        convert(tmp_path / "pipe", "other")
     exec(re.search("`(.*)`", str(caught.value))[1], {})
     pipe = open_pipeline(str(tmp_path / "pipe"))
     for name, source in pipe.components.items():
