@@ -12,8 +12,8 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from jaxft.core import params as P
 from jaxft.core.errors import UserError
 from jaxft.models.denoisers.flux import flux2
-from tests.parity.test_flux import ExactSinusoids
 from tests.parity.twins import (
+    ExactSinusoids,
     Twin,
     assert_a_sharded_folder_comes_back,
     assert_remat_changes_no_gradient,

@@ -9,7 +9,7 @@ from diffusers import Flux2KleinPipeline
 import jaxft
 from tests.parity.flow import PROMPTS, Both, Oracle, assert_equals_torch, draw, trained
 from tests.parity.test_diffusion_training import slow
-from tests.parity.test_flux import ExactSinusoids
+from tests.parity.twins import ExactSinusoids
 from tests.tiny_diffusion import make_pictures
 from tests.tiny_klein import make_klein
 

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from jaxft.core import params as P
 from jaxft.core.sharding import make_mesh, shardings
-from jaxft.models import registry
+from jaxft.models import flops, registry
 from jaxft.nn.conv import CONV_REMAT
 from jaxft.weights import rules, transfer
 from jaxft.weights.folders.diffusers import open_component
@@ -38,6 +40,18 @@ def moved(theirs):
     return theirs.eval()
 
 
+class ExactSinusoids(torch.nn.Module):
+    """diffusers' `Timesteps`, with frequencies that are rounded to fp32 once.
+
+    Its own are rounded three times, which is 2e-4 rad at 3500, a guidance of 3.5.
+    """
+
+    def forward(self, t):
+        frequencies = np.exp(-np.log(10000.0) * np.arange(128) / 128).astype(np.float32)
+        angles = t[:, None] * torch.from_numpy(frequencies)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
 class Twin:
     """What a denoiser's config.json, its random twin in torch and its weights make of inputs.
 
@@ -57,14 +71,18 @@ class Twin:
         return self.to_params(numpy_state(self.theirs))
 
     @property
+    def sizes(self):
+        return self.architecture.sizes(self.cfg)
+
+    @property
     def table(self):
         return self.architecture.rules(self.cfg), P.describe(self.template)
 
     def to_params(self, state):
         """A torch state dict as parameters, through the weight table."""
         shapes, params = {key: tensor.shape for key, tensor in state.items()}, {}
-        for entry in rules.plan(*self.table, shapes, {}):
-            parts = [rules.to_jax(state[key], entry.layout, {}) for key in entry.keys]
+        for entry in rules.plan(*self.table, shapes, self.sizes):
+            parts = [rules.to_jax(state[key], entry.layout, self.sizes) for key in entry.keys]
             params[entry.path] = np.stack(parts) if entry.stacked else parts[0]
         return params
 
@@ -75,7 +93,7 @@ class Twin:
             array = np.asarray(params[entry.path])
             parts = array if entry.stacked else [array]
             for key, part in zip(entry.keys, parts, strict=True):
-                state[key] = rules.to_torch(part, entry.layout, {})
+                state[key] = rules.to_torch(part, entry.layout, self.sizes)
         return state
 
     def ours(self, inputs, params=None, **how):
@@ -89,11 +107,11 @@ class Twin:
 
     def gradients(self, inputs, **how):
         """One forward and backward pass of ours: output and gradients by torch's names."""
-        cotangent = random(*inputs[0].shape, seed=9)
+        template = self.template
 
         def loss(params, inputs):
-            out = P.bind(self.template, params)(*inputs, **how)
-            return (out * cotangent).sum(), out
+            out = P.bind(template, params)(*inputs, **how)
+            return (out * random(*out.shape, seed=9)).sum(), out
 
         step = jax.jit(jax.grad(loss, has_aux=True)).lower(self.params, inputs).compile(QUICK)
         grads, out = step(self.params, inputs)
@@ -103,7 +121,7 @@ class Twin:
         """The same of the twin."""
         out = self.run(self.theirs, *inputs)
         (out * torch.from_numpy(random(*out.shape, seed=9))).sum().backward()
-        grads = {k: t.grad.numpy() for k, t in self.theirs.named_parameters()}
+        grads = {key: tensor.grad.numpy() for key, tensor in self.theirs.named_parameters()}
         self.theirs.zero_grad()
         return out.detach().numpy(), grads
 
@@ -120,8 +138,11 @@ def assert_round_trip_is_bitwise(twin):
 
 
 def assert_a_sharded_folder_comes_back(twin, theirs, folder):
-    """theirs: of the twin's config, in bf16. Its shards lie on a mesh of eight."""
-    theirs.save_pretrained(folder, max_shard_size="50KB")
+    """theirs: of the twin's config, in bf16. Its shards lie on a mesh of eight. Returns an export.
+
+    What is a constant to training is copied from the folder, in its own dtype.
+    """
+    theirs.save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("diffusion_pytorch_model-*.safetensors"))) > 2
     source = open_component(str(folder), "transformer")
     architecture = registry.find(source.config, "denoiser")
@@ -131,10 +152,14 @@ def assert_a_sharded_folder_comes_back(twin, theirs, folder):
     part, leaves = architecture.part(source, cfg), P.describe(twin.template)
     places = shardings(leaves, make_mesh(data=2, fsdp=4))
     params = transfer.load(part, leaves, places, jnp.float32, set(leaves))
-    made = dict(transfer.export(part, leaves, params, {}, None).tensors)
+    trained = {path: array for path, array in params.items() if not leaves[path].role}
+    made = dict(transfer.export(part, leaves, trained, {}, None).tensors)
     assert made.keys() == theirs.state_dict().keys()
     for key, tensor in theirs.state_dict().items():
-        assert made[key].tobytes() == tensor.view(torch.int16).numpy().tobytes()
+        assert made[key].dtype == str(tensor.dtype).removeprefix("torch.")
+        raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+        assert made[key].tobytes() == raw.numpy().tobytes()
+    return made
 
 
 def assert_remat_changes_no_gradient(twin, inputs):
@@ -147,3 +172,25 @@ def assert_remat_changes_no_gradient(twin, inputs):
         grads[remat] = jax.jit(jax.grad(loss)).lower(twin.params).compile(QUICK)(twin.params)
     for remat in CONV_REMAT:
         assert max(worst(grads[remat][path], g) for path, g in grads["none"].items()) < 1e-4
+
+
+def assert_bf16_is_as_near_as_autocast_and_sharded_rows_equal_one_device(twin, inputs):
+    alone, half = twin.ours(inputs), twin.ours(inputs, dtype=jnp.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        usual = twin.run(twin.theirs, *inputs).detach().float().numpy()
+    assert half.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(half, np.float32) - alone).mean()
+    assert error < 1.1 * np.abs(usual - alone).mean()
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(twin.params, shardings(P.describe(twin.template), mesh))
+        assert worst(twin.ours(inputs, placed), alone) < 1e-5
+
+
+def assert_flops_are_torchs(twin, inputs, unread=0):
+    """unread: FLOPs of torch whose result nothing reads."""
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter has no formula for the CPU's own kernel
+    with FlopCounterMode(display=False) as counter, plain:
+        twin.wanted(inputs)
+    ours = flops.count(lambda model: model(*inputs), twin.template)
+    assert ours == counter.get_total_flops() - unread
