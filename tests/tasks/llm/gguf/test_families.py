@@ -1,0 +1,142 @@
+"""Each family: its file read again, by transformers, and by llama.cpp's engine."""
+
+import jax
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+import jaxft
+from tests.tasks.llm.gguf.engine import Engine, exported, logits
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+GEMMA = {
+    "tied": True,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 20,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 0.7,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.5],
+    "long_factor": [1.0, 2.5, 8.0],
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 64,
+}
+MINISTRAL3 = {
+    **YARN,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
+# llama.cpp rounds the ends of YaRN's ramp, and `truncate` of GPT-OSS is false. With this base both
+# ends are beyond the head, where rounding has no effect.
+OSS = {**YARN, "rope_theta": 2.0, "truncate": False}
+EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+CASES = [
+    ("llama", {"tied": True}),
+    ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+    ("mistral", {"sliding_window": None, "head_dim": 16}),
+    ("qwen2", {"tied": True}),
+    ("qwen3", {"head_dim": 16}),
+    ("smollm3", {"num_hidden_layers": 4}),
+    ("gemma2", {**GEMMA, "num_hidden_layers": 5, "attn_logit_softcapping": 3.0}),
+    (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "num_hidden_layers": 7,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "tied": False,
+            "final_logit_softcapping": 4.0,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    ("qwen3_moe", {**EXPERTS, "head_dim": 16, "moe_intermediate_size": 32, "norm_topk_prob": True}),
+    ("mixtral", EXPERTS),
+    ("granite", {**GRANITE, "tied": True, "attention_bias": True}),
+    ("granite", {**GRANITE, "rope_parameters": YARN}),
+    ("olmo2", {}),
+    ("olmo3", {"sliding_window": 20, "num_hidden_layers": 5, "rope_theta": 5e5}),
+    ("phi3", {"rope_parameters": LONG, "partial_rotary_factor": 0.75}),
+    ("phi3", {"tied": True}),
+    ("ministral3", {"rope_parameters": MINISTRAL3, "tied": True}),
+    ("gpt_oss", {**EXPERTS, "head_dim": 16, "sliding_window": 20, "rope_parameters": OSS}),
+]
+NAMES = [f"{name}{i}" for i, (name, _) in enumerate(CASES)]
+SAME = (
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+    *("num_key_value_heads", "head_dim", "intermediate_size", "tie_word_embeddings"),
+    *("rms_norm_eps", "sliding_window", "layer_types", "num_local_experts", "logits_scaling"),
+)
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES, ids=NAMES)
+def test_our_own_reader_gets_the_same_model_back_bit_for_bit(
+    name, changes, family, make_config, tmp_path
+):
+    folder = family(name, **changes)
+    file = exported(make_config, folder, tmp_path / "out")
+    tokens = np.arange(3, 60)[None]
+    before, after = jaxft.load(str(folder)), jaxft.load(str(file))
+    assert before.params.keys() == after.params.keys()
+    for path, array in before.params.items():
+        assert np.array_equal(array, after.params[path]), path
+    ours, theirs = np.asarray(before(tokens)), np.asarray(after(tokens))
+    if "rope_parameters" in changes:  # the file holds divisors of frequencies in float32
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    else:
+        assert np.array_equal(ours, theirs)
+    np.testing.assert_allclose(ours, logits(folder), atol=1e-4)
+    text = "Every mistake becomes 12 words."
+    assert after.tokenizer(text)["input_ids"] == before.tokenizer(text)["input_ids"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes"), [*CASES, ("llama", {"rope_parameters": YARN})], ids=[*NAMES, "yarn"]
+)
+def test_llama_cpp_computes_the_same(name, changes, family, make_config, tmp_path):
+    folder = family(name, **changes)
+    engine, tokens = Engine(exported(make_config, folder, tmp_path / "out")), np.arange(3, 160)
+    ours = np.asarray(jax.nn.log_softmax(jaxft.load(str(folder))(tokens[None])[0]))
+    np.testing.assert_allclose(engine.logprobs(tokens), ours, rtol=0, atol=0.02)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        found = engine.vocab.tokenize(text, add_special=True, parse_special=True)
+        assert list(found) == tokenizer(text)["input_ids"], text
+
+
+TEXTS = ["Every mistake becomes 12 words.", "  two  spaces\n\n\tand I'LL 2023!", "<|im_end|>a"]
