@@ -29,7 +29,7 @@ from jaxft.weights.files.gguf_table import GgufArchitecture
 
 # The entry that writes each model_type.
 GGUF_NAMES = {kind: one for one in reversed(GGUF_ARCHITECTURES) for kind in one.model_types}
-INSTEAD = "use export.kind='merged'"
+_INSTEAD = "use export.kind='merged'"
 # Ropes of a config.json without one, and the bases of a rope without one: of all layers, and of
 # those with a window.
 DEFAULT_ROPES = {"gpt_oss": gpt_oss.ROPE, "ministral3": MINISTRAL3_ROPE}
@@ -61,7 +61,7 @@ def gguf_architecture(config: Mapping[str, Any], cfg: DecoderConfig) -> GgufArch
         what = "a head of scores" if cfg.num_labels else f"model_type={kind!r}"
         raise UserError(
             f"export.kind='gguf' writes {', '.join(GGUF_NAMES)} with a head of the vocabulary, not"
-            f" {what}; {INSTEAD}"
+            f" {what}; {_INSTEAD}"
         )
     entry = GGUF_NAMES[kind]
     keys = [] if cfg.tied else ["lm_head.weight"]
@@ -72,13 +72,15 @@ def gguf_architecture(config: Mapping[str, Any], cfg: DecoderConfig) -> GgufArch
         found += [bias] if any(not [*entry.placed(name)] for name in names) else []
     if entry.head is cfg.tied:
         found.append(f"tie_word_embeddings={str(cfg.tied).lower()}")
+    if entry.square and cfg.num_heads * cfg.head_dim != cfg.hidden_size:
+        found.append(f"head_dim={cfg.head_dim}")
     given = {key: x for key, x in _rope(config).items() if not isinstance(x, list)}
     rope = f"rope type {_kind(given)!r} of {given}"
     theirs = cfg if found else _read_back(config, cfg, keys)
     if differing := [*found, *_differences(cfg, theirs, rope)]:
         raise UserError(
             f"export.kind='gguf': {', '.join(differing)} is not in llama.cpp's {entry.name};"
-            f" {INSTEAD}"
+            f" {_INSTEAD}"
         )
     return entry
 
@@ -103,19 +105,18 @@ def _differences(ours: DecoderConfig, theirs: DecoderConfig, rope: str) -> Itera
             yield f"{key}={one[key]!r} (but {other[key]!r})"
     for spec, read in zip(ours.layers, theirs.layers, strict=True):
         mine, its = asdict(spec), asdict(read)
-        for values, cfg in ((mine, ours), (its, theirs)):
-            window, index = values["window"], values.pop("rope")
-            # A window beyond the last position has no effect.
+        for values in (mine, its):  # a window beyond the last position has no effect
+            window = values["window"]
             values["window"] = window if window and window < theirs.max_positions else None
-            values[rope] = None if index is None else _numbers(cfg.ropes[index])
-        if (mine[rope] is None) != (its[rope] is None):
-            yield "other layers without rope"
-        elif not _same(mine[rope], its[rope]):
-            yield rope
-        for key in mine.keys() - {rope}:
-            if not _same(mine[key], its[key]):
-                yield f"{key}={mine[key]!r} (but {its[key]!r})"
-        if mine != its:
+        ropes = [
+            None if x.rope is None else _numbers(cfg.ropes[x.rope])
+            for x, cfg in ((spec, ours), (read, theirs))
+        ]
+        differing = [key for key in mine if key != "rope" and not _same(mine[key], its[key])]
+        yield from (f"{key}={mine[key]!r} (but {its[key]!r})" for key in differing)
+        if not differing and not _same(*ropes):
+            yield "other layers without rope" if None in ropes else rope
+        if differing or not _same(*ropes):
             return  # one layer is enough
 
 

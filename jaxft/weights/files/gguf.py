@@ -94,7 +94,7 @@ class GgufFile:
         """Raise UserError for a tensor that lacks a part, or that has another number of heads."""
         stored = sorted(self._tensors[key], key=lambda one: one.line.part or 0)
         (tensor, line), self._tensors[key] = stored[0], stored
-        wanted = [one.name for _, one, _ in self._meta.architecture.placed(key)]
+        wanted = [name for name, _, _ in self._meta.architecture.placed(key)]
         if len(wanted) != len(stored):
             raise self._error(f"tensor {key} needs all of {', '.join(wanted)}; download it again")
         if any(one.tensor.shape != tensor.shape for one in stored):

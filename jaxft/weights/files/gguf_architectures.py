@@ -225,6 +225,7 @@ GGUF_ARCHITECTURES = (
         SILU,
         ropes=("longrope",),
         partial=True,
+        square=True,
     ),
     GgufArchitecture(
         "olmo2",
@@ -234,6 +235,7 @@ GGUF_ARCHITECTURES = (
         _KEYS,
         SILU,
         head=True,
+        square=True,
     ),
     GgufArchitecture(
         "olmo2",
@@ -246,6 +248,7 @@ GGUF_ARCHITECTURES = (
         period=4,
         two_ropes=True,
         head=True,
+        square=True,
     ),
     GgufArchitecture(
         "granite",

@@ -56,8 +56,9 @@ class Metadata:
         # 0 is no window and no cap in llama.cpp.
         if line.null and line.default is None and not self.get(line.name):
             return None
-        read = self.integer if line.kind is int else self.decimal
-        return read(line.name, line.default)
+        if line.kind is float:
+            return self.decimal(line.name, line.default)
+        return self.integer(line.name, None if line.default is None else int(line.default))
 
 
 def shortest(value: float) -> float:
@@ -75,7 +76,7 @@ def model_config(
     Raises: UserError for metadata that are missing, wrong, or of a model that is not supported.
     """
     entry = meta.architecture
-    made = {line.key: meta.value(line) for line in entry.keys}
+    made: dict[str, Any] = {line.key: meta.value(line) for line in entry.keys}
     in_rope = {
         key.removeprefix(IN_ROPE): made.pop(key) for key in list(made) if key.startswith(IN_ROPE)
     }
@@ -146,15 +147,18 @@ def _scaling(
 ) -> dict[str, Any] | None:
     """Return the dict of a scaled rope, None for a plain one."""
     kind = meta.get("rope.scaling.type", "none")
-    if LLAMA3_FACTORS in factors:
-        return _llama3(meta, rotated, factors[LLAMA3_FACTORS])
     if factors:
-        return _longrope(meta, factors)
+        kind = "llama3" if LLAMA3_FACTORS in factors else "longrope"
     factor = meta.decimal("rope.scaling.factor", 1.0)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
-    if kind not in meta.architecture.ropes or kind not in ("linear", "yarn"):
-        raise meta.error(f"rope scaling {kind!r}; expected none, linear or yarn")
+    if kind not in meta.architecture.ropes:
+        known = ", ".join(meta.architecture.ropes)
+        raise meta.error(f"rope scaling {kind!r}; expected none, {known}; use its HF folder")
+    if kind == "llama3":
+        return _llama3(meta, rotated, factors[LLAMA3_FACTORS])
+    if kind == "longrope":
+        return _longrope(meta, factors)
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     length = meta.integer("rope.scaling.original_context_length")

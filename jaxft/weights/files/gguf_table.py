@@ -68,7 +68,8 @@ class GgufArchitecture(NamedTuple):
     architecture without windows. two_ropes: layers with a window have a rope of their own.
     partial: a part of each head may rotate. head: False for a head that is always tied, True for
     one that never is. wide_layers: the number of layers at which a Gemma scales its queries by the
-    width of the model over its heads, and not by that of a head.
+    width of the model over its heads, and not by that of a head. square: all heads of q together
+    are as wide as the model.
     """
 
     name: str
@@ -85,6 +86,7 @@ class GgufArchitecture(NamedTuple):
     partial: bool = False
     head: bool | None = None
     wide_layers: int = 0
+    square: bool = False
 
     def lines(self, name: str) -> tuple[TensorName | None, str]:
         """Return the line of a tensor of llama.cpp, and the key of transformers, `{e}` unfilled."""

@@ -31,9 +31,10 @@ def read(file):
     return shaped, {t.name: KIND(t.tensor_type) for t in tensors}
 
 
-def logits(place, file=None):
+def logits(place, file=None, config=None):
     tokens = torch.arange(3, 60)[None]
     where = {"gguf_file": file.name} if file else {}
+    where |= {"config": config} if config else {}
     settings = {"dtype": torch.float32, "attn_implementation": "eager", **where}
     with torch.no_grad():
         return AutoModelForCausalLM.from_pretrained(place, **settings)(tokens).logits.numpy()

@@ -1,19 +1,15 @@
 """GGUF exports: read by the gguf package, by transformers, and back by our own reader."""
 
 import importlib.util
-import json
 import math
-import shutil
 from pathlib import Path
 
 import gguf
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers as tf
 from gguf.quants import dequantize, quantize
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import jaxft
 from jaxft import export, train
