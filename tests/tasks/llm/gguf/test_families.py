@@ -1,5 +1,7 @@
 """Each family: its file read again, by transformers, and by llama.cpp's engine."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -10,6 +12,8 @@ from transformers import AutoConfig, AutoTokenizer
 import jaxft
 from jaxft.models import registry
 from jaxft.models.decoders.files import open_decoder
+from jaxft.weights.files.gguf import GgufFile
+from jaxft.weights.files.gguf_tokenizer import CUTS, WHOLE_PIECES
 from tests.tasks.llm.gguf.engine import Engine, exported, logits
 
 LLAMA3 = {
@@ -154,10 +158,37 @@ def test_llama_cpp_computes_the_same(name, changes, family, make_config, tmp_pat
     engine, tokens = Engine(exported(make_config, folder, tmp_path / "out")), np.arange(3, 160)
     ours = np.asarray(jax.nn.log_softmax(jaxft.load(str(folder))(tokens[None])[0]))
     np.testing.assert_allclose(engine.logprobs(tokens), ours, rtol=0, atol=0.02)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+
+TEXTS = [
+    "Every mistake becomes 12 words.",
+    "aBcDE HTMLParser 12345/\n/ it'S",
+    "  two  spaces\n\n\tand I'LL 2023!",
+    "<|im_end|>a",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [name for name in CUTS if name != "default"])
+def test_llama_cpp_cuts_texts_alike(cut, family, make_config, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(family("llama"), folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    cuts = [
+        {"type": "Split", "pattern": {"Regex": one}, "behavior": "Isolated", "invert": False}
+        for one in CUTS[cut]
+    ]
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    cuts.append({**whole, "use_regex": False})
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": cuts}
+    content["model"]["ignore_merges"] = cut in WHOLE_PIECES
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    file, tokenizer = (
+        exported(make_config, folder, tmp_path / "out"),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    assert GgufFile(file).metadata["tokenizer.ggml.pre"] == cut
+    engine = Engine(file)
     for text in TEXTS:
         found = engine.vocab.tokenize(text, add_special=True, parse_special=True)
         assert list(found) == tokenizer(text)["input_ids"], text
-
-
-TEXTS = ["Every mistake becomes 12 words.", "  two  spaces\n\n\tand I'LL 2023!", "<|im_end|>a"]
