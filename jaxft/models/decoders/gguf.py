@@ -15,6 +15,7 @@ from jaxft.models import registry
 from jaxft.models.decoders.config import DecoderConfig, layer_type_ropes
 from jaxft.models.decoders.families import gpt_oss
 from jaxft.models.decoders.families.llama import MINISTRAL3_ROPE
+from jaxft.models.decoders.families.wrapped import TEXT_TYPES
 from jaxft.nn.rope import ORIGINAL, Long, Rope
 from jaxft.weights.files.gguf_architectures import GGUF_ARCHITECTURES
 from jaxft.weights.files.gguf_config import (
@@ -27,8 +28,9 @@ from jaxft.weights.files.gguf_config import (
 )
 from jaxft.weights.files.gguf_table import GgufArchitecture
 
-# The entry that writes each model_type.
+# The entry that writes each model_type, which a model of pictures and text has in its text_config.
 GGUF_NAMES = {kind: one for one in reversed(GGUF_ARCHITECTURES) for kind in one.model_types}
+GGUF_WRITTEN = (*GGUF_NAMES, *TEXT_TYPES)
 _INSTEAD = "use export.kind='merged'"
 # Ropes of a config.json without one, and the bases of a rope without one: of all layers, and of
 # those with a window.
@@ -56,12 +58,13 @@ def gguf_architecture(config: Mapping[str, Any], cfg: DecoderConfig) -> GgufArch
     config: the content of config.json. Raises UserError for a model that llama.cpp does not have
     under one of these names, or would compute in another way.
     """
+    config = _text(config)
     kind, stated = str(config.get("model_type")), asdict(cfg)
     if kind not in GGUF_NAMES or cfg.num_labels:
         what = "a head of scores" if cfg.num_labels else f"model_type={kind!r}"
         raise UserError(
-            f"export.kind='gguf' writes {', '.join(GGUF_NAMES)} with a head of the vocabulary, not"
-            f" {what}; {_INSTEAD}"
+            f"export.kind='gguf' writes {', '.join(GGUF_WRITTEN)} with a head of the vocabulary,"
+            f" not {what}; {_INSTEAD}"
         )
     entry = GGUF_NAMES[kind]
     keys = [] if cfg.tied else ["lm_head.weight"]
@@ -83,6 +86,16 @@ def gguf_architecture(config: Mapping[str, Any], cfg: DecoderConfig) -> GgufArch
             f" {_INSTEAD}"
         )
     return entry
+
+
+def text_key(key: str) -> str:
+    """Return the key that a tensor of a model of pictures and text has in its text model."""
+    return key.removeprefix("language_model.").replace("model.language_model.", "model.", 1)
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    kind, text = config.get("model_type"), config.get("text_config")
+    return {"model_type": TEXT_TYPES[kind][0], **text} if text and kind in TEXT_TYPES else config
 
 
 def _read_back(config: Mapping[str, Any], cfg: DecoderConfig, keys: list[str]) -> DecoderConfig:
@@ -139,6 +152,7 @@ def model_metadata(config: Mapping[str, Any], cfg: DecoderConfig) -> dict[str, A
 
     In an architecture without sliding windows the context ends where the window does.
     """
+    config = _text(config)
     entry = GGUF_NAMES[config["model_type"]]
     values, made = _values(entry, config, cfg), {}
     for line in entry.keys:
@@ -198,7 +212,7 @@ def _period(cfg: DecoderConfig) -> int:
 
 def rope_factors(config: Mapping[str, Any], cfg: DecoderConfig) -> dict[str, np.ndarray]:
     """Return the tensors of a file that divide the frequencies of its rope, float32 [H / 2]."""
-    rope = _rope(config)
+    rope = _rope(_text(config))
     kind = _kind(rope)
     if kind == "longrope":
         factors = (rope["short_factor"], rope["long_factor"])

@@ -132,11 +132,12 @@ def _write_gguf(job: Job, quantised: str) -> None:
     cfg, config = opened.model_cfg, opened.source.config
     entry, sizes = gguf.gguf_architecture(config, cfg), _sizes(cfg)
     stated, exact = (writers.merged(one, part) for one in (job, job._replace(dtype="float32")))
-    # Old files hold the frequencies of rope too, which have no name in llama.cpp.
-    shapes = stored_shapes(entry, {x: shape for x, (shape, _) in stated.infos.items()}, sizes)
+    # Frequencies of rope in old files, and what encodes pictures, have no name in the table.
+    texts = {gguf.text_key(key): info for key, info in stated.infos.items()}
+    shapes = stored_shapes(entry, {key: shape for key, (shape, _) in texts.items()}, sizes)
     dtypes = {
         name: np.dtype(dtype)
-        for key, (_, dtype) in stated.infos.items()
+        for key, (_, dtype) in texts.items()
         for name, _, _ in entry.placed(key)
     }
     kinds = _matrix_types(job, quantised, shapes)
@@ -146,7 +147,8 @@ def _write_gguf(job: Job, quantised: str) -> None:
     }
     factors = gguf.rope_factors(config, cfg)
     infos |= {name: (array.shape, "F32") for name, array in factors.items()}
-    tensors = chain(factors.items(), stored_tensors(entry, exact.tensors, shapes, sizes))
+    arrays = ((gguf.text_key(key), array) for key, array in exact.tensors)
+    tensors = chain(factors.items(), stored_tensors(entry, arrays, shapes, sizes))
     if jax.process_index():  # making a tensor may gather an array from all processes
         for _ in tensors:
             pass
@@ -189,7 +191,7 @@ def _write_gguf_adapter(job: Job) -> None:
     more = [path for path in job.chosen if job.leaves[path].role != ADAPTER_ROLE]
     for key, array in peft.factors(part, job.leaves, writers.adapters(job), lora):
         module, _, factor = key.removesuffix(".weight").rpartition(".")
-        own, line, _ = next(entry.placed(f"{module}.weight"), ("", None, None))
+        own, line, _ = next(entry.placed(gguf.text_key(f"{module}.weight")), ("", None, None))
         if line is None or own.startswith("token_embd") or factor not in ("lora_A", "lora_B"):
             more.append(key)
             continue

@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from tests.families import OUTER
 
 KEPT = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -29,7 +31,13 @@ def family(make_folder, tmp_path_factory):
         shutil.copytree(base, folder)
         (folder / "model.safetensors").unlink()
         settings = {key: config[key] for key in KEPT} | {"vocab_size": 330, **changes}
-        net = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings)).float()
+        if name in OUTER:
+            text = {"model_type": settings.pop("text_type"), **settings}
+            outer = {**OUTER[name], "text_config": text, "image_token_index": 329}
+            outer["tie_word_embeddings"] = text["tie_word_embeddings"]
+            net = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **outer))
+        else:
+            net = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings))
         centre = 0.0 if name.startswith("gemma") else 1.0
         for key, value in net.named_parameters():
             if key.endswith((".bias", "norm.weight", "_bias", "sinks")):

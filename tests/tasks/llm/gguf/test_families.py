@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 import jaxft
 from jaxft.models import registry
 from jaxft.models.decoders.files import open_decoder
+from jaxft.models.decoders.gguf import text_key
 from jaxft.weights.files.gguf import GgufFile
 from jaxft.weights.files.gguf_tokenizer import CUTS, WHOLE_PIECES
 from tests.tasks.llm.gguf.engine import Engine, exported, logits
@@ -102,6 +103,11 @@ CASES = [
     ("ministral3", {"rope_parameters": MINISTRAL3, "tied": True}),
     ("gpt_oss", {**EXPERTS, "head_dim": 16, "sliding_window": 20, "rope_parameters": OSS}),
 ]
+WRAPPED = [
+    ("gemma3", {**GEMMA, "text_type": "gemma3_text"}),
+    ("mistral3", {"text_type": "ministral3", "rope_parameters": MINISTRAL3}),
+    ("mistral3", {"text_type": "mistral", "head_dim": 16, "sliding_window": None}),
+]
 NAMES = [f"{name}{i}" for i, (name, _) in enumerate(CASES)]
 pytestmark = pytest.mark.usefixtures("quick", "one_thread")
 
@@ -151,7 +157,9 @@ def test_transformers_reads_the_file(name, family, make_config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "changes"), [*CASES, ("llama", {"rope_parameters": YARN})], ids=[*NAMES, "yarn"]
+    ("name", "changes"),
+    [*CASES, *WRAPPED, ("llama", {"rope_parameters": YARN})],
+    ids=[*NAMES, *(name for name, _ in WRAPPED), "yarn"],
 )
 def test_llama_cpp_computes_the_same(name, changes, family, make_config, tmp_path):
     folder = family(name, **changes)
@@ -166,6 +174,21 @@ TEXTS = [
     "  two  spaces\n\n\tand I'LL 2023!",
     "<|im_end|>a",
 ]
+
+
+@pytest.mark.parametrize(("name", "changes"), WRAPPED)
+def test_the_texts_of_a_model_of_pictures(name, changes, family, make_config, tmp_path):
+    folder = family(name, **changes)
+    file = exported(make_config, folder, tmp_path / "out")
+    before, after = open_decoder(str(folder)).tensors, open_decoder(str(file)).tensors
+    keys = {text_key(key): key for key in before.keys()}  # noqa: SIM118
+    missing = keys.keys() - set(after.keys())
+    assert missing and all("vision" in key or "projector" in key for key in missing)
+    for key in list(after.keys()):
+        assert np.array_equal(before.read(keys[key]), after.read(key)), key
+    tokens = np.arange(3, 60)[None]
+    ours, theirs = (np.asarray(jaxft.load(str(x))(tokens)) for x in (folder, file))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.slow
