@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxft.models import registry
-from jaxft.models.decoders.gguf import GGUF_NAMES
+from jaxft.models.decoders.gguf import GGUF_WRITTEN
 from jaxft.models.pipelines.families import FLOW
 from jaxft.tasks.autoencoder.exports import WRITERS as AUTOENCODER
 from jaxft.tasks.diffusion.exports import WRITERS as DIFFUSION
@@ -50,7 +50,7 @@ def test_a_row_of_language_models_is_true(row):
     assert [full, lora, verify] == ["yes"] * 3
     for name in names(kinds):
         family = registry.MODEL_TYPES["decoder"][name]
-        assert (gguf == "yes") == (name in GGUF_NAMES)
+        assert (gguf == "yes") == (name in GGUF_WRITTEN)
         mixture = "mixtral" in family or "gpt_oss" in family
         assert (quantised == "yes") != mixture, "experts are not quantised"
         found = registry.find({"model_type": name}, "decoder")

@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE
 from jaxft.models.decoders import gguf
 from jaxft.models.decoders.classifier import ADAPTER_CONFIG, class_name
+from jaxft.models.decoders.config import DecoderConfig
 from jaxft.tasks import Job, Writer
 from jaxft.tasks.common import writers
 from jaxft.tasks.llm.opened import eos_ids
 from jaxft.weights.adapters import peft
 from jaxft.weights.adapters.ranks import scale
 from jaxft.weights.files import gguf_writer
+from jaxft.weights.files.gguf_table import stored_shapes, stored_tensors
 from jaxft.weights.files.gguf_vocabulary import vocabulary
 from jaxft.weights.folders.transformers import export_config
 
@@ -83,7 +86,8 @@ def _write_adapter(job: Job) -> None:
         writers.copy({ADAPTER_CONFIG: files["config.json"]}, job.folder)
 
 
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.file_type
+# general.file_type
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32, "MXFP4": 38}
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "README")
 
 
@@ -96,7 +100,7 @@ def _metadata(job: Job, infos: gguf_writer.Announced) -> dict[str, Any]:
     with suppress(UserError):  # a template that fails has no part in a run on plain texts
         stops = opened.stop_ids(chat)
     made = {
-        "general.architecture": gguf.gguf_architecture(opened.source.config, opened.model_cfg),
+        "general.architecture": gguf.gguf_architecture(opened.source.config, opened.model_cfg).name,
         "general.type": "model",
         "general.name": job.name,
         "general.size_label": _size_label(sum(sizes.values())),
@@ -125,37 +129,52 @@ def _write_gguf(job: Job, quantised: str) -> None:
     its errors go into the logits alone.
     """
     opened, (part,) = job.opened, writers.parts(job)
-    cfg = opened.model_cfg
+    cfg, config = opened.model_cfg, opened.source.config
+    entry, sizes = gguf.gguf_architecture(config, cfg), _sizes(cfg)
     stated, exact = (writers.merged(one, part) for one in (job, job._replace(dtype="float32")))
-    infos: dict[str, tuple[tuple[int, ...], str]] = {}
-    head = "token_embd.weight" if cfg.tied else "output.weight"
-    for key, (shape, dtype) in stated.infos.items():
-        if name := gguf_writer.gguf_name(key):  # old files hold the frequencies of rope too
-            own = "Q8_0" if quantised and name == head else quantised
-            infos[name] = shape, gguf_writer.type_name(shape, np.dtype(dtype), own)
-    factors = gguf.rope_factors(opened.source.config, cfg)
-    if factors is not None:
-        infos["rope_freqs.weight"] = factors.shape, "F32"
-    metadata = _metadata(job, infos)
-    heads = {"attn_q": cfg.num_heads, "attn_k": cfg.num_kv_heads}
-    rotated = metadata["general.architecture"] in gguf.PERMUTED
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        if factors is not None:
-            yield "rope_freqs.weight", factors
-        for key, array in exact.tensors:
-            name = gguf_writer.gguf_name(key)
-            if name:
-                count = heads.get(name.split(".")[-2]) if rotated else None
-                yield name, gguf_writer.permuted(array, count) if count else array
-
+    # Frequencies of rope in old files, and what encodes pictures, have no name in the table.
+    texts = {gguf.text_key(key): info for key, info in stated.infos.items()}
+    shapes = stored_shapes(entry, {key: shape for key, (shape, _) in texts.items()}, sizes)
+    dtypes = {
+        name: np.dtype(dtype)
+        for key, (_, dtype) in texts.items()
+        for name, _, _ in entry.placed(key)
+    }
+    kinds = _matrix_types(job, quantised, shapes)
+    infos = {
+        name: (shape, gguf_writer.type_name(name, shape, dtypes[name], kinds[name]))
+        for name, shape in shapes.items()
+    }
+    factors = gguf.rope_factors(config, cfg)
+    infos |= {name: (array.shape, "F32") for name, array in factors.items()}
+    arrays = ((gguf.text_key(key), array) for key, array in exact.tensors)
+    tensors = chain(factors.items(), stored_tensors(entry, arrays, shapes, sizes))
     if jax.process_index():  # making a tensor may gather an array from all processes
-        for _ in tensors():
+        for _ in tensors:
             pass
         return
-    gguf_writer.write_gguf(job.folder / f"{job.name}.gguf", metadata, infos, tensors())
+    metadata = _metadata(job, infos)
+    gguf_writer.write_gguf(job.folder / f"{job.name}.gguf", metadata, infos, tensors)
     files = side_files(job, {""})
     writers.copy({x: y for x, y in files.items() if x.startswith(LICENCES)}, job.folder)
+
+
+def _sizes(cfg: DecoderConfig) -> dict[str, int]:
+    return {"n": cfg.num_heads, "k": cfg.num_kv_heads, "u": 2}
+
+
+def _matrix_types(job: Job, quantised: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the type of each matrix, "" for that of its dtype.
+
+    Experts that were read from MXFP4 and are not trained have the same values in it again.
+    """
+    kinds = dict.fromkeys(names, quantised)
+    if quantised:
+        kinds["token_embd.weight" if job.opened.model_cfg.tied else "output.weight"] = "Q8_0"
+    trained = any(".experts." in path for path in job.chosen)
+    if job.opened.source.decoded_from == "MXFP4" and job.dtype == "source" and not trained:
+        kinds |= {name: "MXFP4" for name in kinds if name.endswith("_exps.weight")}
+    return kinds
 
 
 def _write_gguf_adapter(job: Job) -> None:
@@ -166,23 +185,21 @@ def _write_gguf_adapter(job: Job) -> None:
     """
     opened, (part,) = job.opened, writers.parts(job)
     lora, cfg = opened.cfg.lora, opened.model_cfg
-    name = gguf.gguf_architecture(opened.source.config, cfg)
-    sizes = {slot.module: peft.size(slot, lora) for slot in peft.slots(part, job.leaves)}
-    heads = {"attn_q": cfg.num_heads, "attn_k": cfg.num_kv_heads} if name in gguf.PERMUTED else {}
+    entry = gguf.gguf_architecture(opened.source.config, cfg)
+    ranks = {slot.module: peft.size(slot, lora) for slot in peft.slots(part, job.leaves)}
     arrays: dict[str, np.ndarray] = {}
     more = [path for path in job.chosen if job.leaves[path].role != ADAPTER_ROLE]
     for key, array in peft.factors(part, job.leaves, writers.adapters(job), lora):
         module, _, factor = key.removesuffix(".weight").rpartition(".")
-        own = gguf_writer.gguf_name(f"{module}.weight") or ""
-        if own.startswith("token_embd") or factor not in ("lora_A", "lora_B"):
+        own, line, _ = next(entry.placed(gguf.text_key(f"{module}.weight")), ("", None, None))
+        if line is None or own.startswith("token_embd") or factor not in ("lora_A", "lora_B"):
             more.append(key)
             continue
         if factor == "lora_B":
-            size = sizes[module]
+            size = ranks[module]
             one = replace(lora, rank=size.rank, alpha=size.alpha)
             array = array * np.float32(scale(one) * size.rank / lora.alpha)
-            count = heads.get(own.split(".")[-2])
-            array = gguf_writer.permuted(array, count) if count else array
+            array = line.stored(array, _sizes(cfg))
         arrays[f"{own}.{factor.lower()}"] = array
     if more or part.kept:
         raise UserError(
@@ -190,7 +207,7 @@ def _write_gguf_adapter(job: Job) -> None:
             f" {next(iter([*more, *part.kept]))}; use export.kind='gguf'"
         )
     metadata = {
-        "general.architecture": name,
+        "general.architecture": entry.name,
         "general.type": "adapter",
         "general.name": job.name,
         "general.file_type": FILE_TYPES["F32"],

@@ -255,7 +255,7 @@ class OpenedDecoder:
     def describe(self) -> str:
         kept = f" with the adapter's own {', '.join(self.kept)}" if self.kept else ""
         method = self.source.decoded_from
-        whole = method and not self.cfg.lora.rank
+        whole = method and not self.cfg.lora.rank and "gguf" not in self.cfg.export.kind
         read = f" read from {method}" + (", exports are in 16 bits" if whole else "")
         return f"{self.source.config.get('model_type')}{kept}{read if method else ''}"
 

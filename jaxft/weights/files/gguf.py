@@ -1,42 +1,32 @@
-"""GGUF files of llama, Qwen 2 and Qwen 3, read as a Hugging Face folder would be."""
+"""GGUF files, read as a Hugging Face folder would be."""
 
 import json
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxft.core.errors import UserError
+from jaxft.weights.files.gguf_architectures import GGUF_ARCHITECTURES
+from jaxft.weights.files.gguf_config import ROPE_TENSORS, Metadata, model_config
 from jaxft.weights.files.gguf_header import TYPES, GgufTensor, read_header
+from jaxft.weights.files.gguf_table import GgufArchitecture, TensorName
 from jaxft.weights.files.gguf_tokenizer import GgufTokenizer
 from jaxft.weights.files.tensor_files import Info
+from jaxft.weights.rules import rearrange, rearranged_shape
 
-TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-READ = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # starts of class names
+
+class StoredTensor(NamedTuple):
+    """A tensor of a file, or the matrix of one expert in it, and its line in the table."""
+
+    tensor: GgufTensor
+    line: TensorName
 
 
 class GgufFile:
-    """A GGUF file of one of these models: tensors under Hugging Face keys, config and side files.
+    """A GGUF file: tensors under Hugging Face keys, config and side files.
 
     Opening reads only the header. `read` dequantises one tensor. Quantised types are read as
     float32, and the others keep their dtype.
@@ -46,60 +36,99 @@ class GgufFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._data, self.metadata, stored = read_header(self.path)
-        self._kind = str(self.metadata.get("general.architecture"))
-        experts = self.metadata.get(f"{self._kind}.expert_count")
-        if self._kind not in READ or experts:
-            kind = f"{self._kind} with experts" if experts else repr(self._kind)
-            raise self._error(
-                f"architecture {kind}; expected a dense {', '.join(READ)}; use its HF folder"
-            )
+        architecture = self._architecture()
+        self._meta = Metadata(str(self.path), architecture, self.metadata)
         self.tokenizer = GgufTokenizer(self.path, self.metadata)
-        self._heads = {"attn_q": self._integer("attention.head_count")}
-        self._heads["attn_k"] = self._integer("attention.head_count_kv", self._heads["attn_q"])
-        self._rope_factors = stored.pop("rope_freqs.weight", None)
-        self._tensors: dict[str, GgufTensor] = {}
+        heads = self._meta.integer("attention.head_count")
+        kv_heads = self._meta.integer("attention.head_count_kv", heads)
+        self._sizes = {"n": heads, "k": kv_heads, "u": 2}
+        self._factors = {name: stored.pop(name) for name in ROPE_TENSORS if name in stored}
+        self._tensors: dict[str, list[StoredTensor]] = {}
         for tensor in stored.values():
-            self._tensors[self._key(tensor.name)] = tensor
-            heads = self._heads_of(tensor)
-            if heads and tensor.shape[0] % (2 * heads):
-                raise self._error(f"{tensor.name} of shape {tensor.shape} has no {heads} heads")
+            for key, one in self._placed(tensor):
+                self._tensors.setdefault(key, []).append(one)
+        for key in self._tensors:
+            self._check(key)
         if "model.embed_tokens.weight" not in self._tensors:
             raise self._error("tensor token_embd.weight is missing; download the file again")
 
     def _error(self, text: str) -> UserError:
         return UserError(f"{self.path}: {text}")
 
-    def _key(self, name: str) -> str:
-        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-        if layer and layer[2] in LAYER:
-            return f"model.layers.{layer[1]}.{LAYER[layer[2]]}.{layer[3]}"
-        if name in TOP:
-            return TOP[name]
-        raise self._error(f"tensor {name!r} is not part of a {self._kind} model; use its HF folder")
+    def _architecture(self) -> GgufArchitecture:
+        kind = str(self.metadata.get("general.architecture"))
+        named = [one for one in GGUF_ARCHITECTURES if one.name == kind]
+        marked = [one for one in named if one.marker and self.metadata.get(f"{kind}.{one.marker}")]
+        found = next(iter(marked or [one for one in named if not one.marker]), None)
+        experts = self.metadata.get(f"{kind}.expert_count")
+        if not found or (experts and found.marker != "expert_count"):
+            known = ", ".join(dict.fromkeys(one.name for one in GGUF_ARCHITECTURES))
+            shown = f"{kind} with experts" if experts else repr(kind)
+            raise self._error(f"architecture {shown}; expected {known}; use its HF folder")
+        return found
 
-    def _heads_of(self, tensor: GgufTensor) -> int | None:
-        """Return the number of heads of a tensor whose rows llama.cpp permutes, else None."""
-        return self._heads.get(tensor.name.split(".")[-2]) if self._kind == "llama" else None
+    def _placed(self, tensor: GgufTensor) -> Iterator[tuple[str, StoredTensor]]:
+        """Yield transformers' keys of a tensor: one, or one for each expert."""
+        line, key = self._meta.architecture.lines(tensor.name)
+        if line is None:
+            raise self._error(
+                f"tensor {tensor.name!r} is not part of a {self._meta.architecture.name} model; use"
+                " its HF folder"
+            )
+        if "_exps." in tensor.name:
+            count = self._meta.integer("expert_count")
+            if len(tensor.shape) < 2 or tensor.shape[0] != count:
+                raise self._error(
+                    f"{tensor.name} of shape {tensor.shape} has not the {count} experts of its"
+                    " metadata; download the file again"
+                )
+        if "{e}" not in key:
+            yield key, StoredTensor(tensor, line)
+            return
+        size = tensor.nbytes // tensor.shape[0]
+        for i in range(tensor.shape[0]):
+            one = tensor._replace(shape=tensor.shape[1:], offset=tensor.offset + i * size)
+            yield key.replace("{e}", str(i)), StoredTensor(one, line)
+
+    def _check(self, key: str) -> None:
+        """Raise UserError for a tensor that lacks a part, or that has another number of heads."""
+        stored = sorted(self._tensors[key], key=lambda one: one.line.part or 0)
+        (tensor, line), self._tensors[key] = stored[0], stored
+        wanted = [name for name, _, _ in self._meta.architecture.placed(key)]
+        if len(wanted) != len(stored):
+            raise self._error(f"tensor {key} needs all of {', '.join(wanted)}; download it again")
+        if any(one.tensor.shape != tensor.shape for one in stored):
+            raise self._error(f"the parts {', '.join(wanted)} of {key} have unequal shapes")
+        try:
+            self._shape(stored)
+        except ValueError as error:
+            sizes = {name: size for name, size in self._sizes.items() if f"{name} " in line.layout}
+            raise self._error(
+                f"{tensor.name} of shape {tensor.shape} does not split by {sizes} ({error})"
+            ) from None
 
     def keys(self) -> Sequence[str]:
         return list(self._tensors)
 
+    def _shape(self, stored: list[StoredTensor]) -> tuple[int, ...]:
+        (tensor, line), parts = stored[0], () if stored[0].line.part is None else (len(stored),)
+        return rearranged_shape((*parts, *tensor.shape), _reverse(line.layout), self._sizes)
+
     def info(self, key: str) -> Info:
         """Return (shape, dtype) of the array that `read` returns."""
-        tensor = self._tensors[key]
-        return tensor.shape, TYPES[tensor.type][3]
+        stored = self._tensors[key]
+        return self._shape(stored), TYPES[stored[0].tensor.type][3]
 
     def read(self, key: str) -> np.ndarray:
         """Return the tensor in the layout of transformers."""
-        tensor = self._tensors[key]
-        array = self._array(tensor)
-        heads = self._heads_of(tensor)
-        if heads is None:
+        stored = self._tensors[key]
+        line, arrays = stored[0].line, [self._array(tensor) for tensor, _ in stored]
+        array = arrays[0] if line.part is None else np.stack(arrays)
+        if line.shift:
+            array = (array.astype(np.float32) - np.float32(line.shift)).astype(array.dtype)
+        if not line.layout:
             return array
-        # RoPE of llama.cpp rotates pairs of neighbouring rows, that of transformers pairs row i
-        # with row i + H / 2 of a head.
-        pairs = array.reshape(heads, -1, 2, *array.shape[1:])
-        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
+        return np.ascontiguousarray(rearrange(array, _reverse(line.layout), self._sizes))
 
     def _array(self, tensor: GgufTensor) -> np.ndarray:
         name, block, _, dtype = TYPES[tensor.type]
@@ -114,46 +143,12 @@ class GgufFile:
         with np.errstate(all="ignore"):  # numbers that are not finite are refused later, by name
             return quants.dequantize(wide, GGMLQuantizationType[name]).reshape(tensor.shape)
 
-    def _integer(self, name: str, default: int | None = None) -> int:
-        value = self.metadata.get(f"{self._kind}.{name}", default)
-        if type(value) is not int or not 0 < value < 2**31:
-            raise self._error(f"{self._kind}.{name} is {value!r}; expected one positive integer")
-        return value
-
-    def _decimal(self, name: str, default: float) -> float:
-        """Return the shortest decimal of a stored float32: 1e-05, not 9.999999747378752e-06."""
-        value = self.metadata.get(f"{self._kind}.{name}", default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self._error(f"{self._kind}.{name} is {value!r}; expected one positive number")
-        return float(str(np.float32(value)))
-
     def config(self) -> dict[str, Any]:
         """Return config.json with the keys of both transformers 4 and 5."""
-        width, heads = self._integer("embedding_length"), self._heads["attn_q"]
-        head_dim = self._integer("attention.key_length", width // heads)
-        if self._integer("rope.dimension_count", head_dim) != head_dim:
-            raise self._error("rotates a part of each head only; use its HF folder")
-        theta, scaling = self._decimal("rope.freq_base", 10000.0), self._rope_scaling(head_dim)
-        dtype = self._dtype().name
+        factors = {name: self._array(tensor) for name, tensor in self._factors.items()}
+        (rows, *_), dtype = self.info("model.embed_tokens.weight")[0], self._dtype().name
         return {
-            "architectures": [f"{READ[self._kind]}ForCausalLM"],
-            "model_type": self._kind,
-            "vocab_size": self._tensors["model.embed_tokens.weight"].shape[0],
-            "hidden_size": width,
-            "intermediate_size": self._integer("feed_forward_length"),
-            "num_hidden_layers": self._integer("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": self._heads["attn_k"],
-            "head_dim": head_dim,
-            "hidden_act": "silu",
-            "max_position_embeddings": self._integer("context_length"),
-            "rms_norm_eps": self._decimal("attention.layer_norm_rms_epsilon", 1e-5),
-            "rope_theta": theta,
-            "rope_scaling": scaling,
-            "rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})},
-            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._tensors,
-            "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self._tensors,
+            **model_config(self._meta, self._tensors, rows, factors),
             "attention_dropout": 0.0,
             "initializer_range": 0.02,
             "use_cache": True,
@@ -167,55 +162,17 @@ class GgufFile:
     def _dtype(self) -> np.dtype:
         """Return the dtype of most elements. Norms are float32 even in half-precision files."""
         sizes: dict[np.dtype, int] = {}
-        for tensor in self._tensors.values():
+        for tensor, _ in (one for stored in self._tensors.values() for one in stored):
             dtype = TYPES[tensor.type][3]
             sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensor.shape)
         return max(sizes, key=lambda dtype: sizes[dtype])
 
-    def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
-        if self._rope_factors is not None:
-            return self._llama3_scaling(head_dim)
-        kind = self.metadata.get(f"{self._kind}.rope.scaling.type", "none")
-        factor = self._decimal("rope.scaling.factor", 1.0)
-        if kind == "none" or (kind == "linear" and factor == 1.0):
-            return None
-        if kind == "linear":
-            return {"rope_type": "linear", "factor": factor}
-        if kind == "yarn":
-            length = self._integer("rope.scaling.original_context_length")
-            return {
-                "rope_type": "yarn",
-                "factor": factor,
-                "original_max_position_embeddings": length,
-            }
-        raise self._error(f"rope scaling {kind!r}; expected none, linear or yarn")
-
-    def _llama3_scaling(self, head_dim: int) -> dict[str, Any] | None:
-        """Return Llama 3.1's RoPE scaling, from the divisor that the file stores per frequency.
-
-        The other constants of the formula are assumed, and the stored values are checked by them.
-        """
-        assert self._rope_factors is not None
-        stored = self._array(self._rope_factors)
-        factor, low, high, length = float(stored.max()), 1.0, 4.0, 8192
-        theta = self._decimal("rope.freq_base", 10000.0)
-        turns = length / (2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))
-        smooth = np.clip((turns - low) / (high - low), 0, 1)
-        expected = 1 / ((1 - smooth) / factor + smooth)
-        if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
-            raise self._error("rope_freqs.weight is not of the Llama 3.1 form; use its HF folder")
-        if factor == 1.0:
-            return None
-        return {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": length,
-        }
-
     def side_files(self) -> dict[str, bytes]:
         """Return the files that save_pretrained writes beside the weights."""
         config = json.dumps(self.config(), indent=2) + "\n"
-        length = self._integer("context_length")
+        length = self._meta.integer("context_length")
         return {"config.json": config.encode(), **self.tokenizer.files(length)}
+
+
+def _reverse(layout: str) -> str:
+    return " -> ".join(reversed(layout.split(" -> "))) if layout else ""

@@ -67,6 +67,7 @@ def read_positions(path: Path) -> dict[str, Any]:
     if scaling == "linear" and metadata.get(f"{kind}.rope.scaling.factor", 1.0) == 1.0:
         scaling = "none"
     scaling = "llama3" if "rope_freqs.weight" in tensors else scaling
+    scaling = "longrope" if "rope_factors_long.weight" in tensors else scaling
     return {
         "max_position_embeddings": metadata.get(f"{kind}.context_length"),
         "rope_scaling": None if scaling == "none" else {"rope_type": scaling},

@@ -14,14 +14,25 @@ NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # tokenizer.ggml.token_type
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 # Patterns that cut text before merging, by tokenizer.ggml.pre (llama.cpp, src/llama-vocab.cpp).
 # Each pattern cuts the pieces of the pattern before it: SmolLM's first cuts "2023" into digits.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Letters of a word in GPT-4o's and Mistral's tokenizers: capitals first, or small ones last.
+_LARGE, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_BEFORE, _AFTER = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CUTS = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
     "gpt-2": (WORDS,),
     "smollm": (r"\p{N}", WORDS),
-    "llama-bpe": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "llama-bpe": (_LLAMA3,),
+    "dbrx": (_LLAMA3,),
+    "gpt-4o": (
+        f"{_BEFORE}{_LARGE}*{_SMALL}+{_AFTER}|{_BEFORE}{_LARGE}+{_SMALL}*{_AFTER}"
+        rf"|\p{{N}}{{1,3}}{_OTHERS}",
     ),
+    "tekken": (f"{_BEFORE}{_LARGE}*{_SMALL}+|{_BEFORE}{_LARGE}+{_SMALL}*" + r"|\p{N}" + _OTHERS,),
     "qwen2": (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -29,12 +40,16 @@ CUTS = {
 }
 ALIASES = {
     "llama3": "llama-bpe",
+    "llama4": "gpt-4o",
+    "smaug-bpe": "dbrx",
     "llama-v3": "llama-bpe",
     "falcon3": "llama-bpe",
     "starcoder": "smollm",
     "refact": "smollm",
     "command-r": "smollm",
 }
+# A piece that is a token is not merged, and BOS comes first where the file has no flag.
+WHOLE_PIECES = ("llama-bpe", "tekken")
 
 
 class GgufTokenizer:
@@ -115,8 +130,7 @@ class GgufTokenizer:
             raise
         except Exception as error:  # tokenizers raises nothing narrower
             raise self._error(f"its tokenizer is damaged ({error})") from error
-        # llama.cpp adds BOS for these two types where the file has no flag.
-        bos = self._settings.get("add_bos_token", kind == "llama" or cut == "llama-bpe")
+        bos = self._settings.get("add_bos_token", kind == "llama" or cut in WHOLE_PIECES)
         self._add_ends(tokenizer, bos, self._settings.get("add_eos_token", False))
         return tokenizer
 
@@ -183,7 +197,7 @@ class GgufTokenizer:
 
 def _byte_level(vocab: dict[str, int], merges: list[str], cut: str) -> Tokenizer:
     pairs = [(merge[: (i := merge.index(" ", 1))], merge[i + 1 :]) for merge in merges]
-    tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=cut == "llama-bpe"))
+    tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=cut in WHOLE_PIECES))
     splits = [pre.Split(Regex(pattern), "isolated") for pattern in CUTS[cut]]
     tokenizer.pre_tokenizer = pre.Sequence(
         [*splits, pre.ByteLevel(add_prefix_space=False, use_regex=False)]

@@ -15,6 +15,7 @@ from jaxft.weights.files.gguf_tokenizer import (
     CUTS,
     NORMAL,
     USER_DEFINED,
+    WHOLE_PIECES,
     WORDS,
     GgufTokenizer,
 )
@@ -150,9 +151,11 @@ def _cut(content: Mapping[str, Any], where: str) -> str:
             cuts += [WORDS] if step.get("use_regex", True) else []
         else:
             cuts.append(step["type"])
-    for name, patterns in CUTS.items():
-        if tuple(cuts) == patterns:
-            return name
+    # Two names differ only in whether a piece that is a token is merged.
+    whole, known = bool(content["model"].get("ignore_merges")), tuple(cuts)
+    found = [name for name, patterns in CUTS.items() if patterns == known]
+    if found:
+        return next((name for name in found if (name in WHOLE_PIECES) == whole), found[0])
     raise UserError(
         f"{where}: cuts texts in a way that has no name here; known are {', '.join(CUTS)} and"
         f" SentencePiece's: {INSTEAD}"

@@ -9,10 +9,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float
 
 from jaxft.core.errors import UserError
-from jaxft.weights.files.gguf import LAYER, TOP
 from jaxft.weights.files.gguf_header import ARRAY, STRING, TYPES
 
 ALIGNMENT = 32  # bytes, llama.cpp's default
@@ -26,37 +24,17 @@ WRITTEN = {np.dtype(dtype): name for name, dtype in ARRAYS.items()}
 Announced = Mapping[str, tuple[tuple[int, ...], str]]  # shape and type of each tensor
 
 
-def gguf_name(key: str) -> str | None:
-    """Return llama.cpp's name of a Hugging Face tensor, None for one that it does not have."""
-    tops = {name: own for own, name in TOP.items()}
-    if key in tops:
-        return tops[key]
-    prefix, _, rest = key.partition("model.layers.")
-    number, _, rest = rest.partition(".")
-    stem, _, end = rest.rpartition(".")
-    names = {name: own for own, name in LAYER.items()}
-    if prefix or stem not in names or end not in ("weight", "bias"):
-        return None
-    return f"blk.{number}.{names[stem]}.{end}"
-
-
-def type_name(shape: tuple[int, ...], dtype: np.dtype, quantised: str) -> str:
+def type_name(name: str, shape: tuple[int, ...], dtype: np.dtype, quantised: str) -> str:
     """Return the type that a tensor has in the file: `quantised`, or by its dtype if that is "".
 
-    Vectors are F32, as from llama.cpp's converter. So is a matrix that cannot be quantised, because
-    its rows are no multiple of a block, or whose dtype GGUF lacks.
+    Vectors, biases and routers are F32, as from llama.cpp's converter. So is a matrix that cannot
+    be quantised, because its rows are no multiple of a block, or whose dtype GGUF lacks.
     """
-    if len(shape) == 1:
+    if len(shape) == 1 or not name.endswith(".weight") or "ffn_gate_inp" in name:
         return "F32"
     if quantised:
         return "F32" if shape[-1] % TYPES[TYPE_NUMBERS[quantised]][1] else quantised
     return WRITTEN.get(dtype, "F32")
-
-
-def permuted(rows: Float[np.ndarray, "..."], heads: int) -> Float[np.ndarray, "..."]:
-    """Return rows of q or k in the order of llama.cpp's llama, whose RoPE rotates neighbours."""
-    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 
 
 def write_gguf(

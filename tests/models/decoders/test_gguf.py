@@ -28,6 +28,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+UNEVEN = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+OSS = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 128}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}
+
 
 def opened(kind, **changes):
     config = {"model_type": kind, **SIZES, **changes}
@@ -79,8 +83,8 @@ def test_scaled_ropes(old):
 
 
 def test_divisors_of_llama_3_1():
-    assert rope_factors(*opened("llama")) is None
-    made = rope_factors(*opened("llama", rope_parameters=LLAMA3))
+    assert rope_factors(*opened("llama")) == {}
+    (made,) = rope_factors(*opened("llama", rope_parameters=LLAMA3)).values()
     reference = LlamaConfig(**SIZES, rope_parameters=LLAMA3)
     scaled = ROPE_INIT_FUNCTIONS["llama3"](reference, "cpu")[0].numpy()
     np.testing.assert_allclose(made, 5e5 ** (-np.arange(0, 16, 2) / 16) / scaled, rtol=1e-6)
@@ -90,8 +94,27 @@ def test_divisors_of_llama_3_1():
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        ("granite", {}, "model_type='granite'"),
-        ("gemma2", {}, "model_type='gemma2'"),
+        ("ministral", {"head_dim": 16}, "model_type='ministral'"),
+        (
+            "gemma2",
+            {"final_logit_softcapping": None},
+            r"logits_soft_cap=None \(but 30.0\) is",
+        ),
+        ("gemma2", {"attn_logit_softcapping": None}, r"soft_cap=None \(but 50.0\)"),
+        ("gemma2", {"query_pre_attn_scalar": 64}, r"attention_scale=0.125 \(but 0.0625\)"),
+        ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings=false is not in"),
+        ("gemma3_text", {"layer_types": UNEVEN, "sliding_window": 64}, r"window=64 \(but None\)"),
+        ("gemma3_text", {"attention_bias": True}, "qkv_bias, o_bias is not in llama.cpp's gemma3"),
+        ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings=true"),
+        ("olmo2", {"head_dim": 32}, "head_dim=32 is not in llama.cpp's olmo2"),
+        ("olmo3", {"rope_theta": 1e4}, "rope type 'default' of {'rope_theta': 10000.0"),
+        ("phi3", {"head_dim": 32}, "head_dim=32"),
+        ("granite", {"attention_multiplier": 0.0}, "granite.attention.scale is 0.0"),
+        ("granite", {"rope_parameters": LONG}, "rope scaling 'longrope'"),
+        ("qwen3_moe", {"num_experts_per_tok": 2}, "experts=.*normalised=False.*normalised=True"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "experts=.*limit=5.0.*limit=7.0"),
+        ("gpt_oss", {"rope_parameters": {**OSS, "truncate": True}}, "rope type 'yarn'"),
+        ("mixtral", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ("qwen3", {"attention_bias": True}, "qkv_bias, o_bias"),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "other layers without rope"),
         ("qwen2", {"rope_parameters": LLAMA3}, "rope type 'llama3'"),
@@ -109,6 +132,61 @@ def test_others_are_refused_by_name(kind, changes, words):
 
 
 def test_biases_and_layers_without_rope_that_llama_cpp_has():
-    assert gguf_architecture(*opened("llama", attention_bias=True, mlp_bias=True)) == "llama"
-    assert gguf_architecture(*opened("qwen2")) == "qwen2"
-    assert gguf_architecture(*opened("smollm3")) == "smollm3"
+    for kind, changes in (("llama", {"attention_bias": True, "mlp_bias": True}), ("qwen2", {})):
+        assert gguf_architecture(*opened(kind, **changes)).name == kind
+    assert gguf_architecture(*opened("smollm3")).name == "smollm3"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "keys"),
+    [
+        (
+            "gemma3_text",
+            {"head_dim": 16, "query_pre_attn_scalar": 16, "rope_local_base_freq": 1e3},
+            {"rope.freq_base": 1e6, "rope.freq_base_swa": 1e3, "attention.sliding_window": 4096}
+            | {"attention.sliding_window_pattern": 5, "final_logit_softcapping": None},
+        ),
+        (
+            "gemma2",
+            {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+            {"attention.sliding_window_pattern": 4, "attn_logit_softcapping": 50.0},
+        ),
+        (
+            "phi3",
+            {"rope_parameters": LONG, "original_max_position_embeddings": 1024},
+            {"rope.scaling.original_context_length": 1024, "rope.scaling.attn_factor": 1.0488088},
+        ),
+        (
+            "granite",
+            {"logits_scaling": 8.0},
+            {"logit_scale": 8.0, "attention.scale": 1.0, "embedding_scale": 1.0},
+        ),
+        (
+            "mixtral",
+            {"num_local_experts": 4},
+            {"expert_count": 4, "expert_used_count": 2, "feed_forward_length": 96},
+        ),
+        (
+            "ministral3",
+            {"max_position_embeddings": 262144},
+            {"attention.temperature_scale": 0.1, "rope.scaling.yarn_log_multiplier": 1.0}
+            | {"rope.scaling.attn_factor": None, "attention.key_length": 128},
+        ),
+        (
+            "olmo3",
+            {"rope_scaling": {**OSS, "attention_factor": 2.0}},
+            {"rope.scaling.attn_factor": 2.0 / (0.1 * np.log(32) + 1)},
+        ),
+        (
+            "gpt_oss",
+            {},
+            {"expert_feed_forward_length": 96, "attention.sliding_window": 128}
+            | {"rope.scaling.factor": 32.0, "attention.sliding_window_pattern": 2},
+        ),
+    ],
+)
+def test_keys_of_other_families(kind, changes, keys):
+    name = gguf_architecture(*opened(kind, **changes)).name
+    made = model_metadata(*opened(kind, **changes))
+    for key, value in keys.items():
+        assert made.get(f"{name}.{key}") == (value and pytest.approx(value)), key

@@ -116,7 +116,6 @@ def test_an_adapter_of_attention_in_peft(mixture, make_flags, tmp_path):
         ({"base": "nf4"}, "base=nf4 does not quantise experts"),
         ({"objective": "dpo", "router_loss": 0.1}, "router_loss=0.1 belongs to objective=sft"),
         ({"router_loss": -2.0}, "router_loss=-2.0 must be at least 0, or -1"),
-        ({"export.kind": "gguf"}, "not model_type='mixtral'"),
     ],
 )
 def test_what_a_mixture_does_not_have_is_refused(changes, text, mixture, config):

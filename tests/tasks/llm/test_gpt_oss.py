@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
-from jaxft import train
+from jaxft import export, train
 from jaxft.core.config import load_config
 from jaxft.core.errors import UserError
 from jaxft.runs import opening
 from jaxft.tasks import OPTIONS
+from jaxft.weights.files.gguf import GgufFile
 from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.folders.mxfp4 import decode_mxfp4
 
@@ -100,12 +102,32 @@ def test_an_adapter_of_attention_in_peft(folder, make_flags, tmp_path, capsys):
     assert np.abs(logits(theirs) - untouched).max() > 1e-3
 
 
+def test_a_gguf_has_the_experts_in_mxfp4_again(folder, make_flags, tmp_path, capsys):
+    keys = {"lora.rank": 0, "trainable": r".*self_attn.*", "export.kind": "gguf"}
+    assert run(folder, make_flags, tmp_path / "mine", **keys) == 0
+    assert "16 bits" not in capsys.readouterr().out
+    before, after = TensorFiles.open(folder), GgufFile(tmp_path / "mine" / "export" / "mine.gguf")
+    types = {one.name: one.tensor_type.name for one in GGUFReader(after.path).tensors}
+    experts = {kind for name, kind in types.items() if name.endswith("_exps.weight")}
+    assert experts == {"MXFP4"} and types["blk.0.attn_q.weight"] == "BF16"
+    assert types["blk.0.ffn_gate_inp.weight"] == types["blk.0.ffn_up_exps.bias"] == "F32"
+    for i in range(3):
+        for name in ("gate_up_proj", "down_proj"):
+            key = f"model.layers.{i}.mlp.experts.{name}"
+            want = decode_mxfp4(before.read(key + "_blocks"), before.read(key + "_scales"))
+            assert np.array_equal(after.read(key), want.astype(np.float32)), key
+    out = tmp_path / "half"
+    arguments = ["--workdir", str(tmp_path / "mine"), "--out", str(out), "--dtype", "bfloat16"]
+    assert export.main([*arguments, "--kind", "gguf"]) == 0
+    types = {one.name: one.tensor_type.name for one in GGUFReader(out / "half.gguf").tensors}
+    assert types["blk.0.ffn_up_exps.weight"] == "BF16"
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
         ({"lora.targets": r".*gate_up_proj"}, r"matches layers\.mlp\.experts\.gate_up_proj"),
         ({"base": "nf4"}, "base=nf4 does not quantise experts"),
-        ({"export.kind": "gguf"}, "not model_type='gpt_oss'"),
     ],
 )
 def test_what_it_does_not_have_is_refused(changes, text, folder, small_run):

@@ -256,8 +256,9 @@ def test_t04_linear_and_yarn(tmp_path):
     ("change", "message"),
     [
         ({"arch": "gemma"}, "architecture 'gemma'"),
-        ({"expert_count": 8}, "llama with experts"),
-        ({"arch": "gpt-oss", "expert_count": 32}, "gpt-oss with experts.*use its HF folder"),
+        ({"arch": "granitemoe", "expert_count": 8}, "granitemoe with experts"),
+        ({"arch": "qwen3", "expert_count": 32}, "qwen3 with experts.*use its HF folder"),
+        ({"arch": "gpt-oss"}, "architecture 'gpt-oss'; expected llama"),
         ({"rope_dimension_count": 8}, "part of each head"),
     ],
 )
@@ -287,6 +288,57 @@ def test_unknown_tensor_is_an_error(tmp_path):
     weights = hf_weights() | {"model.layers.0.attn_gate.weight": random(8, WIDTH)}
     with pytest.raises(UserError, match=r"m\.gguf: tensor 'blk\.0\.attn_gate\.weight' is not part"):
         GgufFile(write(tmp_path / "m.gguf", weights))
+
+
+def mixture(experts=4):
+    dense = {key: value for key, value in hf_weights().items() if "mlp" not in key}
+    start = "model.layers.0."
+    return dense | {
+        f"{start}ffn_gate_inp.weight": random(experts, WIDTH),
+        f"{start}ffn_gate_exps.weight": random(experts, HIDDEN, WIDTH),
+        f"{start}ffn_up_exps.weight": random(experts, HIDDEN, WIDTH),
+        f"{start}ffn_down_exps.weight": random(experts, WIDTH, HIDDEN),
+    }
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_0"])
+def test_experts_are_read_one_by_one(tmp_path, kind):
+    weights, counts = mixture(), {"expert_count": 4, "expert_used_count": 2}
+    file = GgufFile(write(tmp_path / "m.gguf", weights, kind, **counts))
+    assert file.config()["model_type"] == "mixtral" and len(file.keys()) == 9 + 4 * 3
+    for name, own in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
+        whole = dequantize(
+            quantize(weights[f"model.layers.0.ffn_{own}_exps.weight"], KIND[kind]), KIND[kind]
+        )
+        for e in range(4):
+            key = f"model.layers.0.block_sparse_moe.experts.{e}.{name}.weight"
+            found = file.read(key)
+            assert np.array_equal(found.astype(np.float32), whole[e])
+            assert file.info(key) == (found.shape, found.dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"expert_count": 8},
+            r"exps.weight of shape \(4, .* has not the 8 experts of its metadata",
+        ),
+        ({"arch": "gpt-oss", "only": "gate"}, "gate_up_proj needs all of blk.0.ffn_gate_exps.wei"),
+        ({"arch": "gpt-oss", "only": "narrow"}, "parts .*ffn_up_exps.weight of .*unequal shapes"),
+        ({"head_count": 3}, "attn_q.weight of shape .64, 64. does not split by .'n': 3, 'u': 2"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path, change, words):
+    weights, only = mixture(), change.pop("only", "")
+    if only:
+        known = ("exps", "attn", "embed", "model.norm", "input")
+        weights = {key: x for key, x in weights.items() if any(one in key for one in known)}
+        up = weights.pop("model.layers.0.ffn_up_exps.weight")
+        weights |= {"model.layers.0.ffn_up_exps.weight": up[:, :8]} if only == "narrow" else {}
+    settings = {"expert_count": 4, "expert_used_count": 2, **change}
+    with pytest.raises(UserError, match=rf"m\.gguf: .*{words}"):
+        GgufFile(write(tmp_path / "m.gguf", weights, **settings))
 
 
 def test_truncated_anywhere_is_refused_by_name(tmp_path):

@@ -1,19 +1,15 @@
 """GGUF exports: read by the gguf package, by transformers, and back by our own reader."""
 
 import importlib.util
-import json
 import math
-import shutil
 from pathlib import Path
 
 import gguf
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers as tf
 from gguf.quants import dequantize, quantize
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import jaxft
 from jaxft import export, train
@@ -22,119 +18,9 @@ from jaxft.export import export_folder
 from jaxft.tasks.llm.exports import _size_label
 from jaxft.weights.files.gguf import GgufFile
 from tests import whole as runs
+from tests.tasks.llm.gguf.engine import KIND, Engine, exported, read
 
-ROOT = Path(__file__).resolve().parents[3]
-KIND = gguf.GGMLQuantizationType
-CLASSES = {
-    "mistral": (tf.MistralConfig, tf.MistralForCausalLM),
-    "qwen2": (tf.Qwen2Config, tf.Qwen2ForCausalLM),
-    "qwen3": (tf.Qwen3Config, tf.Qwen3ForCausalLM),
-    "smollm3": (tf.SmolLM3Config, tf.SmolLM3ForCausalLM),
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-
-@pytest.fixture(scope="module")
-def family(make_folder, tmp_path_factory):
-    """`family("qwen3", head_dim=16)`: a small random model with the tests' tokenizer."""
-
-    def make(name, **changes):
-        base = make_folder(tied=changes.pop("tied", False), **({} if name != "llama" else changes))
-        if name == "llama":
-            return base
-        config = json.loads((base / "config.json").read_text())
-        kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        kept += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-        kept += ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
-        kept += ("tie_word_embeddings",)
-        made, model = CLASSES[name]
-        torch.manual_seed(1)
-        folder = tmp_path_factory.mktemp(name) / "model"
-        shutil.copytree(base, folder)
-        (folder / "model.safetensors").unlink()
-        net = model(made(**{key: config[key] for key in kept} | {"vocab_size": 330, **changes}))
-        for key, value in net.named_parameters():
-            if key.endswith((".bias", "norm.weight")):
-                torch.nn.init.normal_(value, 1.0, 0.3)
-        net.save_pretrained(folder)
-        return folder
-
-    return make
-
-
-def exported(make_config, folder, out, kind="gguf", dtype="source", **changes):
-    """The GGUF of an untrained model."""
-    run = runs.open_run(make_config(folder, {"lora.rank": 0, "trainable": ".*", **changes}))
-    with jax.set_mesh(run.mesh):
-        export_folder(run, runs.load_params(run), out, kind, dtype)
-    (file,) = out.glob("*.gguf")
-    return file
-
-
-def read(file):
-    """All tensors and their types by the names of llama.cpp, as the gguf package decodes them."""
-    tensors = gguf.GGUFReader(file).tensors
-    arrays = {t.name: dequantize(t.data, t.tensor_type) for t in tensors}
-    shaped = {t.name: arrays[t.name].reshape(t.shape[::-1]) for t in tensors}
-    return shaped, {t.name: KIND(t.tensor_type) for t in tensors}
-
-
-def logits(place, file=None):
-    tokens = torch.arange(3, 60)[None]
-    where = {"gguf_file": file.name} if file else {}
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **where)
-    with torch.no_grad():
-        return model(tokens).logits.numpy()
-
-
-CASES = [
-    ("llama", {"tied": True}),
-    ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
-    ("mistral", {"sliding_window": None, "head_dim": 16}),
-    ("qwen2", {"tied": True}),
-    ("qwen3", {"head_dim": 16}),
-]
-
-
-@pytest.mark.parametrize(("name", "changes"), CASES, ids=lambda x: x if isinstance(x, str) else "")
-def test_our_own_reader_gets_the_same_model_back_bit_for_bit(
-    name, changes, family, make_config, tmp_path
-):
-    folder = family(name, **changes)
-    file = exported(make_config, folder, tmp_path / "out")
-    tokens = np.arange(3, 60)[None]
-    before, after = jaxft.load(str(folder)), jaxft.load(str(file))
-    for path, array in before.params.items():
-        assert np.array_equal(array, after.params[path]), path
-    ours, theirs = np.asarray(before(tokens)), np.asarray(after(tokens))
-    if "rope_parameters" in changes:  # the file holds divisors of frequencies in float32
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    else:
-        assert np.array_equal(ours, theirs)
-    np.testing.assert_allclose(ours, logits(folder), atol=1e-4)
-    text = "Every mistake becomes 12 words."
-    assert after.tokenizer(text)["input_ids"] == before.tokenizer(text)["input_ids"]
-
-
-@pytest.mark.parametrize(("name", "changes"), [CASES[0], CASES[3], ("qwen3", {})])
-def test_transformers_reads_the_file(name, changes, family, make_config, tmp_path):
-    folder = family(name, **changes)
-    file = exported(make_config, folder, tmp_path / "out")
-    np.testing.assert_allclose(logits(file.parent, file), logits(folder), atol=1e-5)
+ROOT = Path(__file__).resolve().parents[4]
 
 
 @pytest.mark.parametrize(
@@ -331,53 +217,6 @@ def test_smollm2_has_the_metadata_of_llama_cpps_converter(make_config, tmp_path)
     assert found.keys() == reference.keys()
     assert all(np.array_equal(found[name], array) for name, array in reference.items())
     assert sum(math.prod(x.shape) for x in found.values()) == 134_515_008
-
-
-class Engine:
-    """llama.cpp with one file, through the wheel of cyllama."""
-
-    def __init__(self, file):
-        cpp = pytest.importorskip("cyllama.llama.llama_cpp", reason="pip install --no-deps cyllama")
-        cpp.disable_logging()
-        cpp.ggml_backend_load_all()
-        self.cpp, settings = cpp, cpp.LlamaContextParams()
-        settings.n_ctx, settings.n_batch = 256, 256
-
-        class Model(cpp.LlamaModel):
-            @property
-            def n_vocab(self):  # which the wheel's own get_logits_ith asks for
-                return self.get_vocab().n_vocab
-
-        self.model = Model(str(file), cpp.LlamaModelParams())
-        self.context, self.vocab = cpp.LlamaContext(self.model, settings), self.model.get_vocab()
-
-    def logprobs(self, tokens):
-        batch = self.cpp.LlamaBatch(n_tokens=256, embd=0, n_seq_max=1)
-        for i, token in enumerate(tokens):
-            batch.add(int(token), i, [0], True)
-        self.context.decode(batch)
-        rows = [self.context.get_logits_ith(i) for i in range(len(tokens))]
-        return np.asarray(jax.nn.log_softmax(np.array(rows)))
-
-
-TEXTS = ["Every mistake becomes 12 words.", "  two  spaces\n\n\tand I'LL 2023!", "<|im_end|>a"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [*CASES, ("smollm3", {"num_hidden_layers": 4}), ("llama", {"rope_parameters": YARN})],
-    ids=lambda x: x if isinstance(x, str) else "",
-)
-def test_llama_cpp_computes_the_same(name, changes, family, make_config, tmp_path):
-    folder = family(name, **changes)
-    engine, tokens = Engine(exported(make_config, folder, tmp_path / "out")), np.arange(3, 160)
-    ours = np.asarray(jax.nn.log_softmax(jaxft.load(str(folder))(tokens[None])[0]))
-    np.testing.assert_allclose(engine.logprobs(tokens), ours, rtol=0, atol=0.02)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for text in TEXTS:
-        found = engine.vocab.tokenize(text, add_special=True, parse_special=True)
-        assert list(found) == tokenizer(text)["input_ids"], text
 
 
 @pytest.mark.slow
