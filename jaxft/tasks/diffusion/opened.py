@@ -12,13 +12,14 @@ from flax import nnx
 from jaxft.core import runtime
 from jaxft.core.configs.schema import Config, Lora
 from jaxft.core.errors import UserError
-from jaxft.core.params import ADAPTER_ROLE, describe
+from jaxft.core.params import ADAPTER_ROLE, describe, unpacked
 from jaxft.data.sources.schemes import ALPHA, MASK_FILE
 from jaxft.models import flops
 from jaxft.models.pipelines import families, ldm, stable_diffusion
 from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
 from jaxft.models.pipelines.stable_diffusion import Conditions, PipelineConfig, Text
 from jaxft.nn import lora
+from jaxft.nn.quantised import check_base, quantise
 from jaxft.noise.process import NoiseProcess
 from jaxft.tasks.diffusion import inversion
 from jaxft.tasks.diffusion.captions import Captions, load_captions
@@ -58,10 +59,11 @@ class OpenedPipeline:
             cfg = dataclasses.replace(cfg, lora=targets)
         if not (cfg.trainable or cfg.lora.rank or options.inversion.token):
             cfg = dataclasses.replace(cfg, trainable=rf"{self.model_cfg.denoiser}\..*")
+        check_base(options.base, cfg.lora)
         self.cfg = cfg
         self.template = jax.eval_shape(self.build, jax.random.key(0))
         if cfg.export.kind == "lora" or (cfg.export.kind == "all" and cfg.lora.rank):
-            pipeline_lora.check(self.parts, describe(self.template))
+            pipeline_lora.check(self.parts, unpacked(describe(self.template)))
 
     @cached_property
     def captions(self) -> Captions:
@@ -82,10 +84,11 @@ class OpenedPipeline:
     def build(self, key: jax.Array) -> nnx.Module:
         model = families.build(self.model_cfg, key)
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
+        quantise(model, self.options.base, prefix=f"{self.model_cfg.denoiser}.")
         return model
 
     def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
-        own, leaves = self.options.inversion, describe(self.template)
+        own, leaves = self.options.inversion, unpacked(describe(self.template))
         made = inversion.initial(own, self.captions, self.parts, leaves) if own.token else {}
         if self.adapter and any(leaves[path].role == ADAPTER_ROLE for path in wanted):
             made |= load(self.adapter, leaves)
