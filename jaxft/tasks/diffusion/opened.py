@@ -19,13 +19,14 @@ from jaxft.models.pipelines import families, ldm, stable_diffusion
 from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
 from jaxft.models.pipelines.stable_diffusion import Conditions, PipelineConfig, Text
 from jaxft.nn import lora
-from jaxft.nn.quantised import check_base, quantise
+from jaxft.nn.quantised import NF4_BASE, NF4_TABLES, check_base, quantise
 from jaxft.noise.process import NoiseProcess
 from jaxft.tasks.diffusion import inversion
 from jaxft.tasks.diffusion.captions import Captions, load_captions
 from jaxft.tasks.diffusion.options import DiffusionOptions
 from jaxft.weights.adapters import pipeline as pipeline_lora
 from jaxft.weights.adapters.pipeline_file import PipelineLora, load, open_lora
+from jaxft.weights.folders.quantised import nf4_scales
 
 
 class OpenedPipeline:
@@ -36,7 +37,9 @@ class OpenedPipeline:
         options = self.options
         lora.check_plain(cfg.lora, "diffusion")
         prediction = options.prediction or None
-        self.pipeline = ldm.open_model(cfg.model, cfg.init == "pretrained", prediction=prediction)
+        nf4 = NF4_TABLES if options.base == NF4_BASE else None
+        weights = cfg.init == "pretrained"
+        self.pipeline = ldm.open_model(cfg.model, weights, prediction=prediction, nf4=nf4)
         self.model_cfg = families.read_config(self.pipeline, options.prediction, options.zero_snr)
         check_sampler("sample.sampler", options.sample.sampler, self.model_cfg)
         check(options.caption_dropout, self.model_cfg)
@@ -84,7 +87,9 @@ class OpenedPipeline:
     def build(self, key: jax.Array) -> nnx.Module:
         model = families.build(self.model_cfg, key)
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
-        quantise(model, self.options.base, prefix=f"{self.model_cfg.denoiser}.")
+        name = self.model_cfg.denoiser
+        double = nf4_scales(self.pipeline.components[name].config) != "single"
+        quantise(model, self.options.base, double, prefix=f"{name}.")
         return model
 
     def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
