@@ -8,6 +8,8 @@ Train a LoRA on your own pipeline and pictures (a folder with metadata.jsonl, or
         --config.data.train=folder:images --config.data.eval=folder:held-out \
         --config.resolution=512 --config.buckets=True --config.lora.rank=16 \
         --config.total=2000_steps
+
+`--config.base=nf4` (or int8) holds the frozen weights below a LoRA in 4 (or 8) bits.
 """
 
 from ml_collections import ConfigDict

@@ -15,7 +15,7 @@ from jaxft.core.configs.schema import CHOICES
 from jaxft.core.errors import UserError
 from jaxft.core.guards.faults import inject
 from jaxft.core.guards.fingerprint import not_finite
-from jaxft.core.params import unpacked
+from jaxft.core.params import ADAPTER_ROLE, unpacked
 from jaxft.runs.folders.outputs import begin_output, check_output, finish_output
 from jaxft.runs.folders.push import check_push, push_folder
 from jaxft.runs.folders.workdir import read_config_file
@@ -115,9 +115,10 @@ def check_kind(run: Run, kind: str) -> None:
         and not writer.needs
         and any(isinstance(part.tensors, PackedTensors) for part in run.opened.parts)
     ):
+        adapter = next(x for x, y in run.task.writers.items() if y.made_of == ADAPTER_ROLE)
         raise UserError(
             f"export.kind={kind!r} needs the weights before quantisation, but {run.cfg.model} holds"
-            " them in NF4; use export.kind='adapter'"
+            f" them in NF4; use export.kind={adapter!r}"
         )
     if writer is None or not writer.needs:  # no export, or an export of the whole model
         return

@@ -252,7 +252,9 @@ def test_a_quantised_component_is_named(folder):
     file = folder / "unet/config.json"
     quantised = {"quantization_config": {"quant_method": "bitsandbytes"}}
     file.write_text(json.dumps({**json.loads(file.read_text()), **quantised}))
-    with pytest.raises(UserError, match=r"unet/config\.json: .*'bitsandbytes'.* not supported"):
+    with pytest.raises(
+        UserError, match=r"unet/config\.json: the weights are quantised .*'bitsandbytes'"
+    ):
         open_model(str(folder))
 
 

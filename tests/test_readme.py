@@ -69,9 +69,9 @@ def test_a_row_of_picture_models_is_true(row):
     flow = row[1].strip("`") in FLOW_CLASSES
     refused = ("all", "inversion") if flow else ("all",)
     expected = [name for name in PICTURE_KINDS[kind] if name not in refused]
-    assert row[4].split(", ") == expected
+    assert row[5].split(", ") == expected
     assert row[2] == "yes" and (row[3] == "yes") == (kind != "autoencoder")
-    assert row[5] == "yes"
+    assert (row[4] == "yes") == (kind == "denoiser") and row[6] == "yes"
 
 
 def test_verify_compares_all_of_them():

@@ -31,7 +31,12 @@ METHODS = {
     "LoRA": LINEAR,
     "NF4 LoRA": {**LINEAR, "base": "nf4"},
 }
-UNET = {"full": {}, "full, `adamw_8bit`": {"optim.name": "adamw_8bit"}, "LoRA": LORA}
+UNET = {
+    "full": {},
+    "full, `adamw_8bit`": {"optim.name": "adamw_8bit"},
+    "LoRA": LORA,
+    "NF4 LoRA": {**LORA, "base": "nf4"},
+}
 LENGTHS = (2048, 8192)
 L8 = "Llama-3.1-8B-Instruct"
 # Sizes of published models without a config.json in tests/published, as changes of a neighbour's.
@@ -74,9 +79,9 @@ MODELS = {
 }
 PIPELINES = {
     "Stable Diffusion 1.5": ("stable-diffusion-v1-5", 512, ("full", "LoRA")),
-    "SDXL": ("stable-diffusion-xl-base-1.0", 1024, tuple(UNET)),
+    "SDXL": ("stable-diffusion-xl-base-1.0", 1024, tuple(UNET)[:3]),
     "Stable Diffusion 3 medium": ("stable-diffusion-3-medium-diffusers", 1024, ("LoRA",)),
-    "FLUX.1-dev": ("FLUX.1-dev", 1024, ("LoRA",)),
+    "FLUX.1-dev": ("FLUX.1-dev", 1024, ("LoRA", "NF4 LoRA")),
 }
 
 
@@ -124,8 +129,8 @@ more than 80 GB: divide the model over several devices ([scale.md](scale.md)).
 TAIL = """
 The rows of pipelines count all networks, as a run holds them before the first step and for pictures
 (T5 of SD 3 and FLUX.1 alone has 4.8 G parameters). While steps read `cache`, the text encoders and
-the VAE are not in memory: a step of Stable Diffusion 3 medium needs 4.7 GiB then
-([diffusion.md](diffusion.md#what-is-in-memory)). `base=nf4` is for language models only.
+the VAE are not in memory: a step of Stable Diffusion 3 medium needs 4.7 GiB then, and one of
+FLUX.1-dev with `base=nf4` 8.5 ([diffusion.md](diffusion.md#what-is-in-memory)).
 
 {missing}`python tools/memory_table.py "SDXL"` plans the rows of a model.
 [adapters.md](adapters.md#a-quantised-base-qlora) has Llama 8B with a base in 8 and in 4 bits, and

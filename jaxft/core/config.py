@@ -12,7 +12,7 @@ from jaxft.core.configs.files import read_config_of
 from jaxft.core.configs.schema import AT_LEAST, BELOW_ONE, CHOICES, DURATIONS, RENAMED, Config
 from jaxft.core.configs.synonyms import advice
 from jaxft.core.configs.values import convert, plain, typed
-from jaxft.core.errors import UserError, near
+from jaxft.core.errors import UserError, check_choice, near
 
 Schema = TypeVar("Schema")
 
@@ -210,9 +210,7 @@ def _refuse_renamed(key: str, value: Any) -> None:
 def _check_choices(cfg: Config) -> None:
     leaves = flatten_config(dataclasses.asdict(cfg))
     for key, choices in CHOICES.items():
-        if leaves[key] not in choices:
-            hint = near(str(leaves[key]), choices, "it is one of")
-            raise UserError(f"config key {key}={leaves[key]!r} is not known; {hint}")
+        check_choice(key, leaves[key], choices)
     for key, least in AT_LEAST.items():
         if leaves[key] < least:
             raise UserError(f"config key {key}={leaves[key]} must be at least {least}")

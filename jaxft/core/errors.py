@@ -42,3 +42,10 @@ def near(name: str, known: Iterable[str], intro: str) -> str:
         leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf, 1, 0.6)
     ]
     return f"did you mean {close[0]!r}?" if close else f"{intro} {', '.join(sorted(known))}"
+
+
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """Raise UserError for a value of a config key that is not one of its choices."""
+    if value not in choices:
+        hint = near(value, choices, "it is one of")
+        raise UserError(f"config key {key}={value!r} is not known; {hint}")

@@ -1,6 +1,5 @@
 """Frozen kernels of projections in fewer bits: the base of a LoRA."""
 
-import re
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -8,15 +7,18 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf, Packed
 from jaxft.kernels.quantised import int8, nf4
 from jaxft.kernels.quantised.int8 import Int8
-from jaxft.kernels.quantised.nf4 import NF4, NF4_BLOCK
+from jaxft.kernels.quantised.nf4 import DYNAMIC_VALUES, NF4, NF4_BLOCK, NF4_VALUES
 from jaxft.nn.linear import Linear
-from jaxft.nn.lora import NO_HEAD, layer_count, projections
+from jaxft.nn.lora import layer_count, projections
 
 NF4_BASE, INT8_BASE = "nf4", "int8"  # values of the key `base`
+# The values of NF4's codes, by the names that they have beside a weight of bitsandbytes.
+NF4_TABLES = {"quant_map": NF4_VALUES, "nested_quant_map": DYNAMIC_VALUES}
 
 
 class NF4Kernel(nnx.Module):
@@ -49,19 +51,34 @@ class Int8Kernel(nnx.Module):
         return Int8(self.codes[index], self.scales[index])
 
 
-def quantise(model: nnx.Module, base: str, double: bool = True) -> None:
-    """Quantise the kernel of every projection but the output head, as transformers does.
+def check_base(base: str, lora: Lora) -> None:
+    """Raise UserError for a quantised base without a LoRA, or with one that changes its norms."""
+    if base == "none":
+        return
+    if not lora.rank:
+        raise UserError(f"base={base} is frozen, so it needs adapters; set lora.rank, such as 16")
+    if lora.dora:
+        raise UserError(
+            f"lora.dora=True does not go with base={base}: DoRA measures the weights in every step;"
+            " set base=none"
+        )
 
-    base: "nf4", "int8", or "none". double: as in `NF4Kernel`. Embeddings, norms and biases stay.
+
+def quantise(model: nnx.Module, base: str, double: bool = True, prefix: str = "") -> None:
+    """Quantise the kernel of every projection in a stack of blocks.
+
+    In a decoder these are all but the output head, as in transformers. Embeddings, projections
+    before and after the blocks, convolutions, norms and biases stay.
+    base: "nf4", "int8", or "none". double: as in `NF4Kernel`. prefix: of the network's paths.
     Raises: UserError for a projection whose inputs are no whole number of blocks.
     """
     if base == "none":
         return
     for path, linear in projections(model).items():
-        if not isinstance(linear, Linear) or not re.fullmatch(NO_HEAD, path):
+        blocks = path.startswith(prefix) and layer_count(linear)
+        if not blocks or not isinstance(linear, Linear):
             continue
-        first = 1 if layer_count(linear) else 0
-        width = prod(linear.kernel.shape[first : first + linear.inputs])
+        width = prod(linear.kernel.shape[1 : 1 + linear.inputs])
         if base == NF4_BASE and width % NF4_BLOCK:
             raise UserError(
                 f"base={base}: {path} has {width} inputs, which is no multiple of {NF4_BLOCK}; set"

@@ -15,17 +15,23 @@ from jaxft.nn.linear import Linear
 from jaxft.nn.quantised import quantise
 
 
+class Layer(nnx.Module):
+    def __init__(self, width, key):
+        axes, (first, second) = ("embed", "heads", "head_dim"), jax.random.split(key)
+        self.up = Linear((width,), (4, 32), axes, key=first, bias=True)
+        self.out = Linear((4, 32), (width,), (*axes[1:], axes[0]), key=second)
+
+
 class Model(nnx.Module):
     def __init__(self, width=64):
-        keys = jax.random.split(jax.random.key(0), 3)
-        axes = ("embed", "heads", "head_dim")
-        one = lambda key: Linear((width,), (4, 32), axes, key=key, bias=True)  # noqa: E731
-        self.layers = jax.vmap(one)(keys[:2])
-        self.out = Linear((4, 32), (width,), ("heads", "head_dim", "embed"), key=keys[2])
+        keys = jax.random.split(jax.random.key(0), 4)
+        self.embed = Linear((width,), (width,), ("embed", "mlp"), key=keys[3])
+        self.layers = jax.vmap(lambda key: Layer(width, key))(keys[:2])
         self.lm_head = Linear((width,), (7,), ("embed", "vocab"), key=keys[2])
 
     def __call__(self, x):
-        x, _ = jax.lax.scan(lambda x, layer: (self.out(layer(x)), None), x, self.layers)
+        x = self.embed(x)
+        x, _ = jax.lax.scan(lambda x, layer: (layer.out(layer.up(x)), None), x, self.layers)
         return self.lm_head(x)
 
 
@@ -42,8 +48,9 @@ def test_a_model_computes_with_the_decoded_weights(base):
         made = layout.decode(kernel, ins, jnp.float32)
         return jnp.moveaxis(made, range(-len(ins), 0), range(len(ins)))
 
-    plain.layers.kernel[...] = jax.vmap(lambda k: decoded(k, (64,)))(plain.layers.kernel[...])
-    plain.out.kernel[...] = decoded(plain.out.kernel[...], (4, 32))
+    for linear, ins in ((plain.layers.up, (64,)), (plain.layers.out, (4, 32))):
+        one = lambda kernel, ins=ins: decoded(kernel, ins)  # noqa: E731
+        linear.kernel[...] = jax.vmap(one)(linear.kernel[...])
     x = jax.random.normal(jax.random.key(2), (5, 64))
     values, grads = {}, {}
     for name, model in (("plain", plain), ("packed", packed)):
@@ -64,7 +71,7 @@ def test_the_arrays_of_a_kernel_are_parameters_with_their_own_dtypes_and_axes():
     before = describe(model)
     quantise(model, "nf4")
     leaves = describe(model)
-    kernel = {p: x for p, x in leaves.items() if p.startswith("layers.kernel.")}
+    kernel = {p: x for p, x in leaves.items() if p.startswith("layers.up.kernel.")}
     assert {p.rpartition(".")[2]: (x.shape, x.axes) for p, x in kernel.items()} == {
         "codes": ((2, 4, 32, 1, 32), ("layers", "heads", "head_dim", "embed", None)),
         "scales": ((2, 4, 32, 1), ("layers", "heads", "head_dim", "embed")),
@@ -72,11 +79,12 @@ def test_the_arrays_of_a_kernel_are_parameters_with_their_own_dtypes_and_axes():
         "offset": ((2,), ("layers",)),
     }
     assert unpacked(leaves) == before
-    assert "lm_head.kernel" in leaves and "layers.bias" in leaves
+    assert {"embed.kernel", "lm_head.kernel", "layers.up.bias"} <= leaves.keys()
     bound = bind(model, flatten(model), jnp.bfloat16)
     dtypes = {path: x.dtype.name for path, x in flatten(bound).items()}
-    assert dtypes["out.kernel.codes"] == "uint8" and dtypes["out.kernel.nested"] == "float32"
-    assert dtypes["lm_head.kernel"] == "bfloat16" == dtypes["layers.bias"]
+    assert dtypes["layers.out.kernel.codes"] == "uint8"
+    assert dtypes["layers.out.kernel.nested"] == "float32"
+    assert dtypes["lm_head.kernel"] == "bfloat16" == dtypes["layers.up.bias"]
 
 
 def test_the_backward_pass_holds_codes_and_no_weights():
@@ -91,6 +99,6 @@ def test_the_backward_pass_holds_codes_and_no_weights():
 
 
 def test_inputs_that_are_no_whole_blocks_are_named():
-    with pytest.raises(UserError, match=r"base=nf4: layers has 48 inputs.*64; set base=int8"):
+    with pytest.raises(UserError, match=r"base=nf4: layers\.up has 48 inputs.*64; set base=int8"):
         quantise(Model(48), "nf4")
     quantise(Model(48), "int8")

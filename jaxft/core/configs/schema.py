@@ -180,6 +180,7 @@ AT_LEAST = {
     "optim.clip": 0,
     "optim.weight_decay": 0,
 }
+BASES = ("none", "nf4", "int8")  # layouts of a frozen base below a LoRA, of bitsandbytes
 RENAMED = {  # keys of former versions, and their replacements
     "lora.base": "give the base by model=MODEL and the adapter by lora.from=FOLDER",
 }

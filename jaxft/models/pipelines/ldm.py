@@ -17,7 +17,7 @@ from jaxft.models.pipelines import flow_files
 from jaxft.models.pipelines.flow_files import FLUX_VAE
 from jaxft.models.text_encoders import clip
 from jaxft.models.text_encoders.clip import VISION, CLIPTextConfig
-from jaxft.weights.folders.diffusers import Pipeline, open_pipeline
+from jaxft.weights.folders.diffusers import Pipeline, Tables, open_pipeline
 from jaxft.weights.folders.single_file import (
     TEXT_PREFIXES,
     UNET_PREFIX,
@@ -66,13 +66,16 @@ OPEN_CLIP = {
 }
 
 
-def open_model(spec: str, weights: bool = True, prediction: str | None = None) -> Pipeline:
+def open_model(
+    spec: str, weights: bool = True, prediction: str | None = None, nf4: Tables | None = None
+) -> Pipeline:
     """Open a diffusers folder, `pip:` package or hub id (see `open_pipeline`), or a single file.
 
-    The components of a single file have diffusers' keys and shapes, like those of a folder.
+    The components of a single file have diffusers' keys and shapes, like those of a folder. nf4: as
+    in `open_pipeline`.
     """
     if not spec.endswith(SINGLE):
-        return open_pipeline(spec, weights)
+        return open_pipeline(spec, weights, nf4)
     if (tensors := flow_files.open_flow_tensors(spec)) is not None:
         base = flow_files.folder_of(spec, tensors)
         return flow_files.open_flow_file(spec, tensors, base, layouts(base), weights)

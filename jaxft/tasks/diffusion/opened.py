@@ -12,19 +12,21 @@ from flax import nnx
 from jaxft.core import runtime
 from jaxft.core.configs.schema import Config, Lora
 from jaxft.core.errors import UserError
-from jaxft.core.params import ADAPTER_ROLE, describe
+from jaxft.core.params import ADAPTER_ROLE, describe, unpacked
 from jaxft.data.sources.schemes import ALPHA, MASK_FILE
 from jaxft.models import flops
 from jaxft.models.pipelines import families, ldm, stable_diffusion
 from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
 from jaxft.models.pipelines.stable_diffusion import Conditions, PipelineConfig, Text
 from jaxft.nn import lora
+from jaxft.nn.quantised import NF4_BASE, NF4_TABLES, check_base, quantise
 from jaxft.noise.process import NoiseProcess
 from jaxft.tasks.diffusion import inversion
 from jaxft.tasks.diffusion.captions import Captions, load_captions
 from jaxft.tasks.diffusion.options import DiffusionOptions
 from jaxft.weights.adapters import pipeline as pipeline_lora
 from jaxft.weights.adapters.pipeline_file import PipelineLora, load, open_lora
+from jaxft.weights.folders.quantised import nf4_scales
 
 
 class OpenedPipeline:
@@ -35,7 +37,9 @@ class OpenedPipeline:
         options = self.options
         lora.check_plain(cfg.lora, "diffusion")
         prediction = options.prediction or None
-        self.pipeline = ldm.open_model(cfg.model, cfg.init == "pretrained", prediction=prediction)
+        nf4 = NF4_TABLES if options.base == NF4_BASE else None
+        weights = cfg.init == "pretrained"
+        self.pipeline = ldm.open_model(cfg.model, weights, prediction=prediction, nf4=nf4)
         self.model_cfg = families.read_config(self.pipeline, options.prediction, options.zero_snr)
         check_sampler("sample.sampler", options.sample.sampler, self.model_cfg)
         check(options.caption_dropout, self.model_cfg)
@@ -58,10 +62,11 @@ class OpenedPipeline:
             cfg = dataclasses.replace(cfg, lora=targets)
         if not (cfg.trainable or cfg.lora.rank or options.inversion.token):
             cfg = dataclasses.replace(cfg, trainable=rf"{self.model_cfg.denoiser}\..*")
+        check_base(options.base, cfg.lora)
         self.cfg = cfg
         self.template = jax.eval_shape(self.build, jax.random.key(0))
         if cfg.export.kind == "lora" or (cfg.export.kind == "all" and cfg.lora.rank):
-            pipeline_lora.check(self.parts, describe(self.template))
+            pipeline_lora.check(self.parts, unpacked(describe(self.template)))
 
     @cached_property
     def captions(self) -> Captions:
@@ -82,10 +87,13 @@ class OpenedPipeline:
     def build(self, key: jax.Array) -> nnx.Module:
         model = families.build(self.model_cfg, key)
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
+        name = self.model_cfg.denoiser
+        double = nf4_scales(self.pipeline.components[name].config) != "single"
+        quantise(model, self.options.base, double, prefix=f"{name}.")
         return model
 
     def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
-        own, leaves = self.options.inversion, describe(self.template)
+        own, leaves = self.options.inversion, unpacked(describe(self.template))
         made = inversion.initial(own, self.captions, self.parts, leaves) if own.token else {}
         if self.adapter and any(leaves[path].role == ADAPTER_ROLE for path in wanted):
             made |= load(self.adapter, leaves)

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+from jaxft.core.configs.schema import BASES
+from jaxft.core.errors import check_choice
+
 
 @dataclasses.dataclass(frozen=True)
 class Prior:
@@ -65,6 +68,7 @@ class DiffusionOptions:
     mask: file (NAME.mask.png beside a picture) or alpha: white or opaque parts count. Empty is all.
     eval_examples: number of rows of data.eval for the validation loss. 0 is all.
     eval_generated: number of captions to sample for kid-lite0. 0 is none.
+    base: layout of the frozen projections below a LoRA: none, nf4 or int8.
     """
 
     resolution: int
@@ -82,3 +86,8 @@ class DiffusionOptions:
     eval_generated: int = 128
     prior: Prior = Prior()
     inversion: Inversion = Inversion()
+    base: str = "none"
+
+    def __post_init__(self) -> None:
+        """Raise UserError for an unknown layout of the base."""
+        check_choice("base", self.base, BASES)

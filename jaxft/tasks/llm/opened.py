@@ -18,7 +18,6 @@ from jaxft.core.params import TEACHER_ROLE, describe, mark, unpacked
 from jaxft.data.text.chat.format import ChatFormat, open_chat
 from jaxft.data.text.labelled import labels_in
 from jaxft.data.text.vocabulary import check_ids
-from jaxft.kernels.quantised.nf4 import DYNAMIC_VALUES, NF4_VALUES
 from jaxft.models import registry
 from jaxft.models.decoders.classifier import (
     ADAPTER_CONFIG,
@@ -32,9 +31,9 @@ from jaxft.models.decoders.files import open_decoder
 from jaxft.models.decoders.gguf import gguf_architecture
 from jaxft.models.registry import Architecture
 from jaxft.nn import lora
-from jaxft.nn.quantised import NF4_BASE, quantise
+from jaxft.nn.quantised import NF4_BASE, NF4_TABLES, check_base, quantise
 from jaxft.tasks.common.tokenizers import load_tokenizer, token_ids
-from jaxft.tasks.llm.options import LLMOptions, check_base, check_preference
+from jaxft.tasks.llm.options import LLMOptions, check_preference
 from jaxft.weights.adapters import peft
 from jaxft.weights.adapters.peft_folder import GIVE_BASE, fit, open_adapted
 from jaxft.weights.files.gguf_vocabulary import vocabulary
@@ -93,8 +92,7 @@ class OpenedDecoder:
         part = part._replace(kept=self.kept, rows=self._rows(cfg), whole=WHOLE)
         self.scales = nf4_scales(self.source.config)
         if self.scales and part.tensors is not None:
-            tables = {"quant_map": NF4_VALUES, "nested_quant_map": DYNAMIC_VALUES}
-            packed = PackedTensors(part.tensors, self.source.name, tables)
+            packed = PackedTensors(part.tensors, self.source.name, NF4_TABLES)
             part = part._replace(tensors=packed)
         if self.labels:
             part = part._replace(rules=(*part.rules, SCORE_RULE))
@@ -115,7 +113,7 @@ class OpenedDecoder:
         if self.labels and cfg.lora.rank and not cfg.trainable:
             cfg = dataclasses.replace(cfg, trainable=rf"{lora.PATHS}|score\..*")
         self._check_head(cfg)
-        check_base(cfg, self.options)
+        check_base(self.options.base, cfg.lora)
         self._check_experts(cfg)
         self._check_gguf(cfg)
         self.cfg = cfg

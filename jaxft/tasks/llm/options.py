@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from jaxft.core.configs.schema import Config
-from jaxft.core.errors import UserError, near
+from jaxft.core.configs.schema import BASES, Config
+from jaxft.core.errors import UserError, check_choice
 
 DPO_FAMILY = ("dpo", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm")
 PREFERENCES = (*DPO_FAMILY, "orpo", "simpo", "kto")
@@ -13,7 +13,6 @@ OBJECTIVES = (*ONE_TEXT, *PREFERENCES, *SCORED)
 WITHOUT_REFERENCE = (*ONE_TEXT, "orpo", "simpo", *SCORED)
 SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 PROBLEMS = (SINGLE_LABEL, MULTI_LABEL, "regression")  # transformers' names
-BASES = ("none", "nf4", "int8")  # of bitsandbytes
 SMOOTHED = ("dpo", "robust", "sigmoid_norm")
 BETA, SIMPO_BETA, SIMPO_MARGIN = 0.1, 2.0, 0.5  # the values of 0
 
@@ -91,9 +90,7 @@ class LLMOptions:
     def __post_init__(self) -> None:
         """Raise UserError for an unknown objective, or a key that it does not use."""
         name, keys = self.objective, self.preference
-        if name not in OBJECTIVES:
-            hint = near(name, OBJECTIVES, "it is one of")
-            raise UserError(f"config key objective={name!r} is not known; {hint}")
+        check_choice("objective", name, OBJECTIVES)
         used = {
             "beta": PREFERENCES,
             "margin": ("simpo",),
@@ -114,9 +111,7 @@ class LLMOptions:
                 raise UserError(f"config key preference.{key}={value} must be {limit}")
         if name == "robust" and not keys.smoothing:
             raise UserError("objective=robust needs preference.smoothing, such as 0.1")
-        if self.base not in BASES:
-            hint = near(self.base, BASES, "it is one of")
-            raise UserError(f"config key base={self.base!r} is not known; {hint}")
+        check_choice("base", self.base, BASES)
         if self.router_loss < 0 and self.router_loss != -1.0:
             raise UserError(f"config key router_loss={self.router_loss} must be at least 0, or -1")
         if self.router_loss > 0 and name != "sft":
@@ -133,9 +128,7 @@ class LLMOptions:
                 if value not in ("", SINGLE_LABEL):
                     raise UserError(f"config key {key}={value!r} belongs to objective=classify")
             return
-        if self.problem_type not in PROBLEMS:
-            hint = near(self.problem_type, PROBLEMS, "it is one of")
-            raise UserError(f"config key problem_type={self.problem_type!r} is not known; {hint}")
+        check_choice("problem_type", self.problem_type, PROBLEMS)
         names = self.label_names
         if len(set(names)) < len(names) or (names and not all(names)):
             raise UserError(f"config key labels={self.labels!r} must be different names")
@@ -182,19 +175,6 @@ class LLMOptions:
     def stores_reference(self) -> bool:
         """True if the objective compares the model with itself at step 0."""
         return self.objective not in WITHOUT_REFERENCE
-
-
-def check_base(cfg: Config, options: LLMOptions) -> None:
-    """Raise UserError for a quantised base without a LoRA, or with one that changes its norms."""
-    if options.base != "none" and not cfg.lora.rank:
-        raise UserError(
-            f"base={options.base} is frozen, so it needs adapters; set lora.rank, such as 16"
-        )
-    if options.base != "none" and cfg.lora.dora:
-        raise UserError(
-            f"lora.dora=True does not go with base={options.base}: DoRA measures the weights in"
-            " every step; set base=none"
-        )
 
 
 def check_preference(cfg: Config, options: LLMOptions) -> None:

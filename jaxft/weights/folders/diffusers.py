@@ -7,11 +7,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from safetensors import safe_open
 
 from jaxft.core.errors import UserError
 from jaxft.core.guards.inside import is_inside, refuse_outside
 from jaxft.weights.files.tensor_files import PICKLES, STEMS, TensorFiles, Tensors
+from jaxft.weights.folders import quantised
+from jaxft.weights.folders.quantised import PackedTensors
 from jaxft.weights.folders.refused import check_index
 from jaxft.weights.folders.transformers import SIDE_FILES, Source
 from jaxft.weights.locate import INDEX, VARIANTS, locate
@@ -33,6 +36,7 @@ LEGACY = "text_model."  # transformers 4 cannot read a CLIPTextModel without thi
 BULKY = (*PICKLES, ".msgpack", ".onnx", ".onnx_data", ".h5", ".safetensors")
 
 Files = dict[str, Path | bytes]
+Tables = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,13 @@ class Changes(NamedTuple):
 UNCHANGED = Changes()
 
 
-def open_pipeline(spec: str, weights: bool = True) -> Pipeline:
+def open_pipeline(spec: str, weights: bool = True, nf4: Tables | None = None) -> Pipeline:
     """Open a folder with model_index.json, a `pip:PACKAGE` that holds one, or a hub id.
 
     A hub id may name a subfolder (org/name/sub). Where the plain weight file is absent, one of
-    VARIANTS (`*.fp16.safetensors`) is read. weights=False reads only configs.
-    Raises: UserError that names the file which is absent, unreachable or damaged.
+    VARIANTS (`*.fp16.safetensors`) is read. weights=False reads only configs. nf4: the values of
+    codes, to read components in the NF4 of bitsandbytes as `PackedTensors`.
+    Raises: UserError that names the file which is absent, unreachable, quantised or damaged.
     """
     folder = locate(spec, INDEX, weights)
     if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
@@ -121,7 +126,7 @@ def open_pipeline(spec: str, weights: bool = True) -> Pipeline:
         name=spec,
         index=index,
         components={
-            key: _component(f"{spec}/{key}", folder / key, weights)
+            key: _component(f"{spec}/{key}", folder / key, weights, nf4)
             for key in COMPONENTS
             if key in named
         },
@@ -142,17 +147,16 @@ def open_component(spec: str, kind: str, weights: bool = True) -> Source:
     return _component(spec, folder, weights)
 
 
-def _component(name: str, folder: Path, weights: bool) -> Source:
+def _component(name: str, folder: Path, weights: bool, nf4: Tables | None = None) -> Source:
     config = _json(folder / "config.json")
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise UserError(
-            f"{folder / 'config.json'}: quantization_config of {method!r}; quantised weights are"
-            " not supported, so give the model as it was before"
-        )
+    packed = nf4 is not None and bool(quantised.nf4_scales(config))
+    if not packed:
+        quantised.refuse_config(config, f"{folder / 'config.json'}")
     stems = STEMS if "model_type" in config else STEMS[::-1]
     files = _weight_files(folder, stems) if weights else {}
     tensors = _open_weights(folder, files) if weights else None
+    if packed and nf4 is not None and tensors is not None:
+        tensors = PackedTensors(tensors, name, nf4)
     side = {"config.json": folder / "config.json", **files}
     if (folder / GENERATION).is_file():
         side[GENERATION] = folder / GENERATION

@@ -41,8 +41,9 @@ def nf4_scales(config: Mapping[str, Any]) -> str:
 class PackedTensors:
     """The checkpoint of a model in NF4, with the names and shapes of its original weights.
 
-    A weight that is in NF4 has no `read`. Its codes and scales are `packed`. tables: the values of
-    the codes that are decoded here, by the names of their tensors beside a weight.
+    A weight that is in NF4 has its codes and scales `packed`. Its `read` decodes them, for a
+    parameter that is held in full. tables: the values of codes, by the names of their tensors
+    beside a weight.
     """
 
     def __init__(self, tensors: Tensors, where: str, tables: Mapping[str, np.ndarray]):
@@ -60,9 +61,16 @@ class PackedTensors:
         return self._tensors.info(key)
 
     def read(self, key: str) -> np.ndarray:
-        if key in self._states:
-            raise UserError(f"{self._where}: {key} is in NF4; {GIVE_WHOLE}")
-        return self._tensors.read(key)
+        if key not in self._states:
+            return self._tensors.read(key)
+        shape, found = self._states[key]["shape"], self._arrays(key)
+        scales = found["scales"]
+        if "nested" in found:
+            each = np.repeat(found["nested"], 256)[: scales.size]
+            scales = self._tables["nested_quant_map"][scales] * each + found["offset"]
+        numbers = np.stack([found["codes"] >> 4, found["codes"] & 15], -1).reshape(-1)
+        numbers = self._tables["quant_map"][numbers[: prod(shape)]]
+        return (numbers * np.repeat(scales, 64)[: numbers.size]).reshape(shape)
 
     def packed(self, key: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
         """Return the arrays of a weight, which have the names of `kernels.quantised.nf4.NF4`.
@@ -70,12 +78,21 @@ class PackedTensors:
         Raises: UserError for a weight that is not in NF4, for other tables of values, and for
         arrays that do not fit `shapes`.
         """
-        state = self._states.get(key)
-        if state is None:
+        if key not in self._states:
             raise UserError(
                 f"{self._where}: tensor {key} is not in NF4, as the others of this folder are; give"
                 " a folder in which all projections are (not one of a dynamic quantisation)"
             )
+        made = self._arrays(key)
+        if {name: x.size for name, x in made.items()} != {x: prod(y) for x, y in shapes.items()}:
+            raise UserError(
+                f"{self._where}: the sizes of {key} and {key}.* are not those of config.json, or"
+                " their scales are not (bnb_4bit_use_double_quant); get the folder again"
+            )
+        return {name: array.reshape(shapes[name]) for name, array in made.items()}
+
+    def _arrays(self, key: str) -> dict[str, np.ndarray]:
+        """Return the arrays of a weight, flat. Raises UserError for other tables of values."""
         names = [name for name in BESIDE_NAMES if f"{key}.{name}" in self._beside]
         found = {name: self._tensors.read(f"{key}.{name}") for name in names}
         for name, table in self._tables.items():
@@ -88,13 +105,8 @@ class PackedTensors:
         made = {"codes": codes, "scales": found["absmax"]}
         if "nested_absmax" in found:
             made["nested"] = found["nested_absmax"]
-            made["offset"] = np.array(state["nested_offset"], np.float32)
-        if {name: x.size for name, x in made.items()} != {x: prod(y) for x, y in shapes.items()}:
-            raise UserError(
-                f"{self._where}: the sizes of {key} and {key}.* are not those of config.json, or"
-                " their scales are not (bnb_4bit_use_double_quant); get the folder again"
-            )
-        return {name: array.reshape(shapes[name]) for name, array in made.items()}
+            made["offset"] = np.array(self._states[key]["nested_offset"], np.float32)
+        return made
 
     def _state(self, key: str) -> dict[str, Any]:
         """Return the settings of a weight. Raises UserError for blocks of another size."""
