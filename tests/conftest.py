@@ -34,6 +34,15 @@ def pytest_make_parametrize_id(val, argname):
     return argname if isinstance(val, bytes) else None
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A worker takes a file at a time: runs and models that a file's tests share are made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # files of few tests are the long ones
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Free the compiled programs of a file: thousands exhaust the memory maps of a process."""
