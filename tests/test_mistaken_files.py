@@ -69,6 +69,18 @@ a negative seed
 an enormous seed
     train LLM KEYS --config.seed=99999999999999999999
     = seed=99999999999999999999 | at most 4294967295
+a temperature below zero
+    sample --workdir=x --prompt=a --temperature=-1
+    = --temperature=-1 | at least 0
+a seed for another program
+    sample --workdir=x --prompt=a --seeds=99999999999
+    = --seed=99999999999 | at most 4294967295
+no steps
+    sample --workdir=x --prompt=a --steps=0
+    = --steps=0 | at least 1
+no probability
+    sample --workdir=x --prompt=a --top_p=0
+    = --top_p=0 | above 0
 data for a model
     train LLM KEYS --config.model=good.jsonl
     = good.jsonl | .safetensors
