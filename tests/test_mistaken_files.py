@@ -69,6 +69,9 @@ a negative seed
 an enormous seed
     train LLM KEYS --config.seed=99999999999999999999
     = seed=99999999999999999999 | at most 4294967295
+an address for data
+    train LLM KEYS --config.data.train=https://example.com/a.jsonl
+    = https://example.com/a.jsonl | download | hf:OWNER/NAME
 a temperature below zero
     sample --workdir=x --prompt=a --temperature=-1
     = --temperature=-1 | at least 0
