@@ -16,7 +16,7 @@ from jaxft.tasks.common.pictures import grid
 
 NUMBERS = {"temperature": float, "top_p": float, "guidance": float, "image_guidance": float}
 COUNTS = {"max_new": int, "top_k": int, "steps": int, "seed": int, "copies": int}
-LEAST = {"temperature": 0, "top_k": 0, "seed": 0, "copies": 1, "steps": 1, "max_new": 1}
+LOWEST = {"temperature": 0, "top_k": 0, "seed": 0, "copies": 1, "steps": 1, "max_new": 1}
 ACROSS = 8  # pictures in a row of the grid
 MOST_SEED = 2**32 - 1
 MOST_SEEDS = 100  # of --seeds
@@ -178,8 +178,8 @@ def _numbers(options: dict[str, str], name: str, kind: type) -> list[int | float
     except ValueError:
         raise UserError(f"--{name}={options[name]!r} must be {kind.__name__}") from None
     for value in values:
-        if value < LEAST.get(name, value):
-            raise UserError(f"--{name}={value} must be at least {LEAST[name]}")
+        if value < LOWEST.get(name, value):
+            raise UserError(f"--{name}={value} must be at least {LOWEST[name]}")
         if name == "top_p" and not 0 < value <= 1:
             raise UserError(f"--top_p={value} must be above 0 and at most 1")
         if name == "seed" and value > MOST_SEED:

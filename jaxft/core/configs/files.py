@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ml_collections import ConfigDict
 
 from jaxft.core.errors import UserError
 
@@ -71,6 +70,8 @@ def _read_python(file: Path) -> dict[str, Any]:
         config = module.get_config()
     except Exception as error:
         raise _failure(file, error) from None
+    from ml_collections import ConfigDict  # the file has imported it, and a help does without
+
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"config file {file}: get_config() returns a {type(config).__name__}; return an"
