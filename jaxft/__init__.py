@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
 
     from jaxft.api.finetuning import Finetuned
     from jaxft.api.loading import Loaded
@@ -16,8 +17,8 @@ NO_KEYS: Mapping[str, Any] = {}
 
 
 def finetune(
-    config: str,
-    workdir: str = "",
+    config: str | Path,
+    workdir: str | Path = "",
     *,
     rows: Iterable[Mapping[str, Any]] | None = None,
     eval_rows: Iterable[Mapping[str, Any]] | None = None,
@@ -48,7 +49,7 @@ def finetune(
     return run(config, workdir, rows, eval_rows, loss, keys)
 
 
-def load(path_or_id: str, dtype: str = "float32") -> Loaded:
+def load(path_or_id: str | Path, dtype: str = "float32") -> Loaded:
     """Return a pretrained model of any family for a notebook.
 
     `path_or_id` is a Hugging Face folder, a single file (.gguf, .safetensors), `pip:PACKAGE`,

@@ -16,7 +16,9 @@ from jaxft.tasks.common.pictures import grid
 
 NUMBERS = {"temperature": float, "top_p": float, "guidance": float, "image_guidance": float}
 COUNTS = {"max_new": int, "top_k": int, "steps": int, "seed": int, "copies": int}
+LOWEST = {"temperature": 0, "top_k": 0, "seed": 0, "copies": 1, "steps": 1, "max_new": 1}
 ACROSS = 8  # pictures in a row of the grid
+MOST_SEED = 2**32 - 1
 MOST_SEEDS = 100  # of --seeds
 SWEEP_CELL = 96  # least pixels a side of a picture in a sweep's grid
 
@@ -166,15 +168,23 @@ def _prompts(options: dict[str, str]) -> list[str]:
 def _numbers(options: dict[str, str], name: str, kind: type) -> list[int | float]:
     """Return the values of an option, which are separated by commas. `copies` has one value.
 
-    Raises UserError for a value that is not of `kind`.
+    Raises UserError for a value that is not of `kind`, or is too small or too large.
     """
     parts = options[name].split(",")
     try:
         if len(parts) > 1 and name == "copies":
             raise ValueError
-        return [kind(part) for part in parts]
+        values = [kind(part) for part in parts]
     except ValueError:
         raise UserError(f"--{name}={options[name]!r} must be {kind.__name__}") from None
+    for value in values:
+        if value < LOWEST.get(name, value):
+            raise UserError(f"--{name}={value} must be at least {LOWEST[name]}")
+        if name == "top_p" and not 0 < value <= 1:
+            raise UserError(f"--top_p={value} must be above 0 and at most 1")
+        if name == "seed" and value > MOST_SEED:
+            raise UserError(f"--seed={value} must be at most {MOST_SEED}")
+    return values
 
 
 if __name__ == "__main__":

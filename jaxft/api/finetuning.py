@@ -41,7 +41,7 @@ class Finetuned:
         """Return the exported model, as `jaxft.load` does. An adapter alone is no model."""
         from jaxft.api.loading import load
 
-        return load(str(self.export), dtype)
+        return load(self.export, dtype)
 
     def _repr_html_(self) -> str:
         page = html.escape((self.workdir / "report.html").read_text())
@@ -49,19 +49,20 @@ class Finetuned:
 
 
 def finetune(
-    config: str,
-    workdir: str,
+    config: str | Path,
+    workdir: str | Path,
     rows: Dicts | None,
     eval_rows: Dicts | None,
     loss: Callable[..., Any] | None,
     keys: Mapping[str, Any],
 ) -> Finetuned:
     """Train as `jaxft.finetune` says, and return the run."""
+    _check(config, workdir, loss, keys)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault(STALL, "0")  # its end of the process would be that of the notebook
     folder = Path(workdir or f"runs/{Path(config).stem}")
     texts = [(key, value if isinstance(value, list) else str(value)) for key, value in keys.items()]
-    resolved = configs.load_config(config, texts, OPTIONS)
+    resolved = configs.load_config(str(config), texts, OPTIONS)
     begun = (folder / "checkpoints").exists()
     for name, given in (("train", rows), ("eval", eval_rows)):
         if given is None:
@@ -82,3 +83,23 @@ def finetune(
             resolved["own_loss"] = name_of(loss)
             start(resolved, folder, partial(OwnLoss, function=loss), interactive=True)
     return Finetuned(folder)
+
+
+def _check(config: object, workdir: object, loss: object, keys: object) -> None:
+    """Raise UserError for an argument of another type."""
+    for name, value in (("config", config), ("workdir", workdir)):
+        if not isinstance(value, str | Path):
+            raise UserError(
+                f"{name} is a {type(value).__name__}; give a path, such as"
+                ' finetune("configs/llm.py", "runs/mine", keys={"optim.lr": 1e-4})'
+            )
+    if not isinstance(keys, Mapping):
+        raise UserError(
+            f'keys is a {type(keys).__name__}; give a dict, such as {{"optim.lr": 1e-4}}'
+        )
+    for key, value in keys.items():
+        if isinstance(value, Mapping):
+            inner = next(iter(value), "KEY")
+            raise UserError(f'keys["{key}"] is a dict; give its keys as "{key}.{inner}"')
+    if loss is not None and not callable(loss):
+        raise UserError(f"loss is a {type(loss).__name__}; give a function, or leave it out")

@@ -93,14 +93,14 @@ class LoadedDecoder:
         if self.tokenizer is None:
             self.source.tokenizer_dir()  # raises an error that names the missing files
         tokenizer: Any = self.tokenizer
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = _texts(prompts)
         rows = [prompt_tokens(tokenizer, text) for text in texts]
         size, images = self.config.vocab_size, self.config.image_ids
         for text, row in zip(texts, rows, strict=True):
             check_ids(row, size, tokenizer, f"prompt {text[:60]!r}", images)
         tokens, segments = _left_padded(rows)
         stops, keys = self._stop_ids(), jax.random.split(jax.random.key(seed), len(rows))
-        how = Sampling(temperature, top_k, top_p)
+        how = _sampling(temperature, top_k, top_p)
         dtype = self.params["embed_tokens.embedding"].dtype
         made, lengths = _generate(
             self.model, tokens, segments, keys,
@@ -119,6 +119,26 @@ class LoadedDecoder:
 
 
 _generate = jax.jit(generate, static_argnames=("max_new", "stop_ids", "how", "dtype"))
+
+
+def _texts(prompts: str | Sequence[str]) -> list[str]:
+    """Return prompts as a list. Raises UserError for none, and for what is no text."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
+    if wrong or not texts:
+        found = f"hold a {wrong[0]}" if wrong else "are empty"
+        raise UserError(f"the prompts {found}; give a text, or a list of texts")
+    return texts
+
+
+def _sampling(temperature: float, top_k: int, top_p: float) -> Sampling:
+    """Return settings of sampling. Raises UserError for numbers that give no probabilities."""
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise UserError(
+            f"temperature={temperature}, top_k={top_k} and top_p={top_p} are refused; give"
+            " temperature and top_k of at least 0, and top_p above 0 and at most 1"
+        )
+    return Sampling(temperature, top_k, top_p)
 
 
 def _left_padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -162,12 +182,12 @@ class LoadedImageTokens:
         seed: int = 0,
     ) -> UInt8[np.ndarray, "N Y X 3"]:
         """Return a picture of each prompt. `guidance` is the classifier-free scale, off at 1."""
-        layout, texts = self.opened.layout, [prompts] if isinstance(prompts, str) else prompts
+        layout, texts = self.opened.layout, _texts(prompts)
         rows = [encode_prompt(layout, self.tokenizer, text).ids for text in texts]
         nulls = [null_prompt(layout, row) for row in rows]
         tokens, mask = map(jnp.asarray, left_padded(layout, rows + nulls))
         keys = jax.random.split(jax.random.key(seed), len(rows))
-        how, dtype = Sampling(temperature, top_k, top_p), jax.tree.leaves(self.params)[0].dtype
+        how, dtype = _sampling(temperature, top_k, top_p), jax.tree.leaves(self.params)[0].dtype
 
         @jax.jit
         def draw(model: nnx.Module) -> Int[Array, "N S"]:
@@ -239,7 +259,7 @@ class LoadedPipeline:
         euler or dpm++. Raises UserError for an unknown sampler, for no size at all,
         and for a UNet with a picture as input (the command `sample` has the option --image).
         """
-        cfg, texts = self.config, [prompts] if isinstance(prompts, str) else list(prompts)
+        cfg, texts = self.config, _texts(prompts)
         if cfg.conditioning != NOTHING:
             raise UserError(
                 "this pipeline needs a picture as input; use python -m jaxft.sample --workdir DIR"
@@ -290,8 +310,15 @@ class LoadedNetwork:
 Loaded = LoadedDecoder | LoadedImageTokens | LoadedAutoencoder | LoadedPipeline | LoadedNetwork
 
 
-def load(spec: str, dtype: str = "float32") -> Loaded:
-    """Return the model that `spec` names, whole on the first device, as in `jaxft.load`."""
+def load(path_or_id: str | Path, dtype: str = "float32") -> Loaded:
+    """Return the model that `path_or_id` names, whole on the first device, as in `jaxft.load`."""
+    if not isinstance(path_or_id, str | Path):
+        raise UserError(f"a {type(path_or_id).__name__} names no model; give a path or a hub id")
+    try:
+        jnp.dtype(dtype)
+    except TypeError:
+        raise UserError(f"dtype={dtype!r} is not known; give float32 or bfloat16") from None
+    spec = str(path_or_id)
     kind = family_of(spec)
     if kind == "pipeline":
         return _load_pipeline(open_model(spec), dtype)

@@ -29,6 +29,11 @@ def write_rows(
     begun: the run has started, so the rows must be equal to those in its folder. Raises UserError
     for others, for no rows, and for a row that cannot be written.
     """
+    if isinstance(rows, str | Path | Mapping):
+        raise UserError(
+            f"the rows for {name} are a {type(rows).__name__}; give a list of dicts, or a file by"
+            f' keys={{"data.{name}": PATH}}'
+        )
     place = workdir / ROWS / (name if images else f"{name}.jsonl")
     aside = place.with_name(f".{place.name}.tmp")
     _remove(aside)

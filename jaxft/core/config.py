@@ -9,7 +9,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_origin
 
 from jaxft.core.configs.files import read_config_of
-from jaxft.core.configs.schema import AT_LEAST, BELOW_ONE, CHOICES, DURATIONS, RENAMED, Config
+from jaxft.core.configs.schema import (
+    AT_LEAST,
+    AT_MOST,
+    BELOW_ONE,
+    CHOICES,
+    DURATIONS,
+    RENAMED,
+    Config,
+)
 from jaxft.core.configs.synonyms import advice
 from jaxft.core.configs.values import convert, plain, typed
 from jaxft.core.errors import UserError, check_choice, near
@@ -190,7 +198,10 @@ def _build(schema: type[Schema], values: Mapping[str, Any], prefix: str) -> Sche
 def _check_keys(values: Mapping[str, Any], known: set[str], needed: set[str], prefix: str) -> None:
     for name in sorted(values.keys() - known):
         _refuse_renamed(prefix + name, values[name])
-        raise UserError(f"unknown config key {prefix}{name!r}; {near(name, known, 'keys are')}")
+        hint = near(name, known, "keys are")
+        if not hint.startswith("did you mean"):
+            hint += "; if a newer jaxft wrote this config, install that version"
+        raise UserError(f"unknown config key {prefix}{name!r}; {hint}")
     missing = sorted(prefix + name for name in needed - values.keys())
     if missing:
         raise UserError(
@@ -214,6 +225,9 @@ def _check_choices(cfg: Config) -> None:
     for key, least in AT_LEAST.items():
         if leaves[key] < least:
             raise UserError(f"config key {key}={leaves[key]} must be at least {least}")
+    for key, most in AT_MOST.items():
+        if leaves[key] > most:
+            raise UserError(f"config key {key}={leaves[key]} must be at most {most}")
     for key in BELOW_ONE:
         if not 0 <= leaves[key] < 1:
             raise UserError(f"config key {key}={leaves[key]} must be at least 0 and below 1")

@@ -36,7 +36,8 @@ class Arguments(NamedTuple):
 def parse_arguments(argv: Iterable[str], allowed: Iterable[str]) -> Arguments:
     """Split `--name=value` / `--name value` into options and config overrides.
 
-    Raises: UserError for any other word, with the nearest allowed option.
+    Raises: UserError for any other word, with the nearest allowed option, and for an option with
+    two values.
     """
     allowed, words = tuple(allowed), list(argv)
     options: dict[str, str] = {}
@@ -52,8 +53,8 @@ def parse_arguments(argv: Iterable[str], allowed: Iterable[str]) -> Arguments:
             value = words.pop(0)
         if name.startswith("config."):
             overrides.append((name.removeprefix("config."), value))
-        else:
-            options[name] = value
+        elif options.setdefault(name, value) != value:
+            raise UserError(f"--{name} is given twice: {options[name]} and {value}; leave one out")
     return Arguments(options, overrides)
 
 

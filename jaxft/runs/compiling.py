@@ -82,7 +82,7 @@ class Compiled:
         new = {_shape(batch): batch for batch in batches if _shape(batch) not in self.by_shape}
         began = time.perf_counter()
         for shape, batch in new.items():
-            status(f"compiling the step for a batch of {shape[0]}")
+            status(f"compiling the step for a batch of {' x '.join(map(str, shape[0]))}")
             self.by_shape[shape] = self._compiled(state, frozen, batch)
         status("")
         self._report(new, time.perf_counter() - began)

@@ -27,6 +27,8 @@ EXPORT_KINDS = {
     "image_tokens": ("folder", "adapter", "original", "none"),
 }
 
+# Pickled weights have an error of their own, which names the command that converts them.
+MODEL_FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 TRACKERS = ("wandb", "trackio", "mlflow")  # the values of `track`, which are names of packages
 
 
@@ -111,6 +113,11 @@ def _check_model(spec: str, config: Mapping[str, Any]) -> None:
         raise UserError(
             f"model {spec!r}: no such folder or file; give a Hugging Face folder, a hub id"
             " org/name, pip:PACKAGE or demo:NAME"
+        )
+    if texts and path.is_file() and path.suffix not in MODEL_FILES:
+        raise UserError(
+            f"model {spec} is a file without weights; give the folder of a model, or a .gguf or"
+            " .safetensors file"
         )
     if texts and path.suffix == ".gguf":
         check_length(read_positions(path), config["seq_len"], str(path))

@@ -136,11 +136,28 @@ def bare(objective, model, batch, keys, step):
         ({"rows": []}, "the rows for train are empty"),
         ({"rows": [{"text": b"bytes"}]}, r"train row 0 is no dict of texts.*convert it first"),
         ({"keys": {"optim.rate": 1}}, r"unknown config key 'optim.rate'"),
+        ({"loss": "mse"}, "loss is a str; give a function"),
+        ({"rows": "train.jsonl"}, r'a str; give a list of dicts.*keys=\{"data.train": PATH\}'),
+        ({"rows": {"text": ["a"]}}, "a dict; give a list of dicts"),
+        ({"keys": {"optim": {"lr": 1}}}, r'keys\["optim"\] is a dict.*"optim.lr"'),
         ({"loss": bare}, r"the loss .*bare must return \(\(sum, weight\), metrics\)"),
     ],
-    ids=["empty", "bytes", "key", "form"],
+    ids=["empty", "bytes", "key", "name", "file", "columns", "nested", "form"],
 )
 def test_mistakes(keys, tmp_path, given, error):
     changes = {**keys, **given.pop("keys", {})}
     with pytest.raises(UserError, match=error):
         jaxft.finetune("configs/llm.py", str(tmp_path / "run"), keys=changes, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"config": {"model": "x"}}, "config is a dict; give a path"),
+        ({"config": "configs/llm.py", "keys": "optim.lr=1"}, "keys is a str; give a dict"),
+    ],
+    ids=["config", "keys"],
+)
+def test_arguments_of_another_type(given, error):
+    with pytest.raises(UserError, match=error):
+        jaxft.finetune(**given)

@@ -141,6 +141,30 @@ def test_a_component_by_itself(pipeline, quick):
     assert unet(latents, jnp.array([3.0]), encoded.normed).shape == latents.shape
 
 
+def test_arguments_of_another_type_say_so_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="give a path or a hub id"):
+        jaxft.load(3)
+    with pytest.raises(UserError, match=r"dtype='fp32' is not known; give float32 or bfloat16"):
+        jaxft.load("demo:emoji-tokens", "fp32")
+    with pytest.raises(UserError, match="no such file or folder"):
+        jaxft.load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "given", "error"),
+    [
+        ([], {}, "the prompts are empty; give a text"),
+        ([3], {}, "the prompts hold a int; give a text"),
+        ("a", {"temperature": -1.0}, "temperature=-1.0, top_k=0 and top_p=1.0 are refused"),
+        ("a", {"top_p": 0.0}, "top_p above 0 and at most 1"),
+    ],
+    ids=["none", "number", "cold", "nothing"],
+)
+def test_what_cannot_be_sampled_says_so_in_one_line(language_model, prompts, given, error):
+    with pytest.raises(UserError, match=error):
+        jaxft.load(language_model).generate(prompts, **given)
+
+
 def test_what_is_no_model_says_so_in_one_line(tmp_path):
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
     for config in ({"model_type": "gemma4"}, {"_class_name": "LuminaTransformer2DModel"}, {}):

@@ -25,6 +25,11 @@ def parse(name: str, argv: Sequence[str], tasks: Mapping[str, type]) -> Argument
     words = [word for word in argv if word not in switches]
     _refuse(words, allowed, tasks)
     parsed = parse_arguments(words, allowed)
+    for one in options:
+        if one.value != "TEXT" and parsed.options.get(one.name) == "":
+            raise UserError(
+                f"--{one.name} is empty; give --{one.name}={one.value}, or leave it out"
+            )
     given = {word.removeprefix("--"): "True" for word in argv if word in switches}
     return parsed._replace(options={**parsed.options, **given})
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,19 @@ def find_config(path: str) -> Path:
     raise UserError(f"config file {path} does not exist; shipped: {', '.join(here) or 'none'}")
 
 
-def read_config_of(path: str) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+def read_config_of(
+    path: str, above: tuple[Path, ...] = ()
+) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     """Return (config, overrides) of a file. Only a YAML file has overrides.
 
-    Raises UserError for a file that is absent or is no config.
+    above: the YAML files that change this one. Raises UserError for a file that is absent or is no
+    config.
     """
     file = find_config(path)
+    if file.resolve() in above:
+        raise UserError(f"{file} changes itself; begin it with `{BASE_CONFIG}: configs/llm.py`")
     if file.suffix in YAML:
-        return _read_yaml(file)
+        return _read_yaml(file, above)
     if file.suffix == ".json":
         return _read_json(file), []
     if file.suffix != ".py":
@@ -55,9 +62,29 @@ def _read_python(file: Path) -> dict[str, Any]:
         module_spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"config file {file}:{error.lineno} is not Python: {error.msg}") from None
+    except Exception as error:
+        raise _failure(file, error) from None
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {file} defines no get_config(); copy one from configs/")
-    return module.get_config().to_dict()
+    try:
+        config = module.get_config()
+    except Exception as error:
+        raise _failure(file, error) from None
+    from ml_collections import ConfigDict  # the file has imported it, and a help does without
+
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"config file {file}: get_config() returns a {type(config).__name__}; return an"
+            " ml_collections.ConfigDict, as configs/llm.py does"
+        )
+    return config.to_dict()
+
+
+def _failure(file: Path, error: Exception) -> UserError:
+    """Return the error for a Python config that raises one, with the last line that it reached."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = [one.lineno for one in frames if Path(one.filename).resolve() == file.resolve()][-1]
+    return UserError(f"config file {file}:{line} fails with {type(error).__name__}: {error}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -70,14 +97,17 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_yaml(file: Path) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+def _read_yaml(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     """Return the config that a YAML file changes, and its keys as overrides.
 
     All values are read as texts, which get the types of their keys. So 1e-4 is a number, and `on` a
     text.
     """
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
+        text = file.read_text(encoding="utf-8")
+        for name, line in _twice(yaml.compose(text, yaml.BaseLoader)):
+            raise UserError(f"{file}:{line} gives {name} a second time; leave one of them out")
+        content = yaml.load(text, yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{file}:{line} is not valid YAML: {error.problem}") from None
@@ -87,10 +117,26 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold config keys, such as `{BASE_CONFIG}: configs/llm.py`")
     base = content.pop(BASE_CONFIG, "")
-    config, earlier = read_config_of(base) if base else ({}, [])
+    if not base and "task" not in content:
+        raise UserError(
+            f"{file} names no config that it changes; begin it with `{BASE_CONFIG}: configs/llm.py`"
+        )
+    config, earlier = read_config_of(base, (*above, file.resolve())) if base else ({}, [])
     if "task" in content:  # it decides which other keys there are
         config["task"] = content["task"]
     return config, [*earlier, *_leaves(content, "")]
+
+
+def _twice(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
+    """Yield (key, line) for each key that a YAML mapping, or one inside it, holds again."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        if key.value in seen:
+            yield key.value, key.start_mark.line + 1
+        seen.add(key.value)
+        yield from _twice(value)
 
 
 def _leaves(content: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:

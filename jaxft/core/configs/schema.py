@@ -172,6 +172,7 @@ CHOICES = {
     "export.dtype": ("source", "float32", "bfloat16"),
 }
 AT_LEAST = {
+    "seed": 0,
     "batch_size": 1,
     "micro_batches": 1,
     "lora.rank": 0,
@@ -181,6 +182,7 @@ AT_LEAST = {
     "optim.weight_decay": 0,
 }
 BASES = ("none", "nf4", "int8")  # layouts of a frozen base below a LoRA, of bitsandbytes
+AT_MOST = {"seed": 2**32 - 1}
 RENAMED = {  # keys of former versions, and their replacements
     "lora.base": "give the base by model=MODEL and the adapter by lora.from=FOLDER",
 }

@@ -108,6 +108,8 @@ def _unknown_texts(spec: str) -> UserError:
         return UserError(f"no file, folder or glob {spec!r}: expected {forms}")
     there = name not in SCHEMES and rest and _is_there(rest)
     hint = f"; did you mean {rest}?" if there else ""
+    if rest.startswith("//"):
+        hint = "; an address is not read: download the file, or give hf:OWNER/NAME of a hub's set"
     return UserError(f"unknown data source {spec!r}: expected {forms}{hint}")
 
 

@@ -15,6 +15,8 @@ ROWS = "rows"  # in a run folder: the examples that `jaxft.finetune` was given
 
 def make_workdir(workdir: Path) -> None:
     """Make the folder of a run. Raises UserError if it cannot be written."""
+    if workdir.is_file():
+        raise UserError(f"--workdir={workdir} is a file; give a folder, which need not exist")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe-{os.getpid()}"
@@ -101,7 +103,7 @@ def read_config_file(workdir: Path, options: Mapping[str, type] = MAPPING) -> di
     file = workdir / "config.json"
     try:
         content = json.loads(file.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{workdir} is not a run folder: it has no config.json") from None
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}") from None

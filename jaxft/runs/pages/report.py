@@ -155,7 +155,8 @@ def _measures(first: Mapping[str, float], history: History, best: Mapping[str, A
     ]
     rows = []
     for name, value in now.items():
-        cells = [escape(name), _number(first.get(name))]
+        words = escape(name).replace("_", "_<wbr>")  # a phone breaks a long name there
+        cells = [words, _number(first.get(name))]
         cells += [_number(kept.get(name))] if kept else []
         cells += [_number(value), _change(name, first.get(name), value)]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")

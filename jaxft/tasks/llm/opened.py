@@ -81,8 +81,9 @@ class OpenedDecoder:
             whole=None,
         )
         self.source, self.adapter, self.kept = opened
-        self.architecture = registry.find(self.source.config, "decoder")
-        self.model_cfg = self.architecture.config(self.source.config, "config.json")
+        where = f"{self.source.name}/config.json"
+        self.architecture = registry.find(self.source.config, "decoder", where)
+        self.model_cfg = self.architecture.config(self.source.config, where)
         self.labels: tuple[str, ...] = ()
         if self.options.scored:
             self.labels = names or stated_labels(self.source.config)

@@ -184,11 +184,18 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{path}: missing beside params.json, which is a file of Mistral's own format;"
                 " download config.json and the files of the same model that begin with model"
             ) from error
+        if (path.parent / "model_index.json").is_file():
+            raise UserError(
+                f"{path.parent} is a pipeline of diffusers, which has no {path.name}; train it with"
+                " --config=configs/diffusion.py"
+            ) from error
         raise UserError(f"{path}: missing; give a folder saved by save_pretrained") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(config).__name__}")
+    if "task" in config and "model_type" not in config:
+        raise UserError(f"{path.parent} is the folder of a run; give {path.parent / 'export'}")
     return config
 
 
