@@ -36,6 +36,10 @@ from jaxft.tasks.diffusion.opened import OpenedPipeline
 from jaxft.weights.transfer import to_host
 
 ENCODED_TOGETHER = 16  # pictures or captions in one call of an encoder
+PICTURE_ENCODER, PICTURE_DECODER = (
+    ("vae.encoder.", "vae.quant_conv."), ("vae.decoder.", "vae.post_quant_conv."),
+)  # fmt: skip
+TEXT_ENCODERS = ("text_encoder",)
 
 
 class Share(NamedTuple):
@@ -89,10 +93,15 @@ class PictureRows:
     @property
     def empty_text(self) -> Text | None:
         """The embedding [1, T, D] of the empty caption, None where it is not cached."""
-        if self.stores.texts is None or not self.opened.options.caption_dropout:
+        if self.stores.texts is None:
             return None
         made = self.stores.texts.get(ids_key(self.empty_ids))
         return Text(**{"pooled": None, **{name: x[None] for name, x in made.items()}})
+
+    def text(self, caption: str) -> Row:
+        """Return the cached embedding of a caption or of a prompt of the config, or its ids."""
+        ids = self.opened.captions(caption)
+        return {"ids": ids} if self.stores.texts is None else self.stores.texts.get(ids_key(ids))
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -168,10 +177,7 @@ class PictureRows:
             masked = images.records.masks is not None
             own = loss_mask(images, place, factor) if masked else None
             row["loss_mask"] = np.ones((h // factor, w // factor, 1), "f4") if own is None else own
-        caption = images.caption(place)  # after the picture, because another may replace it
-        if self.stores.texts is None:
-            return row | {"ids": self.opened.captions(caption)}
-        return row | self.stores.texts.get(ids_key(self.opened.captions(caption)))
+        return row | self.text(images.caption(place))  # last, as the picture may be replaced
 
 
 def batch_shapes(
@@ -228,8 +234,8 @@ def unread(moments: bool, texts: bool) -> tuple[str, ...]:
     moments, texts: whether they come from a cache. The statistics of FLUX.2's VAE are read in every
     step.
     """
-    encoder = ("vae.encoder.", "vae.quant_conv.") if moments else ()
-    return ("vae.decoder.", "vae.post_quant_conv.", *encoder, *(("text_encoder",) if texts else ()))
+    cached = (PICTURE_ENCODER if moments else ()) + (TEXT_ENCODERS if texts else ())
+    return PICTURE_DECODER + cached
 
 
 def ids_key(ids: np.ndarray) -> str:
@@ -276,14 +282,14 @@ def _read(
 
 def encode(
     opened: OpenedPipeline,
-    params: Params,
     chosen: set[str],
     sets: Sequence[PictureRows],
-    initial: Callable[[set[str]], Params],
-) -> None:
+    load: Callable[[set[str]], Params],
+) -> Params:
     """Store the moments of all pictures and, unless a text encoder trains, all embeddings.
 
-    Does nothing without `cache`. Raises UserError if the VAE trains.
+    Those of the prompts are for pictures between the steps. The VAE and the text encoders are in
+    memory one after the other. Does nothing without `cache`. Raises UserError if the VAE trains.
     """
     if any(path.startswith("vae.") for path in chosen):
         raise UserError(
@@ -292,38 +298,46 @@ def encode(
             " task=autoencoder"
         )
     if not opened.options.cache or not sets:
-        return
-    cfg, dtype = opened.model_cfg, str(opened.dtype)
-    local = Encoders(opened.template, opened.dtype, params)
-    folder = Path(opened.options.cache).expanduser()
-    name = fingerprint(local.params, ("vae.encoder.", "vae.quant_conv."), "moments", dtype, cfg.vae)
-    moments, texts = ArrayCache(folder, name, jax.process_index()), None
+        return {}
+    cfg, dtype, paths = opened.model_cfg, str(opened.dtype), describe(opened.template)
+
+    def encoders(begins: tuple[str, ...]) -> Encoders:
+        some = load({path for path in paths if path.startswith(begins)})
+        return Encoders(opened.template, opened.dtype, some)
+
+    folder, moments, texts = Path(opened.options.cache).expanduser(), None, None
     if cfg.conditioning != SOURCE:
         pixels = ArrayCache(folder, "pixels", jax.process_index())
         for rows in sets:
             keep_pixels(pixels, rows.shares[0].images, rows.shown)
     if cfg.conditioning == NOTHING:
+        local = encoders(PICTURE_ENCODER)
+        name = fingerprint(local.params, PICTURE_ENCODER, "moments", dtype, cfg.vae)
+        moments = ArrayCache(folder, name, jax.process_index())
         for images in (share.images for rows in sets for share in rows.shares):
             tell("moments", store_pictures(moments, images, local.moments, ENCODED_TOGETHER))
+        del local
     else:
-        moments = None
         print("moments are not cached: each step encodes the UNet's input pictures", flush=True)
-    if not any(path.startswith("text_encoder") for path in chosen):
+    if not any(path.startswith(TEXT_ENCODERS) for path in chosen):
+        local = encoders(TEXT_ENCODERS)
         layout = () if isinstance(cfg, PipelineConfig) else (cfg.transformer.context_dim,)
-        name = fingerprint(local.params, ("text_encoder",), "texts", dtype, cfg.texts, *layout)
+        name = fingerprint(local.params, TEXT_ENCODERS, "texts", dtype, cfg.texts, *layout)
         texts = ArrayCache(folder, name, jax.process_index())
-        if opened.options.caption_dropout:  # alone, and thus rounded as in a step
-            for _ in store_texts(texts, [""], opened.captions, local.texts, 1):
-                pass
+        # The null caption comes alone, and is thus rounded as in a step without a cache.
+        for _ in store_texts(texts, [""], opened.captions, local.texts, 1):
+            pass
         captions = [rows.caption(i) for rows in sets for i in range(len(rows))]
+        captions += opened.options.sample.prompts
         made = store_texts(texts, captions, opened.captions, local.texts, ENCODED_TOGETHER)
         tell("embeddings", made)
     for rows in sets:
         rows.use(Stores(moments, texts))
+    return {}
 
 
 class Encoders:
-    """VAE and text encoders on this process's first device, to fill caches without collectives.
+    """The VAE or text encoders on this process's first device, to fill caches without collectives.
 
     `template` is a pipeline of any family. `params` may lie on any device.
     """
@@ -334,7 +348,7 @@ class Encoders:
         self.params = {
             path: jax.device_put(x if x.devices() == {device} else to_host(x), device)
             for path, x in params.items()
-            if path.startswith(("vae.", "text_encoder"))
+            if path.startswith(PICTURE_ENCODER + TEXT_ENCODERS)
         }
 
         def encode_pictures(params: Params, pixels: Any) -> Any:
