@@ -1,7 +1,6 @@
 """Training rows of a diffusion model, and the frozen encoders that fill their caches."""
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params, bind_some, describe, select
 from jaxft.core.sharding import one_device_mesh
-from jaxft.data.cache import ArrayCache, fill
+from jaxft.data.cache import ArrayCache
 from jaxft.data.images.buckets import BucketBatches, Size, bucket_loader
 from jaxft.data.images.dataset import ImageSet
 from jaxft.data.images.masks import loss_mask
@@ -24,12 +23,13 @@ from jaxft.tasks import Planned
 from jaxft.tasks.common.encoded import (
     Row,
     collate,
-    fill_up,
     fingerprint,
+    ids_key,
     keep_pixels,
+    store_masks,
     store_pictures,
+    store_texts,
     tell,
-    wait_for_others,
 )
 from jaxft.tasks.diffusion import inversion
 from jaxft.tasks.diffusion.opened import OpenedPipeline
@@ -51,10 +51,11 @@ class Share(NamedTuple):
 
 
 class Stores(NamedTuple):
-    """Caches of moments by picture and of embeddings by ids. None means not cached."""
+    """Caches of moments by picture, embeddings by ids and masks. None means not cached."""
 
     moments: ArrayCache | None = None
     texts: ArrayCache | None = None
+    masks: ArrayCache | None = None
 
 
 class PictureRows:
@@ -69,7 +70,7 @@ class PictureRows:
     ):
         self.opened, self.shares, self.name = opened, tuple(shares), name
         self.shown = tuple(shown)
-        self.stores, self._keys = Stores(), ()
+        self.stores, self._keys, self._masks = Stores(), (), []
         self.sizes: tuple[Size, ...] = tuple(
             sorted({size for share in self.shares for size in share.images.sizes})
         )
@@ -156,6 +157,14 @@ class PictureRows:
         """Serve rows from caches. The caches must hold all rows."""
         keys = [share.images.keys if stores.moments else () for share in self.shares]
         self.stores, self._keys = stores, tuple(keys)
+        if stores.masks is not None:
+            factor = self.opened.model_cfg.vae.factor
+            self._masks = [
+                store_masks(stores.masks, images, factor)
+                if images.records.masks is not None
+                else ()
+                for images, _, _ in self.shares
+            ]
 
     def caption(self, index: int) -> str:
         share, place = self.places[index]
@@ -172,12 +181,18 @@ class PictureRows:
         else:
             row |= self.stores.moments.get(self._keys[share][images.place(place)])
         if self.opened.options.mask:
-            factor = self.opened.model_cfg.vae.factor
-            h, w = images.how(place)[0]
-            masked = images.records.masks is not None
-            own = loss_mask(images, place, factor) if masked else None
-            row["loss_mask"] = np.ones((h // factor, w // factor, 1), "f4") if own is None else own
+            row["loss_mask"] = self._mask(share, place)
         return row | self.text(images.caption(place))  # last, as the picture may be replaced
+
+    def _mask(self, share: int, place: int) -> np.ndarray:
+        """Return the weights of an example's latents, 1 for pictures of a prior."""
+        images, factor = self.shares[share].images, self.opened.model_cfg.vae.factor
+        if images.records.masks is None:
+            h, w = images.how(place)[0]
+            return np.ones((h // factor, w // factor, 1), np.float32)
+        if self.stores.masks is None:
+            return loss_mask(images, place, factor)
+        return self.stores.masks.get(self._masks[share][images.place(place)])["loss_mask"]
 
 
 def batch_shapes(
@@ -236,11 +251,6 @@ def unread(moments: bool, texts: bool) -> tuple[str, ...]:
     """
     cached = (PICTURE_ENCODER if moments else ()) + (TEXT_ENCODERS if texts else ())
     return PICTURE_DECODER + cached
-
-
-def ids_key(ids: np.ndarray) -> str:
-    """Return the cache key of an embedding: a hash of its token ids."""
-    return hashlib.sha256(ids.tobytes()).hexdigest()
 
 
 def read_rows(opened: OpenedPipeline, spec: str, training: bool) -> PictureRows:
@@ -305,7 +315,8 @@ def encode(
         some = load({path for path in paths if path.startswith(begins)})
         return Encoders(opened.template, opened.dtype, some)
 
-    folder, moments, texts = Path(opened.options.cache).expanduser(), None, None
+    folder = Path(opened.options.cache).expanduser()
+    moments = texts = masks = None
     if cfg.conditioning != SOURCE:
         pixels = ArrayCache(folder, "pixels", jax.process_index())
         for rows in sets:
@@ -317,6 +328,7 @@ def encode(
         for images in (share.images for rows in sets for share in rows.shares):
             tell("moments", store_pictures(moments, images, local.moments, ENCODED_TOGETHER))
         del local
+        masks = ArrayCache(folder, "masks", jax.process_index()) if opened.options.mask else None
     else:
         print("moments are not cached: each step encodes the UNet's input pictures", flush=True)
     if not any(path.startswith(TEXT_ENCODERS) for path in chosen):
@@ -332,7 +344,7 @@ def encode(
         made = store_texts(texts, captions, opened.captions, local.texts, ENCODED_TOGETHER)
         tell("embeddings", made)
     for rows in sets:
-        rows.use(Stores(moments, texts))
+        rows.use(Stores(moments, texts, masks))
     return {}
 
 
@@ -371,26 +383,3 @@ class Encoders:
         with jax.set_mesh(self.mesh):
             made = self._texts(self.params, ids)
         return {name: np.asarray(x) for name, x in made._asdict().items() if x is not None}
-
-
-def store_texts(
-    cache: ArrayCache,
-    captions: Sequence[str],
-    tokenize: Callable[[str], np.ndarray],
-    encode: Callable[[np.ndarray], Mapping],
-    batch: int,
-) -> Iterator[tuple[int, int]]:
-    """Embed every caption without a cache entry, and store it. Yields (done, total)."""
-
-    def compute(chosen: list[np.ndarray]) -> list[Row]:
-        made = encode(fill_up(np.stack(chosen), batch))
-        return [{name: made[name][i] for name in made} for i in range(len(chosen))]
-
-    def read(places: list[int]) -> list[np.ndarray]:
-        return [ids[place] for place in places]
-
-    ids = [tokenize(caption) for caption in sorted(set(captions))]
-    keys = [ids_key(one) for one in ids]
-    host, hosts = jax.process_index(), jax.process_count()
-    yield from fill(cache, read, keys, compute, batch, host=host, hosts=hosts)
-    wait_for_others(cache, keys)
