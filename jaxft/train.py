@@ -158,7 +158,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests, wrap: Wrap)
         if run.cfg.export.kind != "none":
             check_output(workdir / "export", workdir, config)
         data = opening.read_data(run)
-    cfg, task, mesh = run.cfg, run.task, run.mesh
+    cfg, mesh = run.cfg, run.mesh
     examples, rows = len(data.train), local_rows(mesh, cfg.batch_size)
     plan, every = states.make_plan(run, examples), states.periods(run, examples)
     saved, best, total = Checkpoints(workdir), make_best(cfg.keep, cfg.stop), plan.total
@@ -176,13 +176,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests, wrap: Wrap)
             refuse_idle(workdir, start)
     print(states.summary(run, plan, data.train), flush=True)
     with jax.set_mesh(mesh), room_for(run, config) as room, Watchdog(workdir) as watchdog:
-        # The caches are full before the model and its moments come to the devices.
-        loaded = opening.encode(run, data, {}, start)
-        objective = wrap(task.objective(run.opened, data.train))
-        state, frozen, position = states.start_state(
-            run, plan, saved, start, objective.unread, loaded
-        )
-        del loaded
+        objective, state, frozen, position = states.begin(run, plan, saved, start, data, wrap)
         start = int(state.step)  # earlier, if the newest checkpoint is damaged
         best = best.resumed(position)
         saved.kept.best, total = best.step, start if best.over else total

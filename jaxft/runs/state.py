@@ -1,6 +1,6 @@
 """State of a run before a step: durations, optimiser, parameters and moments."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from jaxft.core.optimizers.schedule_free import average
 from jaxft.core.params import Params, describe_trained
 from jaxft.core.step import State, init_state, state_shardings
 from jaxft.runs.checkpoint import Checkpoints, Damage
-from jaxft.runs.opening import Run, load_params
-from jaxft.tasks import Rows
+from jaxft.runs.opening import Run, encode, load_params
+from jaxft.tasks import Data, Objective, Rows
 
 
 class Plan(NamedTuple):
@@ -102,6 +102,24 @@ def abstract_state(run: Run, tx: optax.GradientTransformation | None = None) -> 
 def model_params(frozen: Params, state: State) -> Params:
     """Return parameters for evaluation, sampling and export, averaged where averages exist."""
     return {**frozen, **(state.ema or average(state.opt, state.params) or state.params)}
+
+
+def begin(
+    run: Run,
+    plan: Plan,
+    saved: Checkpoints,
+    start: int,
+    data: Data,
+    wrap: Callable[[Objective], Objective],
+) -> tuple[Objective, State, Params, dict[str, Any]]:
+    """Return what a run trains and `start_state`. The caches of the rows are filled before.
+
+    The model and its moments are thus not in memory beside what fills the caches. `wrap` returns
+    the objective to train, given the task's own.
+    """
+    loaded = encode(run, data, {}, start)
+    objective = wrap(run.task.objective(run.opened, data.train))
+    return objective, *start_state(run, plan, saved, start, objective.unread, loaded)
 
 
 def start_state(

@@ -191,4 +191,3 @@ def test_files_that_are_not_whole_or_of_another_model_are_refused_in_one_line(mo
     some = {key: x for key, x in pieces.items() if key != "hada_w2_b"}
     refused(f"{STEM} lacks 'hada_w2_b'", STEM, some)
     refused(f"the factors of {STEM} do not fit", STEM, {**pieces, "hada_w2_b": random(2, 5)})
-    refused(rf"{STEM}\.dora_scale is of DoRA", STEM, {**pieces, "dora_scale": random(16, 1)})
