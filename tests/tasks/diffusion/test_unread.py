@@ -117,7 +117,9 @@ def losses_of(work):
 
 
 def test_caches_are_full_before_the_denoiser_is_loaded_and_encoders_never_return(tmp_path, loads):
-    """Nor for evaluations. Pictures need the decoder alone. Losses are the same, bit for bit."""
+    """Nor for evaluations and the export. Pictures need the decoder alone. Losses are the same, bit
+    for bit.
+    """
     make_pipeline(tmp_path, "sd").save_pretrained(tmp_path / "folder")
     data = make_pictures(tmp_path / "pictures")
     files = (tmp_path / "folder").glob("*/*.safetensors")
@@ -130,7 +132,8 @@ def test_caches_are_full_before_the_denoiser_is_loaded_and_encoders_never_return
         changes = {**LORA, "every.eval": "1_steps", "caption_dropout": 0.5, **changes}
         changes |= {"cache": tmp_path / name / "cache", "total": f"{total}_steps"}
         work = tmp_path / name / "run"
-        flags = flags_of(tmp_path / "folder", data, {**changes, "optim.ema": 0.9})
+        changes |= {"optim.ema": 0.9, "export.kind": "folder"}
+        flags = flags_of(tmp_path / "folder", data, changes)
         assert train.main([*flags, "--workdir", str(work)]) == 0
         found[name] = losses_of(work)
         return [parts for parts, _ in loads], [live for _, live in loads]

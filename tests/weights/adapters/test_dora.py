@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from flax import nnx
+from lycoris.modules.locon import LoConModule
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.numpy import load_file, save_file
 
@@ -153,7 +154,6 @@ def test_diffusers_merges_our_file_into_our_weights(model, tmp_path):
 
 
 def test_lycoris_merges_our_file_into_our_weights(model, tmp_path):
-    locon = pytest.importorskip("lycoris.modules.locon").LoConModule
     ours, _ = model
     tensors = {key: torch.tensor(x) for key, x in load_file(ours.write("kohya", tmp_path)).items()}
     pipe, found = StableDiffusionPipeline.from_pretrained(ours.folder), ours.merged()
@@ -165,7 +165,7 @@ def test_lycoris_merges_our_file_into_our_weights(model, tmp_path):
         given = [tensors.get(f"{stem}.{name}") for name in names]
         layer = pipe.unet.get_submodule(module)
         with torch.no_grad():
-            made = locon.make_module_from_state_dict(stem, layer, *given)
+            made = LoConModule.make_module_from_state_dict(stem, layer, *given)
             got = made.get_merged_weight()[0].numpy()
         assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max(), module
 
