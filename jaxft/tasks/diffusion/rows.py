@@ -36,10 +36,10 @@ from jaxft.tasks.diffusion.opened import OpenedPipeline
 from jaxft.weights.transfer import to_host
 
 ENCODED_TOGETHER = 16  # pictures or captions in one call of an encoder
-PICTURE_ENCODER, PICTURE_DECODER = (
-    ("vae.encoder.", "vae.quant_conv."), ("vae.decoder.", "vae.post_quant_conv."),
-)  # fmt: skip
-TEXT_ENCODERS = ("text_encoder",)
+# Beginnings of the paths of what caches replace in a step, and of what only pictures need.
+PICTURE_ENCODER = ("vae.encoder.", "vae.quant_conv.")
+PICTURE_DECODER = ("vae.decoder.", "vae.post_quant_conv.")
+TEXT_ENCODER = ("text_encoder",)
 
 
 class Share(NamedTuple):
@@ -249,7 +249,7 @@ def unread(moments: bool, texts: bool) -> tuple[str, ...]:
     moments, texts: whether they come from a cache. The statistics of FLUX.2's VAE are read in every
     step.
     """
-    cached = (PICTURE_ENCODER if moments else ()) + (TEXT_ENCODERS if texts else ())
+    cached = (PICTURE_ENCODER if moments else ()) + (TEXT_ENCODER if texts else ())
     return PICTURE_DECODER + cached
 
 
@@ -331,10 +331,10 @@ def encode(
         masks = ArrayCache(folder, "masks", jax.process_index()) if opened.options.mask else None
     else:
         print("moments are not cached: each step encodes the UNet's input pictures", flush=True)
-    if not any(path.startswith(TEXT_ENCODERS) for path in chosen):
-        local = encoders(TEXT_ENCODERS)
+    if not any(path.startswith(TEXT_ENCODER) for path in chosen):
+        local = encoders(TEXT_ENCODER)
         layout = () if isinstance(cfg, PipelineConfig) else (cfg.transformer.context_dim,)
-        name = fingerprint(local.params, TEXT_ENCODERS, "texts", dtype, cfg.texts, *layout)
+        name = fingerprint(local.params, TEXT_ENCODER, "texts", dtype, cfg.texts, *layout)
         texts = ArrayCache(folder, name, jax.process_index())
         # The null caption comes alone, and is thus rounded as in a step without a cache.
         for _ in store_texts(texts, [""], opened.captions, local.texts, 1):
@@ -360,7 +360,7 @@ class Encoders:
         self.params = {
             path: jax.device_put(x if x.devices() == {device} else to_host(x), device)
             for path, x in params.items()
-            if path.startswith(PICTURE_ENCODER + TEXT_ENCODERS)
+            if path.startswith(PICTURE_ENCODER + TEXT_ENCODER)
         }
 
         def encode_pictures(params: Params, pixels: Any) -> Any:

@@ -13,13 +13,13 @@ from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.folders.single_file import LDMLayout
 from jaxft.weights.views import InMemory, Overlaid, Renamed, RowSpan
 
-MAGNITUDES, DORA_SCALE = ".lora_magnitude_vector", ".dora_scale"  # of diffusers and of LyCORIS
+MAGNITUDE_END, DORA_SCALE = ".lora_magnitude_vector", ".dora_scale"  # of diffusers and of LyCORIS
 WHOLE_MODULE = RowSpan(0, 1, 1)
 GENERIC = "diffusion_model."  # ComfyUI reads it before the names of single files, for every model
 SIDES = {
     "lora_a": (".lora_A.weight", ".lora_down.weight"),
     "lora_b": (".lora_B.weight", ".lora_up.weight"),
-    "lora_m": (MAGNITUDES, f"{MAGNITUDES}.weight", DORA_SCALE),
+    "lora_m": (MAGNITUDE_END, f"{MAGNITUDE_END}.weight", DORA_SCALE),
     "alpha": (".alpha",),
 }
 

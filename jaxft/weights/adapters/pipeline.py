@@ -12,7 +12,7 @@ from jaxft.core.params import Leaf
 from jaxft.weights.adapters.original_names import (
     DORA_SCALE,
     GENERIC,
-    MAGNITUDES,
+    MAGNITUDE_END,
     Factors,
     fused,
     unadapted,
@@ -124,7 +124,7 @@ def write_peft(
             # keys end here, but transformers 5 finds those of text encoders with an end alone.
             end = ".weight" if site.component.startswith("text_encoder") else ""
             shape = m.shape if b.ndim == 2 else (1, -1, 1, 1)
-            tensors[f"{site.name}{MAGNITUDES}{end}"] = m.reshape(shape)
+            tensors[f"{site.name}{MAGNITUDE_END}{end}"] = m.reshape(shape)
     return _write(folder, LORA_STEM, tensors)
 
 
