@@ -25,7 +25,7 @@ def _main(argv: list[str]) -> None:
 
     from jaxft.core.metrics import table
     from jaxft.runs.agreement import agreement
-    from jaxft.runs.opening import preview
+    from jaxft.runs.opening import encode, preview
     from jaxft.runs.restoring import facts, open_any
     from jaxft.runs.watch import check_losses
 
@@ -37,7 +37,8 @@ def _main(argv: list[str]) -> None:
     status("evaluating")
     with jax.set_mesh(run.mesh):
         data = Data(held_out=held_out, facts=facts(arguments.options.get("workdir")))
-        report = preview(run, data, params, step).evaluate(params, run.mesh)
+        encode(run, data, params, step)
+        report = preview(run, data).evaluate(params, run.mesh)
     status("")
     check_losses(report, f"step {step}")
     rows = [(name, f"{value:.6g}") for name, value in report.metrics.items()]

@@ -158,7 +158,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests, wrap: Wrap)
         if run.cfg.export.kind != "none":
             check_output(workdir / "export", workdir, config)
         data = opening.read_data(run)
-    cfg, task, mesh = run.cfg, run.task, run.mesh
+    cfg, mesh = run.cfg, run.mesh
     examples, rows = len(data.train), local_rows(mesh, cfg.batch_size)
     plan, every = states.make_plan(run, examples), states.periods(run, examples)
     saved, best, total = Checkpoints(workdir), make_best(cfg.keep, cfg.stop), plan.total
@@ -176,26 +176,24 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests, wrap: Wrap)
             refuse_idle(workdir, start)
     print(states.summary(run, plan, data.train), flush=True)
     with jax.set_mesh(mesh), room_for(run, config) as room, Watchdog(workdir) as watchdog:
-        state, frozen, position = states.start_state(run, plan, saved, start)
+        objective, state, frozen, position = states.begin(run, plan, saved, start, data, wrap)
         start = int(state.step)  # earlier, if the newest checkpoint is damaged
         best = best.resumed(position)
         saved.kept.best, total = best.step, start if best.over else total
         saves = start < total and 1 + ((total - start) // every.save if every.save else 0)
         saved.check_room(state, saves, bool(best.measure))
-        preview = opening.preview(run, data, states.model_params(frozen, state), start)
-        objective = wrap(task.objective(run.opened, data.train))
+        preview = opening.preview(run, data)
         step_fn = Compiled(make_steps(run, plan, objective), runtime.memory_limit(mesh))
         batches = data.train.batches(start, rows)
         watch = Watch(run, data, objective, preview, workdir, watchdog, total=total, start=start)
         shapes = data.train.spec(rows) if start < total else ()
         specs = (stop.mark(abstract_batch(shape, mesh), mesh) for shape in shapes)
-        read = states.read_by(objective, frozen)
-        step_fn.prepare(state, read, *specs)
+        step_fn.prepare(state, frozen, *specs)
         room.check(step_fn)
         if start == 0:
             best.after(0, watch.begin(states.model_params(frozen, state)).metrics)  # raises
         stop.busy, done, stopping = True, start, False
-        after, ended, frozen = None, best.over, read  # others than `read` leave the devices here
+        after, ended = None, best.over
         for step in range(start, total):
             if step > start and _due(step, every.eval):
                 after = watch.evaluate(step, states.model_params(frozen, state))
@@ -235,7 +233,7 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests, wrap: Wrap)
                 watch.look(done, states.model_params(frozen, state))
             raise Stopped(f"stopped at step {done} of {total}; the same command resumes")
         stop.busy = False
-        params, shown = opening.completed(run, states.model_params(frozen, state)), total
+        params, shown = states.model_params(frozen, state), total
         if total and (after is None or not ended):
             after = watch.evaluate(total, params)
             best = best if ended else best.after(total, after.metrics)
@@ -244,8 +242,8 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests, wrap: Wrap)
             kept = states.best_params(run, plan, workdir, best.step, frozen)
             params, shown = (kept, best.step) if kept else (params, total)
         if cfg.export.kind != "none":
-            keys, out = cfg.export, workdir / "export"
-            export_folder(run, params, out, keys.kind, keys.dtype, workdir, shown)
+            keys, out, every = cfg.export, workdir / "export", opening.exported(run, params)
+            export_folder(run, every, out, keys.kind, keys.dtype, workdir, shown)
         watch.close(shown, after, params, time.perf_counter() - began)
 
 

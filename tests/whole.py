@@ -46,8 +46,8 @@ class Whole:
 
     def encode(self, params, chosen=frozenset()):
         sets = [rows for rows in (self.train, self.held_out) if rows is not None]
-        initial = lambda paths: {path: params[path] for path in paths}  # noqa: E731
-        self.task.encode(self.opened, params, set(chosen), sets, initial)
+        load = lambda paths: {path: params[path] for path in paths}  # noqa: E731
+        self.task.encode(self.opened, set(chosen), sets, load)
 
     def batches(self, start=0):
         """Host batches of this process from a step on."""

@@ -127,10 +127,10 @@ GiB of a step, and the smallest card of 8, 16, 24 or 80 GB on which a tenth stay
 more than 80 GB: divide the model over several devices ([scale.md](scale.md)).
 """
 TAIL = """
-The rows of pipelines count all networks, as a run holds them before the first step and for pictures
-(T5 of SD 3 and FLUX.1 alone has 4.8 G parameters). While steps read `cache`, the text encoders and
-the VAE are not in memory: a step of Stable Diffusion 3 medium needs 4.7 GiB then, and one of
-FLUX.1-dev with `base=nf4` 8.5 ([diffusion.md](diffusion.md#what-is-in-memory)).
+The rows of pipelines count all networks, as without `cache` (T5 of SD 3 and FLUX.1 alone has 4.8 G
+parameters). With it, the text encoders and the VAE are not in memory beside the denoiser: a step of
+Stable Diffusion 3 medium needs 4.7 GiB then, and one of FLUX.1-dev with `base=nf4` 8.5. T5 lies
+alone in memory before it ([diffusion.md](diffusion.md#what-is-in-memory)).
 
 {missing}`python tools/memory_table.py "SDXL"` plans the rows of a model.
 [adapters.md](adapters.md#a-quantised-base-qlora) has Llama 8B with a base in 8 and in 4 bits, and

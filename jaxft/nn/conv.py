@@ -15,7 +15,7 @@ from jaxft.core.sharding import constrain
 from jaxft.kernels.attention.attention import saves_attention
 from jaxft.kernels.conv import Padding, convolve
 from jaxft.kernels.elementwise import recomputed
-from jaxft.nn.linear import Adapter, Linear, dropout
+from jaxft.nn.linear import Adapter, Linear, dora_gain, dropout
 from jaxft.nn.norm import GroupNorm
 
 # Logical axes of a kernel [y, x, in, out]: one channel dim over fsdp, or none where it is 3 or 4.
@@ -44,7 +44,8 @@ class Conv(nnx.Module):
     x [B, Y, X, in] -> y [B, Y2, X2, out]. W [size, size, in, out]. `padding` is ((top, bottom),
     (left, right)), or one number for all sides. The adapter's A [size, size, in, r] is a
     convolution of the same stride and padding, and its B [r, out] is a 1x1 convolution, as in PEFT
-    and kohya. W is initialised as in torch's Conv2d. b is zero.
+    and kohya. With DoRA it is m / |W + scale * A B| * (x * W + scale * (x * A) B) + b, as in
+    `Linear`. W is initialised as in torch's Conv2d. b is zero.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Conv(nnx.Module):
         self.bias = nnx.data(nnx.Param(zeros, axes=(None,)) if bias else None)
         self.lora_a = nnx.data(None)
         self.lora_b = nnx.data(None)
+        self.lora_m = nnx.data(None)
         self.adapter = Adapter(1.0)
         self.stride = stride
         sides = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
@@ -83,11 +85,18 @@ class Conv(nnx.Module):
         # The name lets a remat policy save convolutions. Policies for matrix products do not.
         y = checkpoint_name(self.convolve(x, self.kernel[...]), "conv")
         if self.lora_a is not None and self.lora_b is not None:
+            inner = x
             if keys is not None and self.adapter.dropout > 0:
-                x = dropout(x, keys, self.adapter)
-            low = self.convolve(x, self.lora_a[...])  # [B, Y2, X2, r]
+                inner = dropout(x, keys, self.adapter)
+            low = self.convolve(inner, self.lora_a[...])  # [B, Y2, X2, r]
             update = jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)  # [B, Y2, X2, out]
-            y = y + self.adapter.scale * update
+            update = self.adapter.scale * update
+            if self.lora_m is not None:
+                adapter = self.lora_m[...], self.lora_a[...], self.lora_b[...]
+                gain = dora_gain(self.kernel[...], *adapter, self.adapter.scale, self.inputs)
+                whole = y if inner is x else self.convolve(inner, self.kernel[...])
+                update = (gain - 1).astype(x.dtype) * whole + gain.astype(x.dtype) * update
+            y = y + update
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y

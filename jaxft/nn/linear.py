@@ -74,7 +74,9 @@ class Linear(nnx.Module):
             update = jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)  # [..., *out_shape]
             update = self._scale(x.dtype) * update
             if self.lora_m is not None:
-                gain = self._gain(self.lora_m[...], self.lora_a[...], self.lora_b[...])
+                factors = self.lora_a[...], self.lora_b[...]
+                scale = self._scale(jnp.float32)
+                gain = dora_gain(self.kernel[...], self.lora_m[...], *factors, scale, self.inputs)
                 whole: Array = y if inner is x else matmul(inner, self.kernel[...], self.inputs)
                 update = (gain - 1).astype(x.dtype) * whole + gain.astype(x.dtype) * update
             y = y + update
@@ -114,24 +116,32 @@ class Linear(nnx.Module):
             return x
         return dropout(x, keys, self.adapter)
 
-    def _gain(self, m: Array, a: Array, b: Array) -> Float[Array, "..."]:
-        """Return m / |W + scale * A B| of each output in fp32, and 1 where m is 0.
 
-        The square of the norm is |W|^2 + 2 scale W.AB + scale^2 |AB|^2. A B is never computed,
-        because it is as large as W.
-        """
-        scale, n = self._scale(jnp.float32), self.inputs
-        kernel: Array = jax.lax.stop_gradient(self.kernel[...])
-        a, b = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (a, b))
-        square = jnp.square(kernel.astype(jnp.float32)).sum(range(n))  # [*outs]
-        rows = jnp.moveaxis(a, -1, 0)  # [r, *ins]
-        cross: Array = matmul(rows.astype(kernel.dtype), kernel, n)  # [r, *outs]
-        gram = jnp.tensordot(rows, a, n)  # [r, r]
-        product = jnp.tensordot(gram, b, 1)  # [r, *outs]
-        square += (b * (2 * scale * cross.astype(jnp.float32) + scale**2 * product)).sum(0)
-        norm = jnp.sqrt(jnp.maximum(square, 0))
-        ratio = m.astype(jnp.float32) / jnp.where(norm == 0, 1, norm)
-        return jnp.where(m == 0, 1, ratio)
+def dora_gain(
+    kernel: Float[Array, "..."],
+    m: Float[Array, "..."],
+    a: Float[Array, "..."],
+    b: Float[Array, "..."],
+    scale: Any,
+    inputs: int,
+) -> Float[Array, "..."]:
+    """Return m / |W + scale * A B| of each output in fp32, and 1 where m is 0.
+
+    W [*ins, *outs], A [*ins, r], B [r, *outs] and m [*outs], with `inputs` dims in *ins. The square
+    of the norm is |W|^2 + 2 scale W.AB + scale^2 |AB|^2. A B is never computed, because it is as
+    large as W.
+    """
+    kernel = jax.lax.stop_gradient(kernel)
+    a, b = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (a, b))
+    square = jnp.square(kernel.astype(jnp.float32)).sum(range(inputs))  # [*outs]
+    rows = jnp.moveaxis(a, -1, 0)  # [r, *ins]
+    cross: Array = matmul(rows.astype(kernel.dtype), kernel, inputs)  # [r, *outs]
+    gram = jnp.tensordot(rows, a, inputs)  # [r, r]
+    product = jnp.tensordot(gram, b, 1)  # [r, *outs]
+    square += (b * (2 * scale * cross.astype(jnp.float32) + scale**2 * product)).sum(0)
+    norm = jnp.sqrt(jnp.maximum(square, 0))
+    ratio = m.astype(jnp.float32) / jnp.where(norm == 0, 1, norm)
+    return jnp.where(m == 0, 1, ratio)
 
 
 def dropout(

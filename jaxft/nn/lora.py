@@ -87,7 +87,6 @@ def check_plain(cfg: Lora, task: str) -> None:
     for key, value in (
         ("ranks", cfg.ranks),
         ("layers", cfg.layers),
-        ("dora", cfg.dora),
         ("tokens", cfg.tokens),
     ):
         if value:

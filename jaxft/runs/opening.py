@@ -93,28 +93,49 @@ def read_data(run: Run) -> Data:
     return Data(train, held_out)
 
 
-def preview(run: Run, data: Data, params: Params, step: int) -> Preview:
-    """Encode the rows if the task needs it, and return the preview of the model on them.
+def encode(run: Run, data: Data, params: Params, step: int) -> Params:
+    """Fill the caches of the rows, if the task has any. A run does so before it loads the model.
 
-    params: those before `step`.
+    params: those in memory before `step`, if any. Returns parameters that were loaded for it and
+    that the model has before `step`.
     """
 
-    def initial(wanted: set[str]) -> Params:
-        there = {path: params[path] for path in wanted if not step or path not in run.chosen}
-        missing = wanted - there.keys()
-        return there | (load_params(run, missing) if missing else {})
+    def load(wanted: set[str]) -> Params:
+        known = wanted & params.keys() - (run.chosen if step else set())
+        there = {path: params[path] for path in known}
+        return there | (load_params(run, wanted - known) if wanted - known else {})
 
     status("encoding the data")
     sets = [rows for rows in (data.train, data.held_out) if rows is not None]
-    run.task.encode(run.opened, params, run.chosen, sets, initial)
-    facts = data.facts if data.train is None else data.train.report()
+    made = run.task.encode(run.opened, run.chosen, sets, load)
     status("")
+    return {path: x for path, x in made.items() if not step or path not in run.chosen}
+
+
+def preview(run: Run, data: Data) -> Preview:
+    """Return the preview of the model on rows that are encoded."""
+    facts = data.facts if data.train is None else data.train.report()
     return run.task.preview(run.opened, data._replace(facts=facts))
 
 
-def completed(run: Run, params: Params) -> Params:
-    """Return all parameters: those given, and the frozen ones that no step reads, loaded again."""
-    missing = run.leaves.keys() - params.keys()
+def completed(run: Run, params: Params, unread: tuple[str, ...] = ()) -> Params:
+    """Return all parameters but the `unread`: those given, and frozen ones, loaded again.
+
+    unread: beginnings of paths.
+    """
+    wanted = {path for path in run.leaves if not path.startswith(unread)}
+    missing = wanted - params.keys()
+    return {**params, **load_params(run, missing)} if missing else params
+
+
+def exported(run: Run, params: Params) -> Params:
+    """Return `params` with what an export reads beside them.
+
+    Parts that were read from files are copied from there, unless they train or hold an adapter.
+    """
+    held = tuple(part.prefix for part in run.opened.parts if part.tensors is None)
+    wanted = {path for path, leaf in run.leaves.items() if leaf.added or path.startswith(held)}
+    missing = wanted - params.keys()
     return {**params, **load_params(run, missing)} if missing else params
 
 

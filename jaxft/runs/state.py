@@ -1,5 +1,6 @@
 """State of a run before a step: durations, optimiser, parameters and moments."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ from jaxft.core.optimizers.schedule_free import average
 from jaxft.core.params import Params, describe_trained
 from jaxft.core.step import State, init_state, state_shardings
 from jaxft.runs.checkpoint import Checkpoints, Damage
-from jaxft.runs.opening import Run, completed, load_params
-from jaxft.tasks import Objective, Rows
+from jaxft.runs.opening import Run, encode, load_params
+from jaxft.tasks import Data, Objective, Rows
 
 
 class Plan(NamedTuple):
@@ -98,41 +99,69 @@ def abstract_state(run: Run, tx: optax.GradientTransformation | None = None) -> 
     )
 
 
-def read_by(objective: Objective, frozen: Params) -> Params:
-    """Return the frozen parameters that a step reads. The others are loaded when they are asked."""
-    return {path: x for path, x in frozen.items() if not path.startswith(objective.unread)}
-
-
 def model_params(frozen: Params, state: State) -> Params:
     """Return parameters for evaluation, sampling and export, averaged where averages exist."""
     return {**frozen, **(state.ema or average(state.opt, state.params) or state.params)}
 
 
+def begin(
+    run: Run,
+    plan: Plan,
+    saved: Checkpoints,
+    start: int,
+    data: Data,
+    wrap: Callable[[Objective], Objective],
+) -> tuple[Objective, State, Params, dict[str, Any]]:
+    """Return what a run trains and `start_state`. The caches of the rows are filled before.
+
+    The model and its moments are thus not in memory beside what fills the caches. `wrap` returns
+    the objective to train, given the task's own.
+    """
+    loaded = encode(run, data, {}, start)
+    objective = wrap(run.task.objective(run.opened, data.train))
+    return objective, *start_state(run, plan, saved, start, objective.unread, loaded)
+
+
 def start_state(
-    run: Run, plan: Plan, saved: Checkpoints, start: int
+    run: Run,
+    plan: Plan,
+    saved: Checkpoints,
+    start: int,
+    unread: tuple[str, ...] = (),
+    loaded: Mapping[str, jax.Array] = {},
 ) -> tuple[State, Params, dict[str, Any]]:
     """Return (state, frozen parameters, data position): new ones, or those of a checkpoint.
 
     `start` is the newest step. If its checkpoint is damaged, an earlier one is restored:
-    `state.step` is the step from which to go on.
+    `state.step` is the step from which to go on. unread: as in `Objective`: these parameters are
+    not loaded. loaded: parameters of this step that are in memory already.
     """
+    wanted = {path for path in run.leaves if not path.startswith(unread)}
+    if start:
+        wanted -= run.chosen
+
+    def params() -> Params:
+        return {path: x for path, x in loaded.items() if path in wanted} | load_params(
+            run, wanted - loaded.keys()
+        )
+
     if not start:
-        params = load_params(run)
-        frozen = {path: x for path, x in params.items() if path not in run.chosen}
-        return fresh_state(run, plan.tx, {path: params[path] for path in run.chosen}), frozen, {}
+        every = params()
+        frozen = {path: x for path, x in every.items() if path not in run.chosen}
+        return fresh_state(run, plan.tx, {path: every[path] for path in run.chosen}), frozen, {}
     abstract = abstract_state(run, plan.tx)
     start, (state, position), damaged = saved.newest(lambda step: saved.restore(step, abstract))
     saved.set_aside(damaged, start)
     print(f"resumed from step {start}{_continued(run, plan, saved, start)}", flush=True)
-    return state, load_params(run, set(run.leaves) - run.chosen), position
+    return state, params(), position
 
 
 def best_params(run: Run, plan: Plan, workdir: Path, step: int, frozen: Params) -> Params | None:
-    """Return all parameters of a kept checkpoint. If it is damaged, say so and return None."""
+    """Return the parameters of a kept checkpoint. If it is damaged, say so and return None."""
     saved = Checkpoints(workdir)
     try:
         state = saved.restore(step, abstract_state(run, plan.tx))[0]
-        return completed(run, model_params(frozen, state))
+        return model_params(frozen, state)
     except Damage as damage:
         print(f"the checkpoint of step {step} is damaged ({damage}): the last step is exported")
         return None

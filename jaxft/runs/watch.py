@@ -172,7 +172,8 @@ class Watch:
         """
         self.flush()
         self.writer.busy("evaluating")
-        report = self.preview.evaluate(completed(self.run, params), self.run.mesh)
+        every = completed(self.run, params, self.preview.unread.evaluate)
+        report = self.preview.evaluate(every, self.run.mesh)
         self.writer.busy("")
         check_losses(report, f"step {step} of {self.workdir}")
         if report.metrics:
@@ -222,7 +223,7 @@ class Watch:
         """Print and write samples of the model before `step`'s update."""
         self.flush()
         self.writer.busy("sampling")
-        sampled = self.preview.sample(completed(self.run, params))
+        sampled = self.preview.sample(completed(self.run, params, self.preview.unread.sample))
         self.writer.busy("")
         self.note(sampled.text)
         for *given, made in sampled.rows:

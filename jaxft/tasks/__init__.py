@@ -129,8 +129,20 @@ class Objective(Protocol):
         ...
 
 
+class Unread(NamedTuple):
+    """Beginnings of the paths of frozen parameters that a preview does not read."""
+
+    evaluate: tuple[str, ...] = ()
+    sample: tuple[str, ...] = ()
+
+
 class Preview(Protocol):
     """Evaluation and samples of a model."""
+
+    @property
+    def unread(self) -> Unread:
+        """Parameters that `evaluate` and `sample` do without. They are not loaded for them."""
+        ...
 
     def evaluate(self, params: Params, mesh: Mesh) -> Report:
         """Return metrics over the evaluation set. Without such a set there are none."""
@@ -268,16 +280,16 @@ class Task(NamedTuple):
     """One family of models on one kind of data.
 
     `read(opened, spec, training)` returns Rows. `plan(opened)` returns their shapes, without
-    data. `objective` takes either. `encode(opened, params, chosen, sets,
-    initial)` fills caches. Call it before the first example of a set is read. `initial(paths)`
-    returns these parameters as they were before step 0. `writers` maps each export kind to
-    its writer, the whole model first.
+    data. `objective` takes either. `encode(opened, chosen, sets, load)` fills caches. Call it
+    before the first example of a set is read. `load(paths)` returns these parameters as they were
+    before step 0. `encode` returns those that a step reads as well, so that they are loaded once.
+    `writers` maps each export kind to its writer, the whole model first.
     """
 
     open: Callable[[Config], Any]
     read: Callable[[Any, str, bool], Any]
     plan: Callable[[Any], Planned]
-    encode: Callable[[Any, Params, set[str], Sequence[Any], Callable[[set[str]], Params]], None]
+    encode: Callable[[Any, set[str], Sequence[Any], Callable[[set[str]], Params]], Params]
     objective: Callable[[Any, Any], Objective]
     preview: Callable[[Any, Data], Preview]
     writers: Mapping[str, Writer]

@@ -41,6 +41,7 @@ CASES = {
     "text": ("sd", "v_prediction", {"micro_batches": 2, **HARD, **TEXTS}),
     "xl-text": ("sdxl", "epsilon", {"min_snr_gamma": 0.0, **TEXTS}),
     "lora": ("sd", "epsilon", {**HARD, **LORA}),
+    "dora": ("sd", "epsilon", {**HARD, **LORA, "lora.dora": True}),
     "xl-lora": ("sdxl", "v_prediction", {"min_snr_gamma": 0.0, "micro_batches": 2, **LORA}),
 }
 MESHES = {"one": None, "data8": (8, 1, 1), "fsdp8": (1, 8, 1), "2x2x2": (2, 2, 2)}
@@ -129,9 +130,12 @@ def named(run, params):
         for key, tensor in transfer.export(part, run.leaves, plain, {}, None).tensors:
             made[part.prefix + key.removeprefix("text_model.")] = np.array(tensor)
     for site in pipeline_lora.sites(run.opened.parts, run.leaves):
-        a, b = site.factors(params)
+        a, b, m = site.factors(params)
         made[f"{site.name}.lora_A.default.weight"] = a
         made[f"{site.name}.lora_B.default.weight"] = b
+        if m is not None:
+            norms = m if b.ndim == 2 else m.reshape(1, -1, 1, 1)
+            made[f"{site.name}.lora_magnitude_vector.default.weight"] = norms
     return made | {p: np.array(x) for p, x in params.items() if ".inversion." in p}
 
 
@@ -169,8 +173,9 @@ class Oracle:
         names = ("unet", "vae", "text_encoder", "text_encoder_2")
         self.modules = {n: getattr(pipe, n) for n in names if getattr(pipe, n, None) is not None}
         if run.cfg.lora.rank:
+            own = run.cfg.lora
             config = LoraConfig(
-                r=run.cfg.lora.rank, lora_alpha=run.cfg.lora.alpha, target_modules=PEFT
+                r=own.rank, lora_alpha=own.alpha, target_modules=PEFT, use_dora=own.dora
             )
             inject_adapter_in_model(config, pipe.unet)
         for module in self.modules.values():
@@ -279,6 +284,7 @@ def slow(*values):
         slow("unet", "one"),
         slow("xl-text", "one"),
         slow("lora", "one"),
+        slow("dora", "one"),
     ],
 )
 def test_five_steps_equal_torch(pipelines, trained, capfd, case, mesh):

@@ -10,6 +10,10 @@ from PIL import Image
 
 from jaxft import train
 from jaxft.core import sharding
+from jaxft.data.images.masks import loss_mask
+from jaxft.tasks.common import encoded
+from jaxft.tasks.diffusion import rows as diffusion_rows
+from jaxft.tasks.diffusion.rows import PictureRows
 from tests.parity import test_diffusion_training as steps
 from tests.parity.flow import Oracle, trained
 from tests.parity.test_stable_diffusion_3 import BLIND, PEFT, encode, velocity
@@ -155,6 +159,37 @@ def test_a_run_with_cached_moments_prior_pictures_and_evaluations(data, tmp_path
         found[name] = evaluations(tmp_path / name)
     assert found["none"] == pytest.approx(found["white"], rel=1e-6)
     assert found["boxes"] != pytest.approx(found["white"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["file", "alpha"])
+def test_with_a_cache_a_mask_is_decoded_once_and_losses_stay(data, kind, tmp_path, monkeypatch):
+    """Bit for bit those of masks that are decoded in every step."""
+    monkeypatch.setattr(sharding, "make_mesh", lambda *sizes: sharding.one_device_mesh())
+    make_pipeline(tmp_path).save_pretrained(tmp_path / "folder")
+    decoded, found, use = [], {}, PictureRows.use
+    keys = {"mask": kind, "cache": tmp_path / "cache", "total": "2_steps", "flip": True}
+
+    def counted(images, index, factor):
+        decoded.append(index)
+        return loss_mask(images, index, factor)
+
+    for module in (encoded, diffusion_rows):
+        monkeypatch.setattr(module, "loss_mask", counted)
+    for name in ("cached", "again", "decoded"):
+        if name == "decoded":
+            plain = lambda rows, stores: use(rows, stores._replace(masks=None))  # noqa: E731
+            monkeypatch.setattr(PictureRows, "use", plain)
+        decoded.clear()
+        flags = flags_of(tmp_path / "folder", data[kind], keys)
+        assert train.main([*flags, "--workdir", str(tmp_path / name)]) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        kept = ("step", "loss", "grad_norm", "eval_loss")
+        found[name] = [{key: row[key] for key in kept if key in row} for row in rows]
+        counts = {"cached": 2 * COUNT, "again": 0}  # with mirrored ones
+        assert len(decoded) == counts.get(name, len(decoded)), name
+    assert len(decoded) > COUNT and len(found["cached"]) >= 3
+    assert found["cached"] == found["again"] == found["decoded"]
 
 
 @pytest.mark.parametrize(

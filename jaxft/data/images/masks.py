@@ -1,5 +1,6 @@
 """Masks of a loss: the share of each latent of a picture that counts."""
 
+import hashlib
 from io import BytesIO
 
 import numpy as np
@@ -7,7 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from jaxft.core.errors import UserError
-from jaxft.data.images.dataset import ImageSet, fit
+from jaxft.data.images.dataset import PIXEL_RULE, ImageSet, fit
 from jaxft.data.images.decode import decode
 from jaxft.data.images.headers import upright
 from jaxft.data.images.png import correct_transparency
@@ -38,6 +39,16 @@ def loss_mask(images: ImageSet, index: int, factor: int) -> Float[np.ndarray, "Y
             " the picture would count; mark what to learn, or leave the picture out"
         )
     return made
+
+
+def mask_key(images: ImageSet, index: int, factor: int) -> str:
+    """Return a name of an example's weights, by the bytes of the mask and its place in them."""
+    masks, rule = images.records.masks, f"|{factor}|{images.records.alpha}"
+    assert masks is not None
+    if images.records.alpha:  # the picture itself
+        return hashlib.sha256((images.key(index) + rule).encode()).hexdigest()
+    content, rule = masks.content(index % len(images.records)), f"|{PIXEL_RULE}{rule}"
+    return hashlib.sha256(content + f"|{images.how(index)}{rule}".encode()).hexdigest()
 
 
 def _alpha(content: bytes, name: str) -> Image.Image:

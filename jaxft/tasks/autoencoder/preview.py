@@ -17,7 +17,7 @@ from jaxft.data.loader import eval_batches, subset
 from jaxft.models.autoencoders.vqgan import codebook_usage
 from jaxft.models.critics import perceptual
 from jaxft.nn.pixels import to_float, to_pixels
-from jaxft.tasks import NOW, Data, Look, Report, Request, Sheet
+from jaxft.tasks import NOW, Data, Look, Report, Request, Sheet, Unread
 from jaxft.tasks.autoencoder.opened import OpenedAutoencoder
 from jaxft.tasks.common.image_metrics import psnr, ssim
 from jaxft.tasks.common.kid_lite0 import KidLite0
@@ -26,6 +26,8 @@ from jaxft.tasks.common.sheets import SHOWN
 
 class AutoencoderPreview:
     """Evaluation and samples of an autoencoder. Implements `jaxft.tasks.Preview`."""
+
+    unread = Unread()
 
     def __init__(self, opened: OpenedAutoencoder, data: Data):
         self.opened, self.rows = opened, data.held_out

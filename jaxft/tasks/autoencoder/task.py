@@ -32,9 +32,7 @@ AUTOENCODER = Task(
     open=OpenedAutoencoder,
     read=ImageRows,
     plan=planned,
-    encode=lambda opened, params, chosen, sets, initial: (
-        None
-    ),  # every step reads the images themselves
+    encode=lambda opened, chosen, sets, load: {},  # every step reads the images themselves
     objective=_objective,
     preview=AutoencoderPreview,
     writers=WRITERS,

@@ -13,6 +13,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import Params
 from jaxft.data.cache import ArrayCache, fill, missing
 from jaxft.data.images.dataset import UNDECODABLE, ImageExample, ImageSet, bad_arrays, read_bad
+from jaxft.data.images.masks import loss_mask, mask_key
 from jaxft.data.sources.images.records import Bad
 from jaxft.weights.transfer import to_host
 
@@ -100,6 +101,55 @@ def store_pictures(
         i for i, key in enumerate(keys[: len(images.records)]) if UNDECODABLE in cache.names(key)
     ]
     images.leave_out({i: read_bad(images.records.name(i), cache.get(keys[i])) for i in bad})
+
+
+def ids_key(ids: np.ndarray) -> str:
+    """Return the cache key of an embedding: a hash of its token ids."""
+    return hashlib.sha256(ids.tobytes()).hexdigest()
+
+
+def store_texts(
+    cache: ArrayCache,
+    captions: Sequence[str],
+    tokenize: Callable[[str], np.ndarray],
+    encode: Callable[[np.ndarray], Mapping],
+    batch: int,
+) -> Iterator[tuple[int, int]]:
+    """Embed every caption without a cache entry, and store it. Yields (done, total)."""
+
+    def compute(chosen: list[np.ndarray]) -> list[Row]:
+        made = encode(fill_up(np.stack(chosen), batch))
+        return [{name: made[name][i] for name in made} for i in range(len(chosen))]
+
+    def read(places: list[int]) -> list[np.ndarray]:
+        return [ids[place] for place in places]
+
+    ids = [tokenize(caption) for caption in sorted(set(captions))]
+    keys = [ids_key(one) for one in ids]
+    host, hosts = jax.process_index(), jax.process_count()
+    yield from fill(cache, read, keys, compute, batch, host=host, hosts=hosts)
+    wait_for_others(cache, keys)
+
+
+def store_masks(cache: ArrayCache, images: ImageSet, factor: int) -> tuple[str, ...]:
+    """Store the weights of the latents of every example. Returns the keys of all examples.
+
+    Pictures that do not decode are passed over. factor: the side of a latent in pixels.
+    """
+    keys = tuple(mask_key(images, i, factor) for i in range(len(images)))
+    good = [i for i in range(len(images)) if images.place(i) == i]
+
+    def read(places: list[int]) -> list[np.ndarray]:
+        return [loss_mask(images, good[place], factor) for place in places]
+
+    def compute(found: list[np.ndarray]) -> list[Row]:
+        return [{"loss_mask": one} for one in found]
+
+    host, hosts, wanted = jax.process_index(), jax.process_count(), [keys[i] for i in good]
+    for _ in fill(cache, read, wanted, compute, batch_size=16, host=host, hosts=hosts):
+        pass
+    wait_for_others(cache, wanted)
+    return keys
 
 
 def keep_pixels(store: ArrayCache, images: ImageSet, ids: Sequence[int] | np.ndarray) -> None:

@@ -57,7 +57,7 @@ def _write_lora(job: Job) -> None:
     """
     leaves, cfg, parts = job.leaves, job.opened.cfg, writers.parts(job)
     pipeline_lora.check(parts, leaves)
-    arrays, scale = writers.adapters(job), ranks.scale(cfg.lora)
+    arrays, scale = {**job.params, **writers.adapters(job)}, ranks.scale(cfg.lora)
     pipeline_lora.write_peft(job.folder, parts, leaves, arrays, scale)
     layouts = ldm.transformer_layouts(job.opened.pipeline)
     kind = ldm.kind(job.opened.pipeline)

@@ -25,6 +25,7 @@ from jaxft.tasks.diffusion import inversion
 from jaxft.tasks.diffusion.captions import Captions, load_captions
 from jaxft.tasks.diffusion.options import DiffusionOptions
 from jaxft.weights.adapters import pipeline as pipeline_lora
+from jaxft.weights.adapters.peft import start
 from jaxft.weights.adapters.pipeline_file import PipelineLora, load, open_lora
 from jaxft.weights.folders.quantised import nf4_scales
 
@@ -95,13 +96,16 @@ class OpenedPipeline:
     def initial(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
         own, leaves = self.options.inversion, unpacked(describe(self.template))
         made = inversion.initial(own, self.captions, self.parts, leaves) if own.token else {}
+        if not self.adapter and self.cfg.lora.dora:
+            for part in self.parts:
+                made |= start(part, leaves, self.cfg.lora, wanted)
         if self.adapter and any(leaves[path].role == ADAPTER_ROLE for path in wanted):
             made |= load(self.adapter, leaves)
         return made
 
     def _read_adapter(self, asked: Lora) -> tuple[PipelineLora, Lora]:
         """Open the file of `lora.from`. Returns it with the LoRA settings that it decides."""
-        everywhere = Lora(rank=1, targets=".*")
+        everywhere = Lora(rank=1, targets=".*", dora=True)
 
         def build(key: jax.Array) -> nnx.Module:
             model = families.build(self.model_cfg, key)

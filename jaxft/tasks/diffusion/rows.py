@@ -1,7 +1,6 @@
 """Training rows of a diffusion model, and the frozen encoders that fill their caches."""
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 from jaxft.core.errors import UserError
 from jaxft.core.params import Params, bind_some, describe, select
 from jaxft.core.sharding import one_device_mesh
-from jaxft.data.cache import ArrayCache, fill
+from jaxft.data.cache import ArrayCache
 from jaxft.data.images.buckets import BucketBatches, Size, bucket_loader
 from jaxft.data.images.dataset import ImageSet
 from jaxft.data.images.masks import loss_mask
@@ -24,18 +23,23 @@ from jaxft.tasks import Planned
 from jaxft.tasks.common.encoded import (
     Row,
     collate,
-    fill_up,
     fingerprint,
+    ids_key,
     keep_pixels,
+    store_masks,
     store_pictures,
+    store_texts,
     tell,
-    wait_for_others,
 )
 from jaxft.tasks.diffusion import inversion
 from jaxft.tasks.diffusion.opened import OpenedPipeline
 from jaxft.weights.transfer import to_host
 
 ENCODED_TOGETHER = 16  # pictures or captions in one call of an encoder
+# Beginnings of the paths of what caches replace in a step, and of what only pictures need.
+PICTURE_ENCODER = ("vae.encoder.", "vae.quant_conv.")
+PICTURE_DECODER = ("vae.decoder.", "vae.post_quant_conv.")
+TEXT_ENCODER = ("text_encoder",)
 
 
 class Share(NamedTuple):
@@ -47,10 +51,11 @@ class Share(NamedTuple):
 
 
 class Stores(NamedTuple):
-    """Caches of moments by picture and of embeddings by ids. None means not cached."""
+    """Caches of moments by picture, embeddings by ids and masks. None means not cached."""
 
     moments: ArrayCache | None = None
     texts: ArrayCache | None = None
+    masks: ArrayCache | None = None
 
 
 class PictureRows:
@@ -65,7 +70,7 @@ class PictureRows:
     ):
         self.opened, self.shares, self.name = opened, tuple(shares), name
         self.shown = tuple(shown)
-        self.stores, self._keys = Stores(), ()
+        self.stores, self._keys, self._masks = Stores(), (), []
         self.sizes: tuple[Size, ...] = tuple(
             sorted({size for share in self.shares for size in share.images.sizes})
         )
@@ -89,10 +94,15 @@ class PictureRows:
     @property
     def empty_text(self) -> Text | None:
         """The embedding [1, T, D] of the empty caption, None where it is not cached."""
-        if self.stores.texts is None or not self.opened.options.caption_dropout:
+        if self.stores.texts is None:
             return None
         made = self.stores.texts.get(ids_key(self.empty_ids))
         return Text(**{"pooled": None, **{name: x[None] for name, x in made.items()}})
+
+    def text(self, caption: str) -> Row:
+        """Return the cached embedding of a caption or of a prompt of the config, or its ids."""
+        ids = self.opened.captions(caption)
+        return {"ids": ids} if self.stores.texts is None else self.stores.texts.get(ids_key(ids))
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -147,6 +157,14 @@ class PictureRows:
         """Serve rows from caches. The caches must hold all rows."""
         keys = [share.images.keys if stores.moments else () for share in self.shares]
         self.stores, self._keys = stores, tuple(keys)
+        if stores.masks is not None:
+            factor = self.opened.model_cfg.vae.factor
+            self._masks = [
+                store_masks(stores.masks, images, factor)
+                if images.records.masks is not None
+                else ()
+                for images, _, _ in self.shares
+            ]
 
     def caption(self, index: int) -> str:
         share, place = self.places[index]
@@ -163,15 +181,18 @@ class PictureRows:
         else:
             row |= self.stores.moments.get(self._keys[share][images.place(place)])
         if self.opened.options.mask:
-            factor = self.opened.model_cfg.vae.factor
+            row["loss_mask"] = self._mask(share, place)
+        return row | self.text(images.caption(place))  # last, as the picture may be replaced
+
+    def _mask(self, share: int, place: int) -> np.ndarray:
+        """Return the weights of an example's latents, 1 for pictures of a prior."""
+        images, factor = self.shares[share].images, self.opened.model_cfg.vae.factor
+        if images.records.masks is None:
             h, w = images.how(place)[0]
-            masked = images.records.masks is not None
-            own = loss_mask(images, place, factor) if masked else None
-            row["loss_mask"] = np.ones((h // factor, w // factor, 1), "f4") if own is None else own
-        caption = images.caption(place)  # after the picture, because another may replace it
-        if self.stores.texts is None:
-            return row | {"ids": self.opened.captions(caption)}
-        return row | self.stores.texts.get(ids_key(self.opened.captions(caption)))
+            return np.ones((h // factor, w // factor, 1), np.float32)
+        if self.stores.masks is None:
+            return loss_mask(images, place, factor)
+        return self.stores.masks.get(self._masks[share][images.place(place)])["loss_mask"]
 
 
 def batch_shapes(
@@ -228,13 +249,8 @@ def unread(moments: bool, texts: bool) -> tuple[str, ...]:
     moments, texts: whether they come from a cache. The statistics of FLUX.2's VAE are read in every
     step.
     """
-    encoder = ("vae.encoder.", "vae.quant_conv.") if moments else ()
-    return ("vae.decoder.", "vae.post_quant_conv.", *encoder, *(("text_encoder",) if texts else ()))
-
-
-def ids_key(ids: np.ndarray) -> str:
-    """Return the cache key of an embedding: a hash of its token ids."""
-    return hashlib.sha256(ids.tobytes()).hexdigest()
+    cached = (PICTURE_ENCODER if moments else ()) + (TEXT_ENCODER if texts else ())
+    return PICTURE_DECODER + cached
 
 
 def read_rows(opened: OpenedPipeline, spec: str, training: bool) -> PictureRows:
@@ -276,14 +292,14 @@ def _read(
 
 def encode(
     opened: OpenedPipeline,
-    params: Params,
     chosen: set[str],
     sets: Sequence[PictureRows],
-    initial: Callable[[set[str]], Params],
-) -> None:
+    load: Callable[[set[str]], Params],
+) -> Params:
     """Store the moments of all pictures and, unless a text encoder trains, all embeddings.
 
-    Does nothing without `cache`. Raises UserError if the VAE trains.
+    Those of the prompts are for pictures between the steps. The VAE and the text encoders are in
+    memory one after the other. Does nothing without `cache`. Raises UserError if the VAE trains.
     """
     if any(path.startswith("vae.") for path in chosen):
         raise UserError(
@@ -292,38 +308,48 @@ def encode(
             " task=autoencoder"
         )
     if not opened.options.cache or not sets:
-        return
-    cfg, dtype = opened.model_cfg, str(opened.dtype)
-    local = Encoders(opened.template, opened.dtype, params)
+        return {}
+    cfg, dtype, paths = opened.model_cfg, str(opened.dtype), describe(opened.template)
+
+    def encoders(begins: tuple[str, ...]) -> Encoders:
+        some = load({path for path in paths if path.startswith(begins)})
+        return Encoders(opened.template, opened.dtype, some)
+
     folder = Path(opened.options.cache).expanduser()
-    name = fingerprint(local.params, ("vae.encoder.", "vae.quant_conv."), "moments", dtype, cfg.vae)
-    moments, texts = ArrayCache(folder, name, jax.process_index()), None
+    moments = texts = masks = None
     if cfg.conditioning != SOURCE:
         pixels = ArrayCache(folder, "pixels", jax.process_index())
         for rows in sets:
             keep_pixels(pixels, rows.shares[0].images, rows.shown)
     if cfg.conditioning == NOTHING:
+        local = encoders(PICTURE_ENCODER)
+        name = fingerprint(local.params, PICTURE_ENCODER, "moments", dtype, cfg.vae)
+        moments = ArrayCache(folder, name, jax.process_index())
         for images in (share.images for rows in sets for share in rows.shares):
             tell("moments", store_pictures(moments, images, local.moments, ENCODED_TOGETHER))
+        del local
+        masks = ArrayCache(folder, "masks", jax.process_index()) if opened.options.mask else None
     else:
-        moments = None
         print("moments are not cached: each step encodes the UNet's input pictures", flush=True)
-    if not any(path.startswith("text_encoder") for path in chosen):
+    if not any(path.startswith(TEXT_ENCODER) for path in chosen):
+        local = encoders(TEXT_ENCODER)
         layout = () if isinstance(cfg, PipelineConfig) else (cfg.transformer.context_dim,)
-        name = fingerprint(local.params, ("text_encoder",), "texts", dtype, cfg.texts, *layout)
+        name = fingerprint(local.params, TEXT_ENCODER, "texts", dtype, cfg.texts, *layout)
         texts = ArrayCache(folder, name, jax.process_index())
-        if opened.options.caption_dropout:  # alone, and thus rounded as in a step
-            for _ in store_texts(texts, [""], opened.captions, local.texts, 1):
-                pass
+        # The null caption comes alone, and is thus rounded as in a step without a cache.
+        for _ in store_texts(texts, [""], opened.captions, local.texts, 1):
+            pass
         captions = [rows.caption(i) for rows in sets for i in range(len(rows))]
+        captions += opened.options.sample.prompts
         made = store_texts(texts, captions, opened.captions, local.texts, ENCODED_TOGETHER)
         tell("embeddings", made)
     for rows in sets:
-        rows.use(Stores(moments, texts))
+        rows.use(Stores(moments, texts, masks))
+    return {}
 
 
 class Encoders:
-    """VAE and text encoders on this process's first device, to fill caches without collectives.
+    """The VAE or text encoders on this process's first device, to fill caches without collectives.
 
     `template` is a pipeline of any family. `params` may lie on any device.
     """
@@ -334,7 +360,7 @@ class Encoders:
         self.params = {
             path: jax.device_put(x if x.devices() == {device} else to_host(x), device)
             for path, x in params.items()
-            if path.startswith(("vae.", "text_encoder"))
+            if path.startswith(PICTURE_ENCODER + TEXT_ENCODER)
         }
 
         def encode_pictures(params: Params, pixels: Any) -> Any:
@@ -357,26 +383,3 @@ class Encoders:
         with jax.set_mesh(self.mesh):
             made = self._texts(self.params, ids)
         return {name: np.asarray(x) for name, x in made._asdict().items() if x is not None}
-
-
-def store_texts(
-    cache: ArrayCache,
-    captions: Sequence[str],
-    tokenize: Callable[[str], np.ndarray],
-    encode: Callable[[np.ndarray], Mapping],
-    batch: int,
-) -> Iterator[tuple[int, int]]:
-    """Embed every caption without a cache entry, and store it. Yields (done, total)."""
-
-    def compute(chosen: list[np.ndarray]) -> list[Row]:
-        made = encode(fill_up(np.stack(chosen), batch))
-        return [{name: made[name][i] for name in made} for i in range(len(chosen))]
-
-    def read(places: list[int]) -> list[np.ndarray]:
-        return [ids[place] for place in places]
-
-    ids = [tokenize(caption) for caption in sorted(set(captions))]
-    keys = [ids_key(one) for one in ids]
-    host, hosts = jax.process_index(), jax.process_count()
-    yield from fill(cache, read, keys, compute, batch, host=host, hosts=hosts)
-    wait_for_others(cache, keys)

@@ -19,7 +19,7 @@ from jaxft.models.autoencoders.vqgan import codebook_usage
 from jaxft.models.decoders.generation.sampling import Sampling
 from jaxft.models.pipelines.image_decode import generate_codes
 from jaxft.objectives.codes import CodePrediction
-from jaxft.tasks import NOW, Data, Look, Report, Request, Sheet
+from jaxft.tasks import NOW, Data, Look, Report, Request, Sheet, Unread
 from jaxft.tasks.common.encoded import collate
 from jaxft.tasks.common.kid_lite0 import KidLite0
 from jaxft.tasks.common.sheets import SHOWN, shown_sheet
@@ -32,6 +32,8 @@ FEW_WEIGHTS = 2**24  # below this size, products of one token a row gain nothing
 
 class ImageTokenPreview:
     """Evaluation and samples of an image-token model. Implements `jaxft.tasks.Preview`."""
+
+    unread = Unread()
 
     def __init__(self, opened: OpenedImageModel, data: Data):
         self.opened, self.data, self.rows = opened, data, data.held_out

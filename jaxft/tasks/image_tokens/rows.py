@@ -186,14 +186,13 @@ def _shapes(opened: OpenedImageModel, count: int, width: int) -> dict[str, jax.S
 
 def encode(
     opened: OpenedImageModel,
-    params: Params,
     chosen: set[str],
     sets: Sequence[CodeRows],
-    initial: Callable[[set[str]], Params],
-) -> None:
+    load: Callable[[set[str]], Params],
+) -> Params:
     """Encode all pictures that the cache lacks, and print the quality of the tokenizer alone."""
     if not sets:
-        return
+        return {}
     vq, layout, store = opened.model.vq, opened.layout, open_store(opened)
     pixels = ArrayCache(store.folder.parent, "pixels", jax.process_index())
     for rows in sets:
@@ -205,6 +204,7 @@ def encode(
         f" entropy {entropy(counts):.3f} of ln K {math.log(layout.codes):.3f}",
         flush=True,
     )
+    return {}
 
 
 def open_store(opened: OpenedImageModel) -> ArrayCache:

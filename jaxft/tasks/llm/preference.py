@@ -1,6 +1,6 @@
 """Preference objectives of a decoder: stored reference log-probabilities, and evaluation."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxft.core.params import Params, bind, describe
+from jaxft.core.params import Leaf, Params, bind, describe
 from jaxft.core.sharding import constrain, local_rows, place_batch
 from jaxft.core.step import Batch
 from jaxft.data.cache import ArrayCache
@@ -18,7 +18,7 @@ from jaxft.data.loader import subset
 from jaxft.data.text.packing import Groups, first_fit
 from jaxft.objectives.next_token import NextToken
 from jaxft.objectives.preference import PairScores, Preference, PreferenceRule, preference_loss
-from jaxft.tasks import Data, Look, Report, Request
+from jaxft.tasks import Data, Look, Report, Request, Unread
 from jaxft.tasks.common.encoded import fingerprint
 from jaxft.tasks.llm.heads.preview import ScorePreview
 from jaxft.tasks.llm.opened import OpenedDecoder
@@ -75,21 +75,19 @@ def score_pairs(
 
 
 def encode(
-    opened: OpenedDecoder,
-    params: Params,
-    chosen: set[str],
-    sets: Sequence[Any],
-    initial: Callable[[set[str]], Params],
-) -> None:
+    opened: OpenedDecoder, sets: Sequence[Any], load: Callable[[set[str]], Params]
+) -> Params:
     """Give every pair the log-probabilities that the model had before step 0.
 
     They are computed once, and kept in the folder `cache` by the content of pairs and weights. A
     resumed run reads them, so that neither its start nor its training holds a second copy of the
-    weights.
+    weights. Returns the parameters, for a run that starts.
     """
     if not opened.options.stores_reference or not sets:
-        return
-    store = _open_store(opened, chosen, initial) if opened.options.cache else None
+        return {}
+    leaves = describe(opened.template)
+    first = load(set(leaves))
+    store = _open_store(opened, leaves, first) if opened.options.cache else None
     mesh = jax.sharding.get_mesh()
     for rows in sets:
         keys = [rows.data.key(i) for i in range(len(rows))]
@@ -97,7 +95,6 @@ def encode(
         if jax.process_count() > 1:  # all processes compute together what one of them lacks
             lacking = np.any(multihost_utils.process_allgather(lacking), axis=0)
         todo = np.flatnonzero(lacking).tolist()
-        first = initial(set(params)) if todo else {}
         for ids, values in score_pairs(opened, rows, first, todo, mesh) if todo else ():
             rows.reference[ids] = values
             if store is not None:
@@ -115,23 +112,17 @@ def encode(
             )
     if store is not None:
         store.close()
+    return first
 
 
-def _open_store(
-    opened: OpenedDecoder, chosen: set[str], initial: Callable[[set[str]], Params]
-) -> ArrayCache:
-    """Return the cache of the weights of step 0. New adapters do not count: their update is zero.
+def _open_store(opened: OpenedDecoder, leaves: Mapping[str, Leaf], first: Params) -> ArrayCache:
+    """Return the cache of the weights of step 0.
 
-    Weights that train are read again one after the other. Drawn ones are all drawn at once.
+    New adapters do not count, because their update is zero.
     """
-    leaves = describe(opened.template)
     continued = opened.adapter is not None
-    counted = {path for path, leaf in leaves.items() if continued or not leaf.added}
-    single = {path for path in counted & chosen if not leaves[path].added}
-    single = single if opened.cfg.init == "pretrained" else set()
-    names = {}
-    for some in (counted - single, *({path} for path in sorted(single))):
-        names |= {path: fingerprint({path: x}, ("",)) for path, x in initial(some).items()}
+    counted = {path: x for path, x in first.items() if continued or not leaves[path].added}
+    names = {path: fingerprint({path: x}, ("",)) for path, x in counted.items()}
     scale = opened.cfg.lora if continued else None
     more = sorted(names.items()), opened.model_cfg, str(opened.dtype), scale
     name = fingerprint({}, ("",), *more)
@@ -140,6 +131,8 @@ def _open_store(
 
 class PairPreview:
     """Evaluation of a decoder on pairs, and its samples. Implements `jaxft.tasks.Preview`."""
+
+    unread = Unread()
 
     def __init__(self, opened: OpenedDecoder, data: Data):
         self.opened, self.data = opened, data

@@ -24,7 +24,7 @@ from jaxft.data.text.vocabulary import check_ids
 from jaxft.models.decoders.generation.generate import generate
 from jaxft.models.decoders.generation.sampling import Sampling
 from jaxft.objectives.next_token import NextToken
-from jaxft.tasks import Data, Look, Report, Request
+from jaxft.tasks import Data, Look, Report, Request, Unread
 from jaxft.tasks.llm.opened import OpenedDecoder
 from jaxft.tasks.llm.rows import CHAT_FACT, KIND_FACT
 
@@ -38,6 +38,8 @@ class DecoderPreview:
 
     Evaluation rows hold one example each, so that a command and the run compute the same numbers.
     """
+
+    unread = Unread()
 
     def __init__(self, opened: OpenedDecoder, data: Data):
         self.opened, self.data = opened, data

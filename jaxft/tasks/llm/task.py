@@ -72,12 +72,11 @@ def _distillation(opened: OpenedDecoder, rows: Any) -> Distillation:
     return Distillation(_next_token(opened, rows), keys.weight, keys.temperature, flops)
 
 
-def _encode(
-    opened: OpenedDecoder, params: Params, chosen: set[str], sets: Sequence[Any], initial: Any
-) -> None:
+def _encode(opened: OpenedDecoder, chosen: set[str], sets: Sequence[Any], load: Any) -> Params:
     """Warn of markers of the chat template without a trained embedding, then encode pairs."""
-    chats = any(rows.data.chat for rows in sets)
+    chats, params = any(rows.data.chat for rows in sets), {}
     if chats and opened.chat and EMBEDDINGS not in chosen:
+        params = load({EMBEDDINGS})
         ids = np.asarray([i for i in opened.chat.markers if i not in opened.parts[0].rows], int)
         lost = ids[to_host(jax.jit(untrained_rows)(params[EMBEDDINGS], ids))].tolist()
         if lost and jax.process_index() == 0:
@@ -88,7 +87,7 @@ def _encode(
                 " model's instruct checkpoint",
                 flush=True,
             )
-    encode(opened, params, chosen, sets, initial)
+    return {**params, **encode(opened, sets, load)}
 
 
 TEXTS = Kind(TokenRows, planned, _next_token, DecoderPreview)

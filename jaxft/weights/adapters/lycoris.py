@@ -1,7 +1,7 @@
 """LyCORIS files as plain LoRA with the same products: LoCon with a core, LoHa and LoKr.
 
 Their updates of a weight are products, element by element or of Kronecker, of low-rank matrices.
-Such an update is B A of a larger rank, and no number is lost.
+Such an update is B A of a larger rank, and no number is lost. Norms of DoRA stay beside it.
 Source: Yeh et al. 2023, arXiv:2309.14859, and the package lycoris-lora.
 """
 
@@ -44,7 +44,7 @@ def as_lora(file: str, tensors: Tensors, inputs: Mapping[str, tuple[int, ...]]) 
     made: dict[str, np.ndarray] = {}
     taken: set[str] = set()
     for stem, keys in modules.items():
-        if stem not in inputs or keys.keys().isdisjoint(METHODS) or "dora_scale" in keys:
+        if stem not in inputs or keys.keys().isdisjoint(METHODS):
             continue
         arrays = {piece: tensors.read(key).astype(np.float32) for piece, key in keys.items()}
         try:
@@ -61,7 +61,7 @@ def as_lora(file: str, tensors: Tensors, inputs: Mapping[str, tuple[int, ...]]) 
         made[f"{stem}.lora_down.weight"] = update.a
         made[f"{stem}.lora_up.weight"] = update.b.reshape(*update.b.shape, *kernel)
         made[f"{stem}.alpha"] = np.array(scale * len(update.a), np.float32)
-        taken |= set(keys.values())
+        taken |= {key for piece, key in keys.items() if piece != "dora_scale"}
     kept = {key: key for key in tensors.keys() if key not in taken}  # noqa: SIM118
     return Overlaid(Renamed(tensors, kept), InMemory(made))
 

@@ -4,7 +4,8 @@ A module of a single file may hold several of diffusers', such as q, k and v. Ad
 become one of their summed rank, whose B has blocks along its diagonal. All products A B are kept.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,14 +13,23 @@ from jaxft.weights.files.tensor_files import Tensors
 from jaxft.weights.folders.single_file import LDMLayout
 from jaxft.weights.views import InMemory, Overlaid, Renamed, RowSpan
 
-Factors = tuple[np.ndarray, np.ndarray]  # A [r, in] and B [out, r]
+MAGNITUDE_END, DORA_SCALE = ".lora_magnitude_vector", ".dora_scale"  # of diffusers and of LyCORIS
 WHOLE_MODULE = RowSpan(0, 1, 1)
 GENERIC = "diffusion_model."  # ComfyUI reads it before the names of single files, for every model
 SIDES = {
     "lora_a": (".lora_A.weight", ".lora_down.weight"),
     "lora_b": (".lora_B.weight", ".lora_up.weight"),
+    "lora_m": (MAGNITUDE_END, f"{MAGNITUDE_END}.weight", DORA_SCALE),
     "alpha": (".alpha",),
 }
+
+
+class Factors(NamedTuple):
+    """A [r, in, …], B [out, r, …], and with DoRA the norms m [out] of the weights."""
+
+    a: np.ndarray
+    b: np.ndarray
+    m: np.ndarray | None = None
 
 
 def side_of(key: str) -> tuple[str, str]:
@@ -39,26 +49,41 @@ def _modules(layout: LDMLayout) -> dict[str, dict[str, RowSpan]]:
     return found
 
 
-def fused(layout: LDMLayout, factors: Mapping[str, Factors]) -> dict[str, Factors]:
+def unadapted(layout: LDMLayout, adapted: Collection[str]) -> set[str]:
+    """Return diffusers' modules without an adapter that a single file holds beside adapted ones."""
+    shared = (own for own in _modules(layout).values() if not own.keys().isdisjoint(adapted))
+    return {name for own in shared for name in own if name not in adapted}
+
+
+def fused(
+    layout: LDMLayout, factors: Mapping[str, Factors], norms: Mapping[str, np.ndarray] = {}
+) -> dict[str, Factors]:
     """Return the factors of each module of a single file, from those of diffusers' modules.
 
-    Rows of a module without an adapter are zeros.
+    Rows of a module without an adapter are zeros. norms: with DoRA, those of the rows of
+    `unadapted` modules.
     """
     made = {}
     for theirs, modules in _modules(layout).items():
         own = {name: rows for name, rows in modules.items() if name in factors}
         if not own:
             continue
-        low = np.concatenate([factors[name][0] for name in own])  # [sum of r, in]
+        low = np.concatenate([factors[name].a for name in own])  # [sum of r, in]
         name, rows = next(iter(own.items()))
-        unit = len(factors[name][1]) // (rows.stop - rows.start)
-        kernel = factors[name][1].shape[2:]  # of a convolution
+        unit = len(factors[name].b) // (rows.stop - rows.start)
+        kernel = factors[name].b.shape[2:]  # of a convolution
         up, column = np.zeros((unit * rows.of, len(low), *kernel), np.float32), 0
-        for name, rows in own.items():
-            a, b = factors[name]
-            up[rows.start * unit : rows.stop * unit, column : column + len(a)] = b
-            column += len(a)
-        made[theirs] = low, _swapped(layout, name, up)
+        m = None if factors[name].m is None else np.zeros(len(up), np.float32)
+        for name, rows in modules.items():
+            span = slice(rows.start * unit, rows.stop * unit)
+            if m is not None:
+                m[span] = factors[name].m if name in own else norms[name]
+            if name in own:
+                a = factors[name].a
+                up[span, column : column + len(a)] = factors[name].b
+                column += len(a)
+        m = None if m is None else _swapped(layout, name, m)
+        made[theirs] = Factors(low, _swapped(layout, name, up), m)
     return made
 
 
@@ -67,7 +92,7 @@ def under_diffusers_names(tensors: Tensors, layout: LDMLayout, component: str) -
 
     Modules may have diffusers' names after the prefix of single files, as ai-toolkit writes them.
     Ranks whose B is zero for a module are left out of it, and so is a module whose B is zero beside
-    others that are not. Other keys are unchanged.
+    others that are not, unless DoRA scales it. Other keys are unchanged.
     """
     known = {name: {name: WHOLE_MODULE} for name in (*layout.names, *layout.rows)}
     theirs_only = _modules(layout).keys() - known.keys()
@@ -90,17 +115,22 @@ def under_diffusers_names(tensors: Tensors, layout: LDMLayout, component: str) -
             rest += keys.values()  # not whole: the caller names it
             continue
         arrays = {side: tensors.read(key).astype(np.float32) for side, key in keys.items()}
-        a, b = arrays["lora_a"], arrays["lora_b"]
+        a, b, m = arrays["lora_a"], arrays["lora_b"], arrays.get("lora_m")
         for name, rows in known[stems[stem]].items():
             own = name == stems[stem]  # diffusers' name, under which nothing is exchanged
             up, unit = b if own else _swapped(layout, name, b), len(b) // rows.of
             up = up[rows.start * unit : rows.stop * unit]
             used = up.any(axis=(0, *range(2, up.ndim)))  # [r]
-            if b.any() and not used.any():
+            if m is None and b.any() and not used.any():
                 continue
             used |= not used.any()
             path = f"{component}.{name}"
             made[f"{path}.lora_A.weight"], made[f"{path}.lora_B.weight"] = a[used], up[:, used]
+            if m is not None and len(m) == len(b):
+                whole = m if own else _swapped(layout, name, m)
+                made[f"{path}{DORA_SCALE}"] = whole[rows.start * unit : rows.stop * unit]
+            elif m is not None:
+                made[f"{path}{DORA_SCALE}"] = m  # of inputs: the caller names it
             if "alpha" in arrays:
                 made[f"{path}.alpha"] = arrays["alpha"] * np.float32(used.mean())
     return Overlaid(Renamed(tensors, {key: key for key in rest}), InMemory(made))

@@ -1,7 +1,7 @@
 """Writing of LoRA files of diffusion pipelines: diffusers' PEFT file and kohya's file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,14 +9,22 @@ import numpy as np
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf
-from jaxft.weights.adapters.original_names import GENERIC, Factors, fused
+from jaxft.weights.adapters.original_names import (
+    DORA_SCALE,
+    GENERIC,
+    MAGNITUDE_END,
+    Factors,
+    fused,
+    unadapted,
+)
 from jaxft.weights.adapters.peft import Slot, slots
 from jaxft.weights.files.tensor_files import write_sharded
 from jaxft.weights.folders.diffusers import legacy_part
 from jaxft.weights.folders.single_file import LDMLayout
 from jaxft.weights.rules import to_torch
-from jaxft.weights.transfer import Part
+from jaxft.weights.transfer import Part, to_host
 
+DOWN_UP = "lora_down", "lora_up"  # kohya's names of A and B
 LORA_STEM = "pytorch_lora_weights"  # the name that diffusers' load_lora_weights expects
 KOHYA = {
     "unet": ("lora_unet_",),
@@ -56,14 +64,14 @@ class Site(NamedTuple):
         """The beginning of its keys in diffusers' files."""
         return f"{self.component}.{self.slot.module}"
 
-    def factors(self, arrays: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Return A [r, in, …] and B [out, r, …] in torch's layout, fp32."""
+    def factors(self, arrays: Mapping[str, Any]) -> Factors:
+        """Return the factors in torch's layout, fp32."""
         made = []
         for _, leaf, layout in self.slot.sides():
             array = np.asarray(arrays[f"{self.slot.path}.{leaf}"], np.float32)
             array = array if self.slot.layer is None else array[self.slot.layer]
             made.append(to_torch(array, layout, self.sizes))
-        return made[0], made[1]
+        return Factors(*made)
 
 
 def sites(parts: Sequence[Part], leaves: Mapping[str, Leaf]) -> list[Site]:
@@ -106,11 +114,17 @@ def write_peft(
     """
     tensors = {}
     for site in sites(parts, leaves):
-        a, b = site.factors(arrays)
+        a, b, m = site.factors(arrays)
         if not a.any():
             continue
         tensors[f"{site.name}.lora_A.weight"] = a
         tensors[f"{site.name}.lora_B.weight"] = scale * b
+        if m is not None:
+            # PEFT has [out] beside a linear layer and [1, out, 1, 1] beside a convolution. Its own
+            # keys end here, but transformers 5 finds those of text encoders with an end alone.
+            end = ".weight" if site.component.startswith("text_encoder") else ""
+            shape = m.shape if b.ndim == 2 else (1, -1, 1, 1)
+            tensors[f"{site.name}{MAGNITUDE_END}{end}"] = m.reshape(shape)
     return _write(folder, LORA_STEM, tensors)
 
 
@@ -132,17 +146,15 @@ def write_kohya(
     second = any(part.prefix == "text_encoder_2." for part in parts)
     tensors: dict[str, np.ndarray] = {}
     for site in sites(parts, leaves):
-        a, b = site.factors(arrays)
-        if site.component in layouts or not a.any():
+        own = site.factors(arrays)
+        if site.component in layouts or not own.a.any():
             continue
         prefix = KOHYA[site.component][-1 if second else 0]
         stem = prefix + site.slot.module.replace(".", "_")
-        tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = a, b
-        tensors[f"{stem}.alpha"] = np.array(scale * len(a), np.float32)
-    for module, (a, b) in _of_single_file(parts, leaves, arrays, scale, layouts).items():
+        tensors |= _named(stem, DOWN_UP, own, scale * len(own.a))
+    for module, own in _of_single_file(parts, leaves, arrays, scale, layouts).items():
         stem = f"lora_unet_{module.replace('.', '_')}"
-        tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = a, b
-        tensors[f"{stem}.alpha"] = np.array(len(a), np.float32)
+        tensors |= _named(stem, DOWN_UP, own, len(own.a))
     return _write(folder, f"{name}.kohya", tensors, metadata)
 
 
@@ -161,10 +173,8 @@ def write_original(
     The scale is in the weights, and alpha is the rank. Arguments are as in `write_kohya`.
     """
     tensors: dict[str, np.ndarray] = {}
-    for module, (a, b) in _of_single_file(parts, leaves, arrays, scale, layouts).items():
-        stem = f"{GENERIC}{module}"
-        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = a, b
-        tensors[f"{stem}.alpha"] = np.array(len(a), np.float32)
+    for module, own in _of_single_file(parts, leaves, arrays, scale, layouts).items():
+        tensors |= _named(f"{GENERIC}{module}", ("lora_A", "lora_B"), own, len(own.a))
     return _write(folder, f"{name}.original", tensors, metadata)
 
 
@@ -175,13 +185,50 @@ def _of_single_file(
     scale: float,
     layouts: Mapping[str, LDMLayout],
 ) -> dict[str, Factors]:
-    """Return the factors of each adapted module of single files, with `scale` multiplied into B."""
+    """Return the factors of each adapted module of single files, with `scale` multiplied into B.
+
+    Beside DoRA, `arrays` has the kernels of the modules that single files hold with adapted ones.
+    """
     made: dict[str, Factors] = {}
-    for component, layout in layouts.items():
-        own = [site for site in sites(parts, leaves) if site.component == component]
-        factors = {site.slot.module: site.factors(arrays) for site in own}
-        used = {module: (a, scale * b) for module, (a, b) in factors.items() if a.any()}
-        made |= fused(layout, used)
+    for part in map(legacy_part, parts):
+        component = part.prefix.rstrip(".")
+        if component not in layouts:
+            continue
+        own = {slot.module: Site(component, slot, part.sizes) for slot in slots(part, leaves)}
+        factors = {module: site.factors(arrays) for module, site in own.items()}
+        used = {module: x._replace(b=scale * x.b) for module, x in factors.items() if x.a.any()}
+        beside = (
+            unadapted(layouts[component], used)
+            if any(s.slot.layout_m for s in own.values())
+            else set()
+        )
+        made |= fused(layouts[component], used, _norms(part, leaves, arrays, beside))
+    return made
+
+
+def _norms(
+    part: Part, leaves: Mapping[str, Leaf], arrays: Mapping[str, Any], modules: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Return the norm of each row of the weights of these modules [out]."""
+    made = {}
+    for entry in part.entries(leaves):
+        for i, key in enumerate(entry.keys):
+            if (module := part.named(key).removesuffix(".weight")) in modules:
+                kernel = to_host(arrays[entry.path]).astype(np.float32)
+                weight = to_torch(kernel[i] if entry.stacked else kernel, entry.layout, part.sizes)
+                made[module] = np.linalg.norm(weight.reshape(len(weight), -1), axis=1)
+    return made
+
+
+def _named(
+    stem: str, sides: tuple[str, str], factors: Factors, alpha: float
+) -> dict[str, np.ndarray]:
+    """Return the tensors of a module in kohya's format, with LyCORIS' norms of DoRA [out, 1, …]."""
+    a, b, m = factors
+    made = {f"{stem}.{side}.weight": x for side, x in zip(sides, (a, b), strict=True)}
+    made[f"{stem}.alpha"] = np.array(alpha, np.float32)
+    if m is not None:
+        made[f"{stem}{DORA_SCALE}"] = m.reshape(-1, *[1] * (b.ndim - 1))
     return made
 
 

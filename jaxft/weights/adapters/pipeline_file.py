@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE, Leaf
 from jaxft.weights.adapters.lycoris import as_lora
-from jaxft.weights.adapters.original_names import side_of, under_diffusers_names
+from jaxft.weights.adapters.original_names import DORA_SCALE, side_of, under_diffusers_names
 from jaxft.weights.adapters.pipeline import KOHYA, LORA_STEM, Site, sites
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
 from jaxft.weights.folders.diffusers import COMPONENTS, LEGACY
@@ -23,8 +24,6 @@ from jaxft.weights.rules import to_jax, to_torch
 from jaxft.weights.transfer import Part
 
 OTHER_METHODS = {  # a piece of a key, and the method that it belongs to
-    ".dora_scale.": "DoRA",
-    ".lora_magnitude_vector": "DoRA",
     ".oft_": "OFT",
     ".diff.": "full differences of weights",
     ".diff_b.": "full differences of weights",
@@ -84,10 +83,17 @@ def open_lora(
         raise UserError(f"{file}: no place for {odd[0]}{more} in this model; {GIVE_TRAINED_BASE}")
     if not adapted:
         raise UserError(f"{file} holds no tensors; give the file of a LoRA by lora.from=FILE")
+    norms = [one.site.name for one in adapted if "lora_m" not in one.keys]
+    if 0 < len(norms) < len(adapted):
+        raise UserError(
+            f"{file}: {norms[0]} is of plain LoRA, and others are of DoRA; merge the file into its"
+            " base with the program that made it, and give that model"
+        )
     rank = max(one.rank for one in adapted)
     scale = Counter(one.scale for one in adapted).most_common(1)[0][0]
     paths = sorted({re.escape(one.site.slot.path) for one in adapted})
-    return PipelineLora(Lora(rank, scale * rank, "|".join(paths)), tensors, adapted)
+    own = Lora(rank, scale * rank, "|".join(paths), dora=not norms)
+    return PipelineLora(own, tensors, adapted)
 
 
 def load(found: PipelineLora, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
@@ -107,9 +113,15 @@ def load(found: PipelineLora, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarra
         slot, sizes = one.site.slot, one.site.sizes
         layer = ... if slot.layer is None else slot.layer
         for _, side, layout in slot.sides():
-            factor = to_jax(found.tensors.read(one.keys[side]).astype(np.float32), layout, sizes)
+            if side not in one.keys:  # plain LoRA
+                continue
+            tensor = found.tensors.read(one.keys[side]).astype(np.float32)
+            tensor = tensor.ravel() if side == "lora_m" else tensor
+            factor = to_jax(tensor, layout, sizes)
             whole = arrays[f"{slot.path}.{side}"][layer]
-            if side == "lora_a":
+            if side == "lora_m":
+                whole[...] = factor
+            elif side == "lora_a":
                 whole[..., : one.rank] = factor
             else:
                 whole[: one.rank] = factor * (one.scale / common)
@@ -197,7 +209,7 @@ def _adapted(
     if gone := sorted({"lora_a", "lora_b"} - keys.keys()):
         raise UserError(f"{file}: {site.name} lacks its {gone[0]} factor; the file is not whole")
     ranks = []
-    for axis, (_, side, _) in enumerate(site.slot.sides()):  # A [r, in, ...], B [out, r, ...]
+    for axis, (_, side, _) in enumerate(site.slot.sides()[:2]):  # A [r, in, ...], B [out, r, ...]
         got = list(tensors.info(keys[side])[0])
         want: list[Any] = list(_shape(site, leaves, side))
         want[axis] = "rank"
@@ -209,9 +221,31 @@ def _adapted(
         ranks.append(got[axis])
     if ranks[0] != ranks[1]:
         raise UserError(f"{file}: the factors of {site.name} have ranks {ranks[0]} and {ranks[1]}")
+    if "lora_m" in keys:
+        _check_norms(file, keys["lora_m"], tensors.info(keys["lora_m"])[0], site, leaves)
     scale = stated.get(site.component, 1.0)
     if "alpha" in keys:
         scale = float(tensors.read(keys["alpha"]).item()) / ranks[0]
     if not scale:
         raise UserError(f"{file}: alpha of {site.name} is 0, which turns the LoRA off; correct it")
     return AdaptedSite(site, keys, ranks[0], scale)
+
+
+def _check_norms(
+    file: Path, key: str, got: tuple[int, ...], site: Site, leaves: Mapping[str, Leaf]
+) -> None:
+    """Raise UserError for norms of DoRA that are not those of the outputs of a site."""
+    outs, ins = _shape(site, leaves, "lora_b")[0], _shape(site, leaves, "lora_a")[1]
+    first = got[0] if key.endswith(DORA_SCALE) else prod(got)  # [out, 1, …] or [1, out, 1, 1]
+    if first == outs and prod(got) == outs:
+        return
+    if prod(got) == ins and got[0] == 1:
+        raise UserError(
+            f"{file}: {key} {list(got)} has the norms of the inputs (LyCORIS' wd_on_output=False),"
+            " and jaxft trains those of the outputs; merge the file into its base with LyCORIS, and"
+            " give that model"
+        )
+    raise UserError(
+        f"{file}: {key} {list(got)} does not fit {site.name} of this model, which has {outs}"
+        f" outputs; {GIVE_TRAINED_BASE}"
+    )

@@ -58,7 +58,7 @@ class Made(NamedTuple):
         leaves = self.leaves if leaves is None else leaves
         found = {}
         for site in pipeline_lora.sites(self.opened.parts, leaves):
-            a, b = site.factors(arrays)
+            a, b, _ = site.factors(arrays)
             found[site.name] = scale * (b.reshape(len(b), -1) @ a.reshape(len(a), -1))
         return found
 

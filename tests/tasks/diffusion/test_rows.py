@@ -11,8 +11,15 @@ from jaxft.data.cache import ArrayCache
 from jaxft.data.images.dataset import ImageSet
 from jaxft.data.sources.schemes import open_images
 from jaxft.tasks.common import encoded
-from jaxft.tasks.common.encoded import collate, fingerprint, keep_pixels, store_pictures
-from jaxft.tasks.diffusion.rows import PictureRows, Share, Stores, ids_key, store_texts
+from jaxft.tasks.common.encoded import (
+    collate,
+    fingerprint,
+    ids_key,
+    keep_pixels,
+    store_pictures,
+    store_texts,
+)
+from jaxft.tasks.diffusion.rows import PictureRows, Share, Stores
 from tests.data.images.test_dataset import spoilt
 from tests.tiny_diffusion import make_pictures
 

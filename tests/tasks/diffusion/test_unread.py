@@ -1,7 +1,10 @@
-"""Text encoders and VAE are not in memory while steps run on cached rows, and return for pictures.
+"""Text encoders and VAE are not in memory while steps run on cached rows, nor beside the denoiser.
 
-Held by the arguments of the compiled step (memory_analysis) and by the live arrays of the process.
+Held by the arguments of the compiled step (memory_analysis), by what is loaded when, and by the
+live arrays of the process.
 """
+
+import json
 
 import jax
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 
 from jaxft import train
 from jaxft.core.params import bind, bind_some
+from jaxft.runs import opening, state
 from jaxft.runs.compiling import Compiled
 from tests import whole as runs
 from tests.tiny_diffusion import flags_of, make_config, make_pictures
@@ -85,6 +89,66 @@ def test_a_step_holds_the_denoiser_its_state_and_the_batch_alone(folder, tmp_pat
         # the compiler drops arguments that are not used, such as the size conditioning
         assert 0.95 * given < arguments <= given
         assert others < 0.02 * encoders, (others, encoders)
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """For every load: (parts of the model, bytes of arrays that live then and not before)."""
+    kept, found = jax.live_arrays(), []
+    before, load = {id(x) for x in kept}, opening.load_params
+
+    def recorded(run, wanted=None):
+        parts = {".".join(path.split(".")[:2]) for path in (wanted or ())}
+        parts = {"unet" if part.startswith("unet") else part for part in parts}
+        parts = {"text" if part.startswith("text_encoder") else part for part in parts}
+        found.append((parts, size([x for x in jax.live_arrays() if id(x) not in before])))
+        return load(run, wanted)
+
+    for module in (opening, state):
+        monkeypatch.setattr(module, "load_params", recorded)
+    yield found
+    del kept
+
+
+def losses_of(work):
+    lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    names = ("loss", "eval_loss", "eval_loss_t62", "eval_loss_t937")
+    return [{name: line[name] for name in names if name in line} for line in lines]
+
+
+def test_caches_are_full_before_the_denoiser_is_loaded_and_encoders_never_return(tmp_path, loads):
+    """Nor for evaluations and the export. Pictures need the decoder alone. Losses are the same, bit
+    for bit.
+    """
+    make_pipeline(tmp_path, "sd").save_pretrained(tmp_path / "folder")
+    data = make_pictures(tmp_path / "pictures")
+    files = (tmp_path / "folder").glob("*/*.safetensors")
+    least = min(file.stat().st_size for file in files)
+    encoders = [{"vae.encoder", "vae.quant_conv"}, {"text"}]
+    drawn, found = {"vae.decoder", "vae.post_quant_conv"}, {}
+
+    def trained(name, total, changes):
+        loads.clear()
+        changes = {**LORA, "every.eval": "1_steps", "caption_dropout": 0.5, **changes}
+        changes |= {"cache": tmp_path / name / "cache", "total": f"{total}_steps"}
+        work = tmp_path / name / "run"
+        changes |= {"optim.ema": 0.9, "export.kind": "folder"}
+        flags = flags_of(tmp_path / "folder", data, changes)
+        assert train.main([*flags, "--workdir", str(work)]) == 0
+        found[name] = losses_of(work)
+        return [parts for parts, _ in loads], [live for _, live in loads]
+
+    parts, live = trained("numbers", 1, {"eval_generated": 0})
+    assert parts == [*encoders, {"unet"}], "once each, and no more for two evaluations"
+    assert max(live) < 0.02 * least, (live, least)
+    parts, live = trained("numbers", 2, {"eval_generated": 0})  # resumed
+    assert parts == [*encoders, {"unet"}] and max(live[:2]) < 0.02 * least
+    assert live[2] < least, "the restored adapters and their moments, and no encoder"
+    shown = {"eval_generated": 2, "sample.prompts": "('a fish',)", "every.sample": "1_steps"}
+    parts, live = trained("pictures", 2, shown)
+    assert parts[:3] == [*encoders, {"unet"}] and max(live[:3]) < 0.02 * least
+    assert parts[3:] == [drawn] * 6, "evaluation and samples before, between and after two steps"
+    assert found["pictures"] == found["numbers"] and len(found["numbers"]) >= 4
 
 
 def test_without_a_cache_every_step_reads_the_encoders(tmp_path, watched):

@@ -11,6 +11,7 @@ import pytest
 from jaxft import evaluate, inspect_data, sample, train
 from jaxft.core.sharding import abstract_batch
 from jaxft.runs import compiling, opening, state
+from jaxft.runs.checkpoint import Checkpoints
 from tests import interrupted
 from tests.conftest import LINES
 
@@ -99,24 +100,30 @@ def test_b5_a_resumed_run_reads_the_reference_of_step_0(flags, tmp_path, capsys,
     assert interrupted.timeless(resumed) == interrupted.timeless(whole)
 
 
-def test_b5_a_resumed_run_loads_no_second_copy_of_its_weights(flags, tmp_path, monkeypatch):
-    """They are read one by one, to ask the cache of the reference for their name."""
+def test_b5_a_resumed_run_holds_no_second_copy_of_its_weights(flags, tmp_path, monkeypatch):
+    """Those of step 0 name the cache of the reference, and are gone when the others are read."""
     place, changes = tmp_path / "run", {"lora.rank": 0, "export.kind": "none"}
     assert train.main(flags(place, **changes)) == 0
     shutil.rmtree(place / "checkpoints" / "6")
-    load, read = opening.load_params, []
+    kept, loads, lives = jax.live_arrays(), [], []
+    before, load, restore = {id(x) for x in kept}, opening.load_params, Checkpoints.restore
 
     def counted(run, wanted=None):
-        read.append(set(wanted))
+        loads.append(set(wanted))
         return load(run, wanted)
 
-    monkeypatch.setattr(opening, "load_params", counted)
+    def watched(self, *given):
+        lives.append(sum(x.nbytes for x in jax.live_arrays() if id(x) not in before))
+        return restore(self, *given)
+
+    for module in (opening, state):
+        monkeypatch.setattr(module, "load_params", counted)
+    monkeypatch.setattr(Checkpoints, "restore", watched)
     assert train.main(flags(place, **changes)) == 0
-    assert max(map(len, read)) == 1 and len(set.union(*read)) == len(read) > 8
-    shutil.rmtree(tmp_path / "cache")
-    shutil.rmtree(place / "checkpoints" / "6")
-    assert train.main(flags(place, **changes)) == 0
-    assert set.union(*read[:-1]) == read[-1], "it computes the reference from all of them"
+    assert len(loads[0]) > 8 and not set.union(*loads[1:]), "once, all of them"
+    (live,) = lives
+    assert live < 1000, live
+    del kept
 
 
 def test_a_resumed_run_draws_the_parts_of_a_mixture_by_their_shares(flags, tmp_path, capsys):

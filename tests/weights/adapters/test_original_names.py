@@ -9,7 +9,12 @@ from diffusers.loaders import lora_conversion_utils
 
 from jaxft.models.denoisers.flux.flux_config import FluxConfig
 from jaxft.models.denoisers.flux.flux_single_file import flux_layout
-from jaxft.weights.adapters.original_names import fused, under_diffusers_names
+from jaxft.weights.adapters.original_names import (
+    Factors,
+    fused,
+    unadapted,
+    under_diffusers_names,
+)
 from jaxft.weights.views import InMemory
 from tests.models.denoisers.flux.test_flux import TINY
 
@@ -34,7 +39,7 @@ def normal(*shape):
 
 def factors():
     return {
-        name: (normal(RANK, inputs) + i, normal(outputs, RANK) + i)
+        name: Factors(normal(RANK, inputs) + i, normal(outputs, RANK) + i)
         for i, (name, (outputs, inputs)) in enumerate(SHAPES.items())
     }
 
@@ -55,10 +60,12 @@ def deltas(tensors):
 def kohya(made, scale=1.0):
     """A file of kohya's with another alpha than its rank."""
     tensors = {}
-    for module, (a, b) in made.items():
+    for module, (a, b, m) in made.items():
         stem = f"lora_unet_{module.replace('.', '_')}"
         tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = a, b
         tensors[f"{stem}.alpha"] = np.float32(scale * len(a))
+        if m is not None:
+            tensors[f"{stem}.dora_scale"] = m[:, None]
     return tensors
 
 
@@ -82,7 +89,7 @@ def test_t34_fused_modules_have_the_effect_of_their_parts_in_diffusers():
     torches = {key: torch.tensor(x) for key, x in kohya(made).items()}
     theirs = {key: x.numpy() for key, x in converter()(torches).items()}
     found = deltas(InMemory(theirs))
-    for name, (a, b) in factors().items():
+    for name, (a, b, _) in factors().items():
         np.testing.assert_allclose(found.pop(name), b @ a, rtol=1e-4, atol=1e-3, err_msg=name)
     assert not any(x.any() for x in found.values())  # zeros for what has no adapter
 
@@ -94,7 +101,7 @@ def test_t34_a_kohya_file_is_read_with_its_strength(scale):
     ours = under_diffusers_names(tensors, LAYOUT, "transformer")
     found = deltas(ours)
     assert found.keys() == SHAPES.keys() and "lora_te1_x.alpha" in ours.keys()  # noqa: SIM118
-    for name, (a, b) in factors().items():
+    for name, (a, b, _) in factors().items():
         np.testing.assert_allclose(found[name], scale * (b @ a), rtol=1e-4, atol=1e-3)
         assert ours.info(f"transformer.{name}.lora_A.weight")[0][0] == RANK
 
@@ -113,12 +120,12 @@ def test_t34_one_a_of_q_k_and_v_is_shared():
 def test_diffusers_names_after_the_prefix_are_read_and_nothing_is_exchanged():
     """As ai-toolkit writes them."""
     file = {}
-    for name, (a, b) in factors().items():
+    for name, (a, b, _) in factors().items():
         file[f"diffusion_model.{name}.lora_A.weight"] = a
         file[f"diffusion_model.{name}.lora_B.weight"] = b
     found = deltas(under_diffusers_names(InMemory(file), LAYOUT, "transformer"))
     assert found.keys() == SHAPES.keys()
-    for name, (a, b) in factors().items():
+    for name, (a, b, _) in factors().items():
         np.testing.assert_allclose(found[name], b @ a, rtol=1e-5, atol=1e-5)
 
 
@@ -130,6 +137,38 @@ def test_what_is_not_whole_or_not_there_keeps_its_name():
 
 
 def test_a_new_adapter_whose_b_is_zero_keeps_its_rank():
-    made = {"double_blocks.0.img_attn.qkv": (normal(6, WIDTH), np.zeros((3 * WIDTH, 6), "f4"))}
+    own = Factors(normal(6, WIDTH), np.zeros((3 * WIDTH, 6), "f4"))
+    made = {"double_blocks.0.img_attn.qkv": own}
     file = under_diffusers_names(InMemory(kohya(made)), LAYOUT, "transformer")
     assert file.info("transformer.transformer_blocks.0.attn.to_v.lora_A.weight")[0] == (6, WIDTH)
+
+
+def test_norms_of_dora_are_divided_as_the_rows_of_their_modules():
+    """A module without an adapter has the norms of its weights, with which it does not change."""
+    norms = {
+        name: np.abs(normal(outputs)) + 1 + i
+        for i, (name, (outputs, _)) in enumerate(SHAPES.items())
+    }
+    dora = {name: one._replace(m=norms[name]) for name, one in factors().items()}
+    beside = unadapted(LAYOUT, dora)
+    texts = {f"{DOUBLE}attn.add_{x}_proj" for x in "qv"}
+    assert texts < beside and {x.rpartition(".")[2] for x in beside - texts} == {
+        "to_q",
+        "to_k",
+        "to_v",
+    }
+    plain = {name: np.full(WIDTH, 7.0, np.float32) for name in beside}
+    made = fused(LAYOUT, dora, plain)
+    assert (
+        made["double_blocks.1.txt_attn.qkv"].m.reshape(3, -1)[[0, 2]].tolist()
+        == [[7.0] * WIDTH] * 2
+    )
+    file = under_diffusers_names(InMemory(kohya(made)), LAYOUT, "transformer")
+    keys = [key for key in file.keys() if key.endswith(".dora_scale")]  # noqa: SIM118
+    assert len(keys) == len(SHAPES) + len(beside)
+    for key in keys:
+        name = key.removeprefix("transformer.").removesuffix(".dora_scale")
+        wanted = {**plain, **norms}[name]
+        assert np.array_equal(file.read(key)[:, 0], wanted), name
+        update = deltas(file)[name]
+        assert bool(update.any()) == (name in norms), name

@@ -180,8 +180,6 @@ def test_tensors_that_do_not_fit_are_refused(models, tmp_path):
 @pytest.mark.parametrize(
     ("key", "method"),
     [
-        ("lora_unet_x.dora_scale", "DoRA"),
-        (f"{Q}.lora_magnitude_vector", "DoRA"),
         ("lora_unet_x.oft_blocks", "OFT"),
         ("lora_unet_x.diff_b", "full differences"),
         (f"{Q}.lora_B.bias", "biases"),

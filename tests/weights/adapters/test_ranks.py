@@ -146,7 +146,7 @@ def test_a_run_may_not_contradict_the_ranks_of_an_adapter():
         )
     with pytest.raises(UserError, match=r"lora\.dora=True, but x has dora 0"):
         lora.continued(Lora(alpha=0.0, from_="x", dora=True), own, linears)
-    for task, key, value in (("diffusion", "ranks", ".*=2"), ("diffusion", "dora", True)):
+    for task, key, value in (("diffusion", "ranks", ".*=2"), ("diffusion", "tokens", "<a>")):
         with pytest.raises(UserError, match=rf"lora\.{key}=.* is for language models; leave"):
             lora.check_plain(Lora(4, 8.0, ".*", **{key: value}), task)
     for key, value in (("ranks", ".*=2"), ("layers", "1-2")):

@@ -21,7 +21,7 @@ from jaxft.data.text.packing import collate
 from jaxft.data.text.vocabulary import check_ids
 from jaxft.objectives.classification import head_scores, label_losses
 from jaxft.objectives.next_token import NextToken
-from jaxft.tasks import Data, Look, Report, Request
+from jaxft.tasks import Data, Look, Report, Request, Unread
 from jaxft.tasks.llm.heads.measures import class_f1, confusion, confusion_picture, macro_f1
 from jaxft.tasks.llm.opened import OpenedDecoder
 from jaxft.tasks.llm.options import MULTI_LABEL, SINGLE_LABEL
@@ -35,6 +35,8 @@ TEXT_END = 80  # of a text in a sample
 
 class ScorePreview:
     """Evaluation of a head of scores, one text a row. Implements `jaxft.tasks.Preview`."""
+
+    unread = Unread()
 
     def __init__(self, opened: OpenedDecoder, data: Data):
         self.opened, self.data, self.options = opened, data, opened.options
