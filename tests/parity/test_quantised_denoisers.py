@@ -108,9 +108,17 @@ def decoded(run, params):
     return found
 
 
+OTHERS = (("sd3", "nf4"), ("klein", "nf4"), ("zimage", "nf4"), ("flux", "int8"))
+
+
 @pytest.mark.parametrize(
     ("name", "base"),
-    [*((name, "nf4") for name in MAKERS if name != "sdxl"), ("sdxl", "int8"), ("flux", "int8")],
+    [
+        ("sd", "nf4"),
+        ("flux", "nf4"),
+        ("sdxl", "int8"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in OTHERS),
+    ],
 )
 def test_loss_and_gradients_are_those_on_decoded_weights(name, base, folders, data):
     changes = {**LORA, "batch_size": 2, "base": base, "cache": "cache"}
