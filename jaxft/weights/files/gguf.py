@@ -127,7 +127,8 @@ class GgufFile:
         line, arrays = stored[0].line, [self._array(tensor) for tensor, _ in stored]
         array = arrays[0] if line.part is None else np.stack(arrays)
         if line.shift:
-            array = (array.astype(np.float32) - np.float32(line.shift)).astype(array.dtype)
+            with np.errstate(all="ignore"):  # as in `_array`
+                array = (array.astype(np.float32) - np.float32(line.shift)).astype(array.dtype)
         if not line.layout:
             return array
         return np.ascontiguousarray(rearrange(array, _reverse(line.layout), self._sizes))
