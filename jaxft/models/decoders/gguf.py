@@ -77,6 +77,8 @@ def gguf_architecture(config: Mapping[str, Any], cfg: DecoderConfig) -> GgufArch
         found.append(f"tie_word_embeddings={str(cfg.tied).lower()}")
     if entry.square and cfg.num_heads * cfg.head_dim != cfg.hidden_size:
         found.append(f"head_dim={cfg.head_dim}")
+    if entry.period and all(layer.window for layer in cfg.layers):
+        found.append("a window in every layer")  # its engine aborts
     given = {key: x for key, x in _rope(config).items() if not isinstance(x, list)}
     rope = f"rope type {_kind(given)!r} of {given}"
     theirs = cfg if found else _read_back(config, cfg, keys)

@@ -17,6 +17,8 @@ from jaxft.weights.files.gguf_tokenizer import GgufTokenizer
 from jaxft.weights.files.tensor_files import Info
 from jaxft.weights.rules import rearrange, rearranged_shape
 
+MOST_EXPERTS = 2**14  # far above those of any model. Each has keys of its own
+
 
 class StoredTensor(NamedTuple):
     """A tensor of a file, or the matrix of one expert in it, and its line in the table."""
@@ -77,7 +79,7 @@ class GgufFile:
             )
         if "_exps." in tensor.name:
             count = self._meta.integer("expert_count")
-            if len(tensor.shape) < 2 or tensor.shape[0] != count:
+            if tensor.shape[0] != count or count > MOST_EXPERTS or len(tensor.shape) < 2:
                 raise self._error(
                     f"{tensor.name} of shape {tensor.shape} has not the {count} experts of its"
                     " metadata; download the file again"
@@ -125,7 +127,8 @@ class GgufFile:
         line, arrays = stored[0].line, [self._array(tensor) for tensor, _ in stored]
         array = arrays[0] if line.part is None else np.stack(arrays)
         if line.shift:
-            array = (array.astype(np.float32) - np.float32(line.shift)).astype(array.dtype)
+            with np.errstate(all="ignore"):  # as in `_array`
+                array = (array.astype(np.float32) - np.float32(line.shift)).astype(array.dtype)
         if not line.layout:
             return array
         return np.ascontiguousarray(rearrange(array, _reverse(line.layout), self._sizes))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.core.errors import UserError
+from jaxft.weights.fields import MOST_LAYERS
 from jaxft.weights.files.gguf_table import IN_ROPE, GgufArchitecture, MetadataKey
 
 ORIGINAL_LENGTH = "original_max_position_embeddings"
@@ -77,6 +78,8 @@ def model_config(
     """
     entry = meta.architecture
     made: dict[str, Any] = {line.key: meta.value(line) for line in entry.keys}
+    if made["num_hidden_layers"] > MOST_LAYERS:
+        raise meta.error(f"{entry.name}.block_count is above {MOST_LAYERS}; it is damaged")
     in_rope = {
         key.removeprefix(IN_ROPE): made.pop(key) for key in list(made) if key.startswith(IN_ROPE)
     }
@@ -98,7 +101,9 @@ def model_config(
         **entry.constants,
     }
     if entry.partial:
-        made["partial_rotary_factor"] = rotated / head_dim
+        part = rotated / head_dim
+        exact = int(part * head_dim) == rotated
+        made["partial_rotary_factor"] = part if exact else math.nextafter(part, 2.0)
         made[ORIGINAL_LENGTH] = meta.integer(
             "rope.scaling.original_context_length", meta.integer("context_length")
         )

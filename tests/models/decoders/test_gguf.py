@@ -104,7 +104,8 @@ def test_divisors_of_llama_3_1():
         ("gemma2", {"query_pre_attn_scalar": 64}, r"attention_scale=0.125 \(but 0.0625\)"),
         ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings=false is not in"),
         ("gemma3_text", {"layer_types": UNEVEN, "sliding_window": 64}, r"window=64 \(but None\)"),
-        ("gemma3_text", {"attention_bias": True}, "qkv_bias, o_bias is not in llama.cpp's gemma3"),
+        ("gemma2", {"layer_types": ["sliding_attention"] * 4}, "a window in every layer is not in"),
+        ("gemma3_text", {"attention_bias": True}, "qkv_bias, o_bias, a window in every"),
         ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings=true"),
         ("olmo2", {"head_dim": 32}, "head_dim=32 is not in llama.cpp's olmo2"),
         ("olmo3", {"rope_theta": 1e4}, "rope type 'default' of {'rope_theta': 10000.0"),
@@ -142,9 +143,10 @@ def test_biases_and_layers_without_rope_that_llama_cpp_has():
     [
         (
             "gemma3_text",
-            {"head_dim": 16, "query_pre_attn_scalar": 16, "rope_local_base_freq": 1e3},
+            {"head_dim": 16, "query_pre_attn_scalar": 16, "rope_local_base_freq": 1e3}
+            | {"sliding_window_pattern": 3},
             {"rope.freq_base": 1e6, "rope.freq_base_swa": 1e3, "attention.sliding_window": 4096}
-            | {"attention.sliding_window_pattern": 5, "final_logit_softcapping": None},
+            | {"attention.sliding_window_pattern": 3, "final_logit_softcapping": None},
         ),
         (
             "gemma2",

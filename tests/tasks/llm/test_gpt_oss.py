@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, LlamaFileType
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
@@ -19,6 +19,7 @@ from jaxft.tasks import OPTIONS
 from jaxft.weights.files.gguf import GgufFile
 from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
 from jaxft.weights.folders.mxfp4 import decode_mxfp4
+from tests.tasks.llm.gguf.engine import Engine
 
 CONFIG = str(Path(__file__).resolve().parents[3] / "configs" / "llm.py")
 SHAPE = {
@@ -135,3 +136,19 @@ def test_what_it_does_not_have_is_refused(changes, text, folder, small_run):
     with pytest.raises(UserError, match=text) as caught:
         opening.open_run(load_config(CONFIG, [(key, str(x)) for key, x in keys.items()], OPTIONS))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_llama_cpp_decodes_our_mxfp4_to_the_same_values(folder, make_flags, tmp_path):
+    keys = {"lora.rank": 0, "trainable": r".*self_attn.*", "export.kind": "gguf"}
+    assert run(folder, make_flags, tmp_path / "mine", **keys) == 0
+    file, whole = tmp_path / "mine" / "export" / "mine.gguf", tmp_path / "whole.gguf"
+    cpp = Engine(file).cpp
+    settings = cpp.LlamaModelQuantizeParams()
+    settings.ftype, settings.allow_requantize = int(LlamaFileType.ALL_F32), True
+    cpp.model_quantize(str(file), str(whole), settings)
+    found, theirs = GgufFile(file), GgufFile(whole)
+    types = {one.tensor_type.name for one in GGUFReader(whole).tensors}
+    assert types == {"F32"}
+    for key in list(theirs.keys()):
+        np.testing.assert_array_equal(found.read(key).astype(np.float32), theirs.read(key), key)

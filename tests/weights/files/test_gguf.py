@@ -168,14 +168,8 @@ def blocks_file(tmp_path, kind, width=256):
 def test_case_llm_18_every_type_with_blocks_is_read(tmp_path, kind):
     file, blocks = blocks_file(tmp_path, kind)
     found = file.read("model.embed_tokens.weight")
-    assert (
-        file.info("model.embed_tokens.weight")
-        == ((8, 256), np.float32)
-        == (
-            found.shape,
-            found.dtype,
-        )
-    )
+    stated = file.info("model.embed_tokens.weight")
+    assert stated == ((8, 256), np.float32) == (found.shape, found.dtype)
     with np.errstate(all="ignore"):
         wanted = dequantize(blocks.reshape(8, -1), KIND[kind])
     assert found.tobytes() == wanted.tobytes() and len(np.unique(found)) > 3
@@ -350,9 +344,14 @@ def test_truncated_anywhere_is_refused_by_name(tmp_path):
             GgufFile(path)
 
 
-def test_damaged_headers_give_errors_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("kind", ["llama", "mixture", "gemma3"])
+def test_damaged_headers_give_errors_and_nothing_else(tmp_path, kind):
     """Any byte of the header may lie: the file opens, or UserError names it; no other exception."""
-    whole = write(tmp_path / "whole.gguf", hf_weights()).read_bytes()
+    weights = mixture() if kind == "mixture" else hf_weights()
+    settings = {"expert_count": 4, "expert_used_count": 2} if kind == "mixture" else {}
+    if kind == "gemma3":
+        settings = {"arch": kind, "sliding_window": 16, "sliding_window_pattern": [True]}
+    whole = write(tmp_path / "whole.gguf", weights, **settings).read_bytes()
     header = whole.index(b"blk.0.ffn_down") + 200
     path, refused = tmp_path / "m.gguf", 0
     for _ in range(300):

@@ -140,11 +140,18 @@ UNDERSCORED = {key.replace(".", "__"): value for key, value in SCALES.items()}
         ("Gemma2", {"attention.sliding_window_pattern": [True]}, "is no number or list of 7"),
         ("Olmo2", {"rope.dimension_count": 8}, "rotates a part of each head only"),
         ("Phi3", {"rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
+        ("Gemma2", {"block_count": 2**30}, "gemma2.block_count is above"),
     ],
 )
 def test_wrong_values_are_named(name, values, words):
     with pytest.raises(UserError, match=f"^m.gguf: .*{words}"):
         read(name, {**SIZES, **values})
+
+
+@pytest.mark.parametrize("rotated", [2, 58, 90, 94, 96])
+def test_the_part_of_a_head_that_rotates_is_exact(rotated):
+    sizes = {"attention__key_length": 96, "rope__dimension_count": rotated}
+    assert int(96 * config("Phi3", **sizes)["partial_rotary_factor"]) == rotated
 
 
 def test_numbers_are_the_shortest_of_their_float32():

@@ -92,6 +92,10 @@ CASES = [
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    (
+        "gemma3_text",
+        {**GEMMA, "final_logit_softcapping": 4.0, "layer_types": ["full_attention"] * 2},
+    ),
     ("qwen3_moe", {**EXPERTS, "head_dim": 16, "moe_intermediate_size": 32, "norm_topk_prob": True}),
     ("mixtral", EXPERTS),
     ("granite", {**GRANITE, "tied": True, "attention_bias": True}),
@@ -104,7 +108,7 @@ CASES = [
     ("gpt_oss", {**EXPERTS, "head_dim": 16, "sliding_window": 20, "rope_parameters": OSS}),
 ]
 WRAPPED = [
-    ("gemma3", {**GEMMA, "text_type": "gemma3_text"}),
+    ("gemma3", {**GEMMA, "text_type": "gemma3_text", "num_hidden_layers": 7}),
     ("mistral3", {"text_type": "ministral3", "rope_parameters": MINISTRAL3}),
     ("mistral3", {"text_type": "mistral", "head_dim": 16, "sliding_window": None}),
 ]
@@ -159,7 +163,7 @@ def test_transformers_reads_the_file(name, family, make_config, tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [*CASES, *WRAPPED, ("llama", {"rope_parameters": YARN})],
-    ids=[*NAMES, *(name for name, _ in WRAPPED), "yarn"],
+    ids=[*NAMES, "pictures0", "pictures1", "pictures2", "yarn"],
 )
 def test_llama_cpp_computes_the_same(name, changes, family, make_config, tmp_path):
     folder = family(name, **changes)
