@@ -17,30 +17,35 @@ from jaxft.core import params as P
 from jaxft.core.errors import UserError
 from jaxft.core.sharding import make_mesh, shardings
 from jaxft.models.denoisers import unet
-from jaxft.models.denoisers.unet import Added
+from jaxft.models.denoisers.unet import Added, UNet
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.nn.conv import CONV_REMAT, runner
 from jaxft.nn.linear import Adapter
 from jaxft.nn.norm import GroupNorm
 from jaxft.weights import rules
-from tests.parity.unets import (
-    FULL,
-    SHRUNK,
-    SMALL,
-    TINY,
-    make_torch,
+from tests.parity.twins import (
+    QUICK,
+    Twin,
+    assert_round_trip_is_bitwise,
     numpy_state,
-    template,
-    to_params,
-    to_state,
+    random,
+    worst,
 )
-
-# The compiler's own optimisations are most of the time of these tests.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+from tests.parity.unets import FULL, SHRUNK, SMALL, TINY, make_torch
 
 
-def random(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+@cache
+def template(cfg):
+    return jax.eval_shape(lambda: UNet(cfg, key=jax.random.key(0)))
+
+
+def twin(config):
+    return Twin(unet.ARCHITECTURE, config, make_torch(config), run_torch)
+
+
+@cache
+def both(name):
+    return twin(SHRUNK[name])
 
 
 def make_inputs(cfg, size=(8, 8), batch=2):
@@ -67,49 +72,14 @@ def run_torch(theirs, latents, timesteps, context, added):
     return out.sample.permute(0, 2, 3, 1)
 
 
-def run_ours(cfg, params, inputs, **how):
-    """Compiled without the compiler's optimisations."""
-
-    def forward(params, inputs):
-        return P.bind(template(cfg), params)(*inputs, **how)
-
-    return np.asarray(jax.jit(forward).lower(params, inputs).compile(QUICK)(params, inputs))
-
-
-def worst(ours, theirs):
-    theirs = np.asarray(theirs)
-    return np.abs(np.asarray(ours, np.float32) - theirs).max() / np.abs(theirs).max()
-
-
-def gradients(cfg, params, inputs):
-    """One forward and backward pass of ours: output and gradients under the torch names."""
-    cotangent = random(*inputs[0].shape[:3], cfg.out_channels, seed=9)
-
-    def loss(params, inputs):
-        out = P.bind(template(cfg), params)(*inputs)
-        return (out * cotangent).sum(), out
-
-    step = jax.jit(jax.grad(loss, has_aux=True)).lower(params, inputs).compile(QUICK)
-    grads, out = step(params, inputs)
-    return np.asarray(out), to_state(cfg, grads)
-
-
-def torch_gradients(theirs, inputs):
-    out = run_torch(theirs, *inputs)
-    (out * torch.from_numpy(random(*out.shape, seed=9))).sum().backward()
-    return out.detach().numpy(), {k: t.grad.numpy() for k, t in theirs.named_parameters()}
-
-
 @cache
 def trained(name):
-    cfg = UNetConfig.from_hf(SHRUNK[name])
-    params = to_params(cfg, numpy_state(make_torch(SHRUNK[name])))
-    return gradients(cfg, params, make_inputs(cfg))
+    return both(name).gradients(make_inputs(both(name).cfg))
 
 
 @cache
 def reference(name):
-    return torch_gradients(make_torch(SHRUNK[name]), make_inputs(UNetConfig.from_hf(SHRUNK[name])))
+    return both(name).reference(make_inputs(both(name).cfg))
 
 
 @pytest.mark.parametrize("name", SHRUNK)
@@ -147,20 +117,17 @@ def test_remat_changes_no_gradient_and_saves_memory():
 
 @pytest.mark.parametrize("name", SHRUNK)
 def test_d19_round_trip_is_bitwise_and_every_tensor_has_one_place(name):
-    state, cfg = numpy_state(make_torch(SHRUNK[name])), UNetConfig.from_hf(SHRUNK[name])
-    back = to_state(cfg, to_params(cfg, state))
-    assert back.keys() == state.keys()
-    assert all(back[key].tobytes() == state[key].tobytes() for key in state)
-    assert all(back[key].shape == state[key].shape for key in state)
+    assert_round_trip_is_bitwise(both(name))
 
 
 def test_d19_unknown_missing_and_misshaped_tensors_are_all_named():
-    cfg, state = UNetConfig.from_hf(SMALL), numpy_state(make_torch(SMALL))
+    one = both("sd15")
+    state = numpy_state(one.theirs)
     del state["mid_block.resnets.0.conv1.weight"]
     state["mid_block.odd.weight"] = np.zeros(3)
     state["conv_in.weight"] = state["conv_in.weight"][:, :3]
     with pytest.raises(UserError) as error:
-        to_params(cfg, state)
+        one.to_params(state)
     text = str(error.value)
     assert "missing tensor mid_block.resnets.0.conv1.weight" in text
     assert "unexpected tensor mid_block.odd.weight" in text and "tensor conv_in.weight" in text
@@ -186,11 +153,9 @@ def test_inpainting_and_edit_models_have_wider_inputs(channels):
 
 
 def check_forward(config, size=(8, 8), batch=2):
-    cfg, theirs = UNetConfig.from_hf(config), make_torch(config)
-    inputs = make_inputs(cfg, size, batch)
-    ours = run_ours(cfg, to_params(cfg, numpy_state(theirs)), inputs)
-    with torch.no_grad():
-        assert worst(ours, run_torch(theirs, *inputs)) < 1e-5
+    one = twin(config)
+    inputs = make_inputs(one.cfg, size, batch)
+    assert worst(one.ours(inputs), one.wanted(inputs)) < 1e-5
 
 
 def test_d09_d18_odd_latents_round_up_on_the_way_down_and_are_cut_on_the_way_up():
@@ -229,17 +194,15 @@ def test_d14_geglu_takes_the_value_first_and_the_exact_gelu():
 
 
 def test_d15_timesteps_and_time_ids_have_cosines_first_and_the_text_comes_before_the_ids():
-    cfg = UNetConfig.from_hf(SHRUNK["sdxl"])
-    params = to_params(cfg, numpy_state(make_torch(SHRUNK["sdxl"])))
-    model = P.bind(template(cfg), params)
+    cfg, model = both("sdxl").cfg, P.bind(both("sdxl").template, both("sdxl").params)
     _, timesteps, _, added = make_inputs(cfg)
 
     def sinusoid(numbers, dim):
         return get_timestep_embedding(torch.from_numpy(numbers), dim, True, 0).numpy()
 
     ids = sinusoid(added.time_ids.reshape(-1), cfg.added_time_dim).reshape(2, -1)
-    both = np.concatenate([added.text_embeds, ids], -1)
-    want = model.time_embedding(sinusoid(timesteps, 64)) + model.add_embedding(both)
+    joined = np.concatenate([added.text_embeds, ids], -1)
+    want = model.time_embedding(sinusoid(timesteps, 64)) + model.add_embedding(joined)
     assert worst(model._time(timesteps, added, jnp.float32, None), want) < 1e-5
     assert worst(model._time(timesteps, added, jnp.bfloat16, None), want) < 2e-2
 
@@ -254,14 +217,14 @@ def test_d15_added_conditions_are_asked_for_and_refused():
 
 
 def test_d16_linear_and_conv_projections_differ_in_the_rank_of_the_key_alone():
-    conv, linear = (UNetConfig.from_hf({**SMALL, "use_linear_projection": f}) for f in (0, 1))
-    state = numpy_state(make_torch(SMALL))
+    conv, linear = (twin({**SMALL, "use_linear_projection": flag}) for flag in (False, True))
+    state = numpy_state(conv.theirs)
     flat = {k: v[..., 0, 0] if ".proj_" in k and v.ndim == 4 else v for k, v in state.items()}
-    ours, other = to_params(conv, state), to_params(linear, flat)
+    ours, other = conv.params, linear.to_params(flat)
     assert all((ours[path] == other[path]).all() for path in ours)
     assert sum(flat[key].ndim != state[key].ndim for key in state) == 2 * 4
     with pytest.raises(UserError, match="proj_in"):
-        to_params(linear, state)
+        linear.to_params(state)
 
 
 def test_d16_queries_keys_and_values_have_no_bias_and_outputs_have():
@@ -295,15 +258,14 @@ def test_unknown_remat_is_refused():
 
 
 def test_bf16_stays_near_fp32_and_sharded_rows_equal_one_device():
-    cfg = UNetConfig.from_hf(TINY)
-    params = to_params(cfg, numpy_state(make_torch(TINY)))
-    inputs = make_inputs(cfg)
-    alone = run_ours(cfg, params, inputs)
-    assert worst(run_ours(cfg, params, inputs, dtype=jnp.bfloat16), alone) < 5e-2
+    one = twin(TINY)
+    inputs = make_inputs(one.cfg)
+    alone = one.ours(inputs)
+    assert worst(one.ours(inputs, dtype=jnp.bfloat16), alone) < 5e-2
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, shardings(P.describe(template(cfg)), mesh))
-        assert worst(run_ours(cfg, placed, inputs), alone) < 1e-5
+        placed = jax.device_put(one.params, shardings(P.describe(one.template), mesh))
+        assert worst(one.ours(inputs, placed), alone) < 1e-5
 
 
 def test_adapter_dropout_is_keyed_by_row_and_by_block():
@@ -339,15 +301,14 @@ def test_adapter_dropout_is_keyed_by_row_and_by_block():
 @pytest.mark.slow
 def test_full_size_sd15_is_diffusers(tmp_path):
     """Output and every gradient; torch's wait on disk, so that one model is held at a time."""
-    config = FULL["sd15"][0]
-    cfg, theirs = UNetConfig.from_hf(config), make_torch(config)
-    inputs = make_inputs(cfg, size=(32, 32), batch=1)
-    wanted, grads = torch_gradients(theirs, inputs)
+    one = twin(FULL["sd15"][0])
+    inputs = make_inputs(one.cfg, size=(32, 32), batch=1)
+    wanted, grads = one.reference(inputs)
     for key in list(grads):
         np.save(tmp_path / f"{key}.npy", grads.pop(key))
-    params = to_params(cfg, numpy_state(theirs))
-    del theirs
-    made, grads = gradients(cfg, params, inputs)
+    assert one.params
+    one.theirs = None
+    made, grads = one.gradients(inputs)
     errors = {key: worst(grads[key], np.load(tmp_path / f"{key}.npy")) for key in grads}
     print(f"{len(errors)} tensors: output {worst(made, wanted):.1e}, {max(errors.values()):.1e}")
     assert len(errors) == FULL["sd15"][1] and worst(made, wanted) < 1e-5

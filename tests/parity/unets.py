@@ -1,16 +1,7 @@
-"""Small and published UNets of diffusers, and their weights both ways."""
+"""Small and published UNets of diffusers."""
 
-from functools import cache
-
-import jax
-import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-
-from jaxft.core import params as P
-from jaxft.models.denoisers import unet
-from jaxft.models.denoisers.unet import UNet
-from jaxft.weights import rules
 
 SDXL_LEVELS = {
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
@@ -89,33 +80,3 @@ def make_torch(config):
             if tensor.ndim == 1:
                 tensor.add_(0.1 * torch.randn_like(tensor))
     return theirs
-
-
-@cache
-def template(cfg):
-    return jax.eval_shape(lambda: UNet(cfg, key=jax.random.key(0)))
-
-
-def to_params(cfg, state):
-    """A torch state dict as parameters, through the weight table."""
-    shapes = {key: tensor.shape for key, tensor in state.items()}
-    params = {}
-    for entry in rules.plan(unet.rules(cfg), P.describe(template(cfg)), shapes, {}):
-        parts = [rules.to_jax(state[key], entry.layout, {}) for key in entry.keys]
-        params[entry.path] = np.stack(parts) if entry.stacked else parts[0]
-    return params
-
-
-def to_state(cfg, params):
-    """Parameters (or their gradients) under the torch names, from the parameters alone."""
-    state = {}
-    for entry in rules.expected(unet.rules(cfg), P.describe(template(cfg))):
-        array = np.asarray(params[entry.path])
-        parts = array if entry.stacked else [array]
-        for key, part in zip(entry.keys, parts, strict=True):
-            state[key] = rules.to_torch(part, entry.layout, {})
-    return state
-
-
-def numpy_state(theirs):
-    return {key: tensor.numpy() for key, tensor in theirs.state_dict().items()}
