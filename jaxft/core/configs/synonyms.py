@@ -195,7 +195,9 @@ DIFFUSERS_NAMES = {
     "random_flip": Synonym("flip", values=_SWITCH),
     "center_crop": Synonym("buckets", "False"),
     "prediction_type": Synonym("prediction"),
-    "train_text_encoder": Synonym("trainable", ".*", "it is a regex over parameter paths"),
+    "train_text_encoder": Synonym(
+        "trainable", r"'(?!vae\.).*'", "it is a regex over parameter paths: all but the VAE"
+    ),
     "placeholder_token": Synonym("inversion.token"),
     "initializer_token": Synonym("inversion.init"),
     "num_vectors": Synonym("inversion.vectors"),

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jaxft.core.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenLoss:
@@ -33,6 +35,16 @@ class TokenSample:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a number out of its range."""
+        for key, value, right, limit in (
+            ("temperature", self.temperature, self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k, self.top_k >= 0, "at least 0"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not right:
+                raise UserError(f"config key sample.{key}={value} must be {limit}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,8 @@ def synonym_table(names):
     for name, found in sorted(names.items()):
         option = found.key if found.key.startswith("--") else f"--config.{found.key}"
         example = f"`{option}={found.form.format('VALUE')}`" if found.key else ""
-        note = found.note[:1].upper() + found.note[1:]
+        key = set("._") & set(found.note.partition(" ")[0])  # is written as it is
+        note = found.note if key else found.note[:1].upper() + found.note[1:]
         rows.append(f"| `{name}` | {'. '.join(filter(None, (example, note)))} |")
     return rows
 

@@ -1,5 +1,6 @@
 """Names of other trainers: each leads to a key that exists, in one line, with its value."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,13 @@ def test_a_name_leads_to_a_key_that_takes_its_value(name):
     task = next(task for task, keys in KEYS.items() if found.key in keys)
     flag = line.partition("give --config.")[2].partition(" (")[0]
     key, _, text = flag.partition("=")
-    load_config(str(ROOT / "configs" / f"{task}.py"), [(key, text.strip('"'))], OPTIONS)
+    load_config(str(ROOT / "configs" / f"{task}.py"), [(key, text.strip("\"'"))], OPTIONS)
+
+
+def test_text_encoders_train_without_the_vae():
+    regex = SYNONYMS["train_text_encoder"].form.strip("'")
+    paths = ("unet.conv_in.kernel", "text_encoder_2.x", "transformer.x", "vae.encoder.conv_in.bias")
+    assert [bool(re.fullmatch(regex, path)) for path in paths] == [True, True, True, False]
 
 
 def test_no_name_is_a_key_of_every_task():
