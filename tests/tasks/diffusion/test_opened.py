@@ -58,7 +58,13 @@ def go_on(place, work, file, changes=None):
     return [*flags, "--workdir", str(work)]
 
 
-@pytest.mark.parametrize("name", ["first.kohya.safetensors", "pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("first.kohya.safetensors", marks=pytest.mark.slow),
+        "pytorch_lora_weights.safetensors",
+    ],
+)
 def test_a_run_goes_on_where_the_run_of_its_file_ended(place, tmp_path, name):
     """Its first evaluation equals the last one there, and the adapters alone train."""
     before, after = evaluations(place / "first")
