@@ -10,6 +10,7 @@ from PIL import Image
 from jaxft.core import processes
 from jaxft.core.cli.arguments import parse
 from jaxft.core.cli.live import status
+from jaxft.core.configs.schema import AT_MOST
 from jaxft.core.errors import UserError
 from jaxft.tasks import OPTIONS
 from jaxft.tasks.common.pictures import grid
@@ -18,7 +19,6 @@ NUMBERS = {"temperature": float, "top_p": float, "guidance": float, "image_guida
 COUNTS = {"max_new": int, "top_k": int, "steps": int, "seed": int, "copies": int}
 LOWEST = {"temperature": 0, "top_k": 0, "seed": 0, "copies": 1, "steps": 1, "max_new": 1}
 ACROSS = 8  # pictures in a row of the grid
-MOST_SEED = 2**32 - 1
 MOST_SEEDS = 100  # of --seeds
 SWEEP_CELL = 96  # least pixels a side of a picture in a sweep's grid
 
@@ -182,8 +182,8 @@ def _numbers(options: dict[str, str], name: str, kind: type) -> list[int | float
             raise UserError(f"--{name}={value} must be at least {LOWEST[name]}")
         if name == "top_p" and not 0 < value <= 1:
             raise UserError(f"--top_p={value} must be above 0 and at most 1")
-        if name == "seed" and value > MOST_SEED:
-            raise UserError(f"--seed={value} must be at most {MOST_SEED}")
+        if value > AT_MOST.get(name, value):
+            raise UserError(f"--{name}={value} must be at most {AT_MOST[name]}")
     return values
 
 

@@ -242,8 +242,8 @@ def train(config: dict[str, Any], workdir: Path, stop: StopRequests, wrap: Wrap)
             kept = states.best_params(run, plan, workdir, best.step, frozen)
             params, shown = (kept, best.step) if kept else (params, total)
         if cfg.export.kind != "none":
-            keys, out, every = cfg.export, workdir / "export", opening.exported(run, params)
-            export_folder(run, every, out, keys.kind, keys.dtype, workdir, shown)
+            keys, out, whole = cfg.export, workdir / "export", opening.exported(run, params)
+            export_folder(run, whole, out, keys.kind, keys.dtype, workdir, shown)
         watch.close(shown, after, params, time.perf_counter() - began)
 
 

@@ -15,9 +15,12 @@ CONFIGS = {
     "pair-a.yaml": "config: pair-b.yaml\n",
     "pair-b.yaml": "config: pair-a.yaml\n",
     "twice.yaml": "config: configs/llm.py\noptim:\n  lr: 1\n  lr: 2\n",
+    "odd.yaml": "config: configs/llm.py\n? [a, b]\n: 1\n",
+    "circle.yaml": "task: llm\nlora: &lora\n  rank: *lora\n",
     "axolotl.yaml": "base_model: path\ndatasets: []\n",
     "absent.py": "import numpy\nimport no_such_module\n",
     "failing.py": "def get_config():\n    return {}['model']\n",
+    "asking.py": "def get_config(size):\n    return {'task': size}\n",
     "plain.py": "def get_config():\n    return {'task': 'llm'}\n",
 }
 COMMAND_LINES = table("""
@@ -36,6 +39,12 @@ two that change each other
 a key that is there twice
     train --config=twice.yaml
     = twice.yaml:4 | lr | second time
+a key that is a list
+    train --config=odd.yaml
+    = odd.yaml:2 | unhashable
+a value that holds itself
+    train --config=circle.yaml
+    = circle.yaml | recursion
 another trainer's YAML
     train --config=axolotl.yaml
     = axolotl.yaml | config: configs/llm.py
@@ -45,6 +54,9 @@ a config that imports what is not there
 a config that fails
     train --config=failing.py
     = failing.py:2 | KeyError
+a config that takes arguments
+    train --config=asking.py
+    = asking.py fails | get_config() missing 1
 a config that returns a dict
     train --config=plain.py
     = plain.py | ConfigDict

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -123,7 +123,11 @@ _generate = jax.jit(generate, static_argnames=("max_new", "stop_ids", "how", "dt
 
 def _texts(prompts: str | Sequence[str]) -> list[str]:
     """Return prompts as a list. Raises UserError for none, and for what is no text."""
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = (
+        [prompts]
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable)
+        else list(prompts)
+    )
     wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
     if wrong or not texts:
         found = f"hold a {wrong[0]}" if wrong else "are empty"

@@ -102,7 +102,8 @@ def encode(run: Run, data: Data, params: Params, step: int) -> Params:
 
     def load(wanted: set[str]) -> Params:
         known = wanted & params.keys() - (run.chosen if step else set())
-        there = {path: params[path] for path in known}
+        # In the order of `params`, which is that of all processes: caches gather one by one.
+        there = {path: x for path, x in params.items() if path in known}
         return there | (load_params(run, wanted - known) if wanted - known else {})
 
     status("encoding the data")

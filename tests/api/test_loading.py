@@ -155,10 +155,11 @@ def test_arguments_of_another_type_say_so_in_one_line(tmp_path):
     [
         ([], {}, "the prompts are empty; give a text"),
         ([3], {}, "the prompts hold a int; give a text"),
+        (3, {}, "the prompts hold a int; give a text"),
         ("a", {"temperature": -1.0}, "temperature=-1.0, top_k=0 and top_p=1.0 are refused"),
         ("a", {"top_p": 0.0}, "top_p above 0 and at most 1"),
     ],
-    ids=["none", "number", "cold", "nothing"],
+    ids=["none", "number", "alone", "cold", "nothing"],
 )
 def test_what_cannot_be_sampled_says_so_in_one_line(language_model, prompts, given, error):
     with pytest.raises(UserError, match=error):

@@ -1,7 +1,12 @@
-"""Opening of a run: which parameters train."""
+"""Opening of a run: which parameters train, and in which order caches get them."""
+
+from types import SimpleNamespace
+
+import numpy as np
 
 from jaxft.core.params import CONSTANT_ROLE, describe
 from jaxft.runs import opening
+from jaxft.tasks import Data
 
 
 def test_t07_a_constant_of_the_model_never_trains(make_folder, make_config, monkeypatch):
@@ -16,3 +21,17 @@ def test_t07_a_constant_of_the_model_never_trains(make_folder, make_config, monk
     assert opening.open_run({**config, "trainable": "norm.*|embed.*"}).chosen == {
         "embed_tokens.embedding"
     }
+
+
+def test_caches_get_parameters_in_the_order_of_all_processes():
+    """Each is gathered from all processes, and the order of a set differs between them."""
+    params = {f"text_encoder.{i}": np.float32(i) for i in range(50)}
+    order = []
+
+    def fill(opened, chosen, sets, load):
+        order.extend(load(set(params)))
+        return {}
+
+    run = SimpleNamespace(task=SimpleNamespace(encode=fill), opened=None, chosen=set())
+    opening.encode(run, Data(), params, 3)
+    assert order == list(params)

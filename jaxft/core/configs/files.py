@@ -83,8 +83,9 @@ def _read_python(file: Path) -> dict[str, Any]:
 def _failure(file: Path, error: Exception) -> UserError:
     """Return the error for a Python config that raises one, with the last line that it reached."""
     frames = traceback.extract_tb(error.__traceback__)
-    line = [one.lineno for one in frames if Path(one.filename).resolve() == file.resolve()][-1]
-    return UserError(f"config file {file}:{line} fails with {type(error).__name__}: {error}")
+    own = [one.lineno for one in frames if Path(one.filename).resolve() == file.resolve()]
+    where = f"{file}:{own[-1]}" if own else f"{file}"  # none: such as a get_config with arguments
+    return UserError(f"config file {where} fails with {type(error).__name__}: {error}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -105,13 +106,14 @@ def _read_yaml(file: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], lis
     """
     try:
         text = file.read_text(encoding="utf-8")
-        for name, line in _twice(yaml.compose(text, yaml.BaseLoader)):
+        if twice := next(_twice(yaml.compose(text, yaml.BaseLoader)), None):
+            name, line = twice
             raise UserError(f"{file}:{line} gives {name} a second time; leave one of them out")
         content = yaml.load(text, yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{file}:{line} is not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file} is not valid YAML: {reason}") from None
     if not isinstance(content, dict):
@@ -133,9 +135,10 @@ def _twice(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
         return
     seen: set[str] = set()
     for key, value in node.value:
-        if key.value in seen:
-            yield key.value, key.start_mark.line + 1
-        seen.add(key.value)
+        if isinstance(key, yaml.ScalarNode):  # `yaml.load` refuses other keys
+            if key.value in seen:
+                yield key.value, key.start_mark.line + 1
+            seen.add(key.value)
         yield from _twice(value)
 
 

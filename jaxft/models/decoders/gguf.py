@@ -180,9 +180,7 @@ def _values(
     experts, rope = layer.experts, _rope(config)
     return {
         "num_hidden_layers": cfg.num_layers,
-        "max_position_embeddings": min(
-            [cfg.max_positions, *([] if entry.period else windows)],
-        ),
+        "max_position_embeddings": min([cfg.max_positions, *([] if entry.period else windows)]),
         "hidden_size": cfg.hidden_size,
         "intermediate_size": cfg.intermediate_size,
         "num_attention_heads": cfg.num_heads,

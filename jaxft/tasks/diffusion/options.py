@@ -3,7 +3,7 @@
 import dataclasses
 
 from jaxft.core.configs.schema import BASES
-from jaxft.core.errors import check_choice
+from jaxft.core.errors import UserError, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Sample:
     sampler: str = "dpm++"
     rescale: float = 0.0
     image_guidance: float = 1.5
+
+    def __post_init__(self) -> None:
+        """Raise UserError for no steps."""
+        if self.steps < 1:
+            raise UserError(f"config key sample.steps={self.steps} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

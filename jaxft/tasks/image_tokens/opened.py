@@ -158,7 +158,7 @@ class OpenedImageModel:
         for key, value in (("dora", self.cfg.lora.dora), ("tokens", rows)):
             if value:
                 fix = MERGE if cfg.lora.from_ else "leave it out"
-                raise UserError(f"lora.{key}={value!r} is for task=llm, not image_tokens; {fix}")
+                raise UserError(f"lora.{key}={value!r} is not for task=image_tokens; {fix}")
         self.template = jax.eval_shape(self.build, jax.random.key(0))
         for prompt in self.options.sample.prompts:  # raises now too
             encode_prompt(self.layout, self.model.tokenizer, prompt)

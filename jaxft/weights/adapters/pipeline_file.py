@@ -83,16 +83,16 @@ def open_lora(
         raise UserError(f"{file}: no place for {odd[0]}{more} in this model; {GIVE_TRAINED_BASE}")
     if not adapted:
         raise UserError(f"{file} holds no tensors; give the file of a LoRA by lora.from=FILE")
-    norms = [one.site.name for one in adapted if "lora_m" not in one.keys]
-    if 0 < len(norms) < len(adapted):
+    plain = [one.site.name for one in adapted if "lora_m" not in one.keys]
+    if 0 < len(plain) < len(adapted):
         raise UserError(
-            f"{file}: {norms[0]} is of plain LoRA, and others are of DoRA; merge the file into its"
+            f"{file}: {plain[0]} is of plain LoRA, and others are of DoRA; merge the file into its"
             " base with the program that made it, and give that model"
         )
     rank = max(one.rank for one in adapted)
     scale = Counter(one.scale for one in adapted).most_common(1)[0][0]
     paths = sorted({re.escape(one.site.slot.path) for one in adapted})
-    own = Lora(rank, scale * rank, "|".join(paths), dora=not norms)
+    own = Lora(rank, scale * rank, "|".join(paths), dora=not plain)
     return PipelineLora(own, tensors, adapted)
 
 

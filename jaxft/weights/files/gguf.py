@@ -119,13 +119,17 @@ class GgufFile:
     def info(self, key: str) -> Info:
         """Return (shape, dtype) of the array that `read` returns."""
         stored = self._tensors[key]
-        return self._shape(stored), TYPES[stored[0].tensor.type][3]
+        dtypes = {TYPES[tensor.type][3] for tensor, _ in stored}
+        return self._shape(stored), dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def read(self, key: str) -> np.ndarray:
         """Return the tensor in the layout of transformers."""
         stored = self._tensors[key]
         line, arrays = stored[0].line, [self._array(tensor) for tensor, _ in stored]
-        array = arrays[0] if line.part is None else np.stack(arrays)
+        if line.part is None:
+            array = arrays[0]
+        else:  # parts of other types may have other dtypes
+            array = np.stack([one.astype(self.info(key)[1], copy=False) for one in arrays])
         if line.shift:
             with np.errstate(all="ignore"):  # as in `_array`
                 array = (array.astype(np.float32) - np.float32(line.shift)).astype(array.dtype)

@@ -163,7 +163,7 @@ def _scaling(
     if kind == "llama3":
         return _llama3(meta, rotated, factors[LLAMA3_FACTORS])
     if kind == "longrope":
-        return _longrope(meta, factors)
+        return _longrope(meta, rotated, factors)
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     length = meta.integer("rope.scaling.original_context_length")
@@ -197,10 +197,16 @@ def _llama3(meta: Metadata, rotated: int, stored: np.ndarray) -> dict[str, Any] 
     }
 
 
-def _longrope(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _longrope(meta: Metadata, rotated: int, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Return the dict of LongRoPE. An attention factor of the file replaces the formula's."""
-    if missing := [name for name in LONG_FACTORS if name not in factors]:
-        raise meta.error(f"tensor {missing[0]} is missing beside the other; download it again")
+    for name in LONG_FACTORS:
+        if name not in factors:
+            raise meta.error(f"tensor {name} is missing beside the other; download it again")
+        if factors[name].shape != (rotated // 2,):
+            raise meta.error(
+                f"tensor {name} of shape {factors[name].shape} has not the {rotated // 2}"
+                " frequencies of its metadata; download the file again"
+            )
     short, long = ([shortest(x) for x in factors[name]] for name in LONG_FACTORS)
     original = meta.integer("rope.scaling.original_context_length")
     ratio = meta.integer("context_length") / original

@@ -93,6 +93,11 @@ class _Header:
         for _ in range(values):
             key = self.string()
             metadata[key] = self.value(self.integer(4))
+        if (files := metadata.get("split.count", 1)) not in (0, 1):
+            raise UserError(
+                f"{self.path}: one of the {files} files of a split model; join them by"
+                " llama-gguf-split --merge FIRST OUT, and give OUT"
+            )
         entries = [self.tensor() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment <= 0 or alignment % 8:

@@ -64,7 +64,9 @@ class PackedTensors:
         if key not in self._states:
             return self._tensors.read(key)
         shape, found = self._states[key]["shape"], self._arrays(key)
-        scales = found["scales"]
+        blocks, scales = (("codes", 2), ("scales", 64), ("nested", 64 * 256)), found["scales"]
+        if any(x in found and found[x].size != -(-prod(shape) // size) for x, size in blocks):
+            raise self._misfit(key)
         if "nested" in found:
             each = np.repeat(found["nested"], 256)[: scales.size]
             scales = self._tables["nested_quant_map"][scales] * each + found["offset"]
@@ -85,11 +87,14 @@ class PackedTensors:
             )
         made = self._arrays(key)
         if {name: x.size for name, x in made.items()} != {x: prod(y) for x, y in shapes.items()}:
-            raise UserError(
-                f"{self._where}: the sizes of {key} and {key}.* are not those of config.json, or"
-                " their scales are not (bnb_4bit_use_double_quant); get the folder again"
-            )
+            raise self._misfit(key)
         return {name: array.reshape(shapes[name]) for name, array in made.items()}
+
+    def _misfit(self, key: str) -> UserError:
+        return UserError(
+            f"{self._where}: the sizes of {key} and {key}.* are not those of config.json, or their"
+            " scales are not (bnb_4bit_use_double_quant); get the folder again"
+        )
 
     def _arrays(self, key: str) -> dict[str, np.ndarray]:
         """Return the arrays of a weight, flat. Raises UserError for other tables of values."""

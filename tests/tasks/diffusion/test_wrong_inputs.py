@@ -38,6 +38,7 @@ def fails(plain, pictures, tmp_path, capfd):
         (["resolution=18", "multiple of 4"], {"resolution": 18}),
         (["28 fewer than one batch", "batch_size=40"], {"batch_size": 40}),
         (["sample.sampler='plms'", "ddim"], {"sample.sampler": "plms"}),
+        (["sample.steps=0 must be at least 1"], {"sample.steps": 0}),
         (["prediction='sample'", "epsilon", "v_prediction"], {"prediction": "sample"}),
         (["zero_snr", "prediction=v_prediction"], {"zero_snr": True}),
         (["lora.targets='nothing'", "matches no projection"], NO_TARGETS),

@@ -80,18 +80,23 @@ def test_gemma_has_two_ropes_and_scales_queries_by_its_size():
 
 def test_longrope_is_read_from_its_tensors():
     factors = {
-        "rope_factors_long.weight": np.array([1, 2.5, 8.1], np.float32),
-        "rope_factors_short.weight": np.array([1, 1.1, 1.2], np.float32),
+        "rope_factors_long.weight": np.array([1, 1, 2, 2.5, 8, 8.1], np.float32),
+        "rope_factors_short.weight": np.array([1, 1, 1.1, 1.1, 1.2, 1.2], np.float32),
     }
     own = math.sqrt(1 + math.log(8) / math.log(64))
     settings = {"rope__scaling__original_context_length": 64, "rope__dimension_count": 12}
     made = config("Phi3", factors, rope__scaling__attn_factor=float(np.float32(own)), **settings)
     rope = made["rope_parameters"]
-    assert rope["short_factor"] == [1.0, 1.1, 1.2] and rope["long_factor"] == [1.0, 2.5, 8.1]
+    assert rope["short_factor"] == [1.0, 1.0, 1.1, 1.1, 1.2, 1.2]
+    assert rope["long_factor"] == [1.0, 1.0, 2.0, 2.5, 8.0, 8.1]
     assert "attention_factor" not in rope and made["partial_rotary_factor"] == 0.75
     assert made["original_max_position_embeddings"] == 64
     other = config("Phi3", factors, rope__scaling__attn_factor=1.5, **settings)
     assert other["rope_parameters"]["attention_factor"] == 1.5
+    for shape in ((2, 3), (3,)):
+        wrong = {**factors, "rope_factors_long.weight": np.ones(shape, np.float32)}
+        with pytest.raises(UserError, match=r"m.gguf: tensor rope_factors_long.* 6 frequencies"):
+            config("Phi3", wrong, **settings)
     del factors["rope_factors_long.weight"]
     with pytest.raises(UserError, match=r"m.gguf: tensor rope_factors_long.weight is missing"):
         config("Phi3", factors, **settings)

@@ -77,3 +77,18 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_the_import_takes_no_jax():
     code = "import sys, jaxft.weights.files.gguf_header; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_part_of_a_split_model_says_so(tmp_path):
+    """llama-gguf-split writes these keys into each file, and all others into the first alone."""
+    writer = gguf.GGUFWriter(tmp_path / "m-00002-of-00003.gguf", "llama")
+    writer.add_uint16("split.no", 1)
+    writer.add_uint16("split.count", 3)
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    message = r"00002-of-00003\.gguf: one of the 3 files of a split model; join them by llama-gguf"
+    with pytest.raises(UserError, match=message):
+        read_header(tmp_path / "m-00002-of-00003.gguf")

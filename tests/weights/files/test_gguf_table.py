@@ -1,6 +1,8 @@
+import gguf
 import numpy as np
 import pytest
 
+from jaxft.weights.files.gguf import GgufFile
 from jaxft.weights.files.gguf_architectures import GGUF_ARCHITECTURES
 from jaxft.weights.files.gguf_table import stored_shapes, stored_tensors
 
@@ -62,3 +64,26 @@ def test_norms_of_gemma_are_higher_by_one(name):
     made = stored(ENTRIES[name], arrays)
     assert np.array_equal(made["output_norm.weight"], arrays["model.norm.weight"] + 1)
     assert np.array_equal(made["blk.0.ffn_up.weight"], arrays["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_parts_of_several_types_are_one_array(tmp_path):
+    """A quantiser may give each tensor another type."""
+    writer, gate, up = (
+        gguf.GGUFWriter(tmp_path / "m.gguf", "gpt-oss"),
+        random(2, 8, 4),
+        random(2, 8, 4),
+    )
+    writer.add_head_count(4)
+    writer.add_expert_count(2)
+    writer.add_tensor("token_embd.weight", random(8, 4))
+    writer.add_tensor("blk.0.ffn_gate_exps.weight", gate.astype(np.float16))
+    writer.add_tensor("blk.0.ffn_up_exps.weight", up)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file, key = GgufFile(tmp_path / "m.gguf"), "model.layers.0.mlp.experts.gate_up_proj"
+    found = file.read(key)  # [e, d, 2 f], in which the columns of gate and up alternate
+    assert file.info(key) == (found.shape, found.dtype) == ((2, 4, 16), np.float32)
+    np.testing.assert_array_equal(found[..., ::2], gate.astype(np.float16).swapaxes(1, 2))
+    np.testing.assert_array_equal(found[..., 1::2], up.swapaxes(1, 2))
