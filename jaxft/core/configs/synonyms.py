@@ -57,6 +57,12 @@ def _prompts(text: str) -> str:
     return f"[{text!r}]"
 
 
+def _one_less(text: str) -> str:
+    """Return kohya's number of CLIP's layer, which is 1 for the last one, as one that is 0."""
+    whole = _whole(text)
+    return whole if whole == "N" else str(max(0, int(whole) - 1))
+
+
 _EPOCHS = Synonym("total", "{}_epochs", translate=_whole)
 _STEPS = Synonym("total", "{}_steps", translate=_whole)
 _ONE_DEVICE = Synonym("batch_size", note=_WHOLE_BATCH)
@@ -218,6 +224,7 @@ KOHYA_NAMES = {
     "enable_bucket": Synonym("buckets", values=_SWITCH),
     "caption_dropout_rate": Synonym("caption_dropout"),
     "flip_aug": Synonym("flip", values=_SWITCH),
+    "clip_skip": Synonym("clip_skip", note="it is kohya's number less 1", translate=_one_less),
     "v_parameterization": Synonym("prediction", "v_prediction"),
     "zero_terminal_snr": Synonym("zero_snr", values=_SWITCH),
     "cache_latents": Synonym("cache", "runs/cache"),

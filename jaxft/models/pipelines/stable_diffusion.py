@@ -46,7 +46,8 @@ class PipelineConfig:
     caption too (classifier-free guidance).
 
     `zero_null`: a null caption is zeros (SDXL's pipeline), and not the embedding of "". `scheduler`
-    holds the keys of scheduler_config.json that differ from those of the folder.
+    holds the keys of scheduler_config.json that differ from those of the folder. `clip_skip`: the
+    layers that CLIP leaves out for captions, but not for a null caption, as in diffusers.
     """
 
     unet: UNetConfig
@@ -56,6 +57,7 @@ class PipelineConfig:
     sdxl: bool
     zero_null: bool
     scheduler: tuple[tuple[str, Any], ...] = ()
+    clip_skip: int = 0
     free_guidance: ClassVar[bool] = True
     drawing: ClassVar[Drawing] = Drawing()
     denoiser: ClassVar[str] = "unet"
@@ -221,18 +223,25 @@ class StableDiffusion(nnx.Module):
         self.text_encoder_2 = nnx.data(second)
 
     def encode_text(
-        self, ids: Int[Array, "B E T"], *, dtype: Any, keys: PRNGKeyArray | None = None
+        self,
+        ids: Int[Array, "B E T"],
+        *,
+        dtype: Any,
+        keys: PRNGKeyArray | None = None,
+        skip: int = 0,
     ) -> Text:
         """Return the embeddings of captions, tokenised for each of the E encoders.
 
         SD 1.x and 2.x: the last hidden states after the final norm. SDXL: the last but one hidden
         states of both encoders, concatenated, without the norm, and the projected end token of the
-        second encoder. keys: one a row, for the dropout of adapters.
+        second encoder. keys: one a row, for the dropout of adapters. skip: the number of further
+        layers that the states leave out, diffusers' clip_skip.
         """
         if self.text_encoder_2 is None:
-            return Text(self.text_encoder(ids[:, 0], keys=keys, dtype=dtype).normed, None)
-        first = self.text_encoder(ids[:, 0], skip=1, keys=keys, dtype=dtype)
-        second = self.text_encoder_2(ids[:, 1], skip=1, keys=keys, dtype=dtype)
+            made = self.text_encoder(ids[:, 0], skip=skip, keys=keys, dtype=dtype)
+            return Text(made.normed, None)
+        first = self.text_encoder(ids[:, 0], skip=1 + skip, keys=keys, dtype=dtype)
+        second = self.text_encoder_2(ids[:, 1], skip=1 + skip, keys=keys, dtype=dtype)
         context = jnp.concatenate([first.hidden, second.hidden], axis=-1)  # [B, T, D]
         return Text(context, second.pooled)
 

@@ -69,6 +69,7 @@ class DiffusionOptions:
     eval_examples: number of rows of data.eval for the validation loss. 0 is all.
     eval_generated: number of captions to sample for kid-lite0. 0 is none.
     base: layout of the frozen projections below a LoRA: none, nf4 or int8.
+    clip_skip: number of last layers of CLIP that captions leave out. 0 is the pipeline's own.
     """
 
     resolution: int
@@ -87,6 +88,7 @@ class DiffusionOptions:
     prior: Prior = Prior()
     inversion: Inversion = Inversion()
     base: str = "none"
+    clip_skip: int = 0
 
     def __post_init__(self) -> None:
         """Raise UserError for an unknown layout of the base."""
