@@ -63,6 +63,12 @@ def _one_less(text: str) -> str:
     return whole if whole == "N" else str(max(0, int(whole) - 1))
 
 
+def _chunks(text: str) -> str:
+    """Return the number of chunks of 75 tokens in kohya's length of a caption."""
+    whole = _whole(text)
+    return whole if whole == "N" else str(max(1, int(whole) // 75))
+
+
 _EPOCHS = Synonym("total", "{}_epochs", translate=_whole)
 _STEPS = Synonym("total", "{}_steps", translate=_whole)
 _ONE_DEVICE = Synonym("batch_size", note=_WHOLE_BATCH)
@@ -211,6 +217,7 @@ DIFFUSERS_NAMES = {
     "variant": Synonym("", note="the variant is found in the folder"),
 }
 KOHYA_NAMES = {
+    "max_token_length": Synonym("caption_chunks", note="a chunk has 75 tokens", translate=_chunks),
     "network_dim": Synonym("lora.rank"),
     "network_alpha": Synonym("lora.alpha"),
     "network_dropout": Synonym("lora.dropout"),

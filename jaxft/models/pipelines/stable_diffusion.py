@@ -234,14 +234,16 @@ class StableDiffusion(nnx.Module):
 
         SD 1.x and 2.x: the last hidden states after the final norm. SDXL: the last but one hidden
         states of both encoders, concatenated, without the norm, and the projected end token of the
-        second encoder. keys: one a row, for the dropout of adapters. skip: the number of further
-        layers that the states leave out, diffusers' clip_skip.
+        second encoder. T may be several times the positions of an encoder, which then encodes each
+        chunk alone. The end token is that of the first. keys: one a row, for the dropout of
+        adapters. skip: the number of further layers that the states leave out, diffusers'
+        clip_skip.
         """
         if self.text_encoder_2 is None:
-            made = self.text_encoder(ids[:, 0], skip=skip, keys=keys, dtype=dtype)
+            made = clip.encode_chunks(self.text_encoder, ids[:, 0], skip, keys, dtype)
             return Text(made.normed, None)
-        first = self.text_encoder(ids[:, 0], skip=1 + skip, keys=keys, dtype=dtype)
-        second = self.text_encoder_2(ids[:, 1], skip=1 + skip, keys=keys, dtype=dtype)
+        first = clip.encode_chunks(self.text_encoder, ids[:, 0], 1 + skip, keys, dtype)
+        second = clip.encode_chunks(self.text_encoder_2, ids[:, 1], 1 + skip, keys, dtype)
         context = jnp.concatenate([first.hidden, second.hidden], axis=-1)  # [B, T, D]
         return Text(context, second.pooled)
 

@@ -76,7 +76,8 @@ class OpenedPipeline:
     def captions(self) -> Captions:
         """The tokenizers. Raises UserError where they do not fit the encoders or the config."""
         new = inversion.names(self.options.inversion)
-        made = load_captions(self.pipeline, self.model_cfg.texts, new)
+        chunks = self.options.caption_chunks
+        made = load_captions(self.pipeline, self.model_cfg.texts, new, chunks)
         if new:
             inversion.check(self.cfg, made, describe(self.template))
         made.too_long(self.options.sample.prompts)  # raises for a token without a row
@@ -85,8 +86,8 @@ class OpenedPipeline:
     @property
     def ids_shape(self) -> tuple[int, int]:
         """Shape [E, T] of a caption's token ids."""
-        texts = self.model_cfg.texts
-        return len(texts), max(text.max_positions for text in texts)
+        texts, chunks = self.model_cfg.texts, self.options.caption_chunks
+        return len(texts), chunks * max(text.max_positions for text in texts)
 
     def build(self, key: jax.Array) -> nnx.Module:
         model = families.build(self.model_cfg, key)
@@ -146,7 +147,15 @@ class OpenedPipeline:
 
 
 def _check_captions(options: DiffusionOptions, cfg: AnyConfig) -> None:
-    """Raise UserError for a number of CLIP's layers that captions cannot leave out."""
+    """Raise UserError for chunks and layers of CLIP that the captions of a model cannot have."""
+    chunks = options.caption_chunks
+    if chunks < 1:
+        raise UserError(f"caption_chunks={chunks} must be at least 1")
+    if chunks > 1 and not isinstance(cfg, PipelineConfig):
+        raise UserError(
+            f"caption_chunks={chunks} is for CLIP as the only text encoder, and this is"
+            f" {cfg.describe()}; set it to 1"
+        )
     if not options.clip_skip:
         return
     sd3 = isinstance(cfg, FlowConfig) and cfg.family == "sd3"

@@ -75,6 +75,7 @@ def test_no_name_is_a_key_of_every_task():
         ("network_dim", "32", "--config.lora.rank=32"),
         ("output_dir", "out", "--workdir=out"),
         ("clip_skip", "2", "--config.clip_skip=1"),
+        ("max_token_length", "225", "--config.caption_chunks=3"),
         ("SFTConfig.learning_rate", "1", "--config.optim.lr=1"),
     ],
 )
