@@ -241,7 +241,7 @@ KOHYA_NAMES = {
     "sample_every_n_steps": Synonym("every.sample", "{}_steps", translate=_whole),
     "sample_every_n_epochs": Synonym("every.sample", "{}_epochs", translate=_whole),
     "sample_prompts": Synonym("sample.prompts", translate=_prompts),
-    "save_precision": Synonym("export.dtype", values=_PRECISIONS),
+    "save_precision": Synonym("export.dtype", values={**_PRECISIONS, "fp16": "float16"}),
     "save_model_as": Synonym("export.kind", "lora"),
     "output_name": Synonym("--workdir", note="a LoRA file has the name of its run folder"),
     "reg_data_dir": Synonym("prior.data", "folder:{}"),
