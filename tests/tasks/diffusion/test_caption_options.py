@@ -15,7 +15,9 @@ from jaxft.objectives.denoising import normal
 from jaxft.tasks import Request
 from tests import whole as runs
 from tests.tiny_diffusion import make_config
+from tests.tiny_flux import make_flux
 from tests.tiny_sd3 import NO_T5, make_sd3
+from tests.tiny_zimage import make_zimage
 
 PROMPTS = ["a red fish", "two birds by the sea"]
 
@@ -143,4 +145,14 @@ def test_steps_and_samples_have_the_clip_skip(folders, pictures):
 def test_a_clip_skip_beyond_the_layers(folders, pictures, family, skip, words):
     with pytest.raises(UserError, match=words) as error:
         runs.open_run(make_config(folders[family], pictures, {"clip_skip": skip}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["FLUX.1", "Z-Image"])
+def test_a_model_that_reads_no_states_of_clip(pictures, tmp_path, kind):
+    pipe = make_flux(tmp_path) if kind == "FLUX.1" else make_zimage()
+    pipe.save_pretrained(tmp_path / "folder")
+    words = f"clip_skip=1 chooses hidden states of CLIP, which {kind}.* set it to 0"
+    with pytest.raises(UserError, match=words) as error:
+        runs.open_run(make_config(tmp_path / "folder", pictures, {"clip_skip": 1}))
     assert "\n" not in str(error.value)

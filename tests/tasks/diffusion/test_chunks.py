@@ -141,6 +141,25 @@ def test_steps_caches_and_samples_have_the_chunks(folders, pictures, tmp_path):
     assert np.abs(made[0] - made[1]).max() > 0
 
 
+def test_dropout_of_an_encoders_adapters_has_the_keys_of_the_rows(plain, pictures):
+    changes = {"lora.rank": 2, "lora.dropout": 0.5, "lora.targets": r"text_encoder\..*q_proj"}
+    run, params = opened_run(plain, pictures, caption_chunks=2, **changes)
+    # The second factors start at zero, where dropout has no effect.
+    params = {path: x + 0.3 * (".lora_b" in path) for path, x in params.items()}
+    ids = jnp.asarray(np.stack([run.opened.captions("b" * 100)] * 2))
+
+    @jax.jit
+    def encode(params, keys):
+        model = bind(run.opened.template, params)
+        return run.objective.text(model, {"ids": ids}, keys).context
+
+    keys = jax.vmap(jax.random.key)(np.arange(2))
+    first, second = encode(params, keys)
+    assert np.abs(first - second).max() > 1e-3, "rows have dropout of their own"
+    assert np.array_equal(encode(params, keys[:1][np.zeros(2, int)])[1], first)
+    assert first.shape == (154, 16) and np.isfinite(first).all()
+
+
 def test_what_is_cut_is_told_by_the_new_length(plain, pictures):
     run, _ = opened_run(plain, pictures, caption_chunks=2)
     captions = run.opened.captions
