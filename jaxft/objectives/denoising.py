@@ -118,7 +118,8 @@ class Denoising:
         """Return the encoded captions: from the batch if cached, or else by the text encoders."""
         if "context" in batch:
             return Text(batch["context"], batch.get("pooled"), batch.get("lengths"))
-        return model.encode_text(batch["ids"], dtype=self.dtype, keys=keys)
+        skip = self.cfg.clip_skip
+        return model.encode_text(batch["ids"], dtype=self.dtype, keys=keys, skip=skip)
 
     def null(self, model: AnyPipeline) -> Text:
         """Return the null caption [1, T, D], by the current weights of the text encoders.

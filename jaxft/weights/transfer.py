@@ -237,7 +237,7 @@ def export(
     `trained` holds parameters by path. `changes` maps a parameter's path to a function of a layer
     and its fp32 array, which returns the array with the adapter. All other tensors are the source's
     own bytes. `dtype` None keeps the dtype of each tensor. For a part without a source,
-    `trained` has to hold all parameters.
+    `trained` has to hold all parameters. A line counts what float16 makes zero or subnormal.
     """
     owners = {key: (entry, i) for entry in part.entries(leaves) for i, key in enumerate(entry.keys)}
     keys = list(owners)
@@ -247,9 +247,19 @@ def export(
     infos = {key: _info(part, leaves, owners.get(key), key, dtype) for key in keys}
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        lost = np.zeros(2, np.int64)
         for key, (_, wanted) in infos.items():
             array = _tensor(part, trained, changes, owners.get(key), key)
-            yield key, _narrow(array, wanted, key)
+            made = narrowed(array, wanted, key)
+            if wanted == np.float16 and array.dtype != wanted:
+                lost += _lost(array, made)
+            yield key, made
+        if lost.any():
+            print(
+                f"{part.name}: float16 makes {lost[0]} numbers 0, and {lost[1]} subnormal (below"
+                " 6.1e-05, with fewer digits)",
+                flush=True,
+            )
 
     return Export(infos, tensors())
 
@@ -296,12 +306,27 @@ def _tensor(
     return to_torch(array, entry.layout, part.sizes)
 
 
-def _narrow(array: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
+def _lost(array: np.ndarray, half: np.ndarray) -> tuple[int, int]:
+    """Return how many numbers become 0 in float16, and how many become subnormal."""
+    small = (np.abs(half) < np.finfo(np.float16).tiny) & (array != 0)
+    zeros = int(np.sum(small & (half == 0)))
+    return zeros, int(np.sum(small)) - zeros
+
+
+def narrowed(array: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
+    """Return an array in another dtype.
+
+    key: the tensor's name in errors. Raises: UserError for a number beyond the range of `dtype`.
+    """
     if array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
         narrow = array.astype(dtype)
-    if not np.isfinite(narrow).all() and np.isfinite(array).all():
+    beyond = not np.isfinite(narrow).all() and np.isfinite(array).all()
+    if dtype == np.float16:  # numbers below 65520 would be rounded to it
+        most = np.finfo(np.float16).max  # 65504
+        beyond = bool(((np.abs(array.astype(np.float32)) > most) & np.isfinite(array)).any())
+    if beyond:
         wider = "bfloat16" if dtype == np.float16 else "float32"
         raise UserError(f"tensor {key} overflows {dtype.name}; export with export.dtype={wider}")
     return narrow

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from jax.sharding import AxisType, Mesh
 
 from jaxft.core import sharding
@@ -243,3 +244,36 @@ def test_a_checkpoint_of_another_model_is_named(make_folder, folder):
     opened.part = opened.part._replace(tensors=other.part.tensors, name="folder X")
     with pytest.raises(UserError, match=r"folder X does not fit the model: .*mlp"):
         opened.load()
+
+
+EDGES = (0.0, 1e-9, -1e-8, 5e-8, 6.0e-5, -6.2e-5, 0.1, 65504.0, -65504.0)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_float16_is_that_of_torch_bit_for_bit(make_folder, stored, capsys):
+    """Zeros and subnormal numbers are counted, all that were 0 before left out."""
+    folder = make_folder(dtype=stored)
+    opened = Opened(folder)
+    values = np.resize(np.array(EDGES, np.float32), 32)
+    trained = {"norm.scale": jnp.asarray(values)}
+    got = opened.export(trained, dtype=np.dtype(np.float16))
+    sources = {**contents(folder), "model.norm.weight": values}
+    zeros = subnormal = 0
+    for key, array in sources.items():
+        wide = torch.tensor(array.astype(np.float32))
+        half = wide.half()
+        assert got[key].tobytes() == half.numpy().tobytes(), key
+        small = (half.abs() < torch.finfo(torch.float16).tiny) & (wide != 0)
+        zeros += int((small & (half == 0)).sum())
+        subnormal += int((small & (half != 0)).sum())
+    assert zeros >= 6 and subnormal >= 6
+    line = f"float16 makes {zeros} numbers 0, and {subnormal} subnormal"
+    assert capsys.readouterr().out.count(line) == 1
+
+
+@pytest.mark.parametrize("number", [65505.0, -65519.0, 7e4, 3e38])
+def test_float16_refuses_numbers_beyond_its_range(make_folder, number):
+    opened = Opened(make_folder())
+    trained = {"norm.scale": opened.load(wanted={"norm.scale"})["norm.scale"].at[3].set(number)}
+    with pytest.raises(UserError, match=r"model\.norm\.weight overflows float16; .*bfloat16"):
+        opened.export(trained, dtype=np.dtype(np.float16))

@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxft.core.cli.commands import COMMANDS
 from jaxft.core.cli.helping import command_help
 from jaxft.core.cli.keys import keys_of_task
-from jaxft.core.configs.synonyms import advice, quoted
+from jaxft.core.configs.synonyms import SYNONYMS, advice, quoted
 from jaxft.core.errors import Printed, UserError
 from jaxft.core.runtime import Arguments, parse_arguments
 
@@ -46,7 +46,8 @@ def _refuse(words: list[str], allowed: list[str], tasks: Mapping[str, type]) -> 
             value, place = words[place], place + 1
         if dashed and (name in allowed or name.startswith("config.")):
             continue
-        if name in known and (dashed or equals):
+        # One of both means the same by another number (clip_skip).
+        if name in known and name not in SYNONYMS and (dashed or equals):
             shown = quoted(value) if value else "VALUE"
             raise UserError(f"{name} is a key of the config: give --config.{name}={shown}")
         if (dashed or equals) and (line := advice(name, value)):

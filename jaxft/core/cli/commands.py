@@ -106,7 +106,7 @@ COMMANDS = {
             *(WORKDIR_OPTION, STEP_OPTION),
             Option("out", "DIR", "a new or an empty folder, by default export/ of the run"),
             Option("kind", "KIND", "what is written, by default export.kind of the run"),
-            Option("dtype", "DTYPE", "source, float32 or bfloat16"),
+            Option("dtype", "DTYPE", "source, float32, bfloat16 or float16"),
             Option("overwrite", "", "replace an earlier export in --out"),
         ),
     ),

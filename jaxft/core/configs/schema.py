@@ -169,7 +169,7 @@ CHOICES = {
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
     "remat": ("auto", "none", "dots", "full", "offload"),
-    "export.dtype": ("source", "float32", "bfloat16"),
+    "export.dtype": ("source", "float32", "bfloat16", "float16"),
 }
 AT_LEAST = {
     "seed": 0,

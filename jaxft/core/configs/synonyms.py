@@ -57,6 +57,18 @@ def _prompts(text: str) -> str:
     return f"[{text!r}]"
 
 
+def _one_less(text: str) -> str:
+    """Return kohya's number of CLIP's layer, which is 1 for the last one, as one that is 0."""
+    whole = _whole(text)
+    return whole if whole == "N" else str(max(0, int(whole) - 1))
+
+
+def _chunks(text: str) -> str:
+    """Return the number of chunks of 75 tokens in kohya's length of a caption."""
+    whole = _whole(text)
+    return whole if whole == "N" else str(max(1, int(whole) // 75))
+
+
 _EPOCHS = Synonym("total", "{}_epochs", translate=_whole)
 _STEPS = Synonym("total", "{}_steps", translate=_whole)
 _ONE_DEVICE = Synonym("batch_size", note=_WHOLE_BATCH)
@@ -205,6 +217,7 @@ DIFFUSERS_NAMES = {
     "variant": Synonym("", note="the variant is found in the folder"),
 }
 KOHYA_NAMES = {
+    "max_token_length": Synonym("caption_chunks", note="a chunk has 75 tokens", translate=_chunks),
     "network_dim": Synonym("lora.rank"),
     "network_alpha": Synonym("lora.alpha"),
     "network_dropout": Synonym("lora.dropout"),
@@ -218,6 +231,7 @@ KOHYA_NAMES = {
     "enable_bucket": Synonym("buckets", values=_SWITCH),
     "caption_dropout_rate": Synonym("caption_dropout"),
     "flip_aug": Synonym("flip", values=_SWITCH),
+    "clip_skip": Synonym("clip_skip", note="it is kohya's number less 1", translate=_one_less),
     "v_parameterization": Synonym("prediction", "v_prediction"),
     "zero_terminal_snr": Synonym("zero_snr", values=_SWITCH),
     "cache_latents": Synonym("cache", "runs/cache"),
@@ -227,7 +241,7 @@ KOHYA_NAMES = {
     "sample_every_n_steps": Synonym("every.sample", "{}_steps", translate=_whole),
     "sample_every_n_epochs": Synonym("every.sample", "{}_epochs", translate=_whole),
     "sample_prompts": Synonym("sample.prompts", translate=_prompts),
-    "save_precision": Synonym("export.dtype", values=_PRECISIONS),
+    "save_precision": Synonym("export.dtype", values={**_PRECISIONS, "fp16": "float16"}),
     "save_model_as": Synonym("export.kind", "lora"),
     "output_name": Synonym("--workdir", note="a LoRA file has the name of its run folder"),
     "reg_data_dir": Synonym("prior.data", "folder:{}"),

@@ -46,7 +46,8 @@ class PipelineConfig:
     caption too (classifier-free guidance).
 
     `zero_null`: a null caption is zeros (SDXL's pipeline), and not the embedding of "". `scheduler`
-    holds the keys of scheduler_config.json that differ from those of the folder.
+    holds the keys of scheduler_config.json that differ from those of the folder. `clip_skip`: the
+    layers that CLIP leaves out for captions, but not for a null caption, as in diffusers.
     """
 
     unet: UNetConfig
@@ -56,6 +57,7 @@ class PipelineConfig:
     sdxl: bool
     zero_null: bool
     scheduler: tuple[tuple[str, Any], ...] = ()
+    clip_skip: int = 0
     free_guidance: ClassVar[bool] = True
     drawing: ClassVar[Drawing] = Drawing()
     denoiser: ClassVar[str] = "unet"
@@ -221,18 +223,27 @@ class StableDiffusion(nnx.Module):
         self.text_encoder_2 = nnx.data(second)
 
     def encode_text(
-        self, ids: Int[Array, "B E T"], *, dtype: Any, keys: PRNGKeyArray | None = None
+        self,
+        ids: Int[Array, "B E T"],
+        *,
+        dtype: Any,
+        keys: PRNGKeyArray | None = None,
+        skip: int = 0,
     ) -> Text:
         """Return the embeddings of captions, tokenised for each of the E encoders.
 
         SD 1.x and 2.x: the last hidden states after the final norm. SDXL: the last but one hidden
         states of both encoders, concatenated, without the norm, and the projected end token of the
-        second encoder. keys: one a row, for the dropout of adapters.
+        second encoder. T may be several times the positions of an encoder, which then encodes each
+        chunk alone. The end token is that of the first. keys: one a row, for the dropout of
+        adapters. skip: the number of further layers that the states leave out, diffusers'
+        clip_skip.
         """
         if self.text_encoder_2 is None:
-            return Text(self.text_encoder(ids[:, 0], keys=keys, dtype=dtype).normed, None)
-        first = self.text_encoder(ids[:, 0], skip=1, keys=keys, dtype=dtype)
-        second = self.text_encoder_2(ids[:, 1], skip=1, keys=keys, dtype=dtype)
+            made = clip.encode_chunks(self.text_encoder, ids[:, 0], skip, keys, dtype)
+            return Text(made.normed, None)
+        first = clip.encode_chunks(self.text_encoder, ids[:, 0], 1 + skip, keys, dtype)
+        second = clip.encode_chunks(self.text_encoder_2, ids[:, 1], 1 + skip, keys, dtype)
         context = jnp.concatenate([first.hidden, second.hidden], axis=-1)  # [B, T, D]
         return Text(context, second.pooled)
 

@@ -291,6 +291,29 @@ class CLIPText(nnx.Module):
         return pooled if self.text_projection is None else self.text_projection(pooled, keys)
 
 
+def encode_chunks(
+    encoder: CLIPText,
+    ids: Int[Array, "B T"],
+    skip: int = 0,
+    keys: PRNGKeyArray | None = None,
+    dtype: Any = jnp.float32,
+) -> EncodedText:
+    """Encode ids that may be several times the encoder's positions, each chunk [B, T / n] alone.
+
+    States are joined along the tokens [B, T, D]. `pooled` is that of the first chunk. Chunks of a
+    row have the same key. Other arguments are as in `CLIPText`.
+    """
+    rows, length = ids.shape
+    n = max(1, length // encoder.cfg.max_positions)
+    if n == 1:
+        return encoder(ids, skip=skip, keys=keys, dtype=dtype)
+    chunks = ids.reshape(rows * n, length // n)  # [B n, T / n]
+    every = None if keys is None else keys[jnp.arange(rows * n) // n]  # [B n]
+    made = encoder(chunks, skip=skip, keys=every, dtype=dtype)
+    normed, hidden = (x.reshape(rows, length, -1) for x in made[:2])  # [B, T, D]
+    return EncodedText(normed, hidden, made.pooled[::n])
+
+
 def sizes(cfg: CLIPTextConfig) -> dict[str, int]:
     """Return the dims that RULES' layouts name."""
     return {"n": cfg.num_heads, "h": cfg.head_dim}

@@ -28,15 +28,20 @@ class Captions:
 
     T is the longest length of all encoders. Zeros follow the ids of an encoder with fewer. Qwen
     reads a caption as a user's turn of a chat, and a token of padding with the id i is -1 - i.
+    CLIP may read a caption in several `chunks`, each with its own first and last token and padding.
     `new` are the tokens of one further word. Captions and prompts contain the first token, which
     stands for all of them. Their ids follow the vocabulary of an encoder. Raises UserError if a
     tokenizer already has one of them, and for a caption with a token that has no row in an encoder.
     """
 
     def __init__(
-        self, tokenizers: Sequence[Any], texts: Sequence[TextConfig], new: Sequence[str] = ()
+        self,
+        tokenizers: Sequence[Any],
+        texts: Sequence[TextConfig],
+        new: Sequence[str] = (),
+        chunks: int = 1,
     ):
-        self.new = tuple(new)
+        self.new, self._chunks = tuple(new), chunks
         self._first = [_add(tokenizer, self.new) for tokenizer in tokenizers]
         self._encoders = tuple(zip(tokenizers, texts, strict=True))
         self._chats = tuple(_chat(*pair) for pair in self._encoders)
@@ -50,9 +55,9 @@ class Captions:
         for (tokenizer, text), first, chat in zip(
             self._encoders, self._first, self._chats, strict=True
         ):
-            ids = _padded(tokenizer, _turn(caption, text, chat), text)
+            ids = self._padded(tokenizer, _turn(caption, text, chat), text)
             if len(self.new) > 1 and first in ids:
-                ids = _padded(tokenizer, self._whole(caption), text)
+                ids = self._padded(tokenizer, self._whole(caption), text)
             self._check(ids, tokenizer, text, first, caption)
             rows.append(np.where(ids < first, ids, ids - first + text.vocab_size))
         width = max(map(len, rows))
@@ -61,7 +66,7 @@ class Captions:
     @property
     def length(self) -> int:
         """Largest number of tokens of a caption, with those of its start and end."""
-        return min(text.max_positions for _, text in self._encoders)
+        return min(self._length(text) for _, text in self._encoders)
 
     def too_long(self, captions: Sequence[str]) -> int:
         """Return the number of captions that are cut for some encoder.
@@ -95,9 +100,30 @@ class Captions:
             turns = [_turn(one, text, chat) for one in whole]
             ids = tokenizer(turns, verbose=False).input_ids
             for caption, row in zip(captions, ids, strict=True):
-                self._check(row[: text.max_positions], tokenizer, text, first, caption)
-            cut |= np.array([len(row) for row in ids]) > text.max_positions
+                self._check(row[: self._length(text)], tokenizer, text, first, caption)
+            cut |= np.array([len(row) for row in ids]) > self._length(text)
         return int(cut.sum())
+
+    def _length(self, text: TextConfig) -> int:
+        """Return the largest number of tokens, with one start and one end for all chunks."""
+        return self._chunks * (text.max_positions - 2) + 2
+
+    def _padded(self, tokenizer: Any, caption: str, text: TextConfig) -> Int[np.ndarray, " T"]:
+        how: dict[str, Any] = {"truncation": True, "max_length": self._length(text)}
+        if isinstance(text, QwenTextConfig):
+            ids = np.full(text.max_positions, -1 - tokenizer.pad_token_id, np.int32)
+            made = tokenizer(caption, **how).input_ids
+            ids[: len(made)] = made
+            return ids
+        if self._chunks == 1:
+            return np.asarray(tokenizer(caption, padding="max_length", **how).input_ids, np.int32)
+        begin, *words, end = tokenizer(caption, **how).input_ids
+        ids = np.full((self._chunks, text.max_positions), tokenizer.pad_token_id, np.int32)
+        inner = text.max_positions - 2
+        for i, row in enumerate(ids):
+            chunk = [begin, *words[i * inner : (i + 1) * inner], end]
+            row[: len(chunk)] = chunk
+        return ids.reshape(-1)
 
     def _check(self, ids: Any, tokenizer: Any, text: TextConfig, first: int, caption: str) -> None:
         """Raise UserError for a token that is not in the encoder's table or the new word."""
@@ -110,14 +136,14 @@ class Captions:
 
 
 def load_captions(
-    pipeline: Pipeline, texts: Sequence[TextConfig], new: Sequence[str] = ()
+    pipeline: Pipeline, texts: Sequence[TextConfig], new: Sequence[str] = (), chunks: int = 1
 ) -> Captions:
     """Return the tokenizers of a pipeline. Raises UserError where one is missing, or damaged."""
     made = []
     for i, text in enumerate(texts):
         folder = pipeline.tokenizer_dir(f"tokenizer_{i + 1}" if i else "tokenizer")
         made.append(load_tokenizer(folder, TOKENIZERS[type(text)]))
-    return Captions(made, texts, new)
+    return Captions(made, texts, new, chunks)
 
 
 def _chat(tokenizer: Any, text: TextConfig) -> ChatFormat | None:
@@ -139,16 +165,6 @@ def _turn(caption: str, text: TextConfig, chat: ChatFormat | None) -> str:
     messages = [{"role": "user", "content": caption}]
     talk = Conversation(messages, options={"enable_thinking": text.thinking})
     return chat.render(talk, messages, f"caption {caption[:60]!r}", prompt=True)
-
-
-def _padded(tokenizer: Any, caption: str, text: TextConfig) -> Int[np.ndarray, " T"]:
-    how: dict[str, Any] = {"truncation": True, "max_length": text.max_positions}
-    if not isinstance(text, QwenTextConfig):
-        return np.asarray(tokenizer(caption, padding="max_length", **how).input_ids, np.int32)
-    ids = np.full(text.max_positions, -1 - tokenizer.pad_token_id, np.int32)
-    made = tokenizer(caption, **how).input_ids
-    ids[: len(made)] = made
-    return ids
 
 
 def _add(tokenizer: Any, new: Sequence[str]) -> int:

@@ -18,6 +18,7 @@ from jaxft.weights.adapters import ranks
 from jaxft.weights.files.tensor_files import write_sharded
 from jaxft.weights.folders import single_file
 from jaxft.weights.folders.diffusers import OPTIONAL, Changes, pipeline_files
+from jaxft.weights.transfer import narrowed
 
 
 def side_files(job: Job, rewritten: set[str]) -> writers.SideFiles:
@@ -81,7 +82,7 @@ def _write_inversion(job: Job) -> None:
     word = job.opened.options.inversion
     dtype = np.float32 if job.dtype == "source" else runtime.resolve_dtype(job.dtype)
     learned = inversion.learned(word.token, job.params, job.leaves)
-    tensors = {key: rows.astype(np.dtype(dtype)) for key, rows in learned.items()}
+    tensors = {key: narrowed(rows, np.dtype(dtype), key) for key, rows in learned.items()}
     infos = {key: (rows.shape, rows.dtype) for key, rows in tensors.items()}
     about = {"token": word.token, "init": word.init, "base": Path(job.opened.cfg.model).name}
     write_sharded(job.folder, tensors.items(), infos, stem=inversion.EMBEDS_STEM, metadata=about)

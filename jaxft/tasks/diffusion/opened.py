@@ -17,6 +17,7 @@ from jaxft.data.sources.schemes import ALPHA, MASK_FILE
 from jaxft.models import flops
 from jaxft.models.pipelines import families, ldm, stable_diffusion
 from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
+from jaxft.models.pipelines.flow.common import FlowConfig
 from jaxft.models.pipelines.stable_diffusion import Conditions, PipelineConfig, Text
 from jaxft.nn import lora
 from jaxft.nn.quantised import NF4_BASE, NF4_TABLES, check_base, quantise
@@ -50,6 +51,8 @@ class OpenedPipeline:
                 f"sample.rescale={options.sample.rescale} corrects classifier-free guidance, which"
                 f" {self.model_cfg.describe()}, does not have; set it to 0"
             )
+        _check_captions(options, self.model_cfg)
+        self.model_cfg = dataclasses.replace(self.model_cfg, clip_skip=options.clip_skip)
         self.model_cfg = inversion.extended(self.model_cfg, len(inversion.names(options.inversion)))
         self.process: NoiseProcess = self.model_cfg.process(options.min_snr_gamma)
         self.dtype = runtime.resolve_dtype(cfg.compute_dtype)
@@ -73,7 +76,8 @@ class OpenedPipeline:
     def captions(self) -> Captions:
         """The tokenizers. Raises UserError where they do not fit the encoders or the config."""
         new = inversion.names(self.options.inversion)
-        made = load_captions(self.pipeline, self.model_cfg.texts, new)
+        chunks = self.options.caption_chunks
+        made = load_captions(self.pipeline, self.model_cfg.texts, new, chunks)
         if new:
             inversion.check(self.cfg, made, describe(self.template))
         made.too_long(self.options.sample.prompts)  # raises for a token without a row
@@ -82,8 +86,8 @@ class OpenedPipeline:
     @property
     def ids_shape(self) -> tuple[int, int]:
         """Shape [E, T] of a caption's token ids."""
-        texts = self.model_cfg.texts
-        return len(texts), max(text.max_positions for text in texts)
+        texts, chunks = self.model_cfg.texts, self.options.caption_chunks
+        return len(texts), chunks * max(text.max_positions for text in texts)
 
     def build(self, key: jax.Array) -> nnx.Module:
         model = families.build(self.model_cfg, key)
@@ -140,6 +144,32 @@ class OpenedPipeline:
             return model.predict(latents, times[:, 0], given, dtype=self.dtype)
 
         return flops.count(forward, self.template, latents, self.text_shapes(), times)
+
+
+def _check_captions(options: DiffusionOptions, cfg: AnyConfig) -> None:
+    """Raise UserError for chunks and layers of CLIP that the captions of a model cannot have."""
+    chunks = options.caption_chunks
+    if chunks < 1:
+        raise UserError(f"caption_chunks={chunks} must be at least 1")
+    if chunks > 1 and not isinstance(cfg, PipelineConfig):
+        raise UserError(
+            f"caption_chunks={chunks} is for CLIP as the only text encoder, and this is"
+            f" {cfg.describe()}; set it to 1"
+        )
+    if not options.clip_skip:
+        return
+    sd3 = isinstance(cfg, FlowConfig) and cfg.family == "sd3"
+    if not (isinstance(cfg, PipelineConfig) or sd3):
+        raise UserError(
+            f"clip_skip={options.clip_skip} chooses hidden states of CLIP, which"
+            f" {cfg.describe()}, does not read; set it to 0"
+        )
+    layers = min(text.num_layers for text in cfg.texts[:2])
+    most = layers - (1 if sd3 or (isinstance(cfg, PipelineConfig) and cfg.sdxl) else 0)
+    if not 0 <= options.clip_skip <= most:
+        raise UserError(
+            f"clip_skip={options.clip_skip} is not between 0 and {most}: CLIP has {layers} layers"
+        )
 
 
 def _check_mask(name: str, cfg: AnyConfig) -> None:

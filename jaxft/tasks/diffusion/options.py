@@ -74,6 +74,8 @@ class DiffusionOptions:
     eval_examples: number of rows of data.eval for the validation loss. 0 is all.
     eval_generated: number of captions to sample for kid-lite0. 0 is none.
     base: layout of the frozen projections below a LoRA: none, nf4 or int8.
+    clip_skip: number of last layers of CLIP that captions leave out. 0 is the pipeline's own.
+    caption_chunks: number of chunks of 75 tokens in which CLIP reads a caption.
     """
 
     resolution: int
@@ -92,6 +94,8 @@ class DiffusionOptions:
     prior: Prior = Prior()
     inversion: Inversion = Inversion()
     base: str = "none"
+    clip_skip: int = 0
+    caption_chunks: int = 1
 
     def __post_init__(self) -> None:
         """Raise UserError for an unknown layout of the base."""

@@ -1,6 +1,7 @@
 """Training rows of a diffusion model, and the frozen encoders that fill their caches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,18 +52,19 @@ class Share(NamedTuple):
 
 
 class Stores(NamedTuple):
-    """Caches of moments by picture, embeddings by ids and masks. None means not cached."""
+    """Caches of moments by picture, embeddings by ids, the null's and masks, None if not cached."""
 
     moments: ArrayCache | None = None
     texts: ArrayCache | None = None
+    nulls: ArrayCache | None = None
     masks: ArrayCache | None = None
 
 
 class PictureRows:
     """A mixture of picture sets as rows of arrays. Implements `jaxft.tasks.Rows`.
 
-    Indexing is safe in threads. bucket_of: int32 [rows], the index of each row into `sizes`. cut:
-    the number of captions that are cut. shown: the rows whose pictures an evaluation shows.
+    Indexing is safe in threads. bucket_of: int32 [rows], indices of rows into `sizes`. cut: the
+    number of captions that are cut. shown: the rows whose pictures an evaluation shows.
     """
 
     def __init__(
@@ -94,9 +96,9 @@ class PictureRows:
     @property
     def empty_text(self) -> Text | None:
         """The embedding [1, T, D] of the empty caption, None where it is not cached."""
-        if self.stores.texts is None:
+        if self.stores.nulls is None:
             return None
-        made = self.stores.texts.get(ids_key(self.empty_ids))
+        made = self.stores.nulls.get(ids_key(self.empty_ids))
         return Text(**{"pooled": None, **{name: x[None] for name, x in made.items()}})
 
     def text(self, caption: str) -> Row:
@@ -316,7 +318,7 @@ def encode(
         return Encoders(opened.template, opened.dtype, some)
 
     folder = Path(opened.options.cache).expanduser()
-    moments = texts = masks = None
+    moments = texts = nulls = masks = None
     if cfg.conditioning != SOURCE:
         pixels = ArrayCache(folder, "pixels", jax.process_index())
         for rows in sets:
@@ -332,20 +334,32 @@ def encode(
     else:
         print("moments are not cached: each step encodes the UNet's input pictures", flush=True)
     if not any(path.startswith(TEXT_ENCODER) for path in chosen):
-        local = encoders(TEXT_ENCODER)
-        layout = () if isinstance(cfg, PipelineConfig) else (cfg.transformer.context_dim,)
-        name = fingerprint(local.params, TEXT_ENCODER, "texts", dtype, cfg.texts, *layout)
-        texts = ArrayCache(folder, name, jax.process_index())
-        # The null caption comes alone, and is thus rounded as in a step without a cache.
-        for _ in store_texts(texts, [""], opened.captions, local.texts, 1):
-            pass
-        captions = [rows.caption(i) for rows in sets for i in range(len(rows))]
-        captions += opened.options.sample.prompts
-        made = store_texts(texts, captions, opened.captions, local.texts, ENCODED_TOGETHER)
-        tell("embeddings", made)
+        texts, nulls = _store_captions(opened, sets, encoders(TEXT_ENCODER))
     for rows in sets:
-        rows.use(Stores(moments, texts, masks))
+        rows.use(Stores(moments, texts, nulls, masks))
     return {}
+
+
+def _store_captions(
+    opened: OpenedPipeline, sets: Sequence[PictureRows], local: "Encoders"
+) -> tuple[ArrayCache, ArrayCache]:
+    """Return filled caches of all captions, and of the null caption, which skips no layer."""
+    cfg, store = opened.model_cfg, partial(store_texts, tokenize=opened.captions)
+    layout = () if isinstance(cfg, PipelineConfig) else (cfg.transformer.context_dim,)
+    more = (TEXT_ENCODER, "texts", str(opened.dtype), cfg.texts, *layout)
+
+    def cache(*skip: int) -> ArrayCache:
+        name = fingerprint(local.params, *more, *skip)
+        return ArrayCache(opened.options.cache, name, jax.process_index())
+
+    nulls = cache()
+    skip, texts = cfg.clip_skip, cache(cfg.clip_skip) if cfg.clip_skip else nulls
+    # The null caption comes alone, and is thus rounded as in a step without a cache.
+    list(store(nulls, [""], encode=local.texts, batch=1))
+    captions = {rows.caption(i) for rows in sets for i in range(len(rows))}
+    every, encode = captions | {*opened.options.sample.prompts}, partial(local.texts, skip=skip)
+    tell("embeddings", store(texts, [*every], encode=encode, batch=ENCODED_TOGETHER))
+    return texts, nulls
 
 
 class Encoders:
@@ -366,11 +380,12 @@ class Encoders:
         def encode_pictures(params: Params, pixels: Any) -> Any:
             return bind_some(template, params, dtype).vae.encode(to_float(pixels).astype(dtype))
 
-        def encode_texts(params: Params, ids: Any) -> Any:
-            return bind_some(template, params, dtype).encode_text(ids, dtype=dtype)
+        def encode_texts(params: Params, ids: Any, skip: int) -> Any:
+            return bind_some(template, params, dtype).encode_text(ids, dtype=dtype, skip=skip)
 
         # Functions without `self`, which the cache of jax.jit would hold with its parameters.
-        self._moments, self._texts = jax.jit(encode_pictures), jax.jit(encode_texts)
+        self._moments = jax.jit(encode_pictures)
+        self._texts = jax.jit(encode_texts, static_argnums=2)
 
     def moments(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Return fp32 mean and logvar of pictures uint8 [B, Y, X, 3]."""
@@ -378,8 +393,8 @@ class Encoders:
             made = self._moments(self.params, pixels)
         return {"mean": np.asarray(made.mean), "logvar": np.asarray(made.logvar)}
 
-    def texts(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the embeddings of ids [B, E, T]."""
+    def texts(self, ids: np.ndarray, skip: int = 0) -> dict[str, np.ndarray]:
+        """Return the embeddings of ids [B, E, T]. skip: as in `encode_text`."""
         with jax.set_mesh(self.mesh):
-            made = self._texts(self.params, ids)
+            made = self._texts(self.params, ids, skip)
         return {name: np.asarray(x) for name, x in made._asdict().items() if x is not None}

@@ -74,6 +74,8 @@ def test_no_name_is_a_key_of_every_task():
         ("train_data_dir", "pictures", "--config.data.train=folder:pictures"),
         ("network_dim", "32", "--config.lora.rank=32"),
         ("output_dir", "out", "--workdir=out"),
+        ("clip_skip", "2", "--config.clip_skip=1"),
+        ("max_token_length", "225", "--config.caption_chunks=3"),
         ("SFTConfig.learning_rate", "1", "--config.optim.lr=1"),
     ],
 )
@@ -91,6 +93,7 @@ def test_values_are_translated(name, value, flag):
         (["--seed", "3"], "--config.seed=3"),
         (["--optim.lr=3"], "--config.optim.lr=3"),
         (["--resolution", "512"], "--config.resolution=512"),
+        (["--clip_skip", "2"], "--config.clip_skip=1 (it is kohya's number less 1)"),
         (["configs/llm.py"], "--config=configs/llm.py"),
         (["mine.yaml", "--workdir=x"], "--config=mine.yaml"),
     ],

@@ -35,8 +35,8 @@ class FlowConfig:
 
     family: a key of `families.FLOW`. name: the model's. texts: in the order of their folders.
     patch: the side of a token in latents. even: as in `FlowMatching`. drawing, free_guidance,
-    denoiser and lora are as in `PipelineConfig`. distilled: "", or what training does to a model
-    that is distilled to few steps. side: of the latents of a picture, 0 for USUAL_PIXELS.
+    clip_skip, denoiser and lora are as in `PipelineConfig`. distilled: "", or what training does to
+    a model that is distilled to few steps. side: of the latents of a picture, 0 for USUAL_PIXELS.
     """
 
     family: str
@@ -52,6 +52,7 @@ class FlowConfig:
     free_guidance: bool = True
     distilled: str = ""
     side: int = 0
+    clip_skip: int = 0
     conditioning: ClassVar[str] = NOTHING
     zero_null: ClassVar[bool] = False
     scheduler: ClassVar[tuple] = ()

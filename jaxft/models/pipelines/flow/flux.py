@@ -84,13 +84,18 @@ class Flux(nnx.Module):
         self.lengths = tuple(text.max_positions for text in cfg.texts)
 
     def encode_text(
-        self, ids: Int[Array, "B E T"], *, dtype: Any, keys: PRNGKeyArray | None = None
+        self,
+        ids: Int[Array, "B E T"],
+        *,
+        dtype: Any,
+        keys: PRNGKeyArray | None = None,
+        skip: int = 0,
     ) -> Text:
         """Return the embeddings of captions, tokenised for both encoders.
 
         They are the states of T5, and `pooled`, the end token of CLIP without a projection. keys:
-        one a row, for the dropout of adapters. The ids of an encoder fill the beginning of their
-        row.
+        one a row, for the dropout of adapters. `skip` is for other pipelines. The ids of an
+        encoder fill the beginning of their row.
         """
         short, long = self.lengths
         pooled = self.text_encoder(ids[:, 0, :short], keys=keys, dtype=dtype).pooled  # [B, P]

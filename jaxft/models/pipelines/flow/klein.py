@@ -73,11 +73,16 @@ class Klein(nnx.Module):
         self.text_encoder = Decoder(self.text_cfg.decoder, key=keys[2])
 
     def encode_text(
-        self, ids: Int[Array, "B E T"], *, dtype: Any, keys: PRNGKeyArray | None = None
+        self,
+        ids: Int[Array, "B E T"],
+        *,
+        dtype: Any,
+        keys: PRNGKeyArray | None = None,
+        skip: int = 0,
     ) -> Text:
         """Return the embeddings of captions: KLEIN_STATES, of tokens and padding alike.
 
-        keys: one a row, for the dropout of adapters.
+        keys: one a row, for the dropout of adapters. `skip` is for other pipelines.
         """
         made = qwen.encode(self.text_encoder, self.text_cfg, ids[:, 0], dtype=dtype, keys=keys)
         return Text(made[0], None)

@@ -87,17 +87,23 @@ class StableDiffusion3(nnx.Module):
         self.context_dim, self.train_steps = cfg.transformer.context_dim, cfg.schedule.train_steps
 
     def encode_text(
-        self, ids: Int[Array, "B E T"], *, dtype: Any, keys: PRNGKeyArray | None = None
+        self,
+        ids: Int[Array, "B E T"],
+        *,
+        dtype: Any,
+        keys: PRNGKeyArray | None = None,
+        skip: int = 0,
     ) -> Text:
         """Return the embeddings of captions, tokenised for each of the E encoders.
 
         The last but one hidden states of both CLIP encoders, side by side and widened by zeros,
         come before the states of T5, which are zeros without T5. `pooled` is the projected end
-        token of both. keys: one a row, for the dropout of adapters. The ids of a CLIP encoder fill
-        the beginning of their row.
+        token of both. keys: one a row, for the dropout of adapters. skip: the number of further
+        layers that the states of CLIP leave out, diffusers' clip_skip. The ids of a CLIP encoder
+        fill the beginning of their row.
         """
         one, two = (
-            encoder(ids[:, i, :length], skip=1, keys=keys, dtype=dtype)
+            encoder(ids[:, i, :length], skip=1 + skip, keys=keys, dtype=dtype)
             for i, (encoder, length) in enumerate(
                 zip((self.text_encoder, self.text_encoder_2), self.lengths, strict=True)
             )
