@@ -13,6 +13,7 @@ from jaxft.weights.files.gguf import GgufFile
 from tests.tiny_diffusion import flags_of, make_pictures
 from tests.tiny_pipelines import make_pipeline
 
+pytestmark = pytest.mark.usefixtures("quick")
 ROOT = Path(__file__).resolve().parents[1]
 AFTER_ONE_STEP = {"total": "1_steps", "data.eval": "", "export.kind": "none"}
 
