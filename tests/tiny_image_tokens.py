@@ -46,11 +46,15 @@ def changes_of(model, pictures, cache, changes=()):
     return {**small, **dict(changes)}
 
 
-def arguments(model, pictures, cache, workdir, changes=()):
+def flags_of(model, pictures, cache, changes=()):
+    """The command line of the run, without --workdir."""
     keys = changes_of(model, pictures, cache, changes)
     flags = [f"--config.{key}={value}" for key, value in keys.items()]
-    config = ROOT / "configs" / "image_tokens.py"
-    return ["--config", str(config), "--workdir", str(workdir), *flags]
+    return ["--config", str(ROOT / "configs" / "image_tokens.py"), *flags]
+
+
+def arguments(model, pictures, cache, workdir, changes=()):
+    return [*flags_of(model, pictures, cache, changes), "--workdir", str(workdir)]
 
 
 def make_config(model, pictures, cache, changes=()):

@@ -10,9 +10,8 @@ from jaxft import export, sample, train
 from jaxft.data.images import dataset
 from jaxft.runs.compiling import Compiled
 from jaxft.runs.watch import Watch
-from tests import tiny_diffusion
+from tests import tiny_diffusion, tiny_image_tokens
 from tests.tiny_autoencoders import changes_of, make_vae, make_vqmodel
-from tests.tiny_image_tokens import CODES, arguments
 from tests.tiny_pipelines import make_pipeline
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -62,9 +61,9 @@ def diffusion(tmp_path):
 
 @pytest.fixture
 def image_tokens(tmp_path, make_folder):
-    vq = make_vqmodel(tmp_path / "vq", CODES)
+    vq = make_vqmodel(tmp_path / "vq", tiny_image_tokens.CODES)
     changes = {**SIZES, **DATA, "graft": vq, "eval_generated": 4, "flip": True, "crops": 2}
-    return arguments(make_folder(), "", tmp_path / "cache", "", changes)
+    return tiny_image_tokens.flags_of(make_folder(), "", tmp_path / "cache", changes)
 
 
 @pytest.fixture
