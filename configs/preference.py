@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
             template="",  # for {"text", "label"} records, which preferences do not have
             eval_examples=256,  # 0 is all
             trainable="",  # a regex; empty: the adapters when lora.rank > 0, else everything
-            lora=dict(rank=16, alpha=32.0, targets=r".*_proj"),
+            lora=dict(rank=8, alpha=16.0, targets=r".*_proj"),
             optim=dict(
                 name="adamw",
                 lr=2e-5,  # with lora.rank=0 take 1e-6
