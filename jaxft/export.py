@@ -23,7 +23,7 @@ from jaxft.runs.opening import Run
 from jaxft.runs.pages.card import write_card
 from jaxft.runs.restoring import restore_run, step_option
 from jaxft.tasks import OPTIONS, Job
-from jaxft.weights.folders.quantised import PackedTensors
+from jaxft.weights.folders.quantised.nf4 import PackedTensors
 from jaxft.weights.views import Grafted
 
 

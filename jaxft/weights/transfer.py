@@ -16,7 +16,7 @@ from jaxft.core.guards.fingerprint import is_finite
 from jaxft.core.params import TEACHER_ROLE, Leaf, Packed, Params, unpacked
 from jaxft.core.sharding import fitted, spec
 from jaxft.weights.files.tensor_files import Tensors
-from jaxft.weights.folders.quantised import PackedTensors
+from jaxft.weights.folders.quantised.nf4 import PackedTensors
 from jaxft.weights.rules import Entry, Rule, Sizes, expected, in_class, plan, to_jax, to_torch
 
 

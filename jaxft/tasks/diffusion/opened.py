@@ -28,7 +28,7 @@ from jaxft.tasks.diffusion.options import DiffusionOptions
 from jaxft.weights.adapters import pipeline as pipeline_lora
 from jaxft.weights.adapters.peft import start
 from jaxft.weights.adapters.pipeline_file import PipelineLora, load, open_lora
-from jaxft.weights.folders.quantised import nf4_scales
+from jaxft.weights.folders.quantised.methods import nf4_scales
 
 
 class OpenedPipeline:

@@ -37,7 +37,8 @@ from jaxft.tasks.llm.options import LLMOptions, check_preference
 from jaxft.weights.adapters import peft
 from jaxft.weights.adapters.peft_folder import GIVE_BASE, fit, open_adapted
 from jaxft.weights.files.gguf_vocabulary import vocabulary
-from jaxft.weights.folders.quantised import PackedTensors, nf4_scales
+from jaxft.weights.folders.quantised.methods import nf4_scales
+from jaxft.weights.folders.quantised.nf4 import PackedTensors
 from jaxft.weights.transfer import Part
 from jaxft.weights.views import Drawn, Overlaid
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from jaxft.core.errors import UserError
 from jaxft.core.guards.inside import is_inside, refuse_outside
 from jaxft.weights.files.tensor_files import PICKLES, STEMS, TensorFiles, Tensors
-from jaxft.weights.folders import quantised
-from jaxft.weights.folders.quantised import PackedTensors
+from jaxft.weights.folders.quantised import methods
+from jaxft.weights.folders.quantised.nf4 import PackedTensors
 from jaxft.weights.folders.refused import check_index
 from jaxft.weights.folders.transformers import SIDE_FILES, Source
 from jaxft.weights.locate import INDEX, VARIANTS, locate
@@ -149,9 +149,9 @@ def open_component(spec: str, kind: str, weights: bool = True) -> Source:
 
 def _component(name: str, folder: Path, weights: bool, nf4: Tables | None = None) -> Source:
     config = _json(folder / "config.json")
-    packed = nf4 is not None and bool(quantised.nf4_scales(config))
+    packed = nf4 is not None and bool(methods.nf4_scales(config))
     if not packed:
-        quantised.refuse_config(config, f"{folder / 'config.json'}")
+        methods.refuse_config(config, f"{folder / 'config.json'}")
     stems = STEMS if "model_type" in config else STEMS[::-1]
     files = _weight_files(folder, stems) if weights else {}
     tensors = _open_weights(folder, files) if weights else None

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import ml_dtypes
+import numpy as np
 
 from jaxft.core.errors import UserError
 from jaxft.core.guards.inside import refuse_outside
 from jaxft.demo import demo_path
 from jaxft.weights.files.gguf import GgufFile
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
-from jaxft.weights.folders import quantised
-from jaxft.weights.folders.mxfp4 import Mxfp4Tensors, is_mxfp4
+from jaxft.weights.folders.quantised import methods
+from jaxft.weights.folders.quantised.fp8 import Fp8Tensors, is_fp8
+from jaxft.weights.folders.quantised.mxfp4 import Mxfp4Tensors, is_mxfp4
 from jaxft.weights.packages import package_model
 
 # Files of a model besides its weights: configs, tokenizer, chat template, licence, model card.
@@ -147,21 +150,32 @@ def _open_path(name: str, path: Path, weights: bool, nf4: bool) -> Source:
         return Source(name, gguf.config(), gguf if weights else None, gguf.side_files())
     folder = path if path.is_dir() else path.parent
     config = _read_config(folder / "config.json")
-    nf4 = nf4 and bool(quantised.nf4_scales(config))
-    files, method = side_files(folder), ""
-    if is_mxfp4(config):
-        config, method = {x: y for x, y in config.items() if x != "quantization_config"}, "MXFP4"
+    nf4 = nf4 and bool(methods.nf4_scales(config))
+    files, stated = side_files(folder), config.get("quantization_config") or {}
+    method = "MXFP4" if is_mxfp4(config) else "FP8" if is_fp8(config) else ""
+    if method:
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         files["config.json"] = text.encode()  # an export is in 16 or 32 bits
     if not nf4:
-        quantised.refuse_config(config, f"{folder / 'config.json'}")
+        methods.refuse_config(config, f"{folder / 'config.json'}")
     tensors: Tensors | None = None
     if weights:
         tensors = TensorFiles.open(path if path.is_file() else folder / _stated_file(config))
-        tensors = Mxfp4Tensors(tensors, str(path)) if method else tensors
+        if method == "MXFP4":
+            tensors = Mxfp4Tensors(tensors, str(path))
+        elif method:
+            block = stated.get("weight_block_size")
+            tensors = Fp8Tensors(tensors, str(path), _decoded_dtype(config), block)
         if not nf4:
-            quantised.refuse_tensors(tensors.keys(), str(path))
+            methods.refuse_tensors(tensors.keys(), str(path))
     return Source(name, config, tensors, files, folder, decoded_from=method)
+
+
+def _decoded_dtype(config: Mapping[str, Any]) -> np.dtype:
+    """Return the dtype of the model before quantisation, bfloat16 if config.json has another."""
+    name = config_dtype(config) or config_dtype(config.get("text_config") or {})
+    return np.dtype(name if name in ("float16", "float32") else ml_dtypes.bfloat16)
 
 
 def _stated_file(config: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from jaxft.runs import opening
 from jaxft.tasks import OPTIONS
 from jaxft.weights.files.gguf import GgufFile
 from jaxft.weights.files.tensor_files import TensorFiles, write_sharded
-from jaxft.weights.folders.mxfp4 import decode_mxfp4
+from jaxft.weights.folders.quantised.mxfp4 import decode_mxfp4
 from tests.tasks.llm.gguf.engine import Engine
 
 CONFIG = str(Path(__file__).resolve().parents[3] / "configs" / "llm.py")

@@ -10,7 +10,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from jaxft.core.errors import UserError
 from jaxft.weights.files.tensor_files import write_sharded
-from jaxft.weights.folders.mxfp4 import Mxfp4Tensors, decode_mxfp4, is_mxfp4
+from jaxft.weights.folders.quantised.mxfp4 import Mxfp4Tensors, decode_mxfp4, is_mxfp4
 from jaxft.weights.folders.transformers import open_source
 from jaxft.weights.views import InMemory
 

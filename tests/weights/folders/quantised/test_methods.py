@@ -7,18 +7,16 @@ import numpy as np
 import pytest
 
 from jaxft.core.errors import UserError
-from jaxft.nn.quantised import NF4_TABLES
 from jaxft.weights.files.tensor_files import write_sharded
-from jaxft.weights.folders.quantised import STATE, PackedTensors, refuse_config, refuse_tensors
+from jaxft.weights.folders.quantised.methods import refuse_config, refuse_tensors
 from jaxft.weights.folders.transformers import open_source
-from jaxft.weights.views import InMemory
 
 # quantization_config as each method's own tools write it (shortened).
 METHODS = {
     "bitsandbytes": {"load_in_4bit": True, "quant_method": "bitsandbytes"},
     "gptq": {"bits": 4, "group_size": 128, "quant_method": "gptq"},
     "awq": {"bits": 4, "version": "gemm", "quant_method": "awq"},
-    "fp8": {"activation_scheme": "dynamic", "quant_method": "fp8", "weight_block_size": [128, 128]},
+    "fp8": {"expert_dtype": "fp4", "quant_method": "fp8", "weight_block_size": [128, 128]},
     "compressed-tensors": {"format": "pack-quantized", "quant_method": "compressed-tensors"},
     "mxfp4": {"modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4"},
     "torchao": {"quant_type": {"default": {}}, "quant_method": "torchao"},
@@ -77,20 +75,3 @@ def test_what_is_not_quantised_passes(make_folder, tmp_path):
     for none in (None, {}):
         (folder / "config.json").write_text(json.dumps({**config, "quantization_config": none}))
         refuse_tensors(open_source(str(folder)).tensors.keys(), "x")
-
-
-@pytest.mark.parametrize("cut", ["w", "w.absmax"])
-def test_arrays_of_nf4_that_are_too_short_are_named(cut):
-    state = json.dumps({"blocksize": 64, "shape": [2, 64]}).encode()
-    tensors = {
-        "w": np.zeros(64, np.uint8),
-        "w.absmax": np.ones(2, np.float32),
-        "w.quant_map": NF4_TABLES["quant_map"],
-        f"w.{STATE}": np.frombuffer(state, np.uint8),
-    }
-    assert PackedTensors(InMemory(tensors), "x", NF4_TABLES).read("w").tolist() == [[-1.0] * 64] * 2
-    tensors[cut] = tensors[cut][:1]
-    with pytest.raises(
-        UserError, match=r"x: the sizes of w and w\.\* are not those of config.json"
-    ):
-        PackedTensors(InMemory(tensors), "x", NF4_TABLES).read("w")
