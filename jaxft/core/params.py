@@ -57,12 +57,19 @@ class Packed(NamedTuple):
     """A parameter that several arrays hold in fewer bits. Their paths are its own and their names.
 
     whole: the description of the parameter. encode: returns the arrays in a NamedTuple, whose
-    fields are their names, from an array of the parameter's shape without "layers" and the number
-    of its inputs.
+    fields are their names, from one kernel [*ins, *outs] and the number of its inputs.
     """
 
     whole: Leaf
     encode: Callable[[jax.Array, int], Any]
+
+    def encoded(self, array: jax.Array) -> dict[str, jax.Array]:
+        """Return the arrays of the parameter or of a part: a layer, or an expert of it."""
+        one: Callable[[jax.Array], Any] = lambda kernel: self.encode(kernel, self.whole.inputs)  # noqa: E731
+        stacked = [axis for axis in self.whole.axes if axis in ("layers", "expert")]
+        for _ in range(array.ndim - (len(self.whole.axes) - len(stacked))):
+            one = jax.vmap(one)
+        return {name: x for name, x in one(array)._asdict().items() if x is not None}
 
 
 def unpacked(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:

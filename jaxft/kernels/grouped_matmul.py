@@ -7,7 +7,7 @@ For 8 to 64 groups this was 4 to 27 times as fast on a CPU. Neither form is meas
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxft.core.runtime import device
+from jaxft.kernels.quantised.layouts import Quantised, decode
 
 SMALLEST_BLOCK_ROWS, LARGEST_BLOCK_ROWS = 8, 256
 BLOCKS_A_GROUP = 8  # of a group with the mean number of rows, so that padding is a small part
@@ -54,18 +55,18 @@ def group_rows(groups: Int[Array, " M"], count: int) -> GroupedRows:
 
 
 def grouped_matmul(
-    x: Float[Array, "R K"], kernels: Float[Array, "E K N"], groups: GroupedRows
+    x: Float[Array, "R K"], kernels: Float[Array, "E K *N"] | Quantised, groups: GroupedRows
 ) -> Float[Array, "R N"]:
     """Return x times the kernel of each row's group, [R, N] in x's dtype, summed in fp32.
 
-    x: the rows at the places of `groups`, 0 where a place is padding.
+    x: the rows at the places of `groups`, 0 where a place is padding. Quantised kernels are stacked
+    over groups, and frozen: they have no gradient.
     """
-    kernels = kernels.astype(x.dtype)
+    if isinstance(kernels, Quantised):
+        return _quantised(x, kernels, groups, x.shape[1:])
+    kernels = kernels.reshape(*kernels.shape[:2], -1).astype(x.dtype)  # [E, K, N]
     if device().platform == "tpu":
-        made = jax.lax.ragged_dot(
-            x, kernels, groups.sizes.astype(jnp.int32), preferred_element_type=jnp.float32
-        )
-        return made.astype(x.dtype)
+        return _ragged(x, kernels, groups)
     return _by_blocks(x, kernels, groups.owners)
 
 
@@ -75,6 +76,54 @@ def reference(
     """Return the products of rows in any order, from those of every row with every kernel."""
     every = jnp.einsum("mk,ekn->men", x, kernels)  # [M, E, N]
     return jnp.take_along_axis(every, groups[:, None, None], axis=1)[:, 0]  # [M, N]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _quantised(x: Array, kernels: Quantised, groups: GroupedRows, ins: tuple[int, ...]) -> Any:
+    """Return the product with quantised kernels, which are decoded to x's dtype.
+
+    The backward pass decodes them again. It thus keeps the codes alone, as `matmul` does.
+    """
+    return _frozen(x, _decoded(kernels, ins, x.dtype), groups, over=2)
+
+
+def _quantised_forward(
+    x: Array, kernels: Quantised, groups: GroupedRows, ins: tuple[int, ...]
+) -> tuple[Any, Any]:
+    return _quantised(x, kernels, groups, ins), (kernels, groups)
+
+
+def _quantised_backward(
+    ins: tuple[int, ...], saved: tuple[Quantised, GroupedRows], dy: Array
+) -> tuple[Array, None, None]:
+    kernels, groups = saved
+    return _frozen(dy, _decoded(kernels, ins, dy.dtype), groups, over=1), None, None
+
+
+_quantised.defvjp(_quantised_forward, _quantised_backward)
+
+
+def _decoded(kernels: Quantised, ins: tuple[int, ...], dtype: Any) -> Float[Array, "E N K"]:
+    made = jax.vmap(lambda one: decode(one, ins, dtype))(kernels)  # [E, *outs, K]
+    return made.reshape(len(made), -1, *ins)
+
+
+def _frozen(
+    x: Array, kernels: Float[Array, "E N K"], groups: GroupedRows, over: int
+) -> Float[Array, "R N"]:
+    """Return the product of rows and kernels, summed over that dim of the kernels."""
+    if device().platform == "tpu":
+        return _ragged(x, kernels if over == 1 else kernels.mT, groups)
+    return _product(x, kernels, groups.owners, over)
+
+
+def _ragged(
+    x: Float[Array, "R K"], kernels: Float[Array, "E K N"], groups: GroupedRows
+) -> Float[Array, "R N"]:
+    made = jax.lax.ragged_dot(
+        x, kernels, groups.sizes.astype(jnp.int32), preferred_element_type=jnp.float32
+    )
+    return made.astype(x.dtype)
 
 
 def _block_rows(rows: int, groups: int) -> int:

@@ -1,6 +1,6 @@
 """The product of activations and a kernel, for all projections.
 
-A kernel in another format (quantised, fp8) is one more branch in this file alone.
+A kernel in another format is one more branch of `quantised/layouts.py`.
 """
 
 from functools import partial
@@ -12,11 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxft.core.runtime import device
-from jaxft.kernels.quantised import int8, nf4
-from jaxft.kernels.quantised.int8 import Int8
-from jaxft.kernels.quantised.nf4 import NF4
+from jaxft.kernels.quantised.layouts import Quantised, decode
 
-Kernel = Array | NF4 | Int8
+Kernel = Array | Quantised
 
 
 def matmul(x: Float[Array, "..."], kernel: Kernel, inputs: int = 1) -> Any:
@@ -24,7 +22,7 @@ def matmul(x: Float[Array, "..."], kernel: Kernel, inputs: int = 1) -> Any:
 
     inputs: the number of dims of *ins. A quantised kernel is frozen: it has no gradient.
     """
-    if isinstance(kernel, NF4 | Int8):
+    if isinstance(kernel, Quantised):
         return _quantised(x, kernel, x.shape[x.ndim - inputs :])
     return _plain(x, kernel.astype(x.dtype), inputs)
 
@@ -68,12 +66,12 @@ _plain.defvjp(_forward, _backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _quantised(x: Array, kernel: NF4 | Int8, ins: tuple[int, ...]) -> Any:
+def _quantised(x: Array, kernel: Quantised, ins: tuple[int, ...]) -> Any:
     """Return the product with a quantised kernel, which is decoded to x's dtype.
 
     The backward pass decodes it again. It thus keeps the codes alone, and no copy of the weights.
     """
-    decoded = _decoded(kernel, ins, x.dtype)  # [*outs, *ins]
+    decoded = decode(kernel, ins, x.dtype)  # [*outs, *ins]
     dims = (
         tuple(range(x.ndim - len(ins), x.ndim)),
         tuple(range(decoded.ndim - len(ins), decoded.ndim)),
@@ -81,21 +79,15 @@ def _quantised(x: Array, kernel: NF4 | Int8, ins: tuple[int, ...]) -> Any:
     return jax.lax.dot_general(x, decoded, (dims, ((), ())))  # [*rows, *outs]
 
 
-def _quantised_forward(x: Array, kernel: NF4 | Int8, ins: tuple[int, ...]) -> tuple[Any, Any]:
+def _quantised_forward(x: Array, kernel: Quantised, ins: tuple[int, ...]) -> tuple[Any, Any]:
     return _quantised(x, kernel, ins), kernel
 
 
-def _quantised_backward(ins: tuple[int, ...], kernel: NF4 | Int8, dy: Array) -> tuple[Array, None]:
-    decoded = _decoded(kernel, ins, dy.dtype)  # [*outs, *ins]
+def _quantised_backward(ins: tuple[int, ...], kernel: Quantised, dy: Array) -> tuple[Array, None]:
+    decoded = decode(kernel, ins, dy.dtype)  # [*outs, *ins]
     outs = decoded.ndim - len(ins)
     dims = tuple(range(dy.ndim - outs, dy.ndim)), tuple(range(outs))
     return jax.lax.dot_general(dy, decoded, (dims, ((), ()))), None  # [*rows, *ins]
 
 
 _quantised.defvjp(_quantised_forward, _quantised_backward)
-
-
-def _decoded(kernel: NF4 | Int8, ins: tuple[int, ...], dtype: Any) -> Array:
-    if isinstance(kernel, NF4):
-        return nf4.decode(kernel, ins, dtype)
-    return int8.decode(kernel, ins, dtype)

@@ -65,29 +65,44 @@ def check_base(base: str, lora: Lora) -> None:
 
 
 def quantise(model: nnx.Module, base: str, double: bool = True, prefix: str = "") -> None:
-    """Quantise the kernel of every projection in a stack of blocks.
+    """Quantise the kernel of every projection in a stack of blocks, and those of all experts.
 
     In a decoder these are all but the output head, as in transformers. Embeddings, projections
-    before and after the blocks, convolutions, norms and biases stay.
+    before and after the blocks, convolutions, routers, norms and biases stay.
     base: "nf4", "int8", or "none". double: as in `NF4Kernel`. prefix: of the network's paths.
     Raises: UserError for a projection whose inputs are no whole number of blocks.
     """
     if base == "none":
         return
-    for path, linear in projections(model).items():
-        blocks = path.startswith(prefix) and layer_count(linear)
-        if not blocks or not isinstance(linear, Linear):
-            continue
-        width = prod(linear.kernel.shape[1 : 1 + linear.inputs])
+    found = {
+        path: linear
+        for path, linear in projections(model).items()
+        if path.startswith(prefix) and layer_count(linear) and isinstance(linear, Linear)
+    }
+    for path, module in {**found, **_experts(model)}.items():
+        about = module.kernel.get_metadata()
+        axes, inputs = about["axes"], about["inputs"]
+        at = len(module.kernel.shape) - len(axes) + int(axes[0] == "expert")
+        width = prod(module.kernel.shape[at : at + inputs])
         if base == NF4_BASE and width % NF4_BLOCK:
             raise UserError(
                 f"base={base}: {path} has {width} inputs, which is no multiple of {NF4_BLOCK}; set"
                 f" base={INT8_BASE} or base=none"
             )
         if base == NF4_BASE:
-            linear.kernel = nnx.data(NF4Kernel(linear.kernel, linear.inputs, double))
+            module.kernel = nnx.data(NF4Kernel(module.kernel, inputs, double))
         else:
-            linear.kernel = nnx.data(Int8Kernel(linear.kernel, linear.inputs))
+            module.kernel = nnx.data(Int8Kernel(module.kernel, inputs))
+
+
+def _experts(model: nnx.Module) -> dict[str, Any]:
+    """Return the modules whose kernel is stacked over experts, by dotted path."""
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        kernel = getattr(module, "kernel", None)
+        if isinstance(kernel, nnx.Param) and kernel.get_metadata()["axes"][0] == "expert":
+            found[".".join(map(str, path))] = module
+    return dict(sorted(found.items()))
 
 
 def _params(
@@ -98,13 +113,11 @@ def _params(
 ) -> dict[str, nnx.Param]:
     """Return the arrays of a kernel as parameters by name, each with what it is a part of."""
     own, shape = kernel.get_metadata()["axes"], tuple(kernel.shape)
-    lead = ("layers",) if (stacked := len(shape) > len(own)) else ()
-    whole = Leaf(shape, kernel.dtype, (*lead, *own), inputs)
-    one = lambda array: encode(array, inputs)  # noqa: E731
-    made = (jax.vmap(one) if stacked else one)(kernel[...])
-    named = axes(own, inputs)._asdict()
+    lead = ("layers",) if len(shape) > len(own) else ()
+    packed = Packed(Leaf(shape, kernel.dtype, (*lead, *own), inputs), encode)
+    experts, one = (own[:1], own[1:]) if own[0] == "expert" else ((), own)
+    named = axes(one, inputs)._asdict()
     return {
-        name: nnx.Param(array, axes=named[name], packed=Packed(whole, encode))
-        for name, array in made._asdict().items()
-        if array is not None
+        name: nnx.Param(array, axes=(*experts, *named[name]), packed=packed)
+        for name, array in packed.encoded(kernel[...]).items()
     }

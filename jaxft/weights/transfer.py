@@ -167,7 +167,7 @@ def _whole(
     one = next(iter(ones.values()))
     if packed is None:
         return one
-    axes = packed.whole.axes[1:] if packed.whole.stacked else packed.whole.axes
+    axes = packed.whole.axes[-len(shape) :]
     return fitted(NamedSharding(one.mesh, spec(axes)), shape)
 
 
@@ -208,8 +208,7 @@ def _encoded(pieces: Params, packed: Packed | None, dtype: Any) -> Params:
         return pieces
     if packed is None:
         return {"": pieces[""].astype(dtype)}
-    made = packed.encode(pieces[""], packed.whole.inputs)._asdict()
-    return {name: array for name, array in made.items() if array is not None}
+    return packed.encoded(pieces[""])
 
 
 def _all_finite(arrays: Params) -> jax.Array:

@@ -1,6 +1,7 @@
 """Folders that transformers saves with bitsandbytes' NF4: read as they are, tuned by an adapter."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -8,14 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from bitsandbytes import functional as F
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from jaxft import train
 from jaxft.core.config import load_config
 from jaxft.core.errors import UserError
 from jaxft.core.params import bind
+from jaxft.kernels.quantised import nf4
+from jaxft.kernels.quantised.nf4 import NF4
 from jaxft.runs import opening
 from jaxft.weights.folders.transformers import open_source
 
@@ -119,3 +129,35 @@ def test_what_is_not_read_is_named(folders, make_config, make_folder, tmp_path):
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"their scales are not \(bnb_4bit_use_double_quant\)"):
         opening.load_params(open_nf4(make_config, other))
+
+
+def test_experts_that_bitsandbytes_holds_one_by_one(make_folder, make_config, tmp_path):
+    """transformers 4 had a Linear for each expert, and its folders have a code for each weight."""
+    shutil.copytree(make_folder(dtype="float16", **SHAPE), tmp_path / "model")
+    own = {"vocab_size": 330, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(**SHAPE, **own, num_key_value_heads=2, num_local_experts=4)
+    MixtralForCausalLM(config).to(torch.float16).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    arrays = load_file(file)
+    for key in [x for x in arrays if "self_attn" in x or ".experts." in x]:
+        options = {"quant_type": "nf4", "compress_statistics": True}
+        codes, state = F.quantize_4bit(torch.tensor(arrays.pop(key)), **options)
+        beside = {f"{key}.{x}": y.numpy() for x, y in state.as_dict(packed=True).items()}
+        arrays |= {key: codes.numpy(), **beside}
+    save_file(arrays, file)
+    stated = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    stated["bnb_4bit_use_double_quant"] = True
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"quantization_config": stated}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    run = open_nf4(make_config, tmp_path / "model")
+    params = opening.load_params(run)
+    key = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    found = {x: params[f"layers.mlp.experts.down_proj.kernel.{x}"][1, 3] for x in NF4._fields}
+    np.testing.assert_array_equal(np.ravel(found["codes"]), np.ravel(arrays[key]))
+    np.testing.assert_array_equal(np.ravel(found["scales"]), arrays[f"{key}.absmax"])
+    np.testing.assert_array_equal(found["nested"], arrays[f"{key}.nested_absmax"])
+    beside = {x: torch.tensor(y) for x, y in arrays.items() if x.startswith(f"{key}.")}
+    state = F.QuantState.from_dict(beside, device=torch.device("cpu"))
+    want = F.dequantize_4bit(torch.tensor(arrays[key]), state).numpy()
+    np.testing.assert_array_equal(nf4.decode(NF4(**found), (128,), jnp.float16), want)

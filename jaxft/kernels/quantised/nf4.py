@@ -126,6 +126,11 @@ def decode(kernel: NF4, ins: tuple[int, ...], dtype: Any) -> Float[Array, "..."]
     return made.astype(dtype).reshape(*outs, *ins)
 
 
+def with_plain_scales(kernel: NF4) -> NF4:
+    """Return the same kernel with fp32 scales, which can be cut anywhere between blocks."""
+    return NF4(kernel.codes, _scales(kernel))
+
+
 def _scales(kernel: NF4) -> Float[Array, "..."]:
     """Return the fp32 scale of each block."""
     if kernel.nested is None:

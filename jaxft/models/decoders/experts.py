@@ -11,6 +11,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxft.core.sharding import AXIS_RULES, batch_ways, spec
 from jaxft.kernels.grouped_matmul import GroupedRows, group_rows, grouped_matmul
+from jaxft.kernels.matmul import Kernel
+from jaxft.kernels.quantised import int8, nf4
+from jaxft.kernels.quantised.int8 import Int8
+from jaxft.kernels.quantised.nf4 import NF4
 from jaxft.models.decoders.config import DecoderConfig, ExpertSpec
 from jaxft.nn.gated import clamped, gated
 
@@ -37,21 +41,22 @@ class Matrix(nnx.Module):
         std: float,
         bias: bool = False,
     ):
-        self.kernel = nnx.Param(std * jax.random.normal(key, shape), axes=axes, inputs=1)
+        made = std * jax.random.normal(key, shape)
+        self.kernel: Any = nnx.Param(made, axes=axes, inputs=1)  # or quantised, as in `Linear`
         at = int(axes[0] == "expert")  # the dim of inputs, which a bias does not have
         zeros, rest = jnp.zeros(shape[:at] + shape[at + 1 :]), axes[:at] + axes[at + 1 :]
         self.bias = nnx.data(nnx.Param(zeros, axes=rest) if bias else None)
 
-    def values(self) -> tuple[Array, Array | None]:
-        """Return the matrix, and its bias or None."""
+    def values(self) -> tuple[Any, Array | None]:
+        """Return the matrix, which may be quantised, and its bias or None."""
         return self.kernel[...], None if self.bias is None else self.bias[...]
 
 
 class ExpertWeights(NamedTuple):
     """Matrices with their biases or None: gate and up, or both in one, and down."""
 
-    wide: tuple[tuple[Array, Array | None], ...]
-    down: tuple[Array, Array | None]
+    wide: tuple[tuple[Kernel, Array | None], ...]
+    down: tuple[Kernel, Array | None]
 
 
 class Experts(nnx.Module):
@@ -109,7 +114,7 @@ class ExpertMLP(nnx.Module):
             clamp = experts.clamp
             return clamped(gate, up, clamp) if clamp else gated(gate, up, activation)
 
-        out = _on_mesh(x, shares, chosen, self.experts.weights(), act)
+        out = _on_mesh(x, shares, chosen, self.experts.weights(), act, experts.count)
         return out, None if counted is None else _sums(logits, chosen, counted)
 
 
@@ -163,7 +168,12 @@ Activation = Callable[[Array, Array], Array]
 
 
 def _on_mesh(
-    x: Array, shares: Array, chosen: Array, weights: ExpertWeights, activation: Activation
+    x: Array,
+    shares: Array,
+    chosen: Array,
+    weights: ExpertWeights,
+    activation: Activation,
+    count: int,
 ) -> Array:
     """Return the output of the experts, for each device's own rows.
 
@@ -171,21 +181,38 @@ def _on_mesh(
     from the devices that hold them, and computes its part of their width.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    local = partial(_outputs, activation=activation, count=count)
     if mesh.empty or mesh.size == 1:
-        return _outputs(x, shares, chosen, weights, activation=activation)
+        return local(x, shares, chosen, weights)
     rows = spec(("batch" if len(x) % batch_ways(mesh) == 0 else None, None, None))
+    split = jax.vmap(nf4.with_plain_scales)
+    plain = lambda one: split(one) if isinstance(one, NF4) else one  # noqa: E731
+    weights = jax.tree.map(plain, weights, is_leaf=lambda one: isinstance(one, NF4))
     # The width is the last dim of gate and up, and of their biases.
-    wide = jax.tree.map(lambda one: spec((None,) * (one.ndim - 1) + ("mlp",)), weights.wide)
+    lead = (None,) * (len(weights.wide) == 1)
+    wide: Any = tuple(
+        (_specs(kernel, (None, *lead, "mlp")), None if bias is None else spec((None, *lead, "mlp")))
+        for kernel, bias in weights.wide
+    )
     bias = None if weights.down[1] is None else spec((None, None))
-    narrow: Any = spec((None, "mlp", None)), bias
-    local = partial(_outputs, activation=activation, width_axis=AXIS_RULES["mlp"])
+    narrow: Any = _specs(weights.down[0], ("mlp", None)), bias
     mapped = jax.shard_map(
-        local,
+        partial(local, width_axis=AXIS_RULES["mlp"]),
         in_specs=(rows, rows, rows, ExpertWeights(wide, narrow)),
         out_specs=rows,
         check_vma=False,
     )
     return mapped(x, shares, chosen, weights)
+
+
+def _specs(kernel: Kernel, axes: tuple[str | None, ...]) -> Any:
+    """Return the mesh axes of the experts' kernels, by the logical axes of one."""
+    if isinstance(kernel, NF4):
+        found = nf4.axes(axes, inputs=1)
+        return NF4(spec((None, *found.codes)), spec((None, *found.scales)))
+    if isinstance(kernel, Int8):
+        return Int8(*(spec((None, *one)) for one in int8.axes(axes, inputs=1)))
+    return spec((None, *axes))
 
 
 def _outputs(
@@ -195,12 +222,13 @@ def _outputs(
     weights: ExpertWeights,
     *,
     activation: Activation,
+    count: int,
     width_axis: Any = None,
 ) -> Float[Array, "B T D"]:
-    """Return the weighted sums. width_axis: the mesh axis over which F is split."""
+    """Return the weighted sums of `count` experts. width_axis: the mesh axis that splits F."""
     down, down_bias = weights.down
     active = chosen.shape[-1]
-    groups = group_rows(chosen.reshape(-1), len(down))  # of B T A rows
+    groups = group_rows(chosen.reshape(-1), count)  # of B T A rows
     tokens = groups.rows // active  # past the last token where a place is padding
     flat = x.reshape(-1, x.shape[-1])  # [B T, D]
     rows = jnp.take(flat, tokens, axis=0, mode="fill", fill_value=0)  # [R, D]
@@ -211,16 +239,16 @@ def _outputs(
     out = jnp.einsum("bta,btad->btd", shares, made.astype(jnp.float32))
     out = out if width_axis is None else jax.lax.psum(out, width_axis)
     if down_bias is not None:
-        sparse = jnp.einsum("bta,btae->bte", shares, jax.nn.one_hot(chosen, len(down)))
+        sparse = jnp.einsum("bta,btae->bte", shares, jax.nn.one_hot(chosen, count))
         out += jnp.einsum("bte,ed->btd", sparse, down_bias.astype(jnp.float32))
     return out.astype(x.dtype)  # [B, T, D]
 
 
 def _projected(
-    rows: Float[Array, "R D"], kernel: Array, bias: Array | None, groups: GroupedRows
+    rows: Float[Array, "R D"], kernel: Kernel, bias: Array | None, groups: GroupedRows
 ) -> Float[Array, "R F"]:
     """Return the product of each row with its expert's matrix, with its bias."""
-    made = grouped_matmul(rows, kernel.reshape(*kernel.shape[:2], -1), groups)  # [R, F or 2 F]
+    made = grouped_matmul(rows, kernel, groups)  # [R, F or 2 F]
     if bias is None:
         return made
     own = bias.reshape(len(bias), -1).astype(rows.dtype)[groups.owners]  # [blocks, F or 2 F]

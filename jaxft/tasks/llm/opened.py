@@ -188,11 +188,6 @@ class OpenedDecoder:
                     " leave it out"
                 )
             return
-        if self.options.base != "none":
-            raise UserError(
-                f"base={self.options.base} does not quantise experts, which are most of"
-                f" {self.source.name}; set base=none"
-            )
         if not cfg.lora.rank:
             return
         for key, regex in (("lora.targets", cfg.lora.targets), ("trainable", cfg.trainable)):

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,10 @@ import jaxft
 from jaxft import train
 from jaxft.core.config import load_config
 from jaxft.core.errors import UserError
+from jaxft.kernels.quantised import int8
 from jaxft.runs import opening
 from jaxft.tasks import OPTIONS
+from jaxft.weights.folders.transformers import open_source
 from tests import whole as runs
 
 CONFIG = str(Path(__file__).resolve().parents[3] / "configs" / "llm.py")
@@ -107,13 +110,33 @@ def test_an_adapter_of_attention_in_peft(mixture, make_flags, tmp_path):
     assert np.abs(logits(theirs) - untouched).max() > 1e-3
 
 
+def test_experts_in_8_bits_are_those_of_the_file(mixture, make_flags, config, tmp_path):
+    """Each tensor of an expert has its own codes. A merged export has the file's own experts."""
+    keys = {"lora.rank": 2, "base": "int8", "total": "1_steps", "optim.lr": 0.1}
+    run = runs.open_run(config(mixture, keys))
+    params, tensors = opening.load_params(run), open_source(str(mixture)).tensors
+    for i, expert, name, own in ((0, 0, "gate", "w1"), (1, 7, "down", "w2"), (1, 3, "up", "w3")):
+        read = tensors.read(f"model.layers.{i}.block_sparse_moe.experts.{expert}.{own}.weight")
+        want = int8.encode(jnp.asarray(read.T), 1)
+        for field, array in want._asdict().items():
+            held = params[f"layers.mlp.experts.{name}_proj.kernel.{field}"]
+            np.testing.assert_array_equal(held[i, expert], array)
+    keys |= {"optim.warmup": "0_steps", "export.kind": "merged"}
+    flags = ["--config", CONFIG, *make_flags(mixture, keys), "--workdir", str(tmp_path)]
+    assert train.main(flags) == 0
+    after = open_source(str(tmp_path / "export")).tensors
+    for key in tensors.keys():  # noqa: SIM118
+        same = after.read(key).tobytes() == tensors.read(key).tobytes()
+        assert same == ("self_attn" not in key), key
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
         ({"lora.targets": r".*_proj"}, r"lora.targets=.* matches layers\.mlp\.experts\.gate_proj"),
         ({"lora.targets": r".*router"}, r"matches layers\.mlp\.router, and an adapter of PEFT"),
         ({"trainable": r".*lora.*|.*experts.*"}, r"trainable=.* matches layers\.mlp\.experts"),
-        ({"base": "nf4"}, "base=nf4 does not quantise experts"),
+        ({"base": "nf4"}, r"base=nf4: layers\.\w+\.\S+ has 32 inputs, which is no multiple of 64"),
         ({"objective": "dpo", "router_loss": 0.1}, "router_loss=0.1 belongs to objective=sft"),
         ({"router_loss": -2.0}, "router_loss=-2.0 must be at least 0, or -1"),
     ],
