@@ -9,6 +9,7 @@ import numpy as np
 from jaxft.core import runtime
 from jaxft.core.params import NEW_TOKEN_ROLE
 from jaxft.models.pipelines import ldm
+from jaxft.models.pipelines.growing import NO_GROWTH
 from jaxft.tasks import Job, Writer
 from jaxft.tasks.common import writers
 from jaxft.tasks.diffusion import inversion
@@ -89,10 +90,14 @@ def _write_inversion(job: Job) -> None:
 
 
 def _write_all(job: Job) -> None:
-    """Write the folder with the single file in it, and the LoRA, if any, under lora/."""
+    """Write the folder with the single file in it, and the LoRA, if any, under lora/.
+
+    The LoRA of a grown UNet is left out, because its new inputs train beside it.
+    """
     _write_folder(job)
     _write_ldm(job)
-    if job.opened.cfg.lora.rank:  # apart, because the files above have it merged
+    grown = job.opened.options.grow != NO_GROWTH
+    if job.opened.cfg.lora.rank and not grown:  # apart, because the files above have it merged
         (job.folder / "lora").mkdir()
         _write_lora(job._replace(folder=job.folder / "lora"))
 

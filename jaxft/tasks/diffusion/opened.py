@@ -15,7 +15,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE, describe, unpacked
 from jaxft.data.sources.schemes import ALPHA, MASK_FILE
 from jaxft.models import flops
-from jaxft.models.pipelines import families, ldm, stable_diffusion
+from jaxft.models.pipelines import families, growing, ldm, stable_diffusion
 from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
 from jaxft.models.pipelines.flow.common import FlowConfig
 from jaxft.models.pipelines.stable_diffusion import Conditions, PipelineConfig, Text
@@ -41,7 +41,8 @@ class OpenedPipeline:
         prediction = options.prediction or None
         nf4 = NF4_TABLES if options.base == NF4_BASE else None
         weights = cfg.init == "pretrained"
-        self.pipeline = ldm.open_model(cfg.model, weights, prediction=prediction, nf4=nf4)
+        read = ldm.open_model(cfg.model, weights, prediction=prediction, nf4=nf4)
+        self.pipeline = growing.grow(read, options.grow)
         self.model_cfg = families.read_config(self.pipeline, options.prediction, options.zero_snr)
         check_sampler("sample.sampler", options.sample.sampler, self.model_cfg)
         check(options.caption_dropout, self.model_cfg)
@@ -66,9 +67,12 @@ class OpenedPipeline:
             cfg = dataclasses.replace(cfg, lora=targets)
         if not (cfg.trainable or cfg.lora.rank or options.inversion.token):
             cfg = dataclasses.replace(cfg, trainable=rf"{self.model_cfg.denoiser}\..*")
+        elif options.grow != growing.NO_GROWTH and not cfg.trainable:
+            cfg = dataclasses.replace(cfg, trainable=growing.TRAINED_BESIDE)
         check_base(options.base, cfg.lora)
         self.cfg = cfg
         self.template = jax.eval_shape(self.build, jax.random.key(0))
+        growing.check_trained(options.grow, cfg.trainable, unpacked(describe(self.template)))
         if cfg.export.kind == "lora" or (cfg.export.kind == "all" and cfg.lora.rank):
             pipeline_lora.check(self.parts, unpacked(describe(self.template)))
 
