@@ -17,7 +17,7 @@ from jaxft.weights.views import MoreInputs
 NO_GROWTH = "none"
 NEW_INPUTS = "unet.conv_in.kernel"
 # The parameters that train by default beside an adapter or a new word.
-TRAINED_BESIDE = r"unet\.conv_in\..*|.*\.(lora_[abm]|inversion\.embedding)"
+TRAINED_BESIDE = r"unet\.conv_in\..*|.*\.(lora_[abkm]|inversion\.embedding)"
 
 
 class Growth(NamedTuple):

@@ -53,6 +53,7 @@ class OpenedPipeline:
                 f" {self.model_cfg.describe()}, does not have; set it to 0"
             )
         _check_captions(options, self.model_cfg)
+        _check_lokr(cfg.lora, self.model_cfg)
         self.model_cfg = dataclasses.replace(self.model_cfg, clip_skip=options.clip_skip)
         self.model_cfg = inversion.extended(self.model_cfg, len(inversion.names(options.inversion)))
         self.process: NoiseProcess = self.model_cfg.process(options.min_snr_gamma)
@@ -114,6 +115,8 @@ class OpenedPipeline:
     def _read_adapter(self, asked: Lora) -> tuple[PipelineLora, Lora]:
         """Open the file of `lora.from`. Returns it with the LoRA settings that it decides."""
         everywhere = Lora(rank=1, targets=".*", dora=True)
+        if asked.lokr:
+            everywhere = Lora(rank=1, targets=r"unet\..*", lokr=asked.lokr)
 
         def build(key: jax.Array) -> nnx.Module:
             model = families.build(self.model_cfg, key)
@@ -122,7 +125,7 @@ class OpenedPipeline:
 
         model = jax.eval_shape(build, jax.random.key(0))
         layouts = ldm.layouts(self.pipeline)
-        found = open_lora(asked.from_, self.parts, describe(model), layouts)
+        found = open_lora(asked.from_, self.parts, describe(model), layouts, asked.lokr)
         return found, lora.continued(asked, found.lora, lora.projections(model))
 
     def describe(self) -> str:
@@ -174,6 +177,17 @@ def _check_captions(options: DiffusionOptions, cfg: AnyConfig) -> None:
         raise UserError(
             f"clip_skip={options.clip_skip} is not between 0 and {most}: CLIP has {layers} layers"
         )
+
+
+def _check_lokr(cfg: Lora, model: AnyConfig) -> None:
+    """Raise UserError for LoKr of a model whose file it cannot be written to, or with DoRA."""
+    if cfg.lokr and not isinstance(model, PipelineConfig):
+        raise UserError(
+            f"lora.lokr={cfg.lokr} is for the UNets of Stable Diffusion 1, 2 and XL, and this is"
+            f" {model.describe()}; leave it out"
+        )
+    if cfg.lokr and cfg.dora:
+        raise UserError(f"lora.lokr={cfg.lokr} does not go with lora.dora=True; leave one out")
 
 
 def _check_mask(name: str, cfg: AnyConfig) -> None:
