@@ -15,7 +15,7 @@ from jaxft.core.sharding import constrain
 from jaxft.kernels.attention.attention import saves_attention
 from jaxft.kernels.conv import Padding, convolve
 from jaxft.kernels.elementwise import recomputed
-from jaxft.nn.linear import Adapter, Linear, dora_gain, dropout
+from jaxft.nn.linear import Adapter, Linear, dora_gain, dropout, kronecker
 from jaxft.nn.norm import GroupNorm
 
 # Logical axes of a kernel [y, x, in, out]: one channel dim over fsdp, or none where it is 3 or 4.
@@ -69,6 +69,7 @@ class Conv(nnx.Module):
         self.bias = nnx.data(nnx.Param(zeros, axes=(None,)) if bias else None)
         self.lora_a = nnx.data(None)
         self.lora_b = nnx.data(None)
+        self.lora_k = nnx.data(None)
         self.lora_m = nnx.data(None)
         self.adapter = Adapter(1.0)
         self.stride = stride
@@ -88,8 +89,12 @@ class Conv(nnx.Module):
             inner = x
             if keys is not None and self.adapter.dropout > 0:
                 inner = dropout(x, keys, self.adapter)
-            low = self.convolve(inner, self.lora_a[...])  # [B, Y2, X2, r]
-            update = jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)  # [B, Y2, X2, out]
+            b = self.lora_b[...].astype(x.dtype)
+            if self.lora_k is not None:
+                update = self._kronecker(inner, b)
+            else:
+                low = self.convolve(inner, self.lora_a[...])  # [B, Y2, X2, r]
+                update = jnp.tensordot(low, b, 1)  # [B, Y2, X2, out]
             update = self.adapter.scale * update
             if self.lora_m is not None:
                 adapter = self.lora_m[...], self.lora_a[...], self.lora_b[...]
@@ -100,6 +105,17 @@ class Conv(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y
+
+    def _kronecker(
+        self, x: Float[Array, "B Y X C"], b: Float[Array, "R O"]
+    ) -> Float[Array, "B Y2 X2 F"]:
+        """Return the update of LoKr: each block of channels is a row of its own for A."""
+        assert self.lora_a is not None and self.lora_k is not None
+        rows, y, across, _ = x.shape
+        blocks = jnp.moveaxis(x.reshape(rows, y, across, len(self.lora_k[...]), -1), 3, 1)
+        low = self.convolve(blocks.reshape(-1, *blocks.shape[2:]), self.lora_a[...])
+        low = low.reshape(rows, -1, *low.shape[1:])  # [B, Q, Y2, X2, r]
+        return kronecker(jnp.moveaxis(low, 1, 3), self.lora_k[...], b)  # [B, Y2, X2, out]
 
     def convolve(
         self, x: Float[Array, "B Y X C"], kernel: Float[Array, "size size C F"]

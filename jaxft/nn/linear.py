@@ -31,7 +31,7 @@ class Linear(nnx.Module):
     each output over its inputs. It has no gradient. m = 0 marks a layer without an adapter.
     x [..., *in_shape] -> y [..., *out_shape]. W [*in_shape, *out_shape], A [*in_shape, r],
     B [r, *out_shape], m and b [*out_shape]. `axes` are the logical axes of W. In a stack whose
-    layers have different scales, `lora_s` holds them.
+    layers have different scales, `lora_s` holds them. With LoKr the update is `kronecker`.
     Source of LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3. Source of DoRA: Liu et al. 2024,
     arXiv:2402.09353, eq. 5 and section 4.3.
     """
@@ -55,6 +55,7 @@ class Linear(nnx.Module):
         # The slots of an adapter, which `lora.add` fills. nnx.data lets None become a parameter.
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
+        self.lora_k: nnx.Param | None = nnx.data(None)
         self.lora_m: nnx.Param | None = nnx.data(None)
         self.lora_s: nnx.Param | None = nnx.data(None)
         self.adapter = Adapter(1.0)
@@ -70,8 +71,13 @@ class Linear(nnx.Module):
         y: Array = matmul(x, self.kernel[...], self.inputs)
         if self.lora_a is not None and self.lora_b is not None:
             inner = self._dropped(x, keys)
-            low = jnp.tensordot(inner, self.lora_a[...].astype(x.dtype), self.inputs)  # [..., r]
-            update = jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)  # [..., *out_shape]
+            a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
+            if self.lora_k is not None:
+                blocks = inner.reshape(*x.shape[:-1], -1, len(a))  # [..., Q, in / Q]
+                update = kronecker(jnp.tensordot(blocks, a, 1), self.lora_k[...], b)
+            else:
+                low = jnp.tensordot(inner, a, self.inputs)  # [..., r]
+                update = jnp.tensordot(low, b, 1)  # [..., *out_shape]
             update = self._scale(x.dtype) * update
             if self.lora_m is not None:
                 factors = self.lora_a[...], self.lora_b[...]
@@ -115,6 +121,19 @@ class Linear(nnx.Module):
         if keys is None or self.adapter.dropout == 0:
             return x
         return dropout(x, keys, self.adapter)
+
+
+def kronecker(
+    low: Float[Array, "... Q R"], k: Float[Array, "Q P"], b: Float[Array, "R O"]
+) -> Float[Array, "... F"]:
+    """Return the update of LoKr [..., P * O] of an input whose Q blocks are multiplied by A.
+
+    It is x (K x A B) with the product x of Kronecker, which is never computed: of block q of the
+    input, block p of the output has K[q, p] (x_q A) B. Source: Yeh et al. 2023, arXiv:2309.14859.
+    """
+    mixed = jnp.einsum("...qr,qp->...pr", low, k.astype(low.dtype))  # [..., P, R]
+    made = jnp.tensordot(mixed, b, 1)  # [..., P, O]
+    return made.reshape(*made.shape[:-2], -1)
 
 
 def dora_gain(

@@ -18,9 +18,9 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE, SCALE_ROLE
 from jaxft.nn.conv import Conv
 from jaxft.nn.linear import Adapter, Embedding, Linear, TrainedRows
-from jaxft.weights.adapters import ranks
+from jaxft.weights.adapters import lokr, ranks
 
-PATHS = r".*\.(?:lora_[abm]|tokens\.embedding)"  # a regex of all parameters of adapters
+PATHS = r".*\.(?:lora_[abkm]|tokens\.embedding)"  # a regex of all parameters of adapters
 ALL_LINEAR = "all-linear"  # PEFT's word for every projection but the output head
 NO_HEAD = r"(?!(?:.*\.)?(?:lm_head|score)$).*"
 
@@ -33,12 +33,12 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
     dim of their kernel. `cfg.ranks` and `cfg.layers` give layers other ranks, or none. Their
     factors lie in one array, in which zeros fill up the smaller ones. A zero column of A and its
     zero row of B have no gradient, so that they stay zero. With `cfg.dora` the norms m of the
-    kernel's outputs are added.
+    kernel's outputs are added. With `cfg.lokr` the update is that of LoKr.
     Raises: UserError for a bad regex, and for one without a match, with a list of all projections.
     """
     if cfg.rank == 0:
-        for name, value in (("ranks", cfg.ranks), ("layers", cfg.layers), ("dora", cfg.dora)):
-            if value:
+        for name in ("ranks", "layers", "dora", "lokr"):
+            if value := vars(cfg)[name]:
                 raise UserError(f"lora.{name}={value!r} needs lora.rank > 0; set it")
         return
     linears = projections(model)
@@ -66,9 +66,10 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
             f"lora.ranks={cfg.ranks!r} and lora.layers={cfg.layers!r} leave no projection of"
             f" lora.targets={cfg.targets!r}; set a rank above 0"
         )
+    attach = _attach_kronecker if cfg.lokr else _attach
     for path in chosen:
         # A key by path: the start of an adapter does not depend on the other targets.
-        _attach(linears[path], cfg, jax.random.fold_in(key, crc32(path.encode())), path)
+        attach(linears[path], cfg, jax.random.fold_in(key, crc32(path.encode())), path)
 
 
 def add_rows(table: Embedding, ids: tuple[int, ...]) -> None:
@@ -141,6 +142,36 @@ def _attach(linear: Any, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
     linear.adapter = Adapter(max(scales), cfg.dropout, crc32(path.encode()))
 
 
+def _attach_kronecker(linear: Any, cfg: Lora, key: PRNGKeyArray, path: str) -> None:
+    """Add K [*lead, Q, P], A [*lead, *size, in / Q, r] and B [*lead, r, out / P] to a kernel.
+
+    K is W1 of LoKr, transposed, and A B is W2. They start as in LyCORIS: A zero, the others random.
+    The kernel is [*lead, *size, in, out]. Raises: UserError for a rank at which W2 would be whole
+    in LyCORIS, whose readers expect it so.
+    """
+    axes, shape = linear.kernel.get_metadata()["axes"], linear.kernel.shape
+    lead = shape[:1] if layer_count(linear) else ()
+    if len(axes) - linear.inputs != 1 or linear.inputs not in (1, 3):
+        raise UserError(f"lora.lokr={cfg.lokr}: {path} has no plain rows and columns; leave it out")
+    size, (ins, outs), rank = shape[len(lead) : -2], shape[-2:], cfg.rank
+    (q, low), (p, high) = (lokr.factorization(n, cfg.lokr) for n in (ins, outs))
+    if 2 * rank >= max(low, high):
+        raise UserError(
+            f"lora.rank={rank} with lora.lokr={cfg.lokr} is not below half the size of W2, {high} x"
+            f" {low}, at {path}; lower one of them, or leave {path} out of lora.targets"
+        )
+    first, second = jax.random.split(key)
+    # Kaiming-uniform (a = sqrt 5) of W1 [P, Q] and of the first factor of W2 [out / P, r].
+    k = jax.random.uniform(first, (*lead, q, p), minval=-(q**-0.5), maxval=q**-0.5)
+    b = jax.random.uniform(second, (*lead, rank, high), minval=-(rank**-0.5), maxval=rank**-0.5)
+    a, n = jnp.zeros((*lead, *size, low, rank)), linear.inputs
+    whole = (None,) * n
+    linear.lora_a = nnx.data(nnx.Param(a, axes=(*whole, "lora"), inputs=n, role=ADAPTER_ROLE))
+    linear.lora_b = nnx.data(nnx.Param(b, axes=("lora", None), inputs=1, role=ADAPTER_ROLE))
+    linear.lora_k = nnx.data(nnx.Param(k, axes=(None, None), inputs=1, role=ADAPTER_ROLE))
+    linear.adapter = Adapter(ranks.scale(cfg), cfg.dropout, crc32(path.encode()))
+
+
 def continued(asked: Lora, own: Lora, linears: Mapping[str, Linear | Conv]) -> Lora:
     """Return the settings of an adapter that training continues, with the run's dropout if set.
 
@@ -154,6 +185,7 @@ def continued(asked: Lora, own: Lora, linears: Mapping[str, Linear | Conv]) -> L
         ("alpha", asked.alpha),
         ("rslora", asked.rslora),
         ("dora", asked.dora),
+        ("lokr", asked.lokr),
     ):
         if value and value != getattr(own, key):
             raise UserError(
@@ -192,6 +224,18 @@ def delta(a: np.ndarray, b: np.ndarray, factor: float) -> np.ndarray:
     a: [*ins, r], for a convolution [size, size, in, r]. b: [r, *outs].
     """
     return factor * np.tensordot(a.astype(np.float32), b.astype(np.float32), 1)  # [*ins, *outs]
+
+
+def expanded(a: np.ndarray, b: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return A [*size, in, Q r] and B [Q r, out] of a LoRA with the product of a LoKr.
+
+    a: [*size, in / Q, r], b: [r, out / P], k: [Q, P], of one layer.
+    """
+    own = np.eye(len(k), dtype=np.float32)
+    wide = np.einsum("pq,...ir->...piqr", own, a.astype(np.float32))  # [*size, Q, in / Q, Q, r]
+    *size, blocks, low, _, rank = wide.shape
+    wide = wide.reshape(*size, blocks * low, blocks * rank)  # [*size, in, Q r]
+    return wide, np.kron(k.astype(np.float32), b.astype(np.float32))
 
 
 def merged(

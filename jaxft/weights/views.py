@@ -118,6 +118,31 @@ class Grafted(NamedTuple):
         return np.concatenate([table, added.astype(table.dtype)])
 
 
+class MoreInputs(NamedTuple):
+    """The tensors of `base`, in which the kernel `key` has `channels` more inputs, all zero."""
+
+    base: Tensors
+    key: str
+    channels: int
+
+    def keys(self) -> Sequence[str]:
+        return self.base.keys()
+
+    def info(self, key: str) -> Info:
+        shape, dtype = self.base.info(key)
+        if key == self.key:
+            shape = (shape[0], shape[1] + self.channels, *shape[2:])
+        return shape, dtype
+
+    def read(self, key: str) -> np.ndarray:
+        """Return one tensor, the kernel as [out, in + channels, ...]."""
+        tensor = self.base.read(key)
+        if key != self.key:
+            return tensor
+        zeros = np.zeros((len(tensor), self.channels, *tensor.shape[2:]), tensor.dtype)
+        return np.concatenate([tensor, zeros], axis=1)
+
+
 class Drawn(NamedTuple):
     """One new fp32 tensor from N(0, std). The same seed gives the same values at every read."""
 

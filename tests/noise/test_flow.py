@@ -70,7 +70,7 @@ def theirs(scheduler, trained):
         {**STATIC, "num_train_timesteps": 500},
     ],
 )
-def test_t5_t6_the_table_of_euler_is_the_pipelines(config, steps):
+def test_t05_t06_the_table_of_euler_is_the_pipelines(config, steps):
     if config.get("shift_terminal") and steps == 1:
         pytest.skip("the scheduler divides by 0")
     table = process(config).sampler("euler", steps, SIZE).steps
@@ -84,7 +84,7 @@ def test_t5_t6_the_table_of_euler_is_the_pipelines(config, steps):
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 28])
 @pytest.mark.parametrize("config", [{}, STATIC, DYNAMIC, {**DYNAMIC, "time_shift_type": "linear"}])
-def test_t6_the_even_table_of_euler_is_that_of_flux(config, steps):
+def test_t06_the_even_table_of_euler_is_that_of_flux(config, steps):
     own = FlowMatching(FlowSchedule.from_hf(config), even=True)
     table = own.sampler("euler", steps, SIZE).steps
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
@@ -95,13 +95,13 @@ def test_t6_the_even_table_of_euler_is_that_of_flux(config, steps):
     np.testing.assert_allclose(table.x_out, np.diff(scheduler.sigmas), rtol=0, atol=1e-6)
 
 
-def test_t6_four_steps_at_1024_pixels():
+def test_t06_four_steps_at_1024_pixels():
     own = FlowMatching(FlowSchedule.from_hf(DYNAMIC), even=True)
     sigmas = own.sampler("euler", 4, (128, 128)).steps.timestep
     np.testing.assert_allclose(sigmas, [1, 0.90453, 0.75951, 0.51284], atol=5e-6)
 
 
-def test_t5_a_static_shift_is_shifted_twice_at_its_end():
+def test_t05_a_static_shift_is_shifted_twice_at_its_end():
     sigmas = process(STATIC).sampler("euler", 4, SIZE).steps.timestep
     np.testing.assert_allclose(sigmas, [1, 0.85769, 0.60215, 0.00893], atol=5e-6)
 
@@ -123,22 +123,38 @@ def test_trajectories_of_dpm_solver(steps):
     np.testing.assert_allclose(ours(STATIC, "dpm++", steps), wanted, rtol=0, atol=2e-5)
 
 
-def test_t1_t2_the_shift_is_in_the_times_of_training():
-    """Their mean is diffusers' with weighting_scheme=logit_normal: sigma 1 is noise."""
+def picked(config, mean=0.0):
+    """100 000 sigmas as diffusers' scripts draw them with weighting_scheme=logit_normal."""
+    table = FlowMatchEulerDiscreteScheduler.from_config(config).sigmas.numpy()
+    normal = torch.normal(mean, 1, (100_000,), generator=torch.manual_seed(0))
+    return table[(torch.sigmoid(normal).numpy() * 1000).astype(int)]
+
+
+def test_t01_the_shift_is_in_the_times_of_training():
+    """Sigma 1 is noise."""
     keys = jax.random.split(jax.random.key(0), 100_000)
     for config, mean in (({}, 0.501), (STATIC, 0.715)):
-        drawn = np.asarray(process(config).draw_times(keys, SIZE))
-        table = FlowMatchEulerDiscreteScheduler.from_config(config).sigmas.numpy()
-        u = torch.sigmoid(torch.normal(0, 1, (100_000,), generator=torch.manual_seed(0))).numpy()
-        picked = table[(u * 1000).astype(int)]
-        assert abs(drawn.mean() - picked.mean()) < 3e-3 and abs(drawn.mean() - mean) < 3e-3
+        drawn, wanted = np.asarray(process(config).draw_times(keys, SIZE)), picked(config)
+        assert abs(drawn.mean() - wanted.mean()) < 3e-3 and abs(drawn.mean() - mean) < 3e-3
         quantiles = np.linspace(0.02, 0.98, 9)
-        found, wanted = np.quantile(drawn, quantiles), np.quantile(picked, quantiles)
+        found, wanted = np.quantile(drawn, quantiles), np.quantile(wanted, quantiles)
         np.testing.assert_allclose(found, wanted, atol=6e-3)
         assert drawn.min() > 0 and drawn.max() < 1
+    assert abs(picked(DYNAMIC).mean() - 0.501) < 3e-3, "that table is shifted when it samples"
 
 
-def test_t6_a_dynamic_shift_follows_the_tokens():
+def test_t02_a_larger_draw_is_more_noise_as_in_the_paper():
+    """The table of diffusers' scripts descends, so that there a larger draw is less noise."""
+    keys = jax.random.split(jax.random.key(0), 100_000)
+    normal = np.asarray(jax.vmap(jax.random.normal)(keys))
+    for config in ({}, STATIC):
+        drawn = np.asarray(process(config).draw_times(keys, SIZE))
+        assert (np.diff(drawn[np.argsort(normal)]) > -1e-6).all(), "but for rounding"
+    half = shifted(1 / (1 + np.exp(-normal - 1)), 1.0)
+    assert abs(half.mean() - 0.696) < 3e-3 and abs(picked({}, 1.0).mean() - 0.304) < 3e-3
+
+
+def test_t06_a_dynamic_shift_follows_the_tokens():
     keys = jax.random.split(jax.random.key(0), 20_000)
     small, large = (process(DYNAMIC).draw_times(keys, (n, n)).mean() for n in (32, 128))
     schedule = FlowSchedule.from_hf(DYNAMIC)
@@ -149,7 +165,7 @@ def test_t6_a_dynamic_shift_follows_the_tokens():
 
 
 @pytest.mark.parametrize("tokens", [16, 1024, 4300, 4301, 16384])
-def test_t6_the_shift_of_flux_2_follows_tokens_and_steps(tokens):
+def test_t06_the_shift_of_flux_2_follows_tokens_and_steps(tokens):
     schedule = replace(FlowSchedule.from_hf(DYNAMIC), by_steps=True)
     for steps in (1, 4, 10, 50, 200):
         wanted = compute_empirical_mu(tokens, steps)
@@ -161,7 +177,7 @@ def test_t6_the_shift_of_flux_2_follows_tokens_and_steps(tokens):
     np.testing.assert_allclose(shifts, [2.291, 2.256], atol=1e-3)
 
 
-def test_noise_and_target_are_those_of_the_scheduler():
+def test_t03_at_a_fixed_sigma_noise_and_target_are_those_of_the_scheduler():
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(STATIC)
     rng = np.random.default_rng(0)
     x0, eps = (rng.standard_normal(SHAPE).astype(np.float32) for _ in range(2))
@@ -175,6 +191,13 @@ def test_noise_and_target_are_those_of_the_scheduler():
         found - (t.numpy() / 1000)[:, None, None, None] * velocity, x0, atol=1e-5
     )
     np.testing.assert_array_equal(own.weights(t.numpy()), 1)
+
+
+def test_t03_sigmas_of_training_are_continuous_and_no_rows_of_a_table():
+    drawn = process(STATIC).draw_times(jax.random.split(jax.random.key(0), 4000), SIZE)
+    table = FlowMatchEulerDiscreteScheduler.from_config(STATIC).sigmas.numpy()
+    assert len(np.unique(np.asarray(drawn))) > 3900 and len(table) == 1000
+    assert np.isin(np.asarray(drawn), table).mean() < 0.01
 
 
 def test_evaluation_times_are_fixed_sigmas():

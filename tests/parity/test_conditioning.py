@@ -90,8 +90,8 @@ def opened(pipelines, pictures):
     return make
 
 
-def to_torch(x):
-    return torch.tensor(np.array(x, np.float32)).permute(0, 3, 1, 2)
+def to_torch(x, dtype=torch.float32):
+    return torch.tensor(np.array(x, np.float32)).permute(0, 3, 1, 2).to(dtype)
 
 
 # ---- the loss -----------------------------------------------------------------------------
@@ -104,28 +104,31 @@ def their_latents(pipe, pixels, eps):
 
 def their_seen(kind, pipe, batch, keys, u, share):
     """The UNet's further channels, as the two training scripts of diffusers make them."""
+    side, given = batch["pixels"].shape[1], partial(to_torch, dtype=pipe.unet.dtype)
     if kind == SOURCE:
-        source = to_torch(batch["source"]) / 127.5 - 1
+        source = given(batch["source"]) / 127.5 - 1
         kept = 1 - ((u >= share).float() * (u < 3 * share).float())
         return kept.reshape(-1, 1, 1, 1) * pipe.vae.encode(source).latent_dist.mode()
-    pixels = to_torch(batch["pixels"]) / 127.5 - 1
+    pixels = given(batch["pixels"]) / 127.5 - 1
     own = jax.vmap(jax.random.split)(diffusion.stream(keys, diffusion.PICTURE))
-    mask = to_torch(pure.random_masks(own[:, 0], (SIDE, SIDE)))
+    mask = given(pure.random_masks(own[:, 0], (side, side)))
     assert 0 < mask.mean() < 1
-    eps = to_torch(diffusion.normal(own[:, 1], (SIDE // 2, SIDE // 2, 4)))
+    eps = given(diffusion.normal(own[:, 1], (side // 2, side // 2, 4)))
     masked = their_latents(pipe, pixels * (mask < 0.5), eps)
-    small = torch.nn.functional.interpolate(mask, size=(SIDE // 2, SIDE // 2))
+    small = torch.nn.functional.interpolate(mask, size=(side // 2, side // 2))
     return torch.cat([small, masked], dim=1)
 
 
 def their_loss(kind, pipe, task, batch, keys, share):
-    stream, shape = partial(diffusion.stream, keys), (SIDE // 2, SIDE // 2, 4)
-    noise = to_torch(diffusion.normal(stream(diffusion.NOISE), shape))
-    eps = to_torch(diffusion.normal(stream(diffusion.LATENT), shape))
+    """The loss of a batch, a tensor of the pipeline's dtype."""
+    stream, side = partial(diffusion.stream, keys), batch["pixels"].shape[1] // 2
+    given, shape = partial(to_torch, dtype=pipe.unet.dtype), (side, side, 4)
+    noise = given(diffusion.normal(stream(diffusion.NOISE), shape))
+    eps = given(diffusion.normal(stream(diffusion.LATENT), shape))
     t = task.opened.process.draw_times(stream(diffusion.TIME), shape[:2])
     t = torch.tensor(np.array(t)).long()
     u = torch.tensor(np.array(jax.vmap(jax.random.uniform)(stream(diffusion.DROP))))
-    latents = their_latents(pipe, to_torch(batch["pixels"]) / 127.5 - 1, eps)
+    latents = their_latents(pipe, given(batch["pixels"]) / 127.5 - 1, eps)
     noisy = pipe.scheduler.add_noise(latents, noise, t)
     ids = torch.tensor(batch["ids"][:, 0]).long()
     null = pipe.text_encoder(torch.tensor(task.opened.captions("")).long()).last_hidden_state
@@ -133,7 +136,7 @@ def their_loss(kind, pipe, task, batch, keys, share):
     context = torch.where(dropped, null, pipe.text_encoder(ids).last_hidden_state)
     seen = their_seen(kind, pipe, batch, keys, u, share)
     out = pipe.unet(torch.cat([noisy, seen], dim=1), t, context).sample
-    return float(((out - noise) ** 2).mean())
+    return ((out - noise) ** 2).mean()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,7 +155,7 @@ def test_the_loss_is_that_of_plain_torch(opened, pipelines, kind):
 
     with jax.set_mesh(run.mesh), torch.no_grad():
         ours = float(loss(params, batch))
-        theirs = their_loss(kind, pipelines[kind][0], run, batch, keys, share)
+        theirs = float(their_loss(kind, pipelines[kind][0], run, batch, keys, share))
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 

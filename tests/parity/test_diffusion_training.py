@@ -42,6 +42,7 @@ CASES = {
     "xl-text": ("sdxl", "epsilon", {"min_snr_gamma": 0.0, **TEXTS}),
     "lora": ("sd", "epsilon", {**HARD, **LORA}),
     "dora": ("sd", "epsilon", {**HARD, **LORA, "lora.dora": True}),
+    "lokr": ("sd", "epsilon", {**HARD, **LORA, "lora.rank": 1, "lora.lokr": 4}),
     "xl-lora": ("sdxl", "v_prediction", {"min_snr_gamma": 0.0, "micro_batches": 2, **LORA}),
 }
 MESHES = {"one": None, "data8": (8, 1, 1), "fsdp8": (1, 8, 1), "2x2x2": (2, 2, 2)}
@@ -49,6 +50,7 @@ MESHES = {"one": None, "data8": (8, 1, 1), "fsdp8": (1, 8, 1), "2x2x2": (2, 2, 2
 # zero, and what Adam makes of it is rounding.
 BLIND = re.compile(r"text_encoder.*\.k_proj\.bias")
 # SDXL reads the last but one layer of its first encoder.
+BESIDE = r"\.inversion\.|\.lora_k$"  # that torch has no name for
 UNREAD = re.compile(r"text_encoder\.(encoder\.layers\.1|final_layer_norm)\..*")
 
 
@@ -136,7 +138,7 @@ def named(run, params):
         if m is not None:
             norms = m if b.ndim == 2 else m.reshape(1, -1, 1, 1)
             made[f"{site.name}.lora_magnitude_vector.default.weight"] = norms
-    return made | {p: np.array(x) for p, x in params.items() if ".inversion." in p}
+    return made | {p: np.array(x) for p, x in params.items() if re.search(BESIDE, p)}
 
 
 def draws(run, step, batch):
@@ -297,6 +299,16 @@ def test_five_steps_equal_torch(pipelines, trained, capfd, case, mesh):
     assert_same_updates(ours.before, ours.after, theirs)
     still = ours.before.keys() - theirs.keys()
     assert still and all(np.array_equal(ours.before[key], ours.after[key]) for key in still)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data8", "2x2x2"])
+def test_meshes_train_lokr_as_one_device(trained, mesh):
+    alone, ours = trained("lokr", "one"), trained("lokr", mesh)
+    np.testing.assert_allclose(ours.losses, alone.losses, rtol=1e-5)
+    moved = {key: x for key, x in alone.after.items() if not np.array_equal(x, alone.before[key])}
+    assert moved and all(".lora_" in key for key in moved)
+    assert_same_updates(ours.before, ours.after, moved)
 
 
 @pytest.mark.slow

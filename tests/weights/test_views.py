@@ -10,6 +10,7 @@ from jaxft.weights.views import (
     Grafted,
     InMemory,
     Mapped,
+    MoreInputs,
     Overlaid,
     Place,
     Relaid,
@@ -79,6 +80,19 @@ def test_what_is_made_of_a_tensor_is_fp32_and_the_others_are_as_they_were(tmp_pa
     assert made.info("x") == ((2,), np.float32) and made.info("y")[1] == half.dtype
     np.testing.assert_allclose(made.read("x"), [1 / 3, 2 / 3], rtol=1e-7)
     assert made.read("y").tobytes() == half.tobytes()
+
+
+def test_more_inputs_are_zeros_of_the_same_dtype_behind_the_others():
+    half = np.arange(24, dtype=np.float16).reshape(2, 3, 2, 2)
+    made = MoreInputs(InMemory({"x": half, "y": half}), "x", 2)
+    assert made.info("x") == ((2, 5, 2, 2), np.float16) and made.info("y") == (
+        half.shape,
+        half.dtype,
+    )
+    kernel = made.read("x")
+    assert kernel.dtype == np.float16 and not kernel[:, 3:].any()
+    assert np.array_equal(kernel[:, :3], half) and made.read("y") is half
+    assert list(made.keys()) == ["x", "y"]
 
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")

@@ -32,6 +32,7 @@ class Lora:
     ranks: ranks of some projections, "REGEX=RANK, REGEX=RANK/ALPHA".
     layers: layers that get adapters, such as "0-3,7". Empty is all.
     dora: also train the norm of each row of the weights (DoRA).
+    lokr: factor of LoKr, whose updates are products of Kronecker. -1 is the most even. 0 is LoRA.
     tokens: tokens whose rows of the embedding train too, divided by commas.
     """
 
@@ -44,6 +45,7 @@ class Lora:
     ranks: str = ""
     layers: str = ""
     dora: bool = False
+    lokr: int = 0
     tokens: str = ""
 
 

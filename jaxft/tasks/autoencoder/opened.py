@@ -81,6 +81,7 @@ class OpenedAutoencoder:
             "ranks": own.ranks,
             "layers": own.layers,
             "dora": own.dora,
+            "lokr": own.lokr,
             "tokens": own.tokens,
         }
         if given := [f"lora.{key}={value!r}" for key, value in keys.items() if value]:

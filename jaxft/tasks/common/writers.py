@@ -76,10 +76,10 @@ def _changes(job: Job, part: Part) -> dict[str, Callable[[int, np.ndarray], np.n
     cfg = job.opened.cfg.lora
     changes: dict[str, Callable[[int, np.ndarray], np.ndarray]] = {}
     for path in lora.adapted(job.leaves):
-        names = [f"{path}.lora_{x}" for x in "abm"]
-        factors = [transfer.to_host(job.params[name]) for name in names if name in job.leaves]
+        names = {x: f"{path}.lora_{x}" for x in "abkm"}
+        factors = {x: transfer.to_host(job.params[y]) for x, y in names.items() if y in job.leaves}
         stacked = job.leaves[f"{path}.kernel"].stacked
-        scales = ranks.scales(cfg, path, len(factors[0]) if stacked else 0)
+        scales = ranks.scales(cfg, path, len(factors["a"]) if stacked else 0)
         changes[f"{path}.kernel"] = partial(_merged_layer, factors, scales, stacked)
     for path in job.leaves if part.rows else ():
         if path.endswith(peft.TOKENS):
@@ -97,10 +97,17 @@ def _with_rows(ids: tuple[int, ...], rows: np.ndarray, _: int, table: np.ndarray
 
 
 def _merged_layer(
-    factors: list[np.ndarray], scales: list[float], stacked: bool, i: int, kernel: np.ndarray
+    factors: Mapping[str, np.ndarray],
+    scales: list[float],
+    stacked: bool,
+    i: int,
+    kernel: np.ndarray,
 ) -> np.ndarray:
-    a, b, *m = [one[i] for one in factors] if stacked else factors
-    return lora.merged(kernel, a, b, m[0] if m else None, scales[i if stacked else 0])
+    own = {name: one[i] if stacked else one for name, one in factors.items()}
+    a, b = own["a"], own["b"]
+    if "k" in own:
+        a, b = lora.expanded(a, b, own["k"])
+    return lora.merged(kernel, a, b, own.get("m"), scales[i if stacked else 0])
 
 
 def write_adapter(job: Job, files: SideFiles, kind: str = "CAUSAL_LM") -> None:

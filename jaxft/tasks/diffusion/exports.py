@@ -9,6 +9,7 @@ import numpy as np
 from jaxft.core import runtime
 from jaxft.core.params import NEW_TOKEN_ROLE
 from jaxft.models.pipelines import ldm
+from jaxft.models.pipelines.growing import NO_GROWTH
 from jaxft.tasks import Job, Writer
 from jaxft.tasks.common import writers
 from jaxft.tasks.diffusion import inversion
@@ -54,17 +55,21 @@ def _write_ldm(job: Job) -> None:
 def _write_lora(job: Job) -> None:
     """Write the adapters in diffusers' format and in kohya's.
 
-    Those of a transformer are also written under its original names, for ComfyUI.
+    Those of a transformer are also written under its original names, for ComfyUI. A LoKr is one
+    file in LyCORIS' layout.
     """
     leaves, cfg, parts = job.leaves, job.opened.cfg, writers.parts(job)
     pipeline_lora.check(parts, leaves)
     arrays, scale = {**job.params, **writers.adapters(job)}, ranks.scale(cfg.lora)
-    pipeline_lora.write_peft(job.folder, parts, leaves, arrays, scale)
     layouts = ldm.transformer_layouts(job.opened.pipeline)
     kind = ldm.kind(job.opened.pipeline)
-    rank, alpha = cfg.lora.rank, scale * cfg.lora.rank
-    stated = pipeline_lora.metadata(kind, job.name, cfg.model, rank, alpha)
+    sizes = cfg.lora.rank, scale * cfg.lora.rank, cfg.lora.lokr
+    stated = pipeline_lora.metadata(kind, job.name, cfg.model, *sizes)
     stated |= _modelspec(job, "lora")
+    if cfg.lora.lokr:
+        pipeline_lora.write_lokr(job.folder, job.name, parts, leaves, arrays, scale, stated)
+        return
+    pipeline_lora.write_peft(job.folder, parts, leaves, arrays, scale)
     given = (job.folder, job.name, parts, leaves, arrays, scale, stated, layouts)
     kohya = pipeline_lora.write_kohya(*given)
     if layouts:
@@ -89,10 +94,14 @@ def _write_inversion(job: Job) -> None:
 
 
 def _write_all(job: Job) -> None:
-    """Write the folder with the single file in it, and the LoRA, if any, under lora/."""
+    """Write the folder with the single file in it, and the LoRA, if any, under lora/.
+
+    The LoRA of a grown UNet is left out, because its new inputs train beside it.
+    """
     _write_folder(job)
     _write_ldm(job)
-    if job.opened.cfg.lora.rank:  # apart, because the files above have it merged
+    grown = job.opened.options.grow != NO_GROWTH
+    if job.opened.cfg.lora.rank and not grown:  # apart, because the files above have it merged
         (job.folder / "lora").mkdir()
         _write_lora(job._replace(folder=job.folder / "lora"))
 

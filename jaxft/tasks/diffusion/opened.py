@@ -15,7 +15,7 @@ from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE, describe, unpacked
 from jaxft.data.sources.schemes import ALPHA, MASK_FILE
 from jaxft.models import flops
-from jaxft.models.pipelines import families, ldm, stable_diffusion
+from jaxft.models.pipelines import families, growing, ldm, stable_diffusion
 from jaxft.models.pipelines.families import AnyConfig, AnyPipeline
 from jaxft.models.pipelines.flow.common import FlowConfig
 from jaxft.models.pipelines.stable_diffusion import Conditions, PipelineConfig, Text
@@ -41,7 +41,8 @@ class OpenedPipeline:
         prediction = options.prediction or None
         nf4 = NF4_TABLES if options.base == NF4_BASE else None
         weights = cfg.init == "pretrained"
-        self.pipeline = ldm.open_model(cfg.model, weights, prediction=prediction, nf4=nf4)
+        read = ldm.open_model(cfg.model, weights, prediction=prediction, nf4=nf4)
+        self.pipeline = growing.grow(read, options.grow)
         self.model_cfg = families.read_config(self.pipeline, options.prediction, options.zero_snr)
         check_sampler("sample.sampler", options.sample.sampler, self.model_cfg)
         check(options.caption_dropout, self.model_cfg)
@@ -52,6 +53,7 @@ class OpenedPipeline:
                 f" {self.model_cfg.describe()}, does not have; set it to 0"
             )
         _check_captions(options, self.model_cfg)
+        _check_lokr(cfg.lora, self.model_cfg)
         self.model_cfg = dataclasses.replace(self.model_cfg, clip_skip=options.clip_skip)
         self.model_cfg = inversion.extended(self.model_cfg, len(inversion.names(options.inversion)))
         self.process: NoiseProcess = self.model_cfg.process(options.min_snr_gamma)
@@ -66,9 +68,12 @@ class OpenedPipeline:
             cfg = dataclasses.replace(cfg, lora=targets)
         if not (cfg.trainable or cfg.lora.rank or options.inversion.token):
             cfg = dataclasses.replace(cfg, trainable=rf"{self.model_cfg.denoiser}\..*")
+        elif options.grow != growing.NO_GROWTH and not cfg.trainable:
+            cfg = dataclasses.replace(cfg, trainable=growing.TRAINED_BESIDE)
         check_base(options.base, cfg.lora)
         self.cfg = cfg
         self.template = jax.eval_shape(self.build, jax.random.key(0))
+        growing.check_trained(options.grow, cfg.trainable, unpacked(describe(self.template)))
         if cfg.export.kind == "lora" or (cfg.export.kind == "all" and cfg.lora.rank):
             pipeline_lora.check(self.parts, unpacked(describe(self.template)))
 
@@ -110,6 +115,8 @@ class OpenedPipeline:
     def _read_adapter(self, asked: Lora) -> tuple[PipelineLora, Lora]:
         """Open the file of `lora.from`. Returns it with the LoRA settings that it decides."""
         everywhere = Lora(rank=1, targets=".*", dora=True)
+        if asked.lokr:
+            everywhere = Lora(rank=1, targets=r"unet\..*", lokr=asked.lokr)
 
         def build(key: jax.Array) -> nnx.Module:
             model = families.build(self.model_cfg, key)
@@ -118,7 +125,7 @@ class OpenedPipeline:
 
         model = jax.eval_shape(build, jax.random.key(0))
         layouts = ldm.layouts(self.pipeline)
-        found = open_lora(asked.from_, self.parts, describe(model), layouts)
+        found = open_lora(asked.from_, self.parts, describe(model), layouts, asked.lokr)
         return found, lora.continued(asked, found.lora, lora.projections(model))
 
     def describe(self) -> str:
@@ -170,6 +177,17 @@ def _check_captions(options: DiffusionOptions, cfg: AnyConfig) -> None:
         raise UserError(
             f"clip_skip={options.clip_skip} is not between 0 and {most}: CLIP has {layers} layers"
         )
+
+
+def _check_lokr(cfg: Lora, model: AnyConfig) -> None:
+    """Raise UserError for LoKr of a model whose file it cannot be written to, or with DoRA."""
+    if cfg.lokr and not isinstance(model, PipelineConfig):
+        raise UserError(
+            f"lora.lokr={cfg.lokr} is for the UNets of Stable Diffusion 1, 2 and XL, and this is"
+            f" {model.describe()}; leave it out"
+        )
+    if cfg.lokr and cfg.dora:
+        raise UserError(f"lora.lokr={cfg.lokr} does not go with lora.dora=True; leave one out")
 
 
 def _check_mask(name: str, cfg: AnyConfig) -> None:

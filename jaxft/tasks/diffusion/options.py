@@ -76,6 +76,7 @@ class DiffusionOptions:
     base: layout of the frozen projections below a LoRA: none, nf4 or int8.
     clip_skip: number of last layers of CLIP that captions leave out. 0 is the pipeline's own.
     caption_chunks: number of chunks of 75 tokens in which CLIP reads a caption.
+    grow: new inputs of a text-to-image UNet: none, inpainting or instruct_pix2pix.
     """
 
     resolution: int
@@ -96,6 +97,7 @@ class DiffusionOptions:
     base: str = "none"
     clip_skip: int = 0
     caption_chunks: int = 1
+    grow: str = "none"
 
     def __post_init__(self) -> None:
         """Raise UserError for an unknown layout of the base."""

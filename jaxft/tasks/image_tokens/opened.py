@@ -155,7 +155,11 @@ class OpenedImageModel:
         self.saved: dict[str, np.ndarray] = {}
         self.cfg = self._with_adapter(cfg) if cfg.lora.from_ else cfg
         rows = self.cfg.lora.tokens or (self.adapter and self.adapter.token_ids)
-        for key, value in (("dora", self.cfg.lora.dora), ("tokens", rows)):
+        for key, value in (
+            ("dora", self.cfg.lora.dora),
+            ("lokr", cfg.lora.lokr),
+            ("tokens", rows),
+        ):
             if value:
                 fix = MERGE if cfg.lora.from_ else "leave it out"
                 raise UserError(f"lora.{key}={value!r} is not for task=image_tokens; {fix}")

@@ -114,7 +114,7 @@ class OpenedDecoder:
             cfg = dataclasses.replace(cfg, lora=targets)
         if self.labels and cfg.lora.rank and not cfg.trainable:
             cfg = dataclasses.replace(cfg, trainable=rf"{lora.PATHS}|score\..*")
-        self._check_head(cfg)
+        self._check_trained(cfg)
         check_base(self.options.base, cfg.lora)
         self._check_experts(cfg)
         self._check_gguf(cfg)
@@ -145,8 +145,10 @@ class OpenedDecoder:
         own = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if own is None else own
 
-    def _check_head(self, cfg: Config) -> None:
-        """Raise UserError if `trainable` leaves a new head of scores as it was drawn."""
+    def _check_trained(self, cfg: Config) -> None:
+        """Raise UserError for LoKr, or if `trainable` leaves a new head as it was drawn."""
+        if cfg.lora.lokr:
+            raise UserError(f"lora.lokr={cfg.lora.lokr} is for task=diffusion alone; leave it out")
         there = isinstance(self.source.tensors, Overlaid) and isinstance(
             self.source.tensors.over, Drawn
         )

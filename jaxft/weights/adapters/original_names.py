@@ -19,6 +19,7 @@ GENERIC = "diffusion_model."  # ComfyUI reads it before the names of single file
 SIDES = {
     "lora_a": (".lora_A.weight", ".lora_down.weight"),
     "lora_b": (".lora_B.weight", ".lora_up.weight"),
+    "lora_k": (".lokr_w1",),
     "lora_m": (MAGNITUDE_END, f"{MAGNITUDE_END}.weight", DORA_SCALE),
     "alpha": (".alpha",),
 }

@@ -46,12 +46,14 @@ class Slot(NamedTuple):
     layout_b: str
     layout_m: str = ""  # of DoRA's magnitudes, if there are any
     layers: int = 0  # of its stack
+    layout_k: str = ""  # of W1 of LoKr, if there is one
 
     def sides(self) -> tuple[tuple[str, str, str], ...]:
         """Return (PEFT's name behind "lora_", jaxft's leaf name, layout) of all factors."""
         factors = ("A", "lora_a", self.layout_a), ("B", "lora_b", self.layout_b)
         magnitudes = ((MAGNITUDES, "lora_m", self.layout_m),) if self.layout_m else ()
-        return (*factors, *magnitudes)
+        blocks = (("K", "lora_k", self.layout_k),) if self.layout_k else ()
+        return (*factors, *magnitudes, *blocks)
 
 
 def slots(part: Part, leaves: Mapping[str, Leaf]) -> list[Slot]:
@@ -63,11 +65,13 @@ def slots(part: Part, leaves: Mapping[str, Leaf]) -> list[Slot]:
             continue
         layout_a, layout_b, layout_m = _layouts(entry, leaves[entry.path])
         layout_m = layout_m if linear + ".lora_m" in leaves else ""
+        layout_k = "p q -> q p" if linear + ".lora_k" in leaves else ""
         for i, key in enumerate(entry.keys):
             layer = i if entry.stacked else None
             layers = len(entry.keys) if entry.stacked else 0
             module = part.named(key).removesuffix(".weight")
-            found.append(Slot(module, linear, layer, layout_a, layout_b, layout_m, layers))
+            layouts = layout_a, layout_b, layout_m
+            found.append(Slot(module, linear, layer, *layouts, layers, layout_k))
     return found
 
 

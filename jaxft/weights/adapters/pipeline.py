@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxft.core.errors import UserError
 from jaxft.core.params import Leaf
+from jaxft.weights.adapters.lokr import W1, W2_A, W2_B
 from jaxft.weights.adapters.original_names import (
     DORA_SCALE,
     GENERIC,
@@ -65,13 +66,16 @@ class Site(NamedTuple):
         return f"{self.component}.{self.slot.module}"
 
     def factors(self, arrays: Mapping[str, Any]) -> Factors:
-        """Return the factors in torch's layout, fp32."""
-        made = []
-        for _, leaf, layout in self.slot.sides():
-            array = np.asarray(arrays[f"{self.slot.path}.{leaf}"], np.float32)
-            array = array if self.slot.layer is None else array[self.slot.layer]
-            made.append(to_torch(array, layout, self.sizes))
-        return Factors(*made)
+        """Return the factors in torch's layout, fp32, without W1 of a LoKr."""
+        names = [leaf for _, leaf, _ in self.slot.sides() if leaf != "lora_k"]
+        return Factors(*(self.factor(arrays, leaf) for leaf in names))
+
+    def factor(self, arrays: Mapping[str, Any], name: str) -> np.ndarray:
+        """Return one factor by its leaf in torch's layout, fp32."""
+        (layout,) = (layout for _, leaf, layout in self.slot.sides() if leaf == name)
+        array = np.asarray(arrays[f"{self.slot.path}.{name}"], np.float32)
+        array = array if self.slot.layer is None else array[self.slot.layer]
+        return to_torch(array, layout, self.sizes)
 
 
 def sites(parts: Sequence[Part], leaves: Mapping[str, Leaf]) -> list[Site]:
@@ -149,13 +153,36 @@ def write_kohya(
         own = site.factors(arrays)
         if site.component in layouts or not own.a.any():
             continue
-        prefix = KOHYA[site.component][-1 if second else 0]
-        stem = prefix + site.slot.module.replace(".", "_")
-        tensors |= _named(stem, DOWN_UP, own, scale * len(own.a))
+        tensors |= _named(_stem(site, second), DOWN_UP, own, scale * len(own.a))
     for module, own in _of_single_file(parts, leaves, arrays, scale, layouts).items():
         stem = f"lora_unet_{module.replace('.', '_')}"
         tensors |= _named(stem, DOWN_UP, own, len(own.a))
     return _write(folder, f"{name}.kohya", tensors, metadata)
+
+
+def write_lokr(
+    folder: Path,
+    name: str,
+    parts: Sequence[Part],
+    leaves: Mapping[str, Leaf],
+    arrays: Mapping[str, Any],
+    scale: float,
+    metadata: Mapping[str, str],
+) -> Path:
+    """Write `NAME.lycoris.safetensors`, a LoKr in LyCORIS' layout under kohya's names."""
+    tensors: dict[str, np.ndarray] = {}
+    for site in sites(parts, leaves):
+        a, b, _ = site.factors(arrays)
+        w1 = site.factor(arrays, "lora_k")
+        own = {W1: w1, W2_A: b.reshape(len(b), -1), W2_B: a.reshape(len(a), -1)}
+        own["alpha"] = np.array(scale * len(a), np.float32)
+        tensors |= {f"{_stem(site, False)}.{piece}": x for piece, x in own.items()}
+    return _write(folder, f"{name}.lycoris", tensors, metadata)
+
+
+def _stem(site: Site, second: bool) -> str:
+    """Return the beginning of the keys of a site in kohya's files. second: of two text encoders."""
+    return KOHYA[site.component][-1 if second else 0] + site.slot.module.replace(".", "_")
 
 
 def write_original(
@@ -232,16 +259,22 @@ def _named(
     return made
 
 
-def metadata(kind: str, name: str, base: str, rank: int, alpha: float) -> dict[str, str]:
+def metadata(
+    kind: str, name: str, base: str, rank: int, alpha: float, lokr: int = 0
+) -> dict[str, str]:
     """Return the ss_* keys by which UIs sort and describe a LoRA.
 
-    `kind` is a key of VERSIONS.
+    `kind` is a key of VERSIONS. lokr: the factor of a LoKr.
     """
+    network = NETWORKS.get(kind, "networks.lora")
+    arguments = {"conv_dim": str(rank), "conv_alpha": str(alpha)}
+    if lokr:
+        network, arguments = "lycoris.kohya", {"algo": "lokr", "factor": str(lokr), **arguments}
     return {
-        "ss_network_module": NETWORKS.get(kind, "networks.lora"),
+        "ss_network_module": network,
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(alpha),
-        "ss_network_args": json.dumps({"conv_dim": str(rank), "conv_alpha": str(alpha)}),
+        "ss_network_args": json.dumps(arguments),
         "ss_base_model_version": VERSIONS[kind],
         "ss_v2": str(kind == "sd2"),
         "ss_sd_model_name": Path(base).name,

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
 from jaxft.core.params import ADAPTER_ROLE, Leaf
+from jaxft.weights.adapters.lokr import as_kronecker
 from jaxft.weights.adapters.lycoris import as_lora
 from jaxft.weights.adapters.original_names import DORA_SCALE, side_of, under_diffusers_names
 from jaxft.weights.adapters.pipeline import KOHYA, LORA_STEM, Site, sites
@@ -50,13 +51,18 @@ class PipelineLora(NamedTuple):
 
 
 def open_lora(
-    spec: str, parts: Sequence[Part], leaves: Mapping[str, Leaf], layouts: Mapping[str, LDMLayout]
+    spec: str,
+    parts: Sequence[Part],
+    leaves: Mapping[str, Leaf],
+    layouts: Mapping[str, LDMLayout],
+    lokr: int = 0,
 ) -> PipelineLora:
     """Open a LoRA file, or a folder with one, for the pipeline that it was trained on.
 
     `leaves` describes a model in which every projection has an adapter, of any rank. `layouts` are
     LDM's, by component, because kohya's files name the blocks of an SDXL UNet as LDM does, and
-    those of FLUX.1 as Black Forest Labs.
+    those of FLUX.1 as Black Forest Labs. lokr: the factor of a LoKr that goes on as such, and that
+    `leaves` has. Otherwise one becomes a plain LoRA.
     Raises: UserError for tensors without a place, of another shape, or of another method than LoRA.
     """
     file, places = _file(spec), sites(parts, leaves)
@@ -65,7 +71,11 @@ def open_lora(
         for site in places
         for name in _names(site, layouts)
     }
-    tensors = as_lora(f"{file}", TensorFiles.open(file), inputs)
+    if lokr:
+        kernels = {name: shape[1:] for name, shape in inputs.items()}
+        tensors = as_kronecker(f"{file}", TensorFiles.open(file), kernels)
+    else:
+        tensors = as_lora(f"{file}", TensorFiles.open(file), inputs)
     keys = list(tensors.keys())
     for piece, method in OTHER_METHODS.items():
         if found := sorted(key for key in keys if piece in f"{key}."):
@@ -92,7 +102,7 @@ def open_lora(
     rank = max(one.rank for one in adapted)
     scale = Counter(one.scale for one in adapted).most_common(1)[0][0]
     paths = sorted({re.escape(one.site.slot.path) for one in adapted})
-    own = Lora(rank, scale * rank, "|".join(paths), dora=not plain)
+    own = Lora(rank, scale * rank, "|".join(paths), dora=not plain, lokr=lokr)
     return PipelineLora(own, tensors, adapted)
 
 
@@ -119,7 +129,7 @@ def load(found: PipelineLora, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarra
             tensor = tensor.ravel() if side == "lora_m" else tensor
             factor = to_jax(tensor, layout, sizes)
             whole = arrays[f"{slot.path}.{side}"][layer]
-            if side == "lora_m":
+            if side in ("lora_m", "lora_k"):
                 whole[...] = factor
             elif side == "lora_a":
                 whole[..., : one.rank] = factor
@@ -206,8 +216,11 @@ def _adapted(
     Raises: UserError for factors that do not fit the site.
     """
     site, keys = matched
-    if gone := sorted({"lora_a", "lora_b"} - keys.keys()):
+    wanted = {side for _, side, _ in site.slot.sides()} - {"lora_m"}
+    if gone := sorted(wanted - keys.keys()):
         raise UserError(f"{file}: {site.name} lacks its {gone[0]} factor; the file is not whole")
+    if "lora_k" in keys:
+        _check_blocks(file, keys["lora_k"], tensors.info(keys["lora_k"])[0], site, leaves)
     ranks = []
     for axis, (_, side, _) in enumerate(site.slot.sides()[:2]):  # A [r, in, ...], B [out, r, ...]
         got = list(tensors.info(keys[side])[0])
@@ -229,6 +242,17 @@ def _adapted(
     if not scale:
         raise UserError(f"{file}: alpha of {site.name} is 0, which turns the LoRA off; correct it")
     return AdaptedSite(site, keys, ranks[0], scale)
+
+
+def _check_blocks(
+    file: Path, key: str, got: tuple[int, ...], site: Site, leaves: Mapping[str, Leaf]
+) -> None:
+    """Raise UserError for W1 of a LoKr with another factor than `lora.lokr`."""
+    if got != (want := _shape(site, leaves, "lora_k")):
+        raise UserError(
+            f"{file}: {key} {list(got)} is not {list(want)}, which {site.name} has with this"
+            " lora.lokr; give the factor that the LoKr was trained with"
+        )
 
 
 def _check_norms(
