@@ -19,15 +19,15 @@ from tests.interrupted import timeless
 from tests.runs.test_train import CONFIG
 from tests.weights.adapters.peft_adapters import hf, logits, near, opened, torch_logits
 
-SWEEP = "optim.lr=5e-3,2e-2; lora.rank=2,4; seed=0,3"
+SWEEP = "optim.lr=5e-3,2e-2 lora.rank=2,4 seed=0,3"
 NAMES = [
     f"lr{lr}-rank{rank}-seed{seed}" for lr in ("5e-3", "2e-2") for rank in (2, 4) for seed in (0, 3)
 ]
-SHORT = "optim.lr=5e-3,2e-2; lora.rank=2,4; seed=3"
+SHORT = "optim.lr=5e-3,2e-2 lora.rank=2,4 seed=3"
 # All rows are in every batch, so that runs with other seeds train on the same ones.
 KEYS = {
     "sweep": SWEEP, "batch_size": 40, "pack": False, "total": "4_steps", "every.save": "2_steps",
-    "every.eval": "2_steps", "lora.alpha": 8.0, "export.kind": "adapter",
+    "lora.alpha": 8.0, "export.kind": "adapter",
     "optim.weight_decay": 0.1, "optim.warmup": "2_steps",
 }  # fmt: skip
 WEIGHTS = "adapter_model.safetensors"
@@ -55,7 +55,7 @@ def compare(swept, work, name, flipped=0.0):
             [one[k] for one in timeless(place) if k in one]
             for place, k in ((swept, f"{key}/{name}"), (work, key))
         )
-        assert len(own) == {"loss": 4, "eval_loss": 3}[key]
+        assert len(own) == {"loss": 4, "eval_loss": 2}[key]
         np.testing.assert_allclose(ours, own, rtol=1e-5)
     ours, own = (load_file(place / WEIGHTS) for place in (swept / "export" / name, work / "export"))
     assert ours.keys() == own.keys()
@@ -72,10 +72,10 @@ def own_run(folder, make_flags, work, name, **changes):
     assert train.main([*CONFIG, "--workdir", str(work), *flags]) == 0
 
 
-@pytest.mark.parametrize("name", ["lr5e-3-rank4-seed0", "lr2e-2-rank2-seed3"])
-def test_a_member_equals_its_own_run(swept, folder, make_flags, tmp_path, name):
-    own_run(folder, make_flags, tmp_path, name)
-    compare(swept, tmp_path, name)
+def test_a_member_equals_its_own_run(swept, folder, make_flags, tmp_path):
+    """One whose rate, rank and seed are none of the sweep's own."""
+    own_run(folder, make_flags, tmp_path, "lr5e-3-rank2-seed3")
+    compare(swept, tmp_path, "lr5e-3-rank2-seed3")
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_other_settings_of_a_member(folder, make_flags, tmp_path, quick, changes
 @pytest.mark.parametrize("name", BY_MATRIX)
 def test_optimisers_of_whole_matrices(folder, make_flags, tmp_path, quick, name):
     """They sweep other keys than ranks. The rank is one whose moments adamw_8bit quantises."""
-    keys = {**KEYS, "sweep": "optim.lr=5e-3,2e-2; seed=0,3", "optim.name": name, "lora.rank": 64}
+    keys = {**KEYS, "sweep": "optim.lr=5e-3,2e-2 seed=0,3", "optim.name": name, "lora.rank": 64}
     assert train.main([*CONFIG, "--workdir", str(tmp_path / "a"), *make_flags(folder, keys)]) == 0
     own_run(folder, make_flags, tmp_path / "b", "lr2e-2-rank64-seed3", **{"optim.name": name})
     flipped = 1e-3 if name == "adamw_8bit" else 0.0

@@ -9,7 +9,7 @@ from jaxft.core.configs.values import convert
 from jaxft.core.errors import UserError
 
 SWEPT = {"optim.lr": float, "lora.rank": int, "lora.alpha": float, "seed": int}
-EXAMPLE = "optim.lr=1e-4,2e-4; seed=0,1"
+EXAMPLE = "optim.lr=1e-4,2e-4 seed=0,1"
 _NUMBER = re.compile(r"\d[\d.]*(?:e[+-]?\d+)?")  # a part of the name of a folder
 
 
@@ -23,17 +23,17 @@ class Member(NamedTuple):
 def read_sweep(text: str) -> tuple[Member, ...]:
     """Return a member for each combination of the values in `sweep`, () for an empty text.
 
-    text: "optim.lr=1e-4,2e-4; seed=0,1", whose first member is named lr1e-4-seed0.
+    text: "optim.lr=1e-4,2e-4 seed=0,1", whose first member is named lr1e-4-seed0.
     Raises: UserError for another form, an unknown key, a bad value, and for less than two members.
     """
     columns: dict[str, dict[Any, str]] = {}  # by key and value, the text of the value
-    for part in text.split(";") if text else ():
-        key, _, listed = (piece.strip() for piece in part.partition("="))
+    for part in re.sub(r"\s*([,=])\s*", r"\1", text).split():
+        key, _, listed = part.partition("=")
         if key not in SWEPT or key in columns:
             problem = "stands there twice" if key in columns else f"is none of {', '.join(SWEPT)}"
             raise UserError(f"sweep={text!r}: {key!r} {problem}; write it as sweep={EXAMPLE!r}")
         columns[key] = {}
-        for one in map(str.strip, listed.split(",")):
+        for one in listed.split(","):
             value = _value(text, key, one)
             if value in columns[key]:
                 raise UserError(f"sweep={text!r}: {key} has {one} twice; leave one out")

@@ -71,7 +71,7 @@ class LLMOptions:
     base: layout of the frozen projections below a LoRA: none, nf4 or int8.
     router_loss: weight of the loss that balances experts. -1 is the checkpoint's, or 0 for frozen
         routers.
-    sweep: adapters to train at once, such as optim.lr=1e-4,2e-4; seed=0,1. Empty is one.
+    sweep: adapters to train at once, such as optim.lr=1e-4,2e-4 seed=0,1. Empty is one.
     """
 
     seq_len: int

@@ -7,7 +7,7 @@ from jaxft.core.errors import UserError
 
 
 def test_every_combination_is_a_member_with_a_name_of_its_values():
-    members = read_sweep("optim.lr=1e-4, 2e-4 ;lora.rank=4,8;seed=0")
+    members = read_sweep("optim.lr = 1e-4, 2e-4 lora.rank=4,8  seed=0")
     assert [one.name for one in members] == [
         "lr1e-4-rank4-seed0",
         "lr1e-4-rank8-seed0",
@@ -24,9 +24,11 @@ def test_every_combination_is_a_member_with_a_name_of_its_values():
     [
         ("optim.lr", "'' is no number"),
         ("optim.lr=1e-4,", "'' is no number"),
-        ("optim.lr=1e-4;", "'' is none of optim.lr, lora.rank, lora.alpha, seed"),
+        ("optim.lr=1,2; seed=0,1", "'2;' is no number"),
+        ("=1,2", "'' is none of optim.lr, lora.rank, lora.alpha, seed"),
+        (" ", "is one adapter"),
         ("lr=1e-4,2e-4", "'lr' is none of optim.lr"),
-        ("optim.lr=1e-4,2e-4;optim.lr=1", "'optim.lr' stands there twice"),
+        ("optim.lr=1e-4,2e-4 optim.lr=1", "'optim.lr' stands there twice"),
         ("optim.lr=1e-4,0.0001", "optim.lr has 0.0001 twice"),
         ("optim.lr=1e-4,../x", "'../x' is no number"),
         ("optim.lr=1e-4,1.2.3", "optim.lr='1.2.3' must be float"),
