@@ -74,14 +74,12 @@ def make_sweep(run: Any, members: tuple[Member, ...], runs: Mapping[str, Any]) -
             f"sweep={text!r}: optim.name={run.cfg.optim.name} would count the zeros that fill up"
             " smaller ranks; sweep other keys, or take optim.name=adamw"
         )
-    for member in members:
-        lora = runs[member.name].cfg.lora
-        for key in member.values.keys() & {"lora.rank", "lora.alpha"}:
-            if (found := getattr(lora, key.removeprefix("lora."))) != member.values[key]:
-                raise UserError(
-                    f"sweep={text!r}, but the adapter that training continues has {key}={found:g};"
-                    " sweep optim.lr alone"
-                )
+    first = min(run.chosen)
+    if members[0].values.keys() - {"optim.lr"} and first in run.opened.initial({first}):
+        raise UserError(
+            f"sweep={text!r}, but training continues an adapter, which has its own rank, alpha and"
+            " numbers; sweep optim.lr alone"
+        )
     scales = {}
     for path, leaf in run.leaves.items():
         if leaf.role == SCALE_ROLE:

@@ -203,11 +203,17 @@ def test_an_adapter_that_goes_on_is_swept_by_its_rate(swept, folder, small_run, 
     """Its rank and alpha are those of the folder."""
     start = str(swept / "export" / "lr2e-2-rank4-seed3")
 
-    def opened_with(sweep):
-        keys = small_run(folder, {**KEYS, "lora.from": start, "sweep": sweep, "lora.alpha": 0.0})
+    def opened_with(sweep, model=folder, **start):
+        keys = small_run(model, {**KEYS, **start, "sweep": sweep, "lora.alpha": 0.0})
         flags = [(key, str(value)) for key, value in keys.items()]
         return open_run(load_config(CONFIG[1], flags, OPTIONS))
 
-    assert opened_with("optim.lr=1e-3,1e-2").sweep.rates.tolist() == pytest.approx([0.1, 1])
+    for place in ({"lora.from": start}, {"model": start}):
+        rates = opened_with("optim.lr=1e-3,1e-2", **place).sweep.rates
+        assert rates.tolist() == pytest.approx([0.1, 1])
+        with pytest.raises(ValueError, match="training continues an adapter, which has its own"):
+            opened_with("seed=0,3", **place)
     with pytest.raises(ValueError, match=r"lora\.rank=2, but .* has rank 4"):
-        opened_with("lora.rank=2,4")
+        opened_with("lora.rank=2,4", **{"lora.from": start})
+    with pytest.raises(ValueError, match="training continues an adapter, which has its own"):
+        opened_with("lora.rank=2,4", model=start)
