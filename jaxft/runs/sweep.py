@@ -24,7 +24,7 @@ from jaxft.tasks import Look, Preview, Report, Request, Unread
 from jaxft.weights.adapters import ranks
 
 BY_MATRIX = ("adafactor", "adamw_8bit", "muon")  # whose steps depend on the size of an array
-MEMBER_AXES: Any = State(None, 0, 0, 0)  # of the members in a state, for jax.vmap
+MEMBER_AXES = State._make((None, 0, 0, 0))  # of the members in a state, for jax.vmap
 
 
 class Sweep(NamedTuple):

@@ -45,11 +45,8 @@ def swept(folder, make_flags, tmp_path_factory, quick):
     return work
 
 
-def compare(swept, work, name, flipped=0.0):
-    """A member of a sweep beside its own run: losses of steps and evaluations, and the factors.
-
-    flipped: the share of numbers whose moment may be rounded to the next code of 8 bits.
-    """
+def compare(swept, work, name, atol=1e-5):
+    """A member of a sweep beside its own run: losses of steps and evaluations, and the factors."""
     for key in ("loss", "eval_loss"):
         ours, own = (
             [one[k] for one in timeless(place) if k in one]
@@ -61,8 +58,7 @@ def compare(swept, work, name, flipped=0.0):
     assert ours.keys() == own.keys()
     for key, wanted in own.items():
         assert ours[key].shape == wanted.shape
-        far = ~np.isclose(ours[key], wanted, rtol=1e-5, atol=1e-5)
-        assert far.mean() <= flipped, key
+        np.testing.assert_allclose(ours[key], wanted, rtol=1e-5, atol=atol, err_msg=key)
 
 
 def own_run(folder, make_flags, work, name, **changes):
@@ -110,12 +106,16 @@ def test_other_settings_of_a_member(folder, make_flags, tmp_path, quick, changes
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BY_MATRIX)
 def test_optimisers_of_whole_matrices(folder, make_flags, tmp_path, quick, name):
-    """They sweep other keys than ranks. The rank is one whose moments adamw_8bit quantises."""
+    """They sweep other keys than ranks. The rank is one whose moments adamw_8bit quantises.
+
+    A moment at the edge between two of its codes may be rounded to the other one. The number then
+    moves a part of a step farther, in any two runs that do not compute bit for bit the same.
+    """
     keys = {**KEYS, "sweep": "optim.lr=5e-3,2e-2 seed=0,3", "optim.name": name, "lora.rank": 64}
     assert train.main([*CONFIG, "--workdir", str(tmp_path / "a"), *make_flags(folder, keys)]) == 0
     own_run(folder, make_flags, tmp_path / "b", "lr2e-2-rank64-seed3", **{"optim.name": name})
-    flipped = 1e-3 if name == "adamw_8bit" else 0.0
-    compare(tmp_path / "a", tmp_path / "b", "lr2e-2-seed3", flipped)
+    atol = 0.05 * 2e-2 if name == "adamw_8bit" else 1e-5
+    compare(tmp_path / "a", tmp_path / "b", "lr2e-2-seed3", atol)
 
 
 def test_a_resumed_sweep_equals_an_uninterrupted_one(swept, folder, make_flags, tmp_path):
