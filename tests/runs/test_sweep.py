@@ -89,6 +89,8 @@ def test_every_member_equals_its_own_run(swept, folder, make_flags, tmp_path, na
         {"optim.name": "lion"},
         {"optim.name": "prodigy"},
         {"optim.ema": 0.5, "micro_batches": 5},
+        {"lora.dropout": 0.2, "seed": 3},  # of the sweep too: the masks are by its seed
+        {"base": "int8"},
         {"lora.dora": True, "lora.targets": "all-linear"},
         {"lora.targets": ".*q_proj|lm_head", "lora.rslora": True},
         {"lora.ranks": r".*q_proj=3/6, layers\.1\..*=1", "lora.layers": "0-1"},
