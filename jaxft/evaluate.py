@@ -23,7 +23,7 @@ def _main(argv: list[str]) -> None:
     status("loading jax")
     import jax
 
-    from jaxft.core.metrics import table
+    from jaxft.core.metrics import table, without_members
     from jaxft.runs.agreement import agreement
     from jaxft.runs.opening import encode, preview
     from jaxft.runs.restoring import facts, open_any
@@ -41,7 +41,8 @@ def _main(argv: list[str]) -> None:
         report = preview(run, data).evaluate(params, run.mesh)
     status("")
     check_losses(report, f"step {step}")
-    rows = [(name, f"{value:.6g}") for name, value in report.metrics.items()]
+    shown = without_members(report.metrics)
+    rows = [(name, f"{value:.6g}") for name, value in shown.items()]
     print(table(rows, ("metric", f"step {step}")))
     if report.rows:
         print(table(report.rows, report.headers))

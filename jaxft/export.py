@@ -3,7 +3,6 @@
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -15,11 +14,11 @@ from jaxft.core.configs.schema import CHOICES
 from jaxft.core.errors import UserError
 from jaxft.core.guards.faults import inject
 from jaxft.core.guards.fingerprint import not_finite
-from jaxft.core.params import ADAPTER_ROLE, unpacked
+from jaxft.core.params import ADAPTER_ROLE, Params, unpacked
 from jaxft.runs.folders.outputs import begin_output, check_output, finish_output
 from jaxft.runs.folders.push import check_push, push_folder
 from jaxft.runs.folders.workdir import read_config_file
-from jaxft.runs.opening import Run
+from jaxft.runs.opening import Run, apart
 from jaxft.runs.pages.card import write_card
 from jaxft.runs.restoring import restore_run, step_option
 from jaxft.tasks import OPTIONS, Job
@@ -60,7 +59,7 @@ def _main(argv: list[str]) -> None:
 
 def export_folder(
     run: Run,
-    params: Mapping[str, jax.Array],
+    params: Params,
     out: Path,
     kind: str,
     dtype: str,
@@ -71,7 +70,8 @@ def export_folder(
 
     The keys of `run.task.writers` are the kinds, and exports.py of each task describes them.
     `params` holds at least the trained parameters, those of `step`. The card of the export has the
-    measures of this step in `workdir`, the folder of the run. All processes have to call this
+    measures of this step in `workdir`, the folder of the run. Each member of a sweep has a folder
+    of its own in `out`. All processes have to call this
     function, because parameters are gathered from all. The first process writes and pushes. Each
     process returns when the folder is complete. `check_output` has to allow `out`. Raises UserError
     where `check_kind` does, and for trained parameters that are not finite.
@@ -87,14 +87,19 @@ def export_folder(
     name = place.parent.name if place.name == "export" else place.name
 
     def write(folder: Path) -> None:
-        job = Job(run.opened, unpacked(run.leaves), run.chosen, params, name, dtype, folder)
-        run.task.writers[kind].write(job)
+        for member, one, own in apart(run, params):
+            place = folder / member
+            place.mkdir(exist_ok=True)
+            title = "-".join(filter(None, (name, member)))
+            job = Job(one.opened, unpacked(one.leaves), one.chosen, own, title, dtype, place)
+            one.task.writers[kind].write(job)
+            if jax.process_index() == 0:
+                write_card(place, one, title, workdir, step, member)
 
     if jax.process_index() == 0:
         made = begin_output(out)
         write(made)
         inject("export", 1, 0)
-        write_card(made, run, name, workdir, step)
         finish_output(made, out)
         if run.cfg.export.push:
             push_folder(out, run.cfg.export.push)

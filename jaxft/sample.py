@@ -51,6 +51,7 @@ def _main(argv: list[str]) -> None:
     status("loading jax")
     import jax
 
+    from jaxft.runs.opening import preview
     from jaxft.runs.restoring import facts, open_any
     from jaxft.tasks import Data, Request
 
@@ -62,14 +63,14 @@ def _main(argv: list[str]) -> None:
     rows: list[list[list[np.ndarray]]] = []  # by row and column, the pictures of all prompts
     with jax.set_mesh(run.mesh):
         data = Data(facts=facts(options.get("workdir")))  # a prompt needs no rows
-        preview = run.task.preview(run.opened, data)
+        looks = preview(run, data)
         for row in down:
             rows.append([])
             for column in across:
                 if row or column:
                     print(_label({**row, **column}))
                 status("sampling")
-                made = preview.complete(params, prompts, request._replace(**row, **column))
+                made = looks.complete(params, prompts, request._replace(**row, **column))
                 for text in filter(None, (look.text for look in made)):
                     print(text)
                 rows[-1].append([one for look in made for one in look.pictures.values()])

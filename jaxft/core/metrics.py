@@ -17,6 +17,9 @@ from tensorboardX import SummaryWriter
 from jaxft.core.cli.live import live_line
 from jaxft.core.runtime import find_chip
 
+# Metrics of a sweep: the highest loss of its members, and those that each member has, KEY/MEMBER.
+WORST_MEMBER, OF_MEMBERS = "worst", ("loss/", "accuracy/")
+
 
 @dataclass(frozen=True)
 class Throughput:
@@ -120,7 +123,8 @@ class MetricWriter:
         """Write the record of an evaluation. Each key gets the prefix `eval_`."""
         if self._primary:
             record = self._record(step, record, "eval_")
-            pairs = [f"{key.removeprefix('eval_')} {_cell(value)}" for key, value in record.items()]
+            shown = without_members({k.removeprefix("eval_"): v for k, v in record.items()})
+            pairs = [f"{key} {_cell(value)}" for key, value in shown.items()]
             self._progress.note(f"eval at step {step} | " + " | ".join(pairs))
 
     def note(self, text: str) -> None:
@@ -224,6 +228,11 @@ class _Progress:
         return [f"ETA {hours}h{minutes:02}m" if hours else f"ETA {minutes}m{seconds:02}s"]
 
 
+def without_members(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics without those of each member of a sweep, which have a table of their own."""
+    return {key: x for key, x in metrics.items() if not key.startswith(OF_MEMBERS)}
+
+
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
     """Return a text table. The first column is aligned left, the others right.
 
@@ -279,6 +288,8 @@ def _headline(record: Mapping[str, Any]) -> list[str]:
     parts = []
     if "loss" in record:
         parts.append(f"loss {_cell(record['loss'])}")
+    if WORST_MEMBER in record:
+        parts.append(f"worst {_cell(record[WORST_MEMBER])}")
     for key, value in record.items():
         if key.endswith("_per_s") and key != "gflops_per_s" and value is not None:
             parts.append(f"{_short(value)} {key.removesuffix('_per_s')}/s")

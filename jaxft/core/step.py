@@ -93,17 +93,15 @@ def cast(params: Mapping[str, jax.Array], dtype: Any) -> Params:
     return {path: x.astype(dtype) for path, x in params.items()}
 
 
-def make_step(
+def make_update(
     template: nnx.Module,
     loss: Loss,
     tx: optax.GradientTransformation,
     schedule: Callable[[Any], Any],
     spec: StepSpec,
-    shardings: State,
-    mesh: Mesh,
     measure: Measure | None = None,
-) -> Any:
-    """Return `step(state, frozen, batch) -> state, metrics`, jitted. It donates `state`.
+) -> Callable[[State, Params, Batch], tuple[State, Metrics]]:
+    """Return `step(state, frozen, batch) -> state, metrics`.
 
     Metrics are fp32 scalars: `loss` (sum / weight over the whole global batch), `grad_norm`
     (before clipping), `lr`, `weight`, and the task's sums divided by the weight. If the batch has
@@ -150,9 +148,16 @@ def make_step(
             report[STOP_FLAG] = jnp.max(batch[STOP_FLAG])
         return after, report
 
+    return train_step
+
+
+def make_step(
+    update: Callable[[State, Params, Batch], tuple[State, Metrics]], shardings: State, mesh: Mesh
+) -> Any:
+    """Return a step jitted for a mesh. It donates `state`."""
     # Inputs keep their shardings. Without named outputs the second step would compile again.
     places, options = (shardings, replicated(mesh)), compiler_options(mesh)
-    return jax.jit(train_step, out_shardings=places, donate_argnums=0, compiler_options=options)
+    return jax.jit(update, out_shardings=places, donate_argnums=0, compiler_options=options)
 
 
 def _after(tx: optax.GradientTransformation, state: State, grads: Params, spec: StepSpec) -> State:

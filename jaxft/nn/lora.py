@@ -72,6 +72,15 @@ def add(model: nnx.Module, cfg: Lora, key: PRNGKeyArray) -> None:
         attach(linears[path], cfg, jax.random.fold_in(key, crc32(path.encode())), path)
 
 
+def add_scales(model: nnx.Module) -> None:
+    """Hold alpha / r of every adapter in a parameter. Members of a sweep have different ones."""
+    for linear in projections(model).values():
+        if isinstance(linear, Linear) and linear.lora_a is not None and linear.lora_s is None:
+            layers = layer_count(linear)
+            scale = jnp.full((layers,) if layers else (), linear.adapter.scale)
+            linear.lora_s = nnx.data(nnx.Param(scale, axes=(), role=SCALE_ROLE))
+
+
 def add_rows(table: Embedding, ids: tuple[int, ...]) -> None:
     """Let the rows of these tokens train while the others of an embedding are frozen."""
     if ids:

@@ -16,7 +16,8 @@ from jaxft.core.step import State, StepSpec
 from jaxft.kernels.attention.attention import used
 from jaxft.objectives.preference import KTO, Preference
 from jaxft.runs.opening import Run
-from jaxft.runs.state import Plan, run_state_shardings
+from jaxft.runs.state import Plan, make_chain, run_state_shardings
+from jaxft.runs.sweep import over_members
 from jaxft.tasks import Objective
 
 # Policies of remat=auto, from the fastest to the one with the least memory. On an accelerator
@@ -30,12 +31,18 @@ def make_step(run: Run, plan: Plan, objective: Objective) -> Any:
     spec = StepSpec(
         cfg.micro_batches, runtime.resolve_dtype(cfg.compute_dtype), cfg.optim.ema, cfg.seed
     )
-    shards = run_state_shardings(run, plan.tx)
     measure = None
     if isinstance(objective, Preference) and objective.rule.name == KTO:
         measure = objective.measure
-    rest = plan.tx, plan.schedule, spec, shards, run.mesh, measure
-    return step.make_step(template, objective.loss, *rest)
+
+    def update_at(rate: Any) -> Any:
+        """Return the update at `rate` times the learning rate of the run."""
+        schedule = plan.schedule if rate is None else lambda count: rate * plan.schedule(count)
+        tx = plan.tx if rate is None else make_chain(run, schedule)
+        return step.make_update(template, objective.loss, tx, schedule, spec, measure)
+
+    update = over_members(run.sweep, update_at) if run.sweep else update_at(None)
+    return step.make_step(update, run_state_shardings(run, plan.tx), run.mesh)
 
 
 def make_steps(run: Run, plan: Plan, objective: Any) -> dict[str, Any]:

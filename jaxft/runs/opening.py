@@ -1,6 +1,6 @@
 """Opening of a run: a config becomes a model on a mesh, before any data are read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from jaxft.core import config as configs
 from jaxft.core import optim, processes, runtime, sharding
 from jaxft.core.cli.live import status
 from jaxft.core.configs.schema import Config
+from jaxft.core.configs.sweep import read_sweep
 from jaxft.core.errors import UserError
 from jaxft.core.guards.best import check_best
 from jaxft.core.params import (
@@ -24,12 +25,16 @@ from jaxft.core.params import (
     select,
     unpacked,
 )
+from jaxft.runs.sweep import Sweep, SweepPreview, make_sweep, stacked
 from jaxft.tasks import OPTIONS, Data, Opened, Preview, Task, check_task, get_task
 from jaxft.weights import transfer
 
 
 class Run(NamedTuple):
-    """An opened config: task, model, mesh, all parameters by path, and the paths that train."""
+    """An opened config: task, model, mesh, all parameters by path, and the paths that train.
+
+    sweep: the members if several adapters train. Their arrays have a leading axis, the leaves not.
+    """
 
     cfg: Config
     task: Task
@@ -38,10 +43,16 @@ class Run(NamedTuple):
     leaves: dict[str, Leaf]
     shardings: dict[str, NamedSharding]
     chosen: set[str]
+    sweep: Sweep | None = None
 
     @property
     def trained_leaves(self) -> dict[str, Leaf]:
         return {path: leaf for path, leaf in self.leaves.items() if path in self.chosen}
+
+    @property
+    def copies(self) -> int:
+        """The number of models that train at once."""
+        return len(self.sweep.runs) if self.sweep else 1
 
 
 def open_run(config: Mapping[str, Any], devices: Sequence[Any] | None = None) -> Run:
@@ -50,6 +61,21 @@ def open_run(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
     devices: those of a plan, by default all of this run. Raises UserError for a batch that the mesh
     does not divide, or an unknown export.kind.
     """
+    members = read_sweep(str(config.get("sweep") or ""))
+    if not members:
+        return _open_one(config, devices)
+
+    def changed(values: Mapping[str, Any]) -> Run:
+        overrides = [(key, str(value)) for key, value in values.items()]
+        return _open_one(configs.resolve_config(config, overrides, OPTIONS), devices)
+
+    runs = {one.name: changed({**one.values, "sweep": ""}) for one in members}
+    largest = members[0].values.keys() & {"optim.lr", "lora.rank"}
+    run = changed({key: max(one.values[key] for one in members) for key in largest})
+    return run._replace(sweep=make_sweep(run, members, runs))
+
+
+def _open_one(config: Mapping[str, Any], devices: Sequence[Any] | None) -> Run:
     name = str(config.get("task"))
     check_task(name)
     cfg, task = configs.read_config(config, OPTIONS[name]), get_task(name)
@@ -116,7 +142,8 @@ def encode(run: Run, data: Data, params: Params, step: int) -> Params:
 def preview(run: Run, data: Data) -> Preview:
     """Return the preview of the model on rows that are encoded."""
     facts = data.facts if data.train is None else data.train.report()
-    return run.task.preview(run.opened, data._replace(facts=facts))
+    one = run.task.preview(run.opened, data._replace(facts=facts))
+    return SweepPreview(one, run.sweep, run.chosen) if run.sweep else one
 
 
 def completed(run: Run, params: Params, unread: tuple[str, ...] = ()) -> Params:
@@ -140,6 +167,18 @@ def exported(run: Run, params: Params) -> Params:
     return {**params, **load_params(run, missing)} if missing else params
 
 
+def apart(run: Run, params: Params) -> Iterator[tuple[str, Run, Params]]:
+    """Yield (name, run, parameters of its export) of each member of a sweep.
+
+    Any other run is the only one, without a name.
+    """
+    if not run.sweep:
+        yield "", run, params
+        return
+    for name, one in run.sweep.runs.items():
+        yield name, one, exported(one, run.sweep.own(params, name))
+
+
 def load_params(run: Run, wanted: set[str] | None = None) -> Params:
     """Import or initialise parameters (all, or those `wanted`), each in its final sharding.
 
@@ -147,6 +186,8 @@ def load_params(run: Run, wanted: set[str] | None = None) -> Params:
     """
     dtype = runtime.resolve_dtype(run.cfg.param_dtype)
     wanted = set(run.leaves) if wanted is None else wanted
+    if run.sweep and wanted & run.chosen:
+        return {**load_params(run, wanted - run.chosen), **_load_members(run, wanted & run.chosen)}
     params: Params = {}
     status(f"loading the weights of {run.cfg.model}")
     for part in run.opened.parts:
@@ -166,6 +207,18 @@ def load_params(run: Run, wanted: set[str] | None = None) -> Params:
         params[path] = jax.make_array_from_callback(array.shape, run.shardings[path], place)
     status("")
     return {path: params[path] for path in run.leaves if path in wanted}
+
+
+def _load_members(run: Run, wanted: set[str]) -> Params:
+    """Return the adapters of all members [A, ...] before step 0.
+
+    Members that differ in the learning rate alone begin at the same one.
+    """
+    assert run.sweep
+    alike = {name: (one.cfg.seed, one.cfg.lora) for name, one in run.sweep.runs.items()}
+    first = {key: name for name, key in alike.items()}
+    made = {key: load_params(run.sweep.runs[name], wanted) for key, name in first.items()}
+    return stacked([made[key] for key in alike.values()], run.leaves, run.shardings)
 
 
 def _draw(run: Run, paths: set[str], dtype: Any) -> Params:

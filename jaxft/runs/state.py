@@ -16,6 +16,7 @@ from jaxft.core.params import Params, describe_trained
 from jaxft.core.step import State, init_state, state_shardings
 from jaxft.runs.checkpoint import Checkpoints, Damage
 from jaxft.runs.opening import Run, encode, load_params
+from jaxft.runs.sweep import MEMBER_AXES, with_axis
 from jaxft.tasks import Data, Objective, Rows
 
 
@@ -34,10 +35,11 @@ def make_plan(run: Run, examples: int) -> Plan:
     warmup = configs.steps(o.warmup, cfg.batch_size, examples, "optim.warmup")
     warmup = min(warmup, max(total - 1, 0))  # a short trial run of a config is not an error
     schedule = optim.schedule(o.schedule, o.lr, warmup, max(total, 1))
-    return Plan(total, schedule, _optimizer(run, schedule))
+    return Plan(total, schedule, make_chain(run, schedule))
 
 
-def _optimizer(run: Run, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_chain(run: Run, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Return the Optax chain of a run at a learning rate."""
     o = run.cfg.optim
     return optim.make_optimizer(
         o.name,
@@ -69,14 +71,20 @@ def periods(run: Run, examples: int) -> Periods:
 
 def fresh_state(run: Run, tx: optax.GradientTransformation, trained: Params) -> State:
     """Return the state before step 0, in the sharding of the step."""
-    shards = run_state_shardings(run, tx)
-    init = jax.jit(partial(init_state, tx, ema=run.cfg.optim.ema), out_shardings=shards)
-    return init(trained)
+    return jax.jit(_initial(run, tx), out_shardings=run_state_shardings(run, tx))(trained)
+
+
+def _initial(run: Run, tx: optax.GradientTransformation) -> Callable[[Params], State]:
+    """Return the function that makes the state before step 0 of what trains."""
+    init = partial(init_state, tx, ema=run.cfg.optim.ema)
+    return jax.vmap(init, out_axes=MEMBER_AXES) if run.sweep else init
 
 
 def run_state_shardings(run: Run, tx: optax.GradientTransformation) -> State:
     """Return the sharding of each array of the state."""
-    return state_shardings(tx, run.trained_leaves, run.shardings, run.cfg.optim.ema, run.mesh)
+    ema = run.cfg.optim.ema
+    one = state_shardings(tx, run.trained_leaves, run.shardings, ema, run.mesh)
+    return jax.tree.map(with_axis, one)._replace(step=one.step) if run.sweep else one
 
 
 def abstract_state(run: Run, tx: optax.GradientTransformation | None = None) -> State:
@@ -85,13 +93,14 @@ def abstract_state(run: Run, tx: optax.GradientTransformation | None = None) -> 
     Without `tx`, the run's own optimiser is used. The structure of its state depends on no
     duration, so no data are needed.
     """
-    tx = _optimizer(run, optax.constant_schedule(0.0)) if tx is None else tx
+    tx = make_chain(run, optax.constant_schedule(0.0)) if tx is None else tx
     dtype = runtime.resolve_dtype(run.cfg.param_dtype)
+    lead = (run.copies,) if run.sweep else ()
     params: Any = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.held_in(dtype))
+        path: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.held_in(dtype))
         for path, leaf in run.trained_leaves.items()
     }
-    shapes = jax.eval_shape(partial(init_state, tx, ema=run.cfg.optim.ema), params)
+    shapes = jax.eval_shape(_initial(run, tx), params)
     return jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
         shapes,
@@ -194,4 +203,6 @@ def summary(run: Run, plan: Plan, rows: Rows) -> str:
         f" {cfg.optim.lr:g} ({cfg.optim.schedule})",
         describe_trained(run.leaves, run.chosen),
     ]
+    if run.sweep:
+        lines.append(f"sweep of {run.copies} adapters: {', '.join(run.sweep.runs)}")
     return "\n".join(lines)

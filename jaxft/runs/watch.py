@@ -16,7 +16,7 @@ from jaxft.core.errors import BAD_SAMPLES, DIVERGED, UserError
 from jaxft.core.guards.best import BEST_FILE, Best
 from jaxft.core.guards.faults import inject
 from jaxft.core.guards.watchdog import Watchdog, count_start
-from jaxft.core.metrics import MetricWriter, Throughput, table
+from jaxft.core.metrics import MetricWriter, Throughput, table, without_members
 from jaxft.core.params import Params
 from jaxft.core.sharding import local_rows
 from jaxft.runs.checkpoint import Checkpoints
@@ -72,7 +72,7 @@ class Watch:
         )
         rows = local_rows(run.mesh, run.cfg.batch_size)  # the same for tensor parallel processes
         self.processes = run.cfg.batch_size / (rows.stop - rows.start)
-        self.flops_per_unit = objective.flops(run.trained_leaves)
+        self.flops_per_unit = objective.flops(run.trained_leaves) * run.copies
         self.pending: _Pending | None = None
         self._before = "the first step of this start, from finite weights"
         self.skipped_in_row = self._skipped = 0
@@ -297,15 +297,16 @@ def check_losses(report: Report, where: str) -> None:
 
 def _comparison(before: Report, after: Report) -> str:
     """Return tables of the metrics before and after, and of the rows with both predictions."""
-    rows = [(name, before.metrics.get(name), value) for name, value in after.metrics.items()]
+    shown = without_members(after.metrics) if after.rows else after.metrics
+    rows = [(name, before.metrics.get(name), value) for name, value in shown.items()]
     parts = [table(rows, ("metric", "before", "after"))] if rows else []
     if after.rows:
         headers = (*after.headers[:-1], f"{after.headers[-1]} before", "after")
-        earlier = before.rows or after.rows
+        earlier = {tuple(row[:-1]): row[-1] for row in before.rows or after.rows}
         width = min(ROW_TEXT, shutil.get_terminal_size((100, 0)).columns - ROW_REST)
         both = [
-            (*(_clip(str(cell), width) for cell in new[:-1]), old[-1], new[-1])
-            for old, new in zip(earlier, after.rows, strict=True)
+            (*(_clip(str(cell), width) for cell in given), earlier.get(tuple(given), ""), made)
+            for *given, made in after.rows
         ]
         parts.append(table(both, headers))
     return "\n\n".join(parts)

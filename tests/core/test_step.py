@@ -14,7 +14,15 @@ from jax.sharding import AxisType, Mesh
 from jaxft.core import optim, sharding
 from jaxft.core.optimizers import adam
 from jaxft.core.params import bind, describe, flatten
-from jaxft.core.step import StepSpec, cast, init_state, make_step, sample_keys, state_shardings
+from jaxft.core.step import (
+    StepSpec,
+    cast,
+    init_state,
+    make_step,
+    make_update,
+    sample_keys,
+    state_shardings,
+)
 from jaxft.nn.linear import Linear, dropout
 
 DIM, ROWS = 8, 16
@@ -100,7 +108,8 @@ class Rig:
             self.state = init({path: jnp.copy(placed[path]) for path in chosen})
         spec = StepSpec(micro, dtype, ema, seed)
         task_loss = partial(loss, rate=rate)
-        self.step = make_step(TEMPLATE, task_loss, tx, schedule, spec, where, self.mesh)
+        update = make_update(TEMPLATE, task_loss, tx, schedule, spec)
+        self.step = make_step(update, where, self.mesh)
         self.compiled = None
 
     def run(self, batch=None):
@@ -275,7 +284,7 @@ def test_t01_gradients_are_summed_in_fp32_whatever_the_dtypes(param_dtype):
     tx = optax.sgd(0.0)
     where = state_shardings(tx, leaves, sharding.shardings(leaves, mesh), 0.0, mesh)
     spec = StepSpec(parts, jnp.bfloat16, 0.0, 0)
-    step = make_step(TEMPLATE, linear, tx, lambda _: 0.0, spec, where, mesh)
+    step = make_step(make_update(TEMPLATE, linear, tx, lambda _: 0.0, spec), where, mesh)
     batch = {"weight": jnp.ones(parts), "sample_ids": jnp.arange(parts)}
     with jax.set_mesh(mesh):
         _, report = step(init_state(tx, params, 0.0), frozen, batch)

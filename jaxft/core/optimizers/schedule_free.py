@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -29,8 +30,11 @@ def average(opt: Any, params: Params) -> Params:
     found = [one for one in jax.tree.leaves(opt, is_leaf=_is_state) if _is_state(one)]
     if not found:
         return {}
-    ratio = 1 / found[0].b1 - 1
-    return {path: y + ratio * (y - found[0].z[path]) for path, y in params.items()}
+    ratio = jnp.asarray(1 / found[0].b1 - 1)  # [A] of a sweep, as the first axis of its params
+    return {
+        path: y + ratio.reshape(ratio.shape + (1,) * (y.ndim - ratio.ndim)) * (y - found[0].z[path])
+        for path, y in params.items()
+    }
 
 
 def _is_state(node: Any) -> bool:

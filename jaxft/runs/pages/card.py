@@ -27,10 +27,13 @@ _OFF = (0, 0.0, "", False, None)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def write_card(folder: Path, run: Run, name: str, workdir: Path | None, step: int) -> None:
+def write_card(
+    folder: Path, run: Run, name: str, workdir: Path | None, step: int, member: str = ""
+) -> None:
     """Write README.md of an export in `folder`. The base's own is kept as BASE_README.md.
 
-    workdir: the run folder with the measures of `step`, None if nothing was measured.
+    workdir: the run folder with the measures of `step`, None if nothing was measured. member: its
+    name in a sweep, whose measures are KEY/MEMBER.
     """
     if (folder / CARD).exists():
         (folder / CARD).replace(folder / BASE_CARD)
@@ -50,7 +53,7 @@ def write_card(folder: Path, run: Run, name: str, workdir: Path | None, step: in
         "## How to load it",
         f"```python\n{lines}\n```",
         "## What was measured",
-        _measured(run.cfg, workdir, step),
+        _measured(run.cfg, workdir, step, member),
         "## Settings",
         _table(("key", "value"), _settings(run.cfg)),
     ]
@@ -74,16 +77,16 @@ def _version(workdir: Path | None) -> str:
     return f" {versions['jaxft']}" if versions and versions.get("jaxft") else ""
 
 
-def _measured(cfg: Config, workdir: Path | None, step: int) -> str:
+def _measured(cfg: Config, workdir: Path | None, step: int, member: str) -> str:
     """Return the table of measures of this step, and on what they were taken."""
     now = read_history(workdir).measures(step) if workdir else {}
     if not now or workdir is None:
         return "Nothing was measured at this step."
     before = read_json(workdir / "before.json").get("metrics") or {}
     rows = [
-        (name, _number(before.get(name)), _number(value))
+        (name.removesuffix(f"/{member}"), _number(before.get(name)), _number(value))
         for name, value in now.items()
-        if isinstance(value, int | float)
+        if isinstance(value, int | float) and name.endswith(f"/{member}" if member else "")
     ]
     table = _table(("measure", "before training", f"step {step}"), rows)
     on = f"On `{_public(cfg.data.eval)}`, by the evaluation of the run. Nothing else was measured."

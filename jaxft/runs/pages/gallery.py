@@ -96,11 +96,11 @@ def _texts(records: Sequence[tuple[int, dict[str, Any]]]) -> str:
 
 def _predictions(records: Sequence[tuple[int, dict[str, Any]]], before: Mapping[str, Any]) -> str:
     step, last = records[-1]
-    earlier = before.get("rows") or []
+    earlier = {tuple(row[:-1]): row[-1] for row in before.get("rows") or []}
     head = [*last["headers"][:-1], "before", f"step {step:,}"]
     lines = []
-    for i, row in enumerate(last["rows"]):
-        was = earlier[i][-1] if i < len(earlier) and earlier[i][:1] == row[:1] else "–"
+    for row in last["rows"]:
+        was = earlier.get(tuple(row[:-1]), "–")
         cells = "".join(f"<td>{escape(str(x))}</td>" for x in (*row[:-1], was, row[-1]))
         lines.append(f"<tr>{cells}</tr>")
     tops = "".join(f"<th>{escape(one)}</th>" for one in head)

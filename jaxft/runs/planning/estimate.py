@@ -109,7 +109,8 @@ def estimate(run: Run) -> Estimate:
         limit,
     )
     host = {name: np.broadcast_to(np.ones((), x.dtype), x.shape) for name, x in batch.items()}
-    flops = objective.flops(run.trained_leaves) * objective.units(host) / run.mesh.size
+    units = run.copies * objective.units(host) / run.mesh.size
+    flops = objective.flops(run.trained_leaves) * units
     return Estimate(memory, step.remat, chip, flops, *counted(costs(compiled.as_text()), chip))
 
 

@@ -216,6 +216,8 @@ class OpenedDecoder:
     def build(self, key: jax.Array) -> nnx.Module:
         model = self.architecture.module(self.model_cfg, key=key)
         lora.add(model, self.cfg.lora, jax.random.fold_in(key, 1))
+        if self.options.sweep:
+            lora.add_scales(model)
         lora.add_rows(model.embed_tokens, self.parts[0].rows)
         quantise(model, self.options.base, double=self.scales != "single")
         if self.teacher:

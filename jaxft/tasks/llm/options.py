@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxft.core.configs.schema import BASES, Config
+from jaxft.core.configs.sweep import read_sweep
 from jaxft.core.errors import UserError, check_choice
 
 DPO_FAMILY = ("dpo", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm")
@@ -70,6 +71,7 @@ class LLMOptions:
     base: layout of the frozen projections below a LoRA: none, nf4 or int8.
     router_loss: weight of the loss that balances experts. -1 is the checkpoint's, or 0 for frozen
         routers.
+    sweep: adapters to train at once, such as optim.lr=1e-4,2e-4 seed=0,1. Empty is one.
     """
 
     seq_len: int
@@ -86,6 +88,7 @@ class LLMOptions:
     distill: DistillKeys = DistillKeys()
     base: str = "none"
     router_loss: float = -1.0
+    sweep: str = ""
 
     def __post_init__(self) -> None:
         """Raise UserError for an unknown objective, or a key that it does not use."""
@@ -118,6 +121,8 @@ class LLMOptions:
             raise UserError(
                 f"config key router_loss={self.router_loss} belongs to objective=sft, not to {name}"
             )
+        if read_sweep(self.sweep) and name != "sft":  # raises for another form
+            raise UserError(f"sweep={self.sweep!r} is for objective=sft, not for {name}")
         self._check_labels()
         self._check_distill()
 

@@ -269,8 +269,9 @@ def load(adapter: PeftAdapter, part: Part, leaves: Mapping[str, Leaf]) -> dict[s
     }
     for path, leaf in leaves.items():
         if leaf.role == SCALE_ROLE:
-            linear = path.removesuffix(".lora_s")
-            arrays[path] = np.array(scales(adapter.lora, linear, *leaf.shape), np.float32)
+            linear, layers = path.removesuffix(".lora_s"), leaf.shape[0] if leaf.shape else 0
+            found = np.array(scales(adapter.lora, linear, layers), np.float32)
+            arrays[path] = found.reshape(leaf.shape)
     have = set(adapter.tensors.keys())
     for entry, path in token_rows(part, leaves):
         key = part.named(entry.keys[0]).removesuffix(".weight") + TOKEN_DELTA

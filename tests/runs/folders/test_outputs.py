@@ -141,6 +141,7 @@ NO_PATHS = {  # texts of a config that name no file
     *(
         "base",
         "columns",
+        "sweep",
         "compute_dtype",
         "keep.best",
         "export.dtype",
