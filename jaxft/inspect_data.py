@@ -55,16 +55,19 @@ def _main(argv: list[str]) -> None:
             f"inspect_data shows texts, but {options['config']} has task={config['task']!r}; give a"
             " config with task='llm', such as configs/llm.py"
         )
+    import jax
+
     from jaxft.runs.opening import open_run
     from jaxft.tasks.llm.inspection import inspect
 
     run = open_run({**config, "init": "random"})
     opened: Any = run.opened  # OpenedDecoder, as the task is llm
     data, found = run.cfg.data, []
-    for key, spec in (("data.train", data.train), ("data.eval", data.eval)):
-        if spec:
-            rows = run.task.read(opened, spec, key == "data.train")
-            found.append(inspect(opened, rows, key, int(shown)))
+    with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh):  # it divides packed rows
+        for key, spec in (("data.train", data.train), ("data.eval", data.eval)):
+            if spec:
+                rows = run.task.read(opened, spec, key == "data.train")
+                found.append(inspect(opened, rows, key, int(shown)))
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print("\n\n".join(describe(one, colour) for one in found))
     if "html" in options:

@@ -89,7 +89,7 @@ class Compiled:
         new = {_shape(batch): batch for batch in batches if _shape(batch) not in self.by_shape}
         began = time.perf_counter()
         for shape, batch in new.items():
-            status(f"compiling the step for a batch of {' x '.join(map(str, shape[0]))}")
+            status(f"compiling the step for {_batch_of(shape)}")
             self.by_shape[shape] = self._compiled(state, frozen, batch)
         status("")
         self._report(new, time.perf_counter() - began)
@@ -114,8 +114,7 @@ class Compiled:
         held = max(one.argument_size_in_bytes for one in memories)
         more = max(one.temp_size_in_bytes for one in memories)
         program = "" if runtime.device().platform == "cpu" else made[-1].as_text()
-        first = next(iter(shapes))[0]
-        what = first if len(made) == 1 else f"{len(made)} batch shapes"
+        what = f"{len(made)} batch shapes" if len(made) > 1 else _batch_of(next(iter(shapes)))
         print(
             f"compiled the step for {what} in {seconds:.1f} s (remat {self.remat}, attention"
             f" {used(program)}); a device holds {held / 2**30:.2f} GiB of parameters, state and"
@@ -155,6 +154,11 @@ def needed_bytes(memory: Any) -> int:
     """Return the bytes of a device that a compiled step needs, from its memory analysis."""
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes  # the state is donated
     return memory.argument_size_in_bytes + made + memory.temp_size_in_bytes
+
+
+def _batch_of(shape: tuple) -> str:
+    """Return the size of a batch in words, by its first array."""
+    return f"a batch of {' x '.join(map(str, shape[0]))}"
 
 
 def _shape(batch: Mapping[str, Any]) -> tuple:

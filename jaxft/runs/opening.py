@@ -114,8 +114,9 @@ def read_data(run: Run) -> Data:
     """Read the training rows, and the evaluation rows if the config names them."""
     cfg = run.cfg
     status(f"reading {cfg.data.train}")
-    train = run.task.read(run.opened, cfg.data.train, True)
-    held_out = run.task.read(run.opened, cfg.data.eval, False) if cfg.data.eval else None
+    with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh):  # it divides packed rows
+        train = run.task.read(run.opened, cfg.data.train, True)
+        held_out = run.task.read(run.opened, cfg.data.eval, False) if cfg.data.eval else None
     return Data(train, held_out)
 
 

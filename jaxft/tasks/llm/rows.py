@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxft.core.configs.schema import Config
 from jaxft.core.errors import UserError
+from jaxft.core.sharding import batch_ways
 from jaxft.data.loader import SourceShare, describe_shares, sample_order, train_loader
 from jaxft.data.sources.mixtures import Mixture, check_weights
 from jaxft.data.sources.texts.columns import check_renamed
@@ -171,8 +172,8 @@ def shared(
     room: int,
     shares: Sequence[SourceShare] = (),
 ) -> Packing:
-    """Return the layout of a batch in shared rows of `room` positions."""
-    ways = jax.device_count() // max(cfg.mesh.tensor, 1)
+    """Return the layout of a batch in shared rows of `room` positions, for the mesh in use."""
+    ways = batch_ways(jax.sharding.get_abstract_mesh())
     drawn = sample_order(len(data), cfg.seed, shares) if shares else range(len(data))
     return make_packing(
         lambda place: data.inputs(drawn[place]),

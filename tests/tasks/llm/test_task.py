@@ -31,6 +31,18 @@ def test_throughput_counts_a_packed_token_once():
     assert NextToken(None, 16, 16).units(packed) == 4 * 4
 
 
+@pytest.mark.parametrize(
+    ("mesh", "ways"), [({"fsdp": 8}, 8), ({"fsdp": 2, "tensor": -1}, 2), ({"tensor": -1}, 1)]
+)
+def test_packed_rows_divide_over_the_batch_axes_of_the_mesh(make_folder, make_config, mesh, ways):
+    sizes = {f"mesh.{axis}": mesh.get(axis, 1) for axis in ("data", "fsdp", "tensor")}
+    folder = make_folder(num_attention_heads=8, num_key_value_heads=8)
+    run = runs.open_run(
+        make_config(folder, {**sizes, "batch_size": 32, "micro_batches": 2, "seq_len": 256})
+    )
+    assert run.mesh.size == 8 and run.train.packing.multiple == 2 * ways
+
+
 def theirs(model, tokenizer, text, template):
     """The label of the lowest loss that transformers computes over label, tail and EOS."""
     losses = []
