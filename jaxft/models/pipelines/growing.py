@@ -10,7 +10,7 @@ from jaxft.core.params import Leaf, select
 from jaxft.models.autoencoders.vae_config import VAEConfig
 from jaxft.models.denoisers.unet_config import UNetConfig
 from jaxft.weights.folders.diffusers import Pipeline
-from jaxft.weights.folders.quantised import GIVE_WHOLE, PackedTensors
+from jaxft.weights.folders.quantised.nf4 import GIVE_WHOLE, PackedTensors
 from jaxft.weights.locate import INDEX
 from jaxft.weights.views import MoreInputs
 
