@@ -13,6 +13,7 @@ from jaxft.core.configs.schema import Config
 from jaxft.core.errors import UserError
 from jaxft.runs.opening import Run
 from jaxft.runs.pages.records import read_history, read_json
+from jaxft.weights.adapters.pipeline import LOKR_END
 from jaxft.weights.locate import locate
 
 CARD, BASE_CARD = "README.md", "BASE_README.md"
@@ -157,7 +158,7 @@ def find_licence(model: str, card: Path) -> str:
 
 def _adapter(folder: Path) -> bool:
     names = ("adapter_config.json", "pytorch_lora_weights.safetensors")
-    return any((folder / name).exists() for name in names)
+    return any((folder / name).exists() for name in names) or any(folder.glob(f"*{LOKR_END}"))
 
 
 def loading(folder: Path, run: Run) -> tuple[str, str]:
@@ -177,6 +178,10 @@ def loading(folder: Path, run: Run) -> tuple[str, str]:
     if "pytorch_lora_weights.safetensors" in names:
         call = f'"{EXPORT_FOLDER}", weight_name="pytorch_lora_weights.safetensors"'
         return "diffusers", f"{pipeline}\npipeline.load_lora_weights({call})"
+    if any(name.endswith(LOKR_END) for name in names):
+        flags = f"--config.model={base} --config.lora.from={EXPORT_FOLDER}"
+        flags += f" --config.lora.lokr={run.cfg.lora.lokr}"
+        return "jaxft", f"# python -m jaxft.train --config configs/diffusion.py {flags}"
     if "learned_embeds.safetensors" in names:
         return "diffusers", f'{pipeline}\npipeline.load_textual_inversion("{EXPORT_FOLDER}")'
     if run.cfg.task == "image_tokens" and "adapter_config.json" in names:
@@ -210,7 +215,10 @@ def _pipeline_lines(folder: Path, index: Mapping[str, Any]) -> str:
     name = index.get("_class_name", "DiffusionPipeline")
     single = [x.name for x in sorted(folder.glob("*.safetensors")) if "embeds" not in x.name]
     if not single or any(folder.glob("*/diffusion_pytorch_model*.safetensors")):
-        return _lines("diffusers", name, "pipeline", EXPORT_FOLDER)
+        lines = _lines("diffusers", name, "pipeline", EXPORT_FOLDER)
+        if index.get("text_encoder_3") == [None, None]:  # SD 3 without T5: diffusers must be told
+            lines = f"{lines.removesuffix(')')}, text_encoder_3=None, tokenizer_3=None)"
+        return lines
     call = f'{name}.from_single_file("{EXPORT_FOLDER}/{single[0]}", config="{EXPORT_FOLDER}")'
     return f"from diffusers import {name}\n\npipeline = {call}"
 

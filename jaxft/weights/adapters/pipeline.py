@@ -26,6 +26,7 @@ from jaxft.weights.rules import to_torch
 from jaxft.weights.transfer import Part, to_host
 
 DOWN_UP = "lora_down", "lora_up"  # kohya's names of A and B
+LOKR_END = ".lycoris.safetensors"
 LORA_STEM = "pytorch_lora_weights"  # the name that diffusers' load_lora_weights expects
 KOHYA = {
     "unet": ("lora_unet_",),
@@ -177,7 +178,7 @@ def write_lokr(
         own = {W1: w1, W2_A: b.reshape(len(b), -1), W2_B: a.reshape(len(a), -1)}
         own["alpha"] = np.array(scale * len(a), np.float32)
         tensors |= {f"{_stem(site, False)}.{piece}": x for piece, x in own.items()}
-    return _write(folder, f"{name}.lycoris", tensors, metadata)
+    return _write(folder, f"{name}{LOKR_END}".removesuffix(".safetensors"), tensors, metadata)
 
 
 def _stem(site: Site, second: bool) -> str:

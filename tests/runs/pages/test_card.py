@@ -109,13 +109,19 @@ def test_the_cards_of_a_pipeline_and_its_lora(tmp_path):
          "--config.model=a/b --config.lora.from=path/of/this/folder"),
         ({"config.json": {"_class_name": "VQModel"}}, "autoencoder", "vae = VQModel.from_pret"),
         ({"learned_embeds.safetensors": {}}, "diffusion", "load_textual_inversion"),
+        ({"run.lycoris.safetensors": {}}, "diffusion",
+         "--config.model=a/b --config.lora.from=path/of/this/folder --config.lora.lokr=8"),
+        ({"model_index.json": {"_class_name": "StableDiffusion3Pipeline",
+                               "text_encoder_3": [None, None]}}, "diffusion",
+         'Pipeline.from_pretrained("path/of/this/folder", text_encoder_3=None, tokenizer_3=None)'),
     ],
 )  # fmt: skip
 def test_the_lines_are_those_of_the_files(tmp_path, files, task, words):
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     opened = SimpleNamespace(codec=SimpleNamespace(kind="VQModel"))
-    run = SimpleNamespace(cfg=SimpleNamespace(task=task, model="a/b"), opened=opened)
+    lora = SimpleNamespace(lokr=8)
+    run = SimpleNamespace(cfg=SimpleNamespace(task=task, model="a/b", lora=lora), opened=opened)
     assert words in loading(tmp_path, run)[1]
 
 
