@@ -16,7 +16,7 @@ from jaxft.core.params import bind
 from jaxft.models.pipelines import families, growing, ldm
 from jaxft.models.pipelines.stable_diffusion import HOLE, KINDS, SOURCE
 from jaxft.runs.opening import load_params, open_run
-from jaxft.weights.folders.quantised import PackedTensors
+from jaxft.weights.folders.quantised.nf4 import PackedTensors
 from jaxft.weights.locate import INDEX
 from tests.tiny_diffusion import make_config
 from tests.tiny_pipelines import make_pipeline
