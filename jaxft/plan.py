@@ -65,30 +65,48 @@ def _whole(text: str, name: str) -> int:
 def search(config: dict[str, Any], devices: Any, most: int) -> list[tuple[Any, Any]]:
     """Compile up to `most` settings that may fit. Returns those that do, the fastest first.
 
-    Prints a line for each. A setting whose state and gradients alone exceed the memory is skipped.
+    Prints a line for each. A setting is skipped if its state and gradients alone exceed the memory,
+    or if it differs only by more replicas (mesh.data) from one that does not fit.
     """
     from jaxft.runs.opening import open_run
     from jaxft.runs.planning import estimate
 
     plans: list[tuple[Any, Any]] = []
+    full = set()  # settings that do not fit, without data and fsdp; fewer replicas come first
     for setting in estimate.settings(len(devices), config["batch_size"]):
+        rest = setting._replace(data=0, fsdp=0)
         if not most:
             break
+        if rest in full:
+            continue
         shown = ", ".join(f"{name}={value}" for name, value in setting._asdict().items())
         try:
-            run = open_run(setting.applied(config), devices)
-            limit = runtime.memory_limit(run.mesh)
-            if limit and estimate.held(run) > limit:
-                continue
-            most -= 1
-            found = estimate.estimate(run)
+            run, found = open_run(setting.applied(config), devices), None
         except UserError as error:
             print(f"{shown}: {error}", flush=True)
             continue
-        print(f"{shown}: {1e3 * found.step:.1f} ms, {_gib(found.memory.total)} GiB", flush=True)
-        if found.memory.fits:
+        limit = runtime.memory_limit(run.mesh)
+        if not limit or estimate.held(run) <= limit:
+            most -= 1
+            found = _estimated(run, shown)
+        if found is not None and found.memory.fits:
             plans.append((run, found))
+        else:
+            full.add(rest)
     return sorted(plans, key=lambda one: one[1].step)
+
+
+def _estimated(run: Any, shown: str) -> Any:
+    """Print a line on a setting. Returns its estimate, or None if the compiler refuses it."""
+    from jaxft.runs.planning import estimate
+
+    try:
+        found = estimate.estimate(run)
+    except UserError as error:
+        print(f"{shown}: {error}", flush=True)
+        return None
+    print(f"{shown}: {1e3 * found.step:.1f} ms, {_gib(found.memory.total)} GiB", flush=True)
+    return found
 
 
 def describe(run: Any, found: Any) -> str:

@@ -32,10 +32,12 @@ def start(command, count=1, place=0, port=None, devices=4, **changes):
     """Start `command` as one of `count` processes of `devices` devices in all.
 
     With a port, the process joins the others there, also where it is the only one. A process that
-    does not join sums over its devices in another order than several processes do.
+    does not join sums over its devices in another order than several processes do. All have the
+    same number of threads (NPROC): XLA cuts the long sums of a product by that number.
     """
     env = {k: v for k, v in os.environ.items() if k not in processes.CLUSTER}
     env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices // count}"
+    env["NPROC"] = str(devices)
     if port is not None:
         values = (f"localhost:{port}", str(count), str(place))
         env |= dict(zip(processes.CLUSTER, values, strict=True))

@@ -5,11 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from jaxft import plan
+from jaxft.core import runtime
+from jaxft.core.errors import UserError
 from jaxft.core.runtime import Chip
+from jaxft.runs import opening
+from jaxft.runs.planning import estimate
 from jaxft.runs.planning.estimate import DeviceMemory, Estimate, bound, counted, work_kind
 from jaxft.runs.planning.hlo import Cost, Op
 
@@ -145,6 +150,31 @@ def test_a_step_is_as_long_as_work_or_communication():
     assert (found.compute, found.communication, found.step) == pytest.approx((2, 3, 3))
     assert found.mfu == pytest.approx(1 / 3) and not memory.fits
     assert memory._replace(limit=10).fits and memory._replace(limit=0).fits
+
+
+def test_a_search_skips_replicas_of_what_does_not_fit(monkeypatch, capsys):
+    """On 4 devices remat=dots never fits, and 2 replicas fit with remat=full."""
+    compiled = []
+
+    def opened(config, devices):
+        return SimpleNamespace(mesh=config["mesh"], remat=config["remat"], cfg=config)
+
+    def estimated(run):
+        compiled.append((run.mesh["data"], run.cfg["micro_batches"], run.remat))
+        if run.remat == "dots" and run.cfg["micro_batches"] > 1:
+            raise UserError("the step does not fit on a device")
+        size = 3 if run.remat == "dots" else run.mesh["data"]
+        memory = DeviceMemory(size, 0, 0, 0, 2)
+        return SimpleNamespace(memory=memory, step=1 / run.mesh["data"])
+
+    monkeypatch.setattr(opening, "open_run", opened)
+    monkeypatch.setattr(estimate, "estimate", estimated)
+    monkeypatch.setattr(estimate, "held", lambda run: 0)
+    monkeypatch.setattr(runtime, "memory_limit", lambda mesh: 2)
+    plans = plan.search({"batch_size": 8}, range(4), 4)
+    assert compiled == [(1, 1, "dots"), (1, 2, "dots"), (1, 1, "full"), (2, 1, "full")]
+    assert [run.mesh["data"] for run, _ in plans] == [2, 1], "the fastest first"
+    assert "micro_batches=2, remat=dots: the step does not fit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import os
 import numpy as np
 import pytest
 
+from tests.conftest import LINES
 from tests.several import (
     GLOO,
     ROOT,
@@ -88,12 +89,17 @@ TINY = {
 }
 DRAWN = {**TINY, "eval_generated": 8}
 SHORT = {
-    "llm": {**TINY, "seq_len": 48},
+    "llm": TINY,
+    "classify": {**TINY, "labels": "a,b"},
+    "preference": TINY,
     "autoencoder": {**TINY, "resolution": 32},
     "diffusion": {**DRAWN, "sample.steps": 2, "resolution": 16},
     "image_tokens": {**DRAWN, "sample.prompts": "['red heart']"},
     "janus": {**DRAWN, "resolution": 12, "sample.prompts": "['water']"},
 }
+# Records of language models that do not train on {prompt, completion}.
+LABELLED = [{"text": line, "label": "ab"[i % 2]} for i, line in enumerate(LINES * 4)]
+PAIRS = [{"prompt": line, "chosen": " yes", "rejected": f" no {line}"} for line in LINES * 4]
 # Widths of models are seldom multiples of three.
 THREE = {"batch_size": 6, "mesh.data": -1, "mesh.fsdp": 1}
 
@@ -108,6 +114,11 @@ def shipped(make_folder, make_flags, tmp_path_factory):
     for name in ("diffusion", "autoencoder"):
         make_pictures(work / name / "pictures", sizes=((32, 32),))
     folder = make_folder(tied=True)
+    texts = {"llm": {}}
+    for name, rows in (("classify", LABELLED), ("preference", PAIRS)):
+        file = work / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        texts[name] = dict.fromkeys(("data.train", "data.eval"), f"jsonl:{file}")
 
     def flags(name, changes, cache):
         keys = {**SHORT[name], **changes}
@@ -117,11 +128,22 @@ def shipped(make_folder, make_flags, tmp_path_factory):
         if name not in ("llm", "autoencoder"):
             keys |= {"cache": cache}
         words = [f"--config.{key}={value}" for key, value in keys.items()]
-        if name == "llm":
-            words = make_flags(folder, keys)
+        if name in texts:
+            words = make_flags(folder, {**keys, **texts[name]})
         return ["--config", str(ROOT / "configs" / f"{name}.py"), *words]
 
     return flags
+
+
+def test_an_autoencoder_in_two_processes_is_that_of_one(shipped, tmp_path, monkeypatch):
+    """Without the networks of the perceptual loss and of the evaluation, which compile long."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    words = [*shipped("autoencoder", {"loss.perceptual": 0.0}, ""), "--config.data.eval="]
+    one, two = tmp_path / "one", tmp_path / "two"
+    together(1, *words, "--workdir", one, devices=2, joined=False)
+    together(2, *words, "--workdir", two, devices=2)
+    assert len(losses(one)) == 2
+    assert_same(one, two)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plan_table import ROOT, Case, plan
+from plan_table import ROOT, SIZES_70B, Case, plan
 
 PAGE = ROOT / "docs" / "memory.md"
 RESULTS = ROOT / "docs" / "performance" / "memory.json"
@@ -55,12 +55,7 @@ DERIVED = {
         "num_attention_heads": 40,
         "vocab_size": 152064,
     },
-    "Llama 3.1 70B": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-    },
+    "Llama 3.1 70B": SIZES_70B,
 }
 # Far above every card, or close to a neighbour.
 LEFT_OUT = {
