@@ -88,10 +88,10 @@ def assert_same(got, want):
 @pytest.mark.parametrize(
     ("config", "base", "mesh"),
     [
-        (MIXTRAL, "nf4", (2, 2, 2)),
+        pytest.param(MIXTRAL, "nf4", (2, 2, 2), marks=pytest.mark.slow),
         (MIXTRAL, "int8", (1, 4, 2)),
         (GPT_OSS, "nf4", (1, 4, 2)),
-        (GPT_OSS, "int8", (2, 2, 2)),
+        pytest.param(GPT_OSS, "int8", (2, 2, 2), marks=pytest.mark.slow),
     ],
 )
 def test_loss_and_gradients_are_those_of_the_decoded_weights(config, base, mesh, capfd):

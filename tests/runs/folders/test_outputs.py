@@ -146,6 +146,7 @@ NO_PATHS = {  # texts of a config that name no file
         "keep.best",
         "export.dtype",
         "export.kind",
+        "grow",
         "init",
         "inversion.init",
     ),
