@@ -9,6 +9,7 @@ import pytest
 
 from jaxft.kernels import grouped_matmul as module
 from jaxft.kernels.grouped_matmul import group_rows, grouped_matmul, reference
+from tests.devices import traced_for
 
 K, N = 12, 20
 # Groups of M rows: even ones, one that has all rows, some without rows, fewer rows than groups.
@@ -87,6 +88,16 @@ def test_the_form_for_a_cpu_computes_few_products_more_than_it_needs():
     shapes = jax.tree.map(lambda one: jnp.zeros(one.shape, jnp.int32), groups)
     made = jax.jit(grouped_matmul).lower(x, kernels, shapes).compile()
     assert made.memory_analysis().temp_size_in_bytes < 2 * x.nbytes
+
+
+def test_a_gpu_reads_a_matrix_for_few_blocks():
+    """Rows of Qwen3-30B-A3B: 128 a group. A CPU has blocks of 16, and copies a matrix 9 times."""
+    groups = jnp.arange(2048 * 8) % 128
+    with traced_for("gpu"):
+        found = jax.eval_shape(partial(group_rows, count=128), groups)
+    assert found.owners.shape == (128 + (2048 * 8 - 128) // 128,)
+    found = jax.eval_shape(partial(group_rows, count=128), groups)
+    assert found.owners.shape == (128 + (2048 * 8 - 128) // 16,)
 
 
 def test_frozen_kernels_cost_no_second_loop():
