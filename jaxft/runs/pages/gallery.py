@@ -26,7 +26,8 @@ def gallery(workdir: Path, before: Mapping[str, Any]) -> Iterator[tuple[str, str
         if "captions" in records[-1][1]:
             yield f"Samples: {name}", _sheet(records)
         elif name == "predictions":
-            yield "Predictions", _predictions(records, before)
+            of_sweep = records[-1][1].get("headers", ("",))[0] == "member"
+            yield "Members" if of_sweep else "Predictions", _predictions(records, before)
         else:
             yield "Samples", _texts(records)
 

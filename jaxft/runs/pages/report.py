@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.core.guards.best import BEST_FILE, direction
+from jaxft.core.metrics import OF_MEMBERS, without_members
 from jaxft.runs.pages.advice import advice
 from jaxft.runs.pages.charts import Series, chart, short, smoothed
 from jaxft.runs.pages.gallery import gallery
@@ -122,7 +123,14 @@ def _curves(history: History) -> str:
     held_out = Series("held out", *history.curve(evaluated, True), "dots")
     main.insert(1, held_out)  # the second colour of the page
     made = [chart("Loss", main)]
-    names = [n for n in history.measures() if direction(n) and f"eval_{n}" != evaluated]
+    measures = history.measures()
+    members = sorted((x, name) for name, x in measures.items() if name.startswith(OF_MEMBERS[0]))
+    if members:
+        ends = [Series(name.partition("/")[2], *history.curve(f"eval_{name}", True), "dots")
+                for _, name in (members[0], members[-1])]  # fmt: skip
+        made.append(chart("Best and worst member", ends))
+    own = without_members(measures)
+    names = [name for name in own if direction(name) and f"eval_{name}" != evaluated]
     drawn = [n for n in names if not n.startswith(("loss_t", "f1/")) and n not in OF_LOSS]
     for name in drawn[:CURVES]:
         made.append(chart(name, [Series("held out", *history.curve(f"eval_{name}", True), "dots")]))
@@ -154,7 +162,7 @@ def _measures(first: Mapping[str, float], history: History, best: Mapping[str, A
         "change",
     ]
     rows = []
-    for name, value in now.items():
+    for name, value in without_members(now).items():
         words = escape(name).replace("_", "_<wbr>")  # a phone breaks a long name there
         cells = [words, _number(first.get(name))]
         cells += [_number(kept.get(name))] if kept else []

@@ -146,6 +146,25 @@ def test_an_evaluation_that_was_written_twice_counts_once(tmp_path):
     Page(write_report(tmp_path).read_text())
 
 
+def test_the_members_of_a_sweep_share_a_curve_and_have_a_table(tmp_path):
+    rows = {"loss/lr1": 3.0, "loss/lr2": 1.0, "loss/lr3": 2.0}
+    lines = [
+        {
+            "step": step,
+            "eval_loss": 1.0,
+            **{f"eval_{name}": x - step / 9 for name, x in rows.items()},
+        }
+        for step in (0, 4)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    (tmp_path / "samples").mkdir()
+    table = {"headers": ["member", "optim.lr", "loss"], "rows": [["lr2", "2", "1"]]}
+    (tmp_path / "samples" / "predictions-000004.json").write_text(json.dumps(table))
+    page = write_report(tmp_path).read_text()
+    assert "Best and worst member" in page and "<h2>Members" in page and "loss/lr" not in page
+    assert "lr2</span>" in page and "lr1</span>" in page and "lr3</span>" not in page
+
+
 def test_leaves_are_short_texts():
     content = {"a": {"b": 12345, "c": []}, "d": [1, "x"], "e": 0.5, "f": None, "g": "", "h": True}
     assert dict(leaves(content)) == {"a.b": "12,345", "d": "1, x", "e": "0.5", "h": "True"}
