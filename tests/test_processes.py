@@ -135,17 +135,6 @@ def shipped(make_folder, make_flags, tmp_path_factory):
     return flags
 
 
-def test_an_autoencoder_in_two_processes_is_that_of_one(shipped, tmp_path, monkeypatch):
-    """Without the networks of the perceptual loss and of the evaluation, which compile long."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    words = [*shipped("autoencoder", {"loss.perceptual": 0.0}, ""), "--config.data.eval="]
-    one, two = tmp_path / "one", tmp_path / "two"
-    together(1, *words, "--workdir", one, devices=2, joined=False)
-    together(2, *words, "--workdir", two, devices=2)
-    assert len(losses(one)) == 2
-    assert_same(one, two)
-
-
 @pytest.fixture(scope="module")
 def alone(shipped, tmp_path_factory):
     """`alone(name, devices)`: the run of one process that has joined, made once."""
