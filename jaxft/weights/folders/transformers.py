@@ -28,6 +28,7 @@ from jaxft.weights.packages import package_model
 # Files of a model besides its weights: configs, tokenizer, chat template, licence, model card.
 CONFIGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 SIDE_FILES = (*CONFIGS, "LICENSE*", "LICENCE*", "NOTICE*", "README*", "USE_POLICY*")
+MODELOPT_FILE = "hf_quant_config.json"  # of older folders, in place of a key in config.json
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"}
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"  # of causal language models
 
@@ -150,6 +151,9 @@ def _open_path(name: str, path: Path, weights: bool, nf4: bool) -> Source:
         return Source(name, gguf.config(), gguf if weights else None, gguf.side_files())
     folder = path if path.is_dir() else path.parent
     config = _read_config(folder / "config.json")
+    if (folder / MODELOPT_FILE).is_file() and not config.get("quantization_config"):
+        own = _read_config(folder / MODELOPT_FILE).get("quantization")
+        config["quantization_config"] = {"quant_method": "modelopt", **(own or {})}
     nf4 = nf4 and bool(methods.nf4_scales(config))
     files, stated = side_files(folder), config.get("quantization_config") or {}
     method = "MXFP4" if is_mxfp4(config) else "FP8" if is_fp8(config) else ""
@@ -157,6 +161,7 @@ def _open_path(name: str, path: Path, weights: bool, nf4: bool) -> Source:
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         files["config.json"] = text.encode()  # an export is in 16 or 32 bits
+        files.pop(MODELOPT_FILE, None)
     if not nf4:
         methods.refuse_config(config, f"{folder / 'config.json'}")
     tensors: Tensors | None = None

@@ -58,7 +58,7 @@ def _method(stated: Any) -> str:
 
 def _error(where: str, found: str, hint: str = "") -> UserError:
     return UserError(
-        f"{where}: the weights are quantised ({found}), and only weights of 16 or 32 bits are read;"
+        f"{where}: the weights are quantised ({found}), which is not read;"
         " give the model that it was made from, mostly the name without -bnb-4bit, -GPTQ, -AWQ,"
         f" -MLX or the like{hint}"
     )

@@ -122,6 +122,19 @@ def test_a_folder_opens_as_the_model_in_16_bits(name, weights, tmp_path):
     np.testing.assert_array_equal(source.tensors.read("lm_head.weight"), table)
 
 
+def test_an_older_folder_of_modelopt_states_it_in_a_file_of_its_own(tmp_path):
+    codes, scales = data(grid=())
+    write(tmp_path, None, {KEY: codes, KEY + "_scale": np.asarray(scales)})
+    file = tmp_path / "hf_quant_config.json"
+    file.write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    source = open_source(str(tmp_path))
+    assert file.name not in source.side_files and "quantization_config" not in source.config
+    np.testing.assert_array_equal(source.tensors.read(KEY), decode_fp8(codes, scales, BF16))
+    file.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    with pytest.raises(UserError, match="quant_method='modelopt'"):
+        open_source(str(tmp_path))
+
+
 def test_other_numbers_of_the_same_methods_are_not_read():
     groups = CONFIGS["compressed"]["config_groups"]
     narrow = {"weights": {**CHANNELS, "num_bits": 4}}
