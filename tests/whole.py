@@ -31,7 +31,7 @@ class Whole:
 
     def __init__(self, run):
         self.__dict__.update(run._asdict())
-        self.trained_leaves = run.trained_leaves
+        self.trained_leaves, self.copies = run.trained_leaves, run.copies
         self.train, self.held_out, _ = opening.read_data(run)
 
     @cached_property

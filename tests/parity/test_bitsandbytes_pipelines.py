@@ -48,6 +48,23 @@ def in_nf4(linear, double):
     return made.to("cpu")
 
 
+def decoded(model):
+    """The model on weights that bitsandbytes decodes, block after block.
+
+    On CPUs with AVX512-BF16 its own products are bf16, and its decoder misreads a row that does
+    not end with a block.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bnb.nn.Linear4bit):
+            codes, state = module.weight.data, module.weight.quant_state
+            shape, state.shape = state.shape, torch.Size((state.shape.numel() // 64, 64))
+            weight = bnb.functional.dequantize_4bit(codes, state).reshape(shape)
+            made = torch.nn.Linear(*reversed(shape), bias=module.bias is not None)
+            made.load_state_dict(dict(module.named_parameters()) | {"weight": weight})
+            model.set_submodule(name, made)
+    return model
+
+
 def quantised(work, double):
     """(folder, the transformer) of a FLUX.1 whose transformer and T5 are in NF4."""
     pipe = make_flux(work, **WIDE)
@@ -80,7 +97,7 @@ def data(tmp_path_factory):
 
 def test_codes_are_the_files_and_outputs_are_bitsandbytes(model, data):
     """Blocks keep their codes. The projections around them and T5 are decoded."""
-    folder, theirs, text = model
+    folder, theirs, text = model[0], *map(decoded, model[1:])
     run = opening.open_run(make_config(folder, data, NF4_LORA))
     unread = ("vae.",)
     params = opening.load_params(run, {x for x in run.leaves if not x.startswith(unread)})
@@ -90,7 +107,7 @@ def test_codes_are_the_files_and_outputs_are_bitsandbytes(model, data):
     )  # fmt: skip
     assert (f"{PATH}.nested" in params) == (f"{KEY}.nested_absmax" in held)
     assert params["transformer.x_embedder.kernel"].dtype == np.float32
-    rng = np.random.default_rng(0)  # two rows: bitsandbytes has another kernel for one
+    rng = np.random.default_rng(0)
     latents = rng.standard_normal((2, 8, 8, 4)).astype(np.float32)
     context = rng.standard_normal((2, 5, 48)).astype(np.float32)
     pooled = rng.standard_normal((2, 16)).astype(np.float32)

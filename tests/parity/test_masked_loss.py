@@ -121,7 +121,8 @@ def test_a_unet_with_mask_pictures_and_micro_batches(data, masks, tmp_path, monk
 
 def test_a_transformer_of_flow_matching_with_alpha(data, masks, tmp_path, monkeypatch):
     make_sd3(tmp_path, t5=False).save_pretrained(tmp_path / "folder")
-    changes = {"mask": "alpha", "lora.rank": 4, "lora.alpha": 6.0}
+    # alpha: with 6, a row of an A has a gradient of the size of fp32 rounding, which Adam enlarges
+    changes = {"mask": "alpha", "lora.rank": 4, "lora.alpha": 24.0}
     ours = trained(
         tmp_path / "folder", data["alpha"], changes, "one", tmp_path / "run", monkeypatch
     )
