@@ -70,16 +70,20 @@ def quantise(model: nnx.Module, base: str, double: bool = True, prefix: str = ""
     In a decoder these are all but the output head, as in transformers. Embeddings, projections
     before and after the blocks, convolutions, routers, norms and biases stay.
     base: "nf4", "int8", or "none". double: as in `NF4Kernel`. prefix: of the network's paths.
-    Raises: UserError for a projection whose inputs are no whole number of blocks.
+    Raises: UserError for a projection whose inputs are no whole number of blocks, and for a model
+    without any projection in a stack.
     """
     if base == "none":
         return
-    found = {
+    found: dict[str, Any] = {
         path: linear
         for path, linear in projections(model).items()
         if path.startswith(prefix) and layer_count(linear) and isinstance(linear, Linear)
     }
-    for path, module in {**found, **_experts(model)}.items():
+    found |= _experts(model)
+    if not found:
+        raise UserError(f"base={base}: this model has no stacked blocks to quantise; set base=none")
+    for path, module in found.items():
         about = module.kernel.get_metadata()
         axes, inputs = about["axes"], about["inputs"]
         at = len(module.kernel.shape) - len(axes) + int(axes[0] == "expert")

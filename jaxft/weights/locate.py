@@ -10,7 +10,7 @@ import huggingface_hub
 from jaxft.core.errors import UserError
 from jaxft.demo import demo_path
 from jaxft.weights.files.tensor_files import STEMS
-from jaxft.weights.folders.transformers import SIDE_FILES
+from jaxft.weights.folders.transformers import SIDE_FILES, not_given
 from jaxft.weights.packages import package_folders
 
 INDEX = "model_index.json"
@@ -60,11 +60,7 @@ def _from_hub(repo: str, sub: str, weights: bool) -> Path:
     except Exception as error:  # the hub client's errors share no base class
         if (cached := _cached(repo)) is not None:
             return cached / sub
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"model {repo!r}: no such folder, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {reason}); give the path of a local copy"
-        ) from error
+        raise not_given(repo, error) from error
 
 
 def _cached(repo: str) -> Path | None:

@@ -102,3 +102,8 @@ def test_inputs_that_are_no_whole_blocks_are_named():
     with pytest.raises(UserError, match=r"base=nf4: layers\.up has 48 inputs.*64; set base=int8"):
         quantise(Model(48), "nf4")
     quantise(Model(48), "int8")
+
+
+def test_a_model_without_stacked_blocks_is_refused():
+    with pytest.raises(UserError, match=r"base=int8: .*no stacked blocks.*base=none"):
+        quantise(Layer(64, jax.random.key(0)), "int8")

@@ -45,6 +45,12 @@ class OpenedPipeline:
         self.pipeline = growing.grow(read, options.grow)
         self.model_cfg = families.read_config(self.pipeline, options.prediction, options.zero_snr)
         check_sampler("sample.sampler", options.sample.sampler, self.model_cfg)
+        most = self.model_cfg.schedule.train_steps
+        if options.sample.steps > most:
+            raise UserError(
+                f"config key sample.steps={options.sample.steps} must be at most {most}, the steps"
+                " of the model's training"
+            )
         check(options.caption_dropout, self.model_cfg)
         _check_mask(options.mask, self.model_cfg)
         if options.sample.rescale and not self.model_cfg.free_guidance:

@@ -243,9 +243,14 @@ def _from_hub(repo: str, weights: bool) -> Path:
             ignore_patterns=["*/*", "consolidated*"],
         )
     except Exception as error:  # the hub client's errors share no base class
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"model {repo!r}: no such folder, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {reason}); give the path of a local copy"
-        ) from error
+        raise not_given(repo, error) from error
     return Path(folder)
+
+
+def not_given(repo: str, error: Exception) -> UserError:
+    """Return the error of a model that is no folder, and that the hub did not give."""
+    reason = str(error).strip().split("\n")[0]
+    return UserError(
+        f"model {repo!r}: no such folder, and the Hugging Face hub did not give it "
+        f"({type(error).__name__}: {reason}); give the path of a local copy"
+    )

@@ -39,6 +39,7 @@ def fails(plain, pictures, tmp_path, capfd):
         (["28 fewer than one batch", "batch_size=40"], {"batch_size": 40}),
         (["sample.sampler='plms'", "ddim"], {"sample.sampler": "plms"}),
         (["sample.steps=0 must be at least 1"], {"sample.steps": 0}),
+        (["sample.steps=1001 must be at most 1000"], {"sample.steps": 1001}),
         (["prediction='sample'", "epsilon", "v_prediction"], {"prediction": "sample"}),
         (["zero_snr", "prediction=v_prediction"], {"zero_snr": True}),
         (["lora.targets='nothing'", "matches no projection"], NO_TARGETS),
