@@ -215,8 +215,10 @@ def _facts(pairs: Iterator[tuple[str, str]]) -> str:
 
 
 def _run(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    command = manifest.get("command")
-    shown = f"<pre>{escape(str(command))}</pre><br>" if command else ""
+    # A span is one word: a browser would break a line after the hyphens of an option.
+    words = str(manifest.get("command") or "").split(" ")
+    command = " ".join(f"<span>{escape(word)}</span>" for word in words)
+    shown = f"<pre>{command}</pre><br>" if manifest.get("command") else ""
     versions = manifest.get("versions") or {}
     facts: dict[str, Any] = {
         "base model": config.get("model"),

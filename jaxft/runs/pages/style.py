@@ -67,6 +67,7 @@ dd.was{border-left:3px solid var(--line);padding-left:10px}
 .plain{display:block;max-width:100%;border-radius:8px;border:1px solid var(--line)}
 pre{background:var(--code);border-radius:8px;padding:12px 14px;margin:0;white-space:pre-wrap;
 font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
+pre span{display:inline-block;max-width:100%;word-break:break-all}
 details{margin-top:12px}
 summary{cursor:pointer;color:var(--soft)}
 footer{margin-top:40px;color:var(--soft);font-size:13px}
