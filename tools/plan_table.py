@@ -99,6 +99,7 @@ SEARCHES = {
     "Llama 8B full, TPU v6e-16": llm("v6e:4x4", L8, 16, **FULL),
     "Llama 8B full, TPU v5p-128": llm("v5p:4x4x4", L8, 64, **FULL),
     "Llama 70B LoRA, TPU v5e-16": llm("v5e:4x4", L70, 16, **LORA_70B),
+    "Llama 70B LoRA on an NF4 base, TPU v5e-16": llm("v5e:4x4", L70, 16, **LORA_70B, base="nf4"),
     "Llama 70B LoRA, TPU v6e-16": llm("v6e:4x4", L70, 16, **LORA_70B),
     "Llama 70B LoRA, TPU v5p-128": llm("v5p:4x4x4", L70, 64, **LORA_70B),
     "Llama 70B LoRA, 8 H100": llm("h100:8", L70, 8, **LORA_70B),
@@ -111,6 +112,7 @@ SEARCHES = {
 }
 # The first setting, with remat=dots, does not fit.
 TWICE = ("Llama 8B full, TPU v5e-16", *(name for name in SEARCHES if name.startswith("Llama 70B")))
+HARD, MANY = ("Llama 70B LoRA, TPU v5e-16",), 10  # settings, of which none may fit
 SECONDS = 1800  # of a search, at most
 
 
@@ -170,9 +172,12 @@ def row(name: str, found: dict[str, Any]) -> str:
 
 
 def searched(name: str) -> dict[str, Any]:
-    """Return the first setting that fits, or the seconds after which the search was left."""
+    """Return the best setting that fits, or the count that did not, or the seconds of a search."""
+    tries = MANY if name in HARD else 2 if name in TWICE else 1
     try:
-        return plan(SEARCHES[name], SECONDS, ("--search", "2" if name in TWICE else "1"))[0]
+        return plan(SEARCHES[name], SECONDS, ("--search", str(tries)))[0]
+    except subprocess.CalledProcessError:  # it names each setting above
+        return {"refused": tries}
     except subprocess.TimeoutExpired:
         return {"left_after": SECONDS}
 
@@ -203,6 +208,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     for name in SEARCHES:
         if seconds := results.get(name, {}).get("left_after"):
             left.setdefault(f"Not ended within {seconds // 60} minutes", []).append(name)
+        elif count := results.get(name, {}).get("refused"):
+            left.setdefault(f"None of {count} settings fits", []).append(name)
         elif name not in results:
             left.setdefault("Not searched yet", []).append(name)
     missing = " ".join(f"{text}: {'; '.join(names)}." for text, names in left.items())
