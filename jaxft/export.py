@@ -14,7 +14,7 @@ from jaxft.core.configs.schema import CHOICES
 from jaxft.core.errors import UserError
 from jaxft.core.guards.faults import inject
 from jaxft.core.guards.fingerprint import not_finite
-from jaxft.core.params import ADAPTER_ROLE, Params, unpacked
+from jaxft.core.params import ADAPTER_ROLE, Params, named, unpacked
 from jaxft.runs.folders.outputs import begin_output, check_output, finish_output
 from jaxft.runs.folders.push import check_push, push_folder
 from jaxft.runs.folders.workdir import read_config_file
@@ -79,9 +79,9 @@ def export_folder(
     check_kind(run, kind)
     if bad := not_finite({path: params[path] for path in run.chosen}):
         raise UserError(
-            f"{bad[0]} and {len(bad) - 1} more trained parameters hold numbers that are NaN or"
-            " infinite, so nothing is exported; lower optim.lr or lengthen optim.warmup in another"
-            " --workdir, or export an earlier checkpoint with --step"
+            f"{named(bad)} of the trained parameters hold numbers that are NaN or infinite, so"
+            " nothing is exported; lower optim.lr or lengthen optim.warmup in another --workdir, or"
+            " export an earlier checkpoint with --step"
         )
     place = out.absolute()
     name = place.parent.name if place.name == "export" else place.name
@@ -142,8 +142,8 @@ def check_kind(run: Run, kind: str) -> None:
     adapted = {re.sub(r"\.lora_a$", ".kernel", path).replace(".tokens.", ".") for path in added}
     if more := sorted(path for path in beside if not path.startswith(kept) or path in adapted):
         raise UserError(
-            f"export.kind={kind!r} would leave out {more[0]} and {len(more) - 1} more that train"
-            f" too; use export.kind={instead!r}"
+            f"export.kind={kind!r} would leave out {named(more)}, which train too; use"
+            f" export.kind={instead!r}"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations  # Leaf and Packed name each other
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -151,6 +151,12 @@ def select(pattern: str, paths: Mapping[str, Any], key: str = "trainable") -> se
         some = ", ".join(sorted(paths)[:8])
         raise UserError(f"{key}={pattern!r} matches no parameter; paths look like: {some}")
     return chosen
+
+
+def named(paths: Sequence[str]) -> str:
+    """Return the first of some paths, and the number of the others, for a message."""
+    others = len(paths) - 1
+    return f"{paths[0]} and {others} more" if others else paths[0]
 
 
 def describe_trained(leaves: Mapping[str, Leaf], chosen: set[str]) -> str:

@@ -190,6 +190,12 @@ def _continued(run: Run, plan: Plan, saved: Checkpoints, start: int) -> str:
     )
 
 
+def _rates(run: Run) -> str:
+    """Return the learning rate of a run, or the lowest and the highest of a sweep."""
+    rates = run.cfg.optim.lr * run.sweep.rates if run.sweep else [run.cfg.optim.lr]
+    return " to ".join(f"{rate:.6g}" for rate in dict.fromkeys((min(rates), max(rates))))
+
+
 def summary(run: Run, plan: Plan, rows: Rows) -> str:
     """Return the first lines that a run prints, with the defaults chosen for this machine."""
     cfg = run.cfg
@@ -200,9 +206,10 @@ def summary(run: Run, plan: Plan, rows: Rows) -> str:
         f" compute {runtime.resolve_dtype(cfg.compute_dtype)}, parameters {cfg.param_dtype},"
         f" remat {cfg.remat}",
         f"{plan.total} steps of {cfg.batch_size} examples{micro}, {cfg.optim.name} at"
-        f" {cfg.optim.lr:g} ({cfg.optim.schedule})",
+        f" {_rates(run)} ({cfg.optim.schedule})",
         describe_trained(run.leaves, run.chosen),
     ]
     if run.sweep:
+        lines[-1] += ", of the largest member"
         lines.append(f"sweep of {run.copies} adapters: {', '.join(run.sweep.runs)}")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from jaxft.core.configs.sweep import Member
 from jaxft.core.errors import UserError
 from jaxft.core.guards.stopping import STOP_FLAG
 from jaxft.core.metrics import OF_MEMBERS, WORST_MEMBER
-from jaxft.core.params import ADAPTER_ROLE, SCALE_ROLE, Leaf, Params
+from jaxft.core.params import ADAPTER_ROLE, SCALE_ROLE, Leaf, Params, named
 from jaxft.core.step import Batch, Metrics, State
 from jaxft.tasks import Look, Preview, Report, Request, Unread
 from jaxft.weights.adapters import ranks
@@ -61,8 +61,8 @@ def make_sweep(run: Any, members: tuple[Member, ...], runs: Mapping[str, Any]) -
         raise UserError(f"sweep={text!r} trains adapters, and needs lora.rank > 0; set it")
     if more := sorted(path for path in run.chosen if run.leaves[path].role != ADAPTER_ROLE):
         raise UserError(
-            f"sweep={text!r} trains adapters alone, but {more[0]} and {len(more) - 1} more train"
-            " too; leave trainable and lora.tokens empty"
+            f"sweep={text!r} trains adapters alone, and not {named(more)}; leave trainable and"
+            " lora.tokens empty"
         )
     if writer and writer.made_of != ADAPTER_ROLE:
         raise UserError(

@@ -12,9 +12,11 @@ from safetensors.numpy import load_file
 
 from jaxft import evaluate, sample, train
 from jaxft.core.config import load_config
+from jaxft.core.errors import UserError
 from jaxft.runs.opening import open_run
 from jaxft.runs.sweep import BY_MATRIX
 from jaxft.tasks import OPTIONS
+from jaxft.weights.folders.transformers import open_source
 from tests.interrupted import timeless
 from tests.runs.test_train import CONFIG
 from tests.weights.adapters.peft_adapters import hf, logits, near, opened, torch_logits
@@ -176,7 +178,9 @@ def test_a_member_that_diverges_leaves_the_others_alone(folder, make_flags, tmp_
     assert [one["loss/lr1e30"] is None for one in steps] == [False, True, True, True]
     losses = [one["loss/lr1e-2"] for one in steps]
     assert [one["loss"] for one in steps] == losses and losses[-1] < losses[0]
-    assert all(map(math.isfinite, losses)) and "worst not finite" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert all(map(math.isfinite, losses)) and "worst not finite" in out
+    assert "at 0.01 to 1e+30 (" in out and ", of the largest member\n" in out
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,7 @@ def test_a_member_that_diverges_leaves_the_others_alone(folder, make_flags, tmp_
         ({"lora.rank": 0, "sweep": "seed=0,1"}, "needs lora.rank > 0"),
         ({"objective": "orpo"}, "is for objective=sft, not for orpo"),
         ({"export.kind": "merged"}, "would write the whole model 8 times; use export.kind=adapter"),
-        ({"trainable": ".*lora_[ab]|norm.*"}, "but norm.scale and 0 more train too"),
+        ({"trainable": ".*lora_[ab]|norm.*"}, "alone, and not norm.scale; leave"),
         ({"optim.name": "muon"}, "sweep other keys, or take optim.name=adamw"),
         ({"lora.tokens": "<s>"}, "leave trainable and lora.tokens empty"),
         ({"sweep": "optim.lr=1"}, "is one adapter"),
@@ -213,6 +217,10 @@ def test_an_adapter_that_goes_on_is_swept_by_its_rate(swept, folder, small_run, 
     for place in ({"lora.from": start}, {"model": start}):
         rates = opened_with("optim.lr=1e-3,1e-2", **place).sweep.rates
         assert rates.tolist() == pytest.approx([0.1, 1])
+    with pytest.raises(UserError, match=r"adapter_config\.json there; it holds lr\S+, .* such as"):
+        opened_with("optim.lr=1e-3,1e-2", **{"lora.from": str(swept / "export")})
+    with pytest.raises(UserError, match=r"config\.json: missing; it holds lr\S+, .* such as"):
+        open_source(str(swept / "export"))
         with pytest.raises(ValueError, match="training continues an adapter, which has its own"):
             opened_with("seed=0,3", **place)
     with pytest.raises(ValueError, match=r"lora\.rank=2, but .* has rank 4"):

@@ -1,5 +1,6 @@
 """The members of a sweep: adapters that one run trains, with other values of a few keys."""
 
+import math
 import re
 from collections.abc import Mapping
 from itertools import product
@@ -52,9 +53,15 @@ def read_sweep(text: str) -> tuple[Member, ...]:
 
 
 def _value(text: str, key: str, one: str) -> Any:
+    if one.startswith("-"):
+        raise UserError(f"sweep={text!r}: {key}={one} must not be below 0")
     if not _NUMBER.fullmatch(one):
         raise UserError(f"sweep={text!r}: {one!r} is no number; write it as sweep={EXAMPLE!r}")
-    value = convert(key, one, SWEPT[key])
-    if not value and key != "seed":
-        raise UserError(f"sweep={text!r}: {key}={one} must be above 0")
+    try:
+        value = convert(key, one, SWEPT[key])
+    except UserError:
+        kind = "whole number" if SWEPT[key] is int else "number"
+        raise UserError(f"sweep={text!r}: {key}={one} must be a {kind}") from None
+    if not math.isfinite(value) or (not value and key != "seed"):
+        raise UserError(f"sweep={text!r}: {key}={one} must be above 0, and no infinity")
     return value

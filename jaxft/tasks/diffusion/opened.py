@@ -192,6 +192,8 @@ def _check_lokr(cfg: Lora, model: AnyConfig) -> None:
             f"lora.lokr={cfg.lokr} is for the UNets of Stable Diffusion 1, 2 and XL, and this is"
             f" {model.describe()}; leave it out"
         )
+    if cfg.lokr < -1:
+        raise UserError(f"lora.lokr={cfg.lokr} must be a factor from 1 on, -1 or 0")
     if cfg.lokr and cfg.dora:
         raise UserError(f"lora.lokr={cfg.lokr} does not go with lora.dora=True; leave one out")
 

@@ -15,7 +15,14 @@ from jaxft.core.errors import UserError
 from jaxft.core.guards.inside import refuse_outside
 from jaxft.weights.adapters.ranks import AdapterSize, described
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
-from jaxft.weights.folders.transformers import HEAD, TABLE, TOKENIZER_FILES, Source, open_source
+from jaxft.weights.folders.transformers import (
+    HEAD,
+    TABLE,
+    TOKENIZER_FILES,
+    Source,
+    members_hint,
+    open_source,
+)
 from jaxft.weights.rules import Entry, in_class
 from jaxft.weights.views import Overlaid, Renamed
 
@@ -111,7 +118,8 @@ def open_adapted(
     folder, base = (adapter, spec) if adapter else (spec, "")
     if not is_adapter(folder):
         if adapter:
-            raise UserError(f"lora.from={adapter!r}: no {CONFIG} there; give a folder of PEFT's")
+            hint = members_hint(Path(adapter).expanduser()) or "give a folder of PEFT's"
+            raise UserError(f"lora.from={adapter!r}: no {CONFIG} there; {hint}")
         return AdaptedSource(opener(spec, weights))
     if base and is_adapter(base):
         raise UserError(f"model={base!r} is an adapter too; give the model below it to lora.from")

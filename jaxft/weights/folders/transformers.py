@@ -21,13 +21,14 @@ from jaxft.demo import demo_path
 from jaxft.weights.files.gguf import GgufFile
 from jaxft.weights.files.tensor_files import TensorFiles, Tensors
 from jaxft.weights.folders.quantised import methods
-from jaxft.weights.folders.quantised.fp8 import Fp8Tensors, is_fp8
+from jaxft.weights.folders.quantised.fp8 import Fp8Tensors, is_fp8, read_block
 from jaxft.weights.folders.quantised.mxfp4 import Mxfp4Tensors, is_mxfp4
 from jaxft.weights.packages import package_model
 
 # Files of a model besides its weights: configs, tokenizer, chat template, licence, model card.
 CONFIGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 SIDE_FILES = (*CONFIGS, "LICENSE*", "LICENCE*", "NOTICE*", "README*", "USE_POLICY*")
+OWN_CONFIGS = ("config.json", "adapter_config.json")  # of a model, of an adapter
 MODELOPT_FILE = "hf_quant_config.json"  # of older folders, in place of a key in config.json
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"}
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"  # of causal language models
@@ -170,7 +171,7 @@ def _open_path(name: str, path: Path, weights: bool, nf4: bool) -> Source:
         if method == "MXFP4":
             tensors = Mxfp4Tensors(tensors, str(path))
         elif method:
-            block = stated.get("weight_block_size")
+            block = read_block(stated.get("weight_block_size"), f"{folder / 'config.json'}")
             tensors = Fp8Tensors(tensors, str(path), _decoded_dtype(config), block)
         if not nf4:
             methods.refuse_tensors(tensors.keys(), str(path))
@@ -181,6 +182,18 @@ def _decoded_dtype(config: Mapping[str, Any]) -> np.dtype:
     """Return the dtype of the model before quantisation, bfloat16 if config.json has another."""
     name = config_dtype(config) or config_dtype(config.get("text_config") or {})
     return np.dtype(name if name in ("float16", "float32") else ml_dtypes.bfloat16)
+
+
+def members_hint(folder: Path) -> str:
+    """Return the advice to give one of the models or adapters in a folder, "" if it has none.
+
+    The export of a sweep has a folder for each member.
+    """
+    inside = sorted({file.parent for name in OWN_CONFIGS for file in folder.glob(f"*/{name}")})
+    if len(inside) < 2:
+        return ""
+    names = ", ".join(one.name for one in inside)
+    return f"it holds {names}, so give one of them, such as {inside[0]}"
 
 
 def _stated_file(config: Mapping[str, Any]) -> str:
@@ -208,7 +221,8 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{path.parent} is a pipeline of diffusers, which has no {path.name}; train it with"
                 " --config=configs/diffusion.py"
             ) from error
-        raise UserError(f"{path}: missing; give a folder saved by save_pretrained") from error
+        folder = members_hint(path.parent) or "give a folder saved by save_pretrained"
+        raise UserError(f"{path}: missing; {folder}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(config, dict):

@@ -98,6 +98,7 @@ def test_the_file_has_the_merged_weights_in_lycoris_and_goes_on(source, tmp_path
         ({"lora.dora": True}, "lora.lokr=4 does not go with lora.dora=True"),
         ({"lora.targets": r"text_encoder\..*"}, "has no plain rows and columns"),
         ({"lora.rank": 8}, "is not below half the size of W2"),
+        ({"lora.lokr": -2}, "lora.lokr=-2 must be a factor from 1 on, -1 or 0"),
         ({"lora.rank": 0}, "lora.lokr=4 needs lora.rank > 0"),
     ],
 )

@@ -41,6 +41,23 @@ def is_fp8(config: Mapping[str, Any]) -> bool:
     return method in ("fp8", "fbgemm_fp8") and stated.get("expert_dtype", "fp8") == "fp8"
 
 
+def read_block(stated: Any, where: str) -> tuple[int, int] | None:
+    """Return the rows and columns that share a scale, None if config.json states none.
+
+    Raises: UserError for what is no pair of numbers above 0.
+    """
+    if stated is None:
+        return None
+    if isinstance(stated, list) and [type(one) for one in stated] == [int, int]:
+        rows, columns = stated
+        if min(rows, columns) > 0:
+            return rows, columns
+    raise UserError(
+        f"{where}: quantization_config.weight_block_size={stated!r}; expected two numbers above 0,"
+        " such as [128, 128]"
+    )
+
+
 class Fp8Tensors:
     """The tensors of a checkpoint in FP8 under the names of the 16-bit model.
 
@@ -93,8 +110,9 @@ def scale_blocks(
 ) -> tuple[int, int] | None:
     """Return the rows and columns that share a scale, or None if such scales do not fit.
 
-    shape: of the weight, [*lead, rows, columns]. grid: of the scales. block: preferred where both
-    fit, because the last block of a weight may be smaller.
+    shape: of the weight, [*lead, rows, columns]. grid: of the scales. block: the rows and columns
+    that config.json states. The last block of a weight may be smaller, and one scale for all is
+    accepted beside it.
     """
     grid = _whole_grid(shape, grid)
     if len(shape) < 2 or len(grid) != len(shape) or grid[:-2] != shape[:-2]:
@@ -103,7 +121,7 @@ def scale_blocks(
     for size, count, stated in zip(shape[-2:], grid[-2:], block or (0, 0), strict=True):
         if stated and ceil(size / stated) == count:
             found.append(stated)
-        elif count and size % count == 0:
+        elif count and size % count == 0 and (not stated or set(grid[-2:]) == {1}):
             found.append(size // count)
         else:
             return None

@@ -152,6 +152,23 @@ def test_other_numbers_of_the_same_methods_are_not_read():
     assert all(is_fp8({"quantization_config": config}) for config in CONFIGS.values())
 
 
+def test_a_grid_that_is_not_of_the_stated_blocks_is_refused():
+    """The division alone would decode 96 rows by 1 scale, where the file states blocks of 32."""
+    assert scale_blocks((96, 64), (3, 2), (32, 32)) == (32, 32)
+    assert scale_blocks((96, 64), (1, 2), (32, 32)) is None
+    assert scale_blocks((96, 64), (3, 2), (16, 16)) is None
+    assert scale_blocks((96, 64), (1, 1), (32, 32)) == (96, 64)
+
+
+@pytest.mark.parametrize("stated", ["128", [128], [0, 0], [128, "128"], [True, 1], {}], ids=str)
+def test_blocks_that_are_no_pair_of_sizes_are_named(stated, tmp_path):
+    codes, scales = data()
+    config = {**CONFIGS["transformers"], "weight_block_size": stated}
+    write(tmp_path, config, {KEY: codes, KEY + "_scale_inv": scales})
+    with pytest.raises(UserError, match=r"config\.json: quantization_config\.weight_block_size="):
+        open_source(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
