@@ -79,9 +79,9 @@ def export_folder(
     check_kind(run, kind)
     if bad := not_finite({path: params[path] for path in run.chosen}):
         raise UserError(
-            f"{named(bad)} of the trained parameters hold numbers that are NaN or infinite, so"
-            " nothing is exported; lower optim.lr or lengthen optim.warmup in another --workdir, or"
-            " export an earlier checkpoint with --step"
+            f"trained parameters hold numbers that are NaN or infinite ({named(bad)}), so nothing"
+            " is exported; lower optim.lr or lengthen optim.warmup in another --workdir, or export"
+            " an earlier checkpoint with --step"
         )
     place = out.absolute()
     name = place.parent.name if place.name == "export" else place.name

@@ -113,6 +113,7 @@ SEARCHES = {
 # The first setting, with remat=dots, does not fit.
 TWICE = ("Llama 8B full, TPU v5e-16", *(name for name in SEARCHES if name.startswith("Llama 70B")))
 HARD, MANY = ("Llama 70B LoRA, TPU v5e-16",), 10  # settings, of which none may fit
+NOTHING_FITS = "no setting of mesh, micro_batches and remat fits"  # the error of such a search
 SECONDS = 1800  # of a search, at most
 
 
@@ -133,7 +134,9 @@ def plan(case: Case, seconds: int | None = None, words: tuple[str, ...] = ()) ->
         keyed = [f"--config.{key}={value}" for key, value in keys.items()]
         command = [sys.executable, "-m", "jaxft.plan", "--config", f"configs/{case.config}.py"]
         command += ["--topology", case.topology, "--json", str(file), *words, *keyed]
-        subprocess.run(command, cwd=ROOT, check=True, timeout=seconds)
+        run = subprocess.run(command, cwd=ROOT, timeout=seconds, stderr=subprocess.PIPE, text=True)
+        print(run.stderr, file=sys.stderr)
+        run.check_returncode()
         found = json.loads(file.read_text())
     for one in found if isinstance(found, list) else [found]:
         del one["model"]  # a path of this machine
@@ -176,7 +179,9 @@ def searched(name: str) -> dict[str, Any]:
     tries = MANY if name in HARD else 2 if name in TWICE else 1
     try:
         return plan(SEARCHES[name], SECONDS, ("--search", str(tries)))[0]
-    except subprocess.CalledProcessError:  # it names each setting above
+    except subprocess.CalledProcessError as error:
+        if NOTHING_FITS not in error.stderr:
+            raise
         return {"refused": tries}
     except subprocess.TimeoutExpired:
         return {"left_after": SECONDS}

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from jaxft.core.configs.schema import Lora
 from jaxft.core.errors import UserError
-from jaxft.core.params import ADAPTER_ROLE, Leaf
+from jaxft.core.params import ADAPTER_ROLE, Leaf, named
 from jaxft.weights.adapters.lokr import as_kronecker
 from jaxft.weights.adapters.lycoris import as_lora
 from jaxft.weights.adapters.original_names import DORA_SCALE, side_of, under_diffusers_names
@@ -89,8 +89,7 @@ def open_lora(
     stated = _stated_scales(file)
     adapted = tuple(_adapted(file, tensors, one, leaves, stated) for one in matched)
     if odd:
-        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        raise UserError(f"{file}: no place for {odd[0]}{more} in this model; {GIVE_TRAINED_BASE}")
+        raise UserError(f"{file}: no place for {named(odd)} in this model; {GIVE_TRAINED_BASE}")
     if not adapted:
         raise UserError(f"{file} holds no tensors; give the file of a LoRA by lora.from=FILE")
     plain = [one.site.name for one in adapted if "lora_m" not in one.keys]

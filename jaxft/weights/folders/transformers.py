@@ -221,8 +221,8 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{path.parent} is a pipeline of diffusers, which has no {path.name}; train it with"
                 " --config=configs/diffusion.py"
             ) from error
-        folder = members_hint(path.parent) or "give a folder saved by save_pretrained"
-        raise UserError(f"{path}: missing; {folder}") from error
+        advice = members_hint(path.parent) or "give a folder saved by save_pretrained"
+        raise UserError(f"{path}: missing; {advice}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(config, dict):
